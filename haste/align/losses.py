@@ -1,0 +1,180 @@
+"""Alignment losses: features (REPA) and attention (ATTA, HASTE).
+
+Shapes: B batch, N tokens, D width, H heads, K head width; suffix s student, t teacher. Both sides hold image tokens
+only. Losses are computed in float32 (float64 if given float64) whatever the inputs and autocast say. Teachers get no
+gradient.
+
+The attention loss never holds the B x H x N x N maps. There are two ways to that, one per kind of device: see `_WAY`.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+# Logits that the fused way holds at once, over the whole batch: 64 MiB in float32.
+_CHUNK_LOGITS = 2**24
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def feature_loss(projected: Tensor, target: Tensor) -> Tensor:
+    """Minus the mean cosine between projected student tokens and teacher features (REPA, Eq. 8); scalar in [-1, 1].
+
+    Both (B, N, D). ValueError if the shapes differ.
+    """
+    if projected.shape != target.shape:
+        raise ValueError(
+            f"feature loss: projected tokens are {tuple(projected.shape)}, teacher features {tuple(target.shape)}; "
+            "both must be (batch, tokens, teacher width)"
+        )
+    projected, target = _precise(projected), _precise(target.detach())
+    return -(functional.normalize(projected, dim=-1) * functional.normalize(target, dim=-1)).sum(dim=-1).mean()
+
+
+def attention_loss(
+    q_s: Tensor,
+    k_s: Tensor,
+    q_t: Tensor,
+    k_t: Tensor,
+    heads: int | None = None,
+    scale_s: float | None = None,
+    scale_t: float | None = None,
+) -> Tensor:
+    """Cross-entropy of the student's attention against the teacher's (HASTE, Eq. 5), mean over batch, heads and rows.
+
+    q_s, k_s (B, H_s, N, K_s) and q_t, k_t (B, H_t, N, K_t), as they enter scale q k^T. The first `heads` heads of both
+    sides are compared, by default as many as both have. Scales default to K^(-1/2) of their side. Returns a scalar.
+    ValueError if a side has too few heads, or if batch sizes or token counts differ.
+    """
+    heads = _check_attention(q_s, k_s, q_t, k_t, heads)
+    q_s, k_s = _precise(q_s[:, :heads]), _precise(k_s[:, :heads])
+    q_t, k_t = q_t[:, :heads].detach().to(q_s.dtype), k_t[:, :heads].detach().to(q_s.dtype)
+    # Scaling q here leaves plain q k^T for everything below.
+    q_s = q_s * (q_s.shape[-1] ** -0.5 if scale_s is None else scale_s)
+    q_t = q_t * (q_t.shape[-1] ** -0.5 if scale_t is None else scale_t)
+    with torch.autocast(device_type=q_s.device.type, enabled=False):
+        return _WAY.get(q_s.device.type, cross_entropy_fused)(q_s, k_s, q_t, k_t)
+
+
+def _check_attention(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, heads: int | None) -> int:
+    """The number of heads to compare, if the two sides fit."""
+    assert q_s.shape == k_s.shape and q_t.shape == k_t.shape
+    (batch_s, heads_s, tokens_s, _), (batch_t, heads_t, tokens_t, _) = q_s.shape, q_t.shape
+    if tokens_s != tokens_t:
+        raise ValueError(
+            f"attention loss: the student has {tokens_s} tokens, the teacher {tokens_t}; "
+            "bring the student's q and k to the teacher's grid with resize_tokens"
+        )
+    if batch_s != batch_t:
+        raise ValueError(f"attention loss: the student's batch is {batch_s}, the teacher's {batch_t}")
+    most = min(heads_s, heads_t)
+    heads = most if heads is None else heads
+    if not 1 <= heads <= most:
+        raise ValueError(
+            f"attention loss: {heads} heads asked for, the student has {heads_s}, the teacher {heads_t}; "
+            f"expected 1 to {most}"
+        )
+    return heads
+
+
+def cross_entropy_by_sample(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
+    """Mean cross-entropy of softmax(q_t k_t^T) against softmax(q_s k_s^T), with its gradient, one sample at a time.
+
+    All (B, H, N, K_side), scaled. The loss is a scalar, so its gradient is known up to a factor before backward asks:
+    it is computed in the forward, while the sample's maps are at hand, and only it is kept, as large as q and k.
+    """
+    if torch.is_grad_enabled() and (q_s.requires_grad or k_s.requires_grad):
+        return _LossWithGradient.apply(q_s, k_s, q_t, k_t)  # pyright: ignore[reportReturnType]
+    return _walk_samples(q_s, k_s, q_t, k_t, None, None)
+
+
+class _LossWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
+        grad_q, grad_k = torch.empty_like(q_s), torch.empty_like(k_s)
+        loss = _walk_samples(q_s, k_s, q_t, k_t, grad_q, grad_k)
+        ctx.save_for_backward(grad_q, grad_k)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_q, grad_k = ctx.saved_tensors
+        return grad_loss * grad_q, grad_loss * grad_k, None, None
+
+
+def _walk_samples(
+    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, grad_q: Tensor | None, grad_k: Tensor | None
+) -> Tensor:
+    """The loss; its gradient with respect to q_s and k_s is written to grad_q and grad_k unless they are None.
+
+    d loss / d logits = (softmax(S) - P) / (B H N), with S = q_s k_s^T and P the teacher's map.
+    """
+    rows = q_s.shape[:3].numel()  # B H N
+    total = q_s.new_zeros(())
+    for b in range(q_s.shape[0]):
+        teacher = torch.softmax(q_t[b] @ k_t[b].mT, dim=-1)  # (H, N, N)
+        student = torch.log_softmax(q_s[b] @ k_s[b].mT, dim=-1)  # S - logsumexp(S), (H, N, N)
+        total -= torch.dot(teacher.view(-1), student.view(-1))
+        if grad_q is not None and grad_k is not None:
+            residual = student.exp_().sub_(teacher)
+            torch.matmul(residual, k_s[b], out=grad_q[b])
+            torch.matmul(residual.mT, q_s[b], out=grad_k[b])
+    for grad in (grad_q, grad_k):
+        if grad is not None:
+            grad.div_(rows)
+    return total / rows
+
+
+def cross_entropy_fused(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
+    """The same value and gradient from fused attention: mean(logsumexp(S)) - mean(<P, S>).
+
+    All (B, H, N, K_side), scaled. <P, S> = q_s . (P k_s), and P k_s is attention with the teacher's q and k and the
+    student's keys in the place of values. Fused kernels want one width, a multiple of 8: zeros fill up to it.
+    """
+    width_s = k_s.shape[-1]
+    width = -(-max(width_s, k_t.shape[-1]) // 8) * 8
+    q_t, k_t, values = (functional.pad(x, (0, width - x.shape[-1])) for x in (q_t, k_t, k_s))
+    expected_keys = functional.scaled_dot_product_attention(q_t, k_t, values, scale=1.0)  # P k_s, (B, H, N, width)
+    agreement = (q_s * expected_keys[..., :width_s]).sum()
+    rows = q_s.shape[:3].numel()
+    return (_logsumexp_total(q_s, k_s) - agreement) / rows
+
+
+def _logsumexp_total(q: Tensor, k: Tensor) -> Tensor:
+    """Sum over all rows of logsumexp(q k^T), some query rows at a time; backward computes their logits again."""
+    batch, heads, tokens, _ = q.shape
+    rows = max(1, min(_CHUNK_LOGITS // (batch * heads * tokens), -(-tokens // 2)))
+    total = q.new_zeros(())
+    for chunk in q.split(rows, dim=2):
+        total = total + checkpoint(_logsumexp_sum, chunk, k, use_reentrant=False, preserve_rng_state=False)
+    return total
+
+
+def _logsumexp_sum(q: Tensor, k: Tensor) -> Tensor:
+    return torch.logsumexp(q @ k.mT, dim=-1).sum()
+
+
+#: Which way on which device; any that is not named gets the fused one, made for GPUs.
+_WAY = {"cpu": cross_entropy_by_sample}
+
+
+def resize_tokens(x: Tensor, grid_from: tuple[int, int], grid_to: tuple[int, int]) -> Tensor:
+    """Tokens of one grid on another, bilinearly (half-pixel centres, no antialiasing).
+
+    (B, N, D) -> (B, M, D), or (B, H, N, K) -> (B, H, M, K) for queries and keys, with N and M the grids' sizes (rows,
+    columns), tokens row by row. Resizing q and k resizes the logits, which are linear in each. Equal grids return x
+    itself. ValueError if x does not have N tokens.
+    """
+    if x.shape[-2] != grid_from[0] * grid_from[1]:
+        raise ValueError(f"tokens to resize: found {x.shape[-2]}, expected {grid_from[0]} x {grid_from[1]} of the grid")
+    if grid_from == grid_to:
+        return x
+    *lead, _, width = x.shape
+    image = x.reshape(-1, *grid_from, width).permute(0, 3, 1, 2)  # (B or B H, width, rows, columns)
+    image = functional.interpolate(image, size=grid_to, mode="bilinear", align_corners=False)
+    return image.flatten(2).transpose(1, 2).reshape(*lead, grid_to[0] * grid_to[1], width)

@@ -1,0 +1,227 @@
+"""What every file of the project has in common: a key, an atomic birth, and a word on how it was made.
+
+Nothing here knows what the files contain, and nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+LIBRARIES = ("torch", "timm", "diffusers", "torch-fidelity", "numpy", "h5py", "snakemake", "safetensors")
+
+
+def canonical(obj: Any) -> str:
+    """JSON with sorted keys and no spaces: equal objects give equal text, NaN is refused."""
+    return json.dumps(obj, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def fingerprint(obj: Any, length: int = 12) -> str:
+    """The first `length` hexadecimal digits of the sha256 of an object's canonical JSON."""
+    return hashlib.sha256(canonical(obj).encode()).hexdigest()[:length]
+
+
+def file_identity(path: Path | str) -> str:
+    """The sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    # A rename is durable only once the folder that holds the name is.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """Yield a path beside `path` to write a file or a folder to, and give it the final name only when all is on disk.
+
+    If the block raises, what was written is removed and `path` is as before. A process that is killed leaves
+    a `.name.XXXX.part` behind, which no reader looks at and `sweep` removes.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full; `path` is then untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
+    try:
+        yield aside
+        for file in [aside] if aside.is_file() else [p for p in aside.rglob("*") if p.is_file()]:
+            _sync(file)
+        if aside.is_dir() and path.is_dir():
+            shutil.rmtree(path)  # os.replace cannot replace a folder that has something in it
+        os.replace(aside, path)
+        _sync_folder(path.parent)
+    finally:
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
+
+
+def sweep(folder: Path | str) -> None:
+    """Remove what killed writers left in a folder. Call it only while holding the folder's lock."""
+    for left in Path(folder).glob(".*.part"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, obj: Mapping[str, Any]) -> None:
+    """Write an object as indented JSON, atomically."""
+    text = json.dumps(obj, indent=1, sort_keys=True, allow_nan=False)
+    with replacing(path) as aside:
+        aside.write_text(text + "\n")
+
+
+def read_json(path: Path | str, kind: str) -> dict[str, Any]:
+    """Read a JSON artefact and check that it is one of ours, of this schema and this kind.
+
+    Raises:
+        ValueError: missing, truncated, foreign, of another kind or another schema; the message names the file,
+            what was found and what was expected.
+    """
+    try:
+        text = Path(path).read_text()
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a {kind} file, found {type(error).__name__}") from error
+    try:
+        obj = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected a {kind} file, found broken JSON of {len(text)} characters") from error
+    check_header(path, obj if isinstance(obj, dict) else {}, kind)
+    return obj
+
+
+def check_header(path: Path | str, header: Mapping[str, Any], kind: str) -> None:
+    """Refuse a header that is not ours, of another kind, or of another schema."""
+    if header.get("kind") != kind or "schema" not in header:
+        raise ValueError(f"{path}: expected kind {kind!r}, found {header.get('kind', 'a foreign file')!r}")
+    if header["schema"] != SCHEMA:
+        age = "older" if str(header["schema"]) < str(SCHEMA) else "newer"
+        raise ValueError(f"{path}: schema {header['schema']} is {age} than this version reads ({SCHEMA})")
+
+
+@functools.cache
+def code_version() -> dict[str, str]:
+    """The package's version and a hash over its sources, so that an edited checkout is told from a release."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for source in sorted(root.rglob("*.py")):
+        digest.update(str(source.relative_to(root)).encode() + b"\0" + source.read_bytes())
+    try:
+        version = metadata.version("haste")
+    except metadata.PackageNotFoundError:
+        version = "uninstalled"
+    return {"version": version, "source": digest.hexdigest()[:12]}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _hardware() -> dict[str, Any]:
+    found: dict[str, Any] = {"host": socket.gethostname(), "machine": platform.machine(), "cpus": os.cpu_count()}
+    torch = sys.modules.get("torch")  # asked only where it is loaded already
+    if torch is not None:
+        found["threads"] = torch.get_num_threads()
+        if torch.cuda.is_available():
+            found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def provenance(
+    *,
+    key: str | None = None,
+    recipe: Any = None,
+    inputs: Mapping[str, str] | None = None,
+    seconds: float | None = None,
+) -> dict[str, Any]:
+    """How an artefact was made: code, versions, hardware, command, time, and the identities of what it was made from.
+
+    Args:
+        key: the hash that names the artefact.
+        recipe: what the key is the hash of.
+        inputs: name of each input -> its content identity.
+        seconds: wall time that making it took.
+    """
+    return {
+        "code": code_version(),
+        "versions": _versions(),
+        "hardware": _hardware(),
+        "command": sys.argv,
+        "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "key": key,
+        "recipe": recipe,
+        "inputs": dict(inputs or {}),
+        "seconds": None if seconds is None else round(seconds, 3),
+    }
+
+
+@contextlib.contextmanager
+def holding(path: Path | str, what: str) -> Iterator[None]:
+    """Hold an exclusive lock on a file for the length of a block; the kernel lets go when the process dies.
+
+    Raises:
+        ValueError: somebody else holds it; the message says who, since when, and on which host.
+    """
+    file = acquire(path, what)
+    try:
+        yield
+    finally:
+        file.close()
+
+
+def acquire(path: Path | str, what: str) -> Any:
+    """Take the lock of `holding` and return the open file that holds it until it is closed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+")  # noqa: SIM115 - the caller keeps it open for as long as it holds the lock
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            file.close()
+            raise
+        file.seek(0)
+        holder = file.read().strip() or "somebody who left no name"
+        file.close()
+        raise ValueError(f"{what} is in use (lock {path}) by {holder}. Wait for it, or stop it first.") from None
+    file.truncate(0)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}: {' '.join(sys.argv)[:200]}\n")
+    file.flush()
+    return file

@@ -1,0 +1,332 @@
+"""The command `haste`: one subcommand a rule of the workflow, and a few for people.
+
+Exit codes: 0 done, 2 refused (bad input; one message, no traceback, nothing lost), 1 a fault of ours (traceback).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from haste.plan import Plan
+
+DEFAULT_CONFIG = "config/digits.yaml"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, run, and turn refusals into messages. Returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("httpx", "matplotlib", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("HASTE_TRACEBACK"):
+            raise
+        print(f"haste {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="haste",
+        description="Diffusion transformers trained with representation alignment that stops at the right moment.",
+        epilog="Set HASTE_TRACEBACK=1 to see where a refusal comes from.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], words: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
+        sub.set_defaults(run=run)
+        return sub
+
+    def rule(name: str, run: Callable[[argparse.Namespace], None], words: str) -> argparse.ArgumentParser:
+        sub = command(name, run, words)
+        sub.add_argument("-c", "--config", default=DEFAULT_CONFIG, help=f"configuration file ({DEFAULT_CONFIG})")
+        return sub
+
+    def sharded(name: str, run: Callable[[argparse.Namespace], None], words: str) -> argparse.ArgumentParser:
+        sub = rule(name, run, words)
+        part = sub.add_mutually_exclusive_group(required=True)
+        part.add_argument("--shard", type=int, help="make this shard, counted from 0")
+        part.add_argument("--join", action="store_true", help="check all shards and write the manifest")
+        return sub
+
+    rule("plan", _plan, "say what will run, how long, and how much disk, before anything runs")
+    show = command("show", _show, "say how a file was made: state, store, samples, score, part or report")
+    show.add_argument("file", type=Path)
+    rule("table", _table, "print the result table of a finished report")
+    sharded("images", _images, "prepare the images: a store of uint8 RGB crops")
+    rule("autoencoder", _autoencoder, "train the small autoencoder")
+    sharded("latents", _latents, "encode the images: a store of latent means and standard deviations")
+    rule("teacher", _teacher, "train a small teacher").add_argument("name")
+    rule("detector", _detector, "train the small detector that the scores use")
+    train = rule("train", _train, "train up to a state, continuing from the newest one on the way")
+    train.add_argument("state", help="TRAJECTORY/STEP")
+    rule("reference", _reference, "compute the features of the real images")
+    sample = rule("sample", _sample, "draw one shard of samples, with features")
+    sample.add_argument("draw", help="name of a set of samples")
+    sample.add_argument("--shard", type=int, default=0, help="which shard, counted from 0")
+    rule("score", _score, "score a set of samples").add_argument("draw", help="name of a set of samples")
+    rule("floor", _floor, "score real images against real ones")
+    rule("grid", _grid, "paint a grid of samples by class").add_argument("draw", help="name of a set of samples")
+    rule("report", _report, "write the report page and its tables")
+    return parser
+
+
+# Heavy imports live inside the commands, so that `haste plan` and `haste --help` answer at once.
+
+
+def _plan_of(arguments: argparse.Namespace) -> Plan:
+    from haste import config
+    from haste.plan import Plan
+
+    return Plan(config.load(arguments.config))
+
+
+def _threads(plan: Plan) -> None:
+    import torch
+
+    torch.set_num_threads(plan.config.runtime.threads)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from haste import status
+
+    status.print_plan(_plan_of(arguments))
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from haste import status
+
+    status.print_provenance(arguments.file)
+
+
+def _table(arguments: argparse.Namespace) -> None:
+    from haste import gather
+    from haste.report import tables
+
+    plan = _plan_of(arguments)
+    print(tables.to_text(gather.report(plan)))
+    print(f"Report: {plan.report}")
+
+
+def _images(arguments: argparse.Namespace) -> None:
+    from haste import artefact
+    from haste.data import prepare
+
+    plan = _plan_of(arguments)
+    spec, store = plan.config.images, plan.images
+    options = {} if spec.path is None else {"path": spec.path}
+    source = prepare.open_source(spec.source, resolution=spec.resolution, holdout=spec.holdout, **options)
+    if len(source.classes) != spec.classes:
+        raise ValueError(f"images.classes: {spec.classes}, but {spec.source} has {len(source.classes)}")
+    common = {"key": store.key, "recipe": store.recipe, "shards": store.shards}
+    made = artefact.provenance(key=store.key, recipe=store.recipe)
+    if arguments.join:
+        prepare.prepare_join(store.folder, source, **common, provenance=made)
+    else:
+        prepare.prepare_shard(store.folder, source, **common, shard=arguments.shard, provenance=made)
+
+
+def _autoencoder(arguments: argparse.Namespace) -> None:
+    from haste.train import parts
+
+    plan = _plan_of(arguments)
+    part, trained = plan.autoencoder, plan.config.autoencoder.trained
+    if part is None or trained is None:
+        raise ValueError("autoencoder: this configuration uses a pretrained one, there is nothing to train")
+    _threads(plan)
+    images, _, held_out, _ = _training_images(plan)
+    about = {"out": Path(part.folder), "name": part.name, "key": part.key, "recipe": part.recipe}
+    parts.train_autoencoder(images, held_out, **trained.model_dump(), **about)
+
+
+def _teacher(arguments: argparse.Namespace) -> None:
+    from haste.train import parts
+
+    plan = _plan_of(arguments)
+    part = plan.teachers.get(arguments.name)
+    if part is None:
+        raise ValueError(f"teacher {arguments.name!r}: not one that this configuration trains")
+    trained = plan.config.teachers[arguments.name].trained
+    assert trained is not None
+    _threads(plan)
+    about = {"out": Path(part.folder), "name": part.name, "key": part.key, "recipe": part.recipe}
+    parts.train_teacher(*_training_images(plan), **trained.model_dump(), **about)
+
+
+def _detector(arguments: argparse.Namespace) -> None:
+    from haste.train import parts
+
+    plan = _plan_of(arguments)
+    part, trained = plan.detector, plan.config.detector[plan.detector.name].trained
+    _threads(plan)
+    about = {"out": Path(part.folder), "name": part.name, "key": part.key, "recipe": part.recipe}
+    parts.train_detector(*_training_images(plan), **trained.model_dump(), **about)
+
+
+def _training_images(plan: Plan) -> tuple:
+    """Images and labels of the training split, then those held out."""
+    store = _open(plan.images)
+    splits = (store.range("train"), store.range("held_out"))
+    return tuple(store.read(field, rows) for rows in splits for field in ("image", "label"))
+
+
+def _open(artefact):
+    from haste.data.store import Store
+
+    return Store.open(artefact.folder, kind=artefact.kind, key=artefact.key, recipe=artefact.recipe)
+
+
+def _latents(arguments: argparse.Namespace) -> None:
+    from haste import artefact
+    from haste.data import latents
+
+    plan = _plan_of(arguments)
+    _threads(plan)
+    store, images = plan.latents, _open(plan.images)
+    made = artefact.provenance(key=store.key, recipe=store.recipe, inputs={"images": images.identity})
+    common = {"key": store.key, "recipe": store.recipe, "shards": store.shards, "provenance": made}
+    if arguments.join:
+        latents.encode_join(store.folder, images, **common)
+        return
+    spec = plan.config.autoencoder
+    encoder = latents.Autoencoder.load(plan.encoder)
+    _check_autoencoder(plan, encoder)
+    latents.encode_shard(store.folder, images, encoder, **common, shard=arguments.shard, dtype=spec.dtype)
+
+
+def _check_autoencoder(plan: Plan, autoencoder) -> None:
+    spec = plan.config.autoencoder
+    if (autoencoder.channels, autoencoder.factor) != (spec.channels, spec.factor):
+        raise ValueError(
+            f"autoencoder: has {autoencoder.channels} channels and factor {autoencoder.factor}, "
+            f"the configuration says {spec.channels} and {spec.factor}"
+        )
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from haste.train.loop import train
+
+    plan = _plan_of(arguments)
+    train(plan, plan.parse(arguments.state))
+
+
+def _load_detector(plan: Plan):
+    from haste.metrics.detectors import load_detector
+
+    return load_detector(plan.detector.folder)
+
+
+def _reference(arguments: argparse.Namespace) -> None:
+    from haste import artefact
+    from haste.data import store
+    from haste.sample import reference_shard
+
+    plan = _plan_of(arguments)
+    _threads(plan)
+    made = plan.reference
+    common = {"key": made.key, "recipe": made.recipe}
+    reference_shard(_open(plan.images), _load_detector(plan), folder=Path(made.folder), **common)
+    provenance = artefact.provenance(**common)
+    store.join(made.folder, kind="features", shards=1, splits={}, provenance=provenance, **common)
+
+
+def _evaluation(plan: Plan, name: str):
+    if name not in plan.evaluations:
+        raise ValueError(
+            f"samples {name!r}: not in this configuration, which has {', '.join(sorted(plan.evaluations))}"
+        )
+    return plan.evaluations[name]
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    from haste.data.latents import Autoencoder
+    from haste.sample import Painter, draw_shard
+    from haste.train.state import ema_model, weights_identity
+
+    plan = _plan_of(arguments)
+    _threads(plan)
+    evaluation = _evaluation(plan, arguments.draw)
+    model, header = ema_model(plan.path(evaluation.state), key=plan.trajectories[evaluation.state.trajectory].key)
+    decoder, manifest, detector = Autoencoder.load(plan.decoder), _open(plan.latents).manifest, _load_detector(plan)
+    path = header["recipe"]["training"]["path"]
+    painter = Painter(model, evaluation.sampling, decoder, path, manifest["scale"], manifest["shift"])
+    features = evaluation.features
+    draw_shard(
+        painter,
+        detector,
+        samples=Path(evaluation.sample_file(arguments.shard)),
+        features=Path(features.folder),
+        key=features.key,
+        recipe=features.recipe,
+        shard=arguments.shard,
+        shards=features.shards,
+        batch=plan.config.runtime.sample_batch,
+        inputs={"weights": weights_identity(model), "autoencoder": decoder.identity, "detector": detector.identity},
+    )
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from haste import artefact
+    from haste.data import store
+    from haste.diffusion.samplers import nfe
+    from haste.score import score
+
+    plan = _plan_of(arguments)
+    evaluation, made = _evaluation(plan, arguments.draw), plan.detector
+    features = evaluation.features
+    common = {"key": features.key, "recipe": features.recipe, "shards": features.shards}
+    provenance = artefact.provenance(key=features.key, recipe=features.recipe)
+    store.join(features.folder, kind="features", splits={}, provenance=provenance, **common)
+    state, sampling = evaluation.state, evaluation.sampling
+    about = {
+        "state": {"trajectory": state.trajectory, "step": state.step, "file": plan.path(state)},
+        "sampling": {**sampling.model_dump(), "name": evaluation.sampling_name, "weights": "ema"},
+        "nfe": nfe(sampling.sampler, sampling.steps),
+    }
+    path = Path(evaluation.score)
+    score(_open(features), _open(plan.reference), detector=made.name, about=about, key=path.stem, path=path)
+
+
+def _floor(arguments: argparse.Namespace) -> None:
+    from haste.score import floor
+
+    plan = _plan_of(arguments)
+    path = Path(plan.floor)
+    floor(_open(plan.reference), detector=plan.detector.name, key=path.stem, path=path)
+
+
+def _grid(arguments: argparse.Namespace) -> None:
+    from haste import gather
+
+    plan = _plan_of(arguments)
+    gather.paint_grid(plan, _evaluation(plan, arguments.draw))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from haste import artefact, gather
+    from haste.report import page
+
+    plan = _plan_of(arguments)
+    found = gather.report(plan)
+    folder = Path(plan.report).parent
+    header = {"schema": artefact.SCHEMA, "kind": "report", "configuration": plan.config.model_dump(mode="json")}
+    artefact.write_json(folder / "report.json", {**header, "provenance": found.provenance})
+    page.write(found, folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

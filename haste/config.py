@@ -1,0 +1,582 @@
+"""The one schema of a configuration, and what the field calls its models and teachers. No torch.
+
+A configuration is a mapping (YAML or JSON). `resolve` checks it whole before anything runs: an unknown key, a layer
+that a model does not have, or a name that nothing defines is a `ValueError` that says where, what was found and what
+was expected. `config/README.md` explains every key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+
+class Strict(BaseModel):
+    """A part of the configuration: unknown keys and wrong types are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _number(value: Any) -> Any:
+    # YAML 1.1 reads 1e-4 (no dot) as text; users mean the number.
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Float = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[Float, Field(gt=0)]
+Share = Annotated[Float, Field(ge=0, le=1)]
+
+
+class Images(Strict):
+    """Where the images come from and how they are prepared."""
+
+    source: Literal["digits", "folder"] = "folder"
+    path: str | None = None
+    resolution: Positive
+    holdout: Annotated[int, Field(ge=0)] = 0
+    classes: Positive
+    shards: Positive = 1
+
+    @model_validator(mode="after")
+    def _has_path(self) -> Images:
+        if (self.source == "folder") != (self.path is not None):
+            raise ValueError("source 'folder' needs a path, and only it takes one")
+        return self
+
+
+class TrainedAutoencoder(Strict):
+    """A small AutoencoderKL that the pipeline trains on the images themselves."""
+
+    steps: Positive
+    batch: Positive = 64
+    lr: Rate = 2e-3
+    width: Positive = 32
+    channels: Positive = 4
+    factor: Literal[1, 2, 4, 8] = 2
+    kl_weight: Annotated[Float, Field(ge=0)] = 1e-4
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class PretrainedAutoencoder(Strict):
+    """A diffusers AutoencoderKL: a hub id or a folder."""
+
+    encode: str
+    decode: str | None = None
+    channels: Positive = 4
+    factor: Positive = 8
+
+
+class Autoencoder(Strict):
+    """Either `trained` here or `pretrained`."""
+
+    trained: TrainedAutoencoder | None = None
+    pretrained: PretrainedAutoencoder | None = None
+    dtype: Literal["float16", "float32"] = "float16"
+    shards: Positive = 1
+
+    @model_validator(mode="after")
+    def _one(self) -> Autoencoder:
+        return _exactly_one(self, "trained", "pretrained")
+
+    @property
+    def channels(self) -> int:
+        """Latent channels C; the store holds mean and std, 2 C."""
+        return _chosen(self).channels
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent cell spans, along each side."""
+        return _chosen(self).factor
+
+
+class TrainedTeacher(Strict):
+    """A small timm VisionTransformer that the pipeline trains to classify the images."""
+
+    steps: Positive
+    batch: Positive = 128
+    lr: Rate = 1e-3
+    depth: Positive = 6
+    width: Positive = 64
+    heads: Positive = 4
+    patch: Positive = 4
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class PretrainedTeacher(Strict):
+    """A frozen vision encoder by its name in `TEACHERS` or in timm, and its weights if they lie on disk."""
+
+    name: str
+    weights: str | None = None
+
+
+class Teacher(Strict):
+    """Either `trained` here or `pretrained`."""
+
+    trained: TrainedTeacher | None = None
+    pretrained: PretrainedTeacher | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Teacher:
+        return _exactly_one(self, "trained", "pretrained")
+
+
+class TrainedDetector(Strict):
+    """A small convolutional classifier that the pipeline trains; its features judge the samples."""
+
+    steps: Positive
+    batch: Positive = 128
+    lr: Rate = 1e-3
+    width: Positive = 32
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Detector(Strict):
+    """A network whose features the scores compare."""
+
+    trained: TrainedDetector
+
+
+class Model(Strict):
+    """The size of a SiT."""
+
+    depth: Positive
+    width: Positive
+    heads: Positive
+    patch_size: Positive
+    mlp_ratio: Rate = 4.0
+
+    @model_validator(mode="after")
+    def _divides(self) -> Model:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is not divisible by 4, which the position embedding needs")
+        return self
+
+
+class FeatureTerm(Strict):
+    """REPA: hidden tokens after block `depth` (counted from 1) follow the teacher's last patch tokens."""
+
+    teacher: str
+    depth: Positive | None = None
+    weight: Rate = 0.5
+    similarity: Literal["cosine"] = "cosine"
+    hidden: Positive = 2048
+
+
+class AttentionTerm(Strict):
+    """ATTA: attention maps of student layers follow those of teacher layers (both counted from 0), head by head."""
+
+    teacher: str
+    student_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    teacher_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    heads: Positive | None = None
+    weight: Rate = 0.5
+
+
+class Alignment(Strict):
+    """Which alignment terms a run adds to its denoising loss; neither is vanilla training."""
+
+    features: FeatureTerm | None = None
+    attention: AttentionTerm | None = None
+
+
+class Stops(Strict):
+    """The stopping step of each term; None is never. In a configuration one number stands for both."""
+
+    features: Annotated[int, Field(ge=0)] | None = None
+    attention: Annotated[int, Field(ge=0)] | None = None
+
+
+def _both(value: Any) -> Any:
+    return value if isinstance(value, (dict, Stops)) else {"features": value, "attention": value}
+
+
+class Training(Strict):
+    """What decides the result of training: every key here is part of a trajectory's name."""
+
+    path: Literal["linear", "cosine"] = "linear"
+    batch: Positive = 256
+    lr: Rate = 1e-4
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: Rate = 1e-8
+    weight_decay: Annotated[Float, Field(ge=0)] = 0.0
+    clip: Rate | None = 1.0
+    ema: Annotated[Float, Field(ge=0, lt=1)] = 0.9999
+    class_dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.1
+    precision: Literal["fp32"] = "fp32"
+
+
+class Runtime(Strict):
+    """How the work is done. Nothing here is part of a name, because nothing here decides a result."""
+
+    threads: Positive = 1
+    save_every: Positive = 1000
+    keep_every: Positive | None = None
+    log_every: Positive = 100
+    sample_shards: Positive = 1
+    sample_batch: Positive = 256
+
+
+class Sampling(Strict):
+    """One way to draw samples from a state."""
+
+    sampler: Literal["euler", "heun", "euler-maruyama"] = "euler-maruyama"
+    steps: Positive = 250
+    guidance: Annotated[Float, Field(ge=0)] = 1.0
+    interval: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.0, 1.0]
+    count: Annotated[int, Field(ge=2)] = 50_000
+    labels: Literal["random", "balanced"] = "random"
+    pixels: Literal["truncate", "round"] = "truncate"
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Sampling:
+        if self.interval[0] > self.interval[1]:
+            raise ValueError(f"guidance interval {self.interval} is empty: low is above high")
+        return self
+
+
+class Run(Strict):
+    """A row of the table: which model, which alignment, when to stop it, how to sample."""
+
+    model: str
+    alignment: str = "vanilla"
+    stop: Annotated[Stops, BeforeValidator(_both)] = Stops()
+    seed: Annotated[int, Field(ge=0)] = 0
+    milestones: Annotated[list[Positive], Field(min_length=1)]
+    sampling: Annotated[list[str], Field(min_length=1)]
+    training: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _increasing(self) -> Run:
+        if any(b <= a for a, b in zip(self.milestones, self.milestones[1:], strict=False)):
+            raise ValueError(f"milestones {self.milestones} are out of order: write them in increasing order")
+        return self
+
+
+class Config(Strict):
+    """A whole configuration, as `resolve` returns it: defaults merged, names looked up, everything checked."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    title: str = ""
+    description: str = ""
+    results: str = "results"
+    images: Images
+    autoencoder: Autoencoder
+    teachers: dict[str, Teacher] = {}
+    detector: dict[str, Detector]
+    models: dict[str, Model] = {}
+    alignments: dict[str, Alignment] = {}
+    training: Training = Training()
+    runtime: Runtime = Runtime()
+    sampling: dict[str, Sampling]
+    defaults: dict[str, Any] = {}
+    runs: Annotated[dict[str, Run], Field(min_length=1)]
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latent grid in cells."""
+        return self.images.resolution // self.autoencoder.factor
+
+    def training_of(self, run: str) -> Training:
+        """The training settings of a run: the common ones with the row's own on top."""
+        return Training(**{**self.training.model_dump(), **self.runs[run].training})
+
+
+# Published sizes (DiT Table 1; SiT uses the same). L, D, H; the number behind the slash is the patch size.
+_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+MODELS = {
+    f"SiT-{name}/{patch}": Model(depth=depth, width=width, heads=heads, patch_size=patch)
+    for name, (depth, width, heads) in _SIZES.items()
+    for patch in (2, 4, 8)
+}
+
+# HASTE Table 5: feature depth (from 1), student layers (from 0), teacher layers (from 0, a 12-layer ViT-B).
+_DEEP = (8, [4, 5, 6, 7], [8, 9, 10, 11])
+MAPPINGS = {"SiT-B/2": (5, [2, 3, 4], [7, 9, 11]), "SiT-L/2": _DEEP, "SiT-XL/2": _DEEP}
+REPA_DEPTH = {"SiT-B/2": 4, "SiT-L/2": 8, "SiT-XL/2": 8}
+ALIGNED_HEADS = 12
+
+# Known frozen encoders: blocks and heads, so that a wrong layer is refused before anything is loaded.
+TEACHERS = {
+    "DINOv2-B": (12, 12),
+    "DINOv2-L": (24, 16),
+    "DINOv2-g": (40, 24),
+    "DINOv2-B-reg": (12, 12),
+    "DINO-B": (12, 12),
+    "MAE-L": (24, 16),
+    "I-JEPA-H": (32, 16),
+    "CLIP-L": (24, 16),
+    "CLIP-B/16": (12, 12),
+    "SigLIP-L": (24, 16),
+}
+
+
+def _chosen(part: Strict) -> Any:
+    return getattr(part, "trained", None) or getattr(part, "pretrained", None)
+
+
+def _exactly_one(part: Any, *names: str) -> Any:
+    given = [name for name in names if getattr(part, name) is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of {' and '.join(names)}, found {' and '.join(given) or 'neither'}")
+    return part
+
+
+def load(path: str | Path) -> Config:
+    """Read and resolve a configuration file (YAML, or the resolved JSON that a run wrote).
+
+    Raises:
+        ValueError: the file is missing or not a mapping, or `resolve` refuses it; the message names the file.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a mapping of keys, found {type(raw).__name__}")
+    try:
+        return resolve(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def resolve(raw: Mapping[str, Any]) -> Config:
+    """Check a configuration and fill in what it leaves out.
+
+    `defaults` is laid under every row of `runs`; layers that an alignment leaves out come from the published mapping
+    of the row's model. The result resolves to itself, so it can be written down and read again.
+
+    Raises:
+        ValueError: with one line per fault: its full path, what was found, what was expected.
+    """
+    raw = json.loads(json.dumps(raw, default=str))  # Snakemake hands over subclasses of dict; take plain data
+    defaults = raw.get("defaults") or {}
+    if isinstance(raw.get("runs"), dict) and isinstance(defaults, dict):
+        _check_defaults(defaults)
+        rows = {
+            str(name): {**defaults, **(row or {})} for name, row in raw["runs"].items() if isinstance(row or {}, dict)
+        }
+        raw = {**raw, "defaults": {}, "runs": {**raw["runs"], **rows}}
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(fault) for fault in error.errors())) from None
+    faults = [fault for name in config.runs for fault in _faults_of_run(config, name)] + _faults_of_data(config)
+    if faults:
+        raise ValueError("\n".join(faults))
+    return _fill_layers(config)
+
+
+def _check_defaults(defaults: Mapping[str, Any]) -> None:
+    for key in defaults:
+        if key not in Run.model_fields:
+            raise ValueError(f"defaults.{key}: unknown key{_nearest(key, Run.model_fields)}")
+
+
+def _nearest(found: Any, known: Any) -> str:
+    close = difflib.get_close_matches(str(found), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known)) or 'none'}"
+
+
+def _explain(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"]) or "the configuration"
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_nearest(fault['loc'][-1], _keys_at(fault['loc'][:-1]))}"
+    if fault["type"] == "missing":
+        return f"{where}: missing, and it has no default"
+    message = fault["msg"].removeprefix("Value error, ")
+    found = "" if fault["type"] == "value_error" else f", found {fault['input']!r}"
+    return f"{where}: {message}{found}"
+
+
+def _keys_at(path: tuple[Any, ...]) -> list[str]:
+    """The keys that the schema knows at a path: what the nearest right spelling is looked for among."""
+    kind: Any = Config
+    for part in path:
+        models = _models_in(kind)
+        if isinstance(kind, type) and issubclass(kind, Strict) and part in kind.model_fields:
+            kind = kind.model_fields[part].annotation
+        elif get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        elif models and part in models[0].model_fields:
+            kind = models[0].model_fields[part].annotation
+    models = _models_in(kind)
+    return list(models[0].model_fields) if models else []
+
+
+def _models_in(kind: Any) -> list[type[Strict]]:
+    if isinstance(kind, type) and issubclass(kind, Strict):
+        return [kind]
+    if get_origin(kind) in (Union, types.UnionType, Annotated):
+        return [model for part in get_args(kind) for model in _models_in(part)]
+    return []
+
+
+def model_named(config: Config, name: str) -> Model:
+    """The size behind a model's name: the configuration's own first, then the published ones."""
+    return config.models.get(name) or MODELS[name]
+
+
+def alignment_named(config: Config, name: str) -> Alignment:
+    """The terms behind an alignment's name; `vanilla` needs no entry."""
+    return config.alignments.get(name) or Alignment()
+
+
+def teacher_shape(teacher: Teacher) -> tuple[int, int] | None:
+    """(blocks, heads) of a teacher, or None for a timm name that is not in `TEACHERS`."""
+    if teacher.trained:
+        return teacher.trained.depth, teacher.trained.heads
+    assert teacher.pretrained
+    return TEACHERS.get(teacher.pretrained.name)
+
+
+def _faults_of_data(config: Config) -> list[str]:
+    faults = []
+    if config.images.resolution % config.autoencoder.factor:
+        faults.append(
+            f"images.resolution: {config.images.resolution} is not divisible by the autoencoder's factor "
+            f"{config.autoencoder.factor}"
+        )
+    if len(config.detector) != 1:
+        faults.append(f"detector: expected exactly one, found {len(config.detector)}")
+    return faults
+
+
+def _faults_of_run(config: Config, name: str) -> list[str]:
+    run, where = config.runs[name], f"runs.{name}"
+    known = {
+        "model": {*config.models, *MODELS},
+        "alignment": {"vanilla", *config.alignments},
+    }
+    faults = [
+        f"{where}.{key}: nothing is called {getattr(run, key)!r}{_nearest(getattr(run, key), names)}"
+        for key, names in known.items()
+        if getattr(run, key) not in names
+    ]
+    faults += [
+        f"{where}.sampling: nothing is called {s!r}{_nearest(s, config.sampling)}"
+        for s in run.sampling
+        if s not in config.sampling
+    ]
+    try:
+        config.training_of(name)
+    except ValidationError as error:
+        faults += [f"{where}.{_explain({**fault, 'loc': ('training', *fault['loc'])})}" for fault in error.errors()]
+    if faults:
+        return faults
+    return _faults_of_model(config, run, where) + _faults_of_alignment(config, run, where)
+
+
+def _faults_of_model(config: Config, run: Run, where: str) -> list[str]:
+    patch = model_named(config, run.model).patch_size
+    if config.latent_size % patch:
+        return [f"{where}.model: latents of {config.latent_size} cells a side cannot be cut into patches of {patch}"]
+    return []
+
+
+def _faults_of_alignment(config: Config, run: Run, where: str) -> list[str]:
+    alignment, model = alignment_named(config, run.alignment), model_named(config, run.model)
+    at, faults = f"alignments.{run.alignment}", []
+    for step in run.stop.model_dump().values():
+        if step is not None and alignment == Alignment():
+            faults.append(f"{where}.stop: {step} given, but {run.alignment!r} aligns nothing that could be stopped")
+            break
+    for kind in ("features", "attention"):
+        term = getattr(alignment, kind)
+        if term is None:
+            continue
+        if term.teacher not in config.teachers:
+            faults.append(
+                f"{at}.{kind}.teacher: nothing is called {term.teacher!r}{_nearest(term.teacher, config.teachers)}"
+            )
+        elif kind == "features":
+            faults += _faults_of_features(term, model, run.model, f"{at}.features")
+        else:
+            shape = teacher_shape(config.teachers[term.teacher])
+            faults += _faults_of_attention(term, model, run.model, shape, f"{at}.attention")
+    return faults
+
+
+def _faults_of_features(term: FeatureTerm, model: Model, name: str, at: str) -> list[str]:
+    if term.depth is None and name not in MAPPINGS:
+        return [f"{at}.depth: {name} has no published mapping, so its depth must be named (1 to {model.depth})"]
+    if term.depth is not None and term.depth > model.depth:
+        return [f"{at}.depth: {term.depth}, but {name} has blocks 1 to {model.depth}"]
+    return []
+
+
+def _faults_of_attention(
+    term: AttentionTerm, model: Model, name: str, teacher: tuple[int, int] | None, at: str
+) -> list[str]:
+    if term.student_layers is None or term.teacher_layers is None:
+        if name in MAPPINGS and term.student_layers is None and term.teacher_layers is None:
+            return []
+        return [
+            f"{at}: {name} needs both student_layers and teacher_layers, it has no published mapping to fill in one"
+        ]
+    faults = []
+    if len(term.student_layers) != len(term.teacher_layers) or not term.student_layers:
+        faults.append(
+            f"{at}: student_layers {term.student_layers} and teacher_layers {term.teacher_layers} must pair up one by one"
+        )
+    limits = {"student_layers": (name, model.depth), "teacher_layers": (term.teacher, teacher and teacher[0])}
+    for key, (owner, depth) in limits.items():
+        wrong = [layer for layer in getattr(term, key) if depth is not None and layer >= depth]
+        if wrong:
+            faults.append(f"{at}.{key}: {wrong}, but {owner} has layers 0 to {depth - 1}")
+    heads = {"model " + name: model.heads, "teacher " + term.teacher: teacher and teacher[1]}
+    for owner, count in heads.items():
+        if term.heads is not None and count is not None and term.heads > count:
+            faults.append(f"{at}.heads: {term.heads}, but {owner} has {count}")
+    return faults
+
+
+def terms_of(config: Config, run: str) -> dict[str, dict[str, Any]]:
+    """The alignment terms of a run with every layer named: {"features": {...}, "attention": {...}}, absent if unused."""
+    row = config.runs[run]
+    alignment, model = alignment_named(config, row.alignment), model_named(config, row.model)
+    terms = {}
+    if alignment.features:
+        # REPA alone and HASTE were published with different depths for SiT-B.
+        published = REPA_DEPTH if alignment.attention is None else {k: m[0] for k, m in MAPPINGS.items()}
+        term = alignment.features.model_dump()
+        terms["features"] = {**term, "depth": term["depth"] or published[row.model]}
+    if alignment.attention:
+        term = alignment.attention.model_dump()
+        if term["student_layers"] is None:
+            _, term["student_layers"], term["teacher_layers"] = MAPPINGS[row.model]
+        if term["heads"] is None:
+            shape = teacher_shape(config.teachers[term["teacher"]])
+            term["heads"] = min(ALIGNED_HEADS, model.heads, shape[1] if shape else ALIGNED_HEADS)
+        terms["attention"] = term
+    return terms
+
+
+def _fill_layers(config: Config) -> Config:
+    # Published mappings may name layers that a pretrained teacher of another depth has not.
+    for name, run in config.runs.items():
+        terms = terms_of(config, name)
+        if "attention" in terms:
+            term, model = AttentionTerm(**terms["attention"]), model_named(config, run.model)
+            shape = teacher_shape(config.teachers[term.teacher])
+            faults = _faults_of_attention(term, model, run.model, shape, f"alignments.{run.alignment}.attention")
+            if faults:
+                raise ValueError("\n".join(faults))
+    return config

@@ -1,0 +1,101 @@
+"""What one training step sees, as a function of (seed, step) alone: which samples, which noise, which times, which labels.
+
+B batch, C latent channels, h x w latent cells, R pixels a side.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from haste.data import order
+from haste.data.store import Store
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The inputs of one step."""
+
+    step: int
+    moments: Tensor  # (B, 2C, h, w) float32: mean and std of the latents, unscaled
+    draw: Tensor  # (B, C, h, w) float32, standard normal: z = mean + std * draw
+    noise: Tensor  # (B, C, h, w) float32, standard normal: eps
+    t: Tensor  # (B,) float32, uniform in [0, 1)
+    labels: Tensor  # (B,) int64; `null_class` where the label is dropped
+    images: Tensor | None  # (B, R, R, 3) uint8, only when a teacher looks at them
+
+
+class Batches:
+    """Batches of the training split of a latents store, and of the images they were encoded from."""
+
+    def __init__(
+        self,
+        latents: Store,
+        images: Store | None,
+        *,
+        seed: int,
+        size: int,
+        null_class: int,
+        class_dropout: float,
+    ):
+        """
+        Args:
+            latents: store with fields `moments` and `label`.
+            images: store with field `image`, or None where no teacher looks.
+            seed: decides order, noise, times and dropped labels.
+            size: samples a batch, B.
+            null_class: label that stands for "no label".
+            class_dropout: share of the labels that are dropped, in [0, 1).
+
+        Raises:
+            ValueError: the latents were encoded from other images.
+        """
+        if images is not None and latents.manifest["images"] != images.identity:
+            raise ValueError(
+                f"{latents.folder}: encoded from images {latents.manifest['images'][:12]}, "
+                f"but {images.folder} holds {images.identity[:12]}"
+            )
+        self.latents, self.images = latents, images
+        self.seed, self.size = seed, size
+        self.null_class, self.class_dropout = null_class, class_dropout
+        self.samples = latents.range("train")
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of the step that comes after `step` steps."""
+        visits = range(self.size)
+        chosen = self.samples.start + order.batch_indices(self.seed, step, self.size, len(self.samples))
+        moments = torch.from_numpy(self.latents.read("moments", chosen).astype(np.float32))
+        channels, *cells = moments.shape[1:]
+        shape = (channels // 2, *cells)
+        labels = self.latents.read("label", chosen)
+        dropped = order.uniforms(self.seed, "class dropout", step, visits) < self.class_dropout
+        return Batch(
+            step=step,
+            moments=moments,
+            draw=torch.from_numpy(order.normals(self.seed, "latent draw", step, visits, shape)),
+            noise=torch.from_numpy(order.normals(self.seed, "noise", step, visits, shape)),
+            t=torch.from_numpy(order.uniforms(self.seed, "time", step, visits).astype(np.float32)),
+            labels=torch.from_numpy(np.where(dropped, self.null_class, labels)),
+            images=None if self.images is None else torch.from_numpy(self.images.read("image", chosen)),
+        )
+
+    def ahead(self, steps: Iterable[int], depth: int = 3) -> Iterator[Batch]:
+        """The batches of many steps in order, made in a thread, `depth` of them ahead of use."""
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+            waiting: collections.deque[Future[Batch]] = collections.deque()
+            try:
+                for step in steps:
+                    waiting.append(thread.submit(self, step))
+                    if len(waiting) > depth:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()

@@ -1,0 +1,322 @@
+"""Latents: the frozen autoencoder, the store of what it says of every image, and pixels back.
+
+Shapes: B batch, C latent channels, f downsampling factor, H = W image side, h = w = H / f latent side.
+The store holds the posterior's mean and std (2C, h, w), unscaled; a training step draws z = mean + std n and brings it
+to the diffusion model's scale, (z - shift) * scale. Decoding undoes scale and shift.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from haste import artefact
+from haste.data.store import Progress, Store, join, shard_range, write_shard
+
+KIND = "latents"
+_CONFIG = "config.json"
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+def fetch(where: str | Path) -> Path:
+    """The folder of an autoencoder in diffusers' layout: `where` itself, or the hub's cache after a download.
+
+    Only the configuration and safetensors files are asked for, so nothing that is fetched can run code.
+
+    Raises:
+        ValueError: neither a folder nor a hub id that can be reached or lies in the cache.
+    """
+    folder = Path(where).expanduser()
+    if folder.is_dir():
+        return folder
+    hint = f"Give a folder with {_CONFIG} and {_WEIGHTS}, or download it where there is internet (`haste fetch`)"
+    if folder.is_absolute() or str(where).startswith((".", "~")) or str(where).count("/") > 1:
+        raise ValueError(f"autoencoder {where}: no such folder. {hint}.")
+    from huggingface_hub import snapshot_download  # a network client, only for hub ids
+
+    try:
+        return Path(snapshot_download(str(where), allow_patterns=[_CONFIG, _WEIGHTS, _INDEX, "*-of-*.safetensors"]))
+    except (OSError, ValueError) as error:  # the hub's own errors derive from these
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"autoencoder {where}: not a folder, and not to be had from the hub ({first}). {hint}."
+        ) from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    if (folder / _INDEX).is_file():
+        parts = json.loads((folder / _INDEX).read_text())["weight_map"].values()
+        return [folder / Path(name).name for name in sorted(set(parts))]
+    raise ValueError(
+        f"{folder}: found no {_WEIGHTS}; pickled weights (.bin, .pt) are not loaded, because they can run code"
+    )
+
+
+def _checked_config(folder: Path) -> dict[str, Any]:
+    path = folder / _CONFIG
+    try:
+        config = json.loads(path.read_text())
+        found = config.get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: expected an AutoencoderKL configuration, found {type(error).__name__}") from error
+    if found != "AutoencoderKL":
+        raise ValueError(f"{path}: _class_name is {found!r}, expected 'AutoencoderKL'")
+    if config.get("latents_mean") or config.get("latents_std"):
+        raise ValueError(f"{path}: latents_mean and latents_std are set, expected one scaling_factor and shift_factor")
+    return config
+
+
+class Autoencoder:
+    """A frozen diffusers AutoencoderKL, in float32. Make one with `Autoencoder.load`.
+
+    Attributes:
+        model: the network.
+        channels: C, latent channels.
+        factor: f, pixels a latent cell along one side.
+        scale: what latents are multiplied by for the diffusion model.
+        shift: what is subtracted before that.
+        identity: sha256 of the weights.
+        device: where it computes.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: Mapping[str, Any], identity: str, device: str) -> None:
+        self.model: Any = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+        self.device = torch.device(device)
+        self.channels = int(config["latent_channels"])
+        self.factor = 2 ** (len(config["block_out_channels"]) - 1)
+        self.scale = float(config["scaling_factor"])
+        self.shift = float(config.get("shift_factor") or 0.0)
+        self.identity = identity
+
+    @classmethod
+    def load(cls, where: str | Path, *, device: str = "cpu") -> Autoencoder:
+        """Load from a folder in diffusers' layout (config.json, safetensors) or by hub id.
+
+        Args:
+            where: folder, or a hub id such as "stabilityai/sd-vae-ft-mse".
+            device: where to compute, as torch names it.
+
+        Raises:
+            ValueError: nothing there, another kind of model, weights that do not fit their configuration, or a hub
+                that cannot be reached.
+        """
+        # 5 s to import, so only here, and from the module itself rather than the package.
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from safetensors import SafetensorError
+
+        folder = fetch(where)
+        _checked_config(folder)
+        files = _weight_files(folder)
+        try:
+            loaded: Any = AutoencoderKL.from_pretrained(
+                str(folder),
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                torch_dtype=torch.float32,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{files[0]}: cannot be loaded as an AutoencoderKL ({error})") from error
+        model, info = loaded
+        # diffusers only warns, and leaves what is missing at random.
+        wrong = {name: sorted(map(str, found))[:4] for name, found in info.items() if found}
+        if wrong:
+            raise ValueError(f"{files[0]}: the weights do not fit {_CONFIG}: {wrong}")
+        return cls(model, model.config, _files_identity(files), device)
+
+    @torch.no_grad()
+    def moments(self, images: torch.Tensor | np.ndarray) -> torch.Tensor:
+        """Mean and std of the posterior, unscaled.
+
+        Args:
+            images: (B, H, W, 3) uint8, H and W multiples of `factor`.
+
+        Returns:
+            (B, 2C, H/f, W/f) float32 on the autoencoder's device: means, then standard deviations.
+        """
+        pixels = torch.as_tensor(images).to(self.device)
+        assert pixels.dtype == torch.uint8 and pixels.ndim == 4 and pixels.shape[3] == 3, "expected NHWC uint8"
+        # NHWC uint8 -> NCHW float32 in [-1, 1]
+        signal = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        posterior = self.model.encode(signal).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1)
+
+    @torch.no_grad()
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Images of latents at the diffusion model's scale.
+
+        Args:
+            z: (B, C, h, w), any float dtype.
+
+        Returns:
+            (B, 3, h f, w f) float32, nominally in [-1, 1], not clipped.
+        """
+        latents = z.to(self.device, torch.float32) / self.scale + self.shift
+        return self.model.decode(latents).sample
+
+
+def _files_identity(files: list[Path]) -> str:
+    parts = [artefact.file_identity(path) for path in files]
+    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def draw(
+    moments: torch.Tensor, noise: torch.Tensor, scale: float | torch.Tensor, shift: float | torch.Tensor
+) -> torch.Tensor:
+    """A latent drawn from its posterior, at the diffusion model's scale: (mean + std noise - shift) scale.
+
+    Args:
+        moments: (B, 2C, h, w) mean and std, any float dtype.
+        noise: (B, C, h, w) standard normal.
+        scale: the autoencoder's scale.
+        shift: the autoencoder's shift.
+
+    Returns:
+        (B, C, h, w) float32.
+    """
+    mean, std = moments.float().chunk(2, dim=1)
+    return (mean + std * noise.float() - shift) * scale
+
+
+def to_pixels(x: torch.Tensor, rounding: Literal["truncate", "round"] = "truncate") -> torch.Tensor:
+    """Images in [-1, 1] as pixels.
+
+    Args:
+        x: (B, 3, H, W) float; what lies outside [-1, 1] is clipped.
+        rounding: "truncate" is clamp(255 (x + 1) / 2), cut to an integer (REPA, HASTE); "round" is
+            clamp(127.5 x + 128), cut to an integer (DiT, SiT).
+
+    Returns:
+        (B, H, W, 3) uint8.
+
+    Raises:
+        ValueError: no such rounding.
+    """
+    if rounding not in ("truncate", "round"):
+        raise ValueError(f"pixel rounding {rounding!r}: expected 'truncate' or 'round'")
+    levels = 255 * (x.float() + 1) / 2 if rounding == "truncate" else 127.5 * x.float() + 128
+    return levels.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def encode_shard(
+    folder: Path | str,
+    images: Store,
+    autoencoder: Autoencoder,
+    *,
+    key: str,
+    recipe: Mapping[str, Any],
+    shard: int,
+    shards: int,
+    provenance: Mapping[str, Any],
+    batch: int = 64,
+    dtype: str = "float16",
+    progress: Progress | None = None,
+) -> Path:
+    """Write one shard of a latents store: moments (2C, h, w) and label int64, samples in the images' order.
+
+    The content depends on the batch by float rounding only; a store made with another number of shards may therefore
+    differ in last bits, and then has another identity.
+
+    Args:
+        folder: the latents store's folder.
+        images: an open store with image (R, R, 3) uint8 and label int64.
+        autoencoder: what encodes.
+        key: hash of the recipe.
+        recipe: how the store is made, JSON.
+        shard: which shard, from 0.
+        shards: how many there are.
+        provenance: how this shard is made, JSON.
+        batch: images a pass.
+        dtype: how moments are stored.
+        progress: called with (samples written, samples of this shard).
+
+    Raises:
+        ValueError: a resolution that the autoencoder cannot halve, or moments that are not finite in `dtype`.
+    """
+    facts = _facts(images, autoencoder)
+    side = facts["size"]
+    return write_shard(
+        folder,
+        kind=KIND,
+        key=key,
+        recipe=recipe,
+        shard=shard,
+        shards=shards,
+        total=images.count,
+        fields={"moments": ((2 * autoencoder.channels, side, side), dtype), "label": ((), np.int64)},
+        batches=_encode(images, autoencoder, shard_range(images.count, shard, shards), batch, dtype),
+        provenance=provenance,
+        facts=facts,
+        progress=progress,
+    )
+
+
+def _facts(images: Store, autoencoder: Autoencoder) -> dict[str, Any]:
+    resolution, factor = images.fields["image"][0][0], autoencoder.factor
+    if resolution % factor:
+        raise ValueError(f"{images.folder}: images of {resolution} pixels, expected a multiple of {factor}")
+    return {
+        "classes": images.manifest["classes"],
+        "images": images.identity,
+        "autoencoder": autoencoder.identity,
+        "channels": autoencoder.channels,
+        "scale": autoencoder.scale,
+        "shift": autoencoder.shift,
+        "factor": factor,
+        "size": resolution // factor,
+    }
+
+
+def _encode(
+    images: Store, autoencoder: Autoencoder, samples: range, batch: int, dtype: str
+) -> Iterator[dict[str, np.ndarray]]:
+    for low in range(0, len(samples), batch):
+        rows = samples[low : low + batch]
+        with np.errstate(over="ignore"):  # an overflow is found and named below
+            moments = autoencoder.moments(images.read("image", rows)).cpu().numpy().astype(dtype)
+        broken = np.flatnonzero(~np.isfinite(moments).all(axis=(1, 2, 3)))
+        if len(broken):
+            raise ValueError(f"{images.folder}: latents of image {rows[int(broken[0])]} are not finite in {dtype}")
+        yield {"moments": moments, "label": images.read("label", rows)}
+
+
+def encode_join(
+    folder: Path | str,
+    images: Store,
+    *,
+    key: str,
+    recipe: Mapping[str, Any],
+    shards: int,
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Join the shards of a latents store. No autoencoder is needed: the shards say what made them.
+
+    The manifest carries the images' splits, and beside the usual entries: classes, images and autoencoder (identities),
+    channels, scale, shift, factor, size (h).
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: a shard is missing, foreign, made from other images or by another autoencoder.
+    """
+    return join(
+        folder,
+        kind=KIND,
+        key=key,
+        recipe=recipe,
+        shards=shards,
+        splits=images.manifest["splits"],
+        provenance=provenance,
+        expected_facts={"images": images.identity, "classes": images.manifest["classes"]},
+    )

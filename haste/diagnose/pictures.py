@@ -1,0 +1,66 @@
+"""Grids of samples: one column a class, so that the same column of two grids shows the same class. No torch.
+
+Shapes: N images, R pixels a side, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from haste.artefact import replacing
+
+GAP = 2  # pixels between neighbouring images, half of it on each side: columns then have equal widths
+
+
+def class_grid(
+    images: np.ndarray, labels: np.ndarray, *, per_class: int, scale: int, classes: Sequence[int] | None = None
+) -> Image.Image:
+    """Lay out the first `per_class` samples of each label, in index order, one column a class.
+
+    Sample j of column c has its top left corner at (c * cell + GAP / 2, j * cell + GAP / 2), cell = R * scale + GAP.
+
+    Args:
+        images: (N, R, R, 3) uint8, 0..255.
+        labels: (N,) integers.
+        per_class: rows of the grid.
+        scale: how many pixels a side each pixel becomes (nearest neighbour, so that small images stay sharp).
+        classes: the label of each column; all labels that occur, ascending, if not given.
+
+    Returns:
+        An RGBA image of (C * cell, per_class * cell) pixels. Gaps and missing samples are transparent.
+
+    Raises:
+        ValueError: images or labels of another shape or type, or a grid without rows, columns or size.
+    """
+    _check(images, labels, per_class, scale)
+    columns = [int(c) for c in (np.unique(labels) if classes is None else classes)]
+    if not columns:
+        raise ValueError("class_grid: found no classes to show, expected at least one label")
+    side = images.shape[1] * scale
+    cell = side + GAP
+    grid = Image.new("RGBA", (len(columns) * cell, per_class * cell), (0, 0, 0, 0))
+    for column, label in enumerate(columns):
+        for row, index in enumerate(np.flatnonzero(labels == label)[:per_class]):
+            picture = Image.fromarray(images[index]).resize((side, side), Image.Resampling.NEAREST)
+            grid.paste(picture, (column * cell + GAP // 2, row * cell + GAP // 2))
+    return grid
+
+
+def _check(images: np.ndarray, labels: np.ndarray, per_class: int, scale: int) -> None:
+    square = images.ndim == 4 and images.shape[1] == images.shape[2] and images.shape[3] == 3
+    if not square or images.dtype != np.uint8:
+        raise ValueError(f"class_grid: images are {images.dtype} {images.shape}, expected uint8 (N, R, R, 3)")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"class_grid: labels have shape {labels.shape}, expected {images.shape[:1]}, one an image")
+    if per_class < 1 or scale < 1:
+        raise ValueError(f"class_grid: per_class is {per_class} and scale is {scale}, expected 1 or more of both")
+
+
+def write_png(path: Path | str, image: Image.Image) -> None:
+    """Write an image as PNG, whole or not at all."""
+    with replacing(path) as aside:
+        image.save(aside, format="PNG")

@@ -1,0 +1,1 @@
+"""Noise paths, samplers as plain functions of a velocity, and classifier-free guidance."""

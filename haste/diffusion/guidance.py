@@ -1,0 +1,61 @@
+"""Classifier-free guidance (Ho and Salimans 2022), on an interval of times (Kynkäänniemi et al. 2024)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Times come from grids computed in float64: 0.7 may arrive as 0.7000000000000001 and is still meant to be the end.
+_TIME_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A velocity of (x, t) that guides where it should; made by `guided`."""
+
+    model_velocity: Callable[[Tensor, float, Tensor], Tensor]
+    labels: Tensor
+    null_class: int
+    scale: float
+    interval: tuple[float, float]
+
+    def active(self, t: float) -> bool:
+        """Whether an evaluation at time t is guided; the interval includes its ends."""
+        low, high = self.interval
+        return self.scale > 1.0 and low - _TIME_ROUNDING <= t <= high + _TIME_ROUNDING
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        return self._evaluate(x, t, self.active(t))
+
+    def held(self, t: float) -> Callable[[Tensor, float], Tensor]:
+        """This velocity with the decision of time t, whatever time it is asked at."""
+        active = self.active(t)
+        return lambda x, time: self._evaluate(x, time, active)
+
+    def _evaluate(self, x: Tensor, t: float, active: bool) -> Tensor:
+        if not active:
+            return self.model_velocity(x, t, self.labels)
+        labels = torch.cat([self.labels, torch.full_like(self.labels, self.null_class)])
+        both = self.model_velocity(torch.cat([x, x]), t, labels).to(x.dtype)  # (2B, ...), in the state's precision
+        conditional, unconditional = both.chunk(2)
+        return unconditional + self.scale * (conditional - unconditional)
+
+
+def guided(
+    model_velocity: Callable[[Tensor, float, Tensor], Tensor],
+    labels: Tensor,
+    null_class: int,
+    scale: float,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> Guided:
+    """`model_velocity(x, t, y)` as a velocity of (x, t): uncond + scale (cond - uncond) for low <= t <= high.
+
+    A guided evaluation is one call on a doubled batch, labels first and null class second; outside the interval, or
+    with scale <= 1, it is one call on the batch itself with its labels. x (B, ...), labels (B,), t a float in [0, 1].
+    For an SDE sampler this equals guiding the drift, which is affine in the velocity. ValueError for an empty interval.
+    """
+    low, high = interval
+    if low > high:
+        raise ValueError(f"guidance interval [{low}, {high}] is empty: the first end must not exceed the second")
+    return Guided(model_velocity, labels, null_class, scale, (low, high))

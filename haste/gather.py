@@ -1,0 +1,130 @@
+"""From a plan's files to what the report shows. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from haste import artefact, config, journal
+from haste.diagnose import pictures
+from haste.plan import Evaluation, Plan
+from haste.report.tables import NONE, Curve, Grid, Part, Report, Row, Stage
+
+COLUMNS = 10  # classes in a grid
+PER_CLASS = 4  # samples a class in a grid
+SCALE = 2  # screen pixels a sample's pixel, for small images
+METHODS = {(): "vanilla", ("features",): "REPA", ("attention",): "ATTA", ("attention", "features"): "HASTE"}
+
+
+def method(plan: Plan, run: str) -> str:
+    """The published name of a run's loss."""
+    return METHODS[tuple(sorted(config.terms_of(plan.config, run)))]
+
+
+def stop(plan: Plan, run: str) -> str:
+    """When a run's alignment stops, as the table says it."""
+    terms, stops = config.terms_of(plan.config, run), plan.config.runs[run].stop.model_dump()
+    found = {kind: "never" if stops[kind] is None else str(stops[kind]) for kind in terms}
+    if not found:
+        return NONE
+    return found.popitem()[1] if len(set(found.values())) == 1 else ", ".join(f"{k} {s}" for k, s in found.items())
+
+
+def records(plan: Plan, run: str) -> list[dict[str, Any]]:
+    """What a run logged from its first step to its last milestone, across the trajectories it passes through."""
+    last, found = plan.config.runs[run].milestones[-1], []
+    for piece in plan.pieces[run]:
+        high = last if piece.high is None else min(last, piece.high)
+        lines = journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"), piece.low, high)
+        found += [{**line, "loss": line["denoising"]} for line in lines]
+    return found
+
+
+def stages(plan: Plan) -> list[Stage]:
+    """Jobs and seconds by rule, from the benchmark files of this configuration's own jobs."""
+    spent: dict[str, list[float]] = {}
+    for path in sorted(Path(plan.folder, "benchmarks").glob("*.tsv")):
+        seconds = pd.read_csv(path, sep="\t")["s"].iloc[-1]
+        spent.setdefault(path.name.split("-")[0].split(".")[0], []).append(float(seconds))
+    order = [
+        "images",
+        "autoencoder",
+        "teacher",
+        "detector",
+        "latents",
+        "train",
+        "reference",
+        "sample",
+        "score",
+        "floor",
+        "grid",
+    ]
+    return [Stage(name, len(spent[name]), sum(spent[name])) for name in order if name in spent]
+
+
+def _parts(plan: Plan) -> list[Part]:
+    made = [plan.autoencoder, *plan.teachers.values(), plan.detector]
+    found = [artefact.read_json(part.manifest, "part") for part in made if part is not None]
+    return [Part(part["name"], part["part"], part["quality"], part["provenance"]) for part in found]
+
+
+def report(plan: Plan) -> Report:
+    """Everything the page shows, read from finished files.
+
+    Raises:
+        ValueError: a score or part is missing or broken; names the file.
+    """
+    settings = plan.config
+    rows = [
+        Row(
+            run=row.run,
+            model=settings.runs[row.run].model,
+            method=method(plan, row.run),
+            stop=stop(plan, row.run),
+            seed=settings.runs[row.run].seed,
+            step=row.step,
+            score=artefact.read_json(row.evaluation.score, "score"),
+        )
+        for row in plan.rows
+    ]
+    grids = [
+        Grid(row.run, row.step, Path(row.evaluation.grid), [str(c) for c in shown_classes(plan)])
+        for row in plan.rows
+        if Path(row.evaluation.grid).exists()
+    ]
+    return Report(
+        name=settings.name,
+        title=settings.title or settings.name,
+        description=settings.description,
+        rows=rows,
+        floor=artefact.read_json(plan.floor, "score"),
+        curves=[Curve(run, settings.runs[run].seed, records(plan, run)) for run in settings.runs],
+        grids=grids,
+        parts=_parts(plan),
+        stages=stages(plan),
+        provenance=artefact.provenance(inputs={row.evaluation.score: row.run for row in plan.rows}),
+        config_text=yaml.safe_dump(settings.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
+        notes=plan.notes,
+    )
+
+
+def shown_classes(plan: Plan) -> range:
+    """The classes that grids show, one column each."""
+    return range(min(COLUMNS, plan.config.images.classes))
+
+
+def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
+    """The first samples of every class, one column a class. Equal seeds: equal noise for every method."""
+    images, labels = [], []
+    for shard in range(evaluation.features.shards):
+        with np.load(evaluation.sample_file(shard), allow_pickle=False) as file:
+            images.append(file["arr_0"])
+            labels.append(file["arr_1"])
+    classes = shown_classes(plan)
+    pixels, asked = np.concatenate(images), np.concatenate(labels)
+    grid = pictures.class_grid(pixels, asked, per_class=PER_CLASS, scale=SCALE, classes=classes)
+    pictures.write_png(evaluation.grid, grid)

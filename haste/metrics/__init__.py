@@ -1,0 +1,1 @@
+"""Detectors that look at images, and numbers computed from what they saw."""

@@ -1,0 +1,6 @@
+"""Denoising networks and the projector heads that are trained beside them."""
+
+from haste.models.heads import Projector
+from haste.models.sit import SIZES, SiT
+
+__all__ = ["SIZES", "Projector", "SiT"]

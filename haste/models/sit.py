@@ -1,0 +1,133 @@
+"""SiT: the diffusion transformer of Peebles and Xie (2023) as a velocity model (Ma et al. 2024), with named taps.
+
+Shapes: B batch, C channels, N tokens, D model width, H heads, K head width (D = H K), p patch size.
+Parameter names are those of REPA's checkpoints.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from haste.models.layers import (
+    Block,
+    FinalLayer,
+    LabelEmbedding,
+    PatchEmbedding,
+    TimestepEmbedding,
+    sincos_positions,
+)
+
+_WIDTHS = {
+    "S": {"depth": 12, "width": 384, "heads": 6},
+    "B": {"depth": 12, "width": 768, "heads": 12},
+    "L": {"depth": 24, "width": 1024, "heads": 16},
+    "XL": {"depth": 28, "width": 1152, "heads": 16},
+}
+
+#: Published sizes: name -> the depth, width, heads and patch_size that `SiT` takes.
+SIZES: dict[str, dict[str, Any]] = {
+    f"SiT-{size}/{patch}": {**shape, "patch_size": patch} for size, shape in _WIDTHS.items() for patch in (2, 4, 8)
+}
+
+
+class SiT(nn.Module):
+    """Velocity model v(x_t, t, y).
+
+    input_size      height and width of the (latent) image
+    in_channels     its channels; the velocity has as many
+    classes         number of labels; the null class is one more, `null_class`
+    generator       where the initial numbers come from (see `initialise`); without one, seed 0
+
+    ValueError if the patches do not tile the image or the heads do not divide the width.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        *,
+        input_size: int,
+        in_channels: int,
+        patch_size: int,
+        depth: int,
+        width: int,
+        heads: int,
+        classes: int,
+        mlp_ratio: float = 4.0,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of heads {heads}")
+        self.input_size, self.in_channels, self.patch_size = input_size, in_channels, patch_size
+        self.depth, self.width, self.heads, self.head_width = depth, width, heads, width // heads
+        self.classes = self.null_class = classes
+        self.grid = (input_size // patch_size, input_size // patch_size)
+        self.tokens = self.grid[0] * self.grid[1]
+
+        self.x_embedder = PatchEmbedding(in_channels, patch_size, width)
+        self.t_embedder = TimestepEmbedding(width)
+        self.y_embedder = LabelEmbedding(classes, width)
+        # A buffer, not a frozen parameter: the key is the same, and no optimiser or parameter count ever meets it.
+        self.register_buffer("pos_embed", torch.zeros(1, self.tokens, width))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(width, patch_size * patch_size * in_channels)
+        self.initialise(generator or torch.Generator("cpu").manual_seed(0))
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """The published initialisation (DiT), from `generator` alone.
+
+        Zero modulations and output, N(0, 0.02^2) label table and timestep MLP, Xavier-uniform elsewhere, zero biases.
+        The global random state has no say, and anything built beside the model leaves its numbers alone.
+        """
+        self.x_embedder.initialise(generator)
+        self.t_embedder.initialise(generator)
+        self.y_embedder.initialise(generator)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.initialise(generator)
+        self.final_layer.initialise()
+        self.pos_embed.copy_(sincos_positions(self.width, self.grid))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, dict[str, Any]]:
+        """Velocity (B, C, H, W) at x (B, C, H, W), t (B,) in [0, 1] (0 is data), y (B,) int64, and the taps asked for.
+
+        taps: "tokens.m"     hidden tokens (B, N, D) after block m, counted from 1
+              "attention.i"  (q, k), each (B, H, N, K), of block i counted from 0, as they enter K^(-1/2) q k^T
+
+        A tap that is not asked for costs nothing, and one that is changes no number. Labels are never dropped here: to
+        train without a label, pass `null_class`. ValueError for a tap that this model does not have.
+        """
+        self._check_taps(taps)
+        assert x.shape[1:] == (self.in_channels, self.input_size, self.input_size), tuple(x.shape)
+        assert t.shape == y.shape == x.shape[:1], (tuple(t.shape), tuple(y.shape))
+        tapped: dict[str, Any] = {}
+        tokens = self.x_embedder(x) + self.pos_embed  # (B, N, D)
+        condition = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        for index, block in enumerate(self.blocks):
+            wants_attention = f"attention.{index}" in taps
+            tokens, query_key = block(tokens, condition, wants_attention)
+            if wants_attention:
+                tapped[f"attention.{index}"] = query_key
+            if f"tokens.{index + 1}" in taps:
+                tapped[f"tokens.{index + 1}"] = tokens
+        return self._unpatchify(self.final_layer(tokens, condition)), tapped
+
+    def _check_taps(self, taps: Collection[str]) -> None:
+        known = {f"tokens.{m}" for m in range(1, self.depth + 1)} | {f"attention.{i}" for i in range(self.depth)}
+        for tap in taps:
+            if tap not in known:
+                raise ValueError(
+                    f"no tap {tap!r}: a SiT of {self.depth} blocks has tokens.1 to tokens.{self.depth} "
+                    f"and attention.0 to attention.{self.depth - 1}"
+                )
+
+    def _unpatchify(self, patches: Tensor) -> Tensor:
+        """(B, N, p p C) -> (B, C, H, W); within a patch rows come first, then columns, then channels."""
+        rows, columns, p = *self.grid, self.patch_size
+        patches = patches.view(-1, rows, columns, p, p, self.in_channels)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, rows * p, columns * p)

@@ -1,0 +1,369 @@
+"""From the table of runs to files: runs -> trajectories -> states, and what it costs. No torch.
+
+A *state* is what training has made of a model by some step. Its name follows from what decides it and from nothing
+else: the recipe (data, model, optimiser, seed, ...), which alignment terms were active on which steps so far, and the
+step. So runs that agree up to a step share that trunk, and where training is cut never shows in a name.
+
+A *trajectory* is a folder of states. A term that is still active writes its interval as open, [0, None): the
+trajectory of a run that will stop at tau is, up to tau, the very trajectory of the run that never stops. From tau on the
+interval is closed, [0, tau), which is another name: a branch. A run's way through trajectories is a list of `Piece`s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from haste import config as configuration
+from haste.artefact import fingerprint
+from haste.config import Config, Model, Sampling
+
+RECIPE = 1  # raised when the method changes such that equal settings no longer give equal results
+STATE_NAME = re.compile(r"step-(\d{8,})\.safetensors$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Artefact:
+    """Something on disk that a recipe decides: a store or a trained part."""
+
+    kind: str
+    key: str
+    recipe: dict[str, Any]
+    folder: str
+    shards: int = 1
+    name: str = ""
+
+    @property
+    def manifest(self) -> str:
+        """The file whose presence says that the artefact is whole."""
+        return f"{self.folder}/{'manifest' if self.kind in ('images', 'latents', 'features') else 'part'}.json"
+
+    @property
+    def shard_files(self) -> list[str]:
+        """Every shard of a store, in order."""
+        return [f"{self.folder}/shard-{i:05d}-of-{self.shards:05d}.h5" for i in range(self.shards)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """One folder of states: a recipe and the intervals on which its alignment terms were active."""
+
+    name: str
+    key: str
+    recipe: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """The stretch of a run's lineage that lies on one trajectory: its states have low < step <= high."""
+
+    trajectory: str
+    low: int
+    high: int | None
+
+    def holds(self, step: int) -> bool:
+        """Whether the state after `step` steps belongs to this piece."""
+        return self.low < step and (self.high is None or step <= self.high)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class State:
+    """A state's name."""
+
+    trajectory: str
+    step: int
+
+    @property
+    def file(self) -> str:
+        """The file's name inside the trajectory's folder."""
+        return f"step-{self.step:08d}.safetensors"
+
+    def __str__(self) -> str:
+        return f"{self.trajectory}/{self.step:08d}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """One training job: from `parent` (None: from the beginning) to `state`, with the terms active in between."""
+
+    state: State
+    parent: State | None
+    terms: dict[str, dict[str, Any]]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def start(self) -> int:
+        """Steps done before the first one of this segment, if nothing newer is found."""
+        return self.parent.step if self.parent else 0
+
+    @property
+    def teachers(self) -> list[str]:
+        """Names of the teachers that this segment needs: none after the last stop."""
+        return sorted({term["teacher"] for term in self.terms.values()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Samples of one state, drawn in one way, and their score."""
+
+    name: str
+    state: State
+    sampling_name: str
+    sampling: Sampling
+    folder: str
+    features: Artefact
+    score: str
+
+    @property
+    def grid(self) -> str:
+        """The picture of its first samples by class."""
+        return f"{self.folder}/grid.png"
+
+    def sample_file(self, shard: int) -> str:
+        """ADM's .npz of one shard."""
+        return f"{self.folder}/shard-{shard:05d}-of-{self.features.shards:05d}.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the result table."""
+
+    run: str
+    step: int
+    evaluation: Evaluation
+
+
+class Plan:
+    """Everything that a configuration asks for, by name and by path. Reading the disk is left to the caller of `segment`."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.root = config.results.rstrip("/")
+        self._plan_data()
+        self._plan_runs()
+        self._plan_evaluations()
+
+    # -- data and parts ------------------------------------------------------------------------------------------
+
+    def _plan_data(self) -> None:
+        config = self.config
+        recipe = {"recipe": RECIPE, **config.images.model_dump(exclude={"shards"})}
+        self.images = self._store("images", recipe, config.images.shards)
+        trained = config.autoencoder.trained
+        self.autoencoder = self._part("autoencoder", "autoencoder", trained.model_dump()) if trained else None
+        recipe = {
+            "recipe": RECIPE,
+            "images": self.images.key,
+            "autoencoder": self.autoencoder.key if self.autoencoder else self.encoder,
+            "dtype": config.autoencoder.dtype,
+        }
+        self.latents = self._store("latents", recipe, config.autoencoder.shards)
+        self.teachers: dict[str, Artefact | None] = {
+            name: self._part("teacher", name, teacher.trained.model_dump()) if teacher.trained else None
+            for name, teacher in config.teachers.items()
+        }
+        ((name, detector),) = config.detector.items()
+        self.detector = self._part("detector", name, detector.trained.model_dump())
+        self.reference = self._features(self.images.folder.rsplit("/", 1)[1], self.images.key, shards=1)
+
+    def _store(self, kind: str, recipe: dict[str, Any], shards: int) -> Artefact:
+        key = fingerprint({"store": kind, **recipe})
+        return Artefact(kind, key, recipe, f"{self.root}/stores/{kind}-{key}", shards)
+
+    def _part(self, kind: str, name: str, settings: dict[str, Any]) -> Artefact:
+        recipe = {"recipe": RECIPE, "part": kind, "images": self.images.key, **settings}
+        key = fingerprint(recipe)
+        return Artefact(kind, key, recipe, f"{self.root}/parts/{kind}-{key}", name=name)
+
+    def _features(self, of: str, source: str, shards: int) -> Artefact:
+        recipe = {"recipe": RECIPE, "of": source, "detector": self.detector.key}
+        folder = f"{self.root}/features/{of}/{self.detector.name}-{self.detector.key}"
+        return Artefact("features", fingerprint(recipe), recipe, folder, shards)
+
+    def teacher_key(self, name: str) -> str:
+        """What names a teacher in a recipe: a trained one's key, or the pretrained one's name."""
+        part = self.teachers[name]
+        return part.key if part else _pretrained(self.config.teachers[name])["name"]
+
+    # -- runs ----------------------------------------------------------------------------------------------------
+
+    def _plan_runs(self) -> None:
+        self.trajectories: dict[str, Trajectory] = {}
+        self.pieces: dict[str, tuple[Piece, ...]] = {name: tuple(self._pieces(name)) for name in self.config.runs}
+        self.cuts: dict[str, set[int]] = {name: set() for name in self.trajectories}
+        self._owner: dict[str, str] = {}  # trajectory -> a run that passes through it; any will do
+        for run, row in self.config.runs.items():
+            last = row.milestones[-1]
+            ends = {piece.high for piece in self.pieces[run] if piece.high is not None and piece.high <= last}
+            for step in {*row.milestones, *ends}:
+                state = self.state(run, step)
+                self.cuts[state.trajectory].add(step)
+                self._owner.setdefault(state.trajectory, run)
+        self.notes = [
+            f"{run}: stop of {kind} at step {step} lies beyond the last milestone {row.milestones[-1]}: it has no effect yet"
+            for run, row in self.config.runs.items()
+            for kind, step in row.stop.model_dump().items()
+            if step is not None and step > row.milestones[-1] and kind in configuration.terms_of(self.config, run)
+        ]
+
+    def _pieces(self, run: str) -> Iterator[Piece]:
+        terms, stops = configuration.terms_of(self.config, run), self.config.runs[run].stop.model_dump()
+        stops = {kind: stops[kind] for kind in terms}
+        bounds = sorted({stop for stop in stops.values() if stop})  # a stop at step 0 starts no piece of its own
+        for low, high in zip([0, *bounds], [*bounds, None], strict=True):
+            active = {
+                kind: {**term, "active": [0, stops[kind] if stops[kind] is not None and stops[kind] <= low else None]}
+                for kind, term in terms.items()
+                if stops[kind] != 0
+            }
+            yield Piece(self._trajectory(run, active).name, low, high)
+
+    def _trajectory(self, run: str, terms: dict[str, dict[str, Any]]) -> Trajectory:
+        row, model = self.config.runs[run], configuration.model_named(self.config, self.config.runs[run].model)
+        named = {kind: {**term, "teacher": self.teacher_key(term["teacher"])} for kind, term in terms.items()}
+        recipe = {
+            "recipe": RECIPE,
+            "latents": self.latents.key,
+            "classes": self.config.images.classes,
+            "model": {
+                **model.model_dump(),
+                "input_size": self.config.latent_size,
+                "channels": self.config.autoencoder.channels,
+            },
+            "training": self.config.training_of(run).model_dump(),
+            "seed": row.seed,
+            "terms": named,
+        }
+        key = fingerprint(recipe)
+        trajectory = Trajectory(f"{_slug(model, named)}-s{row.seed}-{key}", key, recipe)
+        self.trajectories[trajectory.name] = trajectory
+        return trajectory
+
+    def state(self, run: str, step: int) -> State:
+        """The state of a run after `step` steps."""
+        piece = next(piece for piece in self.pieces[run] if piece.holds(step))
+        return State(piece.trajectory, step)
+
+    def path(self, state: State) -> str:
+        """Where a state lies."""
+        return f"{self.root}/states/{state.trajectory}/{state.file}"
+
+    def parse(self, name: str) -> State:
+        """The state behind `trajectory/step`, as rules and people write it.
+
+        Raises:
+            ValueError: no run of this configuration passes through it.
+        """
+        trajectory, _, step = name.rpartition("/")
+        if trajectory not in self.trajectories or not step.isdigit():
+            raise ValueError(
+                f"state {name!r}: expected TRAJECTORY/STEP with one of this configuration's trajectories: "
+                f"{', '.join(sorted(self._owner))}"
+            )
+        state = State(trajectory, int(step))
+        if not any(p.trajectory == trajectory and p.holds(state.step) for ps in self.pieces.values() for p in ps):
+            raise ValueError(f"state {name!r}: this trajectory has no step {state.step} in this configuration")
+        return state
+
+    def planned(self) -> list[State]:
+        """Every state that some run asks for, or that a branch starts from."""
+        return sorted(State(name, step) for name, steps in self.cuts.items() for step in steps)
+
+    def lineage(self, state: State) -> tuple[Piece, ...]:
+        """The pieces from the beginning of training up to the one that holds a state."""
+        pieces = self.pieces[self._owner_of(state)]
+        return pieces[: next(i for i, piece in enumerate(pieces) if piece.trajectory == state.trajectory) + 1]
+
+    def _owner_of(self, state: State) -> str:
+        if state.trajectory in self._owner:
+            return self._owner[state.trajectory]
+        return next(run for run, pieces in self.pieces.items() if any(p.trajectory == state.trajectory for p in pieces))
+
+    def segment(self, state: State) -> Segment:
+        """The job that makes a state: from the nearest earlier state that exists on disk or is planned."""
+        pieces = self.lineage(state)
+        parent = None
+        for piece in pieces:
+            steps = self.cuts[piece.trajectory] | self.on_disk(piece.trajectory)
+            earlier = [step for step in steps if piece.holds(step) and step < state.step]
+            if earlier:
+                parent = State(piece.trajectory, max(earlier))
+        terms = configuration.terms_of(self.config, self._owner_of(state))
+        recipe = self.trajectories[state.trajectory].recipe["terms"]
+        active = {kind: term for kind, term in terms.items() if kind in recipe and recipe[kind]["active"][1] is None}
+        return Segment(state, parent, active, pieces)
+
+    @functools.cache  
+    def on_disk(self, trajectory: str) -> frozenset[int]:
+        """Steps of the finished states that a trajectory's folder holds (looked up once)."""
+        folder = Path(self.root, "states", trajectory)
+        names = [STATE_NAME.match(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+        return frozenset(int(match[1]) for match in names if match)
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def _plan_evaluations(self) -> None:
+        self.rows: list[Row] = []
+        self.evaluations: dict[str, Evaluation] = {}
+        for run, row in self.config.runs.items():
+            for step in row.milestones:
+                for name in row.sampling:
+                    evaluation = self._evaluation(self.state(run, step), name)
+                    self.evaluations[evaluation.name] = evaluation
+                    self.rows.append(Row(run, step, evaluation))
+        self.floor = f"{self.root}/scores/floor-{fingerprint([self.reference.key, 'halves'])}.json"
+
+    def _evaluation(self, state: State, name: str) -> Evaluation:
+        sampling = self.config.sampling[name]
+        decoder = self.autoencoder.key if self.autoencoder else self.decoder
+        recipe = {"recipe": RECIPE, "state": str(state), "sampling": sampling.model_dump(), "decoder": decoder}
+        draw = f"{state.trajectory}.{state.step:08d}.{fingerprint(recipe, 8)}"
+        features = self._features(draw, draw, self.config.runtime.sample_shards)
+        score = f"{self.root}/scores/{draw}.{fingerprint([features.key, self.reference.key], 8)}.json"
+        return Evaluation(draw, state, name, sampling, f"{self.root}/samples/{draw}", features, score)
+
+    # -- the configuration's own folder ------------------------------------------------------------------------------
+
+    @property
+    def encoder(self) -> str:
+        """What encodes images: the folder of the autoencoder trained here, or the pretrained one's folder or hub id."""
+        return self.autoencoder.folder if self.autoencoder else _pretrained(self.config.autoencoder)["encode"]
+
+    @property
+    def decoder(self) -> str:
+        """What decodes samples; a pretrained pair may share an encoder and differ here."""
+        return self.autoencoder.folder if self.autoencoder else _pretrained(self.config.autoencoder)["decode"]
+
+    @property
+    def folder(self) -> str:
+        """results/<configuration>."""
+        return f"{self.root}/{self.config.name}"
+
+    @property
+    def config_file(self) -> str:
+        """The resolved configuration that every job reads."""
+        return f"{self.folder}/config.json"
+
+    @property
+    def report(self) -> str:
+        """The page that everything ends in."""
+        return f"{self.folder}/report/index.html"
+
+
+def _pretrained(part: Any) -> dict[str, Any]:
+    settings = part.pretrained.model_dump()
+    return {**settings, "decode": settings.get("decode") or settings.get("encode")}
+
+
+def _slug(model: Model, terms: dict[str, dict[str, Any]]) -> str:
+    """A name that people can tell apart, made of nothing but the recipe (labels may differ between configurations)."""
+    size = next((n.replace("/", "-") for n, m in configuration.MODELS.items() if m == model), None)
+    words = [size or f"SiT-d{model.depth}w{model.width}p{model.patch_size}"]
+    for kind, term in terms.items():
+        end = term["active"][1]
+        words.append(kind if end is None else f"{kind}-to{end}")
+    return "-".join(words if terms else [*words, "vanilla"])

@@ -1,0 +1,4 @@
+"""From scores and logs to a page to read: tables, figures, one self-contained HTML file. No torch.
+
+Start at `page.write`; `tables` holds the dataclasses that describe a report.
+"""

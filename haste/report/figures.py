@@ -1,0 +1,225 @@
+"""Figures as SVG to stand inside a page: scores over steps, losses over steps.
+
+They carry no names of runs: a run's colour and dash are the same in every figure, and the page shows one legend.
+Ink is `currentColor` on no background, so that a figure is readable in light, in dark and in print.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+
+from haste.report.tables import Comparison, Curve, Report, comparisons, floor_value
+
+# Okabe and Ito, "Color Universal Design" (2008), less black and yellow, which vanish in the dark or on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+# Runs that share a trunk lie on one another: dashes let the line below show through, and tell runs apart in grey.
+DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
+INK = "#010203"  # stands for the text's colour until the SVG is written
+TEXT: dict[Any, Any] = {"font.family": "sans-serif", "font.size": 9.5, "svg.fonttype": "none"}
+SIZE = (4.4, 3.0)  # inches: small, so that the text is still readable when a phone shrinks the figure
+WIDTH = 1.9  # of a line, in points
+WIDE = 8.0  # a ratio of largest to smallest from which an axis is logarithmic
+POINTS = 400  # points a line is reduced to
+DRAWN = ("fd", "class_accuracy")  # the scores that are drawn over steps
+LOSSES = {
+    "loss": "denoising loss",
+    "features": "feature alignment loss",
+    "attention": "attention alignment loss",
+    "images_per_s": "training images per second",
+}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a run is drawn: colour, dash pattern in points, and the step its alignment stops at, if any."""
+
+    colour: str
+    dash: tuple[float, ...]
+    stop: int | None
+    method: str
+
+    @property
+    def dash_array(self) -> str:
+        """The pattern for a legend, in pixels: matplotlib, too, multiplies it by the line's width."""
+        return " ".join(f"{WIDTH * length:g}" for length in self.dash) or "none"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A figure of the page. `svg` is an element to be put into HTML as it is."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+def styles(report: Report) -> dict[str, Style]:
+    """The style of every run, in the order in which runs appear."""
+    known = {row.run: row for row in report.rows}
+    found = {}
+    for place, run in enumerate(dict.fromkeys([row.run for row in report.rows] + [c.run for c in report.curves])):
+        row = known.get(run)
+        stop = int(row.stop) if row and row.stop.isdigit() else None
+        dash = DASHES[(place + place // len(PALETTE)) % len(DASHES)]
+        colour = PALETTE[place % len(PALETTE)]
+        found[run] = Style(colour, dash, stop, row.method if row else "")
+    return found
+
+
+def score_panels(report: Report) -> list[Panel]:
+    """Fréchet distance and class accuracy over steps, a figure for every set of scores that may be compared.
+
+    Scores of a single step make no line: they are in the table.
+    """
+    drawn = styles(report)
+    groups = [g for g in comparisons(report) if g.column.metric in DRAWN and len({p.step for p in g.points}) > 1]
+    return [_score_panel(report, group, drawn, number) for number, group in enumerate(groups)]
+
+
+def _score_panel(report: Report, group: Comparison, drawn: Mapping[str, Style], number: int) -> Panel:
+    floor = floor_value(report, group.column)
+    lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for point in group.points:
+        lines.setdefault((point.run, point.seed), []).append((point.step, point.value))
+    models = {row.model for row in report.rows}
+    title = group.column.name + (f", {group.model}" if len(models) > 1 else "")
+    figure, axes = _figure(title)
+    for (run, _), points in lines.items():
+        _draw(axes, drawn[run], [step for step, _ in points], [value for _, value in points], marker="o")
+    if floor is not None:
+        axes.axhline(floor, color=INK, lw=1.1, dashes=(8, 4), alpha=0.7)
+    _scale(axes, [p.value for p in group.points] + ([] if floor is None else [floor]))
+    _mark_stops(axes, [drawn[run] for run, _ in lines])
+    dashed = "" if floor is None else f" Dashed, grey: real images against real ones, {floor:.3g}."
+    return Panel(title, f"{group.protocol}.{dashed}", _svg(figure, f"score{number}", _spoken(title, group, floor)))
+
+
+def _spoken(title: str, group: Comparison, floor: float | None) -> str:
+    """What a screen reader says of a figure: where every line ends."""
+    last = {p.run: p for p in sorted(group.points, key=lambda p: p.step)}
+    ends = [f"{run} {p.value:.3g} at step {p.step:,}" for run, p in last.items()]
+    return f"{title} over training steps: {'; '.join(ends)}" + ("" if floor is None else f"; floor {floor:.3g}")
+
+
+def loss_panels(report: Report) -> list[Panel]:
+    """Smoothed training curves, one figure a quantity; quantities that no run logged have none."""
+    drawn = styles(report)
+    panels = [_loss_panel(report.curves, key, drawn) for key in LOSSES]
+    return [panel for panel in panels if panel is not None]
+
+
+def _loss_panel(curves: Sequence[Curve], key: str, drawn: Mapping[str, Style]) -> Panel | None:
+    lines = [(curve.run, *series(curve, key)) for curve in curves]
+    lines = [line for line in lines if len(line[1])]
+    if not lines:
+        return None
+    figure, axes = _figure(LOSSES[key])
+    for run, steps, values in lines:
+        _draw(axes, drawn[run], steps, values)
+    _scale(axes, np.concatenate([values for _, _, values in lines]))
+    _mark_stops(axes, [drawn[run] for run, _, _ in lines])
+    ends = "; ".join(f"{run} {values[-1]:.3g} at step {steps[-1]:,.0f}" for run, steps, values in lines)
+    return Panel(LOSSES[key], "", _svg(figure, f"log-{key}", f"{LOSSES[key]} over training steps: {ends}"))
+
+
+def series(curve: Curve, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and smoothed values of one logged quantity; records without it, or with NaN, are left out.
+
+    Many records are averaged to `POINTS` bins; losses are then smoothed with a half-life of a fiftieth of the line
+    (exponentially weighted, bias-corrected, looking back only: a line never shows an effect before its cause). The
+    speed jumps where alignment stops; a running median keeps the jump, which a mean would turn into a ramp.
+    """
+    records = [r for r in curve.records if r.get(key) is not None and math.isfinite(r[key])]
+    if not records:
+        return np.empty(0), np.empty(0)
+    pairs = np.array([(r["step"], r[key]) for r in records], dtype=np.float64)
+    bins = np.array([part.mean(axis=0) for part in np.array_split(pairs, min(POINTS, len(pairs)))])
+    values, window = pd.Series(bins[:, 1]), len(bins) / 50
+    if key == "images_per_s":
+        return bins[:, 0], values.rolling(2 * int(window) + 1, center=True, min_periods=1).median().to_numpy()
+    return bins[:, 0], values.ewm(halflife=window).mean().to_numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def _figure(title: str) -> tuple[Figure, Axes]:
+    with matplotlib.rc_context(TEXT):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel(title, color=INK, parse_math=False)  # a detector's name may hold a $
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.tick_params(which="both", colors=INK)
+    axes.grid(axis="y", color=INK, alpha=0.12, lw=0.7)
+    axes.margins(x=0.03)
+    return figure, axes
+
+
+def _draw(axes: Axes, style: Style, steps: Iterable[float], values: Iterable[float], marker: str = "") -> None:
+    (line,) = axes.plot(list(steps), list(values), color=style.colour, lw=WIDTH, marker=marker, ms=4)
+    if style.dash:
+        line.set_dashes(style.dash)
+
+
+def _scale(axes: Axes, values: Iterable[float]) -> None:
+    """A logarithmic axis where values span much; otherwise a linear one."""
+    array = np.asarray(list(values))
+    if array.min() <= 0 or array.max() / array.min() < WIDE:
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _mark_stops(axes: Axes, runs: Iterable[Style]) -> None:
+    """A vertical line where a run's alignment stops, with the step beside it while there are few."""
+    low, high = axes.get_xlim()
+    stops = {s.stop: s for s in reversed(list(runs)) if s.stop is not None and low <= s.stop <= high}
+    for stop, style in stops.items():
+        axes.axvline(stop, color=style.colour, lw=1.1, dashes=(1.5, 2.5))
+        if len(stops) <= 3:  # above the axes, where no line passes
+            side = "right" if stop > low + 0.8 * (high - low) else "center"
+            place = axes.get_xaxis_transform()
+            axes.text(stop, 1.01, f"stop {stop:,}", transform=place, ha=side, va="bottom", fontsize=8, color=INK)
+
+
+def _svg(figure: Figure, name: str, spoken: str) -> str:
+    """The figure as an <svg> element: text stays text, ids are its own within the page, no link leads outside."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(TEXT | {"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    body = svg[svg.index(">") + 1 :]
+    width, height = (72 * inches for inches in SIZE)
+    edits: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+        (r"font-family:[^;\"]*;?|font: *([\d.]+px)[^;\"]*", lambda m: f"font-size: {m[1]}" if m[1] else ""),
+        (r"xlink:href", "href"),
+        (r'\bid="', f'id="{name}-'),
+        (r'href="#|url\(#', lambda m: f"{m[0]}{name}-"),
+        (INK, "currentColor"),
+    ]
+    for pattern, replacement in edits:
+        body = re.sub(pattern, replacement, body)
+    label = escape(spoken, quote=True)
+    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">{body}'

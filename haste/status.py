@@ -1,0 +1,261 @@
+"""What will run and what it costs; what a file is and how it was made. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from haste import artefact, journal
+from haste.plan import Plan, Segment
+
+MB = 1e6
+
+
+def parameters(recipe: dict[str, Any]) -> int:
+    """Parameters of a SiT without projectors, from a trajectory's recipe (the fixed position embedding not counted)."""
+    size = recipe["model"]
+    width, hidden = size["width"], int(size["width"] * size["mlp_ratio"])
+    patch = size["patch_size"] ** 2 * size["channels"]
+    attention = 4 * width * width + 4 * width
+    mlp = 2 * width * hidden + hidden + width
+    modulation = width + 1
+    block = attention + mlp + 6 * width * modulation
+    embeddings = patch * width + width + 256 * width + width + width * width + width + (recipe["classes"] + 1) * width
+    final = 2 * width * modulation + width * patch + patch
+    return size["depth"] * block + embeddings + final
+
+
+def training_flops(recipe: dict[str, Any]) -> float:
+    """Floating-point operations of one image's forward and backward through a SiT: 6 a weight and token, and attention."""
+    size = recipe["model"]
+    width, tokens = size["width"], (size["input_size"] // size["patch_size"]) ** 2
+    weights = size["depth"] * (4 * width**2 + 2 * width**2 * size["mlp_ratio"])
+    conditioning = size["depth"] * 6 * width**2  # once an image, not once a token
+    return 6.0 * (weights * tokens + conditioning) + 12.0 * size["depth"] * tokens**2 * width
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One line of the plan: jobs of a kind, how many are left, and what those cost."""
+
+    name: str
+    jobs: int
+    left: int
+    seconds: float | None
+    megabytes: float
+
+
+def machine_flops() -> float:
+    """What one core of this machine sustains in float32 matrix products, measured now in some tenths of a second."""
+    import numpy as np
+    from threadpoolctl import threadpool_limits
+
+    a = np.random.default_rng(0).standard_normal((1024, 512), dtype=np.float32)
+    b = np.ascontiguousarray(a.T)
+    with threadpool_limits(1):
+        a @ b
+        started, count = time.perf_counter(), 0
+        while time.perf_counter() - started < 0.2:
+            a @ b
+            count += 1
+    return count * 2 * 1024 * 1024 * 512 / (time.perf_counter() - started)
+
+
+def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float, bool]:
+    """Seconds that a segment will take, and whether that is measured (a journal of the same recipe or trunk) or computed."""
+    recipe = plan.trajectories[segment.state.trajectory].recipe
+    steps, batch = segment.state.step - segment.start, recipe["training"]["batch"]
+    for piece in reversed(segment.pieces):
+        lines = journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"))
+        if lines:
+            return steps * batch / lines[-1]["images_per_s"], True
+    # Half of what bare matrix products reach is what training reaches; one more third is the teacher's forward.
+    work = training_flops(recipe) * (4 / 3 if segment.terms else 1)
+    return steps * batch * work / (0.5 * flops * plan.config.runtime.threads), False
+
+
+def stages(plan: Plan) -> tuple[list[Stage], bool]:
+    """The lines of the plan, and whether every training time in them was measured."""
+    config, exists = plan.config, lambda path: Path(path).exists()
+    side, cells = config.images.resolution, config.latent_size
+    count = _image_count(plan)
+    sizes = {
+        "images": 3 * side * side * count / MB,
+        "latents": 2
+        * config.autoencoder.channels
+        * cells**2
+        * (2 if config.autoencoder.dtype == "float16" else 4)
+        * count
+        / MB,
+    }
+    found = []
+    for store in (plan.images, plan.latents):
+        left = sum(not exists(path) for path in store.shard_files)
+        found.append(Stage(store.kind, store.shards, left, None, sizes[store.kind] * left / store.shards))
+    parts = [part for part in (plan.autoencoder, *plan.teachers.values(), plan.detector) if part]
+    found.append(Stage("parts", len(parts), sum(not exists(part.manifest) for part in parts), None, 0.0))
+    training, measured = _training_stages(plan)
+    found += training
+    evaluations = list(plan.evaluations.values())
+    draws = [(e.sample_file(i), e) for e in evaluations for i in range(e.features.shards)]
+    todo = [e for path, e in draws if not exists(path)]
+    bytes_left = sum(e.sampling.count / e.features.shards * (3 * side * side + 4 * 512) for e in todo)
+    found.append(Stage("samples", len(draws), len(todo), None, bytes_left / MB))
+    found.append(Stage("scores", len(evaluations), sum(not exists(e.score) for e in evaluations), None, 0.0))
+    return found, measured
+
+
+def _training_stages(plan: Plan) -> tuple[list[Stage], bool]:
+    segments = [plan.segment(state) for state in plan.planned()]
+    left = [segment for segment in segments if not Path(plan.path(segment.state)).exists()]
+    flops = machine_flops() if left else 1.0
+    found, measured = [], True
+    for name, aligned in (("training, aligned", True), ("training, plain", False)):
+        mine = [segment for segment in left if bool(segment.terms) == aligned]
+        times = [training_seconds(plan, segment, flops) for segment in mine]
+        measured &= all(known for _, known in times)
+        size = sum(state_megabytes(plan, segment) for segment in mine)
+        jobs = sum(bool(segment.terms) == aligned for segment in segments)
+        found.append(Stage(name, jobs, len(mine), sum(seconds for seconds, _ in times), size))
+    return found, measured
+
+
+def state_megabytes(plan: Plan, segment: Segment) -> float:
+    """Disk that a segment's states take: weights, average and two moments in float32, named states and those kept on the way."""
+    recipe = plan.trajectories[segment.state.trajectory].recipe
+    every = plan.config.runtime.keep_every
+    kept = 1 + ((segment.state.step - 1) // every - segment.start // every if every else 0)
+    return kept * 4 * 4 * parameters(recipe) / MB
+
+
+def _image_count(plan: Plan) -> int:
+    manifest = Path(plan.images.manifest)
+    if manifest.exists():
+        return artefact.read_json(manifest, "store")["count"]
+    if plan.config.images.source == "digits":
+        return 1797
+    path = Path(plan.config.images.path or "")
+    return sum(1 for file in path.rglob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+
+
+def print_plan(plan: Plan) -> None:
+    """Print jobs, time and disk by stage, shared trunks, and what in the configuration has no effect."""
+    found, measured = stages(plan)
+    table = Table(title=f"{plan.config.name}: what a run of the workflow would do now")
+    for column in ("stage", "jobs", "left", "time, one after another", "disk"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in found:
+        seconds = "" if stage.seconds is None or not stage.left else journal.clock(stage.seconds)
+        disk = f"{stage.megabytes:,.1f} MB" if stage.megabytes else ""
+        table.add_row(stage.name, str(stage.jobs), str(stage.left), seconds, disk)
+    console = Console()
+    console.print(table)
+    if any(stage.seconds for stage in found) and not measured:
+        console.print(
+            "Training times are computed from operation counts and this machine's matrix products, not measured."
+        )
+    for line in shared_trunks(plan) + plan.notes:
+        console.print(line, markup=False, highlight=False)
+
+
+def shared_trunks(plan: Plan) -> list[str]:
+    """One line for every stretch of training that several runs share."""
+    users: dict[str, list[str]] = {}
+    for run, pieces in plan.pieces.items():
+        for piece in pieces:
+            users.setdefault(piece.trajectory, []).append(run)
+    lines = []
+    for trajectory, runs in users.items():
+        if len(runs) > 1:
+            ends = [
+                min(plan.config.runs[r].milestones[-1], p.high or 10**18)
+                for r in runs
+                for p in plan.pieces[r]
+                if p.trajectory == trajectory
+            ]
+            lines.append(f"{' and '.join(runs)} share {trajectory} up to step {sorted(ends)[-2]}: it is trained once.")
+    return lines
+
+
+def print_provenance(path: Path) -> None:
+    """Print how a file was made.
+
+    Raises:
+        ValueError: the file is missing, or not one that this package made.
+    """
+    Console().print_json(json.dumps(provenance_of(path)))
+
+
+def provenance_of(path: Path) -> dict[str, Any]:
+    """The header of any artefact: kind, key, recipe, inputs, code, versions, hardware, time.
+
+    Raises:
+        ValueError: the file is missing, or not one that this package made.
+    """
+    if path.is_dir():
+        inner = [path / name for name in ("manifest.json", "part.json", "trajectory.json") if (path / name).exists()]
+        if not inner:
+            raise ValueError(f"{path}: a folder without manifest.json, part.json or trajectory.json")
+        path = inner[0]
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+    read = {".safetensors": _of_state, ".h5": _of_shard, ".npz": _of_samples, ".json": _of_json, ".html": _of_page}
+    if path.suffix not in read:
+        raise ValueError(f"{path}: expected one of {', '.join(read)}")
+    header = read[path.suffix](path)
+    if "schema" not in header:
+        raise ValueError(f"{path}: not made by this package, or it does not say how")
+    return header
+
+
+def _of_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: broken JSON") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _of_state(path: Path) -> dict[str, Any]:
+    # A safetensors file begins with the length of a JSON header: no torch is needed to read it.
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(min(length, 100_000_000)))
+            return json.loads(header["__metadata__"]["haste"])
+        except (ValueError, KeyError, TypeError):
+            return {}
+
+
+def _of_shard(path: Path) -> dict[str, Any]:
+    import h5py
+
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            header = {name: value.item() if hasattr(value, "item") else value for name, value in file.attrs.items()}
+    except OSError as error:
+        raise ValueError(f"{path}: truncated, or not HDF5") from error
+    return {n: json.loads(v) if n in ("recipe", "facts", "provenance") else v for n, v in header.items()}
+
+
+def _of_samples(path: Path) -> dict[str, Any]:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return json.loads(str(file["haste"])) if "haste" in file else {}
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: truncated, or not an .npz of arrays") from error
+
+
+def _of_page(path: Path) -> dict[str, Any]:
+    beside = path.with_name("report.json")
+    return _of_json(beside) if beside.exists() else {}

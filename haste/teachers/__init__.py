@@ -1,0 +1,1 @@
+"""Frozen vision encoders whose features and attention a student is aligned with."""

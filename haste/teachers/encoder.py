@@ -1,0 +1,359 @@
+"""Teachers: frozen vision transformers that give features, and the queries and keys of their attention.
+
+B images, R their resolution, S the teacher's input size in pixels, N = h x w patch tokens, D width, H heads,
+K head width. Class and register tokens never leave this file.
+Layers are counted from 0.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.nn import functional
+
+from haste import artefact
+
+DESCRIPTION, WEIGHTS = "part.json", "model.safetensors"
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A public encoder and how images enter it.
+
+    timm: its name there; patch: side of a patch in pixels; size: side of its input in pixels for images of 256 (it
+    grows with the images); norm: mean and std of each channel on the scale 0..1; final_norm: whether the features pass
+    the last normalisation; resize_first: whether images are resized before they are normalised; overrides: what
+    differs from timm's architecture.
+    """
+
+    timm: str
+    patch: int
+    size: int
+    norm: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
+    final_norm: bool = True
+    resize_first: bool = False
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+# OpenAI trained CLIP with the sigmoid approximation of GELU, which timm's plain variants replace by the exact one.
+_CLIP = {
+    "norm": CLIP,
+    "final_norm": False,
+    "resize_first": True,
+    "overrides": {"act_layer": "quick_gelu"},
+}
+
+PRETRAINED: dict[str, Pretrained] = {
+    "dinov2-b": Pretrained("vit_base_patch14_dinov2.lvd142m", 14, 224),
+    "dinov2-l": Pretrained("vit_large_patch14_dinov2.lvd142m", 14, 224),
+    "dinov2-g": Pretrained("vit_giant_patch14_dinov2.lvd142m", 14, 224),
+    "dinov2-b-reg": Pretrained("vit_base_patch14_reg4_dinov2.lvd142m", 14, 224),
+    "dino-b": Pretrained("vit_base_patch16_224.dino", 16, 256),
+    "mae-l": Pretrained("vit_large_patch16_224.mae", 16, 256, final_norm=False),
+    "ijepa-h": Pretrained("vit_huge_patch14_gap_224.in1k_ijepa", 14, 224),
+    "clip-l": Pretrained("vit_large_patch14_clip_224.openai", 14, 224, **_CLIP),
+    "clip-b16": Pretrained("vit_base_patch16_clip_224.openai", 16, 224, **_CLIP),
+    "siglip-l": Pretrained("vit_large_patch16_siglip_256.webli", 16, 256, norm=HALF),
+}
+
+REFUSED = {
+    "swin": "it attends within shifted windows and merges tokens, so it has no attention between all patches to align",
+    "convnext": "it is a convolutional network, without attention to align and with features on a coarse grid",
+}
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """What a student is aligned with.
+
+    features: (B, N, D), or None if not asked for; attention: layer -> (queries, keys), each (B, H, N, K) as they enter
+    the scaled dot product (after their normalisation if there is one, before the scale); grid: (h, w), h x w = N.
+    """
+
+    features: Tensor | None
+    attention: dict[int, tuple[Tensor, Tensor]]
+    grid: tuple[int, int]
+
+
+class Teacher:
+    """A frozen timm VisionTransformer, with its input's preparation."""
+
+    def __init__(
+        self,
+        network: VisionTransformer,
+        *,
+        identity: str,
+        norm: tuple[Sequence[float], Sequence[float]],
+        final_norm: bool = True,
+        resize_first: bool = False,
+    ) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.identity, self.final_norm, self.resize_first = (
+            identity,
+            final_norm,
+            resize_first,
+        )
+        size = network.patch_embed.img_size
+        assert size is not None
+        self.size: tuple[int, int] = (size[0], size[1])
+        self.mean = torch.tensor(norm[0]).view(1, 3, 1, 1)
+        self.std = torch.tensor(norm[1]).view(1, 3, 1, 1)
+
+    @classmethod
+    def load(
+        cls,
+        where: str | Path,
+        *,
+        resolution: int = 256,
+        weights: str | Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Teacher:
+        """Load a teacher from a folder that the pipeline made, or a public one by its name in PRETRAINED.
+
+        Args:
+            where: a folder with `part.json` and `model.safetensors`, or a name.
+            resolution: side of the images in pixels, which sets a public teacher's input size and grid. A folder's
+                teacher reads images of the size it was trained on and resizes others.
+            weights: for a public teacher, its weights in a local file (timm's layout or the authors'); None: the hub.
+            device: where it runs.
+
+        Raises:
+            ValueError: an unknown or unsuitable encoder, weights that are missing, truncated or do not fit, no network
+                to fetch them with, or a resolution that does not give whole patches.
+        """
+        if Path(where).is_dir():
+            if weights is not None:
+                raise ValueError(f"{where}: a folder has weights of its own, found weights {weights} beside it")
+            teacher = _from_folder(Path(where))
+        else:
+            teacher = _from_timm(str(where), resolution, weights)
+        return teacher.to(device)
+
+    def to(self, device: torch.device | str) -> Teacher:
+        """Move to a device; returns itself."""
+        self.network.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(self.network.blocks)
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads."""
+        return int(self.network.blocks[0].attn.num_heads)
+
+    @property
+    def width(self) -> int:
+        """Width of the features."""
+        return self.network.embed_dim
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head's queries and keys."""
+        return int(self.network.blocks[0].attn.head_dim)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w), the grid of patch tokens."""
+        rows, columns = self.network.patch_embed.grid_size  # type: ignore[misc]
+        return rows, columns
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images uint8 NHWC (B, R, R, 3), 0..255 -> the network's input, float32 NCHW (B, 3, S, S), normalised.
+
+        Resized by bicubic interpolation without antialiasing. Its weights sum to one, so that resizing first or
+        normalising first differ by rounding only; each encoder keeps its authors' order.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"teacher: expected uint8 NHWC images, found {images.dtype} {tuple(images.shape)}")
+        x = images.permute(0, 3, 1, 2).float() / 255
+        if self.resize_first:
+            return (self._resize(x) - self.mean) / self.std
+        return self._resize((x - self.mean) / self.std)
+
+    def _resize(self, x: Tensor) -> Tensor:
+        if x.shape[-2:] == self.size:
+            return x
+        return functional.interpolate(x, self.size, mode="bicubic", align_corners=False, antialias=False)
+
+    # Not inference_mode: the losses save these targets for their backward pass, which inference tensors forbid.
+    @torch.no_grad()
+    def __call__(self, images: Tensor, *, features: bool, attention: Sequence[int] = ()) -> TeacherTargets:
+        """Targets for a batch of clean images, uint8 NHWC (B, R, R, 3).
+
+        Args:
+            images: 0..255, on the teacher's device.
+            features: whether to give the features of the last layer.
+            attention: layers whose queries and keys to give. Layers after the last one needed are not run.
+
+        Raises:
+            ValueError: nothing asked for, or a layer that the teacher does not have.
+        """
+        last = self._last_needed(features, attention)
+        taps: dict[int, Tensor] = {}
+        hooks = [
+            # Only the projection is watched, so that the attention itself stays fused.
+            self.network.blocks[layer].attn.qkv.register_forward_hook(
+                lambda module, given, out, layer=layer: taps.__setitem__(layer, out)
+            )
+            for layer in sorted(set(attention))
+        ]
+        try:
+            (tokens,) = self.network.forward_intermediates(
+                self.prepare(images),
+                indices=[last],
+                norm=features and self.final_norm,
+                stop_early=True,
+                output_fmt="NLC",
+                intermediates_only=True,
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        found = {layer: self._queries_and_keys(layer, out) for layer, out in taps.items()}
+        return TeacherTargets(tokens if features else None, found, self.grid)
+
+    def _last_needed(self, features: bool, attention: Sequence[int]) -> int:
+        wrong = [layer for layer in attention if not 0 <= layer < self.depth]
+        if wrong:
+            raise ValueError(f"teacher: layers {wrong} asked for, it has layers 0..{self.depth - 1}")
+        if features:
+            return self.depth - 1
+        if not attention:
+            raise ValueError("teacher: asked for neither features nor the attention of any layer")
+        return max(attention)
+
+    def _queries_and_keys(self, layer: int, projected: Tensor) -> tuple[Tensor, Tensor]:
+        attn = self.network.blocks[layer].attn
+        # B (prefix + N) 3HK -> 3 B H (prefix + N) K
+        split = projected.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+        prefix = self.network.num_prefix_tokens
+        q, k = (
+            attn.q_norm(split[0, :, :, prefix:]),
+            attn.k_norm(split[1, :, :, prefix:]),
+        )
+        return q.contiguous(), k.contiguous()
+
+
+def weight_file(name: str) -> Path:
+    """The weights of a public teacher in the hub's local cache, fetched there if they are not.
+
+    Raises:
+        ValueError: unknown name, or the weights are not in the cache and cannot be fetched.
+    """
+    source = timm.get_pretrained_cfg(known(name).timm)
+    assert source is not None
+    try:
+        if source.hf_hub_id:
+            return Path(hf_hub_download(source.hf_hub_id, "model.safetensors"))
+        return _download(source.url)
+    except (OSError, ValueError) as error:  # the hub's and urllib's errors are OSErrors
+        where = source.hf_hub_id or source.url
+        raise ValueError(
+            f"teacher {name}: its weights ({where}) are not on this machine and could not be fetched "
+            f"({type(error).__name__}). Give a local file as its weights, or fetch them where there is a network."
+        ) from error
+
+
+def _download(url: str) -> Path:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), progress=False)
+    return path
+
+
+def known(name: str) -> Pretrained:
+    """The public teacher of this name.
+
+    Raises:
+        ValueError: unknown, or an encoder that cannot be a teacher, with the reason.
+    """
+    for family, reason in REFUSED.items():
+        if family in name.lower():
+            raise ValueError(f"teacher {name}: refused, {reason}")
+    if name not in PRETRAINED:
+        raise ValueError(f"teacher {name}: neither a folder nor one of {', '.join(sorted(PRETRAINED))}")
+    return PRETRAINED[name]
+
+
+def _from_timm(name: str, resolution: int, weights: str | Path | None) -> Teacher:
+    spec = known(name)
+    size, rest = divmod(spec.size * resolution, 256)
+    if rest or size % spec.patch or not size:
+        raise ValueError(
+            f"teacher {name}: images of {resolution} px give an input of {spec.size * resolution / 256:g} px, "
+            f"which is not a whole number of patches of {spec.patch} px"
+        )
+    path = weight_file(name) if weights is None else Path(weights)
+    if not path.is_file():
+        raise ValueError(f"{path}: expected the weights of teacher {name}, found no file")
+    network = _network(spec, size, path, name)
+    return Teacher(
+        network,
+        identity=artefact.file_identity(path),
+        norm=spec.norm,
+        final_norm=spec.final_norm,
+        resize_first=spec.resize_first,
+    )
+
+
+def _network(spec: Pretrained, size: int, path: Path, name: str) -> VisionTransformer:
+    """timm's own loader: it reads its layout and the authors', and resamples positions (antialiased bicubic)."""
+    try:
+        return timm.create_model(
+            spec.timm,
+            pretrained=True,
+            pretrained_cfg_overlay={"file": str(path)},
+            num_classes=0,
+            img_size=size,
+            **spec.overrides,
+        )  # type: ignore[return-value]
+    except (
+        RuntimeError,
+        KeyError,
+        EOFError,
+        pickle.UnpicklingError,
+        SafetensorError,
+    ) as error:
+        raise ValueError(f"{path}: these are not weights of teacher {name} ({spec.timm}): {error}") from error
+
+
+def _from_folder(folder: Path) -> Teacher:
+    part = artefact.read_json(folder / DESCRIPTION, "part")
+    if part.get("part") != "teacher":
+        raise ValueError(f"{folder / DESCRIPTION}: expected a teacher, found {part.get('part')!r}")
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise ValueError(f"{weights}: expected the teacher's weights, found no file")
+    if (found := artefact.file_identity(weights)) != part["identity"]:
+        raise ValueError(f"{weights}: expected the weights {part['identity'][:12]}, found {found[:12]}")
+    architecture = part["architecture"]
+    try:
+        network = VisionTransformer(**architecture["kwargs"])
+        network.load_state_dict(safetensors.torch.load_file(weights))
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{weights}: these weights do not fit {architecture}: {error}") from error
+    return Teacher(
+        network,
+        identity=part["identity"],
+        norm=(architecture["mean"], architecture["std"]),
+    )

@@ -1,0 +1,213 @@
+"""A learner (model, its average, projectors, optimiser) and its state on disk.
+
+A state is one safetensors file: nothing in it can execute. Tensors are named
+    model/NAME  ema/NAME  projectors/TERM/NAME  optimizer/{exp_avg,exp_avg_sq,step}/PARAMETER
+and the header (metadata entry "haste", JSON) holds schema, key, recipe, step, input identities and provenance.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from haste import artefact
+from haste.data import order
+from haste.models.heads import Projector
+from haste.models.sit import SiT
+
+KIND = "state"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclasses.dataclass
+class Learner:
+    """Everything that training changes. `projectors` has one head per active term that needs one."""
+
+    model: SiT
+    ema: SiT
+    projectors: nn.ModuleDict
+    optimizer: torch.optim.Optimizer
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter, model first: the order in which the optimiser holds them."""
+        return _named(self.model, self.projectors)
+
+
+def _named(model: nn.Module, projectors: nn.ModuleDict) -> dict[str, nn.Parameter]:
+    pairs = [(f"model/{name}", p) for name, p in model.named_parameters() if p.requires_grad]
+    pairs += [
+        (f"projectors/{term}/{name}", p) for term, head in projectors.items() for name, p in head.named_parameters()
+    ]
+    return dict(pairs)
+
+
+def _seeded(seed: int, purpose: str) -> torch.Generator:
+    # Each network has a stream of its own: adding a projector never moves the model's first numbers.
+    return torch.Generator().manual_seed(int(order.generator(seed, purpose).integers(2**63)))
+
+
+def build_model(recipe: Mapping[str, Any]) -> SiT:
+    """The model of a trajectory's recipe, its parameters not yet initialised to anything in particular."""
+    size = recipe["model"]
+    return SiT(
+        input_size=size["input_size"],
+        in_channels=size["channels"],
+        patch_size=size["patch_size"],
+        depth=size["depth"],
+        width=size["width"],
+        heads=size["heads"],
+        classes=recipe["classes"],
+        mlp_ratio=size["mlp_ratio"],
+    )
+
+
+def new_learner(
+    recipe: Mapping[str, Any], terms: Mapping[str, Mapping[str, Any]], widths: Mapping[str, int]
+) -> Learner:
+    """A learner before its first step.
+
+    Args:
+        recipe: a trajectory's recipe.
+        terms: the active alignment terms.
+        widths: teacher's name -> width of its tokens, for the terms that project onto them.
+    """
+    model = build_model(recipe)
+    model.initialise(_seeded(recipe["seed"], "initialise model"))
+    projectors = nn.ModuleDict()
+    if "features" in terms:
+        term = terms["features"]
+        head = Projector(recipe["model"]["width"], widths[term["teacher"]], hidden=term["hidden"])
+        head.initialise(_seeded(recipe["seed"], "initialise projector features"))
+        projectors["features"] = head
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    settings = recipe["training"]
+    optimizer = torch.optim.AdamW(
+        list(_named(model, projectors).values()),
+        lr=settings["lr"],
+        betas=tuple(settings["betas"]),
+        eps=settings["eps"],
+        weight_decay=settings["weight_decay"],
+        fused=True,
+    )
+    return Learner(model, ema, projectors, optimizer)
+
+
+def tensors_of(learner: Learner) -> dict[str, Tensor]:
+    """Every tensor of a state by its name in the file."""
+    tensors = {f"model/{name}": value for name, value in learner.model.state_dict().items()}
+    tensors |= {f"ema/{name}": value for name, value in learner.ema.state_dict().items()}
+    for term, head in learner.projectors.items():
+        tensors |= {f"projectors/{term}/{name}": value for name, value in head.state_dict().items()}
+    for name, parameter in learner.parameters().items():
+        for moment, value in learner.optimizer.state[parameter].items():
+            tensors[f"optimizer/{moment}/{name}"] = value
+    return {name: value.detach().contiguous() for name, value in tensors.items()}
+
+
+def save(path: Path, learner: Learner, header: Mapping[str, Any]) -> None:
+    """Write a state, whole or not at all.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; what was there before is untouched.
+    """
+    header = {"schema": artefact.SCHEMA, "kind": KIND, **header}
+    with artefact.replacing(path) as aside:
+        try:
+            save_file(tensors_of(learner), aside, metadata={"haste": json.dumps(header, sort_keys=True)})
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{path}: could not be written: {error}") from error
+
+
+def read_header(path: Path | str) -> dict[str, Any]:
+    """The header of a state file.
+
+    Raises:
+        ValueError: missing, truncated, foreign, or of another schema.
+    """
+    with _opened(path) as file:
+        return _header(path, file)
+
+
+def _opened(path: Path | str) -> Any:
+    try:
+        return safetensors.safe_open(str(path), framework="pt")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: this state is missing") from None
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: expected a state, found a truncated or foreign file ({error})") from error
+
+
+def _header(path: Path | str, file: Any) -> dict[str, Any]:
+    try:
+        header = json.loads((file.metadata() or {}).get("haste", "{}"))
+    except json.JSONDecodeError:
+        header = {}
+    artefact.check_header(path, header, KIND)
+    return header
+
+
+def read(path: Path | str, *, key: str, prefixes: tuple[str, ...] = ("",)) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a state; only tensors whose names begin with one of `prefixes`.
+
+    Raises:
+        ValueError: missing, truncated, foreign, of another schema, or a state of another trajectory than `key`.
+    """
+    with _opened(path) as file:
+        header = _header(path, file)
+        if header.get("key") != key:
+            raise ValueError(f"{path}: a state of trajectory {header.get('key')}, expected {key}")
+        names = [name for name in file.keys() if name.startswith(prefixes)]  # noqa: SIM118 - it is no mapping
+        return header, {name: file.get_tensor(name) for name in names}
+
+
+def restore(learner: Learner, tensors: Mapping[str, Tensor], path: Path | str) -> None:
+    """Put a state's tensors into a learner. Projectors that the learner no longer has are left out.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape; names the first ones.
+    """
+    expected = {name: value for name, value in tensors_of(learner).items() if not name.startswith("optimizer/")}
+    expected |= {
+        f"optimizer/{moment}/{name}": torch.zeros(()) if moment == "step" else parameter
+        for name, parameter in learner.parameters().items()
+        for moment in _MOMENTS
+    }
+    wrong = [
+        f"{name} (found {tuple(tensors[name].shape) if name in tensors else 'nothing'}, expected {tuple(value.shape)})"
+        for name, value in expected.items()
+        if name not in tensors or tensors[name].shape != value.shape
+    ]
+    if wrong:
+        raise ValueError(f"{path}: does not fit the model: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
+    with torch.no_grad():
+        for name, value in expected.items():
+            if not name.startswith("optimizer/"):
+                value.copy_(tensors[name])
+    for name, parameter in learner.parameters().items():
+        learner.optimizer.state[parameter] = {m: tensors[f"optimizer/{m}/{name}"].clone() for m in _MOMENTS}
+
+
+def ema_model(path: Path | str, *, key: str) -> tuple[SiT, dict[str, Any]]:
+    """The averaged model of a state, frozen, and the state's header: what samples are drawn from."""
+    header, tensors = read(path, key=key, prefixes=("ema/",))
+    model = build_model(header["recipe"])
+    model.load_state_dict({name.removeprefix("ema/"): value for name, value in tensors.items()})
+    return model.requires_grad_(False).eval(), header
+
+
+def weights_identity(model: nn.Module) -> str:
+    """sha256 over names and bytes of a model's tensors: equal for equal weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + b"\0" + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,98 @@
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from haste import artefact
+from haste.metrics.detectors import SmallCNN, load_detector
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    network = SmallCNN(16, 8, 10)
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "model.safetensors")
+    part = {
+        "schema": artefact.SCHEMA,
+        "kind": "part",
+        "part": "detector",
+        "name": "judge",
+        "architecture": {"kind": "cnn", "resolution": 16, "width": 8, "classes": 10},
+        "identity": artefact.file_identity(tmp_path / "model.safetensors"),
+    }
+    artefact.write_json(tmp_path / "part.json", part)
+    return tmp_path
+
+
+def images(count=5, size=16):
+    return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def edit(folder, **changes):
+    path = folder / "part.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_loaded_detector_says_what_it_is_and_gives_features_and_logits(folder):
+    detector = load_detector(folder)
+    found = detector(images())
+    assert found["pool"].shape == (5, detector.width) and found["logits"].shape == (5, detector.classes)
+    assert (detector.name, detector.width, detector.classes) == ("judge", 32, 10)
+    assert detector.identity == artefact.file_identity(folder / "model.safetensors")
+    assert found["pool"].dtype == found["logits"].dtype == torch.float32
+    assert found["pool"].is_inference() and not detector.network.training
+    assert "-1..1" in detector.preprocessing
+
+
+def test_its_weights_are_those_of_the_file(folder):
+    torch.manual_seed(0)
+    expected = SmallCNN(16, 8, 10)(images())
+    for name, value in load_detector(folder)(images()).items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+
+
+def test_features_of_an_image_do_not_depend_on_its_batch(folder):
+    detector, batch = load_detector(folder), images()
+    alone = detector(batch[2:3])["pool"]
+    torch.testing.assert_close(detector(batch)["pool"][2:3], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_are_a_linear_reading_of_the_features(folder):
+    detector = load_detector(folder)
+    found = detector(images())
+    network = detector.network
+    expected = found["pool"].double() @ network.head.weight.double().T + network.head.bias.double()
+    torch.testing.assert_close(found["logits"].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_images_of_another_kind_or_size_are_refused(folder):
+    detector = load_detector(folder)
+    with pytest.raises(ValueError, match="16 x 16"):
+        detector(images(size=20))
+    with pytest.raises(ValueError, match="uint8 NHWC"):
+        detector(images().float())
+    with pytest.raises(ValueError, match="uint8 NHWC"):
+        detector(images().permute(0, 3, 1, 2))
+
+
+def test_a_wrong_truncated_or_foreign_folder_is_refused(folder, tmp_path):
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-7])
+    with pytest.raises(ValueError, match=r"model\.safetensors: expected the weights"):
+        load_detector(folder)
+    edit(folder, identity=artefact.file_identity(weights))
+    with pytest.raises(ValueError, match="do not fit"):
+        load_detector(folder)
+    weights.unlink()
+    with pytest.raises(ValueError, match="found no file"):
+        load_detector(folder)
+    edit(folder, architecture={"kind": "resnet"})
+    with pytest.raises(ValueError, match="unknown kind of detector 'resnet'"):
+        load_detector(folder)
+    edit(folder, part="teacher")
+    with pytest.raises(ValueError, match="expected a detector, found 'teacher'"):
+        load_detector(folder)
+    with pytest.raises(ValueError, match=r"part\.json"):
+        load_detector(tmp_path / "nowhere")

@@ -1,0 +1,169 @@
+"""States are named by trajectory, never by cuts: what shares a name, and what does not."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from haste import config
+from haste.plan import Plan, State
+
+TINY = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
+
+
+def plan_of(**changes):
+    return Plan(config.resolve({**copy.deepcopy(TINY), **changes}))
+
+
+def plan_of_runs(**runs):
+    return plan_of(runs=runs)
+
+
+def path_of(plan, run, step):
+    return plan.path(plan.state(run, step))
+
+
+def test_runs_that_stop_at_different_steps_share_their_trunk_and_only_that():
+    plan = plan_of_runs(
+        never={"alignment": "HASTE"}, early={"alignment": "HASTE", "stop": 6}, late={"alignment": "HASTE", "stop": 12}
+    )
+    for step in range(1, 7):
+        assert path_of(plan, "never", step) == path_of(plan, "early", step) == path_of(plan, "late", step)
+    for step in range(7, 13):
+        assert path_of(plan, "never", step) == path_of(plan, "late", step) != path_of(plan, "early", step)
+    assert len({path_of(plan, run, 13) for run in ("never", "early", "late")}) == 3
+
+
+def test_the_state_at_the_stop_is_the_trunks_and_the_branch_starts_from_it():
+    plan = plan_of_runs(early={"alignment": "HASTE", "stop": 6})
+    segment = plan.segment(plan.state("early", 8))
+    assert segment.parent == plan.state("early", 6)
+    assert segment.parent.trajectory != segment.state.trajectory
+    assert segment.terms == {}
+    assert segment.teachers == []
+    assert set(plan.segment(segment.parent).terms) == {"features", "attention"}
+
+
+def test_terms_with_stops_of_their_own_leave_one_by_one():
+    plan = plan_of_runs(a={"alignment": "HASTE", "stop": {"attention": 4, "features": 10}, "milestones": [16]})
+    cuts = [state.step for state in sorted(plan.planned(), key=lambda state: state.step)]
+    assert cuts == [4, 10, 16]
+    assert [sorted(plan.segment(plan.state("a", step)).terms) for step in cuts] == [
+        ["attention", "features"],
+        ["features"],
+        [],
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"runtime": {"threads": 2, "save_every": 5, "log_every": 3, "keep_every": 7, "sample_batch": 3}},
+        {"sampling": {"quick": {"sampler": "heun", "steps": 3, "count": 30}}},
+        {"defaults": {"model": "dot", "milestones": [3, 8, 11, 16], "sampling": ["quick"]}},
+        {"name": "another", "title": "x", "description": "y"},
+        {"detector": {"other": {"trained": {"steps": 9}}}},
+        {"images": {**TINY["images"], "shards": 5}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_does_not_decide_a_state_does_not_show_in_its_name(change):
+    before, after = plan_of(), plan_of(**change)
+    for run in before.config.runs:
+        assert path_of(before, run, 16) == path_of(after, run, 16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"training": {**TINY["training"], "lr": 2e-3}},
+        {"training": {**TINY["training"], "batch": 4}},
+        {"images": {**TINY["images"], "holdout": 98}},
+        {"autoencoder": {**TINY["autoencoder"], "dtype": "float16"}},
+        {"models": {"dot": {**TINY["models"]["dot"], "depth": 3}}},
+        {"defaults": {**TINY["defaults"], "seed": 1}},
+        {"defaults": {**TINY["defaults"], "training": {"class_dropout": 0.2}}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_decides_a_state_decides_its_name(change):
+    before, after = plan_of(), plan_of(**change)
+    assert not {path_of(before, run, 16) for run in before.config.runs} & {
+        path_of(after, run, 16) for run in after.config.runs
+    }
+
+
+def test_a_teacher_matters_only_to_the_runs_that_look_at_it():
+    other = {"vit": {"trained": {**TINY["teachers"]["vit"]["trained"], "steps": 3}}}
+    before, after = plan_of(), plan_of(teachers=other)
+    assert path_of(before, "vanilla", 16) == path_of(after, "vanilla", 16)
+    assert path_of(before, "REPA", 16) != path_of(after, "REPA", 16)
+
+
+def test_an_alignment_that_stops_at_step_0_is_vanilla():
+    plan = plan_of_runs(vanilla={}, zero={"alignment": "HASTE", "stop": 0})
+    assert path_of(plan, "vanilla", 16) == path_of(plan, "zero", 16)
+
+
+def test_labels_are_not_part_of_a_name():
+    renamed = copy.deepcopy(TINY)
+    renamed["models"] = {"point": renamed["models"]["dot"]}
+    renamed["defaults"]["model"] = "point"
+    renamed["runs"] = {"my row": renamed["runs"]["HASTE-12"]}
+    assert path_of(Plan(config.resolve(renamed)), "my row", 16) == path_of(plan_of(), "HASTE-12", 16)
+
+
+def test_a_stop_beyond_the_last_milestone_is_allowed_and_said():
+    plan = plan_of_runs(a={"alignment": "HASTE", "stop": 99})
+    assert max(state.step for state in plan.planned()) == 16
+    assert "a: stop of features at step 99 lies beyond the last milestone 16" in "\n".join(plan.notes)
+
+
+def test_a_state_is_made_from_the_nearest_earlier_one_that_is_planned_or_on_disk(tmp_path):
+    plan = plan_of(results=str(tmp_path))
+    state = plan.state("vanilla", 16)
+    assert plan.segment(state).parent == State(state.trajectory, 8)
+    folder = Path(plan.path(state)).parent
+    folder.mkdir(parents=True)
+    (folder / "step-00000011.safetensors").touch()
+    (folder / "step-00000021.safetensors").touch()
+    plan = plan_of(results=str(tmp_path))
+    assert plan.segment(state).parent == State(state.trajectory, 11)
+
+
+def test_a_state_that_no_run_passes_through_is_refused_by_name():
+    plan = plan_of_runs(early={"alignment": "HASTE", "stop": 6})
+    trunk = plan.state("early", 6).trajectory
+    assert plan.parse(f"{trunk}/00000006") == State(trunk, 6)
+    for wrong in ["nonsense/00000006", trunk, f"{trunk}/six", f"{trunk}/00000007"]:
+        with pytest.raises(ValueError, match="state "):
+            plan.parse(wrong)
+
+
+@given(
+    stops=st.lists(st.none() | st.integers(0, 30), min_size=1, max_size=5),
+    milestones=st.lists(st.integers(1, 30), min_size=1, max_size=5, unique=True).map(sorted),
+)
+def test_every_milestone_is_reached_by_a_chain_of_planned_states_that_starts_at_nothing(stops, milestones):
+    runs = {
+        f"run{i}": {"alignment": "HASTE", "stop": stop, "milestones": milestones} if stop is not None else
+        {"alignment": "HASTE", "milestones": milestones}
+        for i, stop in enumerate(stops)
+    }
+    plan = plan_of_runs(**runs)
+    planned = set(plan.planned())
+    for run, stop in zip(runs, stops, strict=True):
+        for milestone in milestones:
+            state, steps = plan.state(run, milestone), []
+            while state is not None:
+                assert state in planned
+                segment = plan.segment(state)
+                steps.append(state.step)
+                # Within a segment the set of active terms never changes.
+                aligned = {stop is None or step < stop for step in range(segment.start, state.step)}
+                assert aligned == {bool(segment.terms)}
+                state = segment.parent
+            assert steps == sorted(set(steps), reverse=True)

@@ -1,0 +1,8 @@
+# Pictures and measurements beside the scores.
+
+rule grid:
+    input: lambda wildcards: [drawn(wildcards).sample_file(i) for i in range(drawn(wildcards).features.shards)]
+    output: f"{plan.root}/samples/{{draw}}/grid.png"
+    log: log_of("grid-{draw}")
+    benchmark: time_of("grid-{draw}")
+    shell: "haste grid {wildcards.draw} -c {CONFIG} > {log} 2>&1"

@@ -1,0 +1,23 @@
+# A state from the state before it. Every edge is ancient(): nothing is ever trained again because a file was touched.
+
+
+def before(wildcards):
+    """What a segment starts from: the parent state, the latents and, while it aligns, images and teachers."""
+    segment = plan.segment(State(wildcards.trajectory, int(wildcards.step)))
+    files = [plan.latents.manifest]
+    if segment.parent:
+        files.append(plan.path(segment.parent))
+    if segment.terms:
+        files.append(plan.images.manifest)
+        files += [plan.teachers[name].manifest for name in segment.teachers if plan.teachers[name]]
+    return files
+
+
+rule train:
+    input: ancient(before)
+    output: f"{plan.root}/states/{{trajectory}}/step-{{step}}.safetensors"
+    log: log_of("train-{trajectory}-{step}")
+    benchmark: time_of("train-{trajectory}-{step}")
+    threads: THREADS
+    priority: 10  # what others wait for goes first
+    shell: "haste train {wildcards.trajectory}/{wildcards.step} -c {CONFIG} > {log} 2>&1"
