@@ -324,8 +324,10 @@ def _report(arguments: argparse.Namespace) -> None:
     found = gather.report(plan)
     folder = Path(plan.report).parent
     header = {"schema": artefact.SCHEMA, "kind": "report", "configuration": plan.config.model_dump(mode="json")}
-    artefact.write_json(folder / "report.json", {**header, "provenance": found.provenance})
     page.write(found, folder)
+    for old in folder.glob("made-*.json"):
+        old.unlink()
+    artefact.write_json(plan.report_made, {**header, "provenance": found.provenance})
 
 
 if __name__ == "__main__":

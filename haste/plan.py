@@ -297,7 +297,7 @@ class Plan:
         active = {kind: term for kind, term in terms.items() if kind in recipe and recipe[kind]["active"][1] is None}
         return Segment(state, parent, active, pieces)
 
-    @functools.cache  
+    @functools.cache
     def on_disk(self, trajectory: str) -> frozenset[int]:
         """Steps of the finished states that a trajectory's folder holds (looked up once)."""
         folder = Path(self.root, "states", trajectory)
@@ -352,6 +352,18 @@ class Plan:
     def report(self) -> str:
         """The page that everything ends in."""
         return f"{self.folder}/report/index.html"
+
+    @property
+    def report_made(self) -> str:
+        """How the page was made. Its name follows from the whole configuration: another table is another file."""
+        shown = self.config.model_dump(mode="json", exclude={"results"})
+        return f"{self.folder}/report/made-{fingerprint(shown)}.json"
+
+    @property
+    def shown(self) -> list[str]:
+        """The files that the page shows."""
+        rows = [path for row in self.rows for path in (row.evaluation.score, row.evaluation.grid)]
+        return [*dict.fromkeys(rows), self.floor]
 
 
 def _pretrained(part: Any) -> dict[str, Any]:

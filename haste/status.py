@@ -257,5 +257,5 @@ def _of_samples(path: Path) -> dict[str, Any]:
 
 
 def _of_page(path: Path) -> dict[str, Any]:
-    beside = path.with_name("report.json")
-    return _of_json(beside) if beside.exists() else {}
+    beside = sorted(path.parent.glob("made-*.json"))
+    return _of_json(beside[0]) if beside else {}

@@ -149,8 +149,9 @@ def test_a_state_that_no_run_passes_through_is_refused_by_name():
 )
 def test_every_milestone_is_reached_by_a_chain_of_planned_states_that_starts_at_nothing(stops, milestones):
     runs = {
-        f"run{i}": {"alignment": "HASTE", "stop": stop, "milestones": milestones} if stop is not None else
-        {"alignment": "HASTE", "milestones": milestones}
+        f"run{i}": {"alignment": "HASTE", "stop": stop, "milestones": milestones}
+        if stop is not None
+        else {"alignment": "HASTE", "milestones": milestones}
         for i, stop in enumerate(stops)
     }
     plan = plan_of_runs(**runs)

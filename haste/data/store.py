@@ -100,7 +100,7 @@ def write_shard(
     header |= {"total": total, "start": span.start, "count": len(span)}
     header |= {name: artefact.canonical(obj) for name, obj in [("recipe", recipe), ("facts", facts or {})]}
     # Format v1.10 keeps attributes above 64 KiB, which a resolved recipe can be.
-    with artefact.replacing(path) as aside, h5py.File(aside, "w", libver="v110") as file:
+    with artefact.replacing(path) as aside, h5py.File(aside, "w", libver="v110", locking=False) as file:
         for name, value in (header | {"provenance": artefact.canonical(provenance)}).items():
             file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
         for name, (shape, dtype) in {**layout, DIGEST: ((_DIGEST_BYTES,), np.dtype("u1"))}.items():

@@ -206,7 +206,8 @@ def _mark_stops(axes: Axes, runs: Iterable[Style]) -> None:
 def _svg(figure: Figure, name: str, spoken: str) -> str:
     """The figure as an <svg> element: text stays text, ids are its own within the page, no link leads outside."""
     buffer = io.StringIO()
-    with matplotlib.rc_context(TEXT | {"svg.hashsalt": name}):
+    settings: dict[Any, Any] = TEXT | {"svg.hashsalt": name}
+    with matplotlib.rc_context(settings):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)

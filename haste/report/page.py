@@ -48,7 +48,7 @@ def render(report: Report) -> str:
     # Names, notes and configurations come from the user, so all is escaped but the fragments that we build.
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"duration": duration, "value": value_text}
-    environment.globals["made"] = made
+    environment.globals |= {"made": made, "guidance": tables.guidance_text}
     return environment.get_template("template.html.j2").render(
         report=report,
         finding=tables.finding(report),

@@ -11,13 +11,14 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import timm
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
+from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional
@@ -59,16 +60,16 @@ _CLIP = {
 }
 
 PRETRAINED: dict[str, Pretrained] = {
-    "dinov2-b": Pretrained("vit_base_patch14_dinov2.lvd142m", 14, 224),
-    "dinov2-l": Pretrained("vit_large_patch14_dinov2.lvd142m", 14, 224),
-    "dinov2-g": Pretrained("vit_giant_patch14_dinov2.lvd142m", 14, 224),
-    "dinov2-b-reg": Pretrained("vit_base_patch14_reg4_dinov2.lvd142m", 14, 224),
-    "dino-b": Pretrained("vit_base_patch16_224.dino", 16, 256),
-    "mae-l": Pretrained("vit_large_patch16_224.mae", 16, 256, final_norm=False),
-    "ijepa-h": Pretrained("vit_huge_patch14_gap_224.in1k_ijepa", 14, 224),
-    "clip-l": Pretrained("vit_large_patch14_clip_224.openai", 14, 224, **_CLIP),
-    "clip-b16": Pretrained("vit_base_patch16_clip_224.openai", 16, 224, **_CLIP),
-    "siglip-l": Pretrained("vit_large_patch16_siglip_256.webli", 16, 256, norm=HALF),
+    "DINOv2-B": Pretrained("vit_base_patch14_dinov2.lvd142m", 14, 224),
+    "DINOv2-L": Pretrained("vit_large_patch14_dinov2.lvd142m", 14, 224),
+    "DINOv2-g": Pretrained("vit_giant_patch14_dinov2.lvd142m", 14, 224),
+    "DINOv2-B-reg": Pretrained("vit_base_patch14_reg4_dinov2.lvd142m", 14, 224),
+    "DINO-B": Pretrained("vit_base_patch16_224.dino", 16, 256),
+    "MAE-L": Pretrained("vit_large_patch16_224.mae", 16, 256, final_norm=False),
+    "I-JEPA-H": Pretrained("vit_huge_patch14_gap_224.in1k_ijepa", 14, 224),
+    "CLIP-L": Pretrained("vit_large_patch14_clip_224.openai", 14, 224, **_CLIP),
+    "CLIP-B/16": Pretrained("vit_base_patch16_clip_224.openai", 16, 224, **_CLIP),
+    "SigLIP-L": Pretrained("vit_large_patch16_siglip_256.webli", 16, 256, norm=HALF),
 }
 
 REFUSED = {
@@ -108,9 +109,7 @@ class Teacher:
             final_norm,
             resize_first,
         )
-        size = network.patch_embed.img_size
-        assert size is not None
-        self.size: tuple[int, int] = (size[0], size[1])
+        self.size = cast(tuple[int, int], network.patch_embed.img_size)
         self.mean = torch.tensor(norm[0]).view(1, 3, 1, 1)
         self.std = torch.tensor(norm[1]).view(1, 3, 1, 1)
 
@@ -123,7 +122,7 @@ class Teacher:
         weights: str | Path | None = None,
         device: torch.device | str = "cpu",
     ) -> Teacher:
-        """Load a teacher from a folder that the pipeline made, or a public one by its name in PRETRAINED.
+        """Load a teacher from a folder that the pipeline made, or a public one by its name in PRETRAINED or timm.
 
         Args:
             where: a folder with `part.json` and `model.safetensors`, or a name.
@@ -158,7 +157,7 @@ class Teacher:
     @property
     def heads(self) -> int:
         """Number of attention heads."""
-        return int(self.network.blocks[0].attn.num_heads)
+        return self._attention(0).num_heads
 
     @property
     def width(self) -> int:
@@ -168,13 +167,12 @@ class Teacher:
     @property
     def head_width(self) -> int:
         """Width of one head's queries and keys."""
-        return int(self.network.blocks[0].attn.head_dim)
+        return self._attention(0).head_dim
 
     @property
     def grid(self) -> tuple[int, int]:
         """(h, w), the grid of patch tokens."""
-        rows, columns = self.network.patch_embed.grid_size  # type: ignore[misc]
-        return rows, columns
+        return cast(tuple[int, int], self.network.patch_embed.grid_size)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images uint8 NHWC (B, R, R, 3), 0..255 -> the network's input, float32 NCHW (B, 3, S, S), normalised.
@@ -211,13 +209,13 @@ class Teacher:
         taps: dict[int, Tensor] = {}
         hooks = [
             # Only the projection is watched, so that the attention itself stays fused.
-            self.network.blocks[layer].attn.qkv.register_forward_hook(
+            self._attention(layer).qkv.register_forward_hook(
                 lambda module, given, out, layer=layer: taps.__setitem__(layer, out)
             )
             for layer in sorted(set(attention))
         ]
         try:
-            (tokens,) = self.network.forward_intermediates(
+            blocks = self.network.forward_intermediates(
                 self.prepare(images),
                 indices=[last],
                 norm=features and self.final_norm,
@@ -228,8 +226,12 @@ class Teacher:
         finally:
             for hook in hooks:
                 hook.remove()
+        (tokens,) = cast(list[Tensor], blocks)
         found = {layer: self._queries_and_keys(layer, out) for layer, out in taps.items()}
         return TeacherTargets(tokens if features else None, found, self.grid)
+
+    def _attention(self, layer: int) -> Attention:
+        return cast(Attention, self.network.blocks[layer].attn)
 
     def _last_needed(self, features: bool, attention: Sequence[int]) -> int:
         wrong = [layer for layer in attention if not 0 <= layer < self.depth]
@@ -242,7 +244,7 @@ class Teacher:
         return max(attention)
 
     def _queries_and_keys(self, layer: int, projected: Tensor) -> tuple[Tensor, Tensor]:
-        attn = self.network.blocks[layer].attn
+        attn = self._attention(layer)
         # B (prefix + N) 3HK -> 3 B H (prefix + N) K
         split = projected.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
         prefix = self.network.num_prefix_tokens
@@ -264,7 +266,7 @@ def weight_file(name: str) -> Path:
     try:
         if source.hf_hub_id:
             return Path(hf_hub_download(source.hf_hub_id, "model.safetensors"))
-        return _download(source.url)
+        return _download(cast(str, source.url))
     except (OSError, ValueError) as error:  # the hub's and urllib's errors are OSErrors
         where = source.hf_hub_id or source.url
         raise ValueError(
@@ -282,17 +284,31 @@ def _download(url: str) -> Path:
 
 
 def known(name: str) -> Pretrained:
-    """The public teacher of this name.
+    """A public teacher by its name in PRETRAINED or in timm.
+
+    A plain ViT of timm that is not in PRETRAINED enters with 16 x 16 patches for images of 256 px, timm's channel
+    normalisation, and its last norm.
 
     Raises:
         ValueError: unknown, or an encoder that cannot be a teacher, with the reason.
     """
+    for short, spec in PRETRAINED.items():
+        if name in (short, spec.timm):
+            return spec
     for family, reason in REFUSED.items():
         if family in name.lower():
             raise ValueError(f"teacher {name}: refused, {reason}")
-    if name not in PRETRAINED:
-        raise ValueError(f"teacher {name}: neither a folder nor one of {', '.join(sorted(PRETRAINED))}")
-    return PRETRAINED[name]
+    try:
+        with torch.device("meta"):  # the shapes alone
+            network = timm.create_model(name, num_classes=0)
+    except (RuntimeError, ValueError) as error:
+        names = ", ".join(sorted(PRETRAINED))
+        raise ValueError(f"teacher {name}: neither a folder, nor in timm, nor one of {names}") from error
+    plain = type(network) is VisionTransformer and type(network.blocks[0].attn) is Attention
+    if not isinstance(network, VisionTransformer) or not plain:
+        raise ValueError(f"teacher {name}: refused, timm's {type(network).__name__} is not a plain vision transformer")
+    source, (patch, _) = cast(dict[str, Any], network.pretrained_cfg), network.patch_embed.patch_size
+    return Pretrained(name, patch, 16 * patch, norm=(source["mean"], source["std"]))
 
 
 def _from_timm(name: str, resolution: int, weights: str | Path | None) -> Teacher:
@@ -319,14 +335,14 @@ def _from_timm(name: str, resolution: int, weights: str | Path | None) -> Teache
 def _network(spec: Pretrained, size: int, path: Path, name: str) -> VisionTransformer:
     """timm's own loader: it reads its layout and the authors', and resamples positions (antialiased bicubic)."""
     try:
-        return timm.create_model(
+        network = timm.create_model(
             spec.timm,
             pretrained=True,
             pretrained_cfg_overlay={"file": str(path)},
             num_classes=0,
             img_size=size,
             **spec.overrides,
-        )  # type: ignore[return-value]
+        )
     except (
         RuntimeError,
         KeyError,
@@ -335,6 +351,7 @@ def _network(spec: Pretrained, size: int, path: Path, name: str) -> VisionTransf
         SafetensorError,
     ) as error:
         raise ValueError(f"{path}: these are not weights of teacher {name} ({spec.timm}): {error}") from error
+    return cast(VisionTransformer, network)
 
 
 def _from_folder(folder: Path) -> Teacher:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,9 +19,11 @@ from haste.data.batches import Batches
 from haste.data.store import Store
 from haste.journal import Journal
 from haste.plan import STATE_NAME, Plan, Segment, State
-from haste.teachers.encoder import Teacher
 from haste.train import state as states
 from haste.train.step import look, losses, total_loss, update
+
+if TYPE_CHECKING:
+    from haste.teachers.encoder import Teacher
 
 log = logging.getLogger("haste.train")
 
@@ -189,6 +191,8 @@ class _Training:
 
 
 def _teacher(plan: Plan, name: str) -> Teacher:
+    from haste.teachers.encoder import Teacher  # after the last stop not even timm is imported
+
     part = plan.teachers[name]
     if part is not None:
         return Teacher.load(part.folder)

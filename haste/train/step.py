@@ -6,7 +6,7 @@ B batch, N student tokens, D student width, C latent channels.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from haste.data.batches import Batch
 from haste.data.latents import draw
 from haste.diffusion.paths import PATHS, interpolate, timestep_uniform
 from haste.models.sit import SiT
-from haste.teachers.encoder import Teacher, TeacherTargets
 from haste.train.state import Learner
+
+if TYPE_CHECKING:
+    from haste.teachers.encoder import Teacher, TeacherTargets
 
 Terms = Mapping[str, Mapping[str, Any]]
 

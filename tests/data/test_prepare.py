@@ -93,6 +93,15 @@ def test_class_folders_are_labels_in_sorted_order(tmp_path):
     assert [brightest[labels == label][0] for label in range(3)] == [1, 0, 2]
 
 
+def test_pictures_of_a_class_come_in_the_order_of_their_paths(tmp_path):
+    paths = ["a-b/0.png", "a/0.png", "a/x/0.png", *(f"a/{i}.png" for i in (7, 3, 5, 1, 9, 2))]
+    for level, path in enumerate(paths):
+        save(tmp_path / "c" / path, colour=(20 * level, 0, 0))
+    source = prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path)
+    found = [paths[int(source.load(i)[0][0, 0, 0]) // 20] for i in range(len(paths))]
+    assert found == sorted(paths, key=lambda path: path.split("/"))
+
+
 def test_a_flat_folder_is_one_class_in_sorted_order(tmp_path):
     for i in reversed(range(5)):
         save(tmp_path / "in" / f"{i}.png", colour=(40 * i, 0, 0))

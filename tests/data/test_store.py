@@ -52,7 +52,7 @@ def make(folder, count=11, shards=3):
     return data
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_indices_read_as_numpy_would(data):
     count = data.draw(st.integers(1, 20))
@@ -172,7 +172,7 @@ def test_a_dropped_store_leaves_no_open_files(tmp_path):
 # ---- refusals
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_a_shard_cut_anywhere_is_refused(data):
     with tempfile.TemporaryDirectory() as folder:
@@ -198,7 +198,7 @@ def test_a_manifest_cut_anywhere_is_refused(data):
 
 
 @pytest.mark.timeout(60)  # HDF5 can search damaged metadata for ever
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_a_changed_byte_is_refused_or_harmless(data):
     with tempfile.TemporaryDirectory() as folder:

@@ -78,7 +78,7 @@ def test_unusable_features_are_refused():
         scores.precision_recall(real, real[:3])
     with pytest.raises(ValueError, match=r"width 2 \(real\) and 1 \(fake\)"):
         scores.precision_recall(real, real[:, :1])
-    with pytest.raises(ValueError, match="fake features.*row 4"):
+    with pytest.raises(ValueError, match=r"fake features.*row 4"):
         scores.precision_recall(real, np.where(np.arange(10)[:, None] == 4, np.nan, real))
 
 

@@ -233,6 +233,12 @@ def test_the_finding_never_sets_a_guided_run_beside_an_unguided_one():
     assert tables.finding(report(rows)) == "At step 600 vanilla reaches FD 76.3."
 
 
+def test_the_finding_speaks_of_what_most_runs_were_scored_in():
+    quick = {"sampling": {"sampler": "heun"}}
+    rows = [row("vanilla", 600, 11.0, **quick), row("vanilla", 600, 76.3), row("HASTE", 600, 52.1)]
+    assert tables.finding(report(rows)) == "At step 600 HASTE reaches FD 52.1, vanilla 76.3."
+
+
 def test_the_finding_keeps_vanilla_among_many_runs():
     rows = [row(f"r{i}", 600, 10.0 + i, method="HASTE") for i in range(6)] + [row("vanilla", 600, 99.0)]
     assert tables.finding(report(rows)) == (

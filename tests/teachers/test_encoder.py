@@ -22,7 +22,7 @@ def small_network(**changes):
     with torch.no_grad():  # timm's initialisation is so faint that every attention map would be flat
         for parameter in network.parameters():
             parameter.normal_(std=0.3)
-    return network.eval()
+    return network
 
 
 def teacher_of(network, **options):
@@ -127,13 +127,13 @@ def test_blocks_after_the_last_one_needed_are_not_run():
 
 def test_no_hook_is_left_behind_and_nothing_is_trainable():
     network = small_network()
-    teacher = teacher_of(network)
+    teacher = teacher_of(network.train())
     teacher(images(), features=True, attention=[0, 3])
     with pytest.raises(ValueError, match="NHWC"):
         teacher(images().float(), features=False, attention=[0])
     assert not any(block.attn.qkv._forward_hooks for block in network.blocks)
     assert not any(parameter.requires_grad for parameter in network.parameters())
-    assert not network.train(False).training
+    assert not network.training
 
 
 def test_targets_can_enter_a_loss_that_is_differentiated():
@@ -247,7 +247,7 @@ def shrink(monkeypatch, name, **overrides):
 
 
 def test_dinov2_with_registers_loads_its_authors_file_and_resamples_positions(monkeypatch, tmp_path):
-    network = shrink(monkeypatch, "dinov2-b-reg")  # 518 px, a grid of 37 x 37
+    network = shrink(monkeypatch, "DINOv2-B-reg")  # 518 px, a grid of 37 x 37
     state = dict(network.state_dict())
     state["mask_token"] = torch.zeros(1, 24)
     state["register_tokens"] = state.pop("reg_token")
@@ -256,7 +256,7 @@ def test_dinov2_with_registers_loads_its_authors_file_and_resamples_positions(mo
     state["cls_token"] = state["cls_token"] - class_position
     torch.save(state, tmp_path / "dinov2.pth")
 
-    teacher = Teacher.load("dinov2-b-reg", weights=tmp_path / "dinov2.pth", resolution=64)
+    teacher = Teacher.load("DINOv2-B-reg", weights=tmp_path / "dinov2.pth", resolution=64)
     assert (teacher.size, teacher.grid) == ((56, 56), (4, 4))
     assert teacher.identity == artefact.file_identity(tmp_path / "dinov2.pth")
 
@@ -273,13 +273,13 @@ def test_dinov2_with_registers_loads_its_authors_file_and_resamples_positions(mo
 
 
 def test_clip_gives_its_tokens_before_the_last_norm_with_its_own_activation(monkeypatch, tmp_path):
-    network = shrink(monkeypatch, "clip-b16")
+    network = shrink(monkeypatch, "CLIP-B/16")
     torch.manual_seed(3)
     with torch.no_grad():
         network.norm.weight.normal_()
     head = {"head.weight": torch.randn(512, 24), "head.bias": torch.zeros(512)}
     safetensors.torch.save_file(network.state_dict() | head, tmp_path / "clip.safetensors")
-    teacher = Teacher.load("clip-b16", weights=tmp_path / "clip.safetensors", resolution=256)
+    teacher = Teacher.load("CLIP-B/16", weights=tmp_path / "clip.safetensors", resolution=256)
     assert teacher.grid == (14, 14)
 
     with torch.no_grad():
@@ -300,22 +300,31 @@ def test_every_public_encoder_exists_in_timm_with_this_normalisation_patch_and_g
     with torch.device("meta"):
         network = timm.create_model(spec.timm, img_size=spec.size, num_classes=0, depth=1)
     assert isinstance(network, VisionTransformer)
-    grid = 14 if name == "clip-b16" else 16
+    assert encoder.known(spec.timm) is spec
+    grid = 14 if name == "CLIP-B/16" else 16
     assert network.patch_embed.patch_size == (spec.patch, spec.patch)
     assert network.patch_embed.grid_size == (grid, grid)
 
 
-def test_without_a_network_the_message_says_how_to_give_a_file(monkeypatch):
+def test_any_plain_vit_of_timm_can_be_a_teacher_and_no_other_encoder():
+    assert encoder.known("vit_small_patch16_224.augreg_in21k") == encoder.Pretrained(
+        "vit_small_patch16_224.augreg_in21k", 16, 256, norm=encoder.HALF
+    )
+    with pytest.raises(ValueError, match="Eva is not a plain vision transformer"):
+        encoder.known("vit_base_patch16_dinov3")
+
+
+def test_without_a_network_the_message_says_how_to_give_a_file(monkeypatch, tmp_path):
     def offline(*args, **kwargs):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(encoder, "hf_hub_download", offline)
     with pytest.raises(ValueError, match="Give a local file"):
-        Teacher.load("dinov2-b")
+        Teacher.load("DINOv2-B")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: "/tmp/no-such-cache")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
     with pytest.raises(ValueError, match="Give a local file"):
-        Teacher.load("ijepa-h")
+        Teacher.load("I-JEPA-H")
 
 
 def test_unsuitable_encoders_weights_and_sizes_are_refused(monkeypatch, tmp_path):
@@ -323,21 +332,21 @@ def test_unsuitable_encoders_weights_and_sizes_are_refused(monkeypatch, tmp_path
         Teacher.load("swin_base_patch4_window7_224")
     with pytest.raises(ValueError, match="convolutional"):
         Teacher.load("convnext_base")
-    with pytest.raises(ValueError, match="neither a folder nor one of clip-b16, "):
+    with pytest.raises(ValueError, match="neither a folder, nor in timm, nor one of CLIP-B/16, "):
         Teacher.load("dinov9")
     with pytest.raises(ValueError, match=r"100 px give an input of 87\.5 px"):
-        Teacher.load("dinov2-b", resolution=100, weights=tmp_path / "x")
+        Teacher.load("DINOv2-B", resolution=100, weights=tmp_path / "x")
     with pytest.raises(ValueError, match="found no file"):
-        Teacher.load("dinov2-b", weights=tmp_path / "nowhere.pth")
-    shrink(monkeypatch, "dinov2-b")
+        Teacher.load("DINOv2-B", weights=tmp_path / "nowhere.pth")
+    shrink(monkeypatch, "DINOv2-B")
     for name in ("foreign.pth", "foreign.safetensors"):
         (tmp_path / name).write_bytes(b"not weights at all")
-        with pytest.raises(ValueError, match="these are not weights of teacher dinov2-b"):
-            Teacher.load("dinov2-b", weights=tmp_path / name)
+        with pytest.raises(ValueError, match="these are not weights of teacher DINOv2-B"):
+            Teacher.load("DINOv2-B", weights=tmp_path / name)
     other = VisionTransformer(**SMALL).state_dict()
     safetensors.torch.save_file(other, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="these are not weights of teacher dinov2-b"):
-        Teacher.load("dinov2-b", weights=tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="these are not weights of teacher DINOv2-B"):
+        Teacher.load("DINOv2-B", weights=tmp_path / "other.safetensors")
 
 
 def test_a_weight_file_cannot_run_code(monkeypatch, tmp_path):
@@ -345,8 +354,8 @@ def test_a_weight_file_cannot_run_code(monkeypatch, tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "exploded"), "w"))
 
-    shrink(monkeypatch, "dinov2-b")
+    shrink(monkeypatch, "DINOv2-B")
     torch.save({"model": Bomb()}, tmp_path / "bomb.pth")
     with pytest.raises(ValueError, match="these are not weights"):
-        Teacher.load("dinov2-b", weights=tmp_path / "bomb.pth")
+        Teacher.load("DINOv2-B", weights=tmp_path / "bomb.pth")
     assert not (tmp_path / "exploded").exists()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from haste import cli, journal
 from haste.data.batches import Batches
 from haste.data.store import Store, join, write_shard
+from haste.teachers import encoder
 from haste.train import loop, state
 
 FORK = multiprocessing.get_context("fork")
@@ -56,7 +57,9 @@ def test_a_branch_equals_the_run_that_was_stopped_there_alone(make_plan):
     # The trunk goes on as if nobody had branched off.
     train_to(plan, "HASTE", 16)
     assert any(name.startswith("projectors/") for name in tensors(plan, "HASTE", 16))
-    assert not torch.equal(tensors(plan, "HASTE", 16)["model/x_embedder.proj.weight"], stopped["model/x_embedder.proj.weight"])
+    assert not torch.equal(
+        tensors(plan, "HASTE", 16)["model/x_embedder.proj.weight"], stopped["model/x_embedder.proj.weight"]
+    )
 
 
 def test_after_the_stop_no_teacher_is_built_no_image_read_and_no_tap_asked(make_plan, monkeypatch):
@@ -68,9 +71,11 @@ def test_after_the_stop_no_teacher_is_built_no_image_read_and_no_tap_asked(make_
 
     asked = []
     forward = state.SiT.forward
-    monkeypatch.setattr(loop.Teacher, "load", forbidden)
+    monkeypatch.setattr(encoder.Teacher, "load", forbidden)
     monkeypatch.setattr(
-        state.SiT, "forward", lambda self, x, t, y, taps=(): asked.append(set(taps)) or forward(self, x, t, y, taps=taps)
+        state.SiT,
+        "forward",
+        lambda self, x, t, y, taps=(): asked.append(set(taps)) or forward(self, x, t, y, taps=taps),
     )
     Path(plan.images.manifest).unlink()
     train_to(plan, "HASTE-12", 16)
@@ -240,7 +245,9 @@ def remake_latents(plan, change):
     old = Store.open(plan.latents.folder)
     common = {"kind": "latents", "key": old.manifest["key"], "recipe": old.recipe, "shards": 1, "provenance": {}}
     rows = {"moments": change(old.read("moments", range(old.count))), "label": old.read("label", range(old.count))}
-    facts = {n: old.manifest[n] for n in ("classes", "images", "autoencoder", "channels", "scale", "shift", "factor", "size")}
+    facts = {
+        n: old.manifest[n] for n in ("classes", "images", "autoencoder", "channels", "scale", "shift", "factor", "size")
+    }
     write_shard(old.folder, **common, shard=0, total=old.count, fields=old.fields, batches=[rows], facts=facts)
     join(old.folder, **common, splits=old.manifest["splits"])
 

@@ -2,8 +2,15 @@
 
 
 def before(wildcards):
-    """What a segment starts from: the parent state, the latents and, while it aligns, images and teachers."""
-    segment = plan.segment(State(wildcards.trajectory, int(wildcards.step)))
+    """What a segment starts from: the parent state, the latents and, while it aligns, images and teachers.
+
+    A finished state starts from nothing: else a milestone put in before it, which then is its parent, would be a
+    reason to make it again (ancient() holds only for files that exist).
+    """
+    state = State(wildcards.trajectory, int(wildcards.step))
+    if state.step in plan.on_disk(state.trajectory):
+        return []
+    segment = plan.segment(state)
     files = [plan.latents.manifest]
     if segment.parent:
         files.append(plan.path(segment.parent))

@@ -1,0 +1,35 @@
+# make demo    from scikit-learn's digits to a table, in minutes
+# make test    lint and the test suite
+# make lint    ruff (format and lint) and mypy
+# make clean   remove the environment (results stay)
+PYTHON ?= python3
+BIN := $(CURDIR)/.venv/bin
+READY := .venv/ready
+export PATH := $(BIN):$(PATH)
+export PYTHONUNBUFFERED := 1
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	snakemake --profile profiles/local --quiet rules host
+	@haste table
+
+test: lint
+	pytest -n 2
+
+lint: $(READY)
+	ruff format --check .
+	ruff check .
+	mypy
+
+# The environment is made again only when what it is made from changes.
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv .venv
+	pip install --quiet --disable-pip-version-check -r requirements.lock
+	pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+clean:
+	rm -rf .venv

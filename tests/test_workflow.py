@@ -1,0 +1,233 @@
+"""The workflow as people run it: the whole DAG once, and then what a dry run says to every change of mind."""
+
+import copy
+import fcntl
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from haste import artefact, cli, config
+from haste.plan import Plan
+
+ROOT = Path(__file__).parent.parent
+TINY = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
+RUNS = {
+    "vanilla": {"milestones": [8]},
+    "HASTE": {"alignment": "HASTE"},
+    "HASTE-12": {"alignment": "HASTE", "stop": 12},
+}
+
+
+class Workshop:
+    """A results folder with its configuration, and Snakemake on it as a user starts it."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.root = folder, folder / "results"
+        self.configure()
+
+    def configure(self, **changes):
+        """Write the configuration with some top keys replaced; returns its plan."""
+        raw = {**copy.deepcopy(TINY), "results": str(self.root), "runs": RUNS, **changes}
+        (self.folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
+        self.plan = Plan(config.resolve(raw))
+        return self.plan
+
+    def command(self, *arguments):
+        return [
+            *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "workflow" / "Snakefile")),
+            *("--workflow-profile", str(ROOT / "profiles" / "default"), "--directory", str(self.folder)),
+            *("--configfile", str(self.folder / "tiny.yaml"), "--cores", "2", *arguments),
+        ]
+
+    def snakemake(self, *arguments):
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        return subprocess.run(self.command(*arguments), capture_output=True, text=True, env=environment, timeout=280)
+
+    def jobs(self):
+        """What a dry run lists: {(rule, what)}, `what` being step for training and the run's state for the rest."""
+        done = self.snakemake("-n", "--rerun-triggers", "mtime")
+        assert done.returncode == 0, done.stdout + done.stderr
+        text = done.stdout + done.stderr
+        blocks = re.findall(r"^(?:local)?rule (\w+):(.*?)(?=^\[|^(?:local)?rule |\Z)", text, re.MULTILINE | re.DOTALL)
+        found = set()
+        for rule, body in blocks:
+            match = re.search(r"wildcards: (.*)", body)
+            values = dict(part.split("=") for part in match[1].split(", ")) if match else {}
+            found.add((rule, self._name(values)))
+        return found - {("all", "")}
+
+    def _name(self, values):
+        if "trajectory" in values:
+            return f"{values['trajectory']}/{values['step']}"
+        return values.get("draw", "")
+
+    def state(self, run, step):
+        return str(self.plan.state(run, step))
+
+    def evaluation(self, run, step):
+        return next(row.evaluation for row in self.plan.rows if (row.run, row.step) == (run, step))
+
+    def evaluated(self, run, step):
+        """The jobs that turn a state into a line of the table."""
+        name = self.evaluation(run, step).name
+        return {("sample", name), ("score", name), ("grid", name), ("report", "")}
+
+
+@pytest.fixture(scope="module")
+def finished(_finished_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(_finished_data, folder / "results")
+    shop = Workshop(folder)
+    done = shop.snakemake()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return shop
+
+
+@pytest.fixture
+def shop(finished, tmp_path):
+    """A copy of the finished results, times kept, free to be broken."""
+    shutil.copytree(finished.root, tmp_path / "results")  # with its times
+    return Workshop(tmp_path)
+
+
+def test_the_whole_path_ends_in_a_report_with_every_row(finished):
+    page = Path(finished.plan.report)
+    assert page.exists()
+    table = (page.parent / "results.csv").read_text()
+    assert len(table.splitlines()) >= 1 + 5
+    for run in RUNS:
+        assert run in table
+    assert cli.main(["table", "-c", finished.plan.config_file]) == 0
+
+
+def test_a_second_run_finds_nothing_to_do(shop):
+    assert shop.jobs() == set()
+
+
+def test_a_branch_at_another_stop_trains_its_own_part_and_the_shared_trunk_once(shop):
+    shop.configure(runs={**RUNS, "HASTE-10": {"alignment": "HASTE", "stop": 10}})
+    trunk, branch = shop.state("HASTE-10", 10), shop.state("HASTE-10", 16)
+    # step 8 is shared and scored already; step 10 of the trunk is made from it, and the branch from that
+    assert shop.jobs() == {("train", trunk), ("train", branch)} | shop.evaluated("HASTE-10", 16)
+
+
+def test_an_extension_trains_the_new_part_only(shop):
+    shop.configure(runs={**RUNS, "HASTE": {"alignment": "HASTE", "milestones": [8, 16, 24]}})
+    assert shop.jobs() == {("train", shop.state("HASTE", 24))} | shop.evaluated("HASTE", 24)
+
+
+def test_an_inserted_milestone_trains_only_up_to_it_and_finished_states_stay(shop):
+    shop.configure(runs={**RUNS, "HASTE": {"alignment": "HASTE", "milestones": [8, 14, 16]}})
+    assert shop.jobs() == {("train", shop.state("HASTE", 14))} | shop.evaluated("HASTE", 14)
+    path = Path(shop.plan.path(shop.plan.state("HASTE", 16)))
+    before = path.read_bytes()
+    done = shop.snakemake(shop.plan.path(shop.plan.state("HASTE", 14)))
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes() == before
+    assert not {job for job in shop.jobs() if job[0] == "train"}
+
+
+def test_touched_files_train_nothing(shop):
+    later = time.time() + 100
+    for path in shop.root.rglob("*"):
+        if path.is_file() and ("stores" in path.parts or "parts" in path.parts):
+            os.utime(path, (later, later))
+    for path in shop.root.rglob("step-*.safetensors"):
+        os.utime(path, (later, later))
+    assert not {rule for rule, _ in shop.jobs()} & {"train", "sample", "latents", "teacher", "autoencoder", "detector"}
+
+
+def test_a_fresh_clone_over_existing_results_trains_nothing(shop, tmp_path):
+    clone = tmp_path / "clone"
+    for part in ("workflow", "profiles"):
+        shutil.copytree(ROOT / part, clone / part)
+    command = [
+        part.replace(str(ROOT), str(clone)) if part.startswith(str(ROOT / "workflow")) else part
+        for part in shop.command("-n")
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Nothing to be done" in done.stdout + done.stderr
+
+
+def test_a_deleted_score_remakes_that_score_and_the_tables(shop):
+    evaluation = shop.evaluation("HASTE", 16)
+    Path(evaluation.score).unlink()
+    assert shop.jobs() == {("score", evaluation.name), ("report", "")}
+
+
+def test_a_deleted_trunk_whose_branches_are_finished_trains_nothing(shop):
+    for step in (8, 12):
+        Path(shop.plan.path(shop.plan.state("HASTE", step))).unlink()
+    assert shop.jobs() == set()
+
+
+def test_another_way_to_sample_trains_nothing(shop):
+    sampling = {**TINY["sampling"], "heun": {"sampler": "heun", "steps": 3, "count": 20}}
+    shop.configure(
+        sampling=sampling,
+        runs={**RUNS, "vanilla": {"milestones": [8], "sampling": ["quick", "heun"]}},
+    )
+    names = {row.evaluation.name for row in shop.plan.rows if row.evaluation.sampling_name == "heun"}
+    (name,) = names
+    assert shop.jobs() == {("sample", name), ("score", name), ("grid", name), ("report", "")}
+
+
+def test_an_unrelated_key_reruns_nothing(shop):
+    shop.configure(runtime={**TINY["runtime"], "threads": 2, "log_every": 1}, title="another title")
+    assert shop.jobs() <= {("report", "")}  # the page shows the configuration
+
+
+def test_two_snakemakes_on_one_results_folder_the_second_says_who_holds_it_and_stops(shop):
+    Path(shop.plan.report_made).unlink()
+    Path(shop.plan.report).unlink()
+    with artefact.holding(shop.root / ".lock", "x"):
+        done = shop.snakemake()
+        assert done.returncode != 0
+        assert "is in use" in done.stdout + done.stderr
+        assert f"process {os.getpid()} on " in done.stdout + done.stderr
+        assert not Path(shop.plan.report).exists()
+    assert shop.snakemake().returncode == 0
+    assert Path(shop.plan.report).exists()
+
+
+def test_a_killed_snakemake_leaves_no_lock_and_the_same_command_goes_on(shop):
+    shutil.rmtree(shop.root / "states")
+    for path in (shop.root / "scores").glob("SiT*"):
+        path.unlink()
+    shutil.rmtree(shop.root / "samples")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    running = subprocess.Popen(
+        shop.command("eval"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+    )
+    limit = time.monotonic() + 120
+    while not list(shop.root.glob("states/*/step-*.safetensors")) and time.monotonic() < limit:
+        time.sleep(0.1)
+    os.killpg(running.pid, 9)
+    running.wait()
+    with open(shop.root / ".lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    states = {path: path.stat().st_mtime_ns for path in shop.root.glob("states/*/step-*.safetensors")}
+    assert states
+    done = shop.snakemake("eval")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(path.stat().st_mtime_ns == when for path, when in states.items())
+    assert all(Path(row.evaluation.score).exists() for row in shop.plan.rows)
+
+
+def test_a_refused_configuration_is_refused_by_the_workflow_too_without_a_traceback(shop):
+    raw = yaml.safe_load((shop.folder / "tiny.yaml").read_text())
+    raw["runs"]["vanilla"] = {"milestone": [8]}
+    (shop.folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
+    done = shop.snakemake()
+    assert done.returncode != 0
+    text = done.stdout + done.stderr
+    assert "runs.vanilla.milestone: unknown key; did you mean 'milestones'?" in text
+    assert "Traceback" not in text
