@@ -11,10 +11,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from haste.plan import Plan
+    from haste.data.latents import Autoencoder
+    from haste.data.store import Store
+    from haste.metrics.detectors import Detector
+    from haste.plan import Artefact, Evaluation, Plan
 
 DEFAULT_CONFIG = "config/digits.yaml"
 
@@ -128,11 +131,11 @@ def _images(arguments: argparse.Namespace) -> None:
 
     plan = _plan_of(arguments)
     spec, store = plan.config.images, plan.images
-    options = {} if spec.path is None else {"path": spec.path}
+    options: dict[str, Any] = {} if spec.path is None else {"path": spec.path}
     source = prepare.open_source(spec.source, resolution=spec.resolution, holdout=spec.holdout, **options)
     if len(source.classes) != spec.classes:
         raise ValueError(f"images.classes: {spec.classes}, but {spec.source} has {len(source.classes)}")
-    common = {"key": store.key, "recipe": store.recipe, "shards": store.shards}
+    common: dict[str, Any] = {"key": store.key, "recipe": store.recipe, "shards": store.shards}
     made = artefact.provenance(key=store.key, recipe=store.recipe)
     if arguments.join:
         prepare.prepare_join(store.folder, source, **common, provenance=made)
@@ -148,9 +151,9 @@ def _autoencoder(arguments: argparse.Namespace) -> None:
     if part is None or trained is None:
         raise ValueError("autoencoder: this configuration uses a pretrained one, there is nothing to train")
     _threads(plan)
-    images, _, held_out, _ = _training_images(plan)
-    about = {"out": Path(part.folder), "name": part.name, "key": part.key, "recipe": part.recipe}
-    parts.train_autoencoder(images, held_out, **trained.model_dump(), **about)
+    data = _training_images(plan)
+    images = {name: data[name] for name in ("images", "held_out")}
+    parts.train_autoencoder(**images, **trained.model_dump(), **_about(part))
 
 
 def _teacher(arguments: argparse.Namespace) -> None:
@@ -163,8 +166,7 @@ def _teacher(arguments: argparse.Namespace) -> None:
     trained = plan.config.teachers[arguments.name].trained
     assert trained is not None
     _threads(plan)
-    about = {"out": Path(part.folder), "name": part.name, "key": part.key, "recipe": part.recipe}
-    parts.train_teacher(*_training_images(plan), **trained.model_dump(), **about)
+    parts.train_teacher(**_training_images(plan), **trained.model_dump(), **_about(part))
 
 
 def _detector(arguments: argparse.Namespace) -> None:
@@ -173,21 +175,28 @@ def _detector(arguments: argparse.Namespace) -> None:
     plan = _plan_of(arguments)
     part, trained = plan.detector, plan.config.detector[plan.detector.name].trained
     _threads(plan)
-    about = {"out": Path(part.folder), "name": part.name, "key": part.key, "recipe": part.recipe}
-    parts.train_detector(*_training_images(plan), **trained.model_dump(), **about)
+    parts.train_detector(**_training_images(plan), **trained.model_dump(), **_about(part))
 
 
-def _training_images(plan: Plan) -> tuple:
-    """Images and labels of the training split, then those held out."""
+def _about(part: Artefact) -> dict[str, Any]:
+    return {"out": Path(part.folder), "name": part.name, "key": part.key, "recipe": part.recipe}
+
+
+def _training_images(plan: Plan) -> dict[str, Any]:
     store = _open(plan.images)
-    splits = (store.range("train"), store.range("held_out"))
-    return tuple(store.read(field, rows) for rows in splits for field in ("image", "label"))
+    train, held_out = store.range("train"), store.range("held_out")
+    return {
+        "images": store.read("image", train),
+        "labels": store.read("label", train),
+        "held_out": store.read("image", held_out),
+        "held_out_labels": store.read("label", held_out),
+    }
 
 
-def _open(artefact):
+def _open(made: Artefact) -> Store:
     from haste.data.store import Store
 
-    return Store.open(artefact.folder, kind=artefact.kind, key=artefact.key, recipe=artefact.recipe)
+    return Store.open(made.folder, kind=made.kind, key=made.key, recipe=made.recipe)
 
 
 def _latents(arguments: argparse.Namespace) -> None:
@@ -198,7 +207,7 @@ def _latents(arguments: argparse.Namespace) -> None:
     _threads(plan)
     store, images = plan.latents, _open(plan.images)
     made = artefact.provenance(key=store.key, recipe=store.recipe, inputs={"images": images.identity})
-    common = {"key": store.key, "recipe": store.recipe, "shards": store.shards, "provenance": made}
+    common: dict[str, Any] = {"key": store.key, "recipe": store.recipe, "shards": store.shards, "provenance": made}
     if arguments.join:
         latents.encode_join(store.folder, images, **common)
         return
@@ -208,7 +217,7 @@ def _latents(arguments: argparse.Namespace) -> None:
     latents.encode_shard(store.folder, images, encoder, **common, shard=arguments.shard, dtype=spec.dtype)
 
 
-def _check_autoencoder(plan: Plan, autoencoder) -> None:
+def _check_autoencoder(plan: Plan, autoencoder: Autoencoder) -> None:
     spec = plan.config.autoencoder
     if (autoencoder.channels, autoencoder.factor) != (spec.channels, spec.factor):
         raise ValueError(
@@ -224,7 +233,7 @@ def _train(arguments: argparse.Namespace) -> None:
     train(plan, plan.parse(arguments.state))
 
 
-def _load_detector(plan: Plan):
+def _load_detector(plan: Plan) -> Detector:
     from haste.metrics.detectors import load_detector
 
     return load_detector(plan.detector.folder)
@@ -238,13 +247,13 @@ def _reference(arguments: argparse.Namespace) -> None:
     plan = _plan_of(arguments)
     _threads(plan)
     made = plan.reference
-    common = {"key": made.key, "recipe": made.recipe}
+    common: dict[str, Any] = {"key": made.key, "recipe": made.recipe}
     reference_shard(_open(plan.images), _load_detector(plan), folder=Path(made.folder), **common)
     provenance = artefact.provenance(**common)
     store.join(made.folder, kind="features", shards=1, splits={}, provenance=provenance, **common)
 
 
-def _evaluation(plan: Plan, name: str):
+def _evaluation(plan: Plan, name: str) -> Evaluation:
     if name not in plan.evaluations:
         raise ValueError(
             f"samples {name!r}: not in this configuration, which has {', '.join(sorted(plan.evaluations))}"
@@ -288,7 +297,7 @@ def _score(arguments: argparse.Namespace) -> None:
     plan = _plan_of(arguments)
     evaluation, made = _evaluation(plan, arguments.draw), plan.detector
     features = evaluation.features
-    common = {"key": features.key, "recipe": features.recipe, "shards": features.shards}
+    common: dict[str, Any] = {"key": features.key, "recipe": features.recipe, "shards": features.shards}
     provenance = artefact.provenance(key=features.key, recipe=features.recipe)
     store.join(features.folder, kind="features", splits={}, provenance=provenance, **common)
     state, sampling = evaluation.state, evaluation.sampling

@@ -534,11 +534,14 @@ def _faults_of_attention(
     faults = []
     if len(term.student_layers) != len(term.teacher_layers) or not term.student_layers:
         faults.append(
-            f"{at}: student_layers {term.student_layers} and teacher_layers {term.teacher_layers} must pair up one by one"
+            f"{at}: student_layers {term.student_layers} and teacher_layers {term.teacher_layers} "
+            "must pair up one by one"
         )
     limits = {"student_layers": (name, model.depth), "teacher_layers": (term.teacher, teacher and teacher[0])}
     for key, (owner, depth) in limits.items():
-        wrong = [layer for layer in getattr(term, key) if depth is not None and layer >= depth]
+        if depth is None:
+            continue  # a timm name that is not in TEACHERS: known when it is loaded
+        wrong = [layer for layer in getattr(term, key) if layer >= depth]
         if wrong:
             faults.append(f"{at}.{key}: {wrong}, but {owner} has layers 0 to {depth - 1}")
     heads = {"model " + name: model.heads, "teacher " + term.teacher: teacher and teacher[1]}
@@ -549,7 +552,7 @@ def _faults_of_attention(
 
 
 def terms_of(config: Config, run: str) -> dict[str, dict[str, Any]]:
-    """The alignment terms of a run with every layer named: {"features": {...}, "attention": {...}}, absent if unused."""
+    """The alignment terms of a run with every layer named: {"features": {...}, "attention": {...}}, if used."""
     row = config.runs[run]
     alignment, model = alignment_named(config, row.alignment), model_named(config, row.model)
     terms = {}

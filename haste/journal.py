@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -18,11 +19,11 @@ class Journal:
 
     def __init__(self, path: Path, begin: int, end: int, batch: int):
         self.path, self.begin, self.end, self.batch = path, begin, end, batch
-        self.waiting: list[dict[str, SupportsFloat]] = []
+        self.waiting: list[Mapping[str, SupportsFloat]] = []
         self.started = self.before = time.monotonic()
 
     def __enter__(self) -> Journal:
-        self.file = open(self.path, "a+b")  # noqa: SIM115 - closed in __exit__
+        self.file = open(self.path, "a+b")
         if self.file.tell():
             self.file.seek(-1, os.SEEK_END)
             if self.file.read(1) != b"\n":  # a kill in the middle of a line
@@ -32,7 +33,7 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def add(self, values: dict[str, SupportsFloat]) -> None:
+    def add(self, values: Mapping[str, SupportsFloat]) -> None:
         """Take a step's values; they are looked at only when a line is written."""
         self.waiting.append(values)
 

@@ -5,8 +5,9 @@ else: the recipe (data, model, optimiser, seed, ...), which alignment terms were
 step. So runs that agree up to a step share that trunk, and where training is cut never shows in a name.
 
 A *trajectory* is a folder of states. A term that is still active writes its interval as open, [0, None): the
-trajectory of a run that will stop at tau is, up to tau, the very trajectory of the run that never stops. From tau on the
-interval is closed, [0, tau), which is another name: a branch. A run's way through trajectories is a list of `Piece`s.
+trajectory of a run that will stop at tau is, up to tau, the very trajectory of the run that never stops. From tau on
+the interval is closed, [0, tau), which is another name: a branch. A run's way through trajectories is a list of
+`Piece`s.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ class Row:
 
 
 class Plan:
-    """Everything that a configuration asks for, by name and by path. Reading the disk is left to the caller of `segment`."""
+    """Everything that a configuration asks for, by name and by path."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -204,7 +205,8 @@ class Plan:
                 self.cuts[state.trajectory].add(step)
                 self._owner.setdefault(state.trajectory, run)
         self.notes = [
-            f"{run}: stop of {kind} at step {step} lies beyond the last milestone {row.milestones[-1]}: it has no effect yet"
+            f"{run}: stop of {kind} at step {step} lies beyond the last milestone {row.milestones[-1]}: "
+            "it has no effect yet"
             for run, row in self.config.runs.items()
             for kind, step in row.stop.model_dump().items()
             if step is not None and step > row.milestones[-1] and kind in configuration.terms_of(self.config, run)

@@ -32,7 +32,7 @@ def parameters(recipe: dict[str, Any]) -> int:
 
 
 def training_flops(recipe: dict[str, Any]) -> float:
-    """Floating-point operations of one image's forward and backward through a SiT: 6 a weight and token, and attention."""
+    """Floating-point operations of one image's forward and backward pass: 6 a weight and token, and attention."""
     size = recipe["model"]
     width, tokens = size["width"], (size["input_size"] // size["patch_size"]) ** 2
     weights = size["depth"] * (4 * width**2 + 2 * width**2 * size["mlp_ratio"])
@@ -68,7 +68,7 @@ def machine_flops() -> float:
 
 
 def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float, bool]:
-    """Seconds that a segment will take, and whether that is measured (a journal of the same recipe or trunk) or computed."""
+    """Seconds that a segment will take, and whether that is measured (by a journal on its lineage) or computed."""
     recipe = plan.trajectories[segment.state.trajectory].recipe
     steps, batch = segment.state.step - segment.start, recipe["training"]["batch"]
     for piece in reversed(segment.pieces):
@@ -127,7 +127,7 @@ def _training_stages(plan: Plan) -> tuple[list[Stage], bool]:
 
 
 def state_megabytes(plan: Plan, segment: Segment) -> float:
-    """Disk that a segment's states take: weights, average and two moments in float32, named states and those kept on the way."""
+    """Disk that a segment's states take, named and kept on the way: weights, average and two moments in float32."""
     recipe = plan.trajectories[segment.state.trajectory].recipe
     every = plan.config.runtime.keep_every
     kept = 1 + ((segment.state.step - 1) // every - segment.start // every if every else 0)
@@ -238,10 +238,15 @@ def _of_shard(path: Path) -> dict[str, Any]:
 
     try:
         with h5py.File(path, "r", locking=False) as file:
-            header = {name: value.item() if hasattr(value, "item") else value for name, value in file.attrs.items()}
+            header = {name: _plain(value) for name, value in file.attrs.items()}
     except OSError as error:
         raise ValueError(f"{path}: truncated, or not HDF5") from error
     return {n: json.loads(v) if n in ("recipe", "facts", "provenance") else v for n, v in header.items()}
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def _of_samples(path: Path) -> dict[str, Any]:

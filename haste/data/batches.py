@@ -1,4 +1,4 @@
-"""What one training step sees, as a function of (seed, step) alone: which samples, which noise, which times, which labels.
+"""What one training step sees, as a function of (seed, step) alone: samples, noise, times and labels.
 
 B batch, C latent channels, h x w latent cells, R pixels a side.
 """

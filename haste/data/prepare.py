@@ -138,7 +138,7 @@ def _scan(root: Path) -> tuple[list[str], list[tuple[tuple[str, ...], int]]]:
     if not root.is_dir():
         raise ValueError(f"{root}: expected a folder of images, found {'a file' if root.exists() else 'nothing'}")
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    loose = [(entry.name,) for entry in root.iterdir() if _is_picture(entry.name)]
+    loose: list[tuple[str, ...]] = [(entry.name,) for entry in root.iterdir() if _is_picture(entry.name)]
     if folders and loose:
         raise ValueError(
             f"{root}: found both class folders ({folders[0]!r}) and pictures ({loose[0][0]!r}) beside them"

@@ -14,12 +14,15 @@ cache serves all processes of a node, where a cache of our own would be held onc
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
+import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -99,15 +102,33 @@ def write_shard(
     header = {"schema": artefact.SCHEMA, "kind": kind, "key": key, "shard": shard, "shards": shards}
     header |= {"total": total, "start": span.start, "count": len(span)}
     header |= {name: artefact.canonical(obj) for name, obj in [("recipe", recipe), ("facts", facts or {})]}
-    # Format v1.10 keeps attributes above 64 KiB, which a resolved recipe can be.
-    with artefact.replacing(path) as aside, h5py.File(aside, "w", libver="v110", locking=False) as file:
+    with artefact.replacing(path) as aside, _written(path, aside, len(span), layout) as file:
         for name, value in (header | {"provenance": artefact.canonical(provenance)}).items():
             file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
         for name, (shape, dtype) in {**layout, DIGEST: ((_DIGEST_BYTES,), np.dtype("u1"))}.items():
             file.create_dataset(name, shape=(len(span), *shape), dtype=dtype)
         _fill(file, path, layout, len(span), batches, progress)
-        file.flush()
     return path
+
+
+@contextlib.contextmanager
+def _written(path: Path, aside: Path, count: int, layout: Mapping[str, tuple[Any, np.dtype]]) -> Generator[h5py.File]:
+    """An HDF5 file to write `count` samples to.
+
+    Raises:
+        OSError: the disk is full, or another write failed.
+    """
+    size = count * sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout.values())
+    free = shutil.disk_usage(aside.parent).free
+    if size > free:  # said before hours of work, and because HDF5 cannot even close a file on a full disk
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: needs {size:,} bytes, {free:,} are free", str(path))
+    try:
+        # Format v1.10 keeps attributes above 64 KiB, which a resolved recipe can be.
+        with h5py.File(aside, "w", libver="v110", locking=False) as file:
+            yield file
+            file.flush()
+    except RuntimeError as error:  # what h5py raises when a write fails on closing
+        raise OSError(f"{path}: could not be written: {error}") from error
 
 
 def _layout(fields: Fields) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

@@ -167,9 +167,9 @@ METRICS: dict[str, Metric] = {
         needs=("pool",),
         update=lambda stats, batch: frechet.update(stats, batch["pool"]),
         merge=frechet.merge,
-        value=lambda stats, reference: {"frechet": frechet.frechet_distance(stats, reference)},
+        value=lambda stats, reference: {"fd": frechet.frechet_distance(stats, reference)},
         reference=True,
-        better={"frechet": "lower"},
+        better={"fd": "lower"},
     ),
     "precision_recall": Metric(
         needs=("pool",),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,12 +53,7 @@ class Pretrained:
 
 
 # OpenAI trained CLIP with the sigmoid approximation of GELU, which timm's plain variants replace by the exact one.
-_CLIP = {
-    "norm": CLIP,
-    "final_norm": False,
-    "resize_first": True,
-    "overrides": {"act_layer": "quick_gelu"},
-}
+_clip = partial(Pretrained, norm=CLIP, final_norm=False, resize_first=True, overrides={"act_layer": "quick_gelu"})
 
 PRETRAINED: dict[str, Pretrained] = {
     "DINOv2-B": Pretrained("vit_base_patch14_dinov2.lvd142m", 14, 224),
@@ -67,8 +63,8 @@ PRETRAINED: dict[str, Pretrained] = {
     "DINO-B": Pretrained("vit_base_patch16_224.dino", 16, 256),
     "MAE-L": Pretrained("vit_large_patch16_224.mae", 16, 256, final_norm=False),
     "I-JEPA-H": Pretrained("vit_huge_patch14_gap_224.in1k_ijepa", 14, 224),
-    "CLIP-L": Pretrained("vit_large_patch14_clip_224.openai", 14, 224, **_CLIP),
-    "CLIP-B/16": Pretrained("vit_base_patch16_clip_224.openai", 16, 224, **_CLIP),
+    "CLIP-L": _clip("vit_large_patch14_clip_224.openai", 14, 224),
+    "CLIP-B/16": _clip("vit_base_patch16_clip_224.openai", 16, 224),
     "SigLIP-L": Pretrained("vit_large_patch16_siglip_256.webli", 16, 256, norm=HALF),
 }
 

@@ -116,5 +116,5 @@ def update(learner: Learner, loss: Tensor, *, clip: float | None, ema: float) ->
 @torch.no_grad()
 def average(learner: Learner, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * model, for all parameters at once."""
-    into = [p for p in learner.ema.parameters()]
+    into: list[Tensor] = list(learner.ema.parameters())
     torch._foreach_lerp_(into, [p.detach() for p in learner.model.parameters()], 1.0 - decay)

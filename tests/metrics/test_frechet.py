@@ -92,6 +92,16 @@ def test_fewer_images_than_features_still_give_a_finite_exact_distance():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_covariances_that_lack_rank_agree_with_singular_values_of_the_features(seed):
+    # With centred features X and Y, tr((S S')^(1/2)) is the nuclear norm of X Y^T / sqrt((n - 1) (m - 1)).
+    x, y = features(seed, 8, 40), features(seed + 50, 11, 40)
+    nuclear = np.linalg.svd((x - x.mean(0)) @ (y - y.mean(0)).T, compute_uv=False).sum() / np.sqrt(7 * 10)
+    gap = x.mean(0) - y.mean(0)
+    expected = gap @ gap + x.var(0, ddof=1).sum() + y.var(0, ddof=1).sum() - 2 * nuclear
+    assert frechet_distance(frechet.update(None, x), frechet.update(None, y)) == pytest.approx(expected, rel=1e-6)
+
+
 def test_distance_is_symmetric_and_zero_for_equal_moments():
     a = Moments.of_covariance(50, np.arange(20.0), random_covariance(0, 20))
     b = Moments.of_covariance(50, np.ones(20), random_covariance(1, 20))

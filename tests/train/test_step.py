@@ -17,7 +17,8 @@ GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 @pytest.mark.parametrize("run", sorted(GOLDEN))
 def test_the_first_ten_losses_are_the_golden_ones(make_plan, run):
     plan = make_plan(
-        runtime={"log_every": 1, "save_every": 100}, defaults={"model": "dot", "milestones": [10], "sampling": ["quick"]}
+        runtime={"log_every": 1, "save_every": 100},
+        defaults={"model": "dot", "milestones": [10], "sampling": ["quick"]},
     )
     loop.train(plan, plan.state(run, 10))
     records = journal.read(Path(plan.path(plan.state(run, 10))).parent / "log.jsonl")

@@ -1,0 +1,211 @@
+"""What people type: every artefact says how it was made, and bad input ends in one message and exit code 2."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from haste import artefact, cli, status
+from haste.models.sit import SiT
+from haste.train import loop
+
+
+def run(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+def test_every_artefact_says_how_it_was_made(make_plan):
+    plan = make_plan(runs={"HASTE": {"alignment": "HASTE", "milestones": [8]}})
+    loop.train(plan, plan.state("HASTE", 8))
+    (row,) = plan.rows
+    for command in (["sample", row.evaluation.name], ["score", row.evaluation.name], ["grid", row.evaluation.name]):
+        assert run(*command, "-c", plan.file) == 0
+    assert run("floor", "-c", plan.file) == 0
+    assert run("report", "-c", plan.file) == 0
+    state = plan.path(plan.state("HASTE", 8))
+    files = [
+        *(plan.images.folder, plan.images.manifest, plan.images.shard_files[0], plan.latents.manifest),
+        *(plan.autoencoder.manifest, plan.teachers["vit"].folder, plan.detector.folder),
+        *(state, Path(state).parent, row.evaluation.sample_file(0), row.evaluation.features.shard_files[0]),
+        *(row.evaluation.score, plan.floor, plan.report),
+    ]
+    for file in files:
+        header = status.provenance_of(Path(file))
+        made = header.get("provenance", header)
+        assert made["code"] == artefact.code_version(), file
+        assert made["versions"]["torch"], file
+        assert made["hardware"]["host"], file
+        assert made["made"], file
+        assert run("show", file) == 0
+
+
+def test_show_refuses_what_is_not_ours(tmp_path, capsys):
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "b.json").write_text("{")
+    (tmp_path / "c.h5").write_bytes(b"not hdf5")
+    (tmp_path / "d.safetensors").write_bytes(b"\xff" * 20)
+    (tmp_path / "e.npz").write_bytes(b"PK")
+    (tmp_path / "f.txt").write_text("x")
+    for name in ["a.json", "b.json", "c.h5", "d.safetensors", "e.npz", "f.txt", "missing.json", "."]:
+        assert run("show", tmp_path / name) == 2, name
+        message = capsys.readouterr().err
+        assert str(tmp_path / name).rstrip("/.") in message
+        assert "Traceback" not in message
+
+
+def test_the_plans_parameter_count_is_the_models(make_plan):
+    plan = make_plan()
+    recipe = plan.trajectories[plan.state("vanilla", 8).trajectory].recipe
+    size = recipe["model"]
+    model = SiT(
+        input_size=size["input_size"],
+        in_channels=size["channels"],
+        patch_size=size["patch_size"],
+        depth=size["depth"],
+        width=size["width"],
+        heads=size["heads"],
+        classes=recipe["classes"],
+        mlp_ratio=size["mlp_ratio"],
+    )
+    assert status.parameters(recipe) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_the_plans_disk_is_near_what_states_take(make_plan):
+    plan = make_plan()
+    state = plan.state("vanilla", 8)
+    expected = status.state_megabytes(plan, plan.segment(state))
+    loop.train(plan, state)
+    size = Path(plan.path(state)).stat().st_size / 1e6
+    assert expected == pytest.approx(size, rel=0.3)  # the header and names weigh something in so small a state
+
+
+def test_the_plan_says_what_is_left_and_what_is_shared(make_plan, capsys):
+    plan = make_plan()
+    assert run("plan", "-c", plan.file) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "computed from operation counts" in text
+    assert "HASTE and HASTE-12 share" in text
+    stages, measured = status.stages(plan)
+    left = {stage.name: (stage.jobs, stage.left) for stage in stages}
+    assert left["images"] == (2, 0)
+    assert left["training, aligned"] == (5, 5)
+    assert left["training, plain"] == (3, 3)
+    assert not measured
+    loop.train(plan, plan.state("vanilla", 8))
+    stages, _ = status.stages(plan)
+    assert {s.name: s.left for s in stages}["training, plain"] == 2
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_nothing_is_lost(make_plan, capsys):
+    plan = make_plan()
+    loop.train(plan, plan.state("vanilla", 8))
+    folder = Path(plan.path(plan.state("vanilla", 8))).parent
+    before = sorted(path.name for path in folder.iterdir())
+    if subprocess.run(["mount", "--bind", folder, folder], capture_output=True).returncode:
+        os.chmod(folder, 0o500)
+        if os.access(folder, os.W_OK):
+            pytest.skip("root without the right to mount: nothing here can be read-only")
+    else:
+        subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
+    try:
+        assert run("train", plan.state("vanilla", 16), "-c", plan.file) == 2
+        message = capsys.readouterr().err
+        assert str(folder) in message
+        assert "Traceback" not in message
+        assert sorted(path.name for path in folder.iterdir()) == before
+    finally:
+        subprocess.run(["umount", folder], capture_output=True)
+        os.chmod(folder, 0o700)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function from bytes to a folder on a disk of that size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def make(size):
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no right to mount a small disk")
+        return folder
+
+    yield make
+    subprocess.run(["umount", folder], capture_output=True)
+
+
+def test_a_full_disk_stops_a_shard_with_a_message_and_leaves_no_half(make_plan, small_disk, capsys):
+    plan = make_plan()
+    shutil.rmtree(plan.images.folder)
+    disk = small_disk(100_000)
+    os.symlink(disk, plan.images.folder)
+    assert run("images", "--shard", 0, "-c", plan.file) == 2
+    message = capsys.readouterr().err
+    assert "No space left on device" in message or "errno = 28" in message
+    assert "Traceback" not in message
+    assert not list(disk.iterdir())
+
+
+def test_a_full_disk_stops_a_save_with_a_message_and_keeps_the_state_before(make_plan, small_disk, capsys):
+    plan = make_plan()
+    loop.train(plan, plan.state("vanilla", 8))
+    folder = Path(plan.path(plan.state("vanilla", 8))).parent
+    size = (folder / "step-00000008.safetensors").stat().st_size
+    good = (folder / "step-00000008.safetensors").read_bytes()
+    disk = small_disk(int(1.5 * size))
+    shutil.copytree(folder, disk, dirs_exist_ok=True)
+    shutil.rmtree(folder)
+    os.symlink(disk, folder)
+    assert run("train", plan.state("vanilla", 16), "-c", plan.file) == 2
+    message = capsys.readouterr().err
+    assert "No space left on device" in message
+    assert (folder / "step-00000008.safetensors").read_bytes() == good
+    assert [path.name for path in folder.rglob("step-*")] == ["step-00000008.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "nonsense/00000008"],
+        ["train", "nonsense"],
+        ["sample", "nonsense"],
+        ["score", "nonsense"],
+        ["grid", "nonsense"],
+        ["teacher", "nonsense"],
+        ["images", "--shard", "7"],
+        ["latents", "--shard", "7"],
+        ["table"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_not_there_is_refused_by_name(make_plan, arguments, capsys):
+    plan = make_plan()
+    assert run(*arguments, "-c", plan.file) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"haste {arguments[0]}: ")
+    assert "Traceback" not in message
+
+
+def test_a_configuration_that_is_refused_ends_in_exit_code_2_without_a_traceback(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(json.dumps({"nmae": "x"}))
+    command = [sys.executable, "-m", "haste.cli", "plan", "-c", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "nmae: unknown key; did you mean 'name'?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_subcommand_explains_itself(capsys):
+    parser = cli._parser()
+    (commands,) = (action.choices for action in parser._actions if hasattr(action, "choices") and action.choices)
+    assert len(commands) >= 14
+    for name in commands:
+        with pytest.raises(SystemExit) as done:
+            run(name, "--help")
+        assert done.value.code == 0
+        assert len(capsys.readouterr().out.splitlines()) > 3
