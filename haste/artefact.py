@@ -96,8 +96,8 @@ def sweep(folder: Path | str) -> None:
 
 
 def write_json(path: Path | str, obj: Mapping[str, Any]) -> None:
-    """Write an object as indented JSON, atomically."""
-    text = json.dumps(obj, indent=1, sort_keys=True, allow_nan=False)
+    """Write an object as indented JSON, atomically, keys in their own order."""
+    text = json.dumps(obj, indent=1, allow_nan=False)  # in the order given: a table has one
     with replacing(path) as aside:
         aside.write_text(text + "\n")
 

@@ -227,10 +227,10 @@ def _check_autoencoder(plan: Plan, autoencoder: Autoencoder) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from haste.train.loop import train
+    from haste.train.launch import launch
 
     plan = _plan_of(arguments)
-    train(plan, plan.parse(arguments.state))
+    launch(plan, plan.parse(arguments.state))
 
 
 def _load_detector(plan: Plan) -> Detector:

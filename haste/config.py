@@ -217,13 +217,19 @@ class Training(Strict):
     clip: Rate | None = 1.0
     ema: Annotated[Float, Field(ge=0, lt=1)] = 0.9999
     class_dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.1
-    precision: Literal["fp32"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    nonfinite: Literal["stop", "skip"] = "stop"
 
 
 class Runtime(Strict):
     """How the work is done. Nothing here is part of a name, because nothing here decides a result."""
 
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    processes: Positive = 1
     threads: Positive = 1
+    accumulate: Positive = 1
+    compile: bool = False
+    checkpoint_blocks: bool = False
     save_every: Positive = 1000
     keep_every: Positive | None = None
     log_every: Positive = 100
@@ -476,7 +482,12 @@ def _faults_of_run(config: Config, name: str) -> list[str]:
         if s not in config.sampling
     ]
     try:
-        config.training_of(name)
+        batch, runtime = config.training_of(name).batch, config.runtime
+        if batch % (runtime.processes * runtime.accumulate):
+            faults.append(
+                f"{where}: training.batch {batch} is not divisible by runtime.processes {runtime.processes} "
+                f"times runtime.accumulate {runtime.accumulate}"
+            )
     except ValidationError as error:
         faults += [f"{where}.{_explain({**fault, 'loc': ('training', *fault['loc'])})}" for fault in error.errors()]
     if faults:

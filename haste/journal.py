@@ -7,34 +7,58 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import IO, Any, SupportsFloat
 
 log = logging.getLogger("haste.train")
 
 
 class Journal:
-    """The trajectory's journal: one JSON line per `log_every` steps with the means since the line before."""
+    """The trajectory's journal: one JSON line per `log_every` steps with the means since the line before.
 
-    def __init__(self, path: Path, begin: int, end: int, batch: int):
+    Every process of a group keeps one; the first process's has a file.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        begin: int,
+        end: int,
+        batch: int,
+        mean: Callable[[list[float]], list[float]] = list,
+        may_skip: bool = False,
+    ):
+        """
+        Args:
+            path: the file to go on with, or None.
+            begin: steps done before the first one.
+            end: steps done after the last one.
+            batch: images a step, over all processes.
+            mean: averages numbers over the processes.
+            may_skip: a step whose `grad_norm` is not finite is counted and no error: the parameters were left alone.
+        """
         self.path, self.begin, self.end, self.batch = path, begin, end, batch
+        self.mean, self.may_skip = mean, may_skip
         self.waiting: list[Mapping[str, SupportsFloat]] = []
         self.started = self.before = time.monotonic()
+        self.file: IO[bytes] | None = None
 
     def __enter__(self) -> Journal:
-        self.file = open(self.path, "a+b")
-        if self.file.tell():
-            self.file.seek(-1, os.SEEK_END)
-            if self.file.read(1) != b"\n":  # a kill in the middle of a line
-                self.file.write(b"\n")
+        if self.path is not None:
+            self.file = open(self.path, "a+b")
+            if self.file.tell():
+                self.file.seek(-1, os.SEEK_END)
+                if self.file.read(1) != b"\n":  # a kill in the middle of a line
+                    self.file.write(b"\n")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
     def add(self, values: Mapping[str, SupportsFloat]) -> None:
-        """Take a step's values; they are looked at only when a line is written."""
+        """Take a step's values; they are looked at only when a line is written or a state saved."""
         self.waiting.append(values)
 
     def check_finite(self, step: int) -> None:
@@ -42,31 +66,38 @@ class Journal:
         first = step - len(self.waiting) + 1
         for at, values in enumerate(self.waiting, start=first):
             wrong = [name for name, value in values.items() if not math.isfinite(value)]
-            if wrong:
+            if wrong and not (self.may_skip and "grad_norm" in wrong):
                 raise FloatingPointError(
-                    f"{self.path.parent.name}: {' and '.join(wrong)} not finite at step {at}; "
-                    "the last good state is kept, and the same command goes on from it"
+                    f"{' and '.join(wrong)} not finite at step {at}; the last good state is kept. The same command "
+                    "goes on from it; where it fails again, lower training.lr, train in bf16 or fp32, or set "
+                    "training.nonfinite: skip"
                 )
 
     def write(self, step: int) -> None:
-        """Write the line of this step and show it, with rate and time to go."""
+        """Write the line of this step and show it, with rate and time to go. Everybody must call it."""
         self.check_finite(step)
-        now, count = time.monotonic(), len(self.waiting)
-        means = {n: sum(float(values[n]) for values in self.waiting) / count for n in self.waiting[0]}
+        count, names = len(self.waiting), list(self.waiting[0])
+        steps = [[float(values[name]) for name in names] for values in self.waiting]
+        good = [values for values in steps if all(map(math.isfinite, values))]
+        sums = [sum(column) for column in zip(*good, strict=True)] or [0.0] * len(names)
+        *sums, taken = self.mean([*sums, float(len(good))])
+        self.waiting.clear()
+        now = time.monotonic()
         seconds, self.before = now - self.before, now
-        record = {
-            "step": step,
-            **means,
-            "images_per_s": count * self.batch / seconds,
-            "seconds": seconds,
-            "time": time.time(),
-        }
+        if self.file is None:
+            return
+        means = {name: total / taken for name, total in zip(names, sums, strict=True)} if taken else {}
+        rate = count * self.batch / seconds
+        record = {"step": step, **means, "images_per_s": rate, "seconds": seconds, "time": time.time()}
+        if count > len(good):
+            record["skipped"] = count - len(good)
         self.file.write(json.dumps(record).encode() + b"\n")
         self.file.flush()
-        self.waiting.clear()
-        to_go = (now - self.started) / (step - self.begin) * (self.end - step)
+        self._show(step, means, rate, (now - self.started) / (step - self.begin) * (self.end - step))
+
+    def _show(self, step: int, means: Mapping[str, float], rate: float, to_go: float) -> None:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        log.info("step %d/%d  %s  %.0f images/s  %s to go", step, self.end, shown, record["images_per_s"], clock(to_go))
+        log.info("step %d/%d  %s  %.0f images/s  %s to go", step, self.end, shown, rate, clock(to_go))
 
 
 def clock(seconds: float) -> str:

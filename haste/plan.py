@@ -89,10 +89,15 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """One training job: from `parent` (None: from the beginning) to `state`, with the terms active in between."""
+    """One training job: from `parent` (None: from the beginning) to `state`, with the terms active in between.
+
+    `after` is an earlier state of the same trajectory that is still to be made though this job does not start from it
+    (a milestone put in before a finished one): one trajectory has one trainer at a time.
+    """
 
     state: State
     parent: State | None
+    after: State | None
     terms: dict[str, dict[str, Any]]
     pieces: tuple[Piece, ...]
 
@@ -196,14 +201,12 @@ class Plan:
         self.trajectories: dict[str, Trajectory] = {}
         self.pieces: dict[str, tuple[Piece, ...]] = {name: tuple(self._pieces(name)) for name in self.config.runs}
         self.cuts: dict[str, set[int]] = {name: set() for name in self.trajectories}
-        self._owner: dict[str, str] = {}  # trajectory -> a run that passes through it; any will do
         for run, row in self.config.runs.items():
             last = row.milestones[-1]
             ends = {piece.high for piece in self.pieces[run] if piece.high is not None and piece.high <= last}
             for step in {*row.milestones, *ends}:
                 state = self.state(run, step)
                 self.cuts[state.trajectory].add(step)
-                self._owner.setdefault(state.trajectory, run)
         self.notes = [
             f"{run}: stop of {kind} at step {step} lies beyond the last milestone {row.milestones[-1]}: "
             "it has no effect yet"
@@ -264,10 +267,10 @@ class Plan:
         if trajectory not in self.trajectories or not step.isdigit():
             raise ValueError(
                 f"state {name!r}: expected TRAJECTORY/STEP with one of this configuration's trajectories: "
-                f"{', '.join(sorted(self._owner))}"
+                f"{', '.join(sorted(name for name, steps in self.cuts.items() if steps))}"
             )
         state = State(trajectory, int(step))
-        if not any(p.trajectory == trajectory and p.holds(state.step) for ps in self.pieces.values() for p in ps):
+        if self._owner_of(state) is None:
             raise ValueError(f"state {name!r}: this trajectory has no step {state.step} in this configuration")
         return state
 
@@ -277,13 +280,17 @@ class Plan:
 
     def lineage(self, state: State) -> tuple[Piece, ...]:
         """The pieces from the beginning of training up to the one that holds a state."""
-        pieces = self.pieces[self._owner_of(state)]
+        run = self._owner_of(state)
+        assert run is not None, state
+        pieces = self.pieces[run]
         return pieces[: next(i for i, piece in enumerate(pieces) if piece.trajectory == state.trajectory) + 1]
 
-    def _owner_of(self, state: State) -> str:
-        if state.trajectory in self._owner:
-            return self._owner[state.trajectory]
-        return next(run for run, pieces in self.pieces.items() if any(p.trajectory == state.trajectory for p in pieces))
+    def _owner_of(self, state: State) -> str | None:
+        """A run that passes through a state; any will do, for up to it they are one run."""
+        for run, pieces in self.pieces.items():
+            if any(piece.trajectory == state.trajectory and piece.holds(state.step) for piece in pieces):
+                return run
+        return None
 
     def segment(self, state: State) -> Segment:
         """The job that makes a state: from the nearest earlier state that exists on disk or is planned."""
@@ -294,10 +301,14 @@ class Plan:
             earlier = [step for step in steps if piece.holds(step) and step < state.step]
             if earlier:
                 parent = State(piece.trajectory, max(earlier))
-        terms = configuration.terms_of(self.config, self._owner_of(state))
+        run = self._owner_of(state)
+        assert run is not None, state
+        terms = configuration.terms_of(self.config, run)
         recipe = self.trajectories[state.trajectory].recipe["terms"]
         active = {kind: term for kind, term in terms.items() if kind in recipe and recipe[kind]["active"][1] is None}
-        return Segment(state, parent, active, pieces)
+        missing = {s for s in self.cuts[state.trajectory] if s < state.step} - self.on_disk(state.trajectory)
+        before = State(state.trajectory, max(missing)) if missing else None
+        return Segment(state, parent, None if before == parent else before, active, pieces)
 
     @functools.cache
     def on_disk(self, trajectory: str) -> frozenset[int]:

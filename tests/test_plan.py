@@ -1,6 +1,7 @@
 """States are named by trajectory, never by cuts: what shares a name, and what does not."""
 
 import copy
+import itertools
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,27 @@ def test_a_state_is_made_from_the_nearest_earlier_one_that_is_planned_or_on_disk
     (folder / "step-00000021.safetensors").touch()
     plan = plan_of(results=str(tmp_path))
     assert plan.segment(state).parent == State(state.trajectory, 11)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(["early", "late", "never"])))
+def test_the_order_of_the_rows_changes_no_segment(order):
+    runs = {"early": {"stop": 6}, "late": {"stop": 12}, "never": {}}
+    plan = plan_of_runs(**{name: {"alignment": "HASTE", "milestones": [16], **runs[name]} for name in order})
+    assert plan.segment(plan.state("never", 16)).parent == plan.state("late", 12)
+    assert plan.segment(plan.state("late", 12)).parent == plan.state("early", 6)
+    assert plan.segment(plan.state("early", 6)).parent is None
+
+
+def test_two_stretches_of_one_trajectory_are_trained_one_after_the_other(tmp_path):
+    plan = plan_of(results=str(tmp_path))
+    folder = Path(plan.path(plan.state("vanilla", 16))).parent
+    folder.mkdir(parents=True)
+    for step in (8, 16):
+        (folder / f"step-{step:08d}.safetensors").touch()
+    plan = plan_of(results=str(tmp_path), runs={"vanilla": {"milestones": [8, 14, 16, 24]}})
+    segment = plan.segment(plan.state("vanilla", 24))
+    assert (segment.parent.step, segment.after.step) == (16, 14)
+    assert plan.segment(plan.state("vanilla", 14)).after is None
 
 
 def test_a_state_that_no_run_passes_through_is_refused_by_name():

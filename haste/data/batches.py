@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from haste.data import order
 from haste.data.store import Store
+
+CPU = torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,22 @@ class Batch:
     t: Tensor  # (B,) float32, uniform in [0, 1)
     labels: Tensor  # (B,) int64; `null_class` where the label is dropped
     images: Tensor | None  # (B, R, R, 3) uint8, only when a teacher looks at them
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor changed in the same way."""
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "step"}
+        changed: dict[str, Any] = {name: None if x is None else change(x) for name, x in tensors.items()}
+        return Batch(self.step, **changed)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; to a GPU from pinned memory, without waiting."""
+        if device.type == "cpu":
+            return self
+        return self.map(lambda x: x.pin_memory().to(device, non_blocking=True))
+
+    def parts(self, count: int) -> list[Batch]:
+        """The batch cut into equal parts, in order: what accumulating a gradient goes through."""
+        return [self.map(lambda x, i=i: x.chunk(count)[i]) for i in range(count)]  # type: ignore[misc]
 
 
 class Batches:
@@ -66,10 +85,11 @@ class Batches:
         self.null_class, self.class_dropout = null_class, class_dropout
         self.samples = latents.range("train")
 
-    def __call__(self, step: int) -> Batch:
-        """The batch of the step that comes after `step` steps."""
-        visits = range(self.size)
+    def __call__(self, step: int, visits: range | None = None) -> Batch:
+        """The batch of the step that comes after `step` steps, or only its rows `visits`, which are the same then."""
+        visits = range(self.size) if visits is None else visits
         chosen = self.samples.start + order.batch_indices(self.seed, step, self.size, len(self.samples))
+        chosen = chosen[visits.start : visits.stop]
         moments = torch.from_numpy(self.latents.read("moments", chosen).astype(np.float32))
         channels, *cells = moments.shape[1:]
         shape = (channels // 2, *cells)
@@ -85,13 +105,23 @@ class Batches:
             images=None if self.images is None else torch.from_numpy(self.images.read("image", chosen)),
         )
 
-    def ahead(self, steps: Iterable[int], depth: int = 3) -> Iterator[Batch]:
-        """The batches of many steps in order, made in a thread, `depth` of them ahead of use."""
+    def ahead(
+        self,
+        steps: Iterable[int],
+        visits: range | None = None,
+        device: torch.device = CPU,
+        depth: int = 3,
+    ) -> Iterator[Batch]:
+        """The batches of many steps in order, made and moved to a device in a thread, `depth` of them ahead of use."""
+
+        def make(step: int) -> Batch:
+            return self(step, visits).to(device)
+
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
             waiting: collections.deque[Future[Batch]] = collections.deque()
             try:
                 for step in steps:
-                    waiting.append(thread.submit(self, step))
+                    waiting.append(thread.submit(make, step))
                     if len(waiting) > depth:
                         yield waiting.popleft().result()
                 while waiting:

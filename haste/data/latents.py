@@ -36,7 +36,9 @@ def fetch(where: str | Path) -> Path:
     folder = Path(where).expanduser()
     if folder.is_dir():
         return folder
-    hint = f"Give a folder with {_CONFIG} and {_WEIGHTS}, or download it where there is internet (`haste fetch`)"
+    hint = (
+        f"Give a folder with {_CONFIG} and {_WEIGHTS}, or load it once where there is internet (the hub keeps a copy)"
+    )
     if folder.is_absolute() or str(where).startswith((".", "~")) or str(where).count("/") > 1:
         raise ValueError(f"autoencoder {where}: no such folder. {hint}.")
     from huggingface_hub import snapshot_download  # a network client, only for hub ids

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from haste.models.layers import (
     Block,
@@ -66,6 +67,7 @@ class SiT(nn.Module):
         self.input_size, self.in_channels, self.patch_size = input_size, in_channels, patch_size
         self.depth, self.width, self.heads, self.head_width = depth, width, heads, width // heads
         self.classes = self.null_class = classes
+        self.checkpoint_blocks = False  # True: blocks keep only their inputs for backward, which computes them again
         self.grid = (input_size // patch_size, input_size // patch_size)
         self.tokens = self.grid[0] * self.grid[1]
 
@@ -110,7 +112,12 @@ class SiT(nn.Module):
         condition = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         for index, block in enumerate(self.blocks):
             wants_attention = f"attention.{index}" in taps
-            tokens, query_key = block(tokens, condition, wants_attention)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                tokens, query_key = checkpoint(
+                    block, tokens, condition, wants_attention, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                tokens, query_key = block(tokens, condition, wants_attention)
             if wants_attention:
                 tapped[f"attention.{index}"] = query_key
             if f"tokens.{index + 1}" in taps:

@@ -139,10 +139,10 @@ class Teacher:
             teacher = _from_timm(str(where), resolution, weights)
         return teacher.to(device)
 
-    def to(self, device: torch.device | str) -> Teacher:
-        """Move to a device; returns itself."""
-        self.network.to(device)
-        self.mean, self.std = self.mean.to(device), self.std.to(device)
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Teacher:
+        """Move to a device, and to a dtype if one is given; returns itself."""
+        self.network.to(device, dtype)
+        self.mean, self.std = self.mean.to(device, dtype), self.std.to(device, dtype)
         return self
 
     @property
@@ -178,7 +178,7 @@ class Teacher:
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"teacher: expected uint8 NHWC images, found {images.dtype} {tuple(images.shape)}")
-        x = images.permute(0, 3, 1, 2).float() / 255
+        x = images.permute(0, 3, 1, 2).to(self.mean.dtype) / 255
         if self.resize_first:
             return (self._resize(x) - self.mean) / self.std
         return self._resize((x - self.mean) / self.std)

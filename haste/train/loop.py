@@ -2,34 +2,42 @@
 
 `train(plan, state)` makes a state, and the same call again continues: it looks for the newest valid state on the way,
 goes on from there, and after a kill at any moment ends in the same bits. What a step does depends on (recipe, step)
-alone, never on what the process did before.
+alone, never on what the process did before. Several processes each take their rows of every batch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from haste import artefact
-from haste.data.batches import Batches
+from haste.data.batches import Batch, Batches
 from haste.data.store import Store
 from haste.journal import Journal
 from haste.plan import STATE_NAME, Plan, Segment, State
 from haste.train import state as states
-from haste.train.step import look, losses, total_loss, update
+from haste.train.distributed import WARM_UPS, Group, joined, wrap
+from haste.train.step import Objective, look, total_loss, update
 
 if TYPE_CHECKING:
     from haste.teachers.encoder import Teacher
 
 log = logging.getLogger("haste.train")
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def train(plan: Plan, state: State) -> Path:
     """Make a state: begin, or continue from the newest valid state on its lineage.
+
+    Alone, or as one of the processes that RANK and WORLD_SIZE in the environment tell of.
 
     Returns:
         The state's file.
@@ -39,24 +47,34 @@ def train(plan: Plan, state: State) -> Path:
             states before were made with.
         FloatingPointError: a loss is not finite; the states before are kept.
     """
+    torch.set_num_threads(plan.config.runtime.threads)
+    with joined(plan.config.runtime.device) as group:
+        return _train(plan, state, group)
+
+
+def _train(plan: Plan, state: State, group: Group) -> Path:
     path, trajectory = Path(plan.path(state)), plan.trajectories[state.trajectory]
     segment = plan.segment(state)
-    if segment.parent and not path.exists() and not Path(plan.path(segment.parent)).exists():
-        train(plan, segment.parent)  # the workflow orders this; a person need not
-    with artefact.holding(path.parent / "lock", f"trajectory {state.trajectory}"):
-        artefact.sweep(path.parent)
-        artefact.sweep(path.parent / "rolling")
-        if path.exists():
-            header = states.read_header(path)
-            states.read(path, key=trajectory.key, prefixes=("none",))
+    exists = group.told(path.exists)
+    before = segment.parent
+    if before and not exists and not group.told(Path(plan.path(before)).exists):
+        _train(plan, before, group)  # the workflow orders this; a person need not
+    lock = artefact.holding(path.parent / "lock", f"trajectory {state.trajectory}")
+    with lock if group.first else contextlib.nullcontext():
+        if group.told(path.exists):
+            header, _ = states.read(path, key=trajectory.key, prefixes=("none",))
             log.info("%s: already trained (%s)", state, header["provenance"]["made"])
             return path
-        artefact.write_json(path.parent / "trajectory.json", _description(plan, trajectory))
-        _Training(plan, segment).run()
+        if group.first:
+            artefact.sweep(path.parent)
+            artefact.sweep(path.parent / "rolling")
+            artefact.write_json(path.parent / "trajectory.json", _description(trajectory))
+        _Training(plan, segment, group).run()
+        group.wait()
     return path
 
 
-def _description(plan: Plan, trajectory: Any) -> dict[str, Any]:
+def _description(trajectory: Any) -> dict[str, Any]:
     header = {"schema": artefact.SCHEMA, "kind": "trajectory", "key": trajectory.key, "recipe": trajectory.recipe}
     return {**header, "provenance": artefact.provenance(key=trajectory.key)}
 
@@ -64,18 +82,33 @@ def _description(plan: Plan, trajectory: Any) -> dict[str, Any]:
 class _Training:
     """What one segment's training holds while it runs."""
 
-    def __init__(self, plan: Plan, segment: Segment):
-        self.plan, self.segment = plan, segment
+    def __init__(self, plan: Plan, segment: Segment, group: Group):
+        self.plan, self.segment, self.group = plan, segment, group
         self.trajectory = plan.trajectories[segment.state.trajectory]
         self.recipe, self.runtime = self.trajectory.recipe, plan.config.runtime
+        self.settings = self.recipe["training"]
         self.folder = Path(plan.path(segment.state)).parent
-        torch.set_num_threads(self.runtime.threads)
-        self.teachers = {name: _teacher(plan, name) for name in segment.teachers}
+        self.parts = group.rows(self.settings["batch"], self.runtime.accumulate)
+        self.teachers = {name: _teacher(plan, name).to(group.device) for name in segment.teachers}
         self.batches = self._batches()
         self.inputs = {"latents": self.batches.latents.identity}
         self.inputs |= {f"teacher {name}": teacher.identity for name, teacher in self.teachers.items()}
         widths = {name: teacher.width for name, teacher in self.teachers.items()}
-        self.learner = states.new_learner(self.recipe, segment.terms, widths)
+        self.learner = states.new_learner(self.recipe, segment.terms, widths, group.device)
+        self.learner.model.checkpoint_blocks = self.runtime.checkpoint_blocks
+        manifest = self.batches.latents.manifest
+        self.objective = Objective(
+            self.learner,
+            segment.terms,
+            path=self.settings["path"],
+            scale=manifest["scale"],
+            shift=manifest["shift"],
+        )
+        if self.settings["precision"] == "fp64":
+            self.teachers = {name: teacher.to(group.device, torch.float64) for name, teacher in self.teachers.items()}
+        if self.runtime.compile:
+            for network in (self.learner.model, *(teacher.network for teacher in self.teachers.values())):
+                network.compile()
 
     def _batches(self) -> Batches:
         plan = self.plan
@@ -83,28 +116,25 @@ class _Training:
         images = None
         if self.teachers:  # after the last stop nobody looks at the images
             images = Store.open(plan.images.folder, kind="images", key=plan.images.key, recipe=plan.images.recipe)
-        settings = self.recipe["training"]
         return Batches(
             latents,
             images,
             seed=self.recipe["seed"],
-            size=settings["batch"],
+            size=self.settings["batch"],
             null_class=self.recipe["classes"],
-            class_dropout=settings["class_dropout"],
+            class_dropout=self.settings["class_dropout"],
         )
 
     def run(self) -> None:
         """From the newest valid state to the segment's end."""
         begin, end = self._resume(), self.segment.state.step
-        log.info(
-            "%s: steps %d to %d, aligning %s",
-            self.trajectory.name,
-            begin,
-            end,
-            ", ".join(self.segment.terms) or "nothing",
-        )
-        with Journal(self.folder / "log.jsonl", begin, end, self.recipe["training"]["batch"]) as journal:
-            for batch in self.batches.ahead(range(begin, end)):
+        aligning = ", ".join(self.segment.terms) or "nothing"
+        log.info("%s: steps %d to %d, aligning %s", self.trajectory.name, begin, end, aligning)
+        own = range(self.parts[0].start, self.parts[-1].stop)
+        self.wrapped = wrap(self.objective, self.group)
+        self._warm_up(self.batches(begin, own).to(self.group.device))
+        with self._journal(begin, end) as journal:
+            for batch in self.batches.ahead(range(begin, end), own, self.group.device):
                 journal.add(self._step(batch))
                 done = batch.step + 1
                 if done % self.runtime.log_every == 0 or done == end:
@@ -112,25 +142,48 @@ class _Training:
                 if done < end:
                     self._save_on_the_way(done, journal)
         self._save(Path(self.plan.path(self.segment.state)), end)
-        for old in self._rolling():
-            old.unlink(missing_ok=True)
+        if self.group.first:
+            for old in self._rolling():
+                old.unlink(missing_ok=True)
 
-    def _step(self, batch: Any) -> dict[str, torch.Tensor]:
-        settings, manifest = self.recipe["training"], self.batches.latents.manifest
-        targets = look(self.teachers, self.segment.terms, batch.images) if self.teachers else {}
-        found = losses(
-            self.learner.model,
-            self.learner.projectors,
-            batch,
-            self.segment.terms,
-            targets,
-            path=settings["path"],
-            scale=manifest["scale"],
-            shift=manifest["shift"],
-        )
-        loss = total_loss(found, self.segment.terms)
-        norm = update(self.learner, loss, clip=settings["clip"], ema=settings["ema"])
-        return {**{name: value.detach() for name, value in found.items()}, "grad_norm": norm}
+    def _journal(self, begin: int, end: int) -> Journal:
+        path = self.folder / "log.jsonl" if self.group.first else None
+        may_skip = self.settings["precision"] == "fp16" or self.settings["nonfinite"] == "skip"
+        return Journal(path, begin, end, self.settings["batch"], self.group.mean, may_skip)
+
+    def _warm_up(self, batch: Batch) -> None:
+        """Backward twice for nothing: DDP orders its reductions anew after the first backward, so the first step after
+        a restart would add up in another order than the same step of an undisturbed run."""
+        if isinstance(self.wrapped, DistributedDataParallel):
+            for _ in range(WARM_UPS):
+                self._backward(batch)
+                self.learner.optimizer.zero_grad(set_to_none=True)
+
+    def _step(self, batch: Batch) -> dict[str, Tensor]:
+        found = self._backward(batch)
+        settings = self.settings
+        norm = update(self.learner, clip=settings["clip"], ema=settings["ema"], skip=settings["nonfinite"] == "skip")
+        return {**found, "grad_norm": norm}
+
+    def _backward(self, batch: Batch) -> dict[str, Tensor]:
+        """Gradients of the whole group's batch, scaled for fp16; returns this process's mean of each loss term."""
+        sums: dict[str, Tensor] = {}
+        parts = batch.parts(self.runtime.accumulate)
+        for number, part in enumerate(parts, start=1):
+            wait = number < len(parts) and isinstance(self.wrapped, DistributedDataParallel)
+            with self.wrapped.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
+                with self._precision():
+                    targets = look(self.teachers, self.segment.terms, part.images)
+                    found = self.wrapped(part, targets)
+                loss = total_loss(found, self.segment.terms) / len(parts)
+                self.learner.scaler.scale(loss).backward()
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0) + value.detach() / len(parts)
+        return sums
+
+    def _precision(self) -> Any:
+        dtype = AUTOCAST.get(self.settings["precision"])
+        return torch.autocast(self.group.device.type, dtype) if dtype else contextlib.nullcontext()
 
     # -- states ----------------------------------------------------------------------------------------------------
 
@@ -141,12 +194,16 @@ class _Training:
         journal.check_finite(done)
         name = State(self.trajectory.name, done).file
         self._save(self.folder / name if kept else self.folder / "rolling" / name, done)
-        for old in self._rolling()[2:]:
-            old.unlink(missing_ok=True)
+        if self.group.first:
+            for old in self._rolling()[2:]:
+                old.unlink(missing_ok=True)
 
     def _save(self, path: Path, step: int) -> None:
+        if not self.group.first:
+            return
         header = {"key": self.trajectory.key, "trajectory": self.trajectory.name, "recipe": self.recipe, "step": step}
         provenance = artefact.provenance(key=self.trajectory.key, inputs=self.inputs)
+        provenance |= {"processes": self.group.size, "accumulate": self.runtime.accumulate}
         states.save(path, self.learner, {**header, "inputs": self.inputs, "provenance": provenance})
 
     def _rolling(self) -> list[Path]:
@@ -162,22 +219,28 @@ class _Training:
 
     def _resume(self) -> int:
         """Load the newest valid state on the way and return its step; 0 if training begins."""
-        for step, path in sorted(self._between(self.folder) + self._between(self.folder / "rolling"), reverse=True):
+        path = self.group.told(self._newest)
+        if path is None:
+            return 0
+        own = path.parent == self.folder or path.parent.parent == self.folder
+        parent = self.segment.parent
+        key = self.trajectory.key if own or parent is None else self.plan.trajectories[parent.trajectory].key
+        header, tensors = states.read(path, key=key)
+        self._restore(header, tensors, path)
+        return header["step"]
+
+    def _newest(self) -> Path | None:
+        """The newest state on the way that can be read, else the one that the segment starts from."""
+        for _, path in sorted(self._between(self.folder) + self._between(self.folder / "rolling"), reverse=True):
             try:
-                header, tensors = states.read(path, key=self.trajectory.key)
+                states.read(path, key=self.trajectory.key)
             except ValueError as error:
                 log.warning("passing over a state that cannot be read: %s", error)
                 continue
-            self._restore(header, tensors, path)
-            return step
-        parent = self.segment.parent
-        if parent is None:
-            return 0
-        path = Path(self.plan.path(parent))
-        self._restore(*states.read(path, key=self.plan.trajectories[parent.trajectory].key), path)
-        return parent.step
+            return path
+        return Path(self.plan.path(self.segment.parent)) if self.segment.parent else None
 
-    def _restore(self, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    def _restore(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
         for name, identity in self.inputs.items():
             found = header["inputs"].get(name, identity)
             if found != identity:
@@ -185,8 +248,11 @@ class _Training:
                     f"{path}: was trained with {name} {found[:12]}, but {name} is now {identity[:12]}. "
                     "Bring the earlier one back, or remove this trajectory's states to train them anew."
                 )
-        if header["provenance"]["code"] != artefact.code_version():
-            log.warning("%s was made by other code (%s)", path, header["provenance"]["code"])
+        made = header["provenance"]
+        if made["code"] != artefact.code_version():
+            log.warning("%s was made by other code (%s)", path, made["code"])
+        if made.get("processes", 1) != self.group.size:
+            log.warning("%s was made by %d processes, going on with %d", path, made["processes"], self.group.size)
         states.restore(self.learner, tensors, path)
 
 

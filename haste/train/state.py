@@ -1,7 +1,7 @@
 """A learner (model, its average, projectors, optimiser) and its state on disk.
 
 A state is one safetensors file: nothing in it can execute. Tensors are named
-    model/NAME  ema/NAME  projectors/TERM/NAME  optimizer/{exp_avg,exp_avg_sq,step}/PARAMETER
+    model/NAME  ema/NAME  projectors/TERM/NAME  optimizer/{exp_avg,exp_avg_sq,step}/PARAMETER  scaler/{scale,growth}
 and the header (metadata entry "haste", JSON) holds schema, key, recipe, step, input identities and provenance.
 """
 
@@ -31,12 +31,16 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 @dataclasses.dataclass
 class Learner:
-    """Everything that training changes. `projectors` has one head per active term that needs one."""
+    """Everything that training changes.
+
+    `projectors` has one head per active term that needs one; `scaler` multiplies the loss in fp16, else does nothing.
+    """
 
     model: SiT
     ema: SiT
     projectors: nn.ModuleDict
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter, model first: the order in which the optimiser holds them."""
@@ -72,7 +76,10 @@ def build_model(recipe: Mapping[str, Any]) -> SiT:
 
 
 def new_learner(
-    recipe: Mapping[str, Any], terms: Mapping[str, Mapping[str, Any]], widths: Mapping[str, int]
+    recipe: Mapping[str, Any],
+    terms: Mapping[str, Mapping[str, Any]],
+    widths: Mapping[str, int],
+    device: torch.device | str = "cpu",
 ) -> Learner:
     """A learner before its first step.
 
@@ -80,6 +87,7 @@ def new_learner(
         recipe: a trajectory's recipe.
         terms: the active alignment terms.
         widths: teacher's name -> width of its tokens, for the terms that project onto them.
+        device: where it lives; its first numbers are the same everywhere.
     """
     model = build_model(recipe)
     model.initialise(_seeded(recipe["seed"], "initialise model"))
@@ -89,8 +97,10 @@ def new_learner(
         head = Projector(recipe["model"]["width"], widths[term["teacher"]], hidden=term["hidden"])
         head.initialise(_seeded(recipe["seed"], "initialise projector features"))
         projectors["features"] = head
-    ema = copy.deepcopy(model).requires_grad_(False).eval()
     settings = recipe["training"]
+    dtype = torch.float64 if settings["precision"] == "fp64" else torch.float32
+    model, projectors = model.to(device, dtype), projectors.to(device, dtype)
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(
         list(_named(model, projectors).values()),
         lr=settings["lr"],
@@ -99,7 +109,8 @@ def new_learner(
         weight_decay=settings["weight_decay"],
         fused=True,
     )
-    return Learner(model, ema, projectors, optimizer)
+    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=settings["precision"] == "fp16")
+    return Learner(model, ema, projectors, optimizer, scaler)
 
 
 def tensors_of(learner: Learner) -> dict[str, Tensor]:
@@ -111,6 +122,10 @@ def tensors_of(learner: Learner) -> dict[str, Tensor]:
     for name, parameter in learner.parameters().items():
         for moment, value in learner.optimizer.state[parameter].items():
             tensors[f"optimizer/{moment}/{name}"] = value
+    if learner.scaler.is_enabled():
+        kept = learner.scaler.state_dict()
+        tensors["scaler/scale"] = torch.tensor(kept["scale"], dtype=torch.float64)
+        tensors["scaler/growth"] = torch.tensor(kept["_growth_tracker"])
     return {name: value.detach().contiguous() for name, value in tensors.items()}
 
 
@@ -191,10 +206,14 @@ def restore(learner: Learner, tensors: Mapping[str, Tensor], path: Path | str) -
         raise ValueError(f"{path}: does not fit the model: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
     with torch.no_grad():
         for name, value in expected.items():
-            if not name.startswith("optimizer/"):
+            if not name.startswith(("optimizer/", "scaler/")):
                 value.copy_(tensors[name])
     for name, parameter in learner.parameters().items():
-        learner.optimizer.state[parameter] = {m: tensors[f"optimizer/{m}/{name}"].clone() for m in _MOMENTS}
+        moments = {m: tensors[f"optimizer/{m}/{name}"] for m in _MOMENTS}
+        learner.optimizer.state[parameter] = {m: value.to(parameter.device).clone() for m, value in moments.items()}
+    if learner.scaler.is_enabled():
+        kept = {"scale": tensors["scaler/scale"].item(), "_growth_tracker": int(tensors["scaler/growth"])}
+        learner.scaler.load_state_dict({**learner.scaler.state_dict(), **kept})
 
 
 def ema_model(path: Path | str, *, key: str) -> tuple[SiT, dict[str, Any]]:

@@ -15,7 +15,6 @@ from haste.align.losses import attention_loss, feature_loss, resize_tokens
 from haste.data.batches import Batch
 from haste.data.latents import draw
 from haste.diffusion.paths import PATHS, interpolate, timestep_uniform
-from haste.models.sit import SiT
 from haste.train.state import Learner
 
 if TYPE_CHECKING:
@@ -34,9 +33,12 @@ def taps_of(terms: Terms) -> set[str]:
     return taps
 
 
-def look(teachers: Mapping[str, Teacher], terms: Terms, images: Tensor) -> dict[str, TeacherTargets]:
+def look(teachers: Mapping[str, Teacher], terms: Terms, images: Tensor | None) -> dict[str, TeacherTargets]:
     """What each teacher says of the clean images, asked once for all the terms that it serves."""
-    seen = {}
+    seen: dict[str, TeacherTargets] = {}
+    if images is None:
+        assert not teachers
+        return seen
     for name, teacher in teachers.items():
         wants = {kind: term for kind, term in terms.items() if term["teacher"] == name}
         layers = wants["attention"]["teacher_layers"] if "attention" in wants else ()
@@ -44,54 +46,53 @@ def look(teachers: Mapping[str, Teacher], terms: Terms, images: Tensor) -> dict[
     return seen
 
 
-def losses(
-    model: SiT,
-    projectors: nn.ModuleDict,
-    batch: Batch,
-    terms: Terms,
-    targets: Mapping[str, TeacherTargets],
-    *,
-    path: str,
-    scale: float,
-    shift: float,
-) -> dict[str, Tensor]:
-    """The loss terms of one batch, unweighted: `denoising`, and `features` and `attention` where active.
+class Objective(nn.Module):
+    """Model and projectors under one roof, so that whatever wraps them (DDP, a compiler) sees one forward."""
 
-    Args:
-        model: called as (x_t, t, labels, taps).
-        projectors: heads by term.
-        batch: see `Batch`.
-        terms: active alignment terms with their layers and weights.
-        targets: `look` at the batch's images.
-        path: name of the interpolant.
-        scale: scaling factor of the latents; with `shift`, z = (mean + std n - shift) scale.
-        shift: see `scale`.
-    """
-    z = draw(batch.moments, batch.draw, scale, shift)
-    t = timestep_uniform(batch.t)
-    x_t, velocity = interpolate(PATHS[path], z, batch.noise, t)
-    predicted, taps = model(x_t, t, batch.labels, taps=taps_of(terms))
-    # SiT Eq. 2 with the velocity as target; every sample has as many entries, so one mean serves.
-    found = {"denoising": (predicted.float() - velocity).square().mean()}
-    if "features" in terms:
-        term = terms["features"]
-        seen = targets[term["teacher"]]
-        assert seen.features is not None
-        tokens = resize_tokens(taps[f"tokens.{term['depth']}"], model.grid, seen.grid)
-        found["features"] = feature_loss(projectors["features"](tokens), seen.features)
-    if "attention" in terms:
-        term = terms["attention"]
-        found["attention"] = _attention(taps, model.grid, targets[term["teacher"]], term)
-    return found
+    def __init__(self, learner: Learner, terms: Terms, *, path: str, scale: float, shift: float):
+        """
+        Args:
+            learner: whose model and projectors are used.
+            terms: active alignment terms with their layers and weights.
+            path: name of the interpolant.
+            scale: scaling factor of the latents; with `shift`, z = (mean + std n - shift) scale.
+            shift: see `scale`.
+        """
+        super().__init__()
+        self.model, self.projectors = learner.model, learner.projectors
+        self.terms, self.taps = terms, taps_of(terms)
+        self.path, self.scale, self.shift = PATHS[path], scale, shift
 
+    def forward(self, batch: Batch, targets: Mapping[str, TeacherTargets]) -> dict[str, Tensor]:
+        """The loss terms, unweighted: `denoising`, and `features` and `attention` where active.
 
-def _attention(taps: Mapping[str, Any], grid: tuple[int, int], seen: TeacherTargets, term: Mapping[str, Any]) -> Tensor:
-    pairs = list(zip(term["student_layers"], term["teacher_layers"], strict=True))
-    total = torch.zeros(())
-    for student, teacher in pairs:
-        q, k = (resize_tokens(x, grid, seen.grid) for x in taps[f"attention.{student}"])
-        total = total + attention_loss(q, k, *seen.attention[teacher], heads=term["heads"])
-    return total / len(pairs)
+        Args:
+            batch: see `Batch`.
+            targets: `look` at the batch's images.
+        """
+        dtype = next(self.model.parameters()).dtype
+        z = draw(batch.moments, batch.draw, self.scale, self.shift).to(dtype)
+        t = timestep_uniform(batch.t).to(dtype)
+        x_t, velocity = interpolate(self.path, z, batch.noise.to(dtype), t)
+        predicted, taps = self.model(x_t, t, batch.labels, taps=self.taps)
+        # SiT Eq. 2 with the velocity as target; every sample has as many entries, so one mean serves.
+        error = predicted.to(torch.promote_types(predicted.dtype, torch.float32)) - velocity
+        found = {"denoising": error.square().mean()}
+        if "features" in self.terms:
+            seen = targets[self.terms["features"]["teacher"]]
+            assert seen.features is not None
+            tokens = resize_tokens(taps[f"tokens.{self.terms['features']['depth']}"], self.model.grid, seen.grid)
+            found["features"] = feature_loss(self.projectors["features"](tokens), seen.features)
+        if "attention" in self.terms:
+            found["attention"] = self._attention(taps, targets[self.terms["attention"]["teacher"]])
+        return found
+
+    def _attention(self, taps: Mapping[str, Any], seen: TeacherTargets) -> Tensor:
+        term, values = self.terms["attention"], []
+        for student, teacher in zip(term["student_layers"], term["teacher_layers"], strict=True):
+            q, k = (resize_tokens(x, self.model.grid, seen.grid) for x in taps[f"attention.{student}"])
+            values.append(attention_loss(q, k, *seen.attention[teacher], heads=term["heads"]))
+        return torch.stack(values).mean()
 
 
 def total_loss(found: Mapping[str, Tensor], terms: Terms) -> Tensor:
@@ -102,12 +103,24 @@ def total_loss(found: Mapping[str, Tensor], terms: Terms) -> Tensor:
     return total
 
 
-def update(learner: Learner, loss: Tensor, *, clip: float | None, ema: float) -> Tensor:
-    """Backward, clip, optimise, average. Returns the gradient's norm before clipping."""
-    loss.backward()
+def update(learner: Learner, *, clip: float | None, ema: float, skip: bool) -> Tensor:
+    """Clip the gradients, optimise, average. Returns the gradient's norm before clipping. Nothing waits for a GPU.
+
+    Args:
+        learner: holds the gradients, multiplied by its scaler's scale.
+        clip: largest norm of all gradients together; None for any.
+        ema: decay of the average.
+        skip: leave the parameters alone in a step whose gradient is not finite. (fp16 always does: its scaler then
+            lowers the scale.)
+    """
+    learner.scaler.unscale_(learner.optimizer)
     parameters = list(learner.parameters().values())
     norm = nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf"))
-    learner.optimizer.step()
+    if skip and not learner.scaler.is_enabled():
+        # The fused optimiser's own switch, meant for scalers: it is read on the device.
+        learner.optimizer.grad_scale, learner.optimizer.found_inf = None, (~norm.isfinite()).float()  # type: ignore
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
     average(learner, ema)
     return norm

@@ -280,13 +280,13 @@ def test_a_full_disk_stops_with_a_message_and_keeps_the_last_good_state(make_pla
 
 def test_a_loss_that_is_not_finite_stops_training_before_anything_is_saved(make_plan, monkeypatch):
     plan = make_plan()
-    losses = loop.losses
+    forward = loop.Objective.forward
 
-    def broken(model, projectors, batch, *rest, **more):
-        found = losses(model, projectors, batch, *rest, **more)
+    def broken(self, batch, targets):
+        found = forward(self, batch, targets)
         return {**found, "denoising": found["denoising"] * float("nan")} if batch.step == 4 else found
 
-    monkeypatch.setattr(loop, "losses", broken)
+    monkeypatch.setattr(loop.Objective, "forward", broken)
     with pytest.raises(FloatingPointError, match="denoising and grad_norm not finite at step 5"):
         train_to(plan, "vanilla", 8)
     kept = list(Path(plan.root, "states").rglob("*.safetensors"))

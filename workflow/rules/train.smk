@@ -14,6 +14,8 @@ def before(wildcards):
     files = [plan.latents.manifest]
     if segment.parent:
         files.append(plan.path(segment.parent))
+    if segment.after:
+        files.append(plan.path(segment.after))
     if segment.terms:
         files.append(plan.images.manifest)
         files += [plan.teachers[name].manifest for name in segment.teachers if plan.teachers[name]]
@@ -25,6 +27,6 @@ rule train:
     output: f"{plan.root}/states/{{trajectory}}/step-{{step}}.safetensors"
     log: log_of("train-{trajectory}-{step}")
     benchmark: time_of("train-{trajectory}-{step}")
-    threads: THREADS
+    threads: TRAIN_THREADS
     priority: 10  # what others wait for goes first
     shell: "haste train {wildcards.trajectory}/{wildcards.step} -c {CONFIG} > {log} 2>&1"

@@ -1,0 +1,118 @@
+"""The processes that train together: who this one is, which rows of a batch are its own, and what all agree on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+Told = TypeVar("Told")
+
+# DDP rebuilds its buckets after the first backward; from the second on, a step reduces as every later one does.
+WARM_UPS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """This process among those that train together; a group of one needs no process group."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes states and logs."""
+        return self.rank == 0
+
+    def rows(self, batch: int, parts: int) -> list[range]:
+        """The rows of a batch that are this process's own, in `parts` equal parts one after the other.
+
+        Raises:
+            ValueError: the batch cannot be cut into that many equal parts.
+        """
+        if batch % (self.size * parts):
+            raise ValueError(
+                f"a batch of {batch} cannot be cut into {self.size} processes times {parts} accumulated parts: "
+                "training.batch must be divisible by runtime.processes * runtime.accumulate"
+            )
+        each = batch // (self.size * parts)
+        start = self.rank * each * parts
+        return [range(start + part * each, start + (part + 1) * each) for part in range(parts)]
+
+    def told(self, ask: Callable[[], Told]) -> Told:
+        """What the first process finds, told to all: they look at one disk, but not at one moment.
+
+        Raises:
+            ValueError: the first process could not say; everybody then raises the same.
+        """
+        if self.size == 1:
+            return ask()
+        answer: list[Any] = [None, None]
+        if self.first:
+            try:
+                answer[0] = ask()
+            except (ValueError, OSError) as error:
+                answer[1] = str(error)
+        dist.broadcast_object_list(answer, device=self.device)
+        if answer[1] is not None:
+            raise ValueError(answer[1])
+        return answer[0]
+
+    def mean(self, values: Sequence[float]) -> list[float]:
+        """Each value averaged over the group. Everybody must call it."""
+        if self.size == 1:
+            return list(values)
+        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(summed)
+        return (summed / self.size).tolist()
+
+    def wait(self) -> None:
+        """Until everybody is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def choose_device(asked: str, local_rank: int) -> torch.device:
+    """`auto` is a GPU where there is one, each process its own.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none for this process.
+    """
+    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"runtime.device is {asked}: process {local_rank} of this machine needs a GPU of its own, "
+            f"and {torch.cuda.device_count()} are visible"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Generator[Group]:
+    """Join the processes that RANK, WORLD_SIZE and LOCAL_RANK in the environment tell of; alone without them."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    own = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    if size == 1:
+        yield Group(0, 1, own)
+        return
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", rank=rank, world_size=size)
+    try:
+        yield Group(rank, size, own)
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap(module: nn.Module, group: Group) -> nn.Module:
+    """The module with gradients averaged over the group; itself in a group of one."""
+    return module if group.size == 1 else DistributedDataParallel(module, gradient_as_bucket_view=True)

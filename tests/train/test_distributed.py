@@ -1,0 +1,138 @@
+"""Several processes: float rounding apart they change nothing, and what interrupts them changes no bit."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from haste import cli, journal
+from haste.train import loop
+from haste.train.distributed import Group
+
+FORK = multiprocessing.get_context("fork")
+RUNS = {"HASTE-20": {"alignment": "HASTE", "stop": 20, "milestones": [20, 40]}}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _train(plan, state, rank, size, port, errors, die_after):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if die_after is not None:
+        begin = journal.Journal.__enter__
+
+        def armed(self):
+            threading.Timer(die_after, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+            return begin(self)
+
+        journal.Journal.__enter__ = armed
+    try:
+        loop.train(plan, state)
+    except BaseException as error:
+        errors.put(repr(error))
+        raise
+
+
+def train_with(plan, state, size, die_after=None):
+    """Train in `size` forked processes; `die_after` seconds into the steps all are killed. True: they were."""
+    errors, port = FORK.Queue(), free_port()
+    children = [
+        FORK.Process(target=_train, args=(plan, state, rank, size, port, errors, die_after)) for rank in range(size)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    codes = {child.exitcode for child in children}
+    if codes == {0}:
+        return False
+    assert die_after is not None, errors.get(timeout=5)
+    return True
+
+
+def state_of(plan, step):
+    return plan.state("HASTE-20", step)
+
+
+def bits(plan, step):
+    return load_file(plan.path(state_of(plan, step)))
+
+
+def remove_states(plan):
+    for file in Path(plan.root, "states").rglob("*"):
+        if file.is_file():
+            file.unlink()
+
+
+def test_kills_of_four_processes_before_and_after_the_stop_change_no_bit(make_plan):
+    plan = make_plan(runs=RUNS, runtime={"processes": 4, "save_every": 3, "log_every": 3})
+    for step in (20, 40):
+        assert not train_with(plan, state_of(plan, step), 4)
+    expected = {step: bits(plan, step) for step in (20, 40)}
+    logs = [Path(plan.path(state_of(plan, step))).parent / "log.jsonl" for step in (20, 40)]
+    took = sum(record["seconds"] for log in logs for record in journal.read(log))
+    remove_states(plan)
+    kills = 0
+    for step, share in ((20, 0.15), (20, 0.3), (40, 0.1), (40, 0.25)):
+        kills += train_with(plan, state_of(plan, step), 4, die_after=share * took)
+    for step in (20, 40):
+        train_with(plan, state_of(plan, step), 4)
+        for name, value in expected[step].items():
+            assert torch.equal(bits(plan, step)[name], value), (step, name)
+    assert kills >= 2
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), [(2, 1), (4, 1), (1, 4), (2, 2)])
+def test_processes_and_accumulation_change_float64_training_by_rounding_only(make_plan, processes, accumulate):
+    training = {"batch": 8, "lr": 1.0e-3, "ema": 0.9, "precision": "fp64"}
+    alone = make_plan(runs=RUNS, training=training)
+    loop.train(alone, state_of(alone, 20))
+    expected = bits(alone, 20)
+    remove_states(alone)
+    plan = make_plan(
+        runs=RUNS, training=training, runtime={"processes": processes, "accumulate": accumulate, "log_every": 2}
+    )
+    train_with(plan, state_of(plan, 20), processes)
+    found = bits(plan, 20)
+    assert found["model/x_embedder.proj.weight"].dtype == torch.float64
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_going_on_with_another_number_of_processes_is_allowed_and_recorded(make_plan, caplog):
+    plan = make_plan(runs=RUNS, runtime={"processes": 2, "log_every": 2})
+    train_with(plan, state_of(plan, 20), 2)
+    loop.train(make_plan(runs=RUNS), state_of(plan, 40))
+    assert "was made by 2 processes, going on with 1" in caplog.text
+    headers = [loop.states.read_header(plan.path(state_of(plan, step))) for step in (20, 40)]
+    assert [header["provenance"]["processes"] for header in headers] == [2, 1]
+
+
+def test_the_launcher_trains_and_passes_on_a_refusal_with_exit_code_2(make_plan, capfd):
+    plan = make_plan(runs=RUNS, runtime={"processes": 2, "log_every": 2})
+    assert cli.main(["train", str(state_of(plan, 20)), "-c", str(plan.file)]) == 0
+    path = Path(plan.path(state_of(plan, 20)))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert cli.main(["train", str(state_of(plan, 40)), "-c", str(plan.file)]) == 2
+    message = capfd.readouterr().err.splitlines()[-1]
+    assert message.startswith("haste train: ")
+    assert str(path) in message
+    assert "truncated" in message
+
+
+def test_rows_of_all_processes_and_parts_are_the_batch_in_order():
+    device = torch.device("cpu")
+    rows = [row for rank in range(3) for part in Group(rank, 3, device).rows(24, 4) for row in part]
+    assert rows == list(range(24))
+    with pytest.raises(ValueError, match="a batch of 24 cannot be cut into 5 processes times 1"):
+        Group(0, 5, device).rows(24, 1)
