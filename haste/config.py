@@ -233,6 +233,7 @@ class Runtime(Strict):
     save_every: Positive = 1000
     keep_every: Positive | None = None
     log_every: Positive = 100
+    trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
     sample_shards: Positive = 1
     sample_batch: Positive = 256
 

@@ -7,11 +7,13 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, SupportsFloat
+from typing import IO, Any, SupportsFloat, TypeVar
 
 log = logging.getLogger("haste.train")
+
+Item = TypeVar("Item")
 
 
 class Journal:
@@ -43,6 +45,8 @@ class Journal:
         self.waiting: list[Mapping[str, SupportsFloat]] = []
         self.started = self.before = time.monotonic()
         self.file: IO[bytes] | None = None
+        self.waited = 0.0  # seconds spent waiting for data since the last line
+        self.on_record: list[Callable[[dict[str, Any]], None]] = []  # trackers, called with every record
 
     def __enter__(self) -> Journal:
         if self.path is not None:
@@ -61,6 +65,18 @@ class Journal:
         """Take a step's values; they are looked at only when a line is written or a state saved."""
         self.waiting.append(values)
 
+    def timing(self, feed: Iterable[Item]) -> Iterator[Item]:
+        """The items of a feed, with the time that waiting for them takes on record."""
+        items = iter(feed)
+        while True:
+            started = time.monotonic()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            self.waited += time.monotonic() - started
+            yield item
+
     def check_finite(self, step: int) -> None:
         """Raise FloatingPointError if a value since the last line is not finite."""
         first = step - len(self.waiting) + 1
@@ -73,8 +89,13 @@ class Journal:
                     "training.nonfinite: skip"
                 )
 
-    def write(self, step: int) -> None:
-        """Write the line of this step and show it, with rate and time to go. Everybody must call it."""
+    def write(self, step: int, memory_mb: float) -> None:
+        """Write the line of this step and show it, with rate and time to go. Everybody must call it.
+
+        Args:
+            step: steps done.
+            memory_mb: peak memory of this process, for the record.
+        """
         self.check_finite(step)
         count, names = len(self.waiting), list(self.waiting[0])
         steps = [[float(values[name]) for name in names] for values in self.waiting]
@@ -89,10 +110,14 @@ class Journal:
         means = {name: total / taken for name, total in zip(names, sums, strict=True)} if taken else {}
         rate = count * self.batch / seconds
         record = {"step": step, **means, "images_per_s": rate, "seconds": seconds, "time": time.time()}
+        record |= {"waiting": self.waited / seconds, "memory_mb": memory_mb}
+        self.waited = 0.0
         if count > len(good):
             record["skipped"] = count - len(good)
         self.file.write(json.dumps(record).encode() + b"\n")
         self.file.flush()
+        for track in self.on_record:
+            track(record)
         self._show(step, means, rate, (now - self.started) / (step - self.begin) * (self.end - step))
 
     def _show(self, step: int, means: Mapping[str, float], rate: float, to_go: float) -> None:

@@ -84,6 +84,10 @@ class Batches:
         self.seed, self.size = seed, size
         self.null_class, self.class_dropout = null_class, class_dropout
         self.samples = latents.range("train")
+        if len(self.samples) < size:
+            raise ValueError(
+                f"{latents.folder}: holds {len(self.samples)} training samples, fewer than training.batch {size}"
+            )
 
     def __call__(self, step: int, visits: range | None = None) -> Batch:
         """The batch of the step that comes after `step` steps, or only its rows `visits`, which are the same then."""

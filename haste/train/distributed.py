@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import resource
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
@@ -74,6 +75,12 @@ class Group:
         dist.all_reduce(summed)
         return (summed / self.size).tolist()
 
+    def peak_memory_mb(self) -> float:
+        """Largest memory so far: of the GPU's allocator, or of the process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e6
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
     def wait(self) -> None:
         """Until everybody is here."""
         if self.size > 1:
@@ -111,6 +118,25 @@ def joined(device: str) -> Generator[Group]:
         yield Group(rank, size, own)
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def enough_memory() -> Generator[None]:
+    """Say which settings would help where memory runs out.
+
+    Raises:
+        ValueError: out of memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise ValueError(
+            "out of memory. What helps and changes results by rounding only: a larger runtime.accumulate, "
+            "runtime.checkpoint_blocks: true, more runtime.processes on more devices. What is another run: a smaller "
+            f"training.batch, training.precision: bf16. ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def wrap(module: nn.Module, group: Group) -> nn.Module:

@@ -10,6 +10,7 @@ import signal
 import sys
 import uuid
 from pathlib import Path
+from typing import Any
 
 from haste import config
 from haste.plan import Plan, State
@@ -84,7 +85,7 @@ def _die_with_the_launcher() -> None:
 def _reason(rank: int, failure: object) -> Exception:
     """The exception that a process died of, told in this one."""
     message = getattr(failure, "message", "")
-    found = message if isinstance(message, dict) else {"message": str(message)}
+    found: dict[str, Any] = message if isinstance(message, dict) else {"message": str(message)}
     text = str(found.get("message", ""))
     kind, _, words = text.partition(": ")
     if kind.rpartition(".")[2] in REFUSALS:

@@ -23,8 +23,9 @@ from haste.data.store import Store
 from haste.journal import Journal
 from haste.plan import STATE_NAME, Plan, Segment, State
 from haste.train import state as states
-from haste.train.distributed import WARM_UPS, Group, joined, wrap
+from haste.train.distributed import WARM_UPS, Group, enough_memory, joined, wrap
 from haste.train.step import Objective, look, total_loss, update
+from haste.train.trackers import open_tracker
 
 if TYPE_CHECKING:
     from haste.teachers.encoder import Teacher
@@ -48,7 +49,7 @@ def train(plan: Plan, state: State) -> Path:
         FloatingPointError: a loss is not finite; the states before are kept.
     """
     torch.set_num_threads(plan.config.runtime.threads)
-    with joined(plan.config.runtime.device) as group:
+    with joined(plan.config.runtime.device) as group, enough_memory():
         return _train(plan, state, group)
 
 
@@ -61,13 +62,16 @@ def _train(plan: Plan, state: State, group: Group) -> Path:
         _train(plan, before, group)  # the workflow orders this; a person need not
     lock = artefact.holding(path.parent / "lock", f"trajectory {state.trajectory}")
     with lock if group.first else contextlib.nullcontext():
-        if group.told(path.exists):
-            header, _ = states.read(path, key=trajectory.key, prefixes=("none",))
-            log.info("%s: already trained (%s)", state, header["provenance"]["made"])
-            return path
         if group.first:
             artefact.sweep(path.parent)
             artefact.sweep(path.parent / "rolling")
+        if group.told(path.exists):
+            header, _ = states.read(path, key=trajectory.key, prefixes=("none",))
+            log.info("%s: already trained (%s)", state, header["provenance"]["made"])
+            if group.first:
+                _forget(_rolling(segment, path.parent))
+            return path
+        if group.first:
             artefact.write_json(path.parent / "trajectory.json", _description(trajectory))
         _Training(plan, segment, group).run()
         group.wait()
@@ -77,6 +81,24 @@ def _train(plan: Plan, state: State, group: Group) -> Path:
 def _description(trajectory: Any) -> dict[str, Any]:
     header = {"schema": artefact.SCHEMA, "kind": "trajectory", "key": trajectory.key, "recipe": trajectory.recipe}
     return {**header, "provenance": artefact.provenance(key=trajectory.key)}
+
+
+def _between(segment: Segment, folder: Path) -> list[tuple[int, Path]]:
+    """Step and file of the states in a folder that lie on a segment's way, newest first."""
+    names = [STATE_NAME.match(path.name) for path in folder.glob("step-*")]
+    steps = sorted((int(match[1]) for match in names if match), reverse=True)
+    way = range(segment.start + 1, segment.state.step + 1)
+    return [(step, folder / State(segment.state.trajectory, step).file) for step in steps if step in way]
+
+
+def _rolling(segment: Segment, folder: Path) -> list[Path]:
+    """Rolling states of a segment, newest first. Those of other stretches of the trajectory are not its own."""
+    return [path for _, path in _between(segment, folder / "rolling")]
+
+
+def _forget(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 class _Training:
@@ -134,22 +156,25 @@ class _Training:
         self.wrapped = wrap(self.objective, self.group)
         self._warm_up(self.batches(begin, own).to(self.group.device))
         with self._journal(begin, end) as journal:
-            for batch in self.batches.ahead(range(begin, end), own, self.group.device):
+            for batch in journal.timing(self.batches.ahead(range(begin, end), own, self.group.device)):
                 journal.add(self._step(batch))
                 done = batch.step + 1
                 if done % self.runtime.log_every == 0 or done == end:
-                    journal.write(done)
+                    journal.write(done, self.group.peak_memory_mb())
                 if done < end:
                     self._save_on_the_way(done, journal)
         self._save(Path(self.plan.path(self.segment.state)), end)
         if self.group.first:
-            for old in self._rolling():
-                old.unlink(missing_ok=True)
+            _forget(_rolling(self.segment, self.folder))
 
     def _journal(self, begin: int, end: int) -> Journal:
         path = self.folder / "log.jsonl" if self.group.first else None
         may_skip = self.settings["precision"] == "fp16" or self.settings["nonfinite"] == "skip"
-        return Journal(path, begin, end, self.settings["batch"], self.group.mean, may_skip)
+        journal = Journal(path, begin, end, self.settings["batch"], self.group.mean, may_skip)
+        if self.group.first:
+            about = {"name": self.trajectory.name, "config": self.recipe, "begin": begin}
+            journal.on_record = [open_tracker(kind, self.folder, **about) for kind in self.runtime.trackers]
+        return journal
 
     def _warm_up(self, batch: Batch) -> None:
         """Backward twice for nothing: DDP orders its reductions anew after the first backward, so the first step after
@@ -195,8 +220,7 @@ class _Training:
         name = State(self.trajectory.name, done).file
         self._save(self.folder / name if kept else self.folder / "rolling" / name, done)
         if self.group.first:
-            for old in self._rolling()[2:]:
-                old.unlink(missing_ok=True)
+            _forget(_rolling(self.segment, self.folder)[2:])
 
     def _save(self, path: Path, step: int) -> None:
         if not self.group.first:
@@ -205,17 +229,6 @@ class _Training:
         provenance = artefact.provenance(key=self.trajectory.key, inputs=self.inputs)
         provenance |= {"processes": self.group.size, "accumulate": self.runtime.accumulate}
         states.save(path, self.learner, {**header, "inputs": self.inputs, "provenance": provenance})
-
-    def _rolling(self) -> list[Path]:
-        """Rolling states of this segment, newest first. Those of other stretches of the trajectory are not ours."""
-        found = self._between(self.folder / "rolling")
-        return [path for _, path in sorted(found, reverse=True)]
-
-    def _between(self, folder: Path) -> list[tuple[int, Path]]:
-        names = [STATE_NAME.match(path.name) for path in folder.glob("step-*")]
-        steps = [int(match[1]) for match in names if match]
-        span = range(self.segment.start + 1, self.segment.state.step + 1)
-        return [(step, folder / State(self.trajectory.name, step).file) for step in steps if step in span]
 
     def _resume(self) -> int:
         """Load the newest valid state on the way and return its step; 0 if training begins."""
@@ -231,7 +244,8 @@ class _Training:
 
     def _newest(self) -> Path | None:
         """The newest state on the way that can be read, else the one that the segment starts from."""
-        for _, path in sorted(self._between(self.folder) + self._between(self.folder / "rolling"), reverse=True):
+        found = _between(self.segment, self.folder) + _between(self.segment, self.folder / "rolling")
+        for _, path in sorted(found, reverse=True):
             try:
                 states.read(path, key=self.trajectory.key)
             except ValueError as error:

@@ -149,6 +149,9 @@ def test_kill_at_20_random_moments_and_in_the_middle_of_saves_changes_no_bit(mak
     assert kills >= 20
     assert torn >= 3
     for target, want in zip(targets, expected, strict=True):
+        assert not _run_in_child(
+            plan, target
+        )  # killed between the last rename and the clean-up: the same command again
         assert_same_bits(load_file(plan.path(target)), want)
         assert not list(Path(plan.path(target)).parent.rglob(".*.part"))
         assert not list(Path(plan.path(target)).parent.glob("rolling/*"))
