@@ -226,10 +226,10 @@ class Runtime(Strict):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     processes: Positive = 1
-    threads: Positive = 1
     accumulate: Positive = 1
     compile: bool = False
     checkpoint_blocks: bool = False
+    threads: Positive = 1
     save_every: Positive = 1000
     keep_every: Positive | None = None
     log_every: Positive = 100

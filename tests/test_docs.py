@@ -312,6 +312,12 @@ OTHER = {
     "alignments.NAME.attention.teacher_layers": [1],
     "training.betas": [0.8, 0.9],
     "training.path": "cosine",
+    "training.precision": "bf16",
+    "training.nonfinite": "skip",
+    "runtime.device": "cpu",
+    "runtime.compile": True,
+    "runtime.checkpoint_blocks": True,
+    "runtime.trackers": [],
     "runtime.keep_every": 5,
     "sampling.NAME.sampler": "heun",
     "sampling.NAME.interval": [0.1, 0.9],
@@ -327,7 +333,7 @@ OTHER = {
     "runs.NAME.stop.attention": 7,
 }
 # A key with one value, and one that changes only together with another.
-ONE_VALUE = {"alignments.NAME.features.similarity", "training.precision", "images.source"}
+ONE_VALUE = {"alignments.NAME.features.similarity", "images.source"}
 ORDER = ("images", "latents", "states", "samples", "scores")
 
 

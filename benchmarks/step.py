@@ -1,0 +1,236 @@
+"""Where the time of a training step goes: vanilla, REPA, HASTE, and HASTE after its stop, interleaved in one process.
+
+    python benchmarks/step.py [--model SiT-B/2] [--teacher DINOv2-B] [--batch 8] [--rounds 5] [--precision fp32]
+
+Random weights and images: the time does not depend on them. Ratios within one run are what counts; every round times
+each variant once, and the table shows medians over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from haste import config
+from haste.data.batches import Batch
+from haste.teachers.encoder import PRETRAINED, Teacher
+from haste.train.state import Learner, new_learner
+from haste.train.step import Objective, average, look, total_loss
+
+PARTS = ["data", "teacher", "forward", "losses", "backward", "optimiser", "average"]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main() -> None:
+    arguments = _arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(arguments.threads)
+    teacher = random_teacher(arguments.teacher).to(device)
+    variants = {name: Variant(name, arguments, teacher, device) for name in TERMS}
+    for variant in variants.values():
+        variant.step()  # warm up
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    for _ in range(arguments.rounds):
+        for name, variant in variants.items():
+            times[name].append(variant.step())
+    report(times, {name: variant.peak_memory() for name, variant in variants.items()}, arguments, device)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="SiT-B/2", choices=sorted(config.MODELS))
+    parser.add_argument("--teacher", default="DINOv2-B", choices=sorted(PRETRAINED))
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", *AUTOCAST])
+    parser.add_argument("--compile", action="store_true")
+    return parser.parse_args()
+
+
+def random_teacher(name: str) -> Teacher:
+    """A teacher of the real architecture with random weights: timm's own network, no file."""
+    import timm
+
+    spec = PRETRAINED[name]
+    network = timm.create_model(spec.timm, pretrained=False, img_size=spec.size, num_classes=0)
+    return Teacher(network, identity="random", norm=spec.norm, final_norm=spec.final_norm)  # type: ignore[arg-type]
+
+
+def terms_of(model: str, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    depth, students, teachers = config.MAPPINGS[model]
+    found: dict[str, dict[str, Any]] = {
+        "features": {"teacher": "it", "depth": depth, "weight": 0.5, "hidden": 2048},
+        "attention": {
+            "teacher": "it",
+            "student_layers": students,
+            "teacher_layers": teachers,
+            "heads": config.ALIGNED_HEADS,
+            "weight": 0.5,
+        },
+    }
+    return {kind: found[kind] for kind in kinds}
+
+
+TERMS: dict[str, tuple[str, ...]] = {
+    "vanilla": (),
+    "REPA": ("features",),
+    "HASTE": ("features", "attention"),
+    "HASTE after the stop": (),
+}
+
+
+class Variant:
+    """A learner with its objective, and a step of it taken apart."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace, teacher: Teacher, device: torch.device):
+        self.device, self.size = device, arguments.batch
+        self.autocast = AUTOCAST.get(arguments.precision)
+        terms = terms_of(arguments.model, TERMS[name])
+        size = config.MODELS[arguments.model].model_dump()
+        training = config.Training(precision=arguments.precision).model_dump()
+        recipe = {
+            "model": {**size, "input_size": 32, "channels": 4},
+            "classes": 1000,
+            "seed": 0,
+            "training": training,
+        }
+        self.teachers = {"it": teacher} if terms else {}
+        self.terms = terms
+        self.learner = self._learner(name, recipe, terms, teacher)
+        self.objective = Objective(self.learner, terms, path="linear", scale=0.18215, shift=0.0)
+        if arguments.compile:
+            self.learner.model.compile()
+
+    def _learner(self, name: str, recipe: dict, terms: dict, teacher: Teacher) -> Learner:
+        return new_learner(recipe, terms, {"it": teacher.width}, self.device)
+
+    def batch(self) -> Batch:
+        """Random latents of the real shapes, and images only where a teacher looks."""
+        shape = (self.size, 4, 32, 32)
+        images = torch.randint(0, 256, (self.size, 256, 256, 3), dtype=torch.uint8) if self.terms else None
+        return Batch(
+            step=0,
+            moments=torch.rand(self.size, 8, 32, 32),
+            draw=torch.randn(shape),
+            noise=torch.randn(shape),
+            t=torch.rand(self.size),
+            labels=torch.randint(0, 1000, (self.size,)),
+            images=images,
+        ).to(self.device)
+
+    def step(self) -> dict[str, float]:
+        """Seconds of each part of one step."""
+        spent: dict[str, float] = {}
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+        def timed(name: str, work: Callable[[], Any]) -> Any:
+            started = time.perf_counter()
+            result = work()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
+            return result
+
+        batch = timed("data", self.batch)
+        with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
+            targets = timed("teacher", lambda: look(self.teachers, self.terms, batch.images))
+            found = timed("forward", lambda: self._forward(batch, targets, spent))
+        spent["forward"] -= spent.get("losses", 0.0)
+        timed("backward", lambda: total_loss(found, self.terms).backward())
+        timed("optimiser", self._optimise)
+        timed("average", lambda: average(self.learner, 0.9999))
+        self.memory = torch.cuda.max_memory_allocated() / 1e6 if self.device.type == "cuda" else float("nan")
+        return spent
+
+    def _forward(self, batch: Batch, targets: Any, spent: dict[str, float]) -> dict[str, torch.Tensor]:
+        """The objective, with the time inside the two alignment losses (projector not included) on record."""
+        from haste.train import step
+
+        kept = step.attention_loss, step.feature_loss
+
+        def watch(loss: Callable[..., Any]) -> Callable[..., Any]:
+            def watched(*given: Any, **more: Any) -> Any:
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                started = time.perf_counter()
+                result = loss(*given, **more)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                spent["losses"] = spent.get("losses", 0.0) + time.perf_counter() - started
+                return result
+
+            return watched
+
+        step.attention_loss, step.feature_loss = watch(kept[0]), watch(kept[1])
+        try:
+            return self.objective(batch, targets)
+        finally:
+            step.attention_loss, step.feature_loss = kept
+
+    def _optimise(self) -> None:
+        parameters = list(self.learner.parameters().values())
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        self.learner.optimizer.step()
+        self.learner.optimizer.zero_grad(set_to_none=True)
+
+    def peak_memory(self) -> float:
+        """MB: of the GPU's allocator in the last step; on a CPU, what a forward keeps for its backward."""
+        return self.memory if self.device.type == "cuda" else saved_megabytes(self)
+
+
+def saved_megabytes(variant: Variant) -> float:
+    """MB of tensors that one forward keeps for its backward: the part of a CPU's memory that a step decides."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    weights = {p.untyped_storage().data_ptr() for p in variant.learner.parameters().values()}
+    batch = variant.batch()
+    targets = look(variant.teachers, variant.terms, batch.images)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        found = total_loss(variant.objective(batch, targets), variant.terms)
+    total = sum(size for pointer, size in seen.items() if pointer not in weights)
+    del found
+    return total / 1e6
+
+
+def report(times: dict[str, list[dict[str, float]]], memory: dict[str, float], arguments: Any, device: Any) -> None:
+    """Medians by part, and each variant's step as a ratio of vanilla's in the same round."""
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {arguments.threads} threads"
+    title = f"{arguments.model} + {arguments.teacher}, batch {arguments.batch}, {arguments.precision}, {hardware}"
+    table = Table(title=title)
+    for column in ["", *(f"{part}, s" for part in PARTS), "step, s", "step / vanilla", "losses / step", "memory, MB"]:
+        table.add_column(column, justify="right")
+    totals = {name: [sum(one.values()) for one in rounds] for name, rounds in times.items()}
+    for name, rounds in times.items():
+        parts = [statistics.median(one.get(part, 0.0) for one in rounds) for part in PARTS]
+        ratio = statistics.median(a / b for a, b in zip(totals[name], totals["vanilla"], strict=True))
+        share = statistics.median(
+            one.get("losses", 0.0) / total for one, total in zip(rounds, totals[name], strict=True)
+        )
+        cells = [f"{part:.3f}" for part in parts]
+        row = [name, *cells, f"{statistics.median(totals[name]):.3f}", f"{ratio:.3f}", f"{share:.1%}"]
+        table.add_row(*row, f"{memory[name]:.0f}")
+    console = Console(width=160)
+    console.print(table)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    console.print(f"rounds {arguments.rounds}, torch {torch.__version__}, process peak {peak:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

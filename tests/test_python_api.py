@@ -1,0 +1,32 @@
+"""The page on Python shows code that runs."""
+
+import re
+from pathlib import Path
+
+from haste import cli
+from haste.train import loop
+
+PAGE = Path(__file__).parent.parent / "docs" / "python.md"
+
+
+def test_the_code_of_the_page_runs_as_it_stands(make_plan, capsys):
+    plan = make_plan(runs={"HASTE": {"alignment": "HASTE", "milestones": [8]}})
+    loop.train(plan, plan.state("HASTE", 8))
+    (row,) = plan.rows
+    for command in ("sample", "score"):
+        assert cli.main([command, row.evaluation.name, "-c", str(plan.file)]) == 0
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    code = code.replace("results/digits/config.json", str(plan.file)).replace("200", "8")
+    found = {}
+    exec(compile(code, str(PAGE), "exec"), found)
+    assert set(found["losses"]) == {"denoising", "features", "attention"}
+    assert found["pictures"].shape == (8, 8, 8, 3)
+    printed = capsys.readouterr().out
+    for name in ("fd", "precision", "recall", "class_accuracy", "attention"):
+        assert f"'{name}': " in printed
+
+
+def test_the_code_of_the_page_is_short():
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    lines = [line for line in code.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    assert len([line for line in lines if not re.match(r"from |import ", line)]) <= 22
