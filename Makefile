@@ -1,6 +1,7 @@
 # make demo    from scikit-learn's digits to a table, in minutes
 # make test    lint and the test suite
 # make lint    ruff (format and lint) and mypy
+# make bench   what a step costs and how fast data comes, on this machine
 # make clean   remove the environment (results stay)
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
@@ -8,7 +9,7 @@ READY := .venv/ready
 export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -22,6 +23,10 @@ lint: $(READY)
 	ruff format --check .
 	ruff check .
 	mypy
+
+bench: $(READY)
+	python benchmarks/step.py
+	python benchmarks/data.py
 
 # The environment is made again only when what it is made from changes.
 $(READY): requirements.lock pyproject.toml

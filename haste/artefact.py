@@ -75,9 +75,15 @@ def replacing(path: Path | str) -> Iterator[Path]:
         yield aside
         for file in [aside] if aside.is_file() else [p for p in aside.rglob("*") if p.is_file()]:
             _sync(file)
-        if aside.is_dir() and path.is_dir():
-            shutil.rmtree(path)  # os.replace cannot replace a folder that has something in it
-        os.replace(aside, path)
+        if aside.is_dir():
+            _sync_folder(aside)
+        if aside.is_dir() and path.is_dir():  # os.replace cannot replace a folder that has something in it
+            old = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
+            os.replace(path, old)
+            os.replace(aside, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(aside, path)
         _sync_folder(path.parent)
     finally:
         if aside.is_dir():
@@ -86,9 +92,9 @@ def replacing(path: Path | str) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
-def sweep(folder: Path | str) -> None:
-    """Remove what killed writers left in a folder. Call it only while holding the folder's lock."""
-    for left in Path(folder).glob(".*.part"):
+def sweep(folder: Path | str, *, below: bool = False) -> None:
+    """Remove what killed writers left in a folder, or anywhere below it. Call it only while holding its lock."""
+    for left in list(Path(folder).rglob(".*.part") if below else Path(folder).glob(".*.part")):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from haste.plan import Artefact, Evaluation, Plan
 
 DEFAULT_CONFIG = "config/digits.yaml"
+MOST_IMAGES = 50_000  # what a network that trains in minutes looks at
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -183,14 +184,19 @@ def _about(part: Artefact) -> dict[str, Any]:
 
 
 def _training_images(plan: Plan) -> dict[str, Any]:
+    """Images in memory for the small networks: all of a small set, evenly spaced ones of a large set."""
     store = _open(plan.images)
-    train, held_out = store.range("train"), store.range("held_out")
+    train, held_out = (_spread(store.range(split)) for split in ("train", "held_out"))
     return {
         "images": store.read("image", train),
         "labels": store.read("label", train),
         "held_out": store.read("image", held_out),
         "held_out_labels": store.read("label", held_out),
     }
+
+
+def _spread(rows: range) -> range:
+    return rows[:: -(-len(rows) // MOST_IMAGES) or 1]
 
 
 def _open(made: Artefact) -> Store:
@@ -271,6 +277,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     evaluation = _evaluation(plan, arguments.draw)
     model, header = ema_model(plan.path(evaluation.state), key=plan.trajectories[evaluation.state.trajectory].key)
     decoder, manifest, detector = Autoencoder.load(plan.decoder), _open(plan.latents).manifest, _load_detector(plan)
+    _check_same_latents(plan, header, manifest, decoder)
     path = header["recipe"]["training"]["path"]
     painter = Painter(model, evaluation.sampling, decoder, path, manifest["scale"], manifest["shift"])
     features = evaluation.features
@@ -286,6 +293,20 @@ def _sample(arguments: argparse.Namespace) -> None:
         batch=plan.config.runtime.sample_batch,
         inputs={"weights": weights_identity(model), "autoencoder": decoder.identity, "detector": detector.identity},
     )
+
+
+def _check_same_latents(plan: Plan, header: dict[str, Any], manifest: dict[str, Any], decoder: Autoencoder) -> None:
+    """A state is sampled with the latents' scale and the decoder that it was trained for, or not at all."""
+    trained, found = header["inputs"]["latents"], manifest["identity"]
+    if trained != found:
+        raise ValueError(
+            f"{plan.latents.folder}: holds latents {found[:12]}, but the state was trained on {trained[:12]}"
+        )
+    if plan.decoder == plan.encoder and decoder.identity != manifest["autoencoder"]:
+        raise ValueError(
+            f"{plan.decoder}: its weights are {decoder.identity[:12]}, but the latents were encoded with "
+            f"{manifest['autoencoder'][:12]}"
+        )
 
 
 def _score(arguments: argparse.Namespace) -> None:
@@ -311,11 +332,14 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _floor(arguments: argparse.Namespace) -> None:
+    from haste import artefact
     from haste.score import floor
 
     plan = _plan_of(arguments)
     path = Path(plan.floor)
-    floor(_open(plan.reference), detector=plan.detector.name, key=path.stem, path=path)
+    accuracy = artefact.read_json(plan.detector.manifest, "part")["quality"]["accuracy"]
+    reference = _open(plan.reference)
+    floor(reference, detector=plan.detector.name, held_out_accuracy=accuracy, key=path.stem, path=path)
 
 
 def _grid(arguments: argparse.Namespace) -> None:

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 
 class Strict(BaseModel):
-    """A part of the configuration: unknown keys and wrong types are errors, values never change."""
+    """A part of the configuration: unknown keys, wrong types, infinity and NaN are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _number(value: Any) -> Any:
@@ -38,6 +39,7 @@ Float = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[Float, Field(gt=0)]
 Share = Annotated[Float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what every generator takes, and a 64-bit integer holds
 
 
 class Images(Strict):
@@ -46,7 +48,7 @@ class Images(Strict):
     source: Literal["digits", "folder"] = "folder"
     path: str | None = None
     resolution: Positive
-    holdout: Annotated[int, Field(ge=0)] = 0
+    holdout: Positive  # the detector and the autoencoder are judged on these images
     classes: Positive
     shards: Positive = 1
 
@@ -63,11 +65,11 @@ class TrainedAutoencoder(Strict):
     steps: Positive
     batch: Positive = 64
     lr: Rate = 2e-3
-    width: Positive = 32
+    width: Annotated[Positive, Field(multiple_of=8)] = 32  # groups of its normalisation
     channels: Positive = 4
     factor: Literal[1, 2, 4, 8] = 2
     kl_weight: Annotated[Float, Field(ge=0)] = 1e-4
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 class PretrainedAutoencoder(Strict):
@@ -112,7 +114,13 @@ class TrainedTeacher(Strict):
     width: Positive = 64
     heads: Positive = 4
     patch: Positive = 4
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainedTeacher:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        return self
 
 
 class PretrainedTeacher(Strict):
@@ -139,8 +147,8 @@ class TrainedDetector(Strict):
     steps: Positive
     batch: Positive = 128
     lr: Rate = 1e-3
-    width: Positive = 32
-    seed: Annotated[int, Field(ge=0)] = 0
+    width: Annotated[Positive, Field(multiple_of=4)] = 32  # groups of its normalisation
+    seed: Seed = 0
 
 
 class Detector(Strict):
@@ -205,6 +213,12 @@ def _both(value: Any) -> Any:
     return value if isinstance(value, (dict, Stops)) else {"features": value, "attention": value}
 
 
+def _distinct(names: list[str]) -> list[str]:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{names} has {', '.join(map(repr, twice))} more than once, expected each once")
+    return names
+
+
 class Training(Strict):
     """What decides the result of training: every key here is part of a trajectory's name."""
 
@@ -245,15 +259,21 @@ class Sampling(Strict):
     steps: Positive = 250
     guidance: Annotated[Float, Field(ge=0)] = 1.0
     interval: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.0, 1.0]
-    count: Annotated[int, Field(ge=2)] = 50_000
+    count: Annotated[int, Field(ge=4)] = 50_000  # precision and recall look at 3 neighbours of each
     labels: Literal["random", "balanced"] = "random"
     pixels: Literal["truncate", "round"] = "truncate"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _ordered(self) -> Sampling:
         if self.interval[0] > self.interval[1]:
             raise ValueError(f"guidance interval {self.interval} is empty: low is above high")
+        return self
+
+    @model_validator(mode="after")
+    def _enough_steps(self) -> Sampling:
+        if self.sampler == "euler-maruyama" and self.steps < 2:
+            raise ValueError(f"steps {self.steps} is too few for euler-maruyama, expected at least 2")
         return self
 
 
@@ -263,9 +283,9 @@ class Run(Strict):
     model: str
     alignment: str = "vanilla"
     stop: Annotated[Stops, BeforeValidator(_both)] = Stops()
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     milestones: Annotated[list[Positive], Field(min_length=1)]
-    sampling: Annotated[list[str], Field(min_length=1)]
+    sampling: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
     training: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -331,6 +351,8 @@ TEACHERS = {
     "CLIP-B/16": (12, 12),
     "SigLIP-L": (24, 16),
 }
+# What timm's vision transformers have in their names; only loading one shows whether it is there and plain.
+_TIMM = re.compile(r"deit|.*vit_")
 
 
 def _chosen(part: Strict) -> Any:
@@ -344,20 +366,68 @@ def _exactly_one(part: Any, *names: str) -> Any:
     return part
 
 
-def load(path: str | Path) -> Config:
-    """Read and resolve a configuration file (YAML, or the resolved JSON that a run wrote).
+class _Once(yaml.SafeLoader):
+    """A loader that refuses a key that stands twice in one mapping; YAML would silently take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Looked at as written: later, `<<` mixes in keys that may well be overridden.
+        node = super().compose_mapping_node(anchor)
+        assert node is not None
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name, line = self._name(key), key.start_mark.line + 1
+                if name in lines:
+                    raise ValueError(f"line {line}: key {name!r} is already on line {lines[name]}; expected it once")
+                lines[name] = line
+        return node
+
+    def _name(self, key: yaml.ScalarNode) -> str:
+        """A key as `resolve` sees it, which takes 1 for "1"."""
+        found = key.value if key.tag == "tag:yaml.org,2002:merge" else self.construct_object(key)
+        return found if isinstance(found, str) else json.dumps(found, default=str)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except ValueError:  # not JSON, or a key twice: JSON is YAML, whose loader knows the line
+        return yaml.load(text, _Once)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """What a configuration file (YAML or JSON) says, before `resolve` looks at it.
 
     Raises:
-        ValueError: the file is missing or not a mapping, or `resolve` refuses it; the message names the file.
+        ValueError: the file is missing, not YAML, not a mapping, or has a key twice; the message names the file, and
+            the key with its line.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text())
+        raw = _parsed(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a mapping of keys, found {type(raw).__name__}")
+    return raw
+
+
+def load(path: str | Path) -> Config:
+    """Read and resolve a configuration file (YAML, or the resolved JSON that a run wrote).
+
+    Raises:
+        ValueError: `read` or `resolve` refuses it; the message names the file.
+    """
+    raw = read(path)
     try:
         return resolve(raw)
     except ValueError as error:
@@ -365,30 +435,54 @@ def load(path: str | Path) -> Config:
 
 
 def resolve(raw: Mapping[str, Any]) -> Config:
-    """Check a configuration and fill in what it leaves out.
+    """Check a configuration and lay its `defaults` under every row of `runs`.
 
-    `defaults` is laid under every row of `runs`; layers that an alignment leaves out come from the published mapping
-    of the row's model. The result resolves to itself, so it can be written down and read again.
+    Layers that an alignment leaves out stay open: `terms_of` takes them from the published mapping of the row's model.
+    The result resolves to itself, so it can be written down and read again.
 
     Raises:
         ValueError: with one line per fault: its full path, what was found, what was expected.
     """
-    raw = json.loads(json.dumps(raw, default=str))  # Snakemake hands over subclasses of dict; take plain data
+    try:
+        raw = json.loads(json.dumps(raw, default=str))  # Snakemake hands over subclasses of dict; take plain data
+    except TypeError as error:
+        raise ValueError(f"the configuration: {error}") from error  # a date as a key
     defaults = raw.get("defaults") or {}
     if isinstance(raw.get("runs"), dict) and isinstance(defaults, dict):
         _check_defaults(defaults)
+        alignments = raw.get("alignments")
         rows = {
-            str(name): {**defaults, **(row or {})} for name, row in raw["runs"].items() if isinstance(row or {}, dict)
+            name: _spread(_over(defaults, row or {}), alignments if isinstance(alignments, dict) else {})
+            for name, row in raw["runs"].items()
+            if isinstance(row or {}, dict)
         }
         raw = {**raw, "defaults": {}, "runs": {**raw["runs"], **rows}}
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise ValueError("\n".join(_explain(fault) for fault in error.errors())) from None
-    faults = [fault for name in config.runs for fault in _faults_of_run(config, name)] + _faults_of_data(config)
+    faults = _faults_of_data(config) + _faults_of_models(config) + _faults_of_teachers(config)
+    faults += [fault for name in config.alignments for fault in _faults_of_alignment(config, name)]
+    faults += [fault for name in config.runs for fault in _faults_of_run(config, name)]
     if faults:
-        raise ValueError("\n".join(faults))
-    return _fill_layers(config)
+        raise ValueError("\n".join(dict.fromkeys(faults)))  # runs that share a faulty alignment tell it once
+    return config
+
+
+def _over(defaults: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row on top of the defaults; sections that both have, `training` and `stop`, are joined key by key."""
+    both = {key for key in defaults if isinstance(defaults[key], dict) and isinstance(row.get(key), dict)}
+    return {**defaults, **row, **{key: {**defaults[key], **row[key]} for key in both}}
+
+
+def _spread(row: dict[str, Any], alignments: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a `stop` that is one number as the stops of the terms that the row's alignment has."""
+    name = row.get("alignment", "vanilla")
+    terms = alignments.get(name) if isinstance(name, str) else None
+    if not isinstance(row.get("stop"), int) or not isinstance(terms, dict):
+        return row
+    stops = {kind: row["stop"] for kind in Stops.model_fields if terms.get(kind) is not None}
+    return {**row, "stop": stops or row["stop"]}
 
 
 def _check_defaults(defaults: Mapping[str, Any]) -> None:
@@ -398,8 +492,9 @@ def _check_defaults(defaults: Mapping[str, Any]) -> None:
 
 
 def _nearest(found: Any, known: Any) -> str:
-    close = difflib.get_close_matches(str(found), list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known)) or 'none'}"
+    spelt = {name.lower(): name for name in sorted(known)}
+    close = difflib.get_close_matches(str(found).lower(), spelt, n=1, cutoff=0.5)
+    return f"; did you mean {spelt[close[0]]!r}?" if close else f"; known: {', '.join(sorted(known)) or 'none'}"
 
 
 def _explain(fault: Any) -> str:
@@ -455,15 +550,79 @@ def teacher_shape(teacher: Teacher) -> tuple[int, int] | None:
 
 
 def _faults_of_data(config: Config) -> list[str]:
-    faults = []
-    if config.images.resolution % config.autoencoder.factor:
+    faults, resolution = [], config.images.resolution
+    if resolution % config.autoencoder.factor:
         faults.append(
-            f"images.resolution: {config.images.resolution} is not divisible by the autoencoder's factor "
-            f"{config.autoencoder.factor}"
+            f"images.resolution: {resolution} is not divisible by the autoencoder's factor {config.autoencoder.factor}"
         )
     if len(config.detector) != 1:
         faults.append(f"detector: expected exactly one, found {len(config.detector)}")
+    for name in config.detector:
+        # Two halvings, and something left to look at.
+        if resolution < 8 or resolution % 4:
+            faults.append(f"images.resolution: {resolution}, but detector {name} reads images of 8, 12, 16, ... px")
     return faults
+
+
+def _faults_of_models(config: Config) -> list[str]:
+    return [
+        f"models.{name}: {_size(model)}, but the published {name} has {_size(MODELS[name])}; expected another name"
+        for name, model in config.models.items()
+        if name in MODELS and model != MODELS[name]
+    ]
+
+
+def _size(model: Model) -> str:
+    return ", ".join(f"{key} {value}" for key, value in model.model_dump().items())
+
+
+def _faults_of_teachers(config: Config) -> list[str]:
+    faults, resolution = [], config.images.resolution
+    for name, teacher in config.teachers.items():
+        if teacher.trained and resolution % teacher.trained.patch:
+            faults.append(
+                f"teachers.{name}.trained.patch: {teacher.trained.patch} does not divide images.resolution {resolution}"
+            )
+        found = teacher.pretrained.name if teacher.pretrained else None
+        if found is not None and found not in TEACHERS and not _TIMM.match(found):
+            faults.append(
+                f"teachers.{name}.pretrained.name: nothing is called {found!r}, and timm's vision transformers "
+                f"are called vit_... or deit...{_nearest(found, TEACHERS)}"
+            )
+    return faults
+
+
+def _faults_of_alignment(config: Config, name: str) -> list[str]:
+    """What is wrong with an alignment whatever model it is used with, and also if it is not used."""
+    faults = []
+    for kind in Stops.model_fields:
+        term, at = getattr(config.alignments[name], kind), f"alignments.{name}.{kind}"
+        if term is not None and term.teacher not in config.teachers:
+            faults.append(f"{at}.teacher: nothing is called {term.teacher!r}{_nearest(term.teacher, config.teachers)}")
+    term, at = config.alignments[name].attention, f"alignments.{name}.attention"
+    if term is None:
+        return faults
+    given = {"student_layers": term.student_layers, "teacher_layers": term.teacher_layers}
+    if (term.student_layers is None) != (term.teacher_layers is None):
+        faults.append(f"{at}: needs both student_layers and teacher_layers or neither, found {given}")
+    elif term.student_layers is not None and len(term.student_layers) != len(term.teacher_layers or []):
+        faults.append(
+            f"{at}: student_layers {term.student_layers} and teacher_layers {term.teacher_layers} "
+            "must pair up one by one"
+        )
+    elif term.student_layers == []:
+        faults.append(f"{at}.student_layers: found none, expected at least one")
+    shape = teacher_shape(config.teachers[term.teacher]) if term.teacher in config.teachers else None
+    if shape is not None:  # without one it is a timm name that is not in TEACHERS: known when it is loaded
+        faults += _beyond(f"{at}.teacher_layers", term.teacher_layers, term.teacher, shape[0])
+        if term.heads is not None and term.heads > shape[1]:
+            faults.append(f"{at}.heads: {term.heads}, but teacher {term.teacher} has {shape[1]}")
+    return faults
+
+
+def _beyond(at: str, layers: list[int] | None, owner: str, depth: int) -> list[str]:
+    wrong = [layer for layer in layers or [] if layer >= depth]
+    return [f"{at}: {wrong}, but {owner} has layers 0 to {depth - 1}"] if wrong else []
 
 
 def _faults_of_run(config: Config, name: str) -> list[str]:
@@ -493,7 +652,7 @@ def _faults_of_run(config: Config, name: str) -> list[str]:
         faults += [f"{where}.{_explain({**fault, 'loc': ('training', *fault['loc'])})}" for fault in error.errors()]
     if faults:
         return faults
-    return _faults_of_model(config, run, where) + _faults_of_alignment(config, run, where)
+    return _faults_of_model(config, run, where) + _faults_of_stop(config, run, where) + _faults_of_fit(config, run)
 
 
 def _faults_of_model(config: Config, run: Run, where: str) -> list[str]:
@@ -503,63 +662,47 @@ def _faults_of_model(config: Config, run: Run, where: str) -> list[str]:
     return []
 
 
-def _faults_of_alignment(config: Config, run: Run, where: str) -> list[str]:
+def _faults_of_stop(config: Config, run: Run, where: str) -> list[str]:
+    alignment = alignment_named(config, run.alignment)
+    terms = [kind for kind in Stops.model_fields if getattr(alignment, kind) is not None]
+    stops = {kind: step for kind, step in run.stop.model_dump().items() if step is not None}
+    if stops and not terms:
+        step = next(iter(stops.values()))
+        return [f"{where}.stop: {step} given, but {run.alignment!r} aligns nothing that could be stopped"]
+    return [
+        f"{where}.stop.{kind}: {step} given, but {run.alignment!r} has no {kind} to stop, only {', '.join(terms)}"
+        for kind, step in stops.items()
+        if kind not in terms
+    ]
+
+
+def _faults_of_fit(config: Config, run: Run) -> list[str]:
+    """What is wrong with a run's alignment for its model, which must have the layers and heads."""
     alignment, model = alignment_named(config, run.alignment), model_named(config, run.model)
-    at, faults = f"alignments.{run.alignment}", []
-    for step in run.stop.model_dump().values():
-        if step is not None and alignment == Alignment():
-            faults.append(f"{where}.stop: {step} given, but {run.alignment!r} aligns nothing that could be stopped")
-            break
-    for kind in ("features", "attention"):
-        term = getattr(alignment, kind)
-        if term is None:
-            continue
-        if term.teacher not in config.teachers:
+    at, name = f"alignments.{run.alignment}", run.model
+    faults = []
+    if (term := alignment.features) is not None:
+        if term.depth is None and name not in MAPPINGS:
             faults.append(
-                f"{at}.{kind}.teacher: nothing is called {term.teacher!r}{_nearest(term.teacher, config.teachers)}"
+                f"{at}.features.depth: {name} has no published mapping, so its depth must be named (1 to {model.depth})"
             )
-        elif kind == "features":
-            faults += _faults_of_features(term, model, run.model, f"{at}.features")
-        else:
-            shape = teacher_shape(config.teachers[term.teacher])
-            faults += _faults_of_attention(term, model, run.model, shape, f"{at}.attention")
+        elif term.depth is not None and term.depth > model.depth:
+            faults.append(f"{at}.features.depth: {term.depth}, but {name} has blocks 1 to {model.depth}")
+    if alignment.attention is not None:
+        faults += _faults_of_attention(config, alignment.attention, model, name, f"{at}.attention")
     return faults
 
 
-def _faults_of_features(term: FeatureTerm, model: Model, name: str, at: str) -> list[str]:
-    if term.depth is None and name not in MAPPINGS:
-        return [f"{at}.depth: {name} has no published mapping, so its depth must be named (1 to {model.depth})"]
-    if term.depth is not None and term.depth > model.depth:
-        return [f"{at}.depth: {term.depth}, but {name} has blocks 1 to {model.depth}"]
-    return []
-
-
-def _faults_of_attention(
-    term: AttentionTerm, model: Model, name: str, teacher: tuple[int, int] | None, at: str
-) -> list[str]:
-    if term.student_layers is None or term.teacher_layers is None:
-        if name in MAPPINGS and term.student_layers is None and term.teacher_layers is None:
-            return []
-        return [
-            f"{at}: {name} needs both student_layers and teacher_layers, it has no published mapping to fill in one"
-        ]
-    faults = []
-    if len(term.student_layers) != len(term.teacher_layers) or not term.student_layers:
-        faults.append(
-            f"{at}: student_layers {term.student_layers} and teacher_layers {term.teacher_layers} "
-            "must pair up one by one"
-        )
-    limits = {"student_layers": (name, model.depth), "teacher_layers": (term.teacher, teacher and teacher[0])}
-    for key, (owner, depth) in limits.items():
-        if depth is None:
-            continue  # a timm name that is not in TEACHERS: known when it is loaded
-        wrong = [layer for layer in getattr(term, key) if layer >= depth]
-        if wrong:
-            faults.append(f"{at}.{key}: {wrong}, but {owner} has layers 0 to {depth - 1}")
-    heads = {"model " + name: model.heads, "teacher " + term.teacher: teacher and teacher[1]}
-    for owner, count in heads.items():
-        if term.heads is not None and count is not None and term.heads > count:
-            faults.append(f"{at}.heads: {term.heads}, but {owner} has {count}")
+def _faults_of_attention(config: Config, term: AttentionTerm, model: Model, name: str, at: str) -> list[str]:
+    faults = _beyond(f"{at}.student_layers", term.student_layers, name, model.depth)
+    if term.heads is not None and term.heads > model.heads:
+        faults.append(f"{at}.heads: {term.heads}, but model {name} has {model.heads}")
+    if term.student_layers is None and term.teacher_layers is None:
+        if name not in MAPPINGS:
+            return [*faults, f"{at}: {name} has no published mapping, so it needs student_layers and teacher_layers"]
+        shape = teacher_shape(config.teachers[term.teacher]) if term.teacher in config.teachers else None
+        if shape is not None:  # the mapping was published for 12 layers
+            faults += _beyond(f"{at}.teacher_layers", MAPPINGS[name][2], term.teacher, shape[0])
     return faults
 
 
@@ -582,16 +725,3 @@ def terms_of(config: Config, run: str) -> dict[str, dict[str, Any]]:
             term["heads"] = min(ALIGNED_HEADS, model.heads, shape[1] if shape else ALIGNED_HEADS)
         terms["attention"] = term
     return terms
-
-
-def _fill_layers(config: Config) -> Config:
-    # Published mappings may name layers that a pretrained teacher of another depth has not.
-    for name, run in config.runs.items():
-        terms = terms_of(config, name)
-        if "attention" in terms:
-            term, model = AttentionTerm(**terms["attention"]), model_named(config, run.model)
-            shape = teacher_shape(config.teachers[term.teacher])
-            faults = _faults_of_attention(term, model, run.model, shape, f"alignments.{run.alignment}.attention")
-            if faults:
-                raise ValueError("\n".join(faults))
-    return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,11 @@ def stages(plan: Plan) -> list[Stage]:
     """Jobs and seconds by rule, from the benchmark files of this configuration's own jobs."""
     spent: dict[str, list[float]] = {}
     for path in sorted(Path(plan.folder, "benchmarks").glob("*.tsv")):
-        seconds = pd.read_csv(path, sep="\t")["s"].iloc[-1]
-        spent.setdefault(path.name.split("-")[0].split(".")[0], []).append(float(seconds))
+        try:
+            seconds = float(pd.read_csv(path, sep="\t")["s"].iloc[-1])
+        except (ValueError, KeyError, IndexError):  # a job was killed while Snakemake wrote it: no time is known
+            continue
+        spent.setdefault(path.name.split("-")[0].split(".")[0], []).append(seconds)
     order = [
         "images",
         "autoencoder",
@@ -64,6 +68,12 @@ def stages(plan: Plan) -> list[Stage]:
         "grid",
     ]
     return [Stage(name, len(spent[name]), sum(spent[name])) for name in order if name in spent]
+
+
+def _score(plan: Plan, path: str) -> dict[str, Any]:
+    """A score under this configuration's name for the detector: another one may have made it."""
+    found = artefact.read_json(path, "score")
+    return {**found, "detector": {**found["detector"], "name": plan.detector.name}}
 
 
 def _parts(plan: Plan) -> list[Part]:
@@ -87,7 +97,7 @@ def report(plan: Plan) -> Report:
             stop=stop(plan, row.run),
             seed=settings.runs[row.run].seed,
             step=row.step,
-            score=artefact.read_json(row.evaluation.score, "score"),
+            score=_score(plan, row.evaluation.score),
         )
         for row in plan.rows
     ]
@@ -101,7 +111,7 @@ def report(plan: Plan) -> Report:
         title=settings.title or settings.name,
         description=settings.description,
         rows=rows,
-        floor=artefact.read_json(plan.floor, "score"),
+        floor=_score(plan, plan.floor),
         curves=[Curve(run, settings.runs[run].seed, records(plan, run)) for run in settings.runs],
         grids=grids,
         parts=_parts(plan),
@@ -121,9 +131,13 @@ def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
     """The first samples of every class, one column a class. Equal seeds: equal noise for every method."""
     images, labels = [], []
     for shard in range(evaluation.features.shards):
-        with np.load(evaluation.sample_file(shard), allow_pickle=False) as file:
-            images.append(file["arr_0"])
-            labels.append(file["arr_1"])
+        path = evaluation.sample_file(shard)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                images.append(file["arr_0"])
+                labels.append(file["arr_1"])
+        except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
+            raise ValueError(f"{path}: expected samples, found a truncated or foreign file ({error})") from error
     classes = shown_classes(plan)
     pixels, asked = np.concatenate(images), np.concatenate(labels)
     grid = pictures.class_grid(pixels, asked, per_class=PER_CLASS, scale=SCALE, classes=classes)

@@ -14,6 +14,7 @@ from typing import IO, Any, SupportsFloat, TypeVar
 log = logging.getLogger("haste.train")
 
 Item = TypeVar("Item")
+MOST_SKIPPED = 50  # a loss scale needs some twenty halvings to come down from its start
 
 
 class Journal:
@@ -45,6 +46,7 @@ class Journal:
         self.waiting: list[Mapping[str, SupportsFloat]] = []
         self.started = self.before = time.monotonic()
         self.file: IO[bytes] | None = None
+        self.skipped = 0  # steps skipped without one between them that was not, as far as lines tell
         self.waited = 0.0  # seconds spent waiting for data since the last line
         self.on_record: list[Callable[[dict[str, Any]], None]] = []  # trackers, called with every record
 
@@ -100,6 +102,12 @@ class Journal:
         count, names = len(self.waiting), list(self.waiting[0])
         steps = [[float(values[name]) for name in names] for values in self.waiting]
         good = [values for values in steps if all(map(math.isfinite, values))]
+        self.skipped = 0 if good else self.skipped + count
+        if self.skipped >= MOST_SKIPPED:
+            raise FloatingPointError(
+                f"the last {self.skipped} steps up to {step} were all skipped, their gradients not finite: "
+                "nothing is learnt. The last good state is kept; lower training.lr, or train in bf16 or fp32"
+            )
         sums = [sum(column) for column in zip(*good, strict=True)] or [0.0] * len(names)
         *sums, taken = self.mean([*sums, float(len(good))])
         self.waiting.clear()
@@ -143,6 +151,8 @@ def read(path: Path | str, low: int = 0, high: int | None = None) -> list[dict[s
         try:
             record = json.loads(line)
         except ValueError:
+            continue
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             continue
         if low < record["step"] and (high is None or record["step"] <= high):
             records[record["step"]] = record

@@ -187,13 +187,16 @@ class Plan:
 
     def _features(self, of: str, source: str, shards: int) -> Artefact:
         recipe = {"recipe": RECIPE, "of": source, "detector": self.detector.key}
-        folder = f"{self.root}/features/{of}/{self.detector.name}-{self.detector.key}"
+        folder = f"{self.root}/features/{of}/detector-{self.detector.key}"
         return Artefact("features", fingerprint(recipe), recipe, folder, shards)
 
     def teacher_key(self, name: str) -> str:
-        """What names a teacher in a recipe: a trained one's key, or the pretrained one's name."""
-        part = self.teachers[name]
-        return part.key if part else _pretrained(self.config.teachers[name])["name"]
+        """What names a teacher in a recipe: a trained one's key, or the pretrained one's name and file of weights."""
+        part, spec = self.teachers[name], self.config.teachers[name].pretrained
+        if part:
+            return part.key
+        assert spec
+        return spec.name if spec.weights is None else f"{spec.name} from {spec.weights}"
 
     # -- runs ----------------------------------------------------------------------------------------------------
 

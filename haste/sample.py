@@ -23,6 +23,7 @@ from haste.data.store import Store, shard_range, write_shard
 from haste.diffusion.guidance import guided
 from haste.diffusion.paths import PATHS
 from haste.diffusion.samplers import SAMPLERS
+from haste.journal import clock
 from haste.metrics.detectors import Detector
 from haste.models.sit import SiT
 
@@ -73,7 +74,8 @@ class Painter:
             )
         else:
             x = sampler.run(velocity, x, sampling.steps)
-        return to_pixels(self.autoencoder.decode(x.float()), sampling.pixels).numpy(), labels
+        decoded = self.autoencoder.decode(x.float(), scale=self.scale, shift=self.shift)
+        return to_pixels(decoded, sampling.pixels).numpy(), labels
 
     def _velocity(self, x: Tensor, t: float, labels: Tensor) -> Tensor:
         return self.model(x.float(), torch.full((len(x),), t, dtype=torch.float32), labels)[0]
@@ -134,9 +136,7 @@ def draw_shard(
         batches=batches(),
         provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs, seconds=time.monotonic() - started),
         facts={"detector": detector.identity, **inputs},
-        progress=lambda done, count: log.info(
-            "shard %d/%d: %d/%d images, %.1f s", shard, shards, done, count, time.monotonic() - started
-        ),
+        progress=lambda done, count: _show(shard, shards, done, count, time.monotonic() - started),
     )
     made = artefact.provenance(key=key, recipe=recipe, inputs=inputs, seconds=time.monotonic() - started)
     with artefact.replacing(samples) as aside, open(aside, "wb") as file:
@@ -148,6 +148,11 @@ def draw_shard(
                 artefact.canonical({"schema": artefact.SCHEMA, "kind": "samples", "classes": classes, **made})
             ),
         )
+
+
+def _show(shard: int, shards: int, done: int, count: int, seconds: float) -> None:
+    to_go = clock(seconds / done * (count - done)) if done else "?"
+    log.info("shard %d of %d: %d/%d images  %.1f images/s  %s to go", shard, shards, done, count, done / seconds, to_go)
 
 
 def reference_shard(

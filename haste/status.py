@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from haste import artefact, journal
-from haste.plan import Plan, Segment
+from haste.plan import Evaluation, Plan, Segment
 
 MB = 1e6
+# Share of bare matrix products that whole networks reach.
+EFFICIENCY = 0.5
 
 
 def parameters(recipe: dict[str, Any]) -> int:
@@ -75,46 +77,62 @@ def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float,
         lines = journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"))
         if lines:
             return steps * batch / lines[-1]["images_per_s"], True
-    # Half of what bare matrix products reach is what training reaches; one more third is the teacher's forward.
+    # One more third is the teacher's forward.
     work = training_flops(recipe) * (4 / 3 if segment.terms else 1)
-    return steps * batch * work / (0.5 * flops * plan.config.runtime.threads), False
+    runtime = plan.config.runtime
+    return steps * batch * work / (EFFICIENCY * flops * runtime.threads * runtime.processes), False
+
+
+def sampling_seconds(plan: Plan, evaluation: Evaluation, flops: float) -> float:
+    """Seconds that one shard of samples will take, computed: a forward pass an evaluation, two where it is guided."""
+    sampling, recipe = evaluation.sampling, plan.trajectories[evaluation.state.trajectory].recipe
+    evaluations: float = 2 * sampling.steps - 1 if sampling.sampler == "heun" else sampling.steps
+    if sampling.guidance > 1:
+        evaluations *= 1 + sampling.interval[1] - sampling.interval[0]
+    work = training_flops(recipe) / 3 * evaluations * sampling.count / evaluation.features.shards
+    return work / (EFFICIENCY * flops * plan.config.runtime.threads)
 
 
 def stages(plan: Plan) -> tuple[list[Stage], bool]:
     """The lines of the plan, and whether every training time in them was measured."""
-    config, exists = plan.config, lambda path: Path(path).exists()
-    side, cells = config.images.resolution, config.latent_size
-    count = _image_count(plan)
-    sizes = {
-        "images": 3 * side * side * count / MB,
-        "latents": 2
-        * config.autoencoder.channels
-        * cells**2
-        * (2 if config.autoencoder.dtype == "float16" else 4)
-        * count
-        / MB,
-    }
-    found = []
-    for store in (plan.images, plan.latents):
-        left = sum(not exists(path) for path in store.shard_files)
-        found.append(Stage(store.kind, store.shards, left, None, sizes[store.kind] * left / store.shards))
-    parts = [part for part in (plan.autoencoder, *plan.teachers.values(), plan.detector) if part]
-    found.append(Stage("parts", len(parts), sum(not exists(part.manifest) for part in parts), None, 0.0))
-    training, measured = _training_stages(plan)
-    found += training
+    flops = machine_flops()
+    training, measured = _training_stages(plan, flops)
     evaluations = list(plan.evaluations.values())
-    draws = [(e.sample_file(i), e) for e in evaluations for i in range(e.features.shards)]
-    todo = [e for path, e in draws if not exists(path)]
-    bytes_left = sum(e.sampling.count / e.features.shards * (3 * side * side + 4 * 512) for e in todo)
-    found.append(Stage("samples", len(draws), len(todo), None, bytes_left / MB))
-    found.append(Stage("scores", len(evaluations), sum(not exists(e.score) for e in evaluations), None, 0.0))
+    closing = [plan.report_made, plan.floor, *(e.grid for e in evaluations)]
+    found = [
+        *_data_stages(plan),
+        *training,
+        _sampling_stage(plan, evaluations, flops),
+        _stage("scores", [e.score for e in evaluations]),
+        _stage("grids, floor, report", closing),
+    ]
     return found, measured
 
 
-def _training_stages(plan: Plan) -> tuple[list[Stage], bool]:
+def _stage(name: str, files: list[str], megabytes: float = 0.0) -> Stage:
+    left = sum(not Path(file).exists() for file in files)
+    return Stage(name, len(files), left, None, megabytes * left / max(1, len(files)))
+
+
+def _data_stages(plan: Plan) -> list[Stage]:
+    config, count = plan.config, _image_count(plan)
+    latent = 2 * config.autoencoder.channels * config.latent_size**2
+    parts = [part for part in (plan.autoencoder, *plan.teachers.values(), plan.detector) if part]
+    return [
+        _stage("images", plan.images.shard_files, 3 * config.images.resolution**2 * count / MB),
+        _stage(
+            "latents",
+            plan.latents.shard_files,
+            latent * (2 if config.autoencoder.dtype == "float16" else 4) * count / MB,
+        ),
+        _stage("joins, reference", [plan.images.manifest, plan.latents.manifest, plan.reference.manifest]),
+        _stage("small networks", [part.manifest for part in parts]),
+    ]
+
+
+def _training_stages(plan: Plan, flops: float) -> tuple[list[Stage], bool]:
     segments = [plan.segment(state) for state in plan.planned()]
     left = [segment for segment in segments if not Path(plan.path(segment.state)).exists()]
-    flops = machine_flops() if left else 1.0
     found, measured = [], True
     for name, aligned in (("training, aligned", True), ("training, plain", False)):
         mine = [segment for segment in left if bool(segment.terms) == aligned]
@@ -126,12 +144,26 @@ def _training_stages(plan: Plan) -> tuple[list[Stage], bool]:
     return found, measured
 
 
+def _sampling_stage(plan: Plan, evaluations: list[Evaluation], flops: float) -> Stage:
+    draws = [(e.sample_file(i), e) for e in evaluations for i in range(e.features.shards)]
+    todo = [e for path, e in draws if not Path(path).exists()]
+    size = sum(3 * plan.config.images.resolution**2 * e.sampling.count / e.features.shards for e in todo)
+    seconds = sum(sampling_seconds(plan, e, flops) for e in todo)
+    return Stage("samples", len(draws), len(todo), seconds, size / MB)
+
+
 def state_megabytes(plan: Plan, segment: Segment) -> float:
     """Disk that a segment's states take, named and kept on the way: weights, average and two moments in float32."""
     recipe = plan.trajectories[segment.state.trajectory].recipe
     every = plan.config.runtime.keep_every
     kept = 1 + ((segment.state.step - 1) // every - segment.start // every if every else 0)
-    return kept * 4 * 4 * parameters(recipe) / MB
+    size = 8 if recipe["training"]["precision"] == "fp64" else 4
+    projector = 0
+    if "features" in segment.terms:
+        term, width = segment.terms["features"], recipe["model"]["width"]
+        # the teacher's width is known when it is loaded; the middle of the projector is most of it
+        projector = (width + term["hidden"]) * term["hidden"]
+    return kept * size * (4 * parameters(recipe) + 3 * projector) / MB
 
 
 def _image_count(plan: Plan) -> int:
@@ -141,6 +173,8 @@ def _image_count(plan: Plan) -> int:
     if plan.config.images.source == "digits":
         return 1797
     path = Path(plan.config.images.path or "")
+    if not path.is_dir():
+        raise ValueError(f"images.path: {path}: no such folder")
     return sum(1 for file in path.rglob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
 
 
@@ -150,15 +184,23 @@ def print_plan(plan: Plan) -> None:
     table = Table(title=f"{plan.config.name}: what a run of the workflow would do now")
     for column in ("stage", "jobs", "left", "time, one after another", "disk"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    for stage in found:
+    known = [stage for stage in found if stage.seconds is not None]
+    left = [sum(stage.jobs for stage in found), sum(stage.left for stage in found)]
+    total = Stage("all", left[0], left[1], sum(s.seconds or 0.0 for s in known), sum(s.megabytes for s in found))
+    for stage in [*found, total]:
         seconds = "" if stage.seconds is None or not stage.left else journal.clock(stage.seconds)
         disk = f"{stage.megabytes:,.1f} MB" if stage.megabytes else ""
-        table.add_row(stage.name, str(stage.jobs), str(stage.left), seconds, disk)
+        table.add_row(stage.name, str(stage.jobs), str(stage.left), seconds, disk, end_section=stage is found[-1])
     console = Console()
     console.print(table)
-    if any(stage.seconds for stage in found) and not measured:
+    if total.left:
+        how = (
+            "Training times follow from rates measured here."
+            if measured
+            else ("Training times are computed from operation counts and this machine's matrix products, not measured.")
+        )
         console.print(
-            "Training times are computed from operation counts and this machine's matrix products, not measured."
+            f"{how} Those of samples are computed. Preparing data and training the small networks is not in it."
         )
     for line in shared_trunks(plan) + plan.notes:
         console.print(line, markup=False, highlight=False)

@@ -94,6 +94,8 @@ def test_the_plan_says_what_is_left_and_what_is_shared(make_plan, capsys):
     assert left["images"] == (2, 0)
     assert left["training, aligned"] == (5, 5)
     assert left["training, plain"] == (3, 3)
+    assert left["samples"] == left["scores"] == (7, 7)
+    assert left["grids, floor, report"] == (9, 9)
     assert not measured
     loop.train(plan, plan.state("vanilla", 8))
     stages, _ = status.stages(plan)

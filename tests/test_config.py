@@ -1,5 +1,6 @@
 """The configuration refuses what cannot run, with the path, what was found and what was expected."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,21 @@ TINY = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
 
 
 def changed(raw, path, value):
-    """The configuration with one entry set; a path that ends in "-" removes it."""
+    """The configuration with one entry set."""
     *folders, last = path.split(".")
     part = raw
     for name in folders:
         part = part.setdefault(name, {})
     part[last] = value
     return raw
+
+
+def idle(student, teacher, **more):
+    return {"attention": {"teacher": "vit", "student_layers": student, "teacher_layers": teacher, **more}}
+
+
+def named(teacher):
+    return {"pretrained": {"name": teacher}}
 
 
 REFUSALS = [
@@ -58,10 +67,49 @@ REFUSALS = [
     ("training.batch", 0, ["training.batch", "0"]),
     ("training.batch", True, ["training.batch", "True"]),
     ("name", "../elsewhere", ["name", "../elsewhere"]),
+    # what the data and the small networks need
+    ("images", {"source": "digits", "resolution": 8, "classes": 10}, ["images.holdout: missing", "no default"]),
+    ("images.holdout", 0, ["images.holdout", "greater than or equal to 1", "found 0"]),
+    ("images.resolution", 4, ["images.resolution: 4", "detector cnn", "8, 12, 16"]),
+    ("images.resolution", 10, ["images.resolution: 10", "detector cnn", "8, 12, 16"]),
+    ("autoencoder.trained.width", 12, ["autoencoder.trained.width", "multiple of 8", "found 12"]),
+    ("detector.cnn.trained.width", 6, ["detector.cnn.trained.width", "multiple of 4", "found 6"]),
+    ("teachers.vit.trained.heads", 3, ["teachers.vit.trained: width 16", "heads 3"]),
+    ("teachers.vit.trained.patch", 3, ["teachers.vit.trained.patch: 3", "images.resolution 8"]),
+    # sampling
+    ("sampling.quick.count", 3, ["sampling.quick.count", "greater than or equal to 4", "found 3"]),
+    ("sampling.quick", {"sampler": "euler-maruyama", "steps": 1}, ["sampling.quick: steps 1", "at least 2"]),
+    ("runs.HASTE.sampling", ["quick", "quick"], ["runs.HASTE.sampling", "'quick' more than once"]),
+    # numbers
+    ("runs.vanilla.seed", 2**63, ["runs.vanilla.seed", "less than 9223372036854775808"]),
+    ("sampling.quick.seed", 2**63, ["sampling.quick.seed", "less than 9223372036854775808"]),
+    ("autoencoder.trained.seed", 2**63, ["autoencoder.trained.seed", "less than 9223372036854775808"]),
+    ("teachers.vit.trained.seed", 2**63, ["teachers.vit.trained.seed", "less than 9223372036854775808"]),
+    ("detector.cnn.trained.seed", 2**63, ["detector.cnn.trained.seed", "less than 9223372036854775808"]),
+    ("training.clip", float("inf"), ["training.clip", "finite", "found inf"]),
+    ("training.lr", float("nan"), ["training.lr", "finite", "found nan"]),
+    ("training.lr", "1e999", ["training.lr", "finite"]),
+    ("runs.HASTE.training", {"lr": float("nan")}, ["runs.HASTE.training.lr", "finite", "found nan"]),
+    ("alignments.REPA.features.weight", float("inf"), ["alignments.REPA.features.weight", "finite"]),
+    # alignments, of which no run uses `idle`
+    ("alignments.idle", {"features": {"teacher": "vti"}}, ["alignments.idle.features.teacher", "'vti'", "'vit'"]),
+    ("alignments.idle", {"attention": {"teacher": "vti"}}, ["alignments.idle.attention.teacher", "'vti'", "'vit'"]),
+    ("alignments.idle", idle([0], [2]), ["alignments.idle.attention.teacher_layers: [2]", "vit has layers 0 to 1"]),
+    ("alignments.idle", idle([0], [1], heads=3), ["alignments.idle.attention.heads: 3", "teacher vit has 2"]),
+    ("alignments.idle", idle([0], [0, 1]), ["alignments.idle.attention: student_layers [0]", "[0, 1]", "pair up"]),
+    ("alignments.idle", idle([0], None), ["alignments.idle.attention", "both", "'teacher_layers': None"]),
+    ("alignments.idle", idle([], []), ["alignments.idle.attention.student_layers", "at least one"]),
+    ("alignments.HASTE.attention", {"teacher": "vit"}, ["alignments.HASTE.attention: dot has no published mapping"]),
+    ("runs.REPA.stop", {"attention": 5}, ["runs.REPA.stop.attention: 5", "'REPA' has no attention", "only features"]),
+    # names
+    ("models.SiT-B/2", {"depth": 2, "width": 16, "heads": 2, "patch_size": 2}, ["models.SiT-B/2: depth 2", "depth 12"]),
+    ("teachers.vit", named("DINOv2-BB"), ["teachers.vit.pretrained.name", "'DINOv2-BB'", "did you mean 'DINOv2-B'"]),
+    ("teachers.vit", named("dinov2-l"), ["teachers.vit.pretrained.name", "'dinov2-l'", "did you mean 'DINOv2-L'"]),
+    ("teachers.vit", named("resnet50"), ["teachers.vit.pretrained.name", "'resnet50'", "vit_"]),
 ]
 
 
-@pytest.mark.parametrize(("path", "value", "words"), REFUSALS, ids=[f"{p}={v}" for p, v, _ in REFUSALS])
+@pytest.mark.parametrize(("path", "value", "words"), REFUSALS, ids=[f"{p}={v}"[:80] for p, v, _ in REFUSALS])
 def test_a_bad_entry_is_refused_with_its_path_and_what_was_expected(tiny, path, value, words):
     with pytest.raises(ValueError) as refusal:
         config.resolve(changed(tiny, path, value))
@@ -78,6 +126,58 @@ def test_all_faults_are_told_at_once(tiny):
 def test_a_resolved_configuration_resolves_to_itself(tiny):
     once = config.resolve(tiny)
     assert config.resolve(once.model_dump(mode="json")) == once
+
+
+def test_a_fault_of_an_alignment_is_told_once_for_all_its_runs(tiny):
+    tiny["alignments"]["HASTE"]["attention"]["student_layers"] = [2]  # of two runs
+    with pytest.raises(ValueError) as refusal:
+        config.resolve(tiny)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_every_seed_of_63_bits_is_taken(tiny, seed):
+    assert config.resolve(changed(tiny, "runs.vanilla.seed", seed)).runs["vanilla"].seed == seed
+
+
+def test_one_number_stops_all_that_a_run_aligns_and_nothing_else(tiny):
+    tiny["runs"] = {name: {"alignment": name, "stop": 5} for name in ("REPA", "HASTE")}
+    resolved = config.resolve(tiny)
+    assert resolved.runs["HASTE"].stop == config.Stops(features=5, attention=5)
+    assert resolved.runs["REPA"].stop == config.Stops(features=5)
+    assert config.resolve(resolved.model_dump(mode="json")) == resolved
+
+
+def test_an_alignment_without_terms_has_nothing_to_stop(tiny):
+    tiny["alignments"]["none"] = {}
+    with pytest.raises(ValueError, match=r"runs\.row\.stop: 5 given, but 'none' aligns nothing"):
+        config.resolve(changed(tiny, "runs.row", {"alignment": "none", "stop": 5}))
+
+
+def test_a_row_changes_single_keys_of_the_default_training_and_stop(tiny):
+    tiny["training"] = {"batch": 8, "weight_decay": 0.25}
+    tiny["defaults"] |= {"alignment": "HASTE", "training": {"lr": 0.5, "ema": 0.1}, "stop": {"features": 3}}
+    tiny["runs"] = {"row": {"training": {"ema": 0.5}, "stop": {"attention": 9}}, "plain": {}, "number": {"stop": 7}}
+    resolved = config.resolve(tiny)
+    training = resolved.training_of("row")
+    assert (training.lr, training.ema, training.weight_decay, training.batch) == (0.5, 0.5, 0.25, 8)
+    assert resolved.training_of("plain").ema == 0.1
+    assert resolved.runs["row"].stop == config.Stops(features=3, attention=9)
+    assert resolved.runs["plain"].stop == config.Stops(features=3)
+    assert resolved.runs["number"].stop == config.Stops(features=7, attention=7)
+
+
+def test_a_published_name_with_its_published_size_is_taken(tiny):
+    tiny["models"]["SiT-B/2"] = {"depth": 12, "width": 768, "heads": 12, "patch_size": 2}
+    assert config.resolve(tiny).models["SiT-B/2"] == config.MODELS["SiT-B/2"]
+
+
+@pytest.mark.parametrize(
+    "name", [*config.TEACHERS, "vit_base_patch16_224.mae", "deit3_base_patch16_224", "flexivit_small"]
+)
+def test_known_teachers_and_vision_transformers_of_timm_are_taken(tiny, name):
+    tiny["teachers"]["public"] = named(name)
+    assert config.resolve(tiny).teachers["public"].pretrained.name == name
 
 
 def test_numbers_without_a_dot_in_their_exponent_are_numbers(tiny):
@@ -155,3 +255,48 @@ def test_an_unreadable_file_is_named(tmp_path):
     (tmp_path / "torn.yaml").write_text("a: [1,\n")
     with pytest.raises(ValueError, match=r"torn\.yaml: not YAML"):
         config.load(tmp_path / "torn.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"title: \xe9\n")
+    with pytest.raises(ValueError, match=r"latin\.yaml: not YAML"):
+        config.load(tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: a\ntitle: x\nname: b\n", ["line 3: key 'name' is already on line 1"]),
+        ("runs:\n  a: {}\n  b: {}\n  a: {}\n", ["line 4: key 'a' is already on line 2"]),
+        ("runs: {a: {seed: 1, seed: 2}}\n", ["line 1: key 'seed' is already on line 1"]),
+        ("runs:\n  1: {}\n  '1': {}\n", ["line 3: key '1' is already on line 2"]),
+        ("x: [{a: 1,\n a: 2}]\n", ["line 2: key 'a' is already on line 1"]),
+        ('{"name": "a",\n "images": {"holdout": 1,\n "holdout": 2}}', ["line 3: key 'holdout' is already on line 2"]),
+    ],
+)
+@pytest.mark.parametrize("ask", [config.read, config.load])
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path, ask, text, words):
+    (tmp_path / "twice.yaml").write_text(text)
+    with pytest.raises(ValueError) as refusal:
+        ask(tmp_path / "twice.yaml")
+    for word in ["twice.yaml: ", *words]:
+        assert word in str(refusal.value)
+
+
+def test_a_file_is_read_as_yaml_and_json_mean_it(tmp_path):
+    file = tmp_path / "any"
+    file.write_text("low: &low {deep: {<<: &base {lr: 1, ema: 2}, lr: 3}}\nother: {<<: *base, ema: 4}\n1: [a, a]\n")
+    assert config.read(file) == {"low": {"deep": {"lr": 3, "ema": 2}}, "other": {"lr": 1, "ema": 4}, 1: ["a", "a"]}
+    raw = {"lr": 1e-5, "title": "\U0001f600 \t é", "runs": {"a": {"seed": 1}, "b": {"seed": 1}}}
+    file.write_text(json.dumps(raw))
+    assert config.read(file) == raw
+
+
+def test_the_resolved_json_loads_as_the_yaml_that_it_came_from(tmp_path):
+    yaml_file, json_file = Path(__file__).with_name("tiny.yaml"), tmp_path / "config.json"
+    loaded = config.load(yaml_file)
+    json_file.write_text(json.dumps(loaded.model_dump(mode="json")))
+    assert config.load(json_file) == loaded
+
+
+def test_a_key_that_is_a_date_is_refused(tmp_path):
+    (tmp_path / "date.yaml").write_text("runs: {2024-01-01: {}}\n")
+    with pytest.raises(ValueError, match=r"date\.yaml: the configuration: keys must be str"):
+        config.load(tmp_path / "date.yaml")

@@ -217,14 +217,14 @@ def limits(field) -> set[str]:
     if {"ge", "le"} <= set(has):
         return {f"{has['ge']:g} to {has['le']:g}"}
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    return {f"{signs[name]} {value:g}" for name, value in has.items()}
+    return {f"{signs[name]} {'2^63' if value == 2**63 else format(value, 'g')}" for name, value in has.items()}
 
 
 @each_key
 def test_type_range_and_default_are_those_of_the_schema(section, key):
     field = SECTIONS[section].model_fields[key]
     kind, default = rows_of(section)[key][:2]
-    written = set(re.findall(r"[≥>≤<] [\d.]+|\b\d+ to \d+\b", kind))
+    written = set(re.findall(r"[≥>≤<] [\d.^]+|\b\d+ to \d+\b", kind))
     assert written == ({"≥ 0"} if (section, key) == ("runs.NAME", "stop") else limits(field))
     choices = [value for part in alternatives(field.annotation) for value in get_args(part)]
     if choices:
@@ -263,7 +263,10 @@ BASE = {
             "features": {"teacher": "small", "depth": 2},
             "attention": {"teacher": "small", "student_layers": [1], "teacher_layers": [2], "heads": 2},
         },
-        "other": {"features": {"teacher": "small", "depth": 2}},
+        "other": {
+            "features": {"teacher": "small", "depth": 3},
+            "attention": {"teacher": "small", "student_layers": [1], "teacher_layers": [2], "heads": 2},
+        },
     },
     "sampling": {"one": {}, "two": {"steps": 9}},
     "runs": {
@@ -297,12 +300,16 @@ OTHER = {
     "images.path": "b",
     "images.resolution": 64,
     "autoencoder.trained.factor": 4,
+    "autoencoder.trained.width": 40,
     "autoencoder.pretrained.encode": "b",
     "autoencoder.pretrained.factor": 4,
     "autoencoder.pretrained.decode": "b",
     "teachers.NAME.pretrained.name": "DINOv2-B",
     "teachers.NAME.pretrained.weights": "b",
     "teachers.NAME.trained.heads": 8,
+    "teachers.NAME.trained.width": 128,
+    "teachers.NAME.trained.patch": 8,
+    "detector.NAME.trained.width": 64,
     "models.NAME.heads": 8,
     "models.NAME.width": 128,
     "models.NAME.patch_size": 4,

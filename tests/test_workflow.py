@@ -25,6 +25,7 @@ RUNS = {
     "HASTE": {"alignment": "HASTE"},
     "HASTE-12": {"alignment": "HASTE", "stop": 12},
 }
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 class Workshop:
@@ -49,8 +50,7 @@ class Workshop:
         ]
 
     def snakemake(self, *arguments):
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        return subprocess.run(self.command(*arguments), capture_output=True, text=True, env=environment, timeout=280)
+        return subprocess.run(self.command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=280)
 
     def jobs(self):
         """What a dry run lists: {(rule, what)}, `what` being step for training and the run's state for the rest."""
@@ -184,20 +184,57 @@ def test_another_way_to_sample_trains_nothing(shop):
 
 def test_an_unrelated_key_reruns_nothing(shop):
     shop.configure(runtime={**TINY["runtime"], "threads": 2, "log_every": 1}, title="another title")
-    assert shop.jobs() <= {("report", "")}  # the page shows the configuration
+    assert shop.jobs() == {("report", "")}  # the page shows the configuration
+
+
+def test_a_row_that_is_renamed_or_removed_remakes_the_report_and_nothing_else(shop):
+    shop.configure(runs={"plain": RUNS["vanilla"], "HASTE": RUNS["HASTE"]})
+    assert shop.jobs() == {("report", "")}
+    assert shop.snakemake().returncode == 0
+    table = (Path(shop.plan.report).parent / "results.csv").read_text()
+    assert "plain" in table
+    assert "vanilla,dot" not in table.replace("plain,dot", "")
+    assert shop.jobs() == set()
 
 
 def test_two_snakemakes_on_one_results_folder_the_second_says_who_holds_it_and_stops(shop):
-    Path(shop.plan.report_made).unlink()
-    Path(shop.plan.report).unlink()
-    with artefact.holding(shop.root / ".lock", "x"):
-        done = shop.snakemake()
-        assert done.returncode != 0
-        assert "is in use" in done.stdout + done.stderr
-        assert f"process {os.getpid()} on " in done.stdout + done.stderr
-        assert not Path(shop.plan.report).exists()
-    assert shop.snakemake().returncode == 0
-    assert Path(shop.plan.report).exists()
+    targets = [shop.plan.path(shop.plan.state("HASTE", step)) for step in (8, 12, 16)]
+    for target in targets:
+        Path(target).unlink()
+    (shop.root / ".lock").unlink()
+    first = subprocess.Popen(
+        shop.command(*targets), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+    )
+    limit = time.monotonic() + 60
+    while not ((shop.root / ".lock").exists() and (shop.root / ".lock").read_text()) and time.monotonic() < limit:
+        time.sleep(0.02)
+    second = shop.snakemake(*targets)
+    assert first.poll() is None, "the first was over before the second began"
+    assert second.returncode != 0
+    assert f"is in use (lock {shop.root}/.lock) by process {first.pid} on " in second.stdout + second.stderr
+    assert "localrule train" not in second.stdout + second.stderr
+    text, _ = first.communicate(timeout=120)
+    assert first.returncode == 0, text
+    assert all(Path(target).exists() for target in targets)
+
+
+def test_a_job_that_is_refused_takes_back_no_state_that_another_trainer_finishes_meanwhile(shop):
+    target = Path(shop.plan.path(shop.plan.state("vanilla", 8)))
+    good = target.read_bytes()
+    target.unlink()
+    with artefact.holding(target.parent / "lock", "an orphan's trajectory"):
+        running = subprocess.Popen(
+            shop.command(str(target)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+        )
+        log = shop.root / "tiny" / "logs" / f"train-{target.parent.name}-00000008.log"
+        log.unlink(missing_ok=True)
+        while not log.exists() and running.poll() is None:
+            time.sleep(0.01)
+        target.write_bytes(good)  # the orphan's last rename, while the new job is on its way to being refused
+        text, _ = running.communicate(timeout=120)
+    assert running.returncode != 0, "the job was not refused"
+    assert "is in use" in text
+    assert target.read_bytes() == good
 
 
 def test_a_killed_snakemake_leaves_no_lock_and_the_same_command_goes_on(shop):

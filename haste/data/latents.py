@@ -154,16 +154,19 @@ class Autoencoder:
         return torch.cat([posterior.mean, posterior.std], dim=1)
 
     @torch.no_grad()
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
+    def decode(self, z: torch.Tensor, scale: float | None = None, shift: float | None = None) -> torch.Tensor:
         """Images of latents at the diffusion model's scale.
 
         Args:
             z: (B, C, h, w), any float dtype.
+            scale: what the latents were multiplied by when they were made; None: this autoencoder's own factor.
+            shift: what was taken from them before that; None: this autoencoder's own.
 
         Returns:
             (B, 3, h f, w f) float32, nominally in [-1, 1], not clipped.
         """
-        latents = z.to(self.device, torch.float32) / self.scale + self.shift
+        scale, shift = self.scale if scale is None else scale, self.shift if shift is None else shift
+        latents = z.to(self.device, torch.float32) / scale + shift
         return self.model.decode(latents).sample
 
 

@@ -128,7 +128,9 @@ def load_detector(folder: Path | str, device: torch.device | str = "cpu") -> Det
     part = artefact.read_json(folder / DESCRIPTION, "part")
     if part.get("part") != "detector":
         raise ValueError(f"{folder / DESCRIPTION}: expected a detector, found {part.get('part')!r}")
-    architecture = part["architecture"]
+    architecture = part.get("architecture")
+    if not isinstance(architecture, dict):
+        raise ValueError(f"{folder}: part.json does not say what the network looks like (architecture)")
     if architecture.get("kind") not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise ValueError(

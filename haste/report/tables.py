@@ -216,8 +216,11 @@ def columns(report: Report) -> list[Column]:
 
 
 def _protocol_key(score: Mapping[str, Any]) -> str:
-    """Two scores may be compared where this is equal. The noise's seed may differ; NFE follows from the sampler."""
-    sampling = {k: v for k, v in (score.get("sampling") or {}).items() if k != "seed"}
+    """Two scores may be compared where this is equal. The noise's seed may differ, and what the sampling is called; NFE
+    follows from the sampler, and without guidance its interval says nothing."""
+    sampling = {k: v for k, v in (score.get("sampling") or {}).items() if k not in ("seed", "name")}
+    if sampling.get("guidance", 1.0) <= 1.0:
+        sampling |= {"guidance": 1.0, "interval": None}
     return canonical([sampling, score.get("samples"), score.get("reference"), score.get("detector")])
 
 

@@ -359,7 +359,9 @@ def _from_folder(folder: Path) -> Teacher:
         raise ValueError(f"{weights}: expected the teacher's weights, found no file")
     if (found := artefact.file_identity(weights)) != part["identity"]:
         raise ValueError(f"{weights}: expected the weights {part['identity'][:12]}, found {found[:12]}")
-    architecture = part["architecture"]
+    architecture = part.get("architecture")
+    if not isinstance(architecture, dict):
+        raise ValueError(f"{folder}: part.json does not say what the network looks like (architecture)")
     try:
         network = VisionTransformer(**architecture["kwargs"])
         network.load_state_dict(safetensors.torch.load_file(weights))

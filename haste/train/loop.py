@@ -114,7 +114,8 @@ class _Training:
         self.teachers = {name: _teacher(plan, name).to(group.device) for name in segment.teachers}
         self.batches = self._batches()
         self.inputs = {"latents": self.batches.latents.identity}
-        self.inputs |= {f"teacher {name}": teacher.identity for name, teacher in self.teachers.items()}
+        for kind, term in segment.terms.items():  # by term: what a configuration calls a teacher is its own affair
+            self.inputs[f"teacher of {kind}"] = self.teachers[term["teacher"]].identity
         widths = {name: teacher.width for name, teacher in self.teachers.items()}
         self.learner = states.new_learner(self.recipe, segment.terms, widths, group.device)
         self.learner.model.checkpoint_blocks = self.runtime.checkpoint_blocks
@@ -256,12 +257,13 @@ class _Training:
 
     def _restore(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
         for name, identity in self.inputs.items():
-            found = header["inputs"].get(name, identity)
+            found = header["inputs"].get(name, "none")
             if found != identity:
                 raise ValueError(
                     f"{path}: was trained with {name} {found[:12]}, but {name} is now {identity[:12]}. "
                     "Bring the earlier one back, or remove this trajectory's states to train them anew."
                 )
+        self.inputs = {**header["inputs"], **self.inputs}  # which teacher it once had stays on record
         made = header["provenance"]
         if made["code"] != artefact.code_version():
             log.warning("%s was made by other code (%s)", path, made["code"])

@@ -4,7 +4,7 @@ rule images:
     output: f"{plan.images.folder}/shard-{{shard}}-of-{{shards}}.h5"
     log: log_of("images-{shard}-of-{shards}")
     benchmark: time_of("images-{shard}-of-{shards}")
-    shell: "haste images -c {CONFIG} --shard $((10#{wildcards.shard})) > {log} 2>&1"
+    shell: "haste images -c {CONFIG:q} --shard $((10#{wildcards.shard})) > {log:q} 2>&1"
 
 
 rule images_join:
@@ -12,7 +12,7 @@ rule images_join:
     output: plan.images.manifest
     log: log_of("images-join")
     benchmark: time_of("images-join")
-    shell: "haste images -c {CONFIG} --join > {log} 2>&1"
+    shell: "haste images -c {CONFIG:q} --join > {log:q} 2>&1"
 
 
 if plan.autoencoder:
@@ -23,7 +23,7 @@ if plan.autoencoder:
         log: log_of("autoencoder")
         benchmark: time_of("autoencoder")
         threads: THREADS
-        shell: "haste autoencoder -c {CONFIG} > {log} 2>&1"
+        shell: "haste autoencoder -c {CONFIG:q} > {log:q} 2>&1"
 
 
 rule teacher:
@@ -33,7 +33,7 @@ rule teacher:
     benchmark: time_of("teacher-{key}")
     threads: THREADS
     params: name=lambda wildcards: next(n for n, t in plan.teachers.items() if t and t.key == wildcards.key)
-    shell: "haste teacher {params.name:q} -c {CONFIG} > {log} 2>&1"
+    shell: "haste teacher {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
 
 
 rule detector:
@@ -42,7 +42,7 @@ rule detector:
     log: log_of("detector")
     benchmark: time_of("detector")
     threads: THREADS
-    shell: "haste detector -c {CONFIG} > {log} 2>&1"
+    shell: "haste detector -c {CONFIG:q} > {log:q} 2>&1"
 
 
 rule latents:
@@ -53,7 +53,7 @@ rule latents:
     log: log_of("latents-{shard}-of-{shards}")
     benchmark: time_of("latents-{shard}-of-{shards}")
     threads: THREADS
-    shell: "haste latents -c {CONFIG} --shard $((10#{wildcards.shard})) > {log} 2>&1"
+    shell: "haste latents -c {CONFIG:q} --shard $((10#{wildcards.shard})) > {log:q} 2>&1"
 
 
 rule latents_join:
@@ -61,4 +61,4 @@ rule latents_join:
     output: plan.latents.manifest
     log: log_of("latents-join")
     benchmark: time_of("latents-join")
-    shell: "haste latents -c {CONFIG} --join > {log} 2>&1"
+    shell: "haste latents -c {CONFIG:q} --join > {log:q} 2>&1"

@@ -5,4 +5,4 @@ rule grid:
     output: f"{plan.root}/samples/{{draw}}/grid.png"
     log: log_of("grid-{draw}")
     benchmark: time_of("grid-{draw}")
-    shell: "haste grid {wildcards.draw} -c {CONFIG} > {log} 2>&1"
+    shell: "haste grid {wildcards.draw:q} -c {CONFIG:q} > {log:q} 2>&1"

@@ -11,7 +11,7 @@ rule reference:
     log: log_of("reference")
     benchmark: time_of("reference")
     threads: THREADS
-    shell: "haste reference -c {CONFIG} > {log} 2>&1"
+    shell: "haste reference -c {CONFIG:q} > {log:q} 2>&1"
 
 
 rule sample:
@@ -20,11 +20,11 @@ rule sample:
         ancient([plan.latents.manifest, plan.detector.manifest]),
     output:
         samples=f"{plan.root}/samples/{{draw}}/shard-{{shard}}-of-{{shards}}.npz",
-        features=f"{plan.root}/features/{{draw}}/{plan.detector.name}-{plan.detector.key}/shard-{{shard}}-of-{{shards}}.h5",
+        features=f"{plan.root}/features/{{draw}}/detector-{plan.detector.key}/shard-{{shard}}-of-{{shards}}.h5",
     log: log_of("sample-{draw}-{shard}-of-{shards}")
     benchmark: time_of("sample-{draw}-{shard}-of-{shards}")
     threads: THREADS
-    shell: "haste sample {wildcards.draw} --shard $((10#{wildcards.shard})) -c {CONFIG} > {log} 2>&1"
+    shell: "haste sample {wildcards.draw:q} --shard $((10#{wildcards.shard})) -c {CONFIG:q} > {log:q} 2>&1"
 
 
 rule score:
@@ -32,7 +32,7 @@ rule score:
     output: f"{plan.root}/scores/{{draw}}.{{key}}.json"
     log: log_of("score-{draw}.{key}")
     benchmark: time_of("score-{draw}.{key}")
-    shell: "haste score {wildcards.draw} -c {CONFIG} > {log} 2>&1"
+    shell: "haste score {wildcards.draw:q} -c {CONFIG:q} > {log:q} 2>&1"
 
 
 rule floor:
@@ -40,4 +40,4 @@ rule floor:
     output: plan.floor
     log: log_of("floor")
     benchmark: time_of("floor")
-    shell: "haste floor -c {CONFIG} > {log} 2>&1"
+    shell: "haste floor -c {CONFIG:q} > {log:q} 2>&1"

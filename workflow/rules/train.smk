@@ -29,4 +29,4 @@ rule train:
     benchmark: time_of("train-{trajectory}-{step}")
     threads: TRAIN_THREADS
     priority: 10  # what others wait for goes first
-    shell: "haste train {wildcards.trajectory}/{wildcards.step} -c {CONFIG} > {log} 2>&1"
+    shell: "haste train {wildcards.trajectory:q}/{wildcards.step} -c {CONFIG:q} > {log:q} 2>&1"

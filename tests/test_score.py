@@ -1,0 +1,178 @@
+"""Scores are those of the right rows: both sides in their places, every block read, the training images alone."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from haste import score
+from haste.data.store import Store, join, write_shard
+from haste.metrics.detectors import Detector, load_detector
+from haste.sample import reference_shard
+
+CLASSES = 3
+
+
+@pytest.fixture(params=[3, 4096], ids=["blocks-of-3", "one-block"])
+def read(request, monkeypatch):
+    """Rows that are read at once."""
+    monkeypatch.setattr(score, "READ", request.param)
+
+
+def features(folder, pool, logits, labels, detector="d" * 64):
+    """A features store of the rows given."""
+    fields = {"pool": ((pool.shape[1],), "float32"), "logits": ((CLASSES,), "float32"), "label": ((), "int64")}
+    common = {"kind": "features", "key": "k", "recipe": {}, "shards": 1, "provenance": {}}
+    rows = {"pool": pool, "logits": logits, "label": labels}
+    facts = {"detector": detector}
+    write_shard(folder, shard=0, total=len(pool), fields=fields, batches=[rows], facts=facts, **common)
+    join(folder, splits={}, **common)
+    return Store.open(folder)
+
+
+def drawn(seed, count, centre, spread):
+    """Features (count, 2), logits and labels; features drift with the row, so that no block stands for all."""
+    rng = np.random.default_rng(seed)
+    pool = np.asarray(centre) + spread * rng.standard_normal((count, 2)) + 0.05 * np.arange(count)[:, None]
+    return (
+        pool.astype(np.float32),
+        rng.standard_normal((count, CLASSES)).astype(np.float32),
+        rng.integers(0, CLASSES, count),
+    )
+
+
+# ---- the metrics by hand
+
+
+def frechet_of_planes(a, b):
+    """For width 2, where the trace of a matrix's root is closed: (tr M + 2 sqrt(det M))^(1/2), M = S S'."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    s, r = np.cov(a.T), np.cov(b.T)
+    root = math.sqrt(np.trace(s @ r) + 2 * math.sqrt(np.linalg.det(s) * np.linalg.det(r)))
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s) + np.trace(r) - 2 * root)
+
+
+def share_inside(points, centres, k=3):
+    """Share of the points within some centre's distance to its k-th nearest other centre, one pair at a time."""
+    points, centres = points.astype(np.float64).tolist(), centres.astype(np.float64).tolist()
+    balls = [sorted(math.dist(c, o) for j, o in enumerate(centres) if j != i)[k - 1] for i, c in enumerate(centres)]
+    inside = [any(math.dist(p, c) <= r for c, r in zip(centres, balls, strict=True)) for p in points]
+    return sum(inside) / len(points)
+
+
+def accuracy(logits, labels):
+    return float(np.mean([list(row).index(max(row)) == label for row, label in zip(logits, labels, strict=True)]))
+
+
+def by_hand(fake, real):
+    """Every score of two sides, each (pool, logits, labels)."""
+    return {
+        "fd": pytest.approx(frechet_of_planes(fake[0], real[0]), rel=1e-9),
+        "precision": share_inside(fake[0], real[0]),
+        "recall": share_inside(real[0], fake[0]),
+        "class_accuracy": accuracy(fake[1], fake[2]),
+    }
+
+
+def test_a_score_is_that_of_all_samples_against_all_real_images(read, tmp_path):
+    # Samples wider than the real ones: few hit, most of the real ones are covered.
+    fake, real = drawn(0, 23, (0.0, 0.0), 3.0), drawn(1, 31, (0.3, 0.0), 1.0)
+    expected = by_hand(fake, real)
+    assert expected["precision"] < expected["recall"] - 0.2
+    assert expected["class_accuracy"] != accuracy(*real[1:])
+    found = score.score(
+        features(tmp_path / "fake", *fake),
+        features(tmp_path / "real", *real),
+        detector="plane",
+        about={"nfe": 5},
+        key="abc",
+        path=tmp_path / "score.json",
+    )
+    assert found["scores"] == expected
+    assert (found["samples"], found["reference"]["images"], found["nfe"]) == (23, 31, 5)
+    assert json.loads((tmp_path / "score.json").read_text()) == found
+
+
+def test_the_floor_compares_the_even_rows_with_the_odd_rows(read, tmp_path):
+    pool, logits, labels = drawn(2, 27, (0.0, 0.0), 1.0)
+    # The even rows lie wider and elsewhere, so that no other halves give these numbers.
+    pool[::2] = 2.5 * pool[::2] + 0.5
+    real = (pool, logits, labels)
+    expected = by_hand([side[::2] for side in real], [side[1::2] for side in real])
+    assert expected["precision"] != expected["recall"]
+    found = score.floor(
+        features(tmp_path / "real", *real),
+        detector="plane",
+        held_out_accuracy=0.875,
+        key="abc",
+        path=tmp_path / "floor.json",
+    )
+    assert found["scores"] == {**expected, "class_accuracy": 0.875}
+    assert (found["samples"], found["reference"]["images"], found["floor"]) == (14, 13, True)
+    assert json.loads((tmp_path / "floor.json").read_text()) == found
+
+
+def test_statistics_are_of_the_rows_asked_for_alone(read, tmp_path):
+    fake, real = drawn(3, 20, (0.0, 0.0), 2.0), drawn(4, 21, (0.0, 1.0), 1.0)
+    mine, theirs = features(tmp_path / "fake", *fake), features(tmp_path / "real", *real)
+    rows = np.array([19, 2, 3, 11, 7, 5, 13])
+    found = score.values(score.statistics(mine, rows), score.statistics(theirs, rows + 1))
+    assert found == by_hand([side[rows] for side in fake], [side[rows + 1] for side in real])
+
+
+def test_sides_that_different_detectors_saw_are_refused(tmp_path):
+    fake = features(tmp_path / "fake", *drawn(5, 8, (0.0, 0.0), 1.0), detector="a" * 64)
+    real = features(tmp_path / "real", *drawn(6, 8, (0.0, 0.0), 1.0), detector="b" * 64)
+    with pytest.raises(ValueError, match=r"seen by detector a{12}, but the reference .* by b{12}"):
+        score.score(fake, real, detector="plane", about={}, key="abc", path=tmp_path / "score.json")
+    assert not (tmp_path / "score.json").exists()
+
+
+# ---- the reference: the training images and no others
+
+
+class Means(nn.Module):
+    """Width 3: an image's mean of each channel; logits: its first three red pixels."""
+
+    def forward(self, images):
+        return {"pool": images.float().mean((1, 2)), "logits": images[:, 0, :CLASSES, 0].float()}
+
+
+def test_the_reference_is_the_detectors_view_of_each_training_image_and_of_no_other(tmp_path):
+    rng = np.random.default_rng(7)
+    pictures, labels = rng.integers(0, 256, (13, 4, 4, 3), np.uint8), rng.integers(0, CLASSES, 13)
+    common = {"kind": "images", "key": "i", "recipe": {}, "shards": 1, "provenance": {}}
+    fields = {"image": ((4, 4, 3), "uint8"), "label": ((), "int64")}
+    rows = {"image": pictures, "label": labels}
+    write_shard(tmp_path / "images", shard=0, total=13, fields=fields, batches=[rows], **common)
+    # Held-out images before and behind, so that rows are not numbers of images.
+    join(tmp_path / "images", splits={"held_out": [0, 2], "train": [2, 10], "spare": [10, 13]}, **common)
+    detector = Detector(Means(), name="means", identity="m" * 64, width=3, classes=CLASSES, resolution=4)
+    images, folder = Store.open(tmp_path / "images"), tmp_path / "reference"
+    reference_shard(images, detector, folder=folder, key="r", recipe={}, batch=3)
+    join(folder, kind="features", key="r", recipe={}, shards=1, splits={}, provenance={})
+    store = Store.open(folder)
+    assert store.count == 8
+    assert store.manifest["detector"] == "m" * 64
+    train = pictures[2:10].astype(np.float64)
+    np.testing.assert_allclose(store.read("pool", range(8)), train.mean((1, 2)), rtol=1e-6)
+    assert (store.read("logits", range(8)) == train[:, 0, :CLASSES, 0]).all()
+    assert (store.read("label", range(8)) == labels[2:10]).all()
+
+
+def test_the_reference_of_a_configuration_leaves_its_held_out_images_out(make_plan):
+    plan = make_plan()
+    images, store = Store.open(plan.images.folder), Store.open(plan.reference.folder)
+    assert images.count == 1797  # scikit-learn's digits, of which the configuration holds 97 out
+    assert store.count == 1700
+    detector = load_detector(plan.detector.folder)
+    rows = [0, 1, 255, 256, 850, 1699]  # on both sides of a batch's end
+    chosen = [images.range("train")[row] for row in rows]
+    seen = detector(torch.from_numpy(images.read("image", chosen)))
+    np.testing.assert_allclose(store.read("pool", rows), seen["pool"].numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(store.read("logits", rows), seen["logits"].numpy(), rtol=1e-4, atol=1e-5)
+    assert (store.read("label", rows) == images.read("label", chosen)).all()
+    assert not set(images.range("held_out")) & set(chosen)

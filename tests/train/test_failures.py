@@ -1,0 +1,190 @@
+"""What goes wrong in training ends in a message, soon, and with the last good state in place."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from haste import cli, journal
+from haste.train import launch, loop
+
+TRAINING = {"batch": 8, "lr": 1.0e-3, "ema": 0.9}
+
+
+def path_of(plan, run, step):
+    return Path(plan.path(plan.state(run, step)))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_resumes_to_the_same_bits_its_scaler_included(make_plan, precision):
+    settings = {"training": {**TRAINING, "precision": precision}, "runtime": {"save_every": 3, "log_every": 2}}
+    plan = make_plan(**settings)
+    loop.train(plan, plan.state("HASTE", 16))
+    expected = load_file(path_of(plan, "HASTE", 16))
+    assert all(value.dtype == torch.float32 for name, value in expected.items() if name.startswith("model/"))
+    assert ("scaler/scale" in expected) == (precision == "fp16")
+    path_of(plan, "HASTE", 16).unlink()
+    plan = make_plan(**settings, defaults={"model": "dot", "milestones": [5, 8, 13, 16], "sampling": ["quick"]})
+    for step in (13, 16):
+        loop.train(plan, plan.state("HASTE", step))
+    found = load_file(path_of(plan, "HASTE", 16))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_half_precision_computes_near_what_single_precision_does(make_plan):
+    losses = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        plan = make_plan(training={**TRAINING, "precision": precision}, runtime={"log_every": 1})
+        loop.train(plan, plan.state("HASTE", 8))
+        losses[precision] = journal.read(path_of(plan, "HASTE", 8).parent / "log.jsonl")
+    for half in ("bf16", "fp16"):
+        for found, expected in zip(losses[half], losses["fp32"], strict=True):
+            assert found["denoising"] != expected["denoising"]
+            for term in ("denoising", "features", "attention"):
+                assert found[term] == pytest.approx(expected[term], abs=0.05), (half, term)
+
+
+def break_step(monkeypatch, step, how):
+    forward = loop.Objective.forward
+
+    def broken(self, batch, targets):
+        return how(forward(self, batch, targets)) if batch.step == step else forward(self, batch, targets)
+
+    monkeypatch.setattr(loop.Objective, "forward", broken)
+
+
+def test_a_step_that_is_not_finite_can_be_skipped_and_is_counted(make_plan, monkeypatch):
+    plan = make_plan(training={**TRAINING, "nonfinite": "skip"}, runtime={"log_every": 2, "keep_every": 1})
+    break_step(monkeypatch, 4, lambda found: {**found, "denoising": found["denoising"] * float("nan")})
+    loop.train(plan, plan.state("vanilla", 8))
+    before, after, later = (load_file(path_of(plan, "vanilla", step)) for step in (4, 5, 6))
+    for name, value in before.items():
+        if name.startswith(("model/", "optimizer/")):
+            assert torch.equal(after[name], value), name
+    assert not torch.equal(later["model/final_layer.linear.weight"], before["model/final_layer.linear.weight"])
+    assert all(torch.isfinite(value).all() for value in load_file(path_of(plan, "vanilla", 8)).values())
+    records = journal.read(path_of(plan, "vanilla", 8).parent / "log.jsonl")
+    assert [record.get("skipped", 0) for record in records] == [0, 0, 1, 0]
+
+
+def test_out_of_memory_says_which_settings_would_help(make_plan, monkeypatch, capsys):
+    plan = make_plan()
+
+    def full(found):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    break_step(monkeypatch, 4, full)
+    assert cli.main(["train", str(plan.state("vanilla", 8)), "-c", str(plan.file)]) == 2
+    message = capsys.readouterr().err
+    for word in ("out of memory", "runtime.accumulate", "runtime.checkpoint_blocks", "training.batch", "20.00 GiB"):
+        assert word in message
+
+
+def test_a_batch_larger_than_the_data_is_refused(make_plan):
+    plan = make_plan(training={**TRAINING, "batch": 1704})
+    with pytest.raises(ValueError, match=r"holds 1700 training samples, fewer than training\.batch 1704"):
+        loop.train(plan, plan.state("vanilla", 8))
+
+
+def test_processes_that_do_not_divide_the_batch_are_refused_by_the_configuration(make_plan):
+    with pytest.raises(
+        ValueError, match=r"batch 8 is not divisible by runtime\.processes 3 times runtime\.accumulate 2"
+    ):
+        make_plan(runtime={"processes": 3, "accumulate": 2})
+
+
+def test_a_gpu_that_is_not_there_is_refused(make_plan, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    plan = make_plan(runtime={"device": "cuda"})
+    assert cli.main(["train", str(plan.state("vanilla", 8)), "-c", str(plan.file)]) == 2
+    assert "needs a GPU of its own, and 0 are visible" in capsys.readouterr().err
+
+
+def test_checkpointed_blocks_and_compiled_models_train_to_nearly_the_same(make_plan):
+    losses = {}
+    for name, runtime in {"plain": {}, "checkpoint": {"checkpoint_blocks": True}}.items():
+        plan = make_plan(runtime={"log_every": 1, **runtime})
+        loop.train(plan, plan.state("HASTE", 8))
+        losses[name] = [r["denoising"] for r in journal.read(path_of(plan, "HASTE", 8).parent / "log.jsonl")]
+        path_of(plan, "HASTE", 8).unlink()
+    assert losses["checkpoint"] == pytest.approx(losses["plain"], rel=1e-5)
+
+
+def workers_of(process):
+    """The training processes below a launcher, by rank."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if "RANK" in child.environ():
+                found[int(child.environ()["RANK"])] = child
+        except psutil.Error:
+            continue
+    return found
+
+
+def wait_for(what, limit=90):
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        found = what()
+        if found:
+            return found
+        time.sleep(0.1)
+    raise AssertionError("nothing came in time")
+
+
+@pytest.fixture
+def launched(make_plan):
+    """A launcher with two processes in the middle of a long training: (process, its workers, plan)."""
+    runs = {"long": {"milestones": [100_000]}}
+    plan = make_plan(runs=runs, runtime={"processes": 2, "log_every": 10, "save_every": 10})
+    command = [sys.executable, "-m", "haste.cli", "train", str(plan.state("long", 100_000)), "-c", str(plan.file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = path_of(plan, "long", 100_000).parent / "log.jsonl"
+    wait_for(lambda: log.exists() and log.stat().st_size)
+    yield process, workers_of(process), plan
+    process.kill()
+    process.wait()
+
+
+def test_a_rank_that_dies_ends_all_ranks_within_seconds_and_is_named(launched):
+    process, workers, _ = launched
+    assert set(workers) >= {0, 1}
+    workers[1].kill()
+    started = time.monotonic()
+    text, _ = process.communicate(timeout=40)
+    assert time.monotonic() - started < 30
+    assert process.returncode not in (0, 2)
+    assert "process 1 of the training died" in text
+    assert "SIGKILL" in text
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers.values())
+
+
+def test_a_killed_launcher_leaves_no_trainer_and_a_second_start_is_refused_while_one_lives(launched):
+    process, workers, plan = launched
+    command = ["train", str(plan.state("long", 100_000)), "-c", str(plan.file)]
+    with pytest.raises(ValueError, match="is in use"):
+        loop.train(plan, plan.state("long", 100_000))
+    process.kill()
+    wait_for(lambda: not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers.values()), 20)
+    with loop.artefact.holding(path_of(plan, "long", 100_000).parent / "lock", "x"):
+        assert command  # the lock is free
+
+
+def test_the_launcher_tells_a_crash_from_a_refusal():
+    crash = {"message": "RuntimeError: boom", "extraInfo": {"py_callstack": "Traceback: here"}}
+    error = launch._reason(3, SimpleNamespace(message=crash))
+    assert isinstance(error, RuntimeError)
+    assert "process 3" in str(error)
+    assert "Traceback: here" in str(error)
+    refusal = launch._reason(0, SimpleNamespace(message={"message": "ValueError: wrong file"}))
+    assert isinstance(refusal, ValueError)
+    assert str(refusal) == "wrong file"
