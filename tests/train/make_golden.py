@@ -32,7 +32,7 @@ def main() -> None:
             state = plan.state(run, 10)
             loop.train(plan, state)
             records = journal.read(Path(plan.path(state)).parent / "log.jsonl")
-            drop = ("step", "images_per_s", "seconds", "time")
+            drop = ("step", "images_per_s", "seconds", "time", "waiting", "memory_mb")
             golden[run] = [{n: round(v, 6) for n, v in r.items() if n not in drop} for r in records]
     (HERE / "golden.json").write_text(json.dumps(golden, indent=1) + "\n")
 
