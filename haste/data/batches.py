@@ -19,6 +19,7 @@ from haste.data import order
 from haste.data.store import Store
 
 CPU = torch.device("cpu")
+WORKERS = 2  # drawing normal numbers is most of the work, and numpy lets others run meanwhile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,16 +117,16 @@ class Batches:
         device: torch.device = CPU,
         depth: int = 3,
     ) -> Iterator[Batch]:
-        """The batches of many steps in order, made and moved to a device in a thread, `depth` of them ahead of use."""
+        """The batches of many steps in order, made and moved to a device in threads, `depth` of them ahead of use."""
 
         def make(step: int) -> Batch:
             return self(step, visits).to(device)
 
-        with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        with ThreadPoolExecutor(WORKERS, thread_name_prefix="batches") as threads:
             waiting: collections.deque[Future[Batch]] = collections.deque()
             try:
                 for step in steps:
-                    waiting.append(thread.submit(make, step))
+                    waiting.append(threads.submit(make, step))
                     if len(waiting) > depth:
                         yield waiting.popleft().result()
                 while waiting:

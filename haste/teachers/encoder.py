@@ -140,9 +140,13 @@ class Teacher:
         return teacher.to(device)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Teacher:
-        """Move to a device, and to a dtype if one is given; returns itself."""
+        """Move to a device, and the network to a dtype if one is given; returns itself.
+
+        Images are prepared in float32 at least: half precision would round them before the network sees them.
+        """
         self.network.to(device, dtype)
-        self.mean, self.std = self.mean.to(device, dtype), self.std.to(device, dtype)
+        precise = None if dtype is None else torch.promote_types(dtype, torch.float32)
+        self.mean, self.std = self.mean.to(device, precise), self.std.to(device, precise)
         return self
 
     @property
@@ -171,7 +175,7 @@ class Teacher:
         return cast(tuple[int, int], self.network.patch_embed.grid_size)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Images uint8 NHWC (B, R, R, 3), 0..255 -> the network's input, float32 NCHW (B, 3, S, S), normalised.
+        """Images uint8 NHWC (B, R, R, 3), 0..255 -> the network's input, NCHW (B, 3, S, S), normalised, in its dtype.
 
         Resized by bicubic interpolation without antialiasing. Its weights sum to one, so that resizing first or
         normalising first differ by rounding only; each encoder keeps its authors' order.
@@ -179,17 +183,16 @@ class Teacher:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"teacher: expected uint8 NHWC images, found {images.dtype} {tuple(images.shape)}")
         x = images.permute(0, 3, 1, 2).to(self.mean.dtype) / 255
-        if self.resize_first:
-            return (self._resize(x) - self.mean) / self.std
-        return self._resize((x - self.mean) / self.std)
+        ready = (
+            (self._resize(x) - self.mean) / self.std if self.resize_first else self._resize((x - self.mean) / self.std)
+        )
+        return ready.to(self.network.patch_embed.proj.weight.dtype)  # type: ignore[union-attr, arg-type]
 
     def _resize(self, x: Tensor) -> Tensor:
         if x.shape[-2:] == self.size:
             return x
         return functional.interpolate(x, self.size, mode="bicubic", align_corners=False, antialias=False)
 
-    # Not inference_mode: the losses save these targets for their backward pass, which inference tensors forbid.
-    @torch.no_grad()
     def __call__(self, images: Tensor, *, features: bool, attention: Sequence[int] = ()) -> TeacherTargets:
         """Targets for a batch of clean images, uint8 NHWC (B, R, R, 3).
 
@@ -201,6 +204,14 @@ class Teacher:
         Raises:
             ValueError: nothing asked for, or a layer that the teacher does not have.
         """
+        with torch.inference_mode():
+            seen = self._look(images, features, attention)
+
+        # Losses save targets for their backward pass, which tensors made in inference mode refuse: copies do not.
+        pairs = {layer: (q.clone(), k.clone()) for layer, (q, k) in seen.attention.items()}
+        return TeacherTargets(None if seen.features is None else seen.features.clone(), pairs, self.grid)
+
+    def _look(self, images: Tensor, features: bool, attention: Sequence[int]) -> TeacherTargets:
         last = self._last_needed(features, attention)
         taps: dict[int, Tensor] = {}
         hooks = [

@@ -111,7 +111,9 @@ class _Training:
         self.settings = self.recipe["training"]
         self.folder = Path(plan.path(segment.state)).parent
         self.parts = group.rows(self.settings["batch"], self.runtime.accumulate)
-        self.teachers = {name: _teacher(plan, name).to(group.device) for name in segment.teachers}
+        self.teachers = {
+            name: _teacher(plan, name).to(group.device, self._teacher_dtype()) for name in segment.teachers
+        }
         self.batches = self._batches()
         self.inputs = {"latents": self.batches.latents.identity}
         for kind, term in segment.terms.items():  # by term: what a configuration calls a teacher is its own affair
@@ -127,11 +129,15 @@ class _Training:
             scale=manifest["scale"],
             shift=manifest["shift"],
         )
-        if self.settings["precision"] == "fp64":
-            self.teachers = {name: teacher.to(group.device, torch.float64) for name, teacher in self.teachers.items()}
         if self.runtime.compile:
             for network in (self.learner.model, *(teacher.network for teacher in self.teachers.values())):
                 network.compile()
+
+    def _teacher_dtype(self) -> torch.dtype | None:
+        """Half precision on a GPU where the student uses it too; on a CPU autocast does that."""
+        if self.settings["precision"] == "fp64":
+            return torch.float64
+        return AUTOCAST.get(self.settings["precision"]) if self.group.device.type == "cuda" else None
 
     def _batches(self) -> Batches:
         plan = self.plan
