@@ -115,15 +115,10 @@ def draw_shard(
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for low in range(0, len(indices), batch):
             pictures, asked = painter.paint(indices[low : low + batch])
-            seen = detector(torch.from_numpy(pictures))
             images.append(pictures)
             labels.append(asked)
-            yield {**{name: value.numpy() for name, value in seen.items()}, "label": asked}
+            yield _seen(detector, pictures, asked)
 
-    side, classes = painter.autoencoder.factor * painter.model.input_size, painter.model.null_class
-    fields = {"pool": ((detector.width,), "float32"), "label": ((), "int64")}
-    if detector.classes is not None:
-        fields["logits"] = ((detector.classes,), "float32")
     write_shard(
         features,
         kind="features",
@@ -132,22 +127,33 @@ def draw_shard(
         shard=shard,
         shards=shards,
         total=total,
-        fields=fields,
+        fields=_fields(detector),
         batches=batches(),
-        provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs, seconds=time.monotonic() - started),
+        provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
         facts={"detector": detector.identity, **inputs},
         progress=lambda done, count: _show(shard, shards, done, count, time.monotonic() - started),
     )
-    made = artefact.provenance(key=key, recipe=recipe, inputs=inputs, seconds=time.monotonic() - started)
+    side = painter.autoencoder.factor * painter.model.input_size
+    header = {"schema": artefact.SCHEMA, "kind": "samples", "classes": painter.model.null_class}
+    header |= artefact.provenance(key=key, recipe=recipe, inputs=inputs, seconds=time.monotonic() - started)
     with artefact.replacing(samples) as aside, open(aside, "wb") as file:
         np.savez(
             file,
-            arr_0=np.concatenate(images) if images else np.zeros((0, side, side, 3), np.uint8),
-            arr_1=np.concatenate(labels) if labels else np.zeros(0, np.int64),
-            haste=np.array(
-                artefact.canonical({"schema": artefact.SCHEMA, "kind": "samples", "classes": classes, **made})
-            ),
+            arr_0=np.concatenate([np.zeros((0, side, side, 3), np.uint8), *images]),
+            arr_1=np.concatenate([np.zeros(0, np.int64), *labels]),
+            haste=np.array(artefact.canonical(header)),
         )
+
+
+def _seen(detector: Detector, images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """A batch of a features store: what a detector says of images, beside their labels."""
+    found = detector(torch.from_numpy(images))
+    return {**{name: value.numpy() for name, value in found.items()}, "label": labels}
+
+
+def _fields(detector: Detector) -> dict[str, tuple[tuple[int, ...], str]]:
+    fields: dict[str, tuple[tuple[int, ...], str]] = {"pool": ((detector.width,), "float32"), "label": ((), "int64")}
+    return fields if detector.classes is None else {**fields, "logits": ((detector.classes,), "float32")}
 
 
 def _show(shard: int, shards: int, done: int, count: int, seconds: float) -> None:
@@ -159,17 +165,13 @@ def reference_shard(
     images: Store, detector: Detector, *, folder: Path, key: str, recipe: dict, batch: int = 256
 ) -> None:
     """Features of the real training images: the one-shard store that samples are compared with."""
-    started, rows = time.monotonic(), images.range("train")
+    rows = images.range("train")
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for low in range(0, len(rows), batch):
             chosen = rows[low : low + batch]
-            seen = detector(torch.from_numpy(images.read("image", chosen)))
-            yield {**{name: value.numpy() for name, value in seen.items()}, "label": images.read("label", chosen)}
+            yield _seen(detector, images.read("image", chosen), images.read("label", chosen))
 
-    fields = {"pool": ((detector.width,), "float32"), "label": ((), "int64")}
-    if detector.classes is not None:
-        fields["logits"] = ((detector.classes,), "float32")
     inputs = {"images": images.identity, "detector": detector.identity}
     write_shard(
         folder,
@@ -179,8 +181,8 @@ def reference_shard(
         shard=0,
         shards=1,
         total=len(rows),
-        fields=fields,
+        fields=_fields(detector),
         batches=batches(),
-        provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs, seconds=time.monotonic() - started),
+        provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
         facts=inputs,
     )

@@ -339,11 +339,7 @@ def join(
         "key": key,
         "recipe": dict(recipe),
         "count": count,
-        "fields": {
-            name: {"shape": list(shape), "dtype": dtype.name}
-            for name, (shape, dtype) in sorted(fields.items())
-            if name != DIGEST
-        },
+        "fields": _described(fields),
         "splits": {name: [int(start), int(stop)] for name, (start, stop) in splits.items()},
         "shards": [_entry(shard) for shard in found],
         "identity": _identity(_read_rows(shard, DIGEST) for shard in found),
@@ -351,6 +347,11 @@ def join(
     }
     artefact.write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def _described(fields: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, dict[str, Any]]:
+    kept = {name: entry for name, entry in sorted(fields.items()) if name != DIGEST}
+    return {name: {"shape": list(shape), "dtype": dtype.name} for name, (shape, dtype) in kept.items()}
 
 
 def _check_agreement(found: Sequence[_Shard], key: str, recipe: Mapping[str, Any]) -> None:

@@ -138,30 +138,44 @@ def train_autoencoder(
     Raises:
         ValueError: unsuitable images or factor, or a loss that is not finite.
     """
-    from diffusers.models.autoencoders.autoencoder_kl import (
-        AutoencoderKL,
-    )  # 5 s to import, and only this part needs it
-
     start = time.monotonic()
-    pixels, unseen = (
-        _unit(_checked(images, f"{name}: images")),
-        _unit(_checked(held_out, f"{name}: held-out images")),
-    )
+    pixels = _unit(_checked(images, f"{name}: images"))
+    unseen = _unit(_checked(held_out, f"{name}: held-out images"))
     if factor < 1 or factor & (factor - 1) or pixels.shape[-1] % factor:
         raise ValueError(f"{name}: factor {factor} is not a power of 2 that divides {pixels.shape[-1]} px")
-    levels = factor.bit_length()
     with _initialising(seed):
-        network = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=tuple(width * min(2**level, 4) for level in range(levels)),
-            layers_per_block=1,
-            latent_channels=channels,
-            norm_num_groups=8,
-            sample_size=pixels.shape[-1],
-            mid_block_add_attention=False,
-        )
+        network = _autoencoder(pixels.shape[-1], channels, width, factor)
+    loss = _autoencoder_loss(network, pixels, kl_weight)
+    fit(network, loss, len(pixels), seed=seed, steps=steps, batch=batch, lr=lr, name=name)
+    # Latents enter the diffusion with unit variance: over all entries, draws included (Rombach et al. 2022, App. G).
+    network.register_to_config(scaling_factor=1 / _latent_std(network, pixels))
+    mse = _reconstruction_mse(network, unseen)
+    quality = {"reconstruction_mse": mse, "psnr": 10 * math.log10(4 / mse)}  # peak to peak is 2, and 2^2 = 4
+    architecture = {"kind": "AutoencoderKL", "channels": channels, "factor": factor, "width": width}
+    with artefact.replacing(out) as folder:
+        network.save_pretrained(folder)
+        weights = folder / "diffusion_pytorch_model.safetensors"
+        _describe(folder, weights, "autoencoder", name, key, recipe, architecture, quality, start)
+    return quality
 
+
+def _autoencoder(resolution: int, channels: int, width: int, factor: int) -> Any:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # 5 s to import, and only this part needs it
+
+    levels = factor.bit_length()
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(width * min(2**level, 4) for level in range(levels)),
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=8,
+        sample_size=resolution,
+        mid_block_add_attention=False,
+    )
+
+
+def _autoencoder_loss(network: Any, pixels: Tensor, kl_weight: float) -> Callable[[Tensor, torch.Generator], Tensor]:
     def loss(indices: Tensor, generator: torch.Generator) -> Tensor:
         x = pixels[indices]
         posterior = network.encode(x).latent_dist
@@ -170,44 +184,7 @@ def train_autoencoder(
         divergence = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         return functional.mse_loss(rebuilt, x) + kl_weight * divergence
 
-    fit(
-        network,
-        loss,
-        len(pixels),
-        seed=seed,
-        steps=steps,
-        batch=batch,
-        lr=lr,
-        name=name,
-    )
-    # Latents enter the diffusion with unit variance: over all entries, draws included (Rombach et al. 2022, App. G).
-    network.register_to_config(scaling_factor=1 / _latent_std(network, pixels))
-    mse = _reconstruction_mse(network, unseen)
-    quality = {
-        "reconstruction_mse": mse,
-        "psnr": 10 * math.log10(4 / mse),
-    }  # peak to peak is 2, and 2^2 = 4
-    architecture = {
-        "kind": "AutoencoderKL",
-        "channels": channels,
-        "factor": factor,
-        "width": width,
-    }
-    with artefact.replacing(out) as folder:
-        network.save_pretrained(folder)
-        weights = folder / "diffusion_pytorch_model.safetensors"
-        _describe(
-            folder,
-            weights,
-            "autoencoder",
-            name,
-            key,
-            recipe,
-            architecture,
-            quality,
-            start,
-        )
-    return quality
+    return loss
 
 
 def train_teacher(
@@ -246,8 +223,6 @@ def train_teacher(
     Raises:
         ValueError: unsuitable images, labels or patch, or a loss that is not finite.
     """
-    from timm.models.vision_transformer import VisionTransformer
-
     start = time.monotonic()
     resolution = images.shape[1]
     if resolution % patch or width % heads:
@@ -263,22 +238,24 @@ def train_teacher(
         "fc_norm": False,
         "qk_norm": True,
     }
-    with _initialising(seed):
-        network = VisionTransformer(**kwargs)
-        # timm starts positions at 0.02, too faint beside the patches to be learned in some hundred steps.
-        nn.init.normal_(network.get_parameter("pos_embed"), std=0.5)
+    network = _vision_transformer(seed, kwargs)
     # Weights decay strongly: 1,500 images are few for a transformer, and this is worth 2 points on unseen digits.
     training = {"seed": seed, "steps": steps, "batch": batch, "lr": lr, "name": name, "weight_decay": 0.2}
     known, unseen = _labelled(images, labels), _labelled(held_out, held_out_labels)
     quality = _train_classifier(network, lambda shown: network(_unit(shown)), known, unseen, training)
-    architecture = {
-        "kind": "VisionTransformer",
-        "kwargs": kwargs,
-        "mean": NORM,
-        "std": NORM,
-    }
+    architecture = {"kind": "VisionTransformer", "kwargs": kwargs, "mean": NORM, "std": NORM}
     _write(out, network, "teacher", name, key, recipe, architecture, quality, start)
     return quality
+
+
+def _vision_transformer(seed: int, kwargs: dict[str, Any]) -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    with _initialising(seed):
+        network = VisionTransformer(**kwargs)
+        # timm starts positions at 0.02, too faint beside the patches to be learned in some hundred steps.
+        nn.init.normal_(network.get_parameter("pos_embed"), std=0.5)
+    return network
 
 
 def train_detector(

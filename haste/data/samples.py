@@ -1,0 +1,192 @@
+"""Sets of finished images, from wherever they come: ADM's .npz, a folder, a zip, our own shards. Streamed, never whole.
+
+N images of R x R pixels, uint8 RGB.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """A set of images that can be gone through any number of times, in one order."""
+
+    path: Path
+    count: int
+    size: tuple[int, int]  # height, width
+    _parts: tuple[Callable[[], Iterator[np.ndarray]], ...]
+
+    def batches(self, most: int) -> Iterator[np.ndarray]:
+        """The images in order, (B, H, W, 3) uint8 with B = `most` but for the last.
+
+        Raises:
+            ValueError: an image cannot be read, or is not like the first; the message names it.
+        """
+        waiting: list[np.ndarray] = []
+        held = 0
+        for part in self._parts:
+            for rows in part():
+                while len(rows):
+                    take = rows[: most - held]
+                    rows = rows[len(take) :]
+                    waiting.append(take)
+                    held += len(take)
+                    if held == most:
+                        yield np.concatenate(waiting)
+                        waiting, held = [], 0
+        if held:
+            yield np.concatenate(waiting)
+
+    def identity(self) -> str:
+        """sha256 over the pixels in order: equal for equal images, whatever they were packed in."""
+        digest = hashlib.sha256()
+        for batch in self.batches(64):
+            digest.update(np.ascontiguousarray(batch).data)
+        return digest.hexdigest()
+
+
+def open_samples(path: Path | str) -> Samples:
+    """Open a set of images.
+
+    Args:
+        path: an .npz with `arr_0` (N, H, W, 3) uint8 (ADM's sample files), a folder of such shards as `haste sample`
+            writes, a folder of images at any depth, or a .zip of images; pictures in sorted order of their names.
+
+    Raises:
+        ValueError: nothing there, nothing in it, or something that is not such images; says what was found.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder of images")
+    if path.is_dir():
+        shards = sorted(path.glob("shard-*-of-*.npz"))
+        return _of_arrays(path, shards) if shards else _of_folder(path)
+    if path.suffix == ".npz":
+        return _of_arrays(path, [path])
+    if path.suffix == ".zip":
+        return _of_zip(path)
+    raise ValueError(f"{path}: expected an .npz, a .zip or a folder of images, found {path.suffix or 'no suffix'!r}")
+
+
+# ---- arrays
+
+
+def _of_arrays(path: Path, files: list[Path]) -> Samples:
+    shapes = [_array_shape(file) for file in files]
+    for file, shape in zip(files, shapes, strict=True):
+        if shape[1:] != shapes[0][1:]:
+            raise ValueError(f"{file}: images of {shape[1:3]} pixels, but {files[0].name} has {shapes[0][1:3]}")
+    parts = tuple(lambda file=file: _rows_of_array(file) for file in files)
+    return Samples(path, sum(shape[0] for shape in shapes), shapes[0][1:3], parts)  # type: ignore[arg-type]
+
+
+def _array_shape(file: Path) -> tuple[int, ...]:
+    with _array(file) as (_, shape):
+        return shape
+
+
+class _array:  # noqa: N801 - used like a function
+    """The stream of an .npz's `arr_0`, at its first row, and its shape."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __enter__(self) -> tuple[IO[bytes], tuple[int, ...]]:
+        try:
+            self.archive = zipfile.ZipFile(self.file)
+            names = self.archive.namelist()
+            if "arr_0.npy" not in names:
+                held = ", ".join(name.removesuffix(".npy") for name in names) or "nothing"
+                raise ValueError(f"{self.file}: expected images under arr_0, found {held}")
+            stream = self.archive.open("arr_0.npy")
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(stream)
+        except (zipfile.BadZipFile, EOFError, OSError) as error:
+            raise ValueError(f"{self.file}: expected an .npz, found a truncated or foreign file ({error})") from error
+        self._check(shape, fortran, dtype)
+        return stream, shape
+
+    def _check(self, shape: tuple[int, ...], fortran: bool, dtype: np.dtype) -> None:
+        hint = "; convert floats in [0, 1] with clip(255 x), floats in [-1, 1] with clip(127.5 x + 128)"
+        if dtype != np.uint8:
+            raise ValueError(
+                f"{self.file}: arr_0 holds {dtype}, expected uint8 0..255{hint if dtype.kind == 'f' else ''}"
+            )
+        if len(shape) != 4 or shape[3] != 3 or fortran:
+            told = " (channels come last: NHWC)" if len(shape) == 4 and shape[1] == 3 else ""
+            raise ValueError(f"{self.file}: arr_0 has shape {shape}, expected (N, H, W, 3){told}")
+
+    def __exit__(self, *_: object) -> None:
+        self.archive.close()
+
+
+def _rows_of_array(file: Path, rows: int = 64) -> Iterator[np.ndarray]:
+    with _array(file) as (stream, shape):
+        width = int(np.prod(shape[1:]))
+        for low in range(0, shape[0], rows):
+            count = min(rows, shape[0] - low)
+            try:
+                data = stream.read(count * width)
+            except (zipfile.BadZipFile, EOFError, OSError) as error:
+                raise ValueError(f"{file}: broken after {low} of {shape[0]} images ({error})") from error
+            if len(data) != count * width:
+                raise ValueError(f"{file}: truncated after {low} of {shape[0]} images")
+            yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
+
+
+# ---- picture files
+
+
+def _of_folder(path: Path) -> Samples:
+    names = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    return _of_pictures(path, [(str(name), lambda name=name: open(name, "rb")) for name in names])  # type: ignore[misc]
+
+
+def _of_zip(path: Path) -> Samples:
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"{path}: expected a .zip, found a truncated or foreign file ({error})") from error
+    # Entries are read where they lie, never unpacked, so an entry's name can lead nowhere.
+    names = sorted(name for name in archive.namelist() if name.lower().endswith(SUFFIXES))
+    return _of_pictures(path, [(f"{path}:{name}", lambda name=name: archive.open(name)) for name in names])  # type: ignore[misc]
+
+
+def _of_pictures(path: Path, pictures: list[tuple[str, Callable[[], Any]]]) -> Samples:
+    if not pictures:
+        raise ValueError(f"{path}: found no images, expected {', '.join(SUFFIXES)}")
+    first = _picture(*pictures[0])
+    size = (first.shape[0], first.shape[1])
+
+    def rows() -> Iterator[np.ndarray]:
+        for name, opened in pictures:
+            pixels = _picture(name, opened)
+            if pixels.shape[:2] != size:
+                raise ValueError(f"{name}: {pixels.shape[:2]} pixels, but {pictures[0][0]} has {size}")
+            yield pixels[None]
+
+    return Samples(path, len(pictures), size, (rows,))
+
+
+def _picture(name: str, opened: Callable[[], Any]) -> np.ndarray:
+    try:
+        with opened() as file, Image.open(file) as image:
+            if image.mode != "RGB":
+                raise ValueError(
+                    f"{name}: mode {image.mode}, expected RGB; grey or transparent samples are not what a model made"
+                )
+            return np.asarray(image)
+    except (OSError, UnidentifiedImageError, zipfile.BadZipFile, SyntaxError) as error:
+        raise ValueError(f"{name}: cannot be read as an image ({error})") from error
