@@ -2,15 +2,14 @@
 
     python benchmarks/step.py [--model SiT-B/2] [--teacher DINOv2-B] [--batch 8] [--rounds 5] [--precision fp32]
 
-Random weights and images: the time does not depend on them. Ratios within one run are what counts; every round times
-each variant once, and the table shows medians over rounds.
+Random weights and images: the time does not depend on them. Ratios within one run are what counts. Every round times
+each variant once; the table shows each part's shortest time over the rounds, since on a shared machine noise only adds.
 """
 
 from __future__ import annotations
 
 import argparse
 import resource
-import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
 from haste import config
 from haste.data.batches import Batch
@@ -27,6 +27,7 @@ from haste.train.state import Learner, new_learner
 from haste.train.step import Objective, average, look, total_loss
 
 PARTS = ["data", "teacher", "forward", "losses", "backward", "optimiser", "average"]
+FLOPS = ["teacher, GFLOP/image", "student, GFLOP/image"]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,7 +44,7 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name, variant in variants.items():
             times[name].append(variant.step())
-    report(times, {name: variant.peak_memory() for name, variant in variants.items()}, arguments, device)
+    report(times, variants, arguments, device)
 
 
 def _arguments() -> argparse.Namespace:
@@ -209,24 +210,43 @@ def saved_megabytes(variant: Variant) -> float:
     return total / 1e6
 
 
-def report(times: dict[str, list[dict[str, float]]], memory: dict[str, float], arguments: Any, device: Any) -> None:
-    """Medians by part, and each variant's step as a ratio of vanilla's in the same round."""
+def gigaflops(variant: Variant) -> tuple[float, float]:
+    """GFLOP an image: of the teacher, and of the student with its projector, forward and backward."""
+    batch = variant.batch()
+    with FlopCounterMode(display=False) as teacher:
+        targets = look(variant.teachers, variant.terms, batch.images)
+    with FlopCounterMode(display=False) as student:
+        total_loss(variant.objective(batch, targets), variant.terms).backward()
+    variant.learner.optimizer.zero_grad(set_to_none=True)
+    return teacher.get_total_flops() / variant.size / 1e9, student.get_total_flops() / variant.size / 1e9
+
+
+def report(
+    times: dict[str, list[dict[str, float]]], variants: dict[str, Variant], arguments: Any, device: torch.device
+) -> None:
+    """The shortest time of each part over the rounds, and each variant's sum of them as a ratio of vanilla's."""
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {arguments.threads} threads"
     title = f"{arguments.model} + {arguments.teacher}, batch {arguments.batch}, {arguments.precision}, {hardware}"
     table = Table(title=title)
-    for column in ["", *(f"{part}, s" for part in PARTS), "step, s", "step / vanilla", "losses / step", "memory, MB"]:
+    for column in [
+        "",
+        *(f"{part}, s" for part in PARTS),
+        "step, s",
+        "step / vanilla",
+        "losses / step",
+        "memory, MB",
+        *FLOPS,
+    ]:
         table.add_column(column, justify="right")
-    totals = {name: [sum(one.values()) for one in rounds] for name, rounds in times.items()}
-    for name, rounds in times.items():
-        parts = [statistics.median(one.get(part, 0.0) for one in rounds) for part in PARTS]
-        ratio = statistics.median(a / b for a, b in zip(totals[name], totals["vanilla"], strict=True))
-        share = statistics.median(
-            one.get("losses", 0.0) / total for one, total in zip(rounds, totals[name], strict=True)
-        )
-        cells = [f"{part:.3f}" for part in parts]
-        row = [name, *cells, f"{statistics.median(totals[name]):.3f}", f"{ratio:.3f}", f"{share:.1%}"]
-        table.add_row(*row, f"{memory[name]:.0f}")
-    console = Console(width=160)
+    best = {name: {part: min(one.get(part, 0.0) for one in rounds) for part in PARTS} for name, rounds in times.items()}
+    totals = {name: sum(parts.values()) for name, parts in best.items()}
+    for name, parts in best.items():
+        cells = [f"{parts[part]:.3f}" for part in PARTS]
+        memory, work = variants[name].peak_memory(), gigaflops(variants[name])
+        tail = [f"{memory:.0f}", *(f"{value:.1f}" for value in work)]
+        ratio, share = totals[name] / totals["vanilla"], parts["losses"] / totals[name]
+        table.add_row(name, *cells, f"{totals[name]:.3f}", f"{ratio:.3f}", f"{share:.1%}", *tail)
+    console = Console(width=190)
     console.print(table)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     console.print(f"rounds {arguments.rounds}, torch {torch.__version__}, process peak {peak:.0f} MB")
