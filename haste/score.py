@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ from haste.data.store import Store
 from haste.metrics.scores import METRICS
 
 READ = 4096  # rows read at once
+SHOWN = ("frechet", "precision_recall", "class_accuracy")  # what the workflow's table has
 
 
-def statistics(features: Store, rows: np.ndarray | None = None) -> dict[str, Any]:
-    """Every metric's statistic over the rows of a features store, one pass, never all in memory at once.
+def statistics(features: Store, rows: np.ndarray | None = None, metrics: Sequence[str] = SHOWN) -> dict[str, Any]:
+    """The statistics of metrics over the rows of a features store, in one pass.
 
     Args:
         features: a store with `pool` (D,), `label` and, for a classifier, `logits` (K,).
         rows: which rows; None is all.
+        metrics: names in METRICS; those that the store has not the outputs for are left out.
     """
     rows = np.arange(features.count) if rows is None else rows
     needed = {"pool": "pool", "logits": "logits", "labels": "label"}
@@ -28,7 +31,8 @@ def statistics(features: Store, rows: np.ndarray | None = None) -> dict[str, Any
     for low in range(0, len(rows), READ):
         chosen = rows[low : low + READ]
         batch = {name: features.read(field, chosen) for name, field in needed.items() if field in features.fields}
-        for name, metric in METRICS.items():
+        for name in metrics:
+            metric = METRICS[name]
             if set(metric.needs) <= set(batch):
                 stats[name] = metric.update(stats.get(name), batch)
     return stats

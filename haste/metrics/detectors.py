@@ -7,7 +7,7 @@ is a class and a line in ARCHITECTURES.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -61,7 +61,9 @@ class Detector:
     """A frozen network with what the scores must say about it.
 
     name: as the configuration calls it; identity: sha256 of its weights; width: of the "pool" features;
-    classes: of the "logits", None if it has none; preprocessing: what is done to the images, in words.
+    classes: of the "logits", None if it has none; resolution: of the images it reads, None for any;
+    outputs: name -> width of everything that it gives; preprocessing: what is done to the images, in words;
+    smallest: the least side in pixels of images of any size.
     """
 
     def __init__(
@@ -73,6 +75,9 @@ class Detector:
         width: int,
         classes: int | None,
         resolution: int | None,
+        outputs: Mapping[str, int] | None = None,
+        preprocessing: str | None = None,
+        smallest: int = 1,
     ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.name, self.identity, self.width, self.classes = (
@@ -81,12 +86,16 @@ class Detector:
             width,
             classes,
         )
-        self.resolution = resolution
+        self.resolution, self.smallest = resolution, smallest
+        own = {"pool": width} if classes is None else {"pool": width, "logits": classes}
+        self.outputs = own if outputs is None else dict(outputs)
         size = "any size" if resolution is None else f"{resolution} x {resolution} px as they are"
-        self.preprocessing = f"uint8 RGB, {size}, scaled to -1..1"
+        self.preprocessing = preprocessing or f"uint8 RGB, {size}, scaled to -1..1"
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Images uint8 NHWC (B, R, R, 3), 0..255 -> {"pool": (B, F), "logits": (B, K)}, float32.
+        """Images uint8 NHWC (B, R, R, 3), 0..255 -> `outputs`, such as {"pool": (B, F), "logits": (B, K)}, float32.
+
+        The network may be on another device than the images; what it gives is on theirs.
 
         Raises:
             ValueError: not such images, or of another resolution than the detector reads.
@@ -96,8 +105,12 @@ class Detector:
             raise ValueError(f"{self.name}: expected uint8 NHWC images, found {images.dtype} {tuple(images.shape)}")
         if size is not None and images.shape[1:3] != (size, size):
             raise ValueError(f"{self.name}: expected images of {size} x {size} px, found {tuple(images.shape[1:3])}")
+        if size is None and min(images.shape[1:3]) < self.smallest:
+            least, found = self.smallest, tuple(images.shape[1:3])
+            raise ValueError(f"{self.name}: expected images of {least} x {least} px or more, found {found}")
         with torch.inference_mode():
-            return self.network(images)
+            seen = self.network(images.to(next(self.network.parameters(), images).device))
+        return {name: value.to(images.device) for name, value in seen.items()}
 
 
 def _small_cnn(architecture: dict, name: str, identity: str) -> Detector:
@@ -112,9 +125,38 @@ def _small_cnn(architecture: dict, name: str, identity: str) -> Detector:
     )
 
 
+def _inception(weights: Path | str | None) -> Detector:
+    from haste.metrics.inception import inception  # torch-fidelity is slow to import, and not everybody has it
+
+    return inception(weights)
+
+
+# Detectors of other people, by name: what they make of a weights file (None is their own download).
+PUBLISHED: dict[str, Callable[[Path | str | None], Detector]] = {
+    "inception": _inception,
+}
+
 ARCHITECTURES: dict[str, Callable[[dict, str, str], Detector]] = {
     "cnn": _small_cnn,
 }
+
+
+def published_detector(name: str, weights: Path | str | None = None, device: torch.device | str = "cpu") -> Detector:
+    """A detector that others have trained, such as "inception".
+
+    Args:
+        name: a name in PUBLISHED.
+        weights: its weights file; None is the detector's own download.
+        device: where to compute.
+
+    Raises:
+        ValueError: an unknown name, or weights that are missing, truncated, foreign or cannot be downloaded.
+    """
+    if name not in PUBLISHED:
+        raise ValueError(f"unknown detector {name!r}, not in {', '.join(sorted(PUBLISHED))}")
+    detector = PUBLISHED[name](weights)
+    detector.network.to(device)
+    return detector
 
 
 def load_detector(folder: Path | str, device: torch.device | str = "cpu") -> Detector:

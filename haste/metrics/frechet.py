@@ -92,9 +92,10 @@ def merge(a: Moments, b: Moments) -> Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """Frechet distance of two Gaussians with these moments, in squared units of the features; 0 or more.
 
-    The square root of the product is never formed: with R = S^(1/2), S S' is similar to the symmetric R S' R, so the
-    trace is the sum of the square roots of that matrix's eigenvalues. Rounding makes some of them slightly negative
-    where a covariance lacks rank; those count as 0. (A general matrix square root gives NaN there with some BLAS.)
+    The square root of the product is never formed: with S = V L V^T and R = L^(1/2) V^T, S S' has the eigenvalues of
+    the symmetric R S' R^T, and the trace is the sum of their roots. N images span N - 1 dimensions; the eigenvalues
+    beyond, which are 0 but for rounding, are left out, for the root of a rounding error is not small. (A general matrix
+    square root gives NaN there with some BLAS.)
 
     Raises:
         ValueError: fewer than 2 images on a side, or features of different widths.
@@ -102,11 +103,20 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     _check_widths(a, b)
     cov_a, cov_b = a.covariance, b.covariance
     values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    product = root @ cov_b @ root
-    trace_root = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0)).sum()
+    kept = _spanned(values, a.count - 1)
+    half = vectors[:, kept] * np.sqrt(values[kept])
+    product = half.T @ cov_b @ half
+    found = np.linalg.eigvalsh((product + product.T) / 2)
+    trace_root = np.sqrt(found[_spanned(found, b.count - 1)]).sum()
     gap = a.mean - b.mean
     return max(0.0, float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * trace_root))
+
+
+def _spanned(values: Array, rank: int) -> NDArray[np.bool_]:
+    """Which eigenvalues (D,), ascending, are above 0, less those beyond the rank that are no more than rounding."""
+    beyond = np.arange(values.size) < values.size - rank
+    noise = 16 * values.size * np.finfo(np.float64).eps * max(0.0, values.max(initial=0.0))
+    return (values > 0) & ~(beyond & (values < noise))
 
 
 def _check_widths(a: Moments, b: Moments) -> None:

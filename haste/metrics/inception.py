@@ -1,0 +1,132 @@
+"""The detector "inception": the Inception v3 of 2015 by which ADM's scores are defined, in torch-fidelity's port.
+
+B images, H x W pixels.
+Its weights file is torch-fidelity's (a state dict in torch's own format); a file is read without running code from it.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from haste import artefact
+from haste.metrics.detectors import Detector
+
+POOL, SPATIAL, LOGITS = 2048, 17 * 17 * 7, 1008
+CHANNELS = 7  # of Mixed_6d.branch1x1, that sFID reads
+PREPROCESSING = (
+    "uint8 RGB 0..255, bilinear to 299 x 299 px as TensorFlow 1 resizes (corners not aligned, no half-pixel centres, "
+    "no antialiasing), (x - 128) / 128"
+)
+
+
+class Inception(nn.Module):
+    """torch-fidelity's network (its `FeatureExtractorInceptionV3`), with the layer that sFID reads.
+
+    Args:
+        extractor: torch-fidelity's, that gives "2048" and "logits_unbiased".
+    """
+
+    def __init__(self, extractor: nn.Module) -> None:
+        super().__init__()
+        self.extractor = extractor
+        self._seen: list[Tensor] = []
+        layer = extractor.get_submodule("Mixed_6d.branch1x1")  # convolution, normalisation, ReLU
+        layer.register_forward_hook(lambda module, given, found: self._seen.append(found[:, :CHANNELS]))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images uint8 NHWC (B, H, W, 3) -> float32 {"pool": (B, 2048), "spatial": (B, 2023), "logits_unbiased":
+        (B, 1008)}. Spatial is flattened as (17, 17, 7); the logits are the product with the weights, without bias."""
+        self._seen.clear()
+        # TF32, torch's default for convolutions on a GPU, would move the scores in their third digit.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            pool, logits = self.extractor(images.permute(0, 3, 1, 2))
+        spatial = self._seen.pop().permute(0, 2, 3, 1).flatten(1)
+        return {"pool": pool, "spatial": spatial, "logits_unbiased": logits}
+
+
+def inception(weights: Path | str | None = None) -> Detector:
+    """The detector, on the CPU.
+
+    Args:
+        weights: torch-fidelity's weights file; None takes it from torch's cache, after a download if it is not there.
+
+    Raises:
+        ValueError: torch-fidelity is not installed; the weights are missing, truncated, foreign or cannot be had.
+    """
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3 as port
+    except ImportError as error:
+        raise ValueError(f"the detector inception needs torch-fidelity, which cannot be imported: {error}") from error
+    path = _download(port.URL_INCEPTION_V3) if weights is None else Path(weights)
+    # torch-fidelity unpickles whatever it is given, so it is given what has been read safely.
+    buffer = io.BytesIO()
+    torch.save(_read(path), buffer)
+    buffer.seek(0)
+    try:
+        extractor = port.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], buffer)
+    except RuntimeError as error:
+        what = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path}: expected torch-fidelity's Inception v3, found other weights: {what}") from error
+    return Detector(
+        Inception(extractor),
+        name="inception",
+        identity=artefact.file_identity(path),
+        width=POOL,
+        classes=None,
+        resolution=None,
+        outputs={"pool": POOL, "spatial": SPATIAL, "logits_unbiased": LOGITS},
+        preprocessing=PREPROCESSING,
+        smallest=32,
+    )
+
+
+def is_published(identity: str) -> bool:
+    """Whether these are the weights that published scores were made with: torch-fidelity's file, by its sha256."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    return identity.startswith(_hash_prefix(URL_INCEPTION_V3))
+
+
+def _hash_prefix(url: str) -> str:
+    # torch's convention: NAME-HASH.pth, with the first digits of the file's sha256
+    return url.rsplit("-", 1)[1].removesuffix(".pth")
+
+
+def _download(url: str) -> Path:
+    """torch-fidelity's file in torch's cache, where torch-fidelity itself would put it."""
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=_hash_prefix(url), progress=False)
+        except (OSError, RuntimeError) as error:
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            raise ValueError(
+                f"the weights of inception cannot be downloaded ({reason}): fetch {url} where there is internet, and "
+                f"pass the file or put it at {path}"
+            ) from error
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path}: expected the weights of inception, found no file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path}: expected weights alone, found what cannot be read safely as such") from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: expected the weights of inception, found a truncated or foreign file") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: expected tensors by name, found {type(state).__name__}")
+    bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise ValueError(f"{path}: the weights {bad[0]} hold NaN or infinity")
+    return state

@@ -1,0 +1,105 @@
+"""Kernel Inception Distance: the unbiased squared maximum mean discrepancy with a cubic kernel.
+
+Binkowski et al. 2018, section 4 and Eq. 4 (unbiased estimator): k(x, y) = (x.y / D + 1)^3. All in float64.
+
+N images, D feature width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from haste.metrics.frechet import checked_features
+
+Array = NDArray[np.float64]
+SUBSETS, SIZE, SEED = 100, 1000, 2020  # torch-fidelity's
+BLOCK = 4096
+
+
+def kid(
+    real: NDArray, fake: NDArray, *, subsets: int = SUBSETS, size: int = SIZE, seed: int = SEED
+) -> tuple[float, float]:
+    """Mean and standard deviation (ddof 0) of the distance over random subsets; can be slightly below 0.
+
+    The subsets are drawn as torch-fidelity draws them with the fakes as its first input: from one legacy generator,
+    without replacement, first of the fakes (N, D), then of the reals (M, D). So they follow from seed and order.
+
+    Raises:
+        ValueError: fewer than `size` images on a side, size < 2, subsets < 1, different widths, or values that are not
+            finite.
+    """
+    real, fake = _checked(real, fake)
+    least = min(len(real), len(fake))
+    if subsets < 1 or not 2 <= size <= least:
+        raise ValueError(
+            f"KID: expected subsets of 2 to {least} images (the smaller side), found {subsets} subsets of {size}"
+        )
+    rng = np.random.RandomState(seed)
+    found = []
+    for _ in range(subsets):
+        mine = fake[rng.choice(len(fake), size, replace=False)]
+        theirs = real[rng.choice(len(real), size, replace=False)]
+        found.append(_discrepancy(theirs, mine))
+    return float(np.mean(found)), float(np.std(found))
+
+
+def kid_of_all(real: NDArray, fake: NDArray) -> float:
+    """The distance over all pairs of all images (N, D) and (M, D): no seed, no order. It takes (N + M)^2 D steps.
+
+    Raises:
+        ValueError: fewer than 2 images on a side, different widths, or values that are not finite.
+    """
+    real, fake = _checked(real, fake)
+    if min(len(real), len(fake)) < 2:
+        raise ValueError(f"KID: expected 2 images or more on each side, found {len(real)} real and {len(fake)} fake")
+    return _discrepancy(real, fake)
+
+
+def _checked(real: NDArray, fake: NDArray) -> tuple[Array, Array]:
+    real, fake = checked_features(real, "real features"), checked_features(fake, "fake features")
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(f"KID: features of width {real.shape[1]} (real) and {fake.shape[1]} (fake)")
+    return real, fake
+
+
+def _discrepancy(x: Array, y: Array) -> float:
+    n, m = len(x), len(y)
+    return _within(x) / (n * (n - 1)) + _within(y) / (m * (m - 1)) - 2 * _between(x, y) / (n * m)
+
+
+def _kernel(x: Array, y: Array) -> Array:
+    found = x @ y.T
+    found /= x.shape[1]
+    found += 1
+    return found * found * found
+
+
+def _within(x: Array) -> float:
+    """Sum of the kernel over pairs of different rows; each pair of blocks is taken once."""
+    total = 0.0
+    for low in range(0, len(x), BLOCK):
+        block = x[low : low + BLOCK]
+        own = _kernel(block, block)
+        total += float(own.sum() - np.trace(own)) + 2 * _between(block, x[low + BLOCK :])
+    return total
+
+
+def _between(x: Array, y: Array) -> float:
+    blocks = [(a, b) for a in range(0, len(x), BLOCK) for b in range(0, len(y), BLOCK)]
+    return float(sum(_kernel(x[a : a + BLOCK], y[b : b + BLOCK]).sum() for a, b in blocks))
+
+
+def value(real: NDArray, fake: NDArray) -> dict[str, float]:
+    """{"kid": mean over the subsets, "kid_std": their standard deviation}; over all pairs, without std, if fewer."""
+    if min(len(real), len(fake)) <= SIZE:
+        return {"kid": kid_of_all(real, fake)}
+    mean, std = kid(real, fake, subsets=SUBSETS, size=SIZE)
+    return {"kid": mean, "kid_std": std}
+
+
+def notes(real: int, fake: int) -> list[str]:
+    """How the distance of so many images was taken, where that is not the usual way."""
+    if min(real, fake) <= SIZE:
+        return [f"KID: over all pairs; {min(real, fake):,} images are too few for {SUBSETS} subsets of {SIZE:,}"]
+    return []
