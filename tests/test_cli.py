@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from haste import artefact, cli, status
-from haste.models.sit import SiT
 from haste.train import loop
+from haste.train.state import build_model
 
 
 def run(*arguments):
@@ -60,17 +60,7 @@ def test_show_refuses_what_is_not_ours(tmp_path, capsys):
 def test_the_plans_parameter_count_is_the_models(make_plan):
     plan = make_plan()
     recipe = plan.trajectories[plan.state("vanilla", 8).trajectory].recipe
-    size = recipe["model"]
-    model = SiT(
-        input_size=size["input_size"],
-        in_channels=size["channels"],
-        patch_size=size["patch_size"],
-        depth=size["depth"],
-        width=size["width"],
-        heads=size["heads"],
-        classes=recipe["classes"],
-        mlp_ratio=size["mlp_ratio"],
-    )
+    model = build_model(recipe)
     assert status.parameters(recipe) == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
