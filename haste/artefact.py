@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+# Ours, and the file of six random characters that safetensors writes to before it renames it to ours.
+_LEFT_BEHIND = (".*.part", ".tmp??????")
 LIBRARIES = ("torch", "timm", "diffusers", "torch-fidelity", "numpy", "h5py", "snakemake", "safetensors")
 
 
@@ -94,7 +96,8 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
 def sweep(folder: Path | str, *, below: bool = False) -> None:
     """Remove what killed writers left in a folder, or anywhere below it. Call it only while holding its lock."""
-    for left in list(Path(folder).rglob(".*.part") if below else Path(folder).glob(".*.part")):
+    find = Path(folder).rglob if below else Path(folder).glob
+    for left in [left for pattern in _LEFT_BEHIND for left in find(pattern)]:
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
