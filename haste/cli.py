@@ -82,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     sample = rule("sample", _sample, "draw one shard of samples, with features")
     sample.add_argument("draw", help="name of a set of samples")
     sample.add_argument("--shard", type=int, default=0, help="which shard, counted from 0")
-    rule("score", _score, "score a set of samples").add_argument("draw", help="name of a set of samples")
+    rule("evaluate", _evaluate, "score a set of samples that the workflow drew").add_argument(
+        "draw", help="name of a set of samples"
+    )
     rule("floor", _floor, "score real images against real ones")
     rule("grid", _grid, "paint a grid of samples by class").add_argument("draw", help="name of a set of samples")
     rule("report", _report, "write the report page and its tables")
@@ -309,7 +311,7 @@ def _check_same_latents(plan: Plan, header: dict[str, Any], manifest: dict[str, 
         )
 
 
-def _score(arguments: argparse.Namespace) -> None:
+def _evaluate(arguments: argparse.Namespace) -> None:
     from haste import artefact
     from haste.data import store
     from haste.diffusion.samplers import nfe

@@ -22,7 +22,7 @@ def test_every_artefact_says_how_it_was_made(make_plan):
     plan = make_plan(runs={"HASTE": {"alignment": "HASTE", "milestones": [8]}})
     loop.train(plan, plan.state("HASTE", 8))
     (row,) = plan.rows
-    for command in (["sample", row.evaluation.name], ["score", row.evaluation.name], ["grid", row.evaluation.name]):
+    for command in (["sample", row.evaluation.name], ["evaluate", row.evaluation.name], ["grid", row.evaluation.name]):
         assert run(*command, "-c", plan.file) == 0
     assert run("floor", "-c", plan.file) == 0
     assert run("report", "-c", plan.file) == 0
@@ -165,7 +165,7 @@ def test_a_full_disk_stops_a_save_with_a_message_and_keeps_the_state_before(make
         ["train", "nonsense/00000008"],
         ["train", "nonsense"],
         ["sample", "nonsense"],
-        ["score", "nonsense"],
+        ["evaluate", "nonsense"],
         ["grid", "nonsense"],
         ["teacher", "nonsense"],
         ["images", "--shard", "7"],

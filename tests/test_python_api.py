@@ -13,7 +13,7 @@ def test_the_code_of_the_page_runs_as_it_stands(make_plan, capsys):
     plan = make_plan(runs={"HASTE": {"alignment": "HASTE", "milestones": [8]}})
     loop.train(plan, plan.state("HASTE", 8))
     (row,) = plan.rows
-    for command in ("sample", "score"):
+    for command in ("sample", "evaluate"):
         assert cli.main([command, row.evaluation.name, "-c", str(plan.file)]) == 0
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     code = code.replace("results/digits/config.json", str(plan.file)).replace("200", "8")

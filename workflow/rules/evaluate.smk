@@ -32,7 +32,7 @@ rule score:
     output: f"{plan.root}/scores/{{draw}}.{{key}}.json"
     log: log_of("score-{draw}.{key}")
     benchmark: time_of("score-{draw}.{key}")
-    shell: "haste score {wildcards.draw:q} -c {CONFIG:q} > {log:q} 2>&1"
+    shell: "haste evaluate {wildcards.draw:q} -c {CONFIG:q} > {log:q} 2>&1"
 
 
 rule floor:
