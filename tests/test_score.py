@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from haste import score
 from haste.data.store import Store, join, write_shard
 from haste.metrics.detectors import Detector, load_detector
 from haste.sample import reference_shard
+from haste.score import workflow as score
 
 CLASSES = 3
 
