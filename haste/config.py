@@ -213,7 +213,7 @@ def _both(value: Any) -> Any:
     return value if isinstance(value, (dict, Stops)) else {"features": value, "attention": value}
 
 
-def _distinct(names: list[str]) -> list[str]:
+def _distinct(names: list[Any]) -> list[Any]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{names} has {', '.join(map(repr, twice))} more than once, expected each once")
     return names
@@ -284,9 +284,21 @@ class Run(Strict):
     alignment: str = "vanilla"
     stop: Annotated[Stops, BeforeValidator(_both)] = Stops()
     seed: Seed = 0
+    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)] | None = None
     milestones: Annotated[list[Positive], Field(min_length=1)]
     sampling: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
     training: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_seed_or_several(self) -> Run:
+        if self.seeds is not None and self.seed != self.seeds[0]:
+            raise ValueError(f"found seed {self.seed} and seeds {self.seeds}, expected one of the two keys")
+        return self
+
+    @property
+    def all_seeds(self) -> list[int]:
+        """The seeds that the row is trained with, each a trajectory of its own."""
+        return self.seeds or [self.seed]
 
     @model_validator(mode="after")
     def _increasing(self) -> Run:
@@ -452,7 +464,7 @@ def resolve(raw: Mapping[str, Any]) -> Config:
         _check_defaults(defaults)
         alignments = raw.get("alignments")
         rows = {
-            name: _spread(_over(defaults, row or {}), alignments if isinstance(alignments, dict) else {})
+            name: _seeded(_spread(_over(defaults, row or {}), alignments if isinstance(alignments, dict) else {}))
             for name, row in raw["runs"].items()
             if isinstance(row or {}, dict)
         }
@@ -472,7 +484,10 @@ def resolve(raw: Mapping[str, Any]) -> Config:
 def _over(defaults: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     """A row on top of the defaults; sections that both have, `training` and `stop`, are joined key by key."""
     both = {key for key in defaults if isinstance(defaults[key], dict) and isinstance(row.get(key), dict)}
-    return {**defaults, **row, **{key: {**defaults[key], **row[key]} for key in both}}
+    other = {"seed": "seeds", "seeds": "seed"}  # a row's own one or several push the defaults' several or one aside
+    hidden = {other[key] for key in other if key in row and other[key] not in row}
+    kept = {key: value for key, value in defaults.items() if key not in hidden}
+    return {**kept, **row, **{key: {**defaults[key], **row[key]} for key in both}}
 
 
 def _spread(row: dict[str, Any], alignments: Mapping[str, Any]) -> dict[str, Any]:
@@ -483,6 +498,12 @@ def _spread(row: dict[str, Any], alignments: Mapping[str, Any]) -> dict[str, Any
         return row
     stops = {kind: row["stop"] for kind in Stops.model_fields if terms.get(kind) is not None}
     return {**row, "stop": stops or row["stop"]}
+
+
+def _seeded(row: dict[str, Any]) -> dict[str, Any]:
+    """Where only `seeds` is given, `seed` is its first."""
+    seeds = row.get("seeds")
+    return {**row, "seed": seeds[0]} if isinstance(seeds, list) and seeds and "seed" not in row else row
 
 
 def _check_defaults(defaults: Mapping[str, Any]) -> None:

@@ -35,10 +35,10 @@ def stop(plan: Plan, run: str) -> str:
     return found.popitem()[1] if len(set(found.values())) == 1 else ", ".join(f"{k} {s}" for k, s in found.items())
 
 
-def records(plan: Plan, run: str) -> list[dict[str, Any]]:
-    """What a run logged from its first step to its last milestone, across the trajectories it passes through."""
+def records(plan: Plan, run: str, seed: int) -> list[dict[str, Any]]:
+    """What a run with one seed logged up to its last milestone, across the trajectories it passes through."""
     last, found = plan.config.runs[run].milestones[-1], []
-    for piece in plan.pieces[run]:
+    for piece in plan.pieces[run, seed]:
         high = last if piece.high is None else min(last, piece.high)
         lines = journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"), piece.low, high)
         found += [{**line, "loss": line["denoising"]} for line in lines]
@@ -95,7 +95,7 @@ def report(plan: Plan) -> Report:
             model=settings.runs[row.run].model,
             method=method(plan, row.run),
             stop=stop(plan, row.run),
-            seed=settings.runs[row.run].seed,
+            seed=row.seed,
             step=row.step,
             score=_score(plan, row.evaluation.score),
         )
@@ -104,7 +104,7 @@ def report(plan: Plan) -> Report:
     grids = [
         Grid(row.run, row.step, Path(row.evaluation.grid), [str(c) for c in shown_classes(plan)])
         for row in plan.rows
-        if Path(row.evaluation.grid).exists()
+        if row.seed == settings.runs[row.run].seed and Path(row.evaluation.grid).exists()
     ]
     return Report(
         name=settings.name,
@@ -112,11 +112,13 @@ def report(plan: Plan) -> Report:
         description=settings.description,
         rows=rows,
         floor=_score(plan, plan.floor),
-        curves=[Curve(run, settings.runs[run].seed, records(plan, run)) for run in settings.runs],
+        curves=[Curve(run, seed, records(plan, run, seed)) for run, seed in plan.pieces],
         grids=grids,
         parts=_parts(plan),
         stages=stages(plan),
-        provenance=artefact.provenance(inputs={row.evaluation.score: row.run for row in plan.rows}),
+        provenance=artefact.provenance(
+            inputs={row.evaluation.score: plan.label(row.run, row.seed) for row in plan.rows}
+        ),
         config_text=yaml.safe_dump(settings.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
         notes=plan.notes,
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,6 +142,7 @@ class Row:
     run: str
     step: int
     evaluation: Evaluation
+    seed: int
 
 
 class Plan:
@@ -202,13 +204,18 @@ class Plan:
 
     def _plan_runs(self) -> None:
         self.trajectories: dict[str, Trajectory] = {}
-        self.pieces: dict[str, tuple[Piece, ...]] = {name: tuple(self._pieces(name)) for name in self.config.runs}
+        # By run and seed: every seed of a row is trained on its own.
+        self.pieces: dict[tuple[str, int], tuple[Piece, ...]] = {
+            (run, seed): tuple(self._pieces(run, seed))
+            for run, row in self.config.runs.items()
+            for seed in row.all_seeds
+        }
         self.cuts: dict[str, set[int]] = {name: set() for name in self.trajectories}
-        for run, row in self.config.runs.items():
-            last = row.milestones[-1]
-            ends = {piece.high for piece in self.pieces[run] if piece.high is not None and piece.high <= last}
-            for step in {*row.milestones, *ends}:
-                state = self.state(run, step)
+        for (run, seed), pieces in self.pieces.items():
+            milestones = self.config.runs[run].milestones
+            ends = {piece.high for piece in pieces if piece.high is not None and piece.high <= milestones[-1]}
+            for step in {*milestones, *ends}:
+                state = self.state(run, step, seed)
                 self.cuts[state.trajectory].add(step)
         self.notes = [
             f"{run}: stop of {kind} at step {step} lies beyond the last milestone {row.milestones[-1]}: "
@@ -218,7 +225,7 @@ class Plan:
             if step is not None and step > row.milestones[-1] and kind in configuration.terms_of(self.config, run)
         ]
 
-    def _pieces(self, run: str) -> Iterator[Piece]:
+    def _pieces(self, run: str, seed: int) -> Iterator[Piece]:
         terms, stops = configuration.terms_of(self.config, run), self.config.runs[run].stop.model_dump()
         stops = {kind: stops[kind] for kind in terms}
         bounds = sorted({stop for stop in stops.values() if stop})  # a stop at step 0 starts no piece of its own
@@ -228,10 +235,10 @@ class Plan:
                 for kind, term in terms.items()
                 if stops[kind] != 0
             }
-            yield Piece(self._trajectory(run, active).name, low, high)
+            yield Piece(self._trajectory(run, seed, active).name, low, high)
 
-    def _trajectory(self, run: str, terms: dict[str, dict[str, Any]]) -> Trajectory:
-        row, model = self.config.runs[run], configuration.model_named(self.config, self.config.runs[run].model)
+    def _trajectory(self, run: str, seed: int, terms: dict[str, dict[str, Any]]) -> Trajectory:
+        model = configuration.model_named(self.config, self.config.runs[run].model)
         named = {kind: {**term, "teacher": self.teacher_key(term["teacher"])} for kind, term in terms.items()}
         recipe = {
             "recipe": RECIPE,
@@ -243,17 +250,22 @@ class Plan:
                 "channels": self.config.autoencoder.channels,
             },
             "training": self.config.training_of(run).model_dump(),
-            "seed": row.seed,
+            "seed": seed,
             "terms": named,
         }
         key = fingerprint(recipe)
-        trajectory = Trajectory(f"{_slug(model, named)}-s{row.seed}-{key}", key, recipe)
+        trajectory = Trajectory(f"{_slug(model, named)}-s{seed}-{key}", key, recipe)
         self.trajectories[trajectory.name] = trajectory
         return trajectory
 
-    def state(self, run: str, step: int) -> State:
-        """The state of a run after `step` steps."""
-        piece = next(piece for piece in self.pieces[run] if piece.holds(step))
+    def label(self, run: str, seed: int) -> str:
+        """What to call one seed of a run: by the run's name alone where it has no other."""
+        return run if len(self.config.runs[run].all_seeds) == 1 else f"{run} (seed {seed})"
+
+    def state(self, run: str, step: int, seed: int | None = None) -> State:
+        """The state of a run after `step` steps, with one of its seeds; None is the first."""
+        seed = self.config.runs[run].all_seeds[0] if seed is None else seed
+        piece = next(piece for piece in self.pieces[run, seed] if piece.holds(step))
         return State(piece.trajectory, step)
 
     def path(self, state: State) -> str:
@@ -283,16 +295,16 @@ class Plan:
 
     def lineage(self, state: State) -> tuple[Piece, ...]:
         """The pieces from the beginning of training up to the one that holds a state."""
-        run = self._owner_of(state)
-        assert run is not None, state
-        pieces = self.pieces[run]
+        owner = self._owner_of(state)
+        assert owner is not None, state
+        pieces = self.pieces[owner]
         return pieces[: next(i for i, piece in enumerate(pieces) if piece.trajectory == state.trajectory) + 1]
 
-    def _owner_of(self, state: State) -> str | None:
-        """A run that passes through a state; any will do, for up to it they are one run."""
-        for run, pieces in self.pieces.items():
+    def _owner_of(self, state: State) -> tuple[str, int] | None:
+        """A run and seed that pass through a state; any will do, for up to it they are one run."""
+        for owner, pieces in self.pieces.items():
             if any(piece.trajectory == state.trajectory and piece.holds(state.step) for piece in pieces):
-                return run
+                return owner
         return None
 
     def segment(self, state: State) -> Segment:
@@ -304,9 +316,9 @@ class Plan:
             earlier = [step for step in steps if piece.holds(step) and step < state.step]
             if earlier:
                 parent = State(piece.trajectory, max(earlier))
-        run = self._owner_of(state)
-        assert run is not None, state
-        terms = configuration.terms_of(self.config, run)
+        owner = self._owner_of(state)
+        assert owner is not None, state
+        terms = configuration.terms_of(self.config, owner[0])
         recipe = self.trajectories[state.trajectory].recipe["terms"]
         active = {kind: term for kind, term in terms.items() if kind in recipe and recipe[kind]["active"][1] is None}
         missing = {s for s in self.cuts[state.trajectory] if s < state.step} - self.on_disk(state.trajectory)
@@ -325,12 +337,12 @@ class Plan:
     def _plan_evaluations(self) -> None:
         self.rows: list[Row] = []
         self.evaluations: dict[str, Evaluation] = {}
-        for run, row in self.config.runs.items():
-            for step in row.milestones:
-                for name in row.sampling:
-                    evaluation = self._evaluation(self.state(run, step), name)
-                    self.evaluations[evaluation.name] = evaluation
-                    self.rows.append(Row(run, step, evaluation))
+        for run, seed in self.pieces:
+            row = self.config.runs[run]
+            for step, name in itertools.product(row.milestones, row.sampling):
+                evaluation = self._evaluation(self.state(run, step, seed), name)
+                self.evaluations[evaluation.name] = evaluation
+                self.rows.append(Row(run, step, evaluation, seed))
         self.floor = f"{self.root}/scores/floor-{fingerprint([self.reference.key, 'halves'])}.json"
 
     def _evaluation(self, state: State, name: str) -> Evaluation:
@@ -377,9 +389,10 @@ class Plan:
 
     @property
     def shown(self) -> list[str]:
-        """The files that the page shows."""
-        rows = [path for row in self.rows for path in (row.evaluation.score, row.evaluation.grid)]
-        return [*dict.fromkeys(rows), self.floor]
+        """The files that the page shows: every score, and the pictures of each row's first seed."""
+        scores = [row.evaluation.score for row in self.rows]
+        grids = [row.evaluation.grid for row in self.rows if row.seed == self.config.runs[row.run].seed]
+        return [*dict.fromkeys(scores + grids), self.floor]
 
 
 def _pretrained(part: Any) -> dict[str, Any]:

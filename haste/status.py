@@ -98,7 +98,7 @@ def stages(plan: Plan) -> tuple[list[Stage], bool]:
     flops = machine_flops()
     training, measured = _training_stages(plan, flops)
     evaluations = list(plan.evaluations.values())
-    closing = [plan.report_made, plan.floor, *(e.grid for e in evaluations)]
+    closing = [plan.report_made, plan.floor, *(path for path in plan.shown if path.endswith("grid.png"))]
     found = [
         *_data_stages(plan),
         *training,
@@ -208,20 +208,21 @@ def print_plan(plan: Plan) -> None:
 
 def shared_trunks(plan: Plan) -> list[str]:
     """One line for every stretch of training that several runs share."""
-    users: dict[str, list[str]] = {}
-    for run, pieces in plan.pieces.items():
+    users: dict[str, list[tuple[str, int]]] = {}
+    for user, pieces in plan.pieces.items():
         for piece in pieces:
-            users.setdefault(piece.trajectory, []).append(run)
+            users.setdefault(piece.trajectory, []).append(user)
     lines = []
     for trajectory, runs in users.items():
         if len(runs) > 1:
             ends = [
-                min(plan.config.runs[r].milestones[-1], p.high or 10**18)
-                for r in runs
-                for p in plan.pieces[r]
+                min(plan.config.runs[run].milestones[-1], p.high or 10**18)
+                for run, seed in runs
+                for p in plan.pieces[run, seed]
                 if p.trajectory == trajectory
             ]
-            lines.append(f"{' and '.join(runs)} share {trajectory} up to step {sorted(ends)[-2]}: it is trained once.")
+            names = " and ".join(plan.label(*user) for user in runs)
+            lines.append(f"{names} share {trajectory} up to step {sorted(ends)[-2]}: it is trained once.")
     return lines
 
 

@@ -81,6 +81,10 @@ REFUSALS = [
     ("sampling.quick", {"sampler": "euler-maruyama", "steps": 1}, ["sampling.quick: steps 1", "at least 2"]),
     ("runs.HASTE.sampling", ["quick", "quick"], ["runs.HASTE.sampling", "'quick' more than once"]),
     # numbers
+    ("runs.vanilla.seeds", [0, 1, 0], ["runs.vanilla.seeds", "has 0 more than once"]),
+    ("runs.vanilla.seeds", [], ["runs.vanilla.seeds", "at least 1"]),
+    ("runs.vanilla.seeds", [1, -1], ["runs.vanilla.seeds.1", "-1"]),
+    ("runs.vanilla", {"seed": 3, "seeds": [0, 1]}, ["runs.vanilla: found seed 3 and seeds [0, 1]", "one of the two"]),
     ("runs.vanilla.seed", 2**63, ["runs.vanilla.seed", "less than 9223372036854775808"]),
     ("sampling.quick.seed", 2**63, ["sampling.quick.seed", "less than 9223372036854775808"]),
     ("autoencoder.trained.seed", 2**63, ["autoencoder.trained.seed", "less than 9223372036854775808"]),
@@ -138,6 +142,19 @@ def test_a_fault_of_an_alignment_is_told_once_for_all_its_runs(tiny):
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
 def test_every_seed_of_63_bits_is_taken(tiny, seed):
     assert config.resolve(changed(tiny, "runs.vanilla.seed", seed)).runs["vanilla"].seed == seed
+
+
+def test_a_row_has_the_seeds_that_it_or_else_the_defaults_name(tiny):
+    rows = {"a": {}, "b": {"seed": 5}, "c": {"seeds": [7, 6]}}
+    for defaults, expected in (
+        ({}, [[0], [5], [7, 6]]),
+        ({"seed": 3}, [[3], [5], [7, 6]]),
+        ({"seeds": [1, 2]}, [[1, 2], [5], [7, 6]]),
+    ):
+        tiny["defaults"], tiny["runs"] = {**TINY["defaults"], **defaults}, rows
+        resolved = config.resolve(tiny)
+        assert [row.all_seeds for row in resolved.runs.values()] == expected
+        assert config.resolve(resolved.model_dump(mode="json")) == resolved
 
 
 def test_one_number_stops_all_that_a_run_aligns_and_nothing_else(tiny):

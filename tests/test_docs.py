@@ -336,6 +336,7 @@ OTHER = {
     "runs.NAME.milestones": [4, 16],
     "runs.NAME.sampling": ["one", "two"],
     "runs.NAME.training": {"lr": 0.5},
+    "runs.NAME.seeds": [1, 2],
     "runs.NAME.stop.features": 7,
     "runs.NAME.stop.attention": 7,
 }

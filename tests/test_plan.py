@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from haste import config
 from haste.plan import Plan, State
 
+ROOT = Path(__file__).parent.parent
 TINY = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
 
 
@@ -107,6 +108,34 @@ def test_a_teacher_matters_only_to_the_runs_that_look_at_it():
 def test_an_alignment_that_stops_at_step_0_is_vanilla():
     plan = plan_of_runs(vanilla={}, zero={"alignment": "HASTE", "stop": 0})
     assert path_of(plan, "vanilla", 16) == path_of(plan, "zero", 16)
+
+
+def test_each_seed_is_a_trajectory_of_its_own_and_has_the_name_it_would_have_alone():
+    several = plan_of_runs(a={"alignment": "HASTE", "stop": 6, "seeds": [0, 2]})
+    for seed in (0, 2):
+        alone = plan_of_runs(b={"alignment": "HASTE", "stop": 6, "seed": seed})
+        for step in (3, 6, 8, 16):
+            assert several.path(several.state("a", step, seed)) == path_of(alone, "b", step)
+        own = [row.evaluation for row in several.rows if row.seed == seed]
+        assert [e.score for e in own] == [row.evaluation.score for row in alone.rows]
+        assert {e.sampling.seed for e in own} == {0}
+    assert several.state("a", 8) == several.state("a", 8, 0) != several.state("a", 8, 2)
+    assert len({row.evaluation.score for row in several.rows}) == len(several.rows) == 4
+
+
+def test_only_the_first_seed_has_pictures():
+    plan = plan_of_runs(a={"seeds": [3, 1]})
+    grids = [path for path in plan.shown if path.endswith("grid.png")]
+    assert grids == [row.evaluation.grid for row in plan.rows if row.seed == 3]
+
+
+def test_the_demo_with_three_seeds_shares_stores_parts_and_the_states_of_seed_0_with_the_demo():
+    demo, seeds = (Plan(config.load(ROOT / "config" / f"{name}.yaml")) for name in ("digits", "digits-seeds"))
+    for made in ("images", "latents", "autoencoder", "detector", "reference", "teachers"):
+        assert getattr(demo, made) == getattr(seeds, made)
+    assert {row.seed for row in seeds.rows} == {0, 1, 2}
+    first = {row.evaluation.score for row in seeds.rows if row.seed == 0}
+    assert first and first <= {row.evaluation.score for row in demo.rows}
 
 
 def test_labels_are_not_part_of_a_name():
