@@ -75,6 +75,14 @@ class Group:
         dist.all_reduce(summed)
         return (summed / self.size).tolist()
 
+    def largest(self, value: int) -> int:
+        """The largest of everybody's values. Everybody must call it. It does not wait for a GPU."""
+        if self.size == 1:
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
     def peak_memory_mb(self) -> float:
         """Largest memory so far: of the GPU's allocator, or of the process on a CPU."""
         if self.device.type == "cuda":
@@ -113,7 +121,8 @@ def joined(device: str) -> Generator[Group]:
     if size == 1:
         yield Group(0, 1, own)
         return
-    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", rank=rank, world_size=size)
+    # Words between processes go through gloo also where gradients go through NCCL: asking costs no GPU a wait.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", rank=rank, world_size=size)
     try:
         yield Group(rank, size, own)
     finally:

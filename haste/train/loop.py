@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +35,24 @@ log = logging.getLogger("haste.train")
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def train(plan: Plan, state: State) -> Path:
+class Interrupted(Exception):  # noqa: N818 - no error: it was asked for
+    """Training was asked to stop and did, its last step saved; the same call goes on from there."""
+
+    def __init__(self, step: int, reason: int):
+        super().__init__(f"interrupted after step {step}, which is saved")
+        self.step, self.reason = step, reason
+
+
+def train(plan: Plan, state: State, interrupted: Callable[[], int] | None = None) -> Path:
     """Make a state: begin, or continue from the newest valid state on its lineage.
 
     Alone, or as one of the processes that RANK and WORLD_SIZE in the environment tell of.
+
+    Args:
+        plan: what the configuration asks for.
+        state: which state to make.
+        interrupted: asked after every step; what it says is 0 to go on, or a reason to stop. The largest reason that
+            any process has holds for all of them.
 
     Returns:
         The state's file.
@@ -47,19 +61,20 @@ def train(plan: Plan, state: State) -> Path:
         ValueError: somebody else is training this trajectory; or data, teacher or an earlier state is not what the
             states before were made with.
         FloatingPointError: a loss is not finite; the states before are kept.
+        Interrupted: `interrupted` gave a reason.
     """
     torch.set_num_threads(plan.config.runtime.threads)
     with joined(plan.config.runtime.device) as group, enough_memory():
-        return _train(plan, state, group)
+        return _train(plan, state, group, interrupted)
 
 
-def _train(plan: Plan, state: State, group: Group) -> Path:
+def _train(plan: Plan, state: State, group: Group, interrupted: Callable[[], int] | None) -> Path:
     path, trajectory = Path(plan.path(state)), plan.trajectories[state.trajectory]
     segment = plan.segment(state)
     exists = group.told(path.exists)
     before = segment.parent
     if before and not exists and not group.told(Path(plan.path(before)).exists):
-        _train(plan, before, group)  # the workflow orders this; a person need not
+        _train(plan, before, group, interrupted)  # the workflow orders this; a person need not
     lock = artefact.holding(path.parent / "lock", f"trajectory {state.trajectory}")
     with lock if group.first else contextlib.nullcontext():
         if group.first:
@@ -73,7 +88,7 @@ def _train(plan: Plan, state: State, group: Group) -> Path:
             return path
         if group.first:
             artefact.write_json(path.parent / "trajectory.json", _description(trajectory))
-        _Training(plan, segment, group).run()
+        _Training(plan, segment, group, interrupted).run()
         group.wait()
     return path
 
@@ -104,8 +119,8 @@ def _forget(paths: list[Path]) -> None:
 class _Training:
     """What one segment's training holds while it runs."""
 
-    def __init__(self, plan: Plan, segment: Segment, group: Group):
-        self.plan, self.segment, self.group = plan, segment, group
+    def __init__(self, plan: Plan, segment: Segment, group: Group, interrupted: Callable[[], int] | None):
+        self.plan, self.segment, self.group, self.interrupted = plan, segment, group, interrupted
         self.trajectory = plan.trajectories[segment.state.trajectory]
         self.recipe, self.runtime = self.trajectory.recipe, plan.config.runtime
         self.settings = self.recipe["training"]
@@ -169,7 +184,11 @@ class _Training:
                 if done % self.runtime.log_every == 0 or done == end:
                     journal.write(done, self.group.peak_memory_mb())
                 if done < end:
-                    self._save_on_the_way(done, journal)
+                    reason = self.group.largest(self.interrupted()) if self.interrupted else 0
+                    self._save_on_the_way(done, journal, now=bool(reason))
+                    if reason:
+                        self.group.wait()  # nobody is done before the state is on disk
+                        raise Interrupted(done, reason)
         self._save(Path(self.plan.path(self.segment.state)), end)
         if self.group.first:
             _forget(_rolling(self.segment, self.folder))
@@ -219,9 +238,9 @@ class _Training:
 
     # -- states ----------------------------------------------------------------------------------------------------
 
-    def _save_on_the_way(self, done: int, journal: Journal) -> None:
+    def _save_on_the_way(self, done: int, journal: Journal, now: bool) -> None:
         kept = self.runtime.keep_every and done % self.runtime.keep_every == 0
-        if not kept and done % self.runtime.save_every:
+        if not kept and not now and done % self.runtime.save_every:
             return
         journal.check_finite(done)
         name = State(self.trajectory.name, done).file

@@ -136,3 +136,34 @@ def test_rows_of_all_processes_and_parts_are_the_batch_in_order():
     assert rows == list(range(24))
     with pytest.raises(ValueError, match="a batch of 24 cannot be cut into 5 processes times 1"):
         Group(0, 5, device).rows(24, 1)
+
+
+def _interrupted(plan, state, rank, port, reasons, answers):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    asked = iter(reasons)
+    try:
+        loop.train(plan, state, interrupted=lambda: next(asked, 0))
+        answers.put((rank, "finished"))
+    except loop.Interrupted as stop:
+        answers.put((rank, (stop.step, stop.reason)))
+
+
+def test_what_interrupts_one_process_stops_all_at_one_step_which_is_saved_and_changes_no_bit(make_plan):
+    plan = make_plan(runs=RUNS, runtime={"processes": 2, "save_every": 100, "log_every": 3})
+    train_with(plan, state_of(plan, 20), 2)
+    expected = bits(plan, 20)
+    remove_states(plan)
+    for reasons, said in (([[], [0, 0, 0, 2]], (4, 2)), ([[0, 1], [0, 2]], (6, 2)), ([[], []], "finished")):
+        answers, port = FORK.Queue(), free_port()
+        children = [
+            FORK.Process(target=_interrupted, args=(plan, state_of(plan, 20), rank, port, reasons[rank], answers))
+            for rank in range(2)
+        ]
+        for child in children:
+            child.start()
+        assert sorted(answers.get(timeout=60) for _ in children) == [(0, said), (1, said)]
+        for child in children:
+            child.join(60)
+    for name, value in expected.items():
+        assert torch.equal(bits(plan, 20)[name], value), name
