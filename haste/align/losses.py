@@ -43,11 +43,13 @@ def attention_loss(
     heads: int | None = None,
     scale_s: float | None = None,
     scale_t: float | None = None,
+    logsumexp_s: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of the student's attention against the teacher's (HASTE, Eq. 5), mean over batch, heads and rows.
 
     q_s, k_s (B, H_s, N, K_s) and q_t, k_t (B, H_t, N, K_t), as they enter scale q k^T. The first `heads` heads of both
-    sides are compared, by default as many as both have. Scales default to K^(-1/2) of their side. Returns a scalar.
+    sides are compared, by default as many as both have. Scales default to K^(-1/2) of their side. logsumexp_s
+    (B, H_s, N), of the student's logits over keys, is handed in where its own attention gave it. Returns a scalar.
     ValueError if a side has too few heads, or if batch sizes or token counts differ.
     """
     heads = _check_attention(q_s, k_s, q_t, k_t, heads)
@@ -57,6 +59,8 @@ def attention_loss(
     q_s = q_s * (q_s.shape[-1] ** -0.5 if scale_s is None else scale_s)
     q_t = q_t * (q_t.shape[-1] ** -0.5 if scale_t is None else scale_t)
     with torch.autocast(device_type=q_s.device.type, enabled=False):
+        if logsumexp_s is not None:
+            return cross_entropy_fused(q_s, k_s, q_t, k_t, logsumexp_s[:, :heads].to(q_s.dtype))
         return _WAY.get(q_s.device.type, cross_entropy_fused)(q_s, k_s, q_t, k_t)
 
 
@@ -130,11 +134,14 @@ def _walk_samples(
     return total / rows
 
 
-def cross_entropy_fused(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
+def cross_entropy_fused(
+    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, logsumexp_s: Tensor | None = None
+) -> Tensor:
     """The same value and gradient from fused attention: mean(logsumexp(S)) - mean(<P, S>).
 
-    All (B, H, N, K_side), scaled. <P, S> = q_s . (P k_s), and P k_s is attention with the teacher's q and k and the
-    student's keys in the place of values. Fused kernels want one width, a multiple of 8: zeros fill up to it.
+    All (B, H, N, K_side), scaled; logsumexp_s (B, H, N) if it is known, with its gradient. <P, S> = q_s . (P k_s), and
+    P k_s is attention with the teacher's q and k and the student's keys in the place of values. Fused kernels want one
+    width, a multiple of 8: zeros fill up to it.
     """
     width_s = k_s.shape[-1]
     width = -(-max(width_s, k_t.shape[-1]) // 8) * 8
@@ -142,7 +149,8 @@ def cross_entropy_fused(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> T
     expected_keys = functional.scaled_dot_product_attention(q_t, k_t, values, scale=1.0)  # P k_s, (B, H, N, width)
     agreement = (q_s * expected_keys[..., :width_s]).sum()
     rows = q_s.shape[:3].numel()
-    return (_logsumexp_total(q_s, k_s) - agreement) / rows
+    logsumexp = _logsumexp_total(q_s, k_s) if logsumexp_s is None else logsumexp_s.sum()
+    return (logsumexp - agreement) / rows
 
 
 def _logsumexp_total(q: Tensor, k: Tensor) -> Tensor:

@@ -7,10 +7,13 @@ then copied, so that one seed gives one model on every device and in every preci
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from haste.models.attention import attention_with_logsumexp
 
 NORM_EPS = 1e-6
 
@@ -123,6 +126,17 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(y)
 
 
+class AttentionTap(NamedTuple):
+    """q and k, each (B, H, N, K), as they enter the logits K^(-1/2) q k^T, and logsumexp of these over keys, (B, H, N).
+
+    `logsumexp` is None where the attention does not give it.
+    """
+
+    q: Tensor
+    k: Tensor
+    logsumexp: Tensor | None
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with a fused kernel."""
 
@@ -136,13 +150,17 @@ class Attention(nn.Module):
         fill_xavier(self.qkv, generator)
         fill_xavier(self.proj, generator)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x (B, N, D) -> (B, N, D), and the q and k, each (B, H, N, K), that the logits K^(-1/2) q k^T are made of."""
+    def forward(self, x: Tensor, with_logsumexp: bool = False) -> tuple[Tensor, AttentionTap]:
+        """x (B, N, D) -> (B, N, D), and what the logits are made of; with their logsumexp only if asked for."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)  # (B, N, 3, H, K)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 of (B, H, N, K)
-        out = functional.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width)), (q, k)
+        logsumexp = None
+        if with_logsumexp:
+            out, logsumexp = attention_with_logsumexp(q, k, v)
+        else:
+            out = functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width)), AttentionTap(q, k, logsumexp)
 
 
 class Mlp(nn.Module):
@@ -196,15 +214,17 @@ class Block(nn.Module):
         self.mlp.initialise(generator)
         self.adaLN_modulation.zero()
 
-    def forward(self, x: Tensor, condition: Tensor, tap: bool = False) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """x (B, N, D), condition (B, D) -> (B, N, D), and the attention's (q, k) if `tap`, else None."""
+    def forward(
+        self, x: Tensor, condition: Tensor, tap: bool = False, with_logsumexp: bool = False
+    ) -> tuple[Tensor, AttentionTap | None]:
+        """x (B, N, D), condition (B, D) -> (B, N, D), and the attention's inner values if `tap`, else None."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition)
-        attended, query_key = self.attn(modulate(self.norm1(x), shift_a, scale_a))
-        if not tap:
-            query_key = None  # nothing may hold them while the rest of the block runs
+        attended, inner = self.attn(modulate(self.norm1(x), shift_a, scale_a), tap and with_logsumexp)
+        tapped = inner if tap else None
+        del inner  # nothing may hold them while the rest of the block runs
         x = x + gate_a.unsqueeze(1) * attended
         x = x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
-        return x, query_key
+        return x, tapped
 
 
 class FinalLayer(nn.Module):

@@ -68,6 +68,7 @@ class SiT(nn.Module):
         self.depth, self.width, self.heads, self.head_width = depth, width, heads, width // heads
         self.classes = self.null_class = classes
         self.checkpoint_blocks = False  # True: blocks keep only their inputs for backward, which computes them again
+        self.own_logsumexp = False  # True: tapped attention also gives the logsumexp of its logits
         self.grid = (input_size // patch_size, input_size // patch_size)
         self.tokens = self.grid[0] * self.grid[1]
 
@@ -99,7 +100,8 @@ class SiT(nn.Module):
         """Velocity (B, C, H, W) at x (B, C, H, W), t (B,) in [0, 1] (0 is data), y (B,) int64, and the taps asked for.
 
         taps: "tokens.m"     hidden tokens (B, N, D) after block m, counted from 1
-              "attention.i"  (q, k), each (B, H, N, K), of block i counted from 0, as they enter K^(-1/2) q k^T
+              "attention.i"  `AttentionTap` of block i counted from 0: the q and k that enter K^(-1/2) q k^T, each
+                             (B, H, N, K), and with `own_logsumexp` that of these logits, (B, H, N)
 
         A tap that is not asked for costs nothing, and one that is changes no number. Labels are never dropped here: to
         train without a label, pass `null_class`. ValueError for a tap that this model does not have.
@@ -113,13 +115,19 @@ class SiT(nn.Module):
         for index, block in enumerate(self.blocks):
             wants_attention = f"attention.{index}" in taps
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                tokens, query_key = checkpoint(
-                    block, tokens, condition, wants_attention, use_reentrant=False, preserve_rng_state=False
+                tokens, inner = checkpoint(
+                    block,
+                    tokens,
+                    condition,
+                    wants_attention,
+                    self.own_logsumexp,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             else:
-                tokens, query_key = block(tokens, condition, wants_attention)
+                tokens, inner = block(tokens, condition, wants_attention, self.own_logsumexp)
             if wants_attention:
-                tapped[f"attention.{index}"] = query_key
+                tapped[f"attention.{index}"] = inner
             if f"tokens.{index + 1}" in taps:
                 tapped[f"tokens.{index + 1}"] = tokens
         return self._unpatchify(self.final_layer(tokens, condition)), tapped

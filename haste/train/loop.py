@@ -21,6 +21,7 @@ from haste import artefact
 from haste.data.batches import Batch, Batches
 from haste.data.store import Store
 from haste.journal import Journal
+from haste.models.attention import logsumexp_works
 from haste.plan import STATE_NAME, Plan, Segment, State
 from haste.train import state as states
 from haste.train.distributed import WARM_UPS, Group, enough_memory, joined, wrap
@@ -135,7 +136,12 @@ class _Training:
             self.inputs[f"teacher of {kind}"] = self.teachers[term["teacher"]].identity
         widths = {name: teacher.width for name, teacher in self.teachers.items()}
         self.learner = states.new_learner(self.recipe, segment.terms, widths, group.device)
-        self.learner.model.checkpoint_blocks = self.runtime.checkpoint_blocks
+        model = self.learner.model
+        model.checkpoint_blocks = self.runtime.checkpoint_blocks
+        half = AUTOCAST.get(self.settings["precision"])
+        model.own_logsumexp = "attention" in segment.terms and logsumexp_works(
+            str(group.device), half, model.head_width
+        )
         manifest = self.batches.latents.manifest
         self.objective = Objective(
             self.learner,

@@ -90,8 +90,11 @@ class Objective(nn.Module):
     def _attention(self, taps: Mapping[str, Any], seen: TeacherTargets) -> Tensor:
         term, values = self.terms["attention"], []
         for student, teacher in zip(term["student_layers"], term["teacher_layers"], strict=True):
-            q, k = (resize_tokens(x, self.model.grid, seen.grid) for x in taps[f"attention.{student}"])
-            values.append(attention_loss(q, k, *seen.attention[teacher], heads=term["heads"]))
+            tap = taps[f"attention.{student}"]
+            q, k = (resize_tokens(x, self.model.grid, seen.grid) for x in (tap.q, tap.k))
+            logsumexp = tap.logsumexp if self.model.grid == seen.grid else None  # of these logits, not of resized ones
+            pair = (q, k, *seen.attention[teacher])
+            values.append(attention_loss(*pair, heads=term["heads"], logsumexp_s=logsumexp))
         return torch.stack(values).mean()
 
 

@@ -94,6 +94,9 @@ def test_velocity_and_every_tap_equal_an_independent_recomputation():
     torch.testing.assert_close(velocity, expected)
     assert set(taps) == set(EVERY_TAP)
     for name, tap in taps.items():
+        if name.startswith("attention"):
+            assert tap.logsumexp is None
+            tap = (tap.q, tap.k)
         torch.testing.assert_close(tap, expected_taps[name])
 
 
@@ -168,7 +171,7 @@ def test_a_tap_the_model_does_not_have_is_refused_with_the_valid_range(tap):
 def test_gradients_flow_through_every_tap():
     model = awake()
     _, taps = model(*batch(), taps=["tokens.2", "attention.1"])
-    (taps["tokens.2"].sum() + sum(part.sum() for part in taps["attention.1"])).backward()
+    (taps["tokens.2"].sum() + sum(part.sum() for part in taps["attention.1"][:2])).backward()
     qkv = model.blocks[1].get_submodule("attn.qkv").weight.grad
     assert isinstance(qkv, Tensor) and qkv.any()
     assert model.blocks[2].get_submodule("attn.qkv").weight.grad is None
