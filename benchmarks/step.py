@@ -1,15 +1,19 @@
 """Where the time of a training step goes: vanilla, REPA, HASTE, and HASTE after its stop, interleaved in one process.
 
-    python benchmarks/step.py [--model SiT-B/2] [--teacher DINOv2-B] [--batch 8] [--rounds 5] [--precision fp32]
+    python benchmarks/step.py [--model SiT-B/2] [--teacher DINOv2-B] [--batch 8] [--rounds 5] [--pairs 0]
+                              [--precision fp32]
 
 Random weights and images: the time does not depend on them. Ratios within one run are what counts. Every round times
 each variant once; the table shows each part's shortest time over the rounds, since on a shared machine noise only adds.
+With --pairs, vanilla and HASTE after its stop then take turns, so that slow spells of the machine meet both.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import resource
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,12 +22,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from haste import config
 from haste.data.batches import Batch
+from haste.models.attention import logsumexp_works
 from haste.teachers.encoder import PRETRAINED, Teacher
-from haste.train.state import Learner, new_learner
+from haste.train.state import Learner, new_learner, restore, tensors_of
 from haste.train.step import Objective, average, look, total_loss
 
 PARTS = ["data", "teacher", "forward", "losses", "backward", "optimiser", "average"]
@@ -40,19 +46,24 @@ def main() -> None:
     variants = {name: Variant(name, arguments, teacher, device) for name in TERMS}
     for variant in variants.values():
         variant.step()  # warm up
+    # As training does at the stop: the same numbers, without projector, taps and teacher.
+    restore(variants["HASTE after the stop"].learner, tensors_of(variants["HASTE"].learner), "HASTE")
     times: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     for _ in range(arguments.rounds):
         for name, variant in variants.items():
             times[name].append(variant.step())
     report(times, variants, arguments, device)
+    if arguments.pairs:
+        compare(variants["vanilla"], variants["HASTE after the stop"], arguments.pairs)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="SiT-B/2", choices=sorted(config.MODELS))
+    parser.add_argument("--model", default="SiT-B/2", choices=sorted(config.MAPPINGS))
     parser.add_argument("--teacher", default="DINOv2-B", choices=sorted(PRETRAINED))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=0, help="turns of vanilla and HASTE after the stop")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="fp32", choices=["fp32", *AUTOCAST])
     parser.add_argument("--compile", action="store_true")
@@ -110,8 +121,10 @@ class Variant:
         self.terms = terms
         self.learner = self._learner(name, recipe, terms, teacher)
         self.objective = Objective(self.learner, terms, path="linear", scale=0.18215, shift=0.0)
+        model = self.learner.model
+        model.own_logsumexp = "attention" in terms and logsumexp_works(str(device), self.autocast, model.head_width)
         if arguments.compile:
-            self.learner.model.compile()
+            model.compile()
 
     def _learner(self, name: str, recipe: dict, terms: dict, teacher: Teacher) -> Learner:
         return new_learner(recipe, terms, {"it": teacher.width}, self.device)
@@ -187,27 +200,22 @@ class Variant:
         self.learner.optimizer.zero_grad(set_to_none=True)
 
     def peak_memory(self) -> float:
-        """MB: of the GPU's allocator in the last step; on a CPU, what a forward keeps for its backward."""
-        return self.memory if self.device.type == "cuda" else saved_megabytes(self)
+        """MB at the height of a step, by the allocator: weights, averages, moments and teacher included."""
+        return self.memory if self.device.type == "cuda" else cpu_peak_megabytes(self)
 
 
-def saved_megabytes(variant: Variant) -> float:
-    """MB of tensors that one forward keeps for its backward: the part of a CPU's memory that a step decides."""
-    seen: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    weights = {p.untyped_storage().data_ptr() for p in variant.learner.parameters().values()}
-    batch = variant.batch()
-    targets = look(variant.teachers, variant.terms, batch.images)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        found = total_loss(variant.objective(batch, targets), variant.terms)
-    total = sum(size for pointer, size in seen.items() if pointer not in weights)
-    del found
-    return total / 1e6
+def cpu_peak_megabytes(variant: Variant) -> float:
+    """What a step finds in memory, and the most that it holds beside it: torch's own record of every allocation."""
+    kept = [*variant.learner.model.parameters(), *variant.learner.ema.parameters()]
+    kept += variant.learner.projectors.parameters()
+    kept += [value for moments in variant.learner.optimizer.state.values() for value in moments.values()]
+    kept += [p for teacher in variant.teachers.values() for p in teacher.network.parameters()]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        variant.step()
+    assert record.profiler is not None and record.profiler.kineto_results is not None
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return (sum(tensor.nbytes for tensor in kept) + max(itertools.accumulate(changes))) / 1e6
 
 
 def gigaflops(variant: Variant) -> tuple[float, float]:
@@ -234,7 +242,7 @@ def report(
         "step, s",
         "step / vanilla",
         "losses / step",
-        "memory, MB",
+        "peak, MB",
         *FLOPS,
     ]:
         table.add_column(column, justify="right")
@@ -250,6 +258,27 @@ def report(
     console.print(table)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     console.print(f"rounds {arguments.rounds}, torch {torch.__version__}, process peak {peak:.0f} MB")
+
+
+def compare(one: Variant, other: Variant, pairs: int) -> None:
+    """The median, over pairs of neighbouring steps, of the second variant's time as a ratio of the first's.
+
+    The two take turns at going first. Processor time leaves out what the machine gave to others meanwhile.
+    """
+    wall, processor = [], []
+    for pair in range(pairs):
+        spent = {}
+        for variant in (one, other) if pair % 2 == 0 else (other, one):
+            began = time.perf_counter(), time.process_time()
+            variant.step()
+            spent[variant] = time.perf_counter() - began[0], time.process_time() - began[1]
+        wall.append(spent[other][0] / spent[one][0])
+        processor.append(spent[other][1] / spent[one][1])
+    for name, ratios in {"wall time": wall, "processor time": processor}.items():
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(
+            f"HASTE after the stop / vanilla, {pairs} pairs, {name}: {middle:.3f} (quartiles {low:.3f} to {high:.3f})"
+        )
 
 
 if __name__ == "__main__":
