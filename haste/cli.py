@@ -242,9 +242,9 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _load_detector(plan: Plan) -> Detector:
-    from haste.metrics.detectors import load_detector
+    from haste.metrics.detectors import open_detector
 
-    return load_detector(plan.detector.folder)
+    return open_detector(plan.detector.folder)
 
 
 def _reference(arguments: argparse.Namespace) -> None:

@@ -152,8 +152,7 @@ def _seen(detector: Detector, images: np.ndarray, labels: np.ndarray) -> dict[st
 
 
 def _fields(detector: Detector) -> dict[str, tuple[tuple[int, ...], str]]:
-    fields: dict[str, tuple[tuple[int, ...], str]] = {"pool": ((detector.width,), "float32"), "label": ((), "int64")}
-    return fields if detector.classes is None else {**fields, "logits": ((detector.classes,), "float32")}
+    return {**{name: ((width,), "float32") for name, width in detector.outputs.items()}, "label": ((), "int64")}
 
 
 def _show(shard: int, shards: int, done: int, count: int, seconds: float) -> None:

@@ -11,7 +11,7 @@ import haste
 
 ROOT = Path(haste.__file__).parent
 FLOORS = [
-    {"artefact"},
+    {"artefact", "hub"},
     {"config", "models", "diffusion", "align", "metrics", "journal"},
     {"data", "teachers", "diagnose", "plan", "report"},
     {"train", "sample", "score", "gather", "status"},

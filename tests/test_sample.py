@@ -71,13 +71,13 @@ def test_labels_are_balanced_or_random_as_asked(trained):
 
 
 def test_features_belong_to_the_samples_beside_them(trained):
-    from haste.metrics.detectors import load_detector
+    from haste.metrics.detectors import open_detector
 
     plan, evaluation = trained(shards=3)
     images, labels = draw(plan, evaluation)
     made = evaluation.features
     join(made.folder, kind="features", key=made.key, recipe=made.recipe, shards=3, splits={}, provenance={})
-    store, detector = Store.open(made.folder), load_detector(plan.detector.folder)
+    store, detector = Store.open(made.folder), open_detector(plan.detector.folder)
     import torch
 
     seen = detector(torch.from_numpy(images))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from haste.data.store import Store, join, write_shard
-from haste.metrics.detectors import Detector, load_detector
+from haste.metrics.detectors import Detector, open_detector
 from haste.sample import reference_shard
 from haste.score import workflow as score
 
@@ -150,13 +150,20 @@ def test_the_reference_is_the_detectors_view_of_each_training_image_and_of_no_ot
     write_shard(tmp_path / "images", shard=0, total=13, fields=fields, batches=[rows], **common)
     # Held-out images before and behind, so that rows are not numbers of images.
     join(tmp_path / "images", splits={"held_out": [0, 2], "train": [2, 10], "spare": [10, 13]}, **common)
-    detector = Detector(Means(), name="means", identity="m" * 64, width=3, classes=CLASSES, resolution=4)
+    detector = Detector(
+        Means(),
+        kind="means",
+        weights="m" * 64,
+        outputs={"pool": 3, "logits": CLASSES},
+        preprocessing="none",
+        resolution=4,
+    )
     images, folder = Store.open(tmp_path / "images"), tmp_path / "reference"
     reference_shard(images, detector, folder=folder, key="r", recipe={}, batch=3)
     join(folder, kind="features", key="r", recipe={}, shards=1, splits={}, provenance={})
     store = Store.open(folder)
     assert store.count == 8
-    assert store.manifest["detector"] == "m" * 64
+    assert store.manifest["detector"] == detector.identity
     train = pictures[2:10].astype(np.float64)
     np.testing.assert_allclose(store.read("pool", range(8)), train.mean((1, 2)), rtol=1e-6)
     assert (store.read("logits", range(8)) == train[:, 0, :CLASSES, 0]).all()
@@ -168,7 +175,7 @@ def test_the_reference_of_a_configuration_leaves_its_held_out_images_out(make_pl
     images, store = Store.open(plan.images.folder), Store.open(plan.reference.folder)
     assert images.count == 1797  # scikit-learn's digits, of which the configuration holds 97 out
     assert store.count == 1700
-    detector = load_detector(plan.detector.folder)
+    detector = open_detector(plan.detector.folder)
     rows = [0, 1, 255, 256, 850, 1699]  # on both sides of a batch's end
     chosen = [images.range("train")[row] for row in rows]
     seen = detector(torch.from_numpy(images.read("image", chosen)))

@@ -1,14 +1,16 @@
-"""Detectors: frozen networks that turn images into features and logits.
+"""Detectors: frozen networks that turn images into what scores are made of. `open_detector` opens any of them.
 
 B images, R resolution in pixels, F feature width, K classes.
-A detector lies in a folder: `part.json` says what it is, `model.safetensors` holds its weights. A new kind of detector
-is a class and a line in ARCHITECTURES.
+A detector is one that others have trained, by its name in PUBLISHED and its weights' file, or one trained here, by
+its folder: `part.json` says what it is, `model.safetensors` holds its weights. A new detector is a file with a
+function that makes a `Detector`, and a line in PUBLISHED (or, for a kind that is trained here, in ARCHITECTURES).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -58,39 +60,68 @@ def _stage(inner: int, outer: int) -> nn.Module:
 
 
 class Detector:
-    """A frozen network with what the scores must say about it.
+    """A frozen network with everything that scores must say about it.
 
-    name: as the configuration calls it; identity: sha256 of its weights; width: of the "pool" features;
-    classes: of the "logits", None if it has none; resolution: of the images it reads, None for any;
-    outputs: name -> width of everything that it gives; preprocessing: what is done to the images, in words;
-    smallest: the least side in pixels of images of any size.
+    name: what it is called; kind: what it is: a name in PUBLISHED or in ARCHITECTURES; weights: sha256 of its weights
+    file; published: whether these are known to be the weights behind published scores, None where nobody can know;
+    outputs: name -> width of everything that it gives; width: of the "pool" features; classes: number of classes of
+    the data's own that its "logits" tell apart, None if it has no such logits; preprocessing: what is done to the
+    images, in words; resolution: side in pixels of the images it reads, None for any; smallest: the least side of
+    images of any size.
     """
 
     def __init__(
         self,
         network: nn.Module,
         *,
-        name: str,
-        identity: str,
-        width: int,
-        classes: int | None,
-        resolution: int | None,
-        outputs: Mapping[str, int] | None = None,
-        preprocessing: str | None = None,
+        kind: str,
+        weights: str,
+        outputs: Mapping[str, int],
+        preprocessing: str,
+        name: str | None = None,
+        resolution: int | None = None,
         smallest: int = 1,
+        published: bool | None = None,
     ) -> None:
+        assert "pool" in outputs, outputs
         self.network = network.eval().requires_grad_(False)
-        self.name, self.identity, self.width, self.classes = (
-            name,
-            identity,
-            width,
-            classes,
-        )
+        self.kind, self.name, self.weights, self.published = kind, name or kind, weights, published
+        self.outputs, self.preprocessing = dict(outputs), preprocessing
         self.resolution, self.smallest = resolution, smallest
-        own = {"pool": width} if classes is None else {"pool": width, "logits": classes}
-        self.outputs = own if outputs is None else dict(outputs)
-        size = "any size" if resolution is None else f"{resolution} x {resolution} px as they are"
-        self.preprocessing = preprocessing or f"uint8 RGB, {size}, scaled to -1..1"
+
+    @property
+    def width(self) -> int:
+        """Width of the "pool" features."""
+        return self.outputs["pool"]
+
+    @property
+    def classes(self) -> int | None:
+        """Classes of the data that the "logits" tell apart; None if it has no such logits."""
+        return self.outputs.get("logits")
+
+    @property
+    def identity(self) -> str:
+        """Hash of weights and preprocessing, not of the name: features of two identities are never compared."""
+        what = {"kind": self.kind, "weights": self.weights, "preprocessing": self.preprocessing}
+        return artefact.fingerprint({**what, "outputs": self.outputs}, length=64)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Everything above that decides whether two scores may be compared, for JSON."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "identity": self.identity,
+            "weights": self.weights,
+            "published": self.published,
+            "preprocessing": self.preprocessing,
+            "outputs": self.outputs,
+        }
+
+    def to(self, device: torch.device | str) -> Detector:
+        """Move the network to a device; returns itself."""
+        self.network.to(device)
+        return self
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Images uint8 NHWC (B, R, R, 3), 0..255 -> `outputs`, such as {"pool": (B, F), "logits": (B, K)}, float32.
@@ -113,60 +144,83 @@ class Detector:
         return {name: value.to(images.device) for name, value in seen.items()}
 
 
-def _small_cnn(architecture: dict, name: str, identity: str) -> Detector:
+def _small_cnn(architecture: dict, name: str, weights: str) -> Detector:
     network = SmallCNN(architecture["resolution"], architecture["width"], architecture["classes"])
     return Detector(
         network,
+        kind="cnn",
         name=name,
-        identity=identity,
-        width=network.features,
-        classes=network.classes,
+        weights=weights,
+        outputs={"pool": network.features, "logits": network.classes},
+        preprocessing=f"uint8 RGB, {network.resolution} x {network.resolution} px as they are, scaled to -1..1",
         resolution=network.resolution,
     )
 
 
+# The files of other people's networks are imported when they are asked for: their libraries are slow to import, and not
+# everybody has all of them.
+
+
 def _inception(weights: Path | str | None) -> Detector:
-    from haste.metrics.inception import inception  # torch-fidelity is slow to import, and not everybody has it
+    from haste.metrics.inception import inception
 
     return inception(weights)
+
+
+def _dinov2(name: str) -> Callable[[Path | str | None], Detector]:
+    def opened(weights: Path | str | None) -> Detector:
+        from haste.metrics.dinov2 import dinov2
+
+        return dinov2(name, weights)
+
+    return opened
 
 
 # Detectors of other people, by name: what they make of a weights file (None is their own download).
 PUBLISHED: dict[str, Callable[[Path | str | None], Detector]] = {
     "inception": _inception,
+    "DINOv2-B": _dinov2("DINOv2-B"),
+    "DINOv2-L": _dinov2("DINOv2-L"),
 }
 
+# Detectors that are trained here, by the kind in their part.json: (architecture, name, sha256 of the weights).
 ARCHITECTURES: dict[str, Callable[[dict, str, str], Detector]] = {
     "cnn": _small_cnn,
 }
 
 
-def published_detector(name: str, weights: Path | str | None = None, device: torch.device | str = "cpu") -> Detector:
-    """A detector that others have trained, such as "inception".
+def open_detector(
+    what: Path | str,
+    weights: Path | str | None = None,
+    *,
+    called: str | None = None,
+    device: torch.device | str = "cpu",
+) -> Detector:
+    """Any detector, ready to be called with images.
 
     Args:
-        name: a name in PUBLISHED.
-        weights: its weights file; None is the detector's own download.
+        what: a name in PUBLISHED, or the folder of a detector that was trained here.
+        weights: a published detector's weights file; None is its own download, or where that was kept.
+        called: its name, which columns of scores carry; None is its own.
         device: where to compute.
 
     Raises:
-        ValueError: an unknown name, or weights that are missing, truncated, foreign or cannot be downloaded.
+        ValueError: an unknown name, or weights that are missing, truncated, foreign or cannot be downloaded; the
+            message names the file.
     """
-    if name not in PUBLISHED:
-        raise ValueError(f"unknown detector {name!r}, not in {', '.join(sorted(PUBLISHED))}")
-    detector = PUBLISHED[name](weights)
-    detector.network.to(device)
-    return detector
+    if str(what) in PUBLISHED:
+        detector = PUBLISHED[str(what)](weights)
+    elif not Path(what).is_dir():
+        raise ValueError(f"detector {str(what)!r}: neither a folder nor one of {', '.join(sorted(PUBLISHED))}")
+    elif weights is not None:
+        raise ValueError(f"{what}: a folder has weights of its own, found weights {weights} beside it")
+    else:
+        detector = _of_folder(Path(what))
+    detector.name = called or detector.name
+    return detector.to(device)
 
 
-def load_detector(folder: Path | str, device: torch.device | str = "cpu") -> Detector:
-    """Load a detector from its folder.
-
-    Raises:
-        ValueError: a file is missing, truncated or foreign, the weights are not those that `part.json` describes, or
-            the kind of detector is unknown; the message names the file.
-    """
-    folder = Path(folder)
+def _of_folder(folder: Path) -> Detector:
     part = artefact.read_json(folder / DESCRIPTION, "part")
     if part.get("part") != "detector":
         raise ValueError(f"{folder / DESCRIPTION}: expected a detector, found {part.get('part')!r}")
@@ -188,5 +242,4 @@ def load_detector(folder: Path | str, device: torch.device | str = "cpu") -> Det
         detector.network.load_state_dict(safetensors.torch.load_file(weights))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{weights}: these weights do not fit {architecture}: {error}") from error
-    detector.network.to(device)
     return detector

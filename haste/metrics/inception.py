@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from haste import artefact
+from haste import artefact, hub
 from haste.metrics.detectors import Detector
 
 POOL, SPATIAL, LOGITS = 2048, 17 * 17 * 7, 1008
@@ -64,7 +64,7 @@ def inception(weights: Path | str | None = None) -> Detector:
         from torch_fidelity import feature_extractor_inceptionv3 as port
     except ImportError as error:
         raise ValueError(f"the detector inception needs torch-fidelity, which cannot be imported: {error}") from error
-    path = _download(port.URL_INCEPTION_V3) if weights is None else Path(weights)
+    path = _downloaded(port.URL_INCEPTION_V3) if weights is None else Path(weights)
     # torch-fidelity unpickles whatever it is given, so it is given what has been read safely.
     buffer = io.BytesIO()
     torch.save(_read(path), buffer)
@@ -74,45 +74,33 @@ def inception(weights: Path | str | None = None) -> Detector:
     except RuntimeError as error:
         what = " ".join(str(error).split())[:300]
         raise ValueError(f"{path}: expected torch-fidelity's Inception v3, found other weights: {what}") from error
+    identity = artefact.file_identity(path)
     return Detector(
         Inception(extractor),
-        name="inception",
-        identity=artefact.file_identity(path),
-        width=POOL,
-        classes=None,
-        resolution=None,
+        kind="inception",
+        weights=identity,
         outputs={"pool": POOL, "spatial": SPATIAL, "logits_unbiased": LOGITS},
         preprocessing=PREPROCESSING,
         smallest=32,
+        # torch's convention: NAME-HASH.pth, with the first digits of the file's sha256
+        published=identity.startswith(_hash_prefix(port.URL_INCEPTION_V3)),
     )
 
 
-def is_published(identity: str) -> bool:
-    """Whether these are the weights that published scores were made with: torch-fidelity's file, by its sha256."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    return identity.startswith(_hash_prefix(URL_INCEPTION_V3))
-
-
 def _hash_prefix(url: str) -> str:
-    # torch's convention: NAME-HASH.pth, with the first digits of the file's sha256
     return url.rsplit("-", 1)[1].removesuffix(".pth")
 
 
-def _download(url: str) -> Path:
+def _downloaded(url: str) -> Path:
     """torch-fidelity's file in torch's cache, where torch-fidelity itself would put it."""
-    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=_hash_prefix(url), progress=False)
-        except (OSError, RuntimeError) as error:
-            reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            raise ValueError(
-                f"the weights of inception cannot be downloaded ({reason}): fetch {url} where there is internet, and "
-                f"pass the file or put it at {path}"
-            ) from error
-    return path
+    try:
+        return hub.cached(url, _hash_prefix(url))
+    except (OSError, RuntimeError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise ValueError(
+            f"the weights of inception cannot be downloaded ({reason}): fetch {url} where there is internet, and "
+            f"pass the file or put it into {Path(torch.hub.get_dir(), 'checkpoints')}"
+        ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ Layers are counted from 0.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,14 +16,13 @@ from typing import Any, cast
 import safetensors.torch
 import timm
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional
 
-from haste import artefact
+from haste import artefact, hub
 
 DESCRIPTION, WEIGHTS = "part.json", "model.safetensors"
 
@@ -268,26 +266,7 @@ def weight_file(name: str) -> Path:
     Raises:
         ValueError: unknown name, or the weights are not in the cache and cannot be fetched.
     """
-    source = timm.get_pretrained_cfg(known(name).timm)
-    assert source is not None
-    try:
-        if source.hf_hub_id:
-            return Path(hf_hub_download(source.hf_hub_id, "model.safetensors"))
-        return _download(cast(str, source.url))
-    except (OSError, ValueError) as error:  # the hub's and urllib's errors are OSErrors
-        where = source.hf_hub_id or source.url
-        raise ValueError(
-            f"teacher {name}: its weights ({where}) are not on this machine and could not be fetched "
-            f"({type(error).__name__}). Give a local file as its weights, or fetch them where there is a network."
-        ) from error
-
-
-def _download(url: str) -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), progress=False)
-    return path
+    return hub.timm_weights(known(name).timm, f"teacher {name}")
 
 
 def known(name: str) -> Pretrained:
@@ -327,38 +306,13 @@ def _from_timm(name: str, resolution: int, weights: str | Path | None) -> Teache
             f"which is not a whole number of patches of {spec.patch} px"
         )
     path = weight_file(name) if weights is None else Path(weights)
-    if not path.is_file():
-        raise ValueError(f"{path}: expected the weights of teacher {name}, found no file")
-    network = _network(spec, size, path, name)
     return Teacher(
-        network,
+        hub.timm_transformer(spec.timm, path, f"teacher {name}", img_size=size, **spec.overrides),
         identity=artefact.file_identity(path),
         norm=spec.norm,
         final_norm=spec.final_norm,
         resize_first=spec.resize_first,
     )
-
-
-def _network(spec: Pretrained, size: int, path: Path, name: str) -> VisionTransformer:
-    """timm's own loader: it reads its layout and the authors', and resamples positions (antialiased bicubic)."""
-    try:
-        network = timm.create_model(
-            spec.timm,
-            pretrained=True,
-            pretrained_cfg_overlay={"file": str(path)},
-            num_classes=0,
-            img_size=size,
-            **spec.overrides,
-        )
-    except (
-        RuntimeError,
-        KeyError,
-        EOFError,
-        pickle.UnpicklingError,
-        SafetensorError,
-    ) as error:
-        raise ValueError(f"{path}: these are not weights of teacher {name} ({spec.timm}): {error}") from error
-    return cast(VisionTransformer, network)
 
 
 def _from_folder(folder: Path) -> Teacher:

@@ -5,7 +5,7 @@ import safetensors.torch
 import torch
 
 from haste import artefact
-from haste.metrics.detectors import SmallCNN, load_detector
+from haste.metrics.detectors import Detector, SmallCNN, open_detector
 
 
 @pytest.fixture
@@ -35,11 +35,12 @@ def edit(folder, **changes):
 
 
 def test_a_loaded_detector_says_what_it_is_and_gives_features_and_logits(folder):
-    detector = load_detector(folder)
+    detector = open_detector(folder)
     found = detector(images())
     assert found["pool"].shape == (5, detector.width) and found["logits"].shape == (5, detector.classes)
     assert (detector.name, detector.width, detector.classes) == ("judge", 32, 10)
-    assert detector.identity == artefact.file_identity(folder / "model.safetensors")
+    assert detector.weights == artefact.file_identity(folder / "model.safetensors")
+    assert detector.outputs == {name: value.shape[1] for name, value in found.items()}
     assert found["pool"].dtype == found["logits"].dtype == torch.float32
     assert found["pool"].is_inference() and not detector.network.training
     assert "-1..1" in detector.preprocessing
@@ -48,18 +49,18 @@ def test_a_loaded_detector_says_what_it_is_and_gives_features_and_logits(folder)
 def test_its_weights_are_those_of_the_file(folder):
     torch.manual_seed(0)
     expected = SmallCNN(16, 8, 10)(images())
-    for name, value in load_detector(folder)(images()).items():
+    for name, value in open_detector(folder)(images()).items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
 
 
 def test_features_of_an_image_do_not_depend_on_its_batch(folder):
-    detector, batch = load_detector(folder), images()
+    detector, batch = open_detector(folder), images()
     alone = detector(batch[2:3])["pool"]
     torch.testing.assert_close(detector(batch)["pool"][2:3], alone, rtol=1e-5, atol=1e-6)
 
 
 def test_logits_are_a_linear_reading_of_the_features(folder):
-    detector = load_detector(folder)
+    detector = open_detector(folder)
     found = detector(images())
     network = detector.network
     expected = found["pool"].double() @ network.head.weight.double().T + network.head.bias.double()
@@ -67,7 +68,7 @@ def test_logits_are_a_linear_reading_of_the_features(folder):
 
 
 def test_images_of_another_kind_or_size_are_refused(folder):
-    detector = load_detector(folder)
+    detector = open_detector(folder)
     with pytest.raises(ValueError, match="16 x 16"):
         detector(images(size=20))
     with pytest.raises(ValueError, match="uint8 NHWC"):
@@ -81,18 +82,44 @@ def test_a_wrong_truncated_or_foreign_folder_is_refused(folder, tmp_path):
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-7])
     with pytest.raises(ValueError, match=r"model\.safetensors: expected the weights"):
-        load_detector(folder)
+        open_detector(folder)
     edit(folder, identity=artefact.file_identity(weights))
     with pytest.raises(ValueError, match="do not fit"):
-        load_detector(folder)
+        open_detector(folder)
     weights.unlink()
     with pytest.raises(ValueError, match="found no file"):
-        load_detector(folder)
+        open_detector(folder)
     edit(folder, architecture={"kind": "resnet"})
     with pytest.raises(ValueError, match="unknown kind of detector 'resnet'"):
-        load_detector(folder)
+        open_detector(folder)
     edit(folder, part="teacher")
     with pytest.raises(ValueError, match="expected a detector, found 'teacher'"):
-        load_detector(folder)
+        open_detector(folder)
+    empty = tmp_path / "empty"
+    empty.mkdir()
     with pytest.raises(ValueError, match=r"part\.json"):
-        load_detector(tmp_path / "nowhere")
+        open_detector(empty)
+    with pytest.raises(ValueError, match="nowhere': neither a folder nor"):
+        open_detector(empty / "nowhere")
+
+
+def test_anything_else_that_is_asked_for_is_refused_with_what_there_is(folder, tmp_path):
+    with pytest.raises(
+        ValueError, match="detector 'resnet': neither a folder nor one of DINOv2-B, DINOv2-L, inception"
+    ):
+        open_detector("resnet")
+    with pytest.raises(ValueError, match="a folder has weights of its own, found weights x"):
+        open_detector(folder, "x")
+
+
+def test_an_identity_follows_from_weights_and_preprocessing_and_not_from_the_name(folder):
+    def identity(**changes):
+        about = {"kind": "cnn", "weights": "w", "outputs": {"pool": 3}, "preprocessing": "none", **changes}
+        return Detector(torch.nn.Identity(), **about).identity
+
+    assert identity() == identity(name="x") == identity(smallest=9)
+    others = [{"weights": "v"}, {"preprocessing": "resized"}, {"outputs": {"pool": 4}}, {"kind": "inception"}]
+    assert len({identity(), *(identity(**change) for change in others)}) == 5
+    detector = open_detector(folder, called="judge")
+    assert json.loads(json.dumps(detector.about)) == detector.about
+    assert {"name": "judge", "identity": detector.identity}.items() <= detector.about.items()

@@ -12,8 +12,7 @@ import torch
 from torch_fidelity import feature_extractor_inceptionv3 as port
 
 from haste import artefact
-from haste.metrics import inception as room
-from haste.metrics.detectors import published_detector
+from haste.metrics.detectors import open_detector
 
 ALL = ["64", "192", "768", "2048", "logits_unbiased", "logits"]
 
@@ -51,7 +50,7 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def found(weights, pictures):
-    return published_detector("inception", weights)(pictures)
+    return open_detector("inception", weights)(pictures)
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +70,10 @@ def witness(weights, pictures):
 
 
 def test_the_detector_says_what_it_is(weights):
-    detector = published_detector("inception", weights)
+    detector = open_detector("inception", weights)
     assert detector.outputs == {"pool": 2048, "spatial": 2023, "logits_unbiased": 1008}
     assert (detector.name, detector.width, detector.classes) == ("inception", 2048, None)
-    assert detector.identity == artefact.file_identity(weights)
-    assert not room.is_published(detector.identity) and room.is_published("6726825d" + "0" * 56)
+    assert detector.weights == artefact.file_identity(weights) and detector.published is False
     assert "299 x 299" in detector.preprocessing and "(x - 128) / 128" in detector.preprocessing
     assert not detector.network.training
     assert not any(parameter.requires_grad for parameter in detector.network.parameters())
@@ -138,7 +136,7 @@ def resized(image, side=299):
 
 @pytest.mark.parametrize("size", [(40, 33), (320, 512)], ids=["enlarged", "reduced"])
 def test_images_are_resized_by_tensorflow_1s_formula_and_scaled_by_128(weights, size):
-    detector = published_detector("inception", weights)
+    detector = open_detector("inception", weights)
     image = np.random.default_rng(2).integers(0, 256, (*size, 3), np.uint8)
     seen = []
     layer = detector.network.extractor.Conv2d_1a_3x3
@@ -150,13 +148,13 @@ def test_images_are_resized_by_tensorflow_1s_formula_and_scaled_by_128(weights, 
 
 
 def test_outputs_of_an_image_do_not_depend_on_its_batch(weights, pictures, found):
-    alone = published_detector("inception", weights)(pictures[1:])
+    alone = open_detector("inception", weights)(pictures[1:])
     for name, value in alone.items():
         torch.testing.assert_close(value, found[name][1:], rtol=1e-4, atol=1e-5)
 
 
 def test_images_too_small_or_not_bytes_are_refused(weights, pictures):
-    detector = published_detector("inception", weights)
+    detector = open_detector("inception", weights)
     with pytest.raises(ValueError, match=r"32 x 32 px or more, found \(31, 33\)"):
         detector(pictures[:, :31])
     with pytest.raises(ValueError, match="uint8 NHWC"):
@@ -166,7 +164,7 @@ def test_images_too_small_or_not_bytes_are_refused(weights, pictures):
 def test_wrong_truncated_and_foreign_weights_are_refused_by_name(weights, tmp_path):
     def refused(message):
         with pytest.raises(ValueError, match=message) as error:
-            published_detector("inception", path)
+            open_detector("inception", path)
         assert str(path) in str(error.value)
 
     path = tmp_path / "some.pth"
@@ -198,7 +196,7 @@ def test_code_in_a_weights_file_is_not_run(tmp_path):
     for name, save in (("torch", torch.save), ("pickle", lambda obj, path: path.write_bytes(pickle.dumps(obj, 2)))):
         save({"fc.bias": Trap(tmp_path / "sprung")}, tmp_path / name)
         with pytest.raises(ValueError, match="found what cannot be read safely"):
-            published_detector("inception", tmp_path / name)
+            open_detector("inception", tmp_path / name)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -208,8 +206,10 @@ def test_without_internet_the_message_says_how_to_pass_a_file(monkeypatch, tmp_p
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(ValueError, match=r"\(no route\): fetch https://.*-6726825d\.pth .* pass the file or put it at"):
-        published_detector("inception")
+    with pytest.raises(
+        ValueError, match=r"\(no route\): fetch https://.*-6726825d\.pth .* pass the file or put it into"
+    ):
+        open_detector("inception")
 
 
 def test_a_file_in_torchs_cache_is_used_without_internet(monkeypatch, tmp_path, weights):
@@ -217,9 +217,9 @@ def test_a_file_in_torchs_cache_is_used_without_internet(monkeypatch, tmp_path, 
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args, **options: pytest.fail("asked the internet"))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / port.URL_INCEPTION_V3.rsplit("/", 1)[1]).symlink_to(weights)
-    assert published_detector("inception").identity == artefact.file_identity(weights)
+    assert open_detector("inception").weights == artefact.file_identity(weights)
 
 
-def test_an_unknown_detector_is_refused():
-    with pytest.raises(ValueError, match="unknown detector 'resnet', not in inception"):
-        published_detector("resnet")
+def test_the_published_weights_are_known_by_their_hash(monkeypatch, weights):
+    monkeypatch.setattr(artefact, "file_identity", lambda path: "6726825d" + "0" * 56)
+    assert open_detector("inception", weights).published is True

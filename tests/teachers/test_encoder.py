@@ -2,6 +2,7 @@ import json
 import math
 from dataclasses import replace
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
@@ -318,7 +319,7 @@ def test_without_a_network_the_message_says_how_to_give_a_file(monkeypatch, tmp_
     def offline(*args, **kwargs):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(encoder, "hf_hub_download", offline)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     with pytest.raises(ValueError, match="Give a local file"):
         Teacher.load("DINOv2-B")
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)

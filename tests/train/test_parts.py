@@ -6,7 +6,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from haste import artefact
-from haste.metrics.detectors import load_detector
+from haste.metrics.detectors import open_detector
 from haste.teachers.encoder import Teacher
 from haste.train import parts
 
@@ -68,7 +68,7 @@ def test_a_part_says_what_it_is_how_it_was_made_and_how_good_it_is(part, tmp_pat
 
 def test_detector_and_teacher_learn_and_are_read_back_as_they_were_measured(tmp_path):
     learnt = make("detector", tmp_path / "detector", steps=30)
-    detector = load_detector(tmp_path / "detector")
+    detector = open_detector(tmp_path / "detector")
     right = detector(torch.from_numpy(UNSEEN[0]))["logits"].argmax(1).numpy() == UNSEEN[1]
     assert learnt == {"accuracy": right.mean()} and right.mean() >= 0.95
 
@@ -139,7 +139,7 @@ def test_an_interrupted_write_leaves_the_older_part_as_it_was(tmp_path, monkeypa
     with pytest.raises(OSError, match="no space"):
         make("detector", tmp_path / "x", seed=1)
     assert (tmp_path / "x" / "part.json").read_text() == before
-    load_detector(tmp_path / "x")
+    open_detector(tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 

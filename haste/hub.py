@@ -1,0 +1,88 @@
+"""Networks that others have trained: their weights files, from the hub or its cache, and timm's vision transformers.
+
+A file is read without running code from it. timm is imported only where it is needed: that takes seconds.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
+
+def cached(url: str, hash_prefix: str | None = None) -> Path:
+    """A file of torch's cache (`torch.hub`), downloaded if it is not there.
+
+    Args:
+        url: where it is; the last part names it in the cache.
+        hash_prefix: first digits of its sha256, to be checked after a download.
+
+    Raises:
+        OSError, RuntimeError: it cannot be fetched, or is not the file expected.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=hash_prefix, progress=False)
+    return path
+
+
+def timm_weights(timm_name: str, called: str) -> Path:
+    """The weights of one of timm's networks in the hub's local cache, fetched there if they are not.
+
+    Args:
+        timm_name: its name there.
+        called: what messages call it, such as "teacher DINOv2-B".
+
+    Raises:
+        ValueError: the weights are not in the cache and cannot be fetched.
+    """
+    import timm
+    from huggingface_hub import hf_hub_download
+
+    source = timm.get_pretrained_cfg(timm_name)
+    assert source is not None
+    try:
+        if source.hf_hub_id:
+            return Path(hf_hub_download(source.hf_hub_id, "model.safetensors"))
+        return cached(cast(str, source.url))
+    except (OSError, ValueError, RuntimeError) as error:  # the hub's and urllib's errors are OSErrors
+        where = source.hf_hub_id or source.url
+        raise ValueError(
+            f"{called}: its weights ({where}) are not on this machine and could not be fetched "
+            f"({type(error).__name__}). Give a local file as its weights, or fetch them where there is a network."
+        ) from error
+
+
+def timm_transformer(timm_name: str, weights: Path, called: str, **options: Any) -> VisionTransformer:
+    """One of timm's vision transformers with the weights of a file.
+
+    timm's own loader reads its layout and the authors', and resamples positions (antialiased bicubic) where the input's
+    size is not that of the file.
+
+    Args:
+        timm_name: its name there.
+        weights: a file, safetensors or torch's own.
+        called: what messages call it.
+        options: what differs from timm's architecture.
+
+    Raises:
+        ValueError: no such file, or it does not hold these weights.
+    """
+    import timm
+
+    if not weights.is_file():
+        raise ValueError(f"{weights}: expected the weights of {called}, found no file")
+    try:
+        network = timm.create_model(
+            timm_name, pretrained=True, pretrained_cfg_overlay={"file": str(weights)}, num_classes=0, **options
+        )
+    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise ValueError(f"{weights}: these are not weights of {called} ({timm_name}): {error}") from error
+    return cast("VisionTransformer", network)
