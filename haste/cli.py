@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     show = command("show", _show, "say how a file was made: state, store, samples, score, part or report")
     show.add_argument("file", type=Path)
     rule("table", _table, "print the result table of a finished report")
+    _exchange_commands(command)
     sharded("images", _images, "prepare the images: a store of uint8 RGB crops")
     rule("autoencoder", _autoencoder, "train the small autoencoder")
     sharded("latents", _latents, "encode the images: a store of latent means and standard deviations")
@@ -89,6 +90,22 @@ def _parser() -> argparse.ArgumentParser:
     rule("grid", _grid, "paint a grid of samples by class").add_argument("draw", help="name of a set of samples")
     rule("report", _report, "write the report page and its tables")
     return parser
+
+
+def _exchange_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    took = command("import", _import, "make a checkpoint of REPA, HASTE, SiT or this package a file of weights of ours")
+    took.add_argument("file", type=Path, help="a .pt of REPA, HASTE or SiT, or a state")
+    took.add_argument("out", type=Path, help="the .safetensors file to write")
+    took.add_argument("--layout", choices=("ours", "REPA", "SiT"), help="whose file it is; SiT's must be told")
+    size = took.add_mutually_exclusive_group()
+    size.add_argument("--model", help="what the weights must be, such as SiT-XL/2")
+    size.add_argument("--heads", type=int, help="attention heads, for sizes that were not published")
+    took.add_argument("--input-size", type=int, help="side of the latent grid, where the file does not show it")
+    gave = command("export", _export, "write the weights of a state for other programs")
+    gave.add_argument("file", type=Path, help="a state, or any file that can be imported")
+    gave.add_argument("out", type=Path, help="the file to write")
+    gave.add_argument("--format", choices=("safetensors", "repa"), required=True, help="bare weights, or REPA's .pt")
+    gave.add_argument("--weights", choices=("ema", "model"), default="ema", help="which, for safetensors (ema)")
 
 
 # Heavy imports live inside the commands, so that `haste plan` and `haste --help` answer at once.
@@ -117,6 +134,26 @@ def _show(arguments: argparse.Namespace) -> None:
     from haste import status
 
     status.print_provenance(arguments.file)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from haste import exchange
+    from haste.config import MODELS
+
+    if arguments.model is not None and arguments.model not in MODELS:
+        raise ValueError(f"--model {arguments.model!r}: expected one of {', '.join(MODELS)}")
+    model = MODELS.get(arguments.model)
+    options = {"layout": arguments.layout, "heads": arguments.heads, "input_size": arguments.input_size}
+    found = exchange.import_weights(arguments.file, arguments.out, model=model, **options)
+    shape = ", ".join(f"{name} {value:g}" for name, value in found.shape.items())
+    print(f"{arguments.out}: {' and '.join(found.weights)} of {arguments.file} ({found.layout}'s layout; {shape})")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from haste import exchange
+
+    exchange.export_weights(arguments.file, arguments.out, form=arguments.format, which=arguments.weights)
+    print(f"{arguments.out}: written")
 
 
 def _table(arguments: argparse.Namespace) -> None:

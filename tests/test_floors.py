@@ -14,7 +14,7 @@ FLOORS = [
     {"artefact", "hub"},
     {"config", "models", "diffusion", "align", "metrics", "journal"},
     {"data", "teachers", "diagnose", "plan", "report"},
-    {"train", "sample", "score", "gather", "status"},
+    {"train", "sample", "score", "exchange", "gather", "status"},
     {"cli"},
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
