@@ -76,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     rule("autoencoder", _autoencoder, "train the small autoencoder")
     sharded("latents", _latents, "encode the images: a store of latent means and standard deviations")
     rule("teacher", _teacher, "train a small teacher").add_argument("name")
+    targets = rule("targets", _targets, "keep a teacher's targets on disk")
+    targets.add_argument("name")
+    part = targets.add_mutually_exclusive_group(required=True)
+    part.add_argument("--fit", action="store_true", help="fit the principal components of its features")
+    part.add_argument("--shard", type=int, help="make this shard, counted from 0")
+    part.add_argument("--join", action="store_true", help="check all shards and write the manifest")
     rule("detector", _detector, "train the small detector that the scores use")
     train = rule("train", _train, "train up to a state, continuing from the newest one on the way")
     train.add_argument("state", help="TRAJECTORY/STEP")
@@ -207,6 +213,19 @@ def _teacher(arguments: argparse.Namespace) -> None:
     assert trained is not None
     _threads(plan)
     parts.train_teacher(**_training_images(plan), **trained.model_dump(), **_about(part))
+
+
+def _targets(arguments: argparse.Namespace) -> None:
+    from haste.train import targets
+
+    plan = _plan_of(arguments)
+    _threads(plan)
+    if arguments.fit:
+        targets.fit(plan, arguments.name)
+    elif arguments.join:
+        targets.join_shards(plan, arguments.name)
+    else:
+        targets.make_shard(plan, arguments.name, arguments.shard)
 
 
 def _detector(arguments: argparse.Namespace) -> None:

@@ -35,6 +35,17 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _whole(value: Any) -> Any:
+    # 2.0e12 reads better than thirteen digits, and is a whole number all the same.
+    number = _number(value)
+    return int(number) if isinstance(number, float) and number.is_integer() else value
+
+
+def _off(value: Any) -> Any:
+    # YAML 1.1 reads `off` as false; users mean the word.
+    return "off" if value is False else value
+
+
 Float = Annotated[float, BeforeValidator(_number)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[Float, Field(gt=0)]
@@ -131,14 +142,29 @@ class PretrainedTeacher(Strict):
 
 
 class Teacher(Strict):
-    """Either `trained` here or `pretrained`."""
+    """Either `trained` here or `pretrained`; what of its targets is kept on disk, and how many components of them."""
 
     trained: TrainedTeacher | None = None
     pretrained: PretrainedTeacher | None = None
+    cache: Annotated[Literal["off", "features", "features+attention"], BeforeValidator(_off)] = "off"
+    pca: Positive | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Teacher:
+        if self.pca is not None and self.cache == "off":
+            raise ValueError(f"pca {self.pca} is of cached features, and cache is 'off'; expected 'features'")
         return _exactly_one(self, "trained", "pretrained")
+
+    def caches(self, kind: str) -> bool:
+        """Whether the targets of a kind of alignment loss, `features` or `attention`, are kept on disk."""
+        return kind in self.cache.split("+")
+
+
+class Cache(Strict):
+    """How the targets of cached teachers are kept on disk."""
+
+    max_bytes: Annotated[int, Field(ge=1), BeforeValidator(_whole)] = 200_000_000_000
+    shards: Positive = 1
 
 
 class TrainedDetector(Strict):
@@ -317,6 +343,7 @@ class Config(Strict):
     images: Images
     autoencoder: Autoencoder
     teachers: dict[str, Teacher] = {}
+    cache: Cache = Cache()
     detector: dict[str, Detector]
     models: dict[str, Model] = {}
     alignments: dict[str, Alignment] = {}
@@ -362,6 +389,19 @@ TEACHERS = {
     "CLIP-L": (24, 16),
     "CLIP-B/16": (12, 12),
     "SigLIP-L": (24, 16),
+}
+# And what a cache's size follows from: width of the tokens, and tokens along a side for images of 256 px.
+TEACHER_TOKENS = {
+    "DINOv2-B": (768, 16),
+    "DINOv2-L": (1024, 16),
+    "DINOv2-g": (1536, 16),
+    "DINOv2-B-reg": (768, 16),
+    "DINO-B": (768, 16),
+    "MAE-L": (1024, 16),
+    "I-JEPA-H": (1280, 16),
+    "CLIP-L": (1024, 16),
+    "CLIP-B/16": (768, 14),
+    "SigLIP-L": (1024, 16),
 }
 # What timm's vision transformers have in their names; only loading one shows whether it is there and plain.
 _TIMM = re.compile(r"deit|.*vit_")
@@ -570,6 +610,18 @@ def teacher_shape(teacher: Teacher) -> tuple[int, int] | None:
     return TEACHERS.get(teacher.pretrained.name)
 
 
+def teacher_tokens(config: Config, name: str) -> tuple[int, int] | None:
+    """(width, tokens an image) of a teacher, or None for a timm name that is not in `TEACHERS`."""
+    teacher, resolution = config.teachers[name], config.images.resolution
+    if teacher.trained:
+        return teacher.trained.width, (resolution // teacher.trained.patch) ** 2
+    assert teacher.pretrained
+    if teacher.pretrained.name not in TEACHER_TOKENS:
+        return None
+    width, side = TEACHER_TOKENS[teacher.pretrained.name]
+    return width, (side * resolution // 256) ** 2
+
+
 def _faults_of_data(config: Config) -> list[str]:
     faults, resolution = [], config.images.resolution
     if resolution % config.autoencoder.factor:
@@ -604,6 +656,9 @@ def _faults_of_teachers(config: Config) -> list[str]:
             faults.append(
                 f"teachers.{name}.trained.patch: {teacher.trained.patch} does not divide images.resolution {resolution}"
             )
+        tokens = teacher_tokens(config, name)
+        if tokens and teacher.pca is not None and teacher.pca > tokens[0]:
+            faults.append(f"teachers.{name}.pca: {teacher.pca}, but its features have a width of {tokens[0]}")
         found = teacher.pretrained.name if teacher.pretrained else None
         if found is not None and found not in TEACHERS and not _TIMM.match(found):
             faults.append(

@@ -20,11 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from haste import artefact, cache
 from haste import config as configuration
 from haste.artefact import fingerprint
+from haste.cache import Wanted
 from haste.config import Config, Model, Sampling
 
 RECIPE = 1  # raised when the method changes such that equal settings no longer give equal results
+STORES = ("images", "latents", "targets", "features")  # kinds that are shards and a manifest; others are one folder
 STATE_NAME = re.compile(r"step-(\d{8,})\.safetensors$")
 
 
@@ -42,7 +45,7 @@ class Artefact:
     @property
     def manifest(self) -> str:
         """The file whose presence says that the artefact is whole."""
-        return f"{self.folder}/{'manifest' if self.kind in ('images', 'latents', 'features') else 'part'}.json"
+        return f"{self.folder}/{'manifest' if self.kind in STORES else 'part'}.json"
 
     @property
     def shard_files(self) -> list[str]:
@@ -101,6 +104,7 @@ class Segment:
     after: State | None
     terms: dict[str, dict[str, Any]]
     pieces: tuple[Piece, ...]
+    cached: tuple[str, ...] = ()  # the terms whose targets lie on disk
 
     @property
     def start(self) -> int:
@@ -109,8 +113,13 @@ class Segment:
 
     @property
     def teachers(self) -> list[str]:
-        """Names of the teachers that this segment needs: none after the last stop."""
-        return sorted({term["teacher"] for term in self.terms.values()})
+        """Names of the teachers that look at images: none after the last stop, none whose targets are cached."""
+        return sorted({term["teacher"] for kind, term in self.terms.items() if kind not in self.cached})
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the teachers whose targets are read from disk."""
+        return sorted({self.terms[kind]["teacher"] for kind in self.cached})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +161,7 @@ class Plan:
         self.config = config
         self.root = config.results.rstrip("/")
         self._plan_data()
+        self._plan_targets()
         self._plan_runs()
         self._plan_evaluations()
 
@@ -200,6 +210,89 @@ class Plan:
         assert spec
         return spec.name if spec.weights is None else f"{spec.name} from {spec.weights}"
 
+    # -- targets on disk -----------------------------------------------------------------------------------------
+
+    def _plan_targets(self) -> None:
+        """One store for each teacher that is cached and that some run asks, with what the runs together ask for."""
+        self.wanted: dict[str, Wanted] = {}
+        for run, row in self.config.runs.items():
+            stops = row.stop.model_dump()
+            for kind, term in configuration.terms_of(self.config, run).items():
+                name = term["teacher"]
+                if self.config.teachers[name].caches(kind) and stops[kind] != 0:
+                    self.wanted[name] = self.wanted.get(name, Wanted()) | Wanted.of(kind, term)
+        self.pca: dict[str, Artefact] = {
+            name: self._part("pca", name, {"teacher": self.teacher_key(name), "components": components})
+            for name, wanted in self.wanted.items()
+            if wanted.features and (components := self.config.teachers[name].pca)
+        }
+        self.targets = {name: self._targets(name, wanted) for name, wanted in self.wanted.items()}
+
+    def _targets(self, name: str, wanted: Wanted) -> Artefact:
+        """A teacher's store: a finished one that holds what is wanted, and perhaps more, else one to be made."""
+        pca = self.pca[name].key if name in self.pca else None
+        base = {"recipe": RECIPE, "images": self.images.key, "teacher": self.teacher_key(name)}
+        base |= {"pca": pca, "dtype": cache.DTYPE}
+        new = self._store("targets", {**base, **wanted.recipe()}, self.config.cache.shards)
+        finished = {made.folder: made for made in self._finished_targets(base, wanted)}
+        if not finished or new.folder in finished:
+            return finished.get(new.folder, new)
+        return min(finished.values(), key=lambda made: (len(Wanted.read(made.recipe).fields), made.key))
+
+    def _finished_targets(self, base: dict[str, Any], wanted: Wanted) -> Iterator[Artefact]:
+        for manifest in sorted(Path(self.root, "stores").glob("targets-*/manifest.json")):
+            try:
+                found = artefact.read_json(manifest, "store")
+                recipe, key, shards = found["recipe"], found["key"], len(found["shards"])
+                fits = base.items() <= recipe.items() and Wanted.read(recipe).covers(wanted)
+            except (ValueError, KeyError, TypeError, AttributeError):  # nobody's store: a new one is made beside it
+                continue
+            if fits and manifest.parent.name == f"targets-{key}":
+                yield Artefact("targets", key, recipe, f"{self.root}/stores/targets-{key}", shards)
+
+    def teacher_size(self, name: str) -> cache.Shape | None:
+        """What the size of a teacher's targets follows from; None where only loading it can tell."""
+        tokens = configuration.teacher_tokens(self.config, name)
+        shape = configuration.teacher_shape(self.config.teachers[name])
+        return cache.Shape(tokens[1], tokens[0], shape[1], shape[0]) if tokens and shape else None
+
+    def target_bytes(self, name: str, images: int, shape: cache.Shape | None = None) -> int | None:
+        """Bytes that a teacher's store takes for so many images; None where only loading the teacher can tell."""
+        shape, components = shape or self.teacher_size(name), self.config.teachers[name].pca
+        return None if shape is None else images * cache.bytes_per_image(self._held(name), shape, components)
+
+    def _held(self, name: str) -> Wanted:
+        return Wanted.read(self.targets[name].recipe)
+
+    def check_cache(self, images: int | None = None, shapes: dict[str, cache.Shape] | None = None) -> None:
+        """Refuse cached targets that take more disk than they may.
+
+        Args:
+            images: how many there are; None counts them.
+            shapes: of teachers that were loaded; the size of others is known by their name or not at all.
+
+        Raises:
+            ValueError: beyond `cache.max_bytes`; the message says what each teacher takes and what would fit.
+        """
+        if not self.targets:
+            return
+        images = image_count(self) if images is None else images
+        known = {name: (shapes or {}).get(name) or self.teacher_size(name) for name in self.targets}
+        taken = {name: self.target_bytes(name, images, shape) or 0 for name, shape in known.items()}
+        room = self.config.cache.max_bytes
+        if sum(taken.values()) <= room:
+            return
+        lines = [f"cache.max_bytes: {room} allows {cache.readable(room)}, but for {images:,} images"]
+        for name, size in taken.items():
+            setting, shape = self.config.teachers[name], known[name]
+            left = room - sum(taken.values()) + size
+            fits = shape and list(cache.fitting(self._held(name), shape, setting.pca, images, left))
+            lines.append(
+                f"teachers.{name}.cache: {setting.cache} takes {cache.readable(size)}; "
+                f"what would fit: {' or '.join(fits or ['cache: off'])}"
+            )
+        raise ValueError("\n".join(lines))
+
     # -- runs ----------------------------------------------------------------------------------------------------
 
     def _plan_runs(self) -> None:
@@ -240,6 +333,9 @@ class Plan:
     def _trajectory(self, run: str, seed: int, terms: dict[str, dict[str, Any]]) -> Trajectory:
         model = configuration.model_named(self.config, self.config.runs[run].model)
         named = {kind: {**term, "teacher": self.teacher_key(term["teacher"])} for kind, term in terms.items()}
+        # Where targets come from is no part of a name: on disk they are rounded, and that is all. Components are.
+        if "features" in terms and (components := self.config.teachers[terms["features"]["teacher"]].pca):
+            named["features"]["pca"] = components
         recipe = {
             "recipe": RECIPE,
             "latents": self.latents.key,
@@ -323,7 +419,8 @@ class Plan:
         active = {kind: term for kind, term in terms.items() if kind in recipe and recipe[kind]["active"][1] is None}
         missing = {s for s in self.cuts[state.trajectory] if s < state.step} - self.on_disk(state.trajectory)
         before = State(state.trajectory, max(missing)) if missing else None
-        return Segment(state, parent, None if before == parent else before, active, pieces)
+        cached = tuple(kind for kind, term in active.items() if self.config.teachers[term["teacher"]].caches(kind))
+        return Segment(state, parent, None if before == parent else before, active, pieces, cached)
 
     @functools.cache
     def on_disk(self, trajectory: str) -> frozenset[int]:
@@ -393,6 +490,23 @@ class Plan:
         scores = [row.evaluation.score for row in self.rows]
         grids = [row.evaluation.grid for row in self.rows if row.seed == self.config.runs[row.run].seed]
         return [*dict.fromkeys(scores + grids), self.floor]
+
+
+def image_count(plan: Plan) -> int:
+    """Images of the store, or, before there is one, of its source.
+
+    Raises:
+        ValueError: the source's folder is missing.
+    """
+    manifest = Path(plan.images.manifest)
+    if manifest.exists():
+        return artefact.read_json(manifest, "store")["count"]
+    if plan.config.images.source == "digits":
+        return 1797
+    path = Path(plan.config.images.path or "")
+    if not path.is_dir():
+        raise ValueError(f"images.path: {path}: no such folder")
+    return sum(1 for file in path.rglob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
 
 
 def _pretrained(part: Any) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from haste import artefact, journal
-from haste.plan import Evaluation, Plan, Segment
+from haste import journal
+from haste.cache import flops_per_image
+from haste.plan import Evaluation, Plan, Segment, image_count
 
 MB = 1e6
 # Share of bare matrix products that whole networks reach.
@@ -78,7 +79,7 @@ def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float,
         if lines:
             return steps * batch / lines[-1]["images_per_s"], True
     # One more third is the teacher's forward.
-    work = training_flops(recipe) * (4 / 3 if segment.terms else 1)
+    work = training_flops(recipe) * (4 / 3 if segment.teachers else 1)
     runtime = plan.config.runtime
     return steps * batch * work / (EFFICIENCY * flops * runtime.threads * runtime.processes), False
 
@@ -101,6 +102,7 @@ def stages(plan: Plan) -> tuple[list[Stage], bool]:
     closing = [plan.report_made, plan.floor, *(path for path in plan.shown if path.endswith("grid.png"))]
     found = [
         *_data_stages(plan),
+        *_target_stages(plan, flops),
         *training,
         _sampling_stage(plan, evaluations, flops),
         _stage("scores", [e.score for e in evaluations]),
@@ -115,7 +117,7 @@ def _stage(name: str, files: list[str], megabytes: float = 0.0) -> Stage:
 
 
 def _data_stages(plan: Plan) -> list[Stage]:
-    config, count = plan.config, _image_count(plan)
+    config, count = plan.config, image_count(plan)
     latent = 2 * config.autoencoder.channels * config.latent_size**2
     parts = [part for part in (plan.autoencoder, *plan.teachers.values(), plan.detector) if part]
     return [
@@ -127,6 +129,36 @@ def _data_stages(plan: Plan) -> list[Stage]:
         ),
         _stage("joins, reference", [plan.images.manifest, plan.latents.manifest, plan.reference.manifest]),
         _stage("small networks", [part.manifest for part in parts]),
+    ]
+
+
+def _target_stages(plan: Plan, flops: float) -> list[Stage]:
+    """What keeping targets of teachers on disk takes: the teacher's forward pass on every image, once.
+
+    A teacher of an unknown size adds neither time nor disk; `unknown_targets` names it.
+    """
+    count, left, jobs, megabytes, seconds = image_count(plan) if plan.targets else 0, 0, 0, 0.0, 0.0
+    for name, made in plan.targets.items():
+        todo = sum(not Path(file).exists() for file in made.shard_files)
+        shape = plan.teacher_size(name)
+        jobs, left = jobs + made.shards, left + todo
+        if shape:
+            megabytes += (plan.target_bytes(name, count) or 0) / MB * todo / made.shards
+            seconds += flops_per_image(shape) * count * todo / made.shards
+    seconds /= EFFICIENCY * flops * plan.config.runtime.threads
+    closing = [made.manifest for made in (*plan.pca.values(), *plan.targets.values())]
+    if not jobs:
+        return []
+    return [Stage("targets of teachers", jobs, left, seconds, megabytes), _stage("components, joins", closing)]
+
+
+def unknown_targets(plan: Plan) -> list[str]:
+    """One line for every cached teacher whose size only loading it can tell."""
+    return [
+        f"targets of {name} are not in these figures: how large they are is known when it is loaded. More than "
+        "cache.max_bytes is refused then, before any is written."
+        for name in plan.targets
+        if plan.teacher_size(name) is None
     ]
 
 
@@ -166,20 +198,13 @@ def state_megabytes(plan: Plan, segment: Segment) -> float:
     return kept * size * (4 * parameters(recipe) + 3 * projector) / MB
 
 
-def _image_count(plan: Plan) -> int:
-    manifest = Path(plan.images.manifest)
-    if manifest.exists():
-        return artefact.read_json(manifest, "store")["count"]
-    if plan.config.images.source == "digits":
-        return 1797
-    path = Path(plan.config.images.path or "")
-    if not path.is_dir():
-        raise ValueError(f"images.path: {path}: no such folder")
-    return sum(1 for file in path.rglob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-
-
 def print_plan(plan: Plan) -> None:
-    """Print jobs, time and disk by stage, shared trunks, and what in the configuration has no effect."""
+    """Print jobs, time and disk by stage, shared trunks, and what in the configuration has no effect.
+
+    Raises:
+        ValueError: more disk than the configuration allows itself.
+    """
+    plan.check_cache()
     found, measured = stages(plan)
     table = Table(title=f"{plan.config.name}: what a run of the workflow would do now")
     for column in ("stage", "jobs", "left", "time, one after another", "disk"):
@@ -202,7 +227,7 @@ def print_plan(plan: Plan) -> None:
         console.print(
             f"{how} Those of samples are computed. Preparing data and training the small networks is not in it."
         )
-    for line in shared_trunks(plan) + plan.notes:
+    for line in shared_trunks(plan) + unknown_targets(plan) + plan.notes:
         console.print(line, markup=False, highlight=False)
 
 

@@ -309,6 +309,7 @@ OTHER = {
     "teachers.NAME.trained.heads": 8,
     "teachers.NAME.trained.width": 128,
     "teachers.NAME.trained.patch": 8,
+    "teachers.NAME.cache": "features",
     "detector.NAME.trained.width": 64,
     "models.NAME.heads": 8,
     "models.NAME.width": 128,
@@ -341,7 +342,7 @@ OTHER = {
     "runs.NAME.stop.attention": 7,
 }
 # A key with one value, and one that changes only together with another.
-ONE_VALUE = {"alignments.NAME.features.similarity", "images.source"}
+ONE_VALUE = {"alignments.NAME.features.similarity", "images.source", "teachers.NAME.pca"}
 ORDER = ("images", "latents", "states", "samples", "scores")
 
 

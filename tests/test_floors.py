@@ -12,7 +12,7 @@ import haste
 ROOT = Path(haste.__file__).parent
 FLOORS = [
     {"artefact", "hub"},
-    {"config", "models", "diffusion", "align", "metrics", "journal"},
+    {"config", "models", "diffusion", "align", "metrics", "journal", "cache"},
     {"data", "teachers", "diagnose", "plan", "report"},
     {"train", "sample", "score", "exchange", "gather", "status"},
     {"cli"},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -33,12 +33,13 @@ class Batch:
     t: Tensor  # (B,) float32, uniform in [0, 1)
     labels: Tensor  # (B,) int64; `null_class` where the label is dropped
     images: Tensor | None  # (B, R, R, 3) uint8, only when a teacher looks at them
+    targets: Mapping[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)  # (teacher, field) -> (B, ...)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every tensor changed in the same way."""
-        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "step"}
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("step", "targets")}
         changed: dict[str, Any] = {name: None if x is None else change(x) for name, x in tensors.items()}
-        return Batch(self.step, **changed)
+        return Batch(self.step, **changed, targets={name: change(x) for name, x in self.targets.items()})
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; to a GPU from pinned memory, without waiting."""
@@ -63,6 +64,7 @@ class Batches:
         size: int,
         null_class: int,
         class_dropout: float,
+        targets: Mapping[str, tuple[Store, Sequence[str]]] | None = None,
     ):
         """
         Args:
@@ -72,15 +74,20 @@ class Batches:
             size: samples a batch, B.
             null_class: label that stands for "no label".
             class_dropout: share of the labels that are dropped, in [0, 1).
+            targets: teacher -> its store of targets, a row an image, and the fields to read.
 
         Raises:
-            ValueError: the latents were encoded from other images.
+            ValueError: the latents, or the targets, were made from other images.
         """
-        if images is not None and latents.manifest["images"] != images.identity:
-            raise ValueError(
-                f"{latents.folder}: encoded from images {latents.manifest['images'][:12]}, "
-                f"but {images.folder} holds {images.identity[:12]}"
-            )
+        self.targets = dict(targets or {})
+        others = [(images.identity, images)] if images is not None else []
+        others += [(store.manifest["images"], store) for store, _ in self.targets.values()]
+        for identity, other in others:
+            if latents.manifest["images"] != identity:
+                raise ValueError(
+                    f"{latents.folder}: encoded from images {latents.manifest['images'][:12]}, "
+                    f"but {other.folder} holds {identity[:12]}"
+                )
         self.latents, self.images = latents, images
         self.seed, self.size = seed, size
         self.null_class, self.class_dropout = null_class, class_dropout
@@ -108,6 +115,11 @@ class Batches:
             t=torch.from_numpy(order.uniforms(self.seed, "time", step, visits).astype(np.float32)),
             labels=torch.from_numpy(np.where(dropped, self.null_class, labels)),
             images=None if self.images is None else torch.from_numpy(self.images.read("image", chosen)),
+            targets={
+                (name, field): torch.from_numpy(store.read(field, chosen))
+                for name, (store, fields) in self.targets.items()
+                for field in fields
+            },
         )
 
     def ahead(

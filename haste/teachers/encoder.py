@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from haste import artefact, hub
+from haste.teachers.targets import TeacherTargets
 
 DESCRIPTION, WEIGHTS = "part.json", "model.safetensors"
 
@@ -70,19 +71,6 @@ REFUSED = {
     "swin": "it attends within shifted windows and merges tokens, so it has no attention between all patches to align",
     "convnext": "it is a convolutional network, without attention to align and with features on a coarse grid",
 }
-
-
-@dataclass(frozen=True)
-class TeacherTargets:
-    """What a student is aligned with.
-
-    features: (B, N, D), or None if not asked for; attention: layer -> (queries, keys), each (B, H, N, K) as they enter
-    the scaled dot product (after their normalisation if there is one, before the scale); grid: (h, w), h x w = N.
-    """
-
-    features: Tensor | None
-    attention: dict[int, tuple[Tensor, Tensor]]
-    grid: tuple[int, int]
 
 
 class Teacher:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +26,8 @@ from haste.plan import STATE_NAME, Plan, Segment, State
 from haste.train import state as states
 from haste.train.distributed import WARM_UPS, Group, enough_memory, joined, wrap
 from haste.train.step import Objective, look, total_loss, update
+from haste.train.targets import Cached, load_teacher
 from haste.train.trackers import open_tracker
-
-if TYPE_CHECKING:
-    from haste.teachers.encoder import Teacher
 
 log = logging.getLogger("haste.train")
 
@@ -126,15 +124,23 @@ class _Training:
         self.recipe, self.runtime = self.trajectory.recipe, plan.config.runtime
         self.settings = self.recipe["training"]
         self.folder = Path(plan.path(segment.state)).parent
+        self.changes: list[str] = []  # what was done in another way further back, equal but for rounding
         self.parts = group.rows(self.settings["batch"], self.runtime.accumulate)
         self.teachers = {
-            name: _teacher(plan, name).to(group.device, self._teacher_dtype()) for name in segment.teachers
+            name: load_teacher(plan, name).to(group.device, self._teacher_dtype()) for name in segment.teachers
         }
+        self.cached = Cached(plan, segment)
+        self.online = {kind: term for kind, term in segment.terms.items() if kind not in segment.cached}
         self.batches = self._batches()
         self.inputs = {"latents": self.batches.latents.identity}
         for kind, term in segment.terms.items():  # by term: what a configuration calls a teacher is its own affair
-            self.inputs[f"teacher of {kind}"] = self.teachers[term["teacher"]].identity
+            name = term["teacher"]
+            own = kind in self.online
+            self.inputs |= (
+                {f"teacher of {kind}": self.teachers[name].identity} if own else self.cached.inputs(name, kind)
+            )
         widths = {name: teacher.width for name, teacher in self.teachers.items()}
+        widths |= {name: width for name in segment.targets if (width := self.cached.width(name))}
         self.learner = states.new_learner(self.recipe, segment.terms, widths, group.device)
         model = self.learner.model
         model.checkpoint_blocks = self.runtime.checkpoint_blocks
@@ -173,6 +179,7 @@ class _Training:
             size=self.settings["batch"],
             null_class=self.recipe["classes"],
             class_dropout=self.settings["class_dropout"],
+            targets={name: (store, self.cached.fields[name]) for name, store in self.cached.stores.items()},
         )
 
     def run(self) -> None:
@@ -230,7 +237,8 @@ class _Training:
             wait = number < len(parts) and isinstance(self.wrapped, DistributedDataParallel)
             with self.wrapped.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
                 with self._precision():
-                    targets = look(self.teachers, self.segment.terms, part.images)
+                    seen = look(self.teachers, self.online, part.images)
+                    targets = self.cached.with_stored(seen, part.targets)
                     found = self.wrapped(part, targets)
                 loss = total_loss(found, self.segment.terms) / len(parts)
                 self.learner.scaler.scale(loss).backward()
@@ -260,7 +268,16 @@ class _Training:
         header = {"key": self.trajectory.key, "trajectory": self.trajectory.name, "recipe": self.recipe, "step": step}
         provenance = artefact.provenance(key=self.trajectory.key, inputs=self.inputs)
         provenance |= {"processes": self.group.size, "accumulate": self.runtime.accumulate}
+        provenance |= {"targets": self._sources(), "changes": self.changes}
         states.save(path, self.learner, {**header, "inputs": self.inputs, "provenance": provenance})
+
+    def _sources(self) -> dict[str, str]:
+        """Term -> where its targets come from: asked `online`, or the identity of the store that they are read from."""
+        stores = self.cached.stores
+        return {
+            kind: "online" if kind in self.online else f"cached, {stores[term['teacher']].identity}"
+            for kind, term in self.segment.terms.items()
+        }
 
     def _resume(self) -> int:
         """Load the newest valid state on the way and return its step; 0 if training begins."""
@@ -300,15 +317,16 @@ class _Training:
             log.warning("%s was made by other code (%s)", path, made["code"])
         if made.get("processes", 1) != self.group.size:
             log.warning("%s was made by %d processes, going on with %d", path, made["processes"], self.group.size)
+        self._note_changes(header, path)
         states.restore(self.learner, tensors, path)
 
-
-def _teacher(plan: Plan, name: str) -> Teacher:
-    from haste.teachers.encoder import Teacher  # after the last stop not even timm is imported
-
-    part = plan.teachers[name]
-    if part is not None:
-        return Teacher.load(part.folder)
-    spec = plan.config.teachers[name].pretrained
-    assert spec is not None
-    return Teacher.load(spec.name, resolution=plan.config.images.resolution, weights=spec.weights)
+    def _note_changes(self, header: Mapping[str, Any], path: Path) -> None:
+        """Put on record, for good, that from a step on targets come from elsewhere: equal but for their rounding."""
+        made = header["provenance"]
+        self.changes = list(made.get("changes", []))
+        for kind, now in self._sources().items():
+            first = "online" if f"teacher of {kind}" in header["inputs"] else now
+            if (was := made.get("targets", {}).get(kind, first)) != now:
+                was, now = (source[:20] for source in (was, now))
+                self.changes.append(f"step {header['step']}: targets of {kind}: {was} before, {now} from here on")
+                log.warning("%s: its targets of %s were %s, going on with %s", path, kind, was, now)

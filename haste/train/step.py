@@ -18,7 +18,8 @@ from haste.diffusion.paths import PATHS, interpolate, timestep_uniform
 from haste.train.state import Learner
 
 if TYPE_CHECKING:
-    from haste.teachers.encoder import Teacher, TeacherTargets
+    from haste.teachers.encoder import Teacher
+    from haste.teachers.targets import TeacherTargets
 
 Terms = Mapping[str, Mapping[str, Any]]
 
@@ -34,7 +35,7 @@ def taps_of(terms: Terms) -> set[str]:
 
 
 def look(teachers: Mapping[str, Teacher], terms: Terms, images: Tensor | None) -> dict[str, TeacherTargets]:
-    """What each teacher says of the clean images, asked once for all the terms that it serves."""
+    """What each teacher says of the clean images, asked once for all of these terms that it serves."""
     seen: dict[str, TeacherTargets] = {}
     if images is None:
         assert not teachers
@@ -68,7 +69,7 @@ class Objective(nn.Module):
 
         Args:
             batch: see `Batch`.
-            targets: `look` at the batch's images.
+            targets: `look` at the batch's images, or what lies on disk of them.
         """
         dtype = next(self.model.parameters()).dtype
         z = draw(batch.moments, batch.draw, self.scale, self.shift).to(dtype)

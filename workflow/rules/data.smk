@@ -62,3 +62,46 @@ rule latents_join:
     log: log_of("latents-join")
     benchmark: time_of("latents-join")
     shell: "haste latents -c {CONFIG:q} --join > {log:q} 2>&1"
+
+
+# Targets of teachers that are cached: components where they are asked for, then shards, then the manifest.
+
+def teacher_of(made):
+    return lambda wildcards: next(name for name, artefact in made.items() if artefact.key == wildcards.key)
+
+def looks(wildcards):
+    """What a teacher needs that looks at all images, and its components."""
+    name = teacher_of(plan.targets)(wildcards)
+    parts = [part for part in (plan.teachers[name], plan.pca.get(name)) if part]
+    return [plan.images.manifest, *(part.manifest for part in parts)]
+
+
+rule pca:
+    input:
+        ancient(plan.images.manifest),
+        ancient(lambda wildcards: [p.manifest for p in [plan.teachers[teacher_of(plan.pca)(wildcards)]] if p]),
+    output: f"{plan.root}/parts/pca-{{key}}/part.json"
+    log: log_of("pca-{key}")
+    benchmark: time_of("pca-{key}")
+    threads: THREADS
+    params: name=teacher_of(plan.pca)
+    shell: "haste targets {params.name:q} -c {CONFIG:q} --fit > {log:q} 2>&1"
+
+
+rule targets:
+    input: ancient(looks)
+    output: f"{plan.root}/stores/targets-{{key}}/shard-{{shard}}-of-{{shards}}.h5"
+    log: log_of("targets-{key}-{shard}-of-{shards}")
+    benchmark: time_of("targets-{key}-{shard}-of-{shards}")
+    threads: THREADS
+    params: name=teacher_of(plan.targets)
+    shell: "haste targets {params.name:q} -c {CONFIG:q} --shard $((10#{wildcards.shard})) > {log:q} 2>&1"
+
+
+rule targets_join:
+    input: ancient(plan.images.manifest), ancient(lambda wildcards: plan.targets[teacher_of(plan.targets)(wildcards)].shard_files)
+    output: f"{plan.root}/stores/targets-{{key}}/manifest.json"
+    log: log_of("targets-{key}-join")
+    benchmark: time_of("targets-{key}-join")
+    params: name=teacher_of(plan.targets)
+    shell: "haste targets {params.name:q} -c {CONFIG:q} --join > {log:q} 2>&1"

@@ -2,7 +2,8 @@
 
 
 def before(wildcards):
-    """What a segment starts from: the parent state, the latents and, while it aligns, images and teachers.
+    """What a segment starts from: the parent state, the latents and, while it aligns, images and teachers
+    or their targets on disk.
 
     A finished state starts from nothing: else a milestone put in before it, which then is its parent, would be a
     reason to make it again (ancient() holds only for files that exist).
@@ -16,7 +17,8 @@ def before(wildcards):
         files.append(plan.path(segment.parent))
     if segment.after:
         files.append(plan.path(segment.after))
-    if segment.terms:
+    files += [plan.targets[name].manifest for name in segment.targets]
+    if segment.teachers:
         files.append(plan.images.manifest)
         files += [plan.teachers[name].manifest for name in segment.teachers if plan.teachers[name]]
     return files

@@ -1,0 +1,123 @@
+"""Rows of teacher targets: what is in them, how large they are, and the components of features."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from sklearn import decomposition
+from timm.models.vision_transformer import VisionTransformer
+
+from haste import config
+from haste.cache import Shape, Wanted, bytes_per_image
+from haste.teachers import cache
+from haste.teachers.encoder import PRETRAINED, Teacher
+
+TEACHER_LAYERS = Wanted(features=True, attention=((0, 1), (2, 3)))
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(3)
+    network = VisionTransformer(img_size=8, patch_size=4, embed_dim=12, depth=3, num_heads=3, num_classes=0)
+    return Teacher(network, identity="abc", norm=((0.5,) * 3, (0.5,) * 3))
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.from_numpy(np.random.default_rng(5).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8))
+
+
+def features_of(seed, *shape):
+    """Features with directions of very different variance, not centred."""
+    draw = np.random.default_rng(seed)
+    mixed = draw.standard_normal(shape) @ np.diag(2.0 ** -np.arange(shape[-1])) @ draw.standard_normal((shape[-1],) * 2)
+    return torch.from_numpy(mixed + draw.standard_normal(shape[-1])).float()
+
+
+def test_rows_are_what_the_teacher_says_to_half_precision_and_as_large_as_planned(teacher, images):
+    layout = cache.layout(teacher, TEACHER_LAYERS, None)
+    rows = cache.rows(teacher, images, TEACHER_LAYERS, None, first=0)
+    assert {name: (value.shape[1:], value.dtype.name) for name, value in rows.items()} == layout
+    assert sum(value[0].nbytes for value in rows.values()) == bytes_per_image(
+        TEACHER_LAYERS, cache.shape_of(teacher), None
+    )
+    said = teacher(images, features=True, attention=[0, 2])
+    stored = cache.targets({name: torch.from_numpy(value) for name, value in rows.items()}, teacher.grid)
+    half = {"rtol": 2.0**-11, "atol": 1e-7, "check_dtype": False}
+    torch.testing.assert_close(stored.features, said.features, **half)
+    for layer, heads in TEACHER_LAYERS.attention:
+        for found, expected in zip(stored.attention[layer], said.attention[layer], strict=True):
+            torch.testing.assert_close(found, expected[:, :heads], **half)
+    assert stored.grid == said.grid
+
+
+def test_a_target_beyond_half_precision_is_refused_with_its_image(teacher, images):
+    loud = Teacher(teacher.network, identity="abc", norm=((0.5,) * 3, (0.5,) * 3))
+    call = loud._look
+
+    def shout(shown, features, attention):
+        seen = call(shown, features, attention)
+        seen.attention[2][1][4] *= 1e9
+        return seen
+
+    loud._look = shout
+    with pytest.raises(ValueError, match=r"keys\.2 of image 104 are not finite in float16"):
+        cache.rows(loud, images, TEACHER_LAYERS, None, first=100)
+
+
+def test_components_are_those_of_scikit_learn_with_signs_of_our_own():
+    features = features_of(1, 40, 5, 7)
+    basis, explained = cache.fit_pca(features.split(9), 3)
+    oracle = decomposition.PCA(3, svd_solver="full").fit(features.flatten(0, 1).double().numpy())
+    np.testing.assert_allclose(basis.mean, oracle.mean_, rtol=1e-5, atol=1e-6)
+    assert explained == pytest.approx(oracle.explained_variance_ratio_.sum(), rel=1e-5)
+    signs = np.sign((basis.components.numpy() * oracle.components_).sum(1, keepdims=True))
+    np.testing.assert_allclose(basis.components, signs * oracle.components_, atol=1e-4)
+    assert all(row[row.abs().argmax()] > 0 for row in basis.components)
+    expected = signs.T * oracle.transform(features[0].double().numpy())
+    np.testing.assert_allclose(basis.project(features[:1])[0], expected, atol=1e-3)
+
+
+def test_components_do_not_depend_on_how_the_images_are_cut_into_batches():
+    features = features_of(2, 30, 4, 6)
+    whole, cut = (cache.fit_pca(features.split(size), 4)[0] for size in (30, 7))
+    torch.testing.assert_close(whole.components, cut.components, atol=1e-6, rtol=0)
+
+
+def test_components_are_read_back_and_a_changed_file_is_refused(tmp_path):
+    basis, explained = cache.fit_pca([features_of(3, 9, 4, 6)], 2)
+    cache.write_pca(tmp_path / "pca", basis, explained, {"name": "x"})
+    found = cache.PCA.load(tmp_path / "pca")
+    assert torch.equal(found.components, basis.components) and found.identity == basis.identity
+    path = tmp_path / "pca" / cache.BASIS
+    path.write_bytes(path.read_bytes()[:-4] + b"\1\2\3\4")
+    with pytest.raises(ValueError, match=r"basis\.safetensors: found components \w+, expected \w+"):
+        cache.PCA.load(tmp_path / "pca")
+    path.write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match=r"basis\.safetensors: expected principal components"):
+        cache.PCA.load(tmp_path / "pca")
+
+
+def test_more_components_than_features_are_wide_are_refused():
+    with pytest.raises(ValueError, match="9 asked for, but features have a width of 6"):
+        cache.fit_pca([features_of(3, 9, 4, 6)], 9)
+
+
+@pytest.mark.parametrize("name", config.TEACHERS)
+def test_the_sizes_that_the_plan_reckons_with_are_those_of_the_networks(name):
+    spec = PRETRAINED[name]
+    with torch.device("meta"):
+        network = timm.create_model(spec.timm, img_size=spec.size, num_classes=0)
+    width, side = config.TEACHER_TOKENS[name]
+    assert (network.embed_dim, network.patch_embed.grid_size) == (width, (side, side))
+    assert config.TEACHERS[name] == (len(network.blocks), network.blocks[0].attn.num_heads)
+
+
+def test_imagenet_takes_what_arithmetic_says():
+    """1.28 M images, DINOv2-B, fp16: 0.5 TB of features; 4 TB of queries and keys of four layers and 12 heads."""
+    shape = Shape(tokens=256, width=768, heads=12, depth=12)
+    images = 1_281_167
+    assert images * bytes_per_image(Wanted(features=True), shape, None) == pytest.approx(0.504e12, rel=1e-3)
+    four = Wanted(attention=tuple((layer, 12) for layer in (8, 9, 10, 11)))
+    assert images * bytes_per_image(four, shape, None) == pytest.approx(4.03e12, rel=1e-3)
+    assert images * bytes_per_image(Wanted(features=True), shape, 96) == pytest.approx(0.063e12, rel=1e-2)
