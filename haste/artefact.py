@@ -27,7 +27,7 @@ from typing import Any
 SCHEMA = 1
 # Ours, and the file of six random characters that safetensors writes to before it renames it to ours.
 _LEFT_BEHIND = (".*.part", ".tmp??????")
-LIBRARIES = ("torch", "timm", "diffusers", "torch-fidelity", "numpy", "h5py", "snakemake", "safetensors")
+LIBRARIES = ("torch", "timm", "diffusers", "torch-fidelity", "torchdiffeq", "numpy", "h5py", "snakemake", "safetensors")
 
 
 def canonical(obj: Any) -> str:

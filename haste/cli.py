@@ -369,7 +369,7 @@ def _check_same_latents(plan: Plan, header: dict[str, Any], manifest: dict[str, 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from haste import artefact
-    from haste.data import store
+    from haste.data import drawn, store
     from haste.diffusion.samplers import nfe
     from haste.score import score
 
@@ -380,10 +380,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     provenance = artefact.provenance(key=features.key, recipe=features.recipe)
     store.join(features.folder, kind="features", splits={}, provenance=provenance, **common)
     state, sampling = evaluation.state, evaluation.sampling
+    counted = drawn.mean_nfe([evaluation.sample_file(shard) for shard in range(features.shards)])
     about = {
         "state": {"trajectory": state.trajectory, "step": state.step, "file": plan.path(state)},
         "sampling": {**sampling.model_dump(), "name": evaluation.sampling_name, "weights": "ema"},
-        "nfe": nfe(sampling.sampler, sampling.steps),
+        "nfe": nfe(sampling.sampler, sampling.steps) if counted is None else counted,
     }
     path = Path(evaluation.score)
     score(_open(features), _open(plan.reference), detector=made.name, about=about, key=path.stem, path=path)

@@ -53,6 +53,29 @@ Share = Annotated[Float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what every generator takes, and a 64-bit integer holds
 
 
+class _Mark:
+    """Says of a key how it enters a recipe; see `decides`."""
+
+
+LATER = _Mark()  # younger than results that people have: at its default it stays out, and their names stay
+LABEL = _Mark()  # decides nothing by itself
+
+
+def decides(kind: type[Strict], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a section enters a recipe, by the marks of its keys.
+
+    Args:
+        kind: the section's schema.
+        values: the section as plain data; keys that the schema does not know are kept.
+    """
+    kept = dict(values)
+    for name, field in kind.model_fields.items():
+        default = field.default.model_dump() if isinstance(field.default, Strict) else field.default
+        if name in kept and (LABEL in field.metadata or (LATER in field.metadata and kept[name] == default)):
+            del kept[name]
+    return kept
+
+
 class Images(Strict):
     """Where the images come from and how they are prepared."""
 
@@ -278,17 +301,42 @@ class Runtime(Strict):
     sample_batch: Positive = 256
 
 
+# What the papers' tables are sampled with (REPA; HASTE). Keys beside `preset` win.
+PRESETS: dict[str, dict[str, Any]] = {
+    "sde-250": {"sampler": "euler-maruyama", "steps": 250},
+    "ode-50": {"sampler": "euler", "steps": 50},
+    "heun-125": {"sampler": "heun", "steps": 125},
+}
+# dopri5 as SiT runs it.
+_TOLERANCES = {"rtol": 1e-3, "atol": 1e-6}
+
+
 class Sampling(Strict):
     """One way to draw samples from a state."""
 
-    sampler: Literal["euler", "heun", "euler-maruyama"] = "euler-maruyama"
-    steps: Positive = 250
+    preset: Annotated[Literal["sde-250", "ode-50", "heun-125"] | None, LABEL] = None
+    sampler: Literal["euler", "heun", "euler-maruyama", "dopri5"] = "euler-maruyama"
+    steps: Positive | None = 250
+    rtol: Annotated[Rate | None, LATER] = None
+    atol: Annotated[Rate | None, LATER] = None
     guidance: Annotated[Float, Field(ge=0)] = 1.0
     interval: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.0, 1.0]
+    guided_channels: Annotated[Literal["all", 3], LATER] = "all"
     count: Annotated[int, Field(ge=4)] = 50_000  # precision and recall look at 3 neighbours of each
     labels: Literal["random", "balanced"] = "random"
     pixels: Literal["truncate", "round"] = "truncate"
     seed: Seed = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        """Lay the preset under the keys; dopri5 has tolerances in the place of steps."""
+        if not isinstance(given, dict):
+            return given
+        preset = given.get("preset")
+        known = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        adaptive = {"steps": None, **_TOLERANCES} if given.get("sampler") == "dopri5" else {}
+        return {**known, **adaptive, **given}
 
     @model_validator(mode="after")
     def _ordered(self) -> Sampling:
@@ -298,8 +346,19 @@ class Sampling(Strict):
 
     @model_validator(mode="after")
     def _enough_steps(self) -> Sampling:
-        if self.sampler == "euler-maruyama" and self.steps < 2:
+        if self.sampler == "euler-maruyama" and self.steps is not None and self.steps < 2:
             raise ValueError(f"steps {self.steps} is too few for euler-maruyama, expected at least 2")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_or_tolerances(self) -> Sampling:
+        tolerances = {"rtol": self.rtol, "atol": self.atol}
+        if self.sampler == "dopri5" and (self.steps is not None or None in tolerances.values()):
+            raise ValueError(
+                f"dopri5 chooses its own steps within rtol and atol, found steps {self.steps} and {tolerances}"
+            )
+        if self.sampler != "dopri5" and (self.steps is None or any(tolerances.values())):
+            raise ValueError(f"{self.sampler} needs steps and takes no tolerances, found {self.steps} and {tolerances}")
         return self
 
 
@@ -349,7 +408,7 @@ class Config(Strict):
     alignments: dict[str, Alignment] = {}
     training: Training = Training()
     runtime: Runtime = Runtime()
-    sampling: dict[str, Sampling]
+    sampling: dict[str, Sampling] = {}
     defaults: dict[str, Any] = {}
     runs: Annotated[dict[str, Run], Field(min_length=1)]
 
@@ -509,16 +568,34 @@ def resolve(raw: Mapping[str, Any]) -> Config:
             if isinstance(row or {}, dict)
         }
         raw = {**raw, "defaults": {}, "runs": {**raw["runs"], **rows}}
+    raw = _with_presets(raw)
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise ValueError("\n".join(_explain(fault) for fault in error.errors())) from None
     faults = _faults_of_data(config) + _faults_of_models(config) + _faults_of_teachers(config)
+    faults += _faults_of_sampling(config)
     faults += [fault for name in config.alignments for fault in _faults_of_alignment(config, name)]
     faults += [fault for name in config.runs for fault in _faults_of_run(config, name)]
     if faults:
         raise ValueError("\n".join(dict.fromkeys(faults)))  # runs that share a faulty alignment tell it once
     return config
+
+
+def _with_presets(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Define the presets that rows name and nothing defines; an entry of a preset's name is laid over it."""
+    sampling = raw.get("sampling", {})
+    rows = raw.get("runs")
+    if not isinstance(sampling, dict) or not isinstance(rows, dict):
+        return raw
+    lists = [row.get("sampling") for row in rows.values() if isinstance(row, dict)]
+    used = {name for asked in lists if isinstance(asked, list) for name in asked if isinstance(name, str)}
+    found = {name: {"preset": name} for name in PRESETS if name in used}
+    found |= {
+        name: {"preset": name, **(entry or {})} if name in PRESETS and isinstance(entry or {}, dict) else entry
+        for name, entry in sampling.items()
+    }
+    return {**raw, "sampling": found} if found else raw
 
 
 def _over(defaults: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
@@ -649,6 +726,16 @@ def _size(model: Model) -> str:
     return ", ".join(f"{key} {value}" for key, value in model.model_dump().items())
 
 
+def _faults_of_sampling(config: Config) -> list[str]:
+    """A preset's name stands for its solver everywhere."""
+    return [
+        f"sampling.{name}.{key}: {getattr(way, key)}, but the preset {name} has {value}; expected another name"
+        for name, way in config.sampling.items()
+        for key, value in PRESETS.get(name, {}).items()
+        if getattr(way, key) != value
+    ]
+
+
 def _faults_of_teachers(config: Config) -> list[str]:
     faults, resolution = [], config.images.resolution
     for name, teacher in config.teachers.items():
@@ -713,7 +800,7 @@ def _faults_of_run(config: Config, name: str) -> list[str]:
         if getattr(run, key) not in names
     ]
     faults += [
-        f"{where}.sampling: nothing is called {s!r}{_nearest(s, config.sampling)}"
+        f"{where}.sampling: nothing is called {s!r}{_nearest(s, {*config.sampling, *PRESETS})}"
         for s in run.sampling
         if s not in config.sampling
     ]

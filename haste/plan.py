@@ -445,7 +445,8 @@ class Plan:
     def _evaluation(self, state: State, name: str) -> Evaluation:
         sampling = self.config.sampling[name]
         decoder = self.autoencoder.key if self.autoencoder else self.decoder
-        recipe = {"recipe": RECIPE, "state": str(state), "sampling": sampling.model_dump(), "decoder": decoder}
+        settings = configuration.decides(Sampling, sampling.model_dump())
+        recipe = {"recipe": RECIPE, "state": str(state), "sampling": settings, "decoder": decoder}
         draw = f"{state.trajectory}.{state.step:08d}.{fingerprint(recipe, 8)}"
         features = self._features(draw, draw, self.config.runtime.sample_shards)
         score = f"{self.root}/scores/{draw}.{fingerprint([features.key, self.reference.key], 8)}.json"

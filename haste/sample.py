@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from haste import artefact
 from haste.config import Sampling
-from haste.data import order
+from haste.data import drawn, order
 from haste.data.latents import Autoencoder, to_pixels
 from haste.data.store import Store, shard_range, write_shard
 from haste.diffusion.guidance import guided
 from haste.diffusion.paths import PATHS
-from haste.diffusion.samplers import SAMPLERS
+from haste.diffusion.samplers import SAMPLERS, Counted
 from haste.journal import clock
 from haste.metrics.detectors import Detector
 from haste.models.sit import SiT
@@ -49,36 +49,48 @@ class Painter:
         drawn = order.uniforms(self.sampling.seed, "sample label", 0, indices)
         return np.minimum((drawn * classes).astype(np.int64), classes - 1)
 
-    @torch.inference_mode()
     def paint(self, indices: range) -> tuple[np.ndarray, np.ndarray]:
         """Images (B, R, R, 3) uint8 and their labels (B,) int64."""
+        found = self.draw(indices)
+        return found["image"], found["label"]
+
+    @torch.inference_mode()
+    def draw(self, indices: range, told: Callable[[float], None] = lambda share: None) -> dict[str, np.ndarray]:
+        """Images as `paint` gives them, under `image`, their `label`, and `nfe`: evaluations of each, (B,) int64.
+
+        A guided evaluation counts once. `told` hears the share of the work that is done, before every evaluation.
+        """
         sampling, seed = self.sampling, self.sampling.seed
         shape = (self.model.in_channels, self.model.input_size, self.model.input_size)
-        labels = self.labels(indices)
-        velocity = guided(
+        labels, device = self.labels(indices), next(self.model.parameters()).device
+        counts = torch.zeros(len(indices), dtype=torch.int64)
+        field = guided(
             self._velocity,
-            torch.from_numpy(labels),
+            torch.from_numpy(labels).to(device),
             self.model.null_class,
             sampling.guidance,
             (sampling.interval[0], sampling.interval[1]),
+            None if sampling.guided_channels == "all" else sampling.guided_channels,
         )
-        x = torch.from_numpy(order.normals(seed, "sample start", 0, indices, shape))
-        sampler = SAMPLERS[sampling.sampler]
-        if sampler.stochastic:
-            x = sampler.run(
-                velocity,
-                x,
-                sampling.steps,
-                lambda step: torch.from_numpy(order.normals(seed, "sample noise", step, indices, shape)),
-                PATHS[self.path],
-            )
+        velocity = Counted(field, counts, told)
+
+        def normals(purpose: str, step: int) -> Tensor:
+            return torch.from_numpy(order.normals(seed, purpose, step, indices, shape)).to(device)
+
+        x, sampler = normals("sample start", 0), SAMPLERS[sampling.sampler]
+        if sampler.evaluations is None:
+            x = sampler.run(velocity, x, sampling.rtol, sampling.atol)
+        elif sampler.stochastic:
+            x = sampler.run(velocity, x, sampling.steps, lambda i: normals("sample noise", i), PATHS[self.path])
         else:
             x = sampler.run(velocity, x, sampling.steps)
         decoded = self.autoencoder.decode(x.float(), scale=self.scale, shift=self.shift)
-        return to_pixels(decoded, sampling.pixels).numpy(), labels
+        image = to_pixels(decoded, sampling.pixels).cpu().numpy()
+        return {"image": image, "label": labels, "nfe": counts.numpy()}
 
     def _velocity(self, x: Tensor, t: float, labels: Tensor) -> Tensor:
-        return self.model(x.float(), torch.full((len(x),), t, dtype=torch.float32), labels)[0]
+        time = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
+        return self.model(x.float(), time, labels)[0]
 
 
 def draw_shard(
@@ -96,6 +108,9 @@ def draw_shard(
 ) -> None:
     """Draw one shard: ADM's .npz (`arr_0` uint8 NHWC, `arr_1` labels) and the features store's shard, in one pass.
 
+    Batches are kept as they are drawn: after a kill the same call draws only what is missing, to the same bits.
+    Beside ADM's arrays the .npz has `nfe`, the evaluations of each sample, and `haste`, how it was made.
+
     Args:
         painter: what draws.
         detector: what looks at the images.
@@ -110,14 +125,18 @@ def draw_shard(
     """
     started, total = time.monotonic(), painter.sampling.count
     indices = shard_range(total, shard, shards)
-    images, labels = [], []
+    aside, watch = drawn.folder_of(samples), _Watch(f"shard {shard} of {shards}", len(indices))
+    source = {name: inputs[name] for name in ("weights", "autoencoder")}
+    made: list[dict[str, np.ndarray]] = []
+
+    def draw(rows: range) -> dict[str, np.ndarray]:
+        return painter.draw(rows, lambda share: watch(share * len(rows)))
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
-        for low in range(0, len(indices), batch):
-            pictures, asked = painter.paint(indices[low : low + batch])
-            images.append(pictures)
-            labels.append(asked)
-            yield _seen(detector, pictures, asked)
+        for found, new in drawn.drawn(aside, indices, batch, source, draw):
+            made.append(found)
+            watch.finished(len(found["label"]), new)
+            yield _seen(detector, found["image"], found["label"])
 
     write_shard(
         features,
@@ -131,18 +150,51 @@ def draw_shard(
         batches=batches(),
         provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
         facts={"detector": detector.identity, **inputs},
-        progress=lambda done, count: _show(shard, shards, done, count, time.monotonic() - started),
     )
     side = painter.autoencoder.factor * painter.model.input_size
+    images = np.concatenate([np.zeros((0, side, side, 3), np.uint8), *(found["image"] for found in made)])
+    labels, counts = (
+        np.concatenate([np.zeros(0, np.int64), *(found[name] for found in made)]) for name in ("label", "nfe")
+    )
     header = {"schema": artefact.SCHEMA, "kind": "samples", "classes": painter.model.null_class}
+    header |= {"nfe": float(counts.mean()) if len(counts) else None}
     header |= artefact.provenance(key=key, recipe=recipe, inputs=inputs, seconds=time.monotonic() - started)
-    with artefact.replacing(samples) as aside, open(aside, "wb") as file:
-        np.savez(
-            file,
-            arr_0=np.concatenate([np.zeros((0, side, side, 3), np.uint8), *images]),
-            arr_1=np.concatenate([np.zeros(0, np.int64), *labels]),
-            haste=np.array(artefact.canonical(header)),
-        )
+    with artefact.replacing(samples) as part, open(part, "wb") as file:
+        np.savez(file, arr_0=images, arr_1=labels, nfe=counts, haste=np.array(artefact.canonical(header)))
+    drawn.forget(aside)
+
+
+class _Watch:
+    """Shows how far a shard is, with rate and time to go, at most every `PAUSE` seconds and at its end."""
+
+    PAUSE = 10.0
+
+    def __init__(self, name: str, count: int):
+        self.name, self.count = name, count
+        self.done, self.kept = 0, 0
+        self.started = self.shown = time.monotonic()
+
+    def __call__(self, begun: float) -> None:
+        """So many samples' worth of work is done on the batch that is being drawn."""
+        if time.monotonic() - self.shown >= self.PAUSE:
+            self._show(self.done + begun)
+
+    def finished(self, samples: int, new: bool) -> None:
+        """A batch is drawn, or was found."""
+        self.done += samples
+        self.kept += 0 if new else samples
+        if self.done == self.count:
+            self._show(self.done)
+        else:
+            self(0.0)
+
+    def _show(self, done: float) -> None:
+        self.shown = time.monotonic()
+        rate = (done - self.kept) / max(self.shown - self.started, 1e-9)
+        to_go = clock((self.count - done) / rate) if rate else "?"
+        kept = f" ({self.kept} kept from before)" if self.kept else ""
+        words = f"{done:.0f}/{self.count} images{kept}  {rate:.1f} images/s  {to_go} to go"
+        log.info("%s: %s", self.name, words)
 
 
 def _seen(detector: Detector, images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -153,11 +205,6 @@ def _seen(detector: Detector, images: np.ndarray, labels: np.ndarray) -> dict[st
 
 def _fields(detector: Detector) -> dict[str, tuple[tuple[int, ...], str]]:
     return {**{name: ((width,), "float32") for name, width in detector.outputs.items()}, "label": ((), "int64")}
-
-
-def _show(shard: int, shards: int, done: int, count: int, seconds: float) -> None:
-    to_go = clock(seconds / done * (count - done)) if done else "?"
-    log.info("shard %d of %d: %d/%d images  %.1f images/s  %s to go", shard, shards, done, count, done / seconds, to_go)
 
 
 def reference_shard(

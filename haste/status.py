@@ -18,6 +18,8 @@ from haste.plan import Evaluation, Plan, Segment, image_count
 MB = 1e6
 # Share of bare matrix products that whole networks reach.
 EFFICIENCY = 0.5
+# Evaluations that an adaptive sampler is taken to need: how many it does is known when it has drawn.
+ADAPTIVE_STEPS = 100
 
 
 def parameters(recipe: dict[str, Any]) -> int:
@@ -87,7 +89,8 @@ def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float,
 def sampling_seconds(plan: Plan, evaluation: Evaluation, flops: float) -> float:
     """Seconds that one shard of samples will take, computed: a forward pass an evaluation, two where it is guided."""
     sampling, recipe = evaluation.sampling, plan.trajectories[evaluation.state.trajectory].recipe
-    evaluations: float = 2 * sampling.steps - 1 if sampling.sampler == "heun" else sampling.steps
+    steps = sampling.steps or ADAPTIVE_STEPS
+    evaluations: float = 2 * steps - 1 if sampling.sampler == "heun" else steps
     if sampling.guidance > 1:
         evaluations *= 1 + sampling.interval[1] - sampling.interval[0]
     work = training_flops(recipe) / 3 * evaluations * sampling.count / evaluation.features.shards

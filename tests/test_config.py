@@ -80,6 +80,14 @@ REFUSALS = [
     ("sampling.quick.count", 3, ["sampling.quick.count", "greater than or equal to 4", "found 3"]),
     ("sampling.quick", {"sampler": "euler-maruyama", "steps": 1}, ["sampling.quick: steps 1", "at least 2"]),
     ("runs.HASTE.sampling", ["quick", "quick"], ["runs.HASTE.sampling", "'quick' more than once"]),
+    ("runs.HASTE.sampling", ["sde-25"], ["runs.HASTE.sampling", "'sde-25'", "did you mean 'sde-250'"]),
+    ("sampling.mine", {"preset": "ode-5"}, ["sampling.mine.preset", "'ode-50'", "found 'ode-5'"]),
+    ("sampling.ode-50", {"steps": 51}, ["sampling.ode-50.steps: 51", "preset ode-50 has 50", "another name"]),
+    ("sampling.quick", {"sampler": "dopri5", "steps": 9}, ["sampling.quick: dopri5 chooses its own steps", "steps 9"]),
+    ("sampling.quick", {"sampler": "dopri5", "atol": None}, ["sampling.quick: dopri5", "'atol': None"]),
+    ("sampling.quick", {"sampler": "heun", "rtol": 0.1}, ["sampling.quick: heun needs steps", "'rtol': 0.1"]),
+    ("sampling.quick", {"sampler": "heun", "steps": None}, ["sampling.quick: heun needs steps", "found None"]),
+    ("sampling.quick", {"guided_channels": 4}, ["sampling.quick.guided_channels", "'all' or 3", "found 4"]),
     # numbers
     ("runs.vanilla.seeds", [0, 1, 0], ["runs.vanilla.seeds", "has 0 more than once"]),
     ("runs.vanilla.seeds", [], ["runs.vanilla.seeds", "at least 1"]),
@@ -318,3 +326,57 @@ def test_a_key_that_is_a_date_is_refused(tmp_path):
     (tmp_path / "date.yaml").write_text("runs: {2024-01-01: {}}\n")
     with pytest.raises(ValueError, match=r"date\.yaml: the configuration: keys must be str"):
         config.load(tmp_path / "date.yaml")
+
+
+def sampling_of(**changes):
+    return config.resolve({**TINY, **changes}).sampling
+
+
+def test_a_run_may_name_a_preset_that_nothing_defines():
+    runs = {"a": {"sampling": ["sde-250", "quick"]}, "b": {"sampling": ["heun-125", "ode-50"]}}
+    found = sampling_of(runs=runs)
+    solvers = {name: (way.sampler, way.steps) for name, way in found.items() if name != "quick"}
+    assert solvers == {"sde-250": ("euler-maruyama", 250), "heun-125": ("heun", 125), "ode-50": ("euler", 50)}
+    assert found["sde-250"].count == 50_000
+    assert set(sampling_of()) == {"quick"}
+
+
+def test_keys_beside_a_preset_and_under_its_name_win():
+    sampling = {"mine": {"preset": "heun-125", "steps": 30, "guidance": 1.5}, "sde-250": {"count": 8, "seed": 3}}
+    found = sampling_of(sampling=sampling, runs={"a": {"sampling": ["mine", "sde-250"]}})
+    assert (found["mine"].sampler, found["mine"].steps, found["mine"].guidance) == ("heun", 30, 1.5)
+    assert (found["sde-250"].sampler, found["sde-250"].steps, found["sde-250"].count) == ("euler-maruyama", 250, 8)
+
+
+def test_a_preset_and_what_it_stands_for_draw_the_same_samples():
+    from haste.plan import Plan
+
+    ways = {"a": {"preset": "ode-50"}, "b": {"sampler": "euler", "steps": 50}, "c": {"preset": "ode-50", "seed": 1}}
+    plan = Plan(config.resolve({**TINY, "sampling": ways, "runs": {"x": {"sampling": list(ways), "milestones": [4]}}}))
+    a, b, c = (row.evaluation.name for row in plan.rows)
+    assert a == b != c
+
+
+def test_dopri5_has_its_tolerances_unless_told_others_and_resolves_to_itself():
+    sampling = {"a": {"sampler": "dopri5"}, "b": {"preset": "ode-50", "sampler": "dopri5", "rtol": 1e-5}}
+    resolved = config.resolve({**TINY, "sampling": sampling, "defaults": {**TINY["defaults"], "sampling": ["a", "b"]}})
+    found = {name: (way.steps, way.rtol, way.atol) for name, way in resolved.sampling.items()}
+    assert found == {"a": (None, 1e-3, 1e-6), "b": (None, 1e-5, 1e-6)}
+    assert config.resolve(resolved.model_dump(mode="json")) == resolved
+
+
+def test_keys_that_came_later_leave_the_names_of_what_exists_as_they_are():
+    """What the sampling's recipe was before presets, tolerances and guided channels were known."""
+    way = config.Sampling(sampler="heun", steps=9, count=20)
+    assert config.decides(config.Sampling, way.model_dump()) == {
+        "sampler": "heun",
+        "steps": 9,
+        "guidance": 1.0,
+        "interval": [0.0, 1.0],
+        "count": 20,
+        "labels": "random",
+        "pixels": "truncate",
+        "seed": 0,
+    }
+    three = config.Sampling(guided_channels=3)
+    assert config.decides(config.Sampling, three.model_dump())["guided_channels"] == 3

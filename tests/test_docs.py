@@ -327,7 +327,9 @@ OTHER = {
     "runtime.checkpoint_blocks": True,
     "runtime.trackers": [],
     "runtime.keep_every": 5,
+    "sampling.NAME.preset": "ode-50",
     "sampling.NAME.sampler": "heun",
+    "sampling.NAME.guided_channels": 3,
     "sampling.NAME.interval": [0.1, 0.9],
     "sampling.NAME.labels": "balanced",
     "sampling.NAME.pixels": "round",
@@ -343,6 +345,8 @@ OTHER = {
 }
 # A key with one value, and one that changes only together with another.
 ONE_VALUE = {"alignments.NAME.features.similarity", "images.source", "teachers.NAME.pca"}
+# Keys that only go with another.
+BESIDE = {"sampling.NAME.rtol": {"sampler": "dopri5"}, "sampling.NAME.atol": {"sampler": "dopri5"}}
 ORDER = ("images", "latents", "states", "samples", "scores")
 
 
@@ -358,14 +362,21 @@ def names(raw: dict) -> dict[str, str]:
 def changed(section: str, key: str) -> tuple[dict, dict]:
     """A configuration, and the same with one key changed."""
     before = copy.deepcopy(PUBLIC if "pretrained" in section else BASE)
-    after = copy.deepcopy(before)
-    place, path = after, section.split(".") if section else []
-    for owner, part in zip(["", *path], path, strict=False):
-        place = place.setdefault(NAMES[owner] if part == "NAME" else part, {})
     full = f"{section}.{key}".lstrip(".")
-    value = place.get(key, SECTIONS[section].model_fields[key].default)
+    section_of(before, section).update(BESIDE.get(full, {}))
+    after = copy.deepcopy(before)
+    place = section_of(after, section)
+    value = place.get(key, SECTIONS[section].model_fields[key].default) or 0
     place[key] = OTHER[full] if full in OTHER else value + 1 if isinstance(value, int) else value / 2 or 0.25
     return before, after
+
+
+def section_of(raw: dict, section: str) -> dict:
+    """A section of a configuration, made where it is not there."""
+    path = section.split(".") if section else []
+    for owner, part in zip(["", *path], path, strict=False):
+        raw = raw.setdefault(NAMES[owner] if part == "NAME" else part, {})
+    return raw
 
 
 @each_key

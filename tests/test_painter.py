@@ -141,6 +141,51 @@ def test_the_sde_is_that_of_the_path_the_model_was_trained_on(path, guidance):
     assert np.abs(found.z - other).max() > 0.1
 
 
+def test_only_three_channels_are_guided_where_that_is_asked():
+    """A fourth latent channel, as DiT's sampler leaves it: that of the conditional half, all along the way."""
+
+    class Wide(Field):
+        in_channels = 4
+
+    model, decoder = Wide(), Decoder()
+    settings = {"sampler": "euler", "steps": STEPS, "count": 100, "labels": "balanced", "seed": 5, "guidance": 2.5}
+    sampling = Sampling(**settings, guided_channels=3)
+    Painter(model, sampling, decoder, "linear", SCALE, SHIFT).paint(INDICES)
+    x = order.normals(5, "sample start", 0, INDICES, (4, SIDE, SIDE)).astype(np.float64)
+    labels = np.array([i % CLASSES for i in INDICES])
+    for step in range(STEPS):
+        t = 1 - step / STEPS
+        both = guided_by_hand(x, t, labels, 2.5, (0, 1))
+        x = x - np.concatenate([both[:, :3], Field.velocity(x, t, labels)[:, 3:]], axis=1) / STEPS
+    assert_near(decoder.given[0][0].double().numpy(), x)
+
+
+def test_dopri5_reaches_what_many_small_steps_reach_and_counts_what_it_asked():
+    model, decoder = Field(), Decoder()
+    sampling = Sampling(sampler="dopri5", count=100, labels="balanced", seed=5, guidance=2.5, interval=[0.2, 0.6])
+    painter = Painter(model, sampling, decoder, "linear", SCALE, SHIFT)
+    found = painter.draw(INDICES)
+    assert found["nfe"].sum() == len(model.seen)
+    assert found["nfe"].dtype == np.int64 and len(set(found["nfe"].tolist())) > 1
+    fine = Painter(
+        Field(),
+        Sampling(**{**sampling.model_dump(), "sampler": "heun", "steps": 500, "rtol": None, "atol": None}),
+        decoder,
+        "linear",
+        SCALE,
+        SHIFT,
+    )
+    fine.paint(INDICES)
+    np.testing.assert_allclose(decoder.given[0][0], decoder.given[1][0], rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(("sampler", "expected"), [("euler", 5), ("heun", 9), ("euler-maruyama", 5)])
+def test_the_evaluations_of_every_image_are_counted(sampler, expected):
+    sampling = Sampling(sampler=sampler, steps=5, count=100, guidance=2.0, interval=[0.3, 0.7])
+    found = Painter(Field(), sampling, Decoder(), "linear", SCALE, SHIFT).draw(INDICES)
+    assert found["nfe"].tolist() == [expected] * len(INDICES)
+
+
 @pytest.mark.parametrize("pixels", ["truncate", "round"])
 def test_pixels_are_cut_as_asked(pixels):
     found = paint(pixels=pixels)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from haste import config
@@ -194,6 +194,7 @@ def test_a_state_that_no_run_passes_through_is_refused_by_name():
             plan.parse(wrong)
 
 
+@settings(deadline=None)
 @given(
     stops=st.lists(st.none() | st.integers(0, 30), min_size=1, max_size=5),
     milestones=st.lists(st.integers(1, 30), min_size=1, max_size=5, unique=True).map(sorted),

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from haste import cli
+from haste.data import drawn
 from haste.data.store import Store, join
+from haste.sample import Painter
 from haste.train import loop
 
 
@@ -44,8 +46,9 @@ def draw(plan, evaluation):
         {},
         {"sampler": "heun", "guidance": 2.0, "interval": [0.0, 0.7]},
         {"sampler": "euler-maruyama", "steps": 5, "labels": "random"},
+        {"sampler": "dopri5", "steps": None, "rtol": 0.01, "atol": 0.001, "guidance": 2.0, "interval": [0.0, 0.7]},
     ],
-    ids=["euler", "heun-guided", "sde"],
+    ids=["euler", "heun-guided", "sde", "dopri5-guided"],
 )
 def test_image_i_is_the_same_from_1_and_3_shards_and_any_batch(trained, sampling):
     one, labels_one = draw(*trained(shards=1, batch=20, **sampling))
@@ -111,3 +114,58 @@ def test_a_state_without_its_file_is_named(trained, capsys):
     Path(plan.path(evaluation.state)).unlink()
     assert cli.main(["sample", evaluation.name, "-c", str(plan.file)]) == 2
     assert f"{plan.path(evaluation.state)}: this state is missing" in capsys.readouterr().err
+
+
+def test_a_shard_that_is_killed_goes_on_from_its_finished_batches_to_the_same_bits(trained, monkeypatch, caplog):
+    plan, evaluation = trained(batch=6, sampler="euler-maruyama", steps=5)
+    whole, labels = draw(plan, evaluation)
+    file, paint, asked = Path(evaluation.sample_file(0)), Painter.draw, []
+    store = Path(evaluation.features.shard_files[0])
+    features = store.read_bytes()
+    for path in (file, store):
+        path.unlink()
+
+    def counted(painter, indices, told):
+        asked.append(indices)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return paint(painter, indices, told)
+
+    monkeypatch.setattr(Painter, "draw", counted)
+    assert cli.main(["sample", evaluation.name, "-c", str(plan.file)]) == 130
+    assert not file.exists() and not store.exists()
+    assert [path.name for path in file.parent.iterdir()] == [".shard-00000-of-00001.batches"]
+    again, labels_again = draw(plan, evaluation)
+    assert [(rows.start, rows.stop) for rows in asked] == [(0, 6), (6, 12), (12, 18), (12, 18), (18, 20)]
+    assert (again == whole).all() and (labels_again == labels).all()
+    assert features_of(store) == features_of_bytes(features)
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def features_of(path):
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        return {name: np.asarray(file[name]).tobytes() for name in file}
+
+
+def features_of_bytes(data):
+    import io
+
+    return features_of(io.BytesIO(data))
+
+
+def test_the_score_has_the_evaluations_that_were_counted(trained):
+    import json
+
+    plan, evaluation = trained(sampler="dopri5", steps=None, shards=2, count=20)
+    draw(plan, evaluation)
+    counts = []
+    for shard in range(2):
+        with np.load(evaluation.sample_file(shard), allow_pickle=False) as file:
+            counts += file["nfe"].tolist()
+            assert json.loads(str(file["haste"]))["nfe"] == pytest.approx(np.mean(counts[10 * shard :]))
+    found = drawn.mean_nfe([evaluation.sample_file(shard) for shard in range(2)])
+    assert found == pytest.approx(np.mean(counts)) and found > 7
+    Path(evaluation.sample_file(1)).unlink()
+    assert drawn.mean_nfe([evaluation.sample_file(shard) for shard in range(2)]) is None

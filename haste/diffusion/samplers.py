@@ -3,14 +3,19 @@
 `velocity(x, t)` takes the state and the time as a Python float and returns the velocity, shaped as x. The state is held
 in float64; what the model computes in is the caller's affair. No sampler touches a random state: noise is handed in.
 
-A velocity may have a method `held(t)` that returns it with every decision it takes by time (whether to guide) fixed
-as at time t; Heun asks for it, so that both evaluations of a step have the same guidance.
+A velocity may know more than its value:
+    held(t)   itself with every decision it takes by time (whether to guide) fixed as at time t
+    jumps     the times at which such a decision changes, so that it is not smooth there
+    row(i)    itself for sample i of the batch alone
+Heun asks for the first, so that both evaluations of a step have the same guidance; dopri5 for all of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from haste.diffusion.paths import LINEAR, Path, score_from_velocity
@@ -48,8 +53,7 @@ def heun(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
     for t, t_next in pairwise(time_grid(steps)):
         slope = velocity(x, t).double()
         if t_next > 0.0:
-            at_end = velocity.held(t) if hasattr(velocity, "held") else velocity  # pyright: ignore[reportFunctionMemberAccess]
-            slope = (slope + at_end(x + (t_next - t) * slope, t_next).double()) / 2
+            slope = (slope + _held(velocity, t)(x + (t_next - t) * slope, t_next).double()) / 2
         x = x + (t_next - t) * slope
     return x
 
@@ -76,12 +80,88 @@ def euler_maruyama(
     return x
 
 
+def dopri5(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6) -> Tensor:
+    """The same ODE by torchdiffeq's adaptive Dormand-Prince 5(4), one sample at a time. Returns float64, as x.
+
+    torchdiffeq chooses its steps by the error of all it is given, so a batch would make every sample depend on the
+    others. Alone, a sample has its own steps and its own number of evaluations. A velocity that jumps is solved from
+    jump to jump, each stretch with its own decision: no step straddles one. Times stay within [0, 1], where torchdiffeq
+    would by itself step past the end and interpolate back.
+    """
+    from torchdiffeq import odeint  # brings scipy, which no other sampler needs
+
+    x, ends = x.double(), []
+    for i in range(len(x)):
+        own, state = velocity.row(i) if hasattr(velocity, "row") else velocity, x[i : i + 1]
+        for high, low in pairwise([1.0, *sorted(getattr(velocity, "jumps", ()), reverse=True), 0.0]):
+            slope = _held(own, (high + low) / 2)
+            state = odeint(
+                # its first guess of a step, which it then corrects, may be longer than the whole stretch
+                lambda t, y, slope=slope, ends=(low, high): slope(y, min(max(float(t), ends[0]), ends[1])).double(),
+                state,
+                torch.tensor([high, low], dtype=torch.float64, device=x.device),
+                rtol=rtol,
+                atol=atol,
+                method="dopri5",
+                options={"step_t": torch.tensor([low], dtype=torch.float64, device=x.device)},
+            )[-1]
+        ends.append(state)
+    return torch.cat(ends) if ends else x
+
+
+def _held(velocity: Any, t: float) -> Velocity:
+    return velocity.held(t) if hasattr(velocity, "held") else velocity
+
+
+class Counted:
+    """A velocity that counts, for every sample of its batch, how often it is asked, and tells how far it has come."""
+
+    def __init__(
+        self,
+        velocity: Any,
+        counts: Tensor,
+        told: Callable[[float], None] = lambda share: None,
+        share: tuple[float, float] = (0.0, 1.0),
+    ):
+        """
+        Args:
+            velocity: what is asked.
+            counts: (B,) integers, which grow; a guided evaluation counts once.
+            told: called with the share of the work that is done, 0 to 1, before every evaluation.
+            share: where this velocity's part of the work begins and ends.
+        """
+        self.velocity, self.counts, self.told, self.share = velocity, counts, told, share
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        begin, end = self.share
+        self.told(begin + (end - begin) * (1.0 - t))
+        self.counts += 1
+        return self.velocity(x, t)
+
+    def held(self, t: float) -> "Counted":
+        """Counting in the same place; see the top of the file."""
+        return Counted(_held(self.velocity, t), self.counts, self.told, self.share)
+
+    def row(self, i: int) -> "Counted":
+        """Counting for sample i; see the top of the file."""
+        rows = len(self.counts)
+        return Counted(self.velocity.row(i), self.counts[i : i + 1], self.told, (i / rows, (i + 1) / rows))
+
+    @property
+    def jumps(self) -> Sequence[float]:
+        """See the top of the file."""
+        return getattr(self.velocity, "jumps", ())
+
+
 @dataclass(frozen=True)
 class Sampler:
-    """run: the function; evaluations: model calls, given steps; stochastic: whether it takes `noise`."""
+    """run: the function; evaluations: model calls, given steps; stochastic: whether it takes `noise`.
+
+    Without `evaluations` the sampler is adaptive: it takes `rtol` and `atol` in the place of steps.
+    """
 
     run: Callable[..., Tensor]
-    evaluations: Callable[[int], int]
+    evaluations: Callable[[int], int] | None
     stochastic: bool = False
 
 
@@ -89,11 +169,19 @@ SAMPLERS: dict[str, Sampler] = {
     "euler": Sampler(euler, lambda steps: steps),
     "heun": Sampler(heun, lambda steps: 2 * steps - 1),
     "euler-maruyama": Sampler(euler_maruyama, lambda steps: steps, stochastic=True),
+    "dopri5": Sampler(dopri5, None),
 }
 
 
-def nfe(name: str, steps: int) -> int:
-    """Function evaluations of one sample: how often the velocity is asked (a guided evaluation counts once)."""
+def nfe(name: str, steps: int | None) -> int | None:
+    """Function evaluations of one sample: how often the velocity is asked (a guided evaluation counts once).
+
+    None for an adaptive sampler: only counting tells.
+    """
     if name not in SAMPLERS:
         raise ValueError(f"no sampler {name!r}: the samplers are {', '.join(sorted(SAMPLERS))}")
-    return SAMPLERS[name].evaluations(steps)
+    known = SAMPLERS[name].evaluations
+    if known is None:
+        return None
+    assert steps is not None
+    return known(steps)

@@ -218,7 +218,7 @@ def columns(report: Report) -> list[Column]:
 def _protocol_key(score: Mapping[str, Any]) -> str:
     """Two scores may be compared where this is equal. The noise's seed may differ, and what the sampling is called; NFE
     follows from the sampler, and without guidance its interval says nothing."""
-    sampling = {k: v for k, v in (score.get("sampling") or {}).items() if k not in ("seed", "name")}
+    sampling = {k: v for k, v in (score.get("sampling") or {}).items() if k not in ("seed", "name", "preset")}
     if sampling.get("guidance", 1.0) <= 1.0:
         sampling |= {"guidance": 1.0, "interval": None}
     return canonical([sampling, score.get("samples"), score.get("reference"), score.get("detector")])
@@ -267,7 +267,8 @@ def results(report: Report) -> pd.DataFrame:
         lines.append({"run": FLOOR_NAME, "samples": report.floor.get("samples"), **values})
     names = [*IDENTITY, *(c.name for c in scored), *PROTOCOL]
     frame = pd.DataFrame(lines, columns=pd.Index(names))
-    types = {name: "Int64" for name in NUMBERS} | {c.name: "float64" for c in scored}
+    whole = {name: all(float(line.get(name) or 0).is_integer() for line in lines) for name in NUMBERS}
+    types = {name: "Int64" if whole[name] else "float64" for name in NUMBERS} | {c.name: "float64" for c in scored}
     return frame.astype(types)
 
 
@@ -356,6 +357,8 @@ def _cell(value: Any, places: int | None) -> str:
         return NONE
     if places is not None:
         return f"{value:.{places}f}"
+    if isinstance(value, float):  # evaluations that an adaptive sampler needed on average
+        return f"{value:,.1f}"
     return value if isinstance(value, str) else f"{value:,}"
 
 

@@ -77,3 +77,25 @@ def test_extrapolation_happens_in_the_precision_of_the_state():
 def test_an_empty_interval_is_refused():
     with pytest.raises(ValueError, match=r"\[0.8, 0.2\] is empty"):
         guided(Model(), LABELS, NULL, 1.5, (0.8, 0.2))
+
+
+def test_channels_beyond_the_guided_ones_are_those_of_the_conditional_half():
+    x, labels = torch.arange(2 * 4 * 3.0).reshape(2, 4, 3), torch.tensor([0, 1])
+
+    def velocity(x, t, y):
+        return x * (1 + y.to(x.dtype)[:, None, None]) + t
+
+    conditional, null = velocity(x, 0.5, labels), velocity(x, 0.5, torch.tensor([2, 2]))
+    found = guided(velocity, labels, 2, 1.5, channels=3)(x, 0.5)
+    assert torch.equal(found[:, :3], (null + 1.5 * (conditional - null))[:, :3])
+    assert torch.equal(found[:, 3], conditional[:, 3])
+    assert (conditional[:, 3] != null[:, 3]).any()
+
+
+def test_a_row_is_guided_as_it_is_in_its_batch_and_jumps_are_where_guidance_changes():
+    labels = torch.tensor([0, 1, 0])
+    velocity = guided(lambda x, t, y: x + y[:, None], labels, 2, 2.0, (0.25, 1.0))
+    x = torch.ones(3, 1)
+    assert torch.equal(velocity.row(1)(x[1:2], 0.5), velocity(x, 0.5)[1:2])
+    assert velocity.jumps == (0.25,)
+    assert guided(lambda x, t, y: x, labels, 2, 1.0, (0.25, 1.0)).jumps == ()

@@ -1,12 +1,15 @@
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
+from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from haste.diffusion.guidance import guided
 from haste.diffusion.paths import COSINE, LINEAR, Path
-from haste.diffusion.samplers import SAMPLERS, euler, euler_maruyama, heun, nfe, time_grid
+from haste.diffusion.samplers import SAMPLERS, Counted, dopri5, euler, euler_maruyama, heun, nfe, time_grid
 
 MEAN, STD = 0.8, 0.3
 
@@ -118,7 +121,10 @@ def test_one_euler_maruyama_step_is_the_formula_with_w_of_two_sigma(path):
     torch.testing.assert_close(end, middle - 0.5 * (gaussian_velocity(path)(middle, 0.5) - path.sigma(0.5) * score))
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+FIXED = sorted(name for name in SAMPLERS if SAMPLERS[name].evaluations is not None)
+
+
+@pytest.mark.parametrize("name", FIXED)
 @pytest.mark.parametrize("steps", [2, 7])
 def test_number_of_function_evaluations_is_what_nfe_says(name, steps):
     velocity, calls = recorded(gaussian_velocity())
@@ -136,7 +142,8 @@ def test_state_is_float64_and_the_global_random_state_is_left_alone(name):
     velocity, calls = recorded(lambda x, t: gaussian_velocity()(x, t).bfloat16())
     noise = {"noise": lambda i: torch.ones(3, dtype=torch.float32)} if SAMPLERS[name].stochastic else {}
     before = torch.get_rng_state()
-    end = SAMPLERS[name].run(velocity, torch.ones(3), 4, **noise)
+    settings = (4,) if name in FIXED else (1e-2, 1e-2)
+    end = SAMPLERS[name].run(velocity, torch.ones(3), *settings, **noise)
     assert torch.equal(before, torch.get_rng_state())
     assert end.dtype == torch.float64 and all(x.dtype == torch.float64 for x, _ in calls)
     assert all(type(t) is float for _, t in calls)
@@ -173,3 +180,104 @@ def test_settings_that_make_no_grid_are_refused():
         euler_maruyama(gaussian_velocity(), torch.zeros(1), 5, lambda i: torch.zeros(1), last=1.0)
     with pytest.raises(ValueError, match="no sampler 'euler_maruyama'.*euler-maruyama"):
         nfe("euler_maruyama", 5)
+
+
+MIXTURE = mixture_velocity(LINEAR, [(0.3, -1.0, 0.2), (0.7, 0.5, 0.35)])
+STARTS = torch.linspace(-2, 2, 7, dtype=torch.float64)
+
+
+def by_scipy(velocity, x: Tensor, times: list[float]) -> Tensor:
+    """The ODE from times[0] down to times[-1], one start after another, stopping at every time named."""
+    ends = []
+    for start in x:
+        state = start.numpy()
+        for high, low in pairwise(times):
+            found = solve_ivp(
+                lambda t, y: velocity(torch.from_numpy(y), min(max(t, low), high)).numpy(),  # noqa: B023
+                (high, low),
+                state.reshape(-1),
+                method="DOP853",
+                rtol=1e-11,
+                atol=1e-12,
+            )
+            state = found.y[:, -1]
+        ends.append(torch.from_numpy(state).reshape(start.shape))
+    return torch.stack(ends)
+
+
+@pytest.mark.parametrize("path", [LINEAR, COSINE], ids=lambda path: path.name)
+@pytest.mark.parametrize(("rtol", "atol", "off"), [(1e-3, 1e-6, 5e-3), (1e-7, 1e-9, 1e-6)])
+def test_dopri5_transports_a_gaussian_within_its_tolerance(path, rtol, atol, off):
+    end = dopri5(gaussian_velocity(path), STARTS, rtol, atol)
+    torch.testing.assert_close(end, MEAN + STD * STARTS, rtol=0, atol=off)
+
+
+def test_dopri5_agrees_with_another_librarys_solver():
+    expected = by_scipy(MIXTURE, STARTS, [1.0, 0.0])
+    torch.testing.assert_close(dopri5(MIXTURE, STARTS, 1e-8, 1e-10), expected, rtol=0, atol=1e-6)
+
+
+def test_a_sample_of_dopri5_has_the_same_bits_and_evaluations_in_any_batch():
+    counts = torch.zeros(7, dtype=torch.int64)
+    whole = dopri5(Counted(Rows(), counts), STARTS)
+    for i in range(7):
+        velocity, calls = recorded(MIXTURE)
+        assert torch.equal(dopri5(velocity, STARTS[i : i + 1]), whole[i : i + 1])
+        assert counts[i] == len(calls)
+    assert len(counts.unique()) > 1  # or one number for all would pass
+
+
+class Rows:
+    """The mixture's velocity, which knows nothing of its batch."""
+
+    def __call__(self, x, t):
+        return MIXTURE(x, t)
+
+    def row(self, i):
+        return self
+
+
+def test_dopri5_asks_within_the_unit_interval_and_counts_the_evaluations_of_its_tolerance():
+    velocity, calls = recorded(lambda x, t: 1e-4 * torch.ones_like(x))  # its first guess of a step is far too long
+    dopri5(velocity, torch.ones(2))
+    assert all(0.0 <= t <= 1.0 for _, t in calls)
+    loose, tight = (torch.zeros(7, dtype=torch.int64) for _ in range(2))
+    dopri5(Counted(Rows(), loose), STARTS, 1e-3, 1e-6)
+    dopri5(Counted(Rows(), tight), STARTS, 1e-6, 1e-9)
+    assert (tight > loose).all()
+
+
+def labelled(x: Tensor, t: float, labels: Tensor) -> Tensor:
+    """A smooth velocity for every label; 3 is the null class."""
+    return torch.sin(x + labels.to(x.dtype)[:, None]) + t * (1 + labels.to(x.dtype)[:, None])
+
+
+def test_guidance_on_an_interval_is_solved_from_jump_to_jump():
+    """Against scipy, which is stopped at the interval's ends; a step across one costs evaluations and is wrong."""
+    x, labels = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(3)
+    velocity = guided(labelled, labels, 3, 2.5, (0.3, 0.71))
+    expected = []
+    for i in range(3):
+
+        def by_hand(y, t, label=labels[i : i + 1]):
+            y = y[None]
+            conditional, null = labelled(y, t, label), labelled(y, t, torch.tensor([3]))
+            return (null + 2.5 * (conditional - null) if 0.3 < t < 0.71 else conditional)[0]
+
+        expected.append(by_scipy(by_hand, x[i : i + 1], [1.0, 0.71 + 1e-12, 0.71 - 1e-12, 0.3 + 1e-12, 0.3 - 1e-12, 0]))
+    counts = torch.zeros(3, dtype=torch.int64)
+    found = dopri5(Counted(velocity, counts), x, 1e-8, 1e-10)
+    torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-6)
+    everywhere = torch.zeros(3, dtype=torch.int64)
+    dopri5(Counted(guided(labelled, labels, 3, 2.5), everywhere), x, 1e-8, 1e-10)
+    assert (counts < 2 * everywhere).all()
+
+
+def test_progress_is_told_from_0_to_1_as_the_samples_go():
+    for run, settings, parts in ((heun, (5,), 10**6), (dopri5, (1e-3, 1e-6), 7)):
+        told: list[float] = []
+        run(Counted(Rows(), torch.zeros(7, dtype=torch.int64), told.append), STARTS, *settings)
+        assert told[0] == 0.0 and 0.75 < told[-1] <= 1.0
+        # dopri5 goes back where it rejects a step, but never to an earlier sample
+        places = [int(share * parts - 1e-6) for share in told]
+        assert places == sorted(places)

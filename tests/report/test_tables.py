@@ -272,3 +272,12 @@ def test_published_numbers_are_whole_and_every_column_is_explained(path: Path):
     assert all(len(line) == len(header) and line[-1].startswith(("REPA ", "HASTE ")) for line in lines)
     assert path.name in explained
     assert [name for name in header if f"`{name}`" not in explained] == []
+
+
+def test_evaluations_that_were_counted_are_shown_as_their_mean_and_two_names_of_one_sampling_compare():
+    adaptive = {"sampler": "dopri5", "steps": None, "preset": None}
+    found = report([row("a", 1, 2.0, nfe=103.4375, sampling=adaptive), row("b", 1, 3.0)])
+    assert tables.results(found)["NFE"].tolist() == [103.4375, 50.0]
+    assert "| 103.4 |" in tables.to_markdown(found) and "| 50.0 |" in tables.to_markdown(found)
+    named = [row("a", 1, 2.0, sampling={"preset": "ode-50"}), row("b", 1, 3.0, sampling={"preset": None})]
+    assert all(len(group.points) == 2 for group in tables.comparisons(report(named)))

@@ -1,0 +1,109 @@
+"""Batches of samples as they are drawn, kept aside until their shard is whole: a kill costs the batch it falls into.
+
+    SAMPLES/.shard-00000-of-00001.batches/START.npz, START the place of a batch's first sample
+
+Every reader of samples looks for finished shards only. A batch gets its name when it is whole, and says what it was
+drawn from: one of other weights is drawn again.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from haste import artefact
+
+log = logging.getLogger("haste.data")
+
+_NAME = re.compile(r"(\d{9,})\.npz$")
+_SOURCE = "drawn_from"
+
+Arrays = dict[str, np.ndarray]
+
+
+def drawn(
+    folder: Path, indices: range, size: int, source: Mapping[str, str], draw: Callable[[range], Arrays]
+) -> Iterator[tuple[Arrays, bool]]:
+    """The batches of a range of samples in order, each with whether it was drawn now; kept ones are read.
+
+    Args:
+        folder: where the batches are kept; see `folder_of`.
+        indices: the samples, from the first to the last.
+        size: samples drawn at once. Kept batches may have another size; what is new fits between them.
+        source: identities of what the samples are drawn from.
+        draw: range -> arrays with a row a sample.
+    """
+    starts, low = _starts(folder, indices), indices.start
+    while low < indices.stop:
+        kept = _read(_path(folder, low), source, indices.stop - low) if low in starts else None
+        if kept is None:
+            beyond = (start for start in starts if start > low)
+            rows = range(low, min(low + size, indices.stop, next(beyond, indices.stop)))
+            found = draw(rows)
+            with artefact.replacing(_path(folder, low)) as aside, open(aside, "wb") as file:
+                np.savez(file, **found, **{_SOURCE: np.array(artefact.canonical(dict(source)))})  # type: ignore[arg-type]
+        else:
+            found = kept
+        yield found, kept is None
+        low += _length(found)
+
+
+def folder_of(shard: Path) -> Path:
+    """Where the batches of a shard's file are kept while it is made."""
+    return shard.parent / f".{shard.stem}.batches"
+
+
+def forget(folder: Path) -> None:
+    """Remove the batches of a shard that is whole."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def mean_nfe(files: Sequence[str | Path]) -> float | None:
+    """Function evaluations a sample, counted when they were drawn, averaged over shards; None where one is not known.
+
+    Raises:
+        ValueError: a shard cannot be read.
+    """
+    counts = []
+    for path in files:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                counts.append(file["nfe"])
+        except (FileNotFoundError, KeyError):  # samples may be gone when their features are scored
+            return None
+        except (OSError, zipfile.BadZipFile, ValueError, EOFError) as error:
+            raise ValueError(f"{path}: expected samples, found a truncated or foreign file ({error})") from error
+    mean = float(np.concatenate(counts).mean())
+    return int(mean) if mean.is_integer() else mean
+
+
+def _path(folder: Path, start: int) -> Path:
+    return folder / f"{start:09d}.npz"
+
+
+def _starts(folder: Path, indices: range) -> list[int]:
+    names = [_NAME.match(path.name) for path in folder.glob("*.npz")]
+    return sorted(start for match in names if match and (start := int(match[1])) in indices)
+
+
+def _length(found: Arrays) -> int:
+    return len(next(iter(found.values())))
+
+
+def _read(path: Path, source: Mapping[str, str], most: int) -> Arrays | None:
+    """A kept batch; None if it cannot be read, is of another source, or reaches beyond `most` samples."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+    except (OSError, zipfile.BadZipFile, ValueError, EOFError, KeyError) as error:
+        log.warning("%s: cannot be read and is drawn again (%s)", path, error)
+        return None
+    if str(found.pop(_SOURCE, "")) != artefact.canonical(dict(source)) or not 0 < _length(found) <= most:
+        return None
+    return found
