@@ -1,0 +1,54 @@
+"""`compile: true` with the real compiler: the same training, faster where it counts."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+from safetensors.torch import load_file
+
+from haste import journal
+from haste.train import loop
+
+TINIEST = {
+    "models": {"dot": {"depth": 1, "width": 16, "heads": 2, "patch_size": 2}},
+    "alignments": {
+        "HASTE": {
+            "features": {"teacher": "vit", "depth": 1, "hidden": 16},
+            "attention": {"teacher": "vit", "student_layers": [0], "teacher_layers": [1]},
+        }
+    },
+    "runs": {"HASTE-3": {"alignment": "HASTE", "stop": 3, "milestones": [6]}},
+}
+KINDS = ("denoising", "features", "attention", "grad_norm")
+
+
+def _trained(make_plan, **runtime):
+    """The losses before and after the stop, and the last state."""
+    plan = make_plan(**TINIEST, runtime={"log_every": 1, **runtime})
+    files = [Path(loop.train(plan, plan.state("HASTE-3", step))) for step in (3, 6)]
+    losses = [
+        {k: record[k] for k in KINDS if k in record}
+        for file in files
+        for record in journal.read(file.parent / "log.jsonl")
+    ]
+    found = losses, load_file(files[-1])
+    shutil.rmtree(f"{plan.root}/states")
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_a_compiled_run_has_the_losses_of_a_plain_one_before_and_after_the_stop_and_its_states_have_the_same_names(
+    make_plan,
+):
+    losses, state = _trained(make_plan)
+    torch._dynamo.utils.counters.clear()
+    compiled, compiled_state = _trained(make_plan, compile=True)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs >= 3  # the student before the stop and after it, and the teacher
+    assert [len(kinds) for kinds in losses] == [4, 4, 4, 2, 2, 2]
+    for mine, plain in zip(compiled, losses, strict=True):
+        assert mine.keys() == plain.keys()
+        assert list(mine.values()) == pytest.approx(list(plain.values()), rel=1e-3)
+    assert {name: x.shape for name, x in compiled_state.items()} == {name: x.shape for name, x in state.items()}
