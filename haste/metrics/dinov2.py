@@ -1,8 +1,8 @@
 """The detectors "DINOv2-B" and "DINOv2-L": class tokens of DINOv2, whose Frechet distance is FD-DINOv2.
 
 Stein et al. 2023 ("Exposing flaws of generative model evaluation metrics"): ViT-L/14, images resized to 224 px, the
-class token after the last norm. DINOv2's authors resample their position embedding without antialiasing and with an offset;
-so do we here, since published distances are of such features.
+class token after the last norm. DINOv2's authors resample their position embedding without antialiasing and with an
+offset; so do we here, since published distances are of such features.
 
 B images, H x W pixels, D width (768 and 1,024), S = 224 px, a grid of 16 x 16 patches of 14 px.
 Weights are timm's file or the authors'.
@@ -26,8 +26,8 @@ TIMM = {"DINOv2-B": "vit_base_patch14_dinov2.lvd142m", "DINOv2-L": "vit_large_pa
 SIDE, PATCH, OFFSET = 224, 14, 0.1
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 PREPROCESSING = (
-    "uint8 RGB 0..255, bicubic with antialiasing to 224 x 224 px in uint8 as Pillow resizes, / 255, less ImageNet's mean, over "
-    "its standard deviation; positions resampled to 16 x 16 as DINOv2's authors do"
+    "uint8 RGB 0..255, bicubic with antialiasing to 224 x 224 px in uint8 as Pillow resizes, / 255, less ImageNet's "
+    "mean, over its standard deviation; positions resampled to 16 x 16 as DINOv2's authors do"
 )
 
 
