@@ -164,10 +164,10 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _table(arguments: argparse.Namespace) -> None:
     from haste import gather
-    from haste.report import tables
+    from haste.report import page
 
     plan = _plan_of(arguments)
-    print(tables.to_text(gather.report(plan)))
+    print(page.text(gather.report(plan)))
     print(f"Report: {plan.report}")
 
 

@@ -13,7 +13,8 @@ import yaml
 from haste import artefact, config, journal
 from haste.diagnose import pictures
 from haste.plan import Evaluation, Plan
-from haste.report.tables import NONE, Curve, Grid, Part, Report, Row, Stage
+from haste.report.content import NONE, Curve, Grid, Part, Report, Row, Stage
+from haste.report.papers import layers_text
 
 COLUMNS = 10  # classes in a grid
 PER_CLASS = 4  # samples a class in a grid
@@ -77,50 +78,97 @@ def _score(plan: Plan, path: str) -> dict[str, Any]:
 
 
 def _parts(plan: Plan) -> list[Part]:
-    made = [plan.autoencoder, *plan.teachers.values(), plan.detector]
-    found = [artefact.read_json(part.manifest, "part") for part in made if part is not None]
+    made = [part for part in (plan.autoencoder, *plan.teachers.values(), plan.detector) if part is not None]
+    found = [artefact.read_json(part.manifest, "part") for part in made if Path(part.manifest).exists()]
     return [Part(part["name"], part["part"], part["quality"], part["provenance"]) for part in found]
 
 
-def report(plan: Plan) -> Report:
-    """Everything the page shows, read from finished files.
+def settings(plan: Plan, run: str) -> dict[str, str]:
+    """What an ablation may vary, in words: all of a run's training, and of its alignment what is not a stop."""
+    terms = config.terms_of(plan.config, run)
+    found = {name: _words(value) for name, value in plan.config.training_of(run).model_dump().items()}
+    teachers = {kind: _teacher(plan, term["teacher"]) for kind, term in terms.items()}
+    if teachers:
+        same = len(set(teachers.values())) == 1
+        found["teacher"] = min(teachers.values()) if same else ", ".join(f"{k} {t}" for k, t in teachers.items())
+        feature, attention = terms.get("features", {}), terms.get("attention", {})
+        found["layers"] = layers_text(
+            feature.get("depth"), attention.get("student_layers"), attention.get("teacher_layers")
+        )
+    for kind, term in terms.items():
+        own = {k: v for k, v in term.items() if k not in ("teacher", "depth", "student_layers", "teacher_layers")}
+        found |= {f"{kind.removesuffix('s')} {name}": _words(value) for name, value in own.items()}
+    return found
 
-    Raises:
-        ValueError: a score or part is missing or broken; names the file.
-    """
-    settings = plan.config
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_words(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_words, value))
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def _teacher(plan: Plan, name: str) -> str:
+    public = plan.config.teachers[name].pretrained
+    return public.name if public else name
+
+
+def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
+    """The rows that have scores, and a note on those that have none yet. Without any, the first one's refusal."""
+    there = [row for row in plan.rows if Path(row.evaluation.score).exists()]
+    missing = [f"{plan.label(row.run, row.seed)} at step {row.step:,}" for row in plan.rows if row not in there]
     rows = [
         Row(
             run=row.run,
-            model=settings.runs[row.run].model,
+            model=plan.config.runs[row.run].model,
             method=method(plan, row.run),
             stop=stop(plan, row.run),
             seed=row.seed,
             step=row.step,
             score=_score(plan, row.evaluation.score),
+            settings=settings(plan, row.run),
+            recipe=plan.trajectories[row.evaluation.state.trajectory].recipe,
+            file=row.evaluation.score,
         )
-        for row in plan.rows
+        for row in there or plan.rows
     ]
-    grids = [
-        Grid(row.run, row.step, Path(row.evaluation.grid), [str(c) for c in shown_classes(plan)])
+    return rows, [f"Not scored yet: {'; '.join(dict.fromkeys(missing))}."] if missing else []
+
+
+def _grids(plan: Plan) -> list[Grid]:
+    labels = [str(c) for c in shown_classes(plan)]
+    shown = set(plan.shown)
+    return [
+        Grid(row.run, row.step, Path(row.evaluation.grid), labels, row.evaluation.sampling_name)
         for row in plan.rows
-        if row.seed == settings.runs[row.run].seed and Path(row.evaluation.grid).exists()
+        if row.evaluation.grid in shown and Path(row.evaluation.grid).exists()
     ]
+
+
+def report(plan: Plan) -> Report:
+    """Everything the page shows, read from finished files; what is not finished is named in its notes.
+
+    Raises:
+        ValueError: nothing is scored yet, or a score or part is broken; names the file.
+    """
+    made = plan.config
+    rows, notes = _rows(plan)
+    inputs = {row.evaluation.score: plan.label(row.run, row.seed) for row in plan.rows}
     return Report(
-        name=settings.name,
-        title=settings.title or settings.name,
-        description=settings.description,
+        name=made.name,
+        title=made.title or made.name,
+        description=made.description,
         rows=rows,
-        floor=_score(plan, plan.floor),
+        floors=[_score(plan, plan.floor)] if Path(plan.floor).exists() else [],
         curves=[Curve(run, seed, records(plan, run, seed)) for run, seed in plan.pieces],
-        grids=grids,
+        grids=_grids(plan),
         parts=_parts(plan),
         stages=stages(plan),
-        provenance=artefact.provenance(
-            inputs={row.evaluation.score: plan.label(row.run, row.seed) for row in plan.rows}
-        ),
-        config_text=yaml.safe_dump(settings.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
-        notes=plan.notes,
+        provenance=artefact.provenance(inputs=inputs),
+        config_text=yaml.safe_dump(made.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
+        notes=[*plan.notes, *notes],
+        seeds={run: row.all_seeds for run, row in made.runs.items()},
     )
 
 

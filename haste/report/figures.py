@@ -22,7 +22,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from haste.report.tables import Comparison, Curve, Report, comparisons, floor_value
+from haste.report.compare import METRICS, Comparison, comparisons, curve, floor_value, seeds_of
+from haste.report.content import Curve, Report
 
 # Okabe and Ito, "Color Universal Design" (2008), less black and yellow, which vanish in the dark or on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -34,7 +35,6 @@ SIZE = (4.4, 3.0)  # inches: small, so that the text is still readable when a ph
 WIDTH = 1.9  # of a line, in points
 WIDE = 8.0  # a ratio of largest to smallest from which an axis is logarithmic
 POINTS = 400  # points a line is reduced to
-DRAWN = ("fd", "class_accuracy")  # the scores that are drawn over steps
 LOSSES = {
     "loss": "denoising loss",
     "features": "feature alignment loss",
@@ -45,11 +45,11 @@ LOSSES = {
 
 @dataclass(frozen=True)
 class Style:
-    """How a run is drawn: colour, dash pattern in points, and the step its alignment stops at, if any."""
+    """How a run is drawn: colour, dash pattern in points, and the steps its alignment stops at, by term ("" is all)."""
 
     colour: str
     dash: tuple[float, ...]
-    stop: int | None
+    stops: Mapping[str, int]
     method: str
 
     @property
@@ -63,6 +63,7 @@ class Panel:
     """A figure of the page. `svg` is an element to be put into HTML as it is."""
 
     title: str
+    protocol: str
     caption: str
     svg: str
 
@@ -73,46 +74,55 @@ def styles(report: Report) -> dict[str, Style]:
     found = {}
     for place, run in enumerate(dict.fromkeys([row.run for row in report.rows] + [c.run for c in report.curves])):
         row = known.get(run)
-        stop = int(row.stop) if row and row.stop.isdigit() else None
+        stops = _stops(row.stop if row else "")
         dash = DASHES[(place + place // len(PALETTE)) % len(DASHES)]
         colour = PALETTE[place % len(PALETTE)]
-        found[run] = Style(colour, dash, stop, row.method if row else "")
+        found[run] = Style(colour, dash, stops, row.method if row else "")
     return found
 
 
+def _stops(text: str) -> dict[str, int]:
+    """Steps from what a table says: `300`, or `features 100, attention 200`, or `never`."""
+    return {"": int(text)} if text.isdigit() else {k: int(step) for k, step in re.findall(r"(\w+) (\d+)", text)}
+
+
 def score_panels(report: Report) -> list[Panel]:
-    """Fréchet distance and class accuracy over steps, a figure for every set of scores that may be compared.
+    """Scores over steps, a figure for every set of scores that may be compared. Over several seeds a line is the mean,
+    with a band of one sample standard deviation, where no seed is missing.
 
     Scores of a single step make no line: they are in the table.
     """
     drawn = styles(report)
-    groups = [g for g in comparisons(report) if g.column.metric in DRAWN and len({p.step for p in g.points}) > 1]
+    groups = [g for g in comparisons(report) if g.column.metric in METRICS and len({p.step for p in g.points}) > 1]
     return [_score_panel(report, group, drawn, number) for number, group in enumerate(groups)]
 
 
 def _score_panel(report: Report, group: Comparison, drawn: Mapping[str, Style], number: int) -> Panel:
     floor = floor_value(report, group.column)
-    lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
-    for point in group.points:
-        lines.setdefault((point.run, point.seed), []).append((point.step, point.value))
     models = {row.model for row in report.rows}
     title = group.column.name + (f", {group.model}" if len(models) > 1 else "")
     figure, axes = _figure(title)
-    for (run, _), points in lines.items():
-        _draw(axes, drawn[run], [step for step, _ in points], [value for _, value in points], marker="o")
+    ends, values = {}, [p.value for p in group.points] + ([] if floor is None else [floor])
+    for run in dict.fromkeys(p.run for p in group.points):
+        points = [(s, found) for s, found in curve(group, run, seeds_of(report, run)) if not found.missing]
+        if not points:
+            continue
+        steps, means = [float(s) for s, _ in points], [found.mean for _, found in points]
+        _band(axes, drawn[run], steps, means, [found.spread or 0.0 for _, found in points])
+        _draw(axes, drawn[run], steps, means, marker="o")
+        ends[run] = (means[-1], points[-1][0])
     if floor is not None:
         axes.axhline(floor, color=INK, lw=1.1, dashes=(8, 4), alpha=0.7)
-    _scale(axes, [p.value for p in group.points] + ([] if floor is None else [floor]))
-    _mark_stops(axes, [drawn[run] for run, _ in lines])
-    dashed = "" if floor is None else f" Dashed, grey: real images against real ones, {floor:.3g}."
-    return Panel(title, f"{group.protocol}.{dashed}", _svg(figure, f"score{number}", _spoken(title, group, floor)))
+    _scale(axes, values)
+    _mark_stops(axes, [drawn[run] for run in ends])
+    dashed = "" if floor is None else f"Dashed: real images against real ones, {floor:.3g}."
+    return Panel(title, group.protocol, dashed, _svg(figure, f"score{number}", _spoken(title, ends, floor)))
 
 
-def _spoken(title: str, group: Comparison, floor: float | None) -> str:
+def _spoken(title: str, ends: Mapping[str, tuple[float, int]], floor: float | None) -> str:
     """What a screen reader says of a figure: where every line ends."""
-    last = {p.run: p for p in sorted(group.points, key=lambda p: p.step)}
-    ends = [f"{run} {p.value:.3g} at step {p.step:,}" for run, p in last.items()]
-    return f"{title} over training steps: {'; '.join(ends)}" + ("" if floor is None else f"; floor {floor:.3g}")
+    said = [f"{run} {value:.3g} at step {step:,}" for run, (value, step) in ends.items()]
+    return f"{title} over training steps: {'; '.join(said)}" + ("" if floor is None else f"; floor {floor:.3g}")
 
 
 def loss_panels(report: Report) -> list[Panel]:
@@ -123,17 +133,32 @@ def loss_panels(report: Report) -> list[Panel]:
 
 
 def _loss_panel(curves: Sequence[Curve], key: str, drawn: Mapping[str, Style]) -> Panel | None:
-    lines = [(curve.run, *series(curve, key)) for curve in curves]
-    lines = [line for line in lines if len(line[1])]
+    lines = {run: averaged([c for c in curves if c.run == run], key) for run in dict.fromkeys(c.run for c in curves)}
+    lines = {run: line for run, line in lines.items() if len(line[1])}
     if not lines:
         return None
     figure, axes = _figure(LOSSES[key])
-    for run, steps, values in lines:
+    for run, (steps, values, spread) in lines.items():
+        _band(axes, drawn[run], steps, values, spread)
         _draw(axes, drawn[run], steps, values)
-    _scale(axes, np.concatenate([values for _, _, values in lines]))
-    _mark_stops(axes, [drawn[run] for run, _, _ in lines])
-    ends = "; ".join(f"{run} {values[-1]:.3g} at step {steps[-1]:,.0f}" for run, steps, values in lines)
-    return Panel(LOSSES[key], "", _svg(figure, f"log-{key}", f"{LOSSES[key]} over training steps: {ends}"))
+    _scale(axes, np.concatenate([values for _, values, _ in lines.values()]))
+    _mark_stops(axes, [drawn[run] for run in lines], key if key in ("features", "attention") else "")
+    ends = "; ".join(f"{run} {values[-1]:.3g} at step {steps[-1]:,.0f}" for run, (steps, values, _) in lines.items())
+    return Panel(LOSSES[key], "", "", _svg(figure, f"log-{key}", f"{LOSSES[key]} over training steps: {ends}"))
+
+
+def averaged(curves: Sequence[Curve], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, mean and sample standard deviation of one logged quantity over a run's seeds, each smoothed by itself.
+
+    Seeds that logged other steps are read off on the first one's, as far as all of them reach.
+    """
+    found = [line for line in (series(one, key) for one in curves) if len(line[0])]
+    if not found:
+        return np.empty(0), np.empty(0), np.empty(0)
+    low, high = max(steps[0] for steps, _ in found), min(steps[-1] for steps, _ in found)
+    steps = found[0][0][(found[0][0] >= low) & (found[0][0] <= high)]
+    values = np.stack([np.interp(steps, own, v) for own, v in found])
+    return steps, values.mean(axis=0), values.std(axis=0, ddof=1) if len(found) > 1 else np.zeros(len(steps))
 
 
 def series(curve: Curve, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -180,6 +205,13 @@ def _draw(axes: Axes, style: Style, steps: Iterable[float], values: Iterable[flo
         line.set_dashes(style.dash)
 
 
+def _band(axes: Axes, style: Style, steps: Iterable[float], values: Iterable[float], spread: Iterable[float]) -> None:
+    """A band of one standard deviation around a line, where there is one."""
+    x, middle, half = (np.asarray(list(part), dtype=float) for part in (steps, values, spread))
+    if half.any():
+        axes.fill_between(x, middle - half, middle + half, color=style.colour, alpha=0.18, lw=0)
+
+
 def _scale(axes: Axes, values: Iterable[float]) -> None:
     """A logarithmic axis where values span much; otherwise a linear one."""
     array = np.asarray(list(values))
@@ -191,10 +223,14 @@ def _scale(axes: Axes, values: Iterable[float]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _mark_stops(axes: Axes, runs: Iterable[Style]) -> None:
-    """A vertical line where a run's alignment stops, with the step beside it while there are few."""
+def _mark_stops(axes: Axes, runs: Iterable[Style], term: str = "") -> None:
+    """A vertical line where a run's alignment stops, with the step beside it while there are few. In the figure of one
+    term only that term's stops."""
     low, high = axes.get_xlim()
-    stops = {s.stop: s for s in reversed(list(runs)) if s.stop is not None and low <= s.stop <= high}
+    found = [
+        (step, s) for s in reversed(list(runs)) for kind, step in s.stops.items() if not (term and kind) or kind == term
+    ]
+    stops = {step: style for step, style in found if low <= step <= high}
     for stop, style in stops.items():
         axes.axvline(stop, color=style.colour, lw=1.1, dashes=(1.5, 2.5))
         if len(stops) <= 3:  # above the axes, where no line passes

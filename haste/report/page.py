@@ -1,11 +1,12 @@
-"""The report as one HTML file that needs nothing else, with its table beside it as CSV and Markdown."""
+"""The report as one HTML file that needs nothing else, with its tables beside it as CSV, Markdown and LaTeX."""
 
 from __future__ import annotations
 
 import base64
 import itertools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,30 @@ import jinja2
 from markupsafe import Markup
 
 from haste.artefact import replacing
-from haste.report import figures, tables
-from haste.report.tables import Grid, Part, Report, Stage
+from haste.report import figures, formats, tables
+from haste.report.compare import Line, guidance_text, lines
+from haste.report.content import NONE, Grid, Part, Report, Row, Stage
+from haste.report.finding import context, finding, lead, speedup_table, speedups
+from haste.report.formats import Table
 
 PNG = b"\x89PNG\r\n\x1a\n"
-CELL = 68  # pixels a column of a grid may be wide on a page, and half of it is the least on a phone
+OURS = re.compile(r"(results|guided|speed-up|published[\w-]*|ablation-[\w-]+)\.(csv|md|tex)")  # files of tables
+CELL = 68  # pixels a column of a grid may be wide on a page
+
+
+def all_tables(report: Report) -> dict[str, list[Table]]:
+    """Every table of the page, by its section."""
+    speedup = speedup_table(report)
+    return {
+        "results": tables.main_tables(report),
+        "speed": [speedup] if speedup else [],
+        "ablations": tables.ablations(report),
+    }
 
 
 def write(report: Report, folder: Path | str) -> Path:
-    """Write results.csv, results.md and, last, index.html into a folder; each whole or not at all.
+    """Write every table as CSV, Markdown and LaTeX, results.csv with a line a seed, and, last, index.html into a
+    folder; each whole or not at all. Tables that an earlier report had and this one has not are removed.
 
     Returns:
         The path of index.html.
@@ -30,9 +46,17 @@ def write(report: Report, folder: Path | str) -> Path:
         ValueError: a row without scores, or a grid that is not a PNG file; the message names it.
     """
     folder = Path(folder)
-    page = render(report)
-    tables.to_csv(report, folder / "results.csv")
-    _write_text(folder / "results.md", tables.to_markdown(report))
+    page, found = render(report), [table for part in all_tables(report).values() for table in part]
+    files = {"results.csv": tables.results(report).to_csv(index=False)}
+    for table in found:
+        files.setdefault(f"{table.name}.csv", formats.to_csv(table))
+        files[f"{table.name}.md"] = formats.to_markdown(table)
+        files[f"{table.name}.tex"] = formats.to_latex(table, tables.arrows(report))
+    for name, text in files.items():
+        _write_text(folder / name, text)
+    for old in folder.glob("*.*"):
+        if OURS.fullmatch(old.name) and old.name not in files:
+            old.unlink()
     _write_text(folder / "index.html", page)
     return folder / "index.html"
 
@@ -42,22 +66,37 @@ def _write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
+def text(report: Report, width: int = 100) -> str:
+    """The results and the speed-ups for a terminal."""
+    shown = formats.to_text(tables.main_tables(report), report.title, width)
+    return shown + "".join(f"{line}\n" for line in [*map(str, speedups(report)), *report.notes])
+
+
 def render(report: Report) -> str:
     """The page as text."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     # Names, notes and configurations come from the user, so all is escaped but the fragments that we build.
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"duration": duration, "value": value_text}
-    environment.globals |= {"made": made, "guidance": tables.guidance_text}
+    environment.globals |= {"made": made, "guidance": guidance_text, "files": ("csv", "md", "tex")}
+    arrows = tables.arrows(report)
     return environment.get_template("template.html.j2").render(
         report=report,
-        finding=tables.finding(report),
-        context=tables.context(report),
-        table=Markup(tables.to_html(report)),
-        rows=tables.ordered(report),
-        shared=shared(report),
+        finding=finding(report),
+        context=context(report),
+        tables={
+            name: [(table, Markup(formats.to_html(table, arrows))) for table in found]
+            for name, found in all_tables(report).items()
+        },
+        lead=lead(report),
+        lines=[(line, _title(line)) for line in lines(report)],
         styles=figures.styles(report),
-        score_panels=[(p, Markup(p.svg)) for p in figures.score_panels(report)],
+        score_panels=[
+            (protocol, [(p, Markup(p.svg)) for p in group])
+            for protocol, group in itertools.groupby(figures.score_panels(report), key=lambda p: p.protocol)
+        ],
         loss_panels=[(p, Markup(p.svg)) for p in figures.loss_panels(report)],
         grids=[(step, [_grid(grid) for grid in group]) for step, group in _by_step(report)],
         parts=[(part, _quality(part)) for part in report.parts],
@@ -65,26 +104,27 @@ def render(report: Report) -> str:
     )
 
 
-def shared(report: Report) -> list[str]:
-    """What all rows agree on and the table therefore leaves out, as `model SiT-XL/2`."""
-    found = {name: {str(getattr(row, name)) for row in report.rows} for name in ("model", "seed")}
-    return [f"{name} {min(values)}" for name, values in found.items() if len(values) == 1]
+def _title(line: Line) -> str:
+    row, guided = line.first, guidance_text(line.first.score)
+    return f"{row.run}, step {row.step:,}" + ("" if guided == "none" else f", guidance {guided}")
 
 
-def _by_step(report: Report) -> list[tuple[int, list[Grid]]]:
-    """Grids that may be compared stand below one another: the same step, in the report's order."""
-    by_step = sorted(report.grids, key=lambda grid: grid.step)
-    return [(step, list(group)) for step, group in itertools.groupby(by_step, key=lambda grid: grid.step)]
+def _by_step(report: Report) -> list[tuple[str, list[Grid]]]:
+    """Grids that may be compared stand beside one another: the same step and sampling, in the report's order."""
+    names = {grid.sampling for grid in report.grids}
+    by_step = sorted(report.grids, key=lambda grid: (grid.step, grid.sampling))
+    return [
+        (f"Step {step:,}" + (f", {sampling}" if len(names) > 1 else ""), list(group))
+        for (step, sampling), group in itertools.groupby(by_step, key=lambda grid: (grid.step, grid.sampling))
+    ]
 
 
 def _grid(grid: Grid) -> dict[str, Any]:
     what = f"Samples of {grid.run} at step {grid.step:,}"
     columns = max(len(grid.labels), 1)
     alt = f"{what}, one column a class: {', '.join(map(str, grid.labels))}"
-    return {"run": grid.run, "labels": grid.labels, "columns": columns, "alt": alt, "src": data_uri(grid.image)} | {
-        "most": columns * CELL,
-        "least": columns * CELL // 2,
-    }
+    src = data_uri(grid.image)
+    return {"run": grid.run, "labels": grid.labels, "columns": columns, "alt": alt, "src": src, "most": columns * CELL}
 
 
 def data_uri(path: Path | str) -> str:
@@ -109,18 +149,28 @@ def _quality(part: Part) -> list[tuple[str, str]]:
 def value_text(value: Any) -> str:
     """A value for people: four digits of a number, thousands apart, a dash for nothing."""
     if value is None or value == "":
-        return tables.NONE
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int):
         return f"{value:,}"
-    return value if isinstance(value, str) else _inline(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_spaced(k)} {value_text(v)}" for k, v in value.items()) or NONE
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(value_text(v) for v in value) + "]"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _spaced(name: Any) -> str:
+    return str(name).replace("_", " ")
 
 
 def duration(seconds: float | None) -> str:
     """`0.4 s`, `25 s`, `3 min 05 s`, `2 h 10 min`."""
     if seconds is None:
-        return tables.NONE
+        return NONE
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -131,19 +181,37 @@ def duration(seconds: float | None) -> str:
     return f"{round(whole / 60) // 60} h {round(whole / 60) % 60:02d} min"
 
 
-def made(score: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How a score was made, as pairs to list: what names it and its inputs; the rest is in its provenance."""
-    state, detector = score.get("state") or {}, score.get("detector") or {}
+def made(score: Mapping[str, Any], row: Row | None = None) -> list[tuple[str, Sequence[tuple[str, str]]]]:
+    """How a score was made, in groups of (name, text): scores, training, sampling, detector and reference, making."""
+    state, found = score.get("state") or {}, score.get("provenance") or {}
+    seconds = found.get("seconds")
+    groups = {
+        "Scores": {**(score.get("scores") or {}), "samples": score.get("samples")},
+        "Training": {**state, **(_recipe(row.recipe) if row else {})},
+        "Sampling": {**(score.get("sampling") or {}), **({"NFE": score["nfe"]} if "nfe" in score else {})},
+        "Detector": score.get("detector") or {},
+        "Reference": score.get("reference") or {},
+        "Made": {
+            "time": found.get("made"),
+            "took": None if seconds is None else duration(seconds),
+            "score": row.file if row else "",
+            "key": score.get("key"),
+            **{k: found.get(k) for k in ("code", "versions", "hardware", "peak_memory_mb", "inputs")},
+            "command": _command(found.get("command")),
+        },
+    }
     return [
-        ("key", value_text(score.get("key"))),
-        ("state", value_text(state.get("file"))),
-        ("trajectory", value_text(state.get("trajectory"))),
-        ("sampling", ", ".join(f"{k} {_inline(v)}" for k, v in (score.get("sampling") or {}).items()) or tables.NONE),
-        ("detector", " ".join(_inline(v) for v in detector.values())),
-        ("samples", value_text(score.get("samples"))),
-        ("reference", ", ".join(f"{k} {_inline(v)}" for k, v in (score.get("reference") or {}).items())),
+        (title, pairs)
+        for title, group in groups.items()
+        if (pairs := [(_spaced(k), value_text(v)) for k, v in group.items() if v not in (None, "", {})])
     ]
 
 
-def _inline(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+def _recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What a state is named by; its losses one by one."""
+    flat = {k: v for k, v in recipe.items() if k not in ("terms", "recipe")}
+    return {**flat, **{f"{kind} loss": term for kind, term in (recipe.get("terms") or {}).items()}}
+
+
+def _command(command: Any) -> str | None:
+    return " ".join(map(str, command)) if isinstance(command, list | tuple) else command

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from haste.report import figures
-from haste.report.tables import Curve, Report, Row
+from haste.report.content import Curve, Report, Row
 
 DETECTOR = {"name": "cnn$x_1$", "identity": "d"}
 
@@ -22,7 +22,7 @@ def row(run: str, step: int, fd: float, stop: str = "–") -> Row:
 
 
 def report(rows: list[Row], curves: list[Curve], floor: float | None = None) -> Report:
-    real = None if floor is None else {"detector": DETECTOR, "scores": {"fd": floor}}
+    real = [] if floor is None else [{"detector": DETECTOR, "scores": {"fd": floor}}]
     return Report("n", "t", "", rows, real, curves, [], [], [], {}, "")
 
 

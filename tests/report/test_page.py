@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from haste.report import page
-from haste.report.tables import Curve, Grid, Part, Report, Row, Stage
+from haste.report.content import Curve, Grid, Part, Report, Row, Stage
 
 EVIL = "<script>alert('x')</script>\"&'"
 VOID = {"meta", "img", "br", "link", "input", "hr", "wbr"}
@@ -45,7 +45,7 @@ def full(tmp_path: Path) -> Report:
         title="A title",
         description="What this is.\n\nAnd more.",
         rows=rows,
-        floor=score(3.0, "key-floor"),
+        floors=[score(3.0, "key-floor")],
         curves=curves,
         grids=[Grid("vanilla", 600, image, ["0", "1"]), Grid("HASTE", 600, image, ["0", "1"])],
         parts=[Part("cnn", "detector", {"accuracy": 0.98}, {"seconds": 6.0})],
@@ -92,7 +92,8 @@ class Page(HTMLParser):
 
 def test_the_page_is_whole_and_one_file(full: Report, tmp_path: Path):
     index = page.write(full, tmp_path / "report")
-    assert sorted(p.name for p in index.parent.iterdir()) == ["index.html", "results.csv", "results.md"]
+    tables = [f"{name}.{kind}" for name in ("results", "speed-up") for kind in ("csv", "md", "tex")]
+    assert sorted(p.name for p in index.parent.iterdir()) == sorted(["index.html", *tables])
     parsed = Page(index.read_text())
     assert parsed.open == []
     assert len(parsed.all("h1")) == 1
@@ -106,7 +107,8 @@ def test_the_page_needs_nothing_from_outside(full: Report):
         v for _, a in parsed.elements for k, v in a.items() if k in ("src", "href", "xlink:href", "srcset", "data")
     ]
     assert targets
-    assert all(t.startswith(("#", "data:")) or t in ("results.csv", "results.md") for t in targets)
+    tables = {f"{name}.{kind}" for name in ("results", "speed-up") for kind in ("csv", "md", "tex")}
+    assert {t for t in targets if not t.startswith(("#", "data:"))} == tables
     assert parsed.all("link") == []
     assert not re.search(r"@import|url\((?!#)", html)
 
@@ -121,7 +123,7 @@ def test_links_within_the_page_lead_somewhere_and_ids_are_unique(full: Report):
 
 def test_a_number_leads_to_how_it_was_made(full: Report):
     html = page.render(full)
-    link = re.search(r'href="#(made-\d+)">40\.0<', html)
+    link = re.search(r'href="#(made-\d+)"><strong>40\.0<', html)
     assert link is not None
     target = html[html.index(f'id="{link[1]}"') :].split("</details>")[0]
     assert "key-HASTE-300" in target
@@ -182,7 +184,7 @@ def test_whatever_things_are_called_is_text(full: Report):
 
 
 def test_a_report_of_nothing_is_a_page(tmp_path: Path):
-    empty = Report("n", "t", "", [], None, [], [], [], [], {}, "")
+    empty = Report("n", "t", "", [], [], [], [], [], [], {}, "")
     parsed = Page(page.write(empty, tmp_path).read_text())
     assert parsed.open == []
     assert "No scores yet." in parsed.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,10 +11,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from haste.report import tables
-from haste.report.tables import Report, Row
+from haste.report import compare, finding, formats, page, tables
+from haste.report.content import Report, Row
 
-READ = {name: "Int64" for name in tables.NUMBERS} | {"run": str, "model": str, "method": str, "stop": str}
+READ = (
+    {name: "Int64" for name in tables.NUMBERS} | {"NFE": float} | {"run": str, "model": str, "method": str, "stop": str}
+)
 
 
 def score(fd: float | None, **changes) -> dict:
@@ -49,8 +52,20 @@ def row(run: str, step: int, fd: float | None, *, method: str = "", stop: str = 
     return Row(run, "SiT", method or run, stop, seed, step, score(fd, **changes))
 
 
-def report(rows: list[Row], floor: dict | None = None) -> Report:
-    return Report("digits", "Digits", "", rows, floor, [], [], [], [], {}, "")
+def report(rows: list[Row], floor: dict | None = None, **more) -> Report:
+    return Report("digits", "Digits", "", rows, [] if floor is None else [floor], [], [], [], [], {}, "", **more)
+
+
+def html(built: Report) -> str:
+    return "".join(map(formats.to_html, tables.main_tables(built)))
+
+
+def markdown(built: Report) -> str:
+    return "\n".join(map(formats.to_markdown, tables.main_tables(built)))
+
+
+def latex(built: Report) -> str:
+    return "".join(formats.to_latex(table, tables.arrows(built)) for table in tables.main_tables(built))
 
 
 def guided(weight: float, low: float = 0, high: float = 1) -> dict:
@@ -98,8 +113,13 @@ def test_the_table_has_these_columns_in_this_order():
 
 
 def test_the_detectors_name_comes_from_the_data():
+    frame = tables.results(report([row("a", 1, 5.0, detector={"name": "other", "identity": "i"})]))
+    assert frame["FD (other)"].tolist() == [5.0]
+
+
+def test_only_inceptions_frechet_distance_is_called_fid():
     frame = tables.results(report([row("a", 1, 5.0, detector={"name": "inception", "identity": "i"})]))
-    assert frame["FD (inception)"].tolist() == [5.0]
+    assert frame["FID"].tolist() == [5.0]
 
 
 def test_guided_and_unguided_scores_never_share_a_column():
@@ -114,7 +134,7 @@ def test_guided_and_unguided_scores_never_share_a_column():
 
 
 def test_a_weight_of_one_is_no_guidance_whatever_its_interval():
-    assert tables.guidance_text(score(1.0, sampling=guided(1.0, 0, 0.7))) == "none"
+    assert compare.guidance_text(score(1.0, sampling=guided(1.0, 0, 0.7))) == "none"
 
 
 def test_the_floor_is_the_last_line_of_every_form(tmp_path: Path):
@@ -123,12 +143,12 @@ def test_the_floor_is_the_last_line_of_every_form(tmp_path: Path):
     assert frame.iloc[-1]["run"] == tables.FLOOR_NAME
     assert frame.iloc[-1]["FD (digits-cnn)"] == 3.4
     assert frame.iloc[-1]["samples"] == 750
-    assert tables.to_markdown(built).strip().splitlines()[-1].startswith("| real against real |")
-    assert Cells(tables.to_html(built)).rows[-1][0] == tables.FLOOR_NAME
-    assert next(line for line in tables.to_text(built).splitlines() if "real against" in line).split()[-2:] == [
-        "–",
-        "–",
-    ]
+    lines = [line for line in markdown(built).splitlines() if line.startswith("|")]
+    assert lines[-1].startswith("| real against real |")
+    assert Cells(html(built)).rows[-1][0] == tables.FLOOR_NAME
+    line = next(line for line in page.text(built).splitlines() if "real against" in line)
+    assert line.split() == ["real", "against", "real", "3.40", "0.980", "–", "–"]
+    assert latex(built).split("\\bottomrule")[0].split("\\midrule")[-1].startswith("\nreal against real")
 
 
 def test_the_floor_stands_only_under_its_own_detector():
@@ -140,117 +160,226 @@ def test_the_floor_stands_only_under_its_own_detector():
 
 def test_the_best_of_each_step_is_bold_and_the_floor_never_is():
     built = report([row("a", 1, 9.0), row("b", 1, 8.5), row("a", 2, 7.25), row("b", 2, 7.5)], FLOOR)
-    assert Cells(tables.to_html(built)).bold == {"8.50", "7.25"}
-    assert set(re.findall(r"\*\*(.*?)\*\*", tables.to_markdown(built))) == {"8.50", "7.25"}
+    assert Cells(html(built)).bold == {"8.50", "7.25"}
+    assert set(re.findall(r"\*\*(.*?)\*\*", markdown(built))) == {"8.50", "7.25"}
 
 
 def test_higher_is_better_for_accuracy():
     rows = [row(n, 1, 9.0, scores={"class_accuracy": v}) for n, v in (("a", 0.5), ("b", 0.9))]
-    assert Cells(tables.to_html(report(rows))).bold == {"0.900"}
+    assert Cells(html(report(rows))).bold == {"0.900"}
 
 
 @pytest.mark.parametrize("changes", [{"samples": 5000}, {"sampling": {"steps": 250}}, {"reference": {"images": 10}}])
 def test_scores_measured_in_different_ways_are_not_ranked(changes: dict):
-    assert Cells(tables.to_html(report([row("a", 1, 9.0), row("b", 1, 8.0, **changes)]))).bold == set()
+    assert Cells(html(report([row("a", 1, 9.0), row("b", 1, 8.0, **changes)]))).bold == set()
 
 
 def test_the_seed_of_the_noise_does_not_keep_scores_apart():
     built = report([row("a", 1, 9.0), row("b", 1, 8.0, sampling={"seed": 7})])
-    assert len([g for g in tables.comparisons(built) if g.column.metric == "fd"]) == 1
+    assert len([g for g in compare.comparisons(built) if g.column.metric == "fd"]) == 1
 
 
 def test_a_csv_read_back_equals_the_table(tmp_path: Path):
     rows = [row('a,"b"\nc', 300, 1 / 3, stop="350"), row("b", 300, None), row("b", 300, 4.0, sampling=guided(1.5))]
     built = report(rows, FLOOR)
-    tables.to_csv(built, tmp_path / "results.csv")
+    page.write(built, tmp_path)
     frame = tables.results(built)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results.csv", dtype=READ), frame, check_dtype=False)
-    assert [p.name for p in tmp_path.iterdir()] == ["results.csv"]
 
 
 def test_markdown_keeps_its_columns_whatever_a_run_is_called():
-    lines = tables.to_markdown(report([row("a|b*c*\n<i>", 1, 9.0)])).strip().splitlines()
+    text = markdown(report([row("a|b*c*\n<i>", 1, 9.0)]))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 3
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
     assert r"a\|b\*c\* \<i\>" in lines[2]
 
 
 def test_html_escapes_names():
-    html = tables.to_html(report([row('<script>"&', 1, 9.0)]))
-    assert "<script>" not in html
-    assert Cells(html).rows[1][0] == '<script>"&'
+    found = html(report([row('<script>"&', 1, 9.0)]))
+    assert "<script>" not in found
+    assert Cells(found).rows[1][0] == '<script>"&'
 
 
 def test_the_terminal_shows_names_that_look_like_markup():
-    assert "[red]run[/red]" in tables.to_text(report([row("[red]run[/red]", 1, 9.0)]))
+    assert "[red]run[/red]" in page.text(report([row("[red]run[/red]", 1, 9.0)]))
 
 
 def test_the_terminal_never_cuts_a_number():
     rows = [row("a-rather-long-name-of-a-run", 400_000, 123.46, method="HASTE", stop="250000")]
-    text = tables.to_text(report(rows, FLOOR), width=80)
+    text = page.text(report(rows, FLOOR), width=80)
     assert "…" not in text
     assert all(value in text for value in ("123.5", "400,000", "0.700", "0.500", "0.800", "3.4"))
 
 
 def test_the_headline_and_the_table_round_alike():
     built = report([row("a", 1, 31.26), row("b", 1, 40.0), row("a", 2, 9.14), row("b", 2, 21.26)], FLOOR)
-    assert tables.finding(built) == "At step 2 a reaches FD 9.14, b 21.26."
-    assert "21.26" in tables.to_markdown(built)
-    assert "3.40" in tables.context(built)
+    assert finding.finding(built) == "At step 2 a reaches FD 9.14, b 21.26."
+    assert "21.26" in markdown(built)
+    assert "3.40" in finding.context(built)
 
 
-def test_model_and_seed_show_only_where_they_differ():
-    rows = [row("a", 1, 9.0), row("a", 1, 8.0, seed=1)]
-    assert Cells(tables.to_html(report(rows[:1]))).rows[0][:3] == ["run", "method", "stop"]
-    assert Cells(tables.to_html(report(rows))).rows[0][:4] == ["run", "method", "stop", "seed"]
+def heads(built: Report) -> list[str]:
+    return Cells(html(built)).rows[0]
+
+
+def test_model_method_stop_seed_and_sampling_are_columns_only_where_they_differ():
+    rows = [row("a", 1, 9.0), row("a", 2, 8.0)]
+    assert heads(report(rows))[:3] == ["run", "step", "FD (digits-cnn)"]
+    assert heads(report([*rows, row("b", 1, 8.0, seed=1)]))[-1] == "seeds"
+    assert heads(report([*rows, row("b", 1, 8.0, method="HASTE", stop="5")]))[:4] == ["run", "method", "stop", "step"]
+    assert heads(report([*rows, row("b", 1, 8.0, samples=50_000)]))[-1] == "samples"
+    other = dataclasses.replace(rows[0], model="SiT-L")
+    assert heads(report([*rows, other]))[:3] == ["run", "model", "step"]
+
+
+def test_what_all_rows_share_is_said_below_the_table():
+    (table,) = tables.main_tables(report([row("a", 1, 9.0)]))
+    said = " ".join(table.notes)
+    assert "Euler, 50 steps, no guidance, balanced labels, 1,000 samples against 1,500 real images." in said
+    assert "Model SiT." in said
+    assert "One seed of training a run (0)." in said
+
+
+SEEDS = [row("a", 1, value, seed=seed) for seed, value in enumerate((50.0, 52.0, 57.0))]
+
+
+def test_seeds_are_one_line_of_mean_and_sample_standard_deviation():
+    (table,) = tables.main_tables(report([*SEEDS, *(row("b", 1, 60.0, seed=s) for s in range(3))]))
+    cell = table.column("FD (digits-cnn)")[0]
+    values = [50.0, 52.0, 57.0]
+    mean = sum(values) / 3
+    spread = (sum((v - mean) ** 2 for v in values) / 2) ** 0.5
+    assert (cell.value, cell.spread) == (pytest.approx(mean), pytest.approx(spread))
+    assert cell.text + cell.around == "53.0 ± 3.6"
+    assert "over 3 seeds" in " ".join(table.notes)
+    assert len(table.entries) == 2
+    for text in (html(report(SEEDS)), markdown(report(SEEDS)), page.text(report(SEEDS))):
+        assert "± 3.6" in text
+    assert r"53.0 $\pm$ 3.6" in latex(report(SEEDS))
+    assert formats.to_csv(table).splitlines()[0].startswith("run,step,FD (digits-cnn),FD (digits-cnn) ±,")
+
+
+def test_a_line_that_misses_a_seed_has_no_mean_and_is_never_the_best():
+    built = report([*SEEDS[:2], row("b", 1, 60.0), row("c", 1, 70.0)], seeds={"a": [0, 1, 2], "b": [0], "c": [0]})
+    (table,) = tables.main_tables(built)
+    first, second, _ = table.column("FD (digits-cnn)")
+    assert (first.text, first.around, first.value, first.bold) == ("50.0; 52.0", "", None, False)
+    assert second.bold
+    assert table.column("seeds")[0].text == "2 of 3: 2 missing"
+    assert "without a mean" in " ".join(table.notes)
+
+
+def test_every_seed_is_a_line_of_the_csv():
+    assert tables.results(report(SEEDS))[["seed", "FD (digits-cnn)"]].values.tolist() == [[0, 50], [1, 52], [2, 57]]
+
+
+def test_scores_of_several_detectors_are_columns_of_one_line():
+    other = {"name": "other", "identity": "o"}
+    floors = [FLOOR, {**FLOOR, "detector": other, "scores": {"fd": 0.5}}]
+    built = report([row("a", 1, 9.0), row("a", 1, 2.0, detector=other), row("b", 1, 8.0)])
+    built = dataclasses.replace(built, floors=floors)
+    (table,) = tables.main_tables(built)
+    assert [cell.text for cell in table.column("FD (other)")] == ["2.00", "–", "0.50"]
+    assert [cell.text for cell in table.column("FD (digits-cnn)")] == ["9.00", "8.00", "3.40"]
+    assert len(tables.results(built)) == 3
+
+
+def test_a_scores_own_error_bar_stands_beside_it_and_is_no_column():
+    scores = {"kid": 0.5, "kid_std": 0.0125, "fd": 9.0}
+    built = report([row("a", 1, 9.0, scores=scores)])
+    (table,) = tables.main_tables(built)
+    assert [head.name for head in table.heads] == ["run", "step", "FD (digits-cnn)", "KID (digits-cnn)"]
+    assert (cell := table.column("KID (digits-cnn)")[0]).text + cell.around == "0.5000 ± 0.0125"
+    assert tables.results(built)["KID (digits-cnn) error"].tolist() == [0.0125]
+
+
+def test_guided_results_have_a_table_of_their_own_with_scale_and_interval():
+    rows = [row("a", 1, 9.0), row("a", 1, 4.0, sampling=guided(1.5)), row("a", 1, 3.0, sampling=guided(1.25, 0, 0.7))]
+    plain, other = tables.main_tables(report(rows))
+    assert (plain.name, other.name) == ("results", "guided")
+    assert [cell.text for cell in plain.column("FD (digits-cnn)")] == ["9.00"]
+    assert [cell.text for cell in other.column("FD (digits-cnn)")] == ["4.00", "3.00"]
+    assert [cell.text for cell in other.column("w")] == ["1.5", "1.25"]
+    assert [cell.text for cell in other.column("interval")] == ["[0, 1]", "[0, 0.7]"]
+    assert not any(cell.bold for cell in other.column("FD (digits-cnn)"))  # two scales are not one comparison
+
+
+def test_lines_are_grouped_by_model_and_step():
+    rows = [dataclasses.replace(row(m, s, 9.0), model=m) for s in (2, 1) for m in ("L", "S")]
+    (table,) = tables.main_tables(report(rows))
+    found = [(e.cells[1].text, e.cells[2].text, e.first) for e in table.entries]
+    assert found == [("L", "1", True), ("L", "2", True), ("S", "1", True), ("S", "2", True)]
+
+
+def test_latex_is_a_table_of_booktabs_with_as_many_cells_in_every_line():
+    built = report([row("50% & more_{}", 1, 9.0), row("b~^\\", 1, 8.0), row("c", 2, None)], FLOOR)
+    lines = latex(built).splitlines()
+    rules = [line for line in lines if line.endswith("rule")]
+    assert rules == [r"\toprule", r"\midrule", r"\midrule", r"\midrule", r"\bottomrule"]
+    rows = [line for line in lines if line.endswith(r"\\")]
+    columns = re.search(r"tabular}{([lr]+)}", latex(built))
+    assert columns is not None
+    assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in rows} == {len(columns[1])}
+    assert r"50\% \& more\_\{\}" in rows[1]
+    assert r"b\textasciitilde{}\textasciicircum{}\textbackslash{}" in rows[2]
+    assert r"\textbf{8.00}" in rows[2]
+    assert r"FD (digits-cnn) $\downarrow$" in rows[0]
+    assert r"recall $\uparrow$" in rows[0]
+    assert latex(built).count("{") == latex(built).count("}")
 
 
 def test_the_finding_is_computed_from_the_last_step_that_all_runs_reached():
     rows = [row("vanilla", 600, 76.3), row("HASTE", 600, 52.1), row("HASTE", 900, 20.0), row("vanilla", 300, 90.0)]
-    assert tables.finding(report(rows)) == "At step 600 HASTE reaches FD 52.1, vanilla 76.3."
+    assert finding.finding(report(rows)) == "At step 600 HASTE reaches FD 52.1, vanilla 76.3."
 
 
 def test_the_finding_says_so_when_the_baseline_wins():
     rows = [row("vanilla", 600, 50.0), row("HASTE", 600, 52.1)]
-    assert tables.finding(report(rows)) == "At step 600 vanilla reaches FD 50.0, HASTE 52.1."
+    assert finding.finding(report(rows)) == "At step 600 vanilla reaches FD 50.0, HASTE 52.1."
 
 
 def test_the_finding_calls_runs_of_one_method_by_their_names():
     rows = [row(n, 1000, v, method="HASTE") for n, v in (("early", 30.0), ("late", 40.0))] + [
         row("vanilla", 1000, 60.0)
     ]
-    assert tables.finding(report(rows)) == "At step 1,000 early reaches FD 30.0, late 40.0, vanilla 60.0."
+    assert finding.finding(report(rows)) == "At step 1,000 early reaches FD 30.0, late 40.0, vanilla 60.0."
 
 
 def test_the_finding_averages_seeds_and_says_the_spread():
     rows = [row("HASTE", 600, v, seed=s) for s, v in enumerate((50.0, 52.0, 54.0))]
-    assert tables.finding(report(rows)) == "At step 600 HASTE reaches FD 52.0 ± 2.0."
-    assert "3 seeds" in tables.context(report(rows))
+    assert finding.finding(report(rows)) == "At step 600 HASTE reaches FD 52.0 ± 2.0."
+    assert "3 seeds" in finding.context(report(rows))
+
+
+def test_the_finding_says_where_seeds_are_missing():
+    built = report([row("a", 1, 50.0), row("a", 1, 52.0, seed=1)], seeds={"a": [0, 1, 2]})
+    assert finding.finding(built) == "At step 1 a reaches FD 51.0 (2 of 3 seeds)."
 
 
 def test_the_finding_never_sets_a_guided_run_beside_an_unguided_one():
     rows = [row("vanilla", 600, 76.3), row("HASTE", 600, 5.0, sampling=guided(1.5))]
-    assert tables.finding(report(rows)) == "At step 600 vanilla reaches FD 76.3."
+    assert finding.finding(report(rows)) == "At step 600 vanilla reaches FD 76.3."
 
 
 def test_the_finding_speaks_of_what_most_runs_were_scored_in():
     quick = {"sampling": {"sampler": "heun"}}
     rows = [row("vanilla", 600, 11.0, **quick), row("vanilla", 600, 76.3), row("HASTE", 600, 52.1)]
-    assert tables.finding(report(rows)) == "At step 600 HASTE reaches FD 52.1, vanilla 76.3."
+    assert finding.finding(report(rows)) == "At step 600 HASTE reaches FD 52.1, vanilla 76.3."
 
 
 def test_the_finding_keeps_vanilla_among_many_runs():
     rows = [row(f"r{i}", 600, 10.0 + i, method="HASTE") for i in range(6)] + [row("vanilla", 600, 99.0)]
-    assert tables.finding(report(rows)) == (
+    assert finding.finding(report(rows)) == (
         "At step 600 r0, the best of 7 runs, reaches FD 10.0, r1 11.0, r2 12.0, r3 13.0, vanilla 99.0."
     )
 
 
 def test_nothing_scored_is_said_and_not_an_error():
-    assert tables.finding(report([])) == "No scores yet."
+    assert finding.finding(report([])) == "No scores yet."
     assert tables.results(report([])).empty
-    assert tables.to_text(report([]))
-    assert "real against real" in tables.to_html(report([], FLOOR))
+    assert page.text(report([]))
+    assert "real against real" in html(report([], FLOOR))
     assert tables.results(report([], FLOOR))["run"].tolist() == [tables.FLOOR_NAME]
 
 
@@ -278,6 +407,7 @@ def test_evaluations_that_were_counted_are_shown_as_their_mean_and_two_names_of_
     adaptive = {"sampler": "dopri5", "steps": None, "preset": None}
     found = report([row("a", 1, 2.0, nfe=103.4375, sampling=adaptive), row("b", 1, 3.0)])
     assert tables.results(found)["NFE"].tolist() == [103.4375, 50.0]
-    assert "| 103.4 |" in tables.to_markdown(found) and "| 50.0 |" in tables.to_markdown(found)
+    (table,) = tables.main_tables(found)
+    assert [cell.text for cell in table.column("NFE")] == ["103.4", "50.0"]
     named = [row("a", 1, 2.0, sampling={"preset": "ode-50"}), row("b", 1, 3.0, sampling={"preset": None})]
-    assert all(len(group.points) == 2 for group in tables.comparisons(report(named)))
+    assert all(len(group.points) == 2 for group in compare.comparisons(report(named)))

@@ -1,0 +1,313 @@
+"""Which scores may be compared, and over several seeds what they come to.
+
+Scores are compared only within a `Comparison`: the same model, detector, reference, sample count and way of sampling.
+Guided and unguided results never share a column.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from haste.artefact import canonical
+from haste.report.content import Report, Row
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a score is named and read. `lower` is None where neither direction is better."""
+
+    label: str
+    lower: bool | None
+    names_detector: bool = False
+    decimals: int = 3
+
+
+METRICS = {
+    "fd": Metric("FD", lower=True, names_detector=True, decimals=1),
+    "sfid": Metric("sFID", lower=True, decimals=1),
+    "kid": Metric("KID", lower=True, names_detector=True, decimals=4),
+    "is": Metric("IS", lower=False, decimals=1),
+    "precision": Metric("precision", lower=False),
+    "recall": Metric("recall", lower=False),
+    "class_accuracy": Metric("class accuracy", lower=False),
+}
+INCEPTION = "inception"  # the detector whose Fréchet distance is called FID
+ERROR = "_std"  # what the name of a score's own error bar ends with
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric under one detector and one guidance."""
+
+    metric: str
+    detector: str
+    guidance: str
+
+    @property
+    def title(self) -> str:
+        """Its name in a table whose lines name their guidance."""
+        known = metric(self.metric)
+        if self.detector == INCEPTION:
+            return "FID" if self.metric == "fd" else known.label
+        return known.label + (f" ({self.detector})" if known.names_detector else "")
+
+    @property
+    def place(self) -> tuple[str, bool]:
+        """The column of a table that it stands in: its title, and whether it is guided."""
+        return self.title, self.guidance != "none"
+
+    @property
+    def name(self) -> str:
+        """Its name where nothing else tells the guidance."""
+        return self.title + ("" if self.guidance == "none" else f", w={self.guidance}")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A value in a comparison; `line` is the place of its line in `lines(report)`."""
+
+    run: str
+    method: str
+    seed: int
+    step: int
+    value: float
+    line: int
+
+
+@dataclass
+class Comparison:
+    """Scores of one column that were measured in the same way on the same model, so that they may be compared."""
+
+    column: Column
+    model: str
+    protocol: str
+    points: list[Point] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Values over seeds: their mean, their sample standard deviation (None of one), and the seeds that are missing."""
+
+    values: Mapping[int, float]
+    missing: Sequence[int]
+
+    @property
+    def mean(self) -> float:
+        """The mean of what is there."""
+        return statistics.fmean(self.values.values())
+
+    @property
+    def spread(self) -> float | None:
+        """The sample standard deviation (n - 1); None where a seed is missing or there is but one."""
+        whole = len(self.values) > 1 and not self.missing
+        return statistics.stdev(self.values.values()) if whole else None
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one run reached at one step, sampled in one way: the scores of all its seeds and of all detectors."""
+
+    rows: Sequence[Row]
+    seeds: Sequence[int]  # those that it is to have
+
+    @property
+    def first(self) -> Row:
+        """What its rows share: run, model, method, stop, step, way of sampling."""
+        return self.rows[0]
+
+    @property
+    def there(self) -> list[int]:
+        """The seeds that have scores."""
+        return list(dict.fromkeys(row.seed for row in self.rows))
+
+    @property
+    def missing(self) -> list[int]:
+        """The seeds that have none yet."""
+        return [seed for seed in self.seeds if seed not in self.there]
+
+    def summary(self, column: Column) -> Summary | None:
+        """One column over the seeds; None where none has a value."""
+        values = {row.seed: found[column] for row in self.rows if column in (found := row_scores(row))}
+        return Summary(values, [s for s in self.seeds if s not in values]) if values else None
+
+    def error(self, column: Column) -> float | None:
+        """The error bar that the one score of a column came with (over splits or subsets of its samples), if any."""
+        rows = [row for row in self.rows if column in row_scores(row)]
+        found = [float(row.score["scores"].get(column.metric + ERROR) or math.nan) for row in rows]
+        return found[0] if len(found) == 1 and math.isfinite(found[0]) else None
+
+
+def metric(key: str) -> Metric:
+    """How to show a score; one that is not known keeps its name and is never marked as best."""
+    return METRICS.get(key, Metric(key.replace("_", " "), lower=None))
+
+
+def guidance_text(score: Mapping[str, Any]) -> str:
+    """`none` (also for w <= 1, which guides nothing), `1.5`, or `1.5 on [0, 0.7]`."""
+    weight, low, high = guidance(score)
+    if weight <= 1.0:
+        return "none"
+    return f"{weight:g}" if (low, high) == (0, 1) else f"{weight:g} on [{low:g}, {high:g}]"
+
+
+def guidance(score: Mapping[str, Any]) -> tuple[float, float, float]:
+    """The scale of guidance and the interval of t on which it acts; (1, 0, 1) is none."""
+    sampling = score.get("sampling") or {}
+    weight = float(sampling.get("guidance") or 1.0)
+    low, high = sampling.get("interval") or (0, 1)
+    return (weight, float(low), float(high)) if weight > 1 else (1.0, 0.0, 1.0)
+
+
+def detector_name(score: Mapping[str, Any]) -> str | None:
+    """The name of the detector that made a score."""
+    return (score.get("detector") or {}).get("name")
+
+
+def lines(report: Report) -> list[Line]:
+    """The lines of the table: by model in the report's order, then by step; within a step in the report's order."""
+    models = list(dict.fromkeys(row.model for row in report.rows))
+    found: dict[str, list[Row]] = {}
+    for row in sorted(report.rows, key=lambda row: (models.index(row.model), row.step)):
+        samples = row.score.get("samples")
+        found.setdefault(canonical([row.run, row.model, row.step, _sampling(row.score), samples]), []).append(row)
+    return [Line(rows, report.seeds.get(rows[0].run) or _seeds(rows)) for rows in found.values()]
+
+
+def _seeds(rows: Sequence[Row]) -> list[int]:
+    return list(dict.fromkeys(row.seed for row in rows))
+
+
+def _scores(score: Mapping[str, Any], where: str) -> dict[Column, float]:
+    """The finite values of a score file by column."""
+    found, detector = score.get("scores"), detector_name(score)
+    if not isinstance(found, Mapping) or detector is None:
+        raise ValueError(f"{where}: found keys {sorted(score)}, expected a score with 'scores' and 'detector'")
+    guided = guidance_text(score)
+    values = {Column(k, detector, guided): v for k, v in found.items() if v is not None and not _error_bar(k, found)}
+    return {column: float(value) for column, value in values.items() if math.isfinite(value)}
+
+
+def _error_bar(key: str, scores: Mapping[str, Any]) -> bool:
+    return key.endswith(ERROR) and key.removesuffix(ERROR) in scores
+
+
+def row_scores(row: Row) -> dict[Column, float]:
+    """The finite scores of a row by column.
+
+    Raises:
+        ValueError: its score is not a score; the message names run and step.
+    """
+    return _scores(row.score, f"run {row.run!r}, step {row.step}")
+
+
+def floor_of(report: Report, column: Column) -> Mapping[str, Any] | None:
+    """The score of real images against real ones by a column's detector."""
+    return next((floor for floor in report.floors if detector_name(floor) == column.detector), None)
+
+
+def floor_value(report: Report, column: Column) -> float | None:
+    """What real images score against real ones; they know no guidance, so it stands under guided columns too."""
+    found = floor_of(report, column)
+    if found is None:
+        return None
+    return {c.metric: value for c, value in _scores(found, "the floor").items()}.get(column.metric)
+
+
+def columns(report: Report) -> list[Column]:
+    """All columns of scores: unguided first, then by detector and guidance as they appear, metrics in a fixed order."""
+    found = {column: None for line in lines(report) for row in line.rows for column in row_scores(row)}
+    if not found:
+        found = {column: None for floor in report.floors for column in _scores(floor, "the floor")}
+    blocks = list(dict.fromkeys((c.guidance, c.detector) for c in found))
+    blocks.sort(key=lambda block: block[0] != "none")
+    rank = {key: place for place, key in enumerate(METRICS)}
+    return sorted(found, key=lambda c: (blocks.index((c.guidance, c.detector)), rank.get(c.metric, len(rank))))
+
+
+def _sampling(score: Mapping[str, Any]) -> dict[str, Any]:
+    """How samples were drawn. The noise's seed may differ, and what the sampling is called; NFE follows from the
+    sampler, and without guidance its interval says nothing."""
+    sampling = {k: v for k, v in (score.get("sampling") or {}).items() if k not in ("seed", "name", "preset")}
+    return sampling if guidance(score)[0] > 1.0 else sampling | {"guidance": 1.0, "interval": None}
+
+
+def _protocol_key(score: Mapping[str, Any]) -> str:
+    """Two scores may be compared where this is equal."""
+    return canonical([_sampling(score), score.get("samples"), score.get("reference"), score.get("detector")])
+
+
+def protocol_text(score: Mapping[str, Any]) -> str:
+    """How a score was measured, in words."""
+    sampling, guided = score.get("sampling") or {}, guidance_text(score)
+    reference = (score.get("reference") or {}).get("images")
+    words = [
+        str(sampling["sampler"]) if "sampler" in sampling else None,
+        f"{sampling['steps']} steps" if sampling.get("steps") else None,
+        "no guidance" if guided == "none" else f"guidance {guided}",
+        f"{sampling['labels']} labels" if "labels" in sampling else None,
+        f"{score['samples']:,} samples" if score.get("samples") else None,
+    ]
+    text = ", ".join(word for word in words if word)
+    return f"{text} against {reference:,} real images" if reference else text
+
+
+def comparisons(report: Report) -> list[Comparison]:
+    """Every set of scores that may be compared, in the order of the columns."""
+    found: dict[tuple[Column, str, str], Comparison] = {}
+    for place, line in enumerate(lines(report)):
+        for row in line.rows:
+            for column, value in row_scores(row).items():
+                key = (column, row.model, _protocol_key(row.score))
+                group = found.setdefault(key, Comparison(column, row.model, protocol_text(row.score)))
+                group.points.append(Point(row.run, row.method, row.seed, row.step, value, place))
+    order = {column: i for i, column in enumerate(columns(report))}
+    return sorted(found.values(), key=lambda group: order[group.column])
+
+
+def curve(group: Comparison, run: str, seeds: Sequence[int]) -> list[tuple[int, Summary]]:
+    """A run's values in a comparison by step, over its seeds."""
+    steps: dict[int, dict[int, float]] = {}
+    for point in group.points:
+        if point.run == run:
+            steps.setdefault(point.step, {})[point.seed] = point.value
+    return [(step, Summary(v, [s for s in seeds if s not in v])) for step, v in sorted(steps.items())]
+
+
+def seeds_of(report: Report, run: str) -> list[int]:
+    """The seeds that a run is to have; where nobody says, those that have scores."""
+    return list(report.seeds.get(run) or _seeds([row for row in report.rows if row.run == run]))
+
+
+def decimals(report: Report) -> dict[tuple[str, bool], int]:
+    """Decimals to show, by a column's place: one number for a whole column, and for the headline that quotes it.
+
+    Distances get a second decimal where the smallest that a run reached is below 10.
+    """
+    scores = [row_scores(row) for row in report.rows]
+    shown: dict[tuple[str, bool], int] = {}
+    for column in columns(report):
+        known = metric(column.metric)
+        small = any(abs(found.get(column, math.inf)) < 10.0 for found in scores)
+        places = known.decimals + (known.decimals == 1 and small)
+        shown[column.place] = max(places, shown.get(column.place, 0))
+    return shown
+
+
+def best(report: Report) -> frozenset[tuple[int, Column]]:
+    """The best of each comparison at each step, as (line, column), ties as they are printed; none among equals. A line
+    that still misses a seed takes no part."""
+    table, places, winners = lines(report), decimals(report), set()
+    for group in comparisons(report):
+        lower, digits = metric(group.column.metric).lower, places[group.column.place]
+        for step in {p.step for p in group.points}:
+            found = {p.line: table[p.line].summary(group.column) for p in group.points if p.step == step}
+            shown = {i: round(s.mean, digits) for i, s in found.items() if s is not None and not s.missing}
+            if lower is None or len(set(shown.values())) < 2:
+                continue
+            winner = min(shown.values()) if lower else max(shown.values())
+            winners |= {(place, group.column) for place, value in shown.items() if value == winner}
+    return frozenset(winners)

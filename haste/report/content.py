@@ -1,0 +1,99 @@
+"""What a report is made of: scores, curves, pictures, parts, times. Data alone; the other files read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+NONE = "–"  # what a cell without a value shows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One score of one run with one seed. `stop` is "–" (no alignment), "never", or the step alignment stopped at.
+
+    `settings` is what an ablation may vary, in words: teacher, layers, weights, ...; `recipe` is what the trained state
+    is named by.
+    """
+
+    run: str
+    model: str
+    method: str
+    stop: str
+    seed: int
+    step: int
+    score: Mapping[str, Any]  # a score file, parsed
+    settings: Mapping[str, str] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    file: str = ""  # of the score
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a run logged with one seed, along its lineage, by step: step, loss (denoising), features and attention while
+    aligned, images_per_s, ..."""
+
+    run: str
+    seed: int
+    records: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A PNG of samples, one column a class; `labels` names the columns along its rows."""
+
+    run: str
+    step: int
+    image: Path
+    labels: Sequence[str]
+    sampling: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network that the pipeline trained for itself (`part`: autoencoder, teacher, detector) and how good it is."""
+
+    name: str
+    part: str
+    quality: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A kind of job: how many ran, and their wall time in seconds, summed."""
+
+    name: str
+    jobs: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The data set that published numbers may be set beside these: `ImageNet`, and the images' side in pixels."""
+
+    data: str
+    resolution: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a page shows. `floors` are scores of real images against real ones, one a detector; `seeds` are those
+    that each run is to have, whether their scores are there or not."""
+
+    name: str
+    title: str
+    description: str
+    rows: Sequence[Row]
+    floors: Sequence[Mapping[str, Any]]
+    curves: Sequence[Curve]
+    grids: Sequence[Grid]
+    parts: Sequence[Part]
+    stages: Sequence[Stage]
+    provenance: Mapping[str, Any]
+    config_text: str
+    notes: Sequence[str] = ()
+    seeds: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    benchmark: Benchmark | None = None

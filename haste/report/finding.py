@@ -1,0 +1,225 @@
+"""What a report says in words: the headline with its context, and speed-ups read off the curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from haste.report import compare
+from haste.report.compare import Comparison, Point, Summary, comparisons, decimals
+from haste.report.content import NONE, Report
+from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell
+
+BASELINES = ("vanilla", "REPA")  # methods whose distances others are timed against
+
+
+def headline(report: Report) -> Comparison | None:
+    """The comparison that the headline speaks of: of Fréchet distances, the one with most runs; unguided if equal."""
+    distances = [group for group in comparisons(report) if group.column.metric == "fd"]
+    return max(distances, key=lambda group: len({p.run for p in group.points}), default=None)
+
+
+def _headline_step(group: Comparison) -> int:
+    """The last step that most runs have reached."""
+    return max({p.step for p in group.points}, key=lambda s: (len({p.run for p in group.points if p.step == s}), s))
+
+
+def finding(report: Report) -> str:
+    """One sentence with the numbers that the report is about, best first. It states values; it does not judge them."""
+    group = headline(report)
+    if group is None:
+        return "No scores yet."
+    step = _headline_step(group)
+    runs: dict[str, list[Point]] = {}
+    for point in group.points:
+        if point.step == step:
+            runs.setdefault(point.run, []).append(point)
+    found = {run: _summary(report, run, points) for run, points in runs.items()}
+    best, *others = sorted(found, key=lambda run: found[run].mean)
+    places, names = decimals(report)[group.column.place], _names(runs)
+    guided = "" if group.column.guidance == "none" else f" at w={group.column.guidance}"
+    of = f", the best of {len(runs)} runs," if len(runs) > 4 else ""
+    shown = [r for i, r in enumerate(others) if i < 3 or runs[r][0].method == "vanilla"]
+    rest = "".join(f", {names[run]} {_text(found[run], places)}" for run in shown)
+    label = group.column.title.split(" (")[0]
+    return f"At step {step:,} {names[best]}{of} reaches {label} {_text(found[best], places)}{guided}{rest}."
+
+
+def _summary(report: Report, run: str, points: Sequence[Point]) -> Summary:
+    values = {point.seed: point.value for point in points}
+    return Summary(values, [seed for seed in compare.seeds_of(report, run) if seed not in values])
+
+
+def _names(runs: Mapping[str, Sequence[Point]]) -> dict[str, str]:
+    """A run is called by its method where that tells it from the others."""
+    methods = [points[0].method for points in runs.values()]
+    return {run: p[0].method if methods.count(p[0].method) == 1 else run for run, p in runs.items()}
+
+
+def _text(found: Summary, places: int) -> str:
+    """`52.1`; over several seeds `52.1 ± 1.3`; where seeds are missing `52.1 (1 of 3 seeds)`."""
+    if found.missing:
+        count = f"{len(found.values)} of {len(found.values) + len(found.missing)}"
+        return f"{found.mean:.{places}f} ({count} seeds)"
+    return f"{found.mean:.{places}f}" + ("" if found.spread is None else f" ± {found.spread:.{places}f}")
+
+
+def context(report: Report) -> str:
+    """How the headline's numbers are to be read: what was measured, on how much, over how many seeds, and the floor."""
+    group = headline(report)
+    if group is None:
+        return ""
+    runs = dict.fromkeys(p.run for p in group.points)
+    counts = sorted({len(compare.seeds_of(report, run)) for run in runs})
+    trained = "one seed a run" if counts == [1] else (
+        f"± is the standard deviation over {' or '.join(str(n) for n in counts if n > 1)} seeds"
+    )  # fmt: skip
+    text = f"Fréchet distance on {group.column.detector} features, lower is better ({group.protocol}; {trained})."
+    floor, value = compare.floor_of(report, group.column), compare.floor_value(report, group.column)
+    if floor is None or value is None:
+        return text
+    sizes = [floor.get("samples"), (floor.get("reference") or {}).get("images")]
+    images = f"{sizes[0]:,} against {sizes[1]:,}" if all(sizes) else "in two halves"
+    places = decimals(report)[group.column.place]
+    return f"{text} Real images against real ones ({images}) measure {value:.{places}f}."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed-ups
+
+
+@dataclass(frozen=True)
+class SpeedUp:
+    """When a run reached the Fréchet distance that a baseline has at its last step.
+
+    `at` is None where it did not, by its last step `last`; `measured` is whether `at` is a measured step, its first, so
+    that it may have been reached earlier; otherwise it is read off between two measured ones.
+    """
+
+    run: str
+    baseline: str
+    value: float
+    step: int
+    at: float | None
+    last: int
+    measured: bool
+    column: str
+    places: int
+
+    @property
+    def ratio(self) -> float | None:
+        """Steps of the baseline over steps of the run; where `measured`, a lower bound."""
+        return None if self.at is None else self.step / self.at
+
+    def __str__(self) -> str:
+        target = f"{self.baseline}'s {self.column} of step {self.step:,} ({self.value:.{self.places}f})"
+        if self.at is None:
+            return f"{self.run} does not reach {target} by step {self.last:,}."
+        if self.measured:
+            return f"{self.run} reaches {target} at step {self.at:,.0f} or before: at least {self.ratio:.1f}×."
+        return f"{self.run} reaches {target} at step {_round(self.at):,}: {self.ratio:.1f}×."
+
+
+def _round(step: float) -> int:
+    """Three digits: more would be claimed than was read."""
+    digits = max(0, math.floor(math.log10(step)) - 2)
+    return round(step / 10**digits) * 10**digits
+
+
+def reached(curve: Sequence[tuple[float, float]], target: float) -> tuple[float, bool] | None:
+    """Where a falling curve of (step, distance) first is at most a target: (step, whether at its first point).
+
+    Between two measured points it is a line in the logarithm of the distance (in the distance where one is not
+    positive). Nothing is said beyond the measured points: None where none is at most the target.
+    """
+    for place, (step, value) in enumerate(curve):
+        if value > target:
+            continue
+        if place == 0:
+            return float(step), True
+        before, high = curve[place - 1]
+        scale = math.log if min(value, target, high) > 0 else float
+        share = (scale(high) - scale(target)) / (scale(high) - scale(value))
+        return before + share * (step - before), False
+    return None
+
+
+def speedups(report: Report) -> list[SpeedUp]:
+    """For vanilla and for REPA, when the other runs of the same model reached the distance of their last step.
+
+    Over several seeds curves are of means, of steps where no seed is missing.
+    """
+    groups = [group for group in comparisons(report) if group.column.metric == "fd"]
+    several = len({group.column.detector for group in groups}) > 1
+    return [found for group in groups for found in _timed(report, group, _label(group, several))]
+
+
+def _label(group: Comparison, several: bool) -> str:
+    """`FD`, with its detector where there are several, and with its guidance if any."""
+    title, guided = group.column.title, group.column.guidance
+    return (title if several else title.split(" (")[0]) + ("" if guided == "none" else f" at w={guided}")
+
+
+def _timed(report: Report, group: Comparison, label: str) -> Iterator[SpeedUp]:
+    methods = {p.run: p.method for p in group.points}
+    curves = {
+        run: [(s, f.mean) for s, f in compare.curve(group, run, compare.seeds_of(report, run)) if not f.missing]
+        for run in methods
+    }
+    places = decimals(report)[group.column.place]
+    for method in BASELINES:
+        baselines = [run for run in methods if methods[run] == method and curves[run]]
+        for baseline, run in [(b, r) for b in baselines for r in methods if curves[r]]:
+            if methods[run] == method or methods[run] == "vanilla":
+                continue
+            step, value = curves[baseline][-1]
+            found = reached(curves[run], value)
+            if found and found[1] and found[0] >= step:  # its first measured step: nothing is known of earlier ones
+                continue
+            at, first = found or (None, False)
+            last = curves[run][-1][0]
+            yield SpeedUp(run, baseline, value, step, at, last, first, label, places)
+
+
+def lead(report: Report) -> str:
+    """The largest speed-up over plain training in the headline's scores, in words; empty where none was read off."""
+    group, plain = headline(report), {row.run for row in report.rows if row.method == "vanilla"}
+    if group is None:
+        return ""
+    several = len({c.column.detector for c in comparisons(report) if c.column.metric == "fd"}) > 1
+    timed = _timed(report, group, _label(group, several))
+    found = [s for s in timed if s.baseline in plain and s.ratio is not None and s.ratio > 1]
+    return str(max(found, key=lambda s: s.ratio or 0.0)) if found else ""
+
+
+def speedup_table(report: Report) -> Table | None:
+    """Speed-ups as a table; None where there are none."""
+    found = speedups(report)
+    if not found:
+        return None
+    heads = [Head("run"), Head("reaches the distance of"), Head("which at step", True), Head("is", True)]
+    heads += [Head("at step", True), Head("speed-up", True)]
+    columns = list(dict.fromkeys(s.column for s in found))
+    if len(columns) > 1:
+        heads.insert(1, Head("score"))
+    entries = []
+    for place, one in enumerate(found):
+        cells = [text_cell(one.run), text_cell(one.baseline), text_cell(one.step), number_cell(one.value, one.places)]
+        if len(columns) > 1:
+            cells.insert(1, text_cell(one.column))
+        group = (one.column, one.baseline)
+        first = place > 0 and group != (found[place - 1].column, found[place - 1].baseline)
+        entries.append(Entry([*cells, *_times(one)], first=first))
+    notes = [
+        "Read off between measured points, on a line in the logarithm of the distance. Nothing is claimed outside "
+        "them: ≤ and ≥ say that the distance was reached by the first measured step."
+    ]
+    return Table("speed-up", "Speed-up", heads, entries, notes)
+
+
+def _times(one: SpeedUp) -> list[Cell]:
+    if one.at is None or one.ratio is None:
+        return [Cell(f"not by {one.last:,}"), Cell(NONE)]
+    bound = ("≤ ", "≥ ") if one.measured else ("", "")
+    return [Cell(f"{bound[0]}{_round(one.at):,}", one.at), Cell(f"{bound[1]}{one.ratio:.1f}×", one.ratio)]

@@ -1,0 +1,273 @@
+"""A table, and how it is written: HTML, CSV, Markdown, LaTeX with booktabs, and text for a terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as Terminal
+from rich.text import Text
+
+from haste.report.content import NONE
+
+
+@dataclass(frozen=True)
+class Head:
+    """A column: its name, and whether it is of numbers, which are aligned to the right."""
+
+    name: str
+    number: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in one place of a table: the text, the value to sort by and to write to CSV with all digits, what
+    follows `±`, and the id of the place on the page that says how it was made."""
+
+    text: str
+    value: Any = None
+    spread: float | None = None
+    places: int = 0
+    bold: bool = False
+    link: str = ""
+
+    @property
+    def around(self) -> str:
+        """` ± 1.3`, or nothing."""
+        return "" if self.spread is None else f" ± {self.spread:.{self.places}f}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a table. `kind` is "", "floor" (real against real, in the foot) or "published" (not measured here);
+    `first` begins a group."""
+
+    cells: Sequence[Cell]
+    kind: str = ""
+    first: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table in no format yet. `name` is the stem of its files, `notes` are sentences to be read with it."""
+
+    name: str
+    title: str
+    heads: Sequence[Head]
+    entries: Sequence[Entry]
+    notes: Sequence[str] = ()
+
+    def column(self, name: str) -> list[Cell]:
+        """The cells below a heading."""
+        place = [head.name for head in self.heads].index(name)
+        return [entry.cells[place] for entry in self.entries]
+
+
+def text_cell(value: Any) -> Cell:
+    """A cell of a word or a plain number; nothing is a dash."""
+    if value is None or value == "" or value != value:
+        return Cell(NONE)
+    if isinstance(value, float) and not value.is_integer():
+        return Cell(f"{value:,.1f}", value)
+    return Cell(value if isinstance(value, str) else f"{int(value):,}", value)
+
+
+def number_cell(value: float | None, places: int, **more: Any) -> Cell:
+    """A cell of a measured number."""
+    return Cell(NONE) if value is None else Cell(f"{value:.{places}f}", value, places=places, **more)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CSV and Markdown
+
+
+def to_csv(table: Table) -> str:
+    """All digits; where a column has spreads, another column with them follows."""
+    spread = [any(entry.cells[i].spread is not None for entry in table.entries) for i in range(len(table.heads))]
+    names = [[h.name, *([f"{h.name} ±"] if s else [])] for h, s in zip(table.heads, spread, strict=True)]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([name for both in names for name in both])
+    for entry in table.entries:
+        cells = [[c.value, *([c.spread] if s else [])] for c, s in zip(entry.cells, spread, strict=True)]
+        writer.writerow(["" if value is None else value for both in cells for value in both])
+    return buffer.getvalue()
+
+
+def _markdown_escape(text: str) -> str:
+    text = " ".join(text.split())  # a line break would end the row
+    return "".join("\\" + c if c in "\\`*_|<>[]~$" else c for c in text)
+
+
+def to_markdown(table: Table) -> str:
+    """GitHub's Markdown, the best in bold, what is published in italics."""
+    lines = [[_markdown_escape(h.name) for h in table.heads], ["--:" if h.number else ":--" for h in table.heads]]
+    for entry in table.entries:
+        mark = "_" if entry.kind == "published" else ""
+        shown = [_markdown_escape(cell.text + cell.around) for cell in entry.cells]
+        pairs = zip(entry.cells, shown, strict=True)
+        lines.append([f"**{t}**" if c.bold else t if t == NONE else f"{mark}{t}{mark}" for c, t in pairs])
+    notes = "".join(f"\n{_markdown_escape(note)}\n" for note in table.notes)
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines) + notes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LaTeX
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", "±": r"$\pm$", "–": "--", "≤": r"$\leq$", "×": r"$\times$", "τ": r"$\tau$", "λ": r"$\lambda$",
+}  # fmt: skip
+_DIRECTION = {True: r" $\downarrow$", False: r" $\uparrow$", None: ""}
+
+
+def _latex_escape(text: str) -> str:
+    return "".join(_LATEX.get(c, c) for c in " ".join(text.split()))
+
+
+def to_latex(table: Table, lower: dict[str, bool | None]) -> str:
+    """A `table` with booktabs' rules, to be put into a paper as it is; `lower` gives a heading its arrow.
+
+    Needs `\\usepackage{booktabs}`. A rule stands between groups and above what real images reach.
+    """
+    heads = [_latex_escape(h.name) + _DIRECTION[lower.get(h.name)] for h in table.heads]
+    lines = [" & ".join(heads) + r" \\", r"\midrule"]
+    for place, entry in enumerate(table.entries):
+        if place and (entry.first or (entry.kind == "floor") != (table.entries[place - 1].kind == "floor")):
+            lines.append(r"\midrule")
+        lines.append(" & ".join(_latex_cell(cell, entry.kind) for cell in entry.cells) + r" \\")
+    notes = " ".join(_latex_escape(note) for note in table.notes)
+    return "\n".join(
+        [
+            r"% needs \usepackage{booktabs}",
+            r"\begin{table}[t]",
+            r"\centering",
+            rf"\caption{{{_latex_escape(table.title)}. {notes}}}".replace(". }", ".}"),
+            rf"\label{{tab:{table.name}}}",
+            rf"\begin{{tabular}}{{{''.join('r' if h.number else 'l' for h in table.heads)}}}",
+            r"\toprule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _latex_cell(cell: Cell, kind: str) -> str:
+    text = _latex_escape(cell.text + cell.around)
+    if kind == "published" and cell.text != NONE:
+        return rf"\textit{{{text}}}"
+    return rf"\textbf{{{text}}}" if cell.bold else text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HTML
+
+
+def to_html(table: Table, arrows: dict[str, bool | None] | None = None) -> str:
+    """An HTML fragment: headings are buttons to sort by, the floor stands in the foot, groups are set off by a line.
+
+    Numbers link to `#LINK`, where the page says how they were made.
+    """
+    width = [max((len(e.cells[i].around) for e in table.entries), default=0) for i in range(len(table.heads))]
+    signs = {True: "lower is better", False: "higher is better", None: ""}
+    head = "".join(
+        f'<th scope="col"{_right(h)}><button type="button"{_hint(signs[(arrows or {}).get(h.name)])}>'
+        f"{_words(h.name)}</button></th>"
+        for h in table.heads
+    )
+    body = "\n".join(_html_entry(table, entry, width) for entry in table.entries if entry.kind != "floor")
+    foot = "\n".join(_html_entry(table, entry, width) for entry in table.entries if entry.kind == "floor")
+    foot = f"<tfoot>{foot}</tfoot>" if foot else ""
+    opening = f'<table class="data" id="table-{table.name}"><thead><tr>{head}</tr></thead>'
+    return f"{opening}\n<tbody>\n{body}\n</tbody>{foot}</table>"
+
+
+def _hint(words: str) -> str:
+    return f' title="{words}"' if words else ""
+
+
+def _words(name: str) -> str:
+    # A heading may break between its words, but not at the hyphen of a detector's name.
+    return " ".join(f'<span class="word">{escape(word)}</span>' for word in name.split())
+
+
+def _right(head: Head) -> str:
+    return ' class="n"' if head.number else ""
+
+
+def _html_entry(table: Table, entry: Entry, width: Sequence[int]) -> str:
+    cells = []
+    for place, (head, cell) in enumerate(zip(table.heads, entry.cells, strict=True)):
+        shown = escape(cell.text)
+        if cell.bold:
+            shown = f"<strong>{shown}</strong>"
+        if cell.link:
+            shown = f'<a href="#{cell.link}">{shown}</a>'
+        if (
+            width[place] and cell.value is not None
+        ):  # spreads share a width, so that the numbers before them stay below one another
+            shown += f'<span class="pm" style="--pm: {width[place]}ch">{escape(cell.around)}</span>'
+        opening, tag = ('th scope="row"', "th") if place == 0 else ("td", "td")
+        value = "" if cell.value is None else escape(str(cell.value))
+        cells.append(f'<{opening}{_right(head)} data-v="{value}">{shown}</{tag}>')
+    names = " ".join(name for name in ("first" if entry.first else "", entry.kind) if name)
+    opening = f'<tr class="{names}">' if names else "<tr>"
+    return f"{opening}{''.join(cells)}</tr>"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A terminal
+
+
+def to_text(tables: Iterable[Table], title: str, width: int = 100) -> str:
+    """Tables for a terminal, one below the other; wider than `width` only where numbers and words would else be cut."""
+    drawn = [(table, _terminal(table)) for table in tables]
+    console = Console(file=io.StringIO(), width=max([width, *(_least(t) for t, _ in drawn)]), force_terminal=False)
+    console.print(Text(title))
+    for table, found in drawn:
+        console.print(found)
+        for note in table.notes:
+            console.print(Text(f"  {note}"))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def _least(table: Table) -> int:
+    """The characters that a table needs at least."""
+    return 2 + sum(_narrowest(table, place) + 2 for place in range(len(table.heads)))
+
+
+def _narrowest(table: Table, place: int) -> int:
+    """The characters that a column needs: its longest number, or its longest word."""
+    texts = [entry.cells[place].text + entry.cells[place].around for entry in table.entries]
+    words = texts if table.heads[place].number else [word for text in texts for word in text.split()]
+    return max(map(len, [*words, *table.heads[place].name.split()]), default=1)
+
+
+def _terminal(table: Table) -> Terminal:
+    drawn = Terminal(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for place, head in enumerate(table.heads):
+        # Numbers are never cut; names fold between words where the terminal is narrow.
+        drawn.add_column(
+            Text("\n".join(head.name.split())),
+            justify="right" if head.number else "left",
+            no_wrap=head.number,
+            overflow="fold",
+            min_width=min(_narrowest(table, place), 40),
+        )
+    for place, entry in enumerate(table.entries):
+        if place and entry.kind == "floor" != table.entries[place - 1].kind:
+            drawn.add_section()
+        # Text, not str: a run may be called "[red]", which rich would take for a colour.
+        drawn.add_row(*(Text(c.text + c.around, "bold" if c.bold else "") for c in entry.cells))
+    return drawn
