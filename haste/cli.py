@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     rule("floor", _floor, "score real images against real ones")
     rule("grid", _grid, "paint a grid of samples by class").add_argument("draw", help="name of a set of samples")
     rule("report", _report, "write the report page and its tables")
+    _score_arguments(command("score", _score, "score images from anywhere against a reference"))
     return parser
 
 
@@ -112,6 +113,35 @@ def _exchange_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     gave.add_argument("out", type=Path, help="the file to write")
     gave.add_argument("--format", choices=("safetensors", "repa"), required=True, help="bare weights, or REPA's .pt")
     gave.add_argument("--weights", choices=("ema", "model"), default="ema", help="which, for safetensors (ema)")
+
+
+def _score_arguments(sub: argparse.ArgumentParser) -> None:
+    images = "an .npz with arr_0, a folder or .zip of pictures, a folder of sample shards, an image or features store"
+    sub.add_argument("samples", nargs="+", type=Path, help=f"images to score: {images}")
+    sub.add_argument(
+        "--reference",
+        type=Path,
+        metavar="REF",
+        help="real images, as samples, or an .npz of statistics, such as ADM's VIRTUAL_imagenet256_labeled.npz; "
+        "without it only scores that need none",
+    )
+    sub.add_argument(
+        "--detector",
+        action="append",
+        metavar="NAME[=WEIGHTS]",
+        help="who looks: a published detector, with its weights file, or the folder of one trained here; again for "
+        "more (inception)",
+    )
+    sub.add_argument("--weights", type=Path, metavar="FILE", help="weights file of the one detector")
+    sub.add_argument("--metrics", metavar="A,B", help="of fid, sfid, is, precision, recall, kid (all that can be had)")
+    sub.add_argument("--features", type=Path, metavar="FOLDER", help="keep features here, and find them again")
+    sub.add_argument("--save-reference", type=Path, metavar="FILE", help="write the reference's statistics, an .npz")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write scores and all that decides comparability")
+    sub.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each set of samples")
+    sub.add_argument("--compare", action="store_true", help="all sets side by side in one table")
+    sub.add_argument("--batch", type=int, default=64, help="images that a detector sees at once (64)")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+    sub.add_argument("--seed", type=int, default=2020, help="of KID's subsets (2020, as torch-fidelity's)")
 
 
 # Heavy imports live inside the commands, so that `haste plan` and `haste --help` answer at once.
@@ -388,6 +418,55 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     }
     path = Path(evaluation.score)
     score(_open(features), _open(plan.reference), detector=made.name, about=about, key=path.stem, path=path)
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from haste.score import Scorer, show
+
+    device = _device(arguments.device)
+    scorer = Scorer(
+        arguments.reference,
+        detectors=_detectors_asked(arguments, device),
+        metrics=None if arguments.metrics is None else arguments.metrics.split(","),
+        features=arguments.features,
+        batch=arguments.batch,
+        device=device,
+        seed=arguments.seed,
+    )
+    found = []
+    for samples in arguments.samples:
+        found.append(scorer(samples))
+        if not arguments.compare:
+            show.table(found[-1:])
+        show.write(found, json=arguments.json, csv_file=arguments.csv)  # what is finished is not lost
+    if arguments.compare:
+        show.table(found)
+    if arguments.save_reference is not None:
+        scorer.save_reference(arguments.save_reference)
+
+
+def _device(name: str) -> str:
+    """A device that is there. Raises ValueError for one that is not."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: {name!r} is not there: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def _detectors_asked(arguments: argparse.Namespace, device: str) -> list[Detector] | None:
+    from haste.metrics.detectors import open_detector
+
+    asked = [name.partition("=")[::2] for name in arguments.detector or []]
+    if arguments.weights is not None:
+        if len(asked) > 1 or any(weights for _, weights in asked):
+            raise ValueError("--weights: is for one detector without weights of its own, see --detector NAME=WEIGHTS")
+        asked = [(asked[0][0] if asked else "inception", str(arguments.weights))]
+    return [open_detector(name, weights or None, device=device) for name, weights in asked] or None
 
 
 def _floor(arguments: argparse.Namespace) -> None:

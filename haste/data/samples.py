@@ -1,31 +1,44 @@
-"""Sets of finished images, from wherever they come: ADM's .npz, a folder, a zip, our own shards. Streamed, never whole.
+"""Sets of finished images, from wherever they come: ADM's .npz, a folder, a zip, our own shards, an image store.
 
-N images of R x R pixels, uint8 RGB.
+Streamed, never whole in memory. N images of H x W pixels, uint8 RGB.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
+import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from haste import artefact
+from haste.data.store import MANIFEST, Store
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LOSSY = (".jpg", ".jpeg", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """A set of images that can be gone through any number of times, in one order."""
+    """A set of images that can be gone through any number of times, in one order.
+
+    path: where it lies; count: images; size: height and width in pixels; kind: how it is packed, in words;
+    files: what it is read from; lossy: how many of the images lie in files whose format may have changed their pixels.
+    """
 
     path: Path
     count: int
-    size: tuple[int, int]  # height, width
+    size: tuple[int, int]
+    kind: str
+    files: tuple[Path, ...]
     _parts: tuple[Callable[[], Iterator[np.ndarray]], ...]
+    lossy: int = 0
 
     def batches(self, most: int) -> Iterator[np.ndarray]:
         """The images in order, (B, H, W, 3) uint8 with B = `most` but for the last.
@@ -33,20 +46,26 @@ class Samples:
         Raises:
             ValueError: an image cannot be read, or is not like the first; the message names it.
         """
-        waiting: list[np.ndarray] = []
-        held = 0
+        return self.cut(itertools.repeat(most))
+
+    def cut(self, sizes: Iterable[int]) -> Iterator[np.ndarray]:
+        """The images in order, in pieces of these sizes, as long as there are sizes and images. Raises as `batches`."""
+        rows = self._rows()
+        left = np.zeros((0, *self.size, 3), np.uint8)
+        for size in sizes:
+            pieces, held = [left], len(left)
+            while held < size and (more := next(rows, None)) is not None:
+                pieces.append(more)
+                held += len(more)
+            found = np.concatenate(pieces) if len(pieces) > 1 else left
+            if not held:
+                return
+            yield found[:size]
+            left = found[size:]
+
+    def _rows(self) -> Iterator[np.ndarray]:
         for part in self._parts:
-            for rows in part():
-                while len(rows):
-                    take = rows[: most - held]
-                    rows = rows[len(take) :]
-                    waiting.append(take)
-                    held += len(take)
-                    if held == most:
-                        yield np.concatenate(waiting)
-                        waiting, held = [], 0
-        if held:
-            yield np.concatenate(waiting)
+            yield from part()
 
     def identity(self) -> str:
         """sha256 over the pixels in order: equal for equal images, whatever they were packed in."""
@@ -55,13 +74,19 @@ class Samples:
             digest.update(np.ascontiguousarray(batch).data)
         return digest.hexdigest()
 
+    def stamp(self) -> str:
+        """Hash of the files' paths, sizes and times: while it stays, they need not be read again to know the pixels."""
+        stats = [(str(file.resolve()), file.stat()) for file in self.files]
+        return artefact.fingerprint([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], length=64)
+
 
 def open_samples(path: Path | str) -> Samples:
     """Open a set of images.
 
     Args:
         path: an .npz with `arr_0` (N, H, W, 3) uint8 (ADM's sample files), a folder of such shards as `haste sample`
-            writes, a folder of images at any depth, or a .zip of images; pictures in sorted order of their names.
+            writes, a folder of images at any depth, a .zip of images, or the folder of an image store, of which the
+            held-out images are left out; pictures in sorted order of their names.
 
     Raises:
         ValueError: nothing there, nothing in it, or something that is not such images; says what was found.
@@ -70,25 +95,55 @@ def open_samples(path: Path | str) -> Samples:
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder of images")
     if path.is_dir():
+        if (path / MANIFEST).exists():
+            return _of_store(path)
         shards = sorted(path.glob("shard-*-of-*.npz"))
-        return _of_arrays(path, shards) if shards else _of_folder(path)
+        return _of_shards(path, shards) if shards else _of_folder(path)
     if path.suffix == ".npz":
-        return _of_arrays(path, [path])
+        return _of_arrays(path, [path], ".npz")
     if path.suffix == ".zip":
         return _of_zip(path)
     raise ValueError(f"{path}: expected an .npz, a .zip or a folder of images, found {path.suffix or 'no suffix'!r}")
 
 
+# ---- a store
+
+
+def _of_store(path: Path) -> Samples:
+    store = Store.open(path, kind="images")
+    rows = store.range("train") if "train" in store.splits else range(store.count)
+    height, width = store.fields["image"][0][:2]
+
+    def batches(size: int = 64) -> Iterator[np.ndarray]:
+        for low in range(0, len(rows), size):
+            yield store.read("image", rows[low : low + size])
+
+    return Samples(path, len(rows), (height, width), "image store", (path / MANIFEST,), (batches,))
+
+
 # ---- arrays
 
 
-def _of_arrays(path: Path, files: list[Path]) -> Samples:
+def _of_shards(path: Path, files: list[Path]) -> Samples:
+    counts = {int(match[1]) for file in files if (match := re.search(r"-of-(\d+)\.npz$", file.name))}
+    expected = max(counts, default=0)
+    missing = [i for i in range(expected) if not (path / f"shard-{i:05d}-of-{expected:05d}.npz").exists()]
+    if len(counts) != 1 or missing:
+        what = f"shard {missing[0]} of {expected} is missing" if len(counts) == 1 else f"shards of {sorted(counts)}"
+        raise ValueError(f"{path}: expected all shards of one set of samples, found that {what}")
+    return _of_arrays(path, files, f"{len(files)} shards")
+
+
+def _of_arrays(path: Path, files: list[Path], kind: str) -> Samples:
     shapes = [_array_shape(file) for file in files]
     for file, shape in zip(files, shapes, strict=True):
         if shape[1:] != shapes[0][1:]:
             raise ValueError(f"{file}: images of {shape[1:3]} pixels, but {files[0].name} has {shapes[0][1:3]}")
     parts = tuple(lambda file=file: _rows_of_array(file) for file in files)
-    return Samples(path, sum(shape[0] for shape in shapes), shapes[0][1:3], parts)  # type: ignore[arg-type]
+    count, (height, width) = sum(shape[0] for shape in shapes), shapes[0][1:3]
+    if not count:
+        raise ValueError(f"{path}: found no images under arr_0")
+    return Samples(path, count, (height, width), kind, tuple(files), parts)
 
 
 def _array_shape(file: Path) -> tuple[int, ...]:
@@ -120,6 +175,8 @@ class _array:  # noqa: N801 - used like a function
 
     def _check(self, shape: tuple[int, ...], fortran: bool, dtype: np.dtype) -> None:
         hint = "; convert floats in [0, 1] with clip(255 x), floats in [-1, 1] with clip(127.5 x + 128)"
+        if dtype.hasobject:
+            raise ValueError(f"{self.file}: arr_0 is pickled, which is never read; expected uint8 0..255 (N, H, W, 3)")
         if dtype != np.uint8:
             raise ValueError(
                 f"{self.file}: arr_0 holds {dtype}, expected uint8 0..255{hint if dtype.kind == 'f' else ''}"
@@ -151,7 +208,8 @@ def _rows_of_array(file: Path, rows: int = 64) -> Iterator[np.ndarray]:
 
 def _of_folder(path: Path) -> Samples:
     names = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-    return _of_pictures(path, [(str(name), lambda name=name: open(name, "rb")) for name in names])  # type: ignore[misc]
+    pictures = [(str(name), lambda name=name: name.open("rb")) for name in names]
+    return _of_pictures(path, pictures, "folder of pictures", tuple(names))  # type: ignore[arg-type]
 
 
 def _of_zip(path: Path) -> Samples:
@@ -161,10 +219,13 @@ def _of_zip(path: Path) -> Samples:
         raise ValueError(f"{path}: expected a .zip, found a truncated or foreign file ({error})") from error
     # Entries are read where they lie, never unpacked, so an entry's name can lead nowhere.
     names = sorted(name for name in archive.namelist() if name.lower().endswith(SUFFIXES))
-    return _of_pictures(path, [(f"{path}:{name}", lambda name=name: archive.open(name)) for name in names])  # type: ignore[misc]
+    pictures = [(f"{path}:{name}", lambda name=name: archive.open(name)) for name in names]
+    return _of_pictures(path, pictures, "zip of pictures", (path,))  # type: ignore[arg-type]
 
 
-def _of_pictures(path: Path, pictures: list[tuple[str, Callable[[], Any]]]) -> Samples:
+def _of_pictures(
+    path: Path, pictures: list[tuple[str, Callable[[], Any]]], kind: str, files: tuple[Path, ...]
+) -> Samples:
     if not pictures:
         raise ValueError(f"{path}: found no images, expected {', '.join(SUFFIXES)}")
     first = _picture(*pictures[0])
@@ -177,7 +238,8 @@ def _of_pictures(path: Path, pictures: list[tuple[str, Callable[[], Any]]]) -> S
                 raise ValueError(f"{name}: {pixels.shape[:2]} pixels, but {pictures[0][0]} has {size}")
             yield pixels[None]
 
-    return Samples(path, len(pictures), size, (rows,))
+    lossy = sum(name.lower().endswith(LOSSY) for name, _ in pictures)
+    return Samples(path, len(pictures), size, kind, files, (rows,), lossy)
 
 
 def _picture(name: str, opened: Callable[[], Any]) -> np.ndarray:

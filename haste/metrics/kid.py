@@ -90,11 +90,11 @@ def _between(x: Array, y: Array) -> float:
     return float(sum(_kernel(x[a : a + BLOCK], y[b : b + BLOCK]).sum() for a, b in blocks))
 
 
-def value(real: NDArray, fake: NDArray) -> dict[str, float]:
+def value(real: NDArray, fake: NDArray, seed: int = SEED) -> dict[str, float]:
     """{"kid": mean over the subsets, "kid_std": their standard deviation}; over all pairs, without std, if fewer."""
     if min(len(real), len(fake)) <= SIZE:
         return {"kid": kid_of_all(real, fake)}
-    mean, std = kid(real, fake, subsets=SUBSETS, size=SIZE)
+    mean, std = kid(real, fake, subsets=SUBSETS, size=SIZE, seed=seed)
     return {"kid": mean, "kid_std": std}
 
 

@@ -1,0 +1,141 @@
+"""From the statistics of two sides to numbers in named columns, with error bars."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from haste.metrics import kid
+from haste.metrics.scores import METRICS
+from haste.metrics.uncertainty import frechet_error
+from haste.score.sides import Side
+
+log = logging.getLogger("haste.score")
+
+# A value as METRICS names it -> (its metric, how a column is called), in the order of a table.
+VALUES = {
+    "fd": ("frechet", "FD"),
+    "sfid": ("sfid", "sFID"),
+    "is": ("inception_score", "IS"),
+    "precision": ("precision_recall", "precision"),
+    "recall": ("precision_recall", "recall"),
+    "kid": ("kid", "KID"),
+}
+TYPED = {"fid": "fd", **{name: name for name in VALUES}}  # what people type -> a name in VALUES
+OVER_SPLITS, OVER_SUBSETS = "standard deviation over splits", "standard deviation over subsets"
+OF_SAMPLES = "standard error of so many samples"
+FEATURES = {"fd": "pool", "sfid": "spatial"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A number in a table. value; error: its error bar, None where there is none; what: what kind of bar that is;
+    better: "lower" or "higher"."""
+
+    value: float
+    error: float | None
+    what: str | None
+    better: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """columns: name -> score; absent: name -> why there is none; notes: what must be said beside them."""
+
+    columns: dict[str, Score] = dataclasses.field(default_factory=dict)
+    absent: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
+def typed(names: Sequence[str]) -> list[str]:
+    """Names in VALUES for names that people type. Raises ValueError for one that is none."""
+    unknown = [name for name in names if name.lower() not in TYPED]
+    if unknown or not names:
+        raise ValueError(f"metrics: found {', '.join(unknown) or 'none'}, expected of {', '.join(TYPED)}")
+    return list(dict.fromkeys(TYPED[name.lower()] for name in names))
+
+
+def column(value: str, detector: Mapping[str, Any]) -> str:
+    """What a column is called. FID is Inception's and nobody else's; others carry their detector's name."""
+    name = VALUES[value][1]
+    if detector.get("kind") == "inception":
+        return "FID" if value == "fd" else name
+    return f"{name} ({detector['name']})"
+
+
+def compare(side: Side, real: Side | None, wanted: Collection[str], *, strict: bool, seed: int = kid.SEED) -> Found:
+    """The scores of one side against another.
+
+    Args:
+        side: the samples.
+        real: the reference, seen by the same detector; None for scores that need none.
+        wanted: names in VALUES.
+        strict: whether one that cannot be had is an error.
+        seed: of KID's subsets.
+
+    Raises:
+        ValueError: `strict`, and a score cannot be had; says why.
+    """
+    found = Found()
+    for name, metric in METRICS.items():
+        mine = [value for value in wanted if VALUES[value][0] == name]
+        if not mine:
+            continue
+        why = _missing(name, side, real)
+        if why is None:
+            log.info("%s", ", ".join(column(value, side.detector) for value in mine))
+            try:
+                numbers = _numbers(name, side, real, seed)
+            except ValueError as refusal:  # too few images, say: the other scores may still be had
+                why = str(refusal)
+        if why is not None:
+            if strict:
+                raise ValueError(f"{', '.join(column(value, side.detector) for value in mine)}: {why}")
+            found.absent.update({column(value, side.detector): why for value in mine})
+            continue
+        for value in mine:
+            error, what = _error(value, numbers, side, real)
+            found.columns[column(value, side.detector)] = Score(numbers[value], error, what, metric.better[value])
+        found.notes.extend(metric.notes(side.stats[name], None if real is None else real.stats.get(name)))
+    return dataclasses.replace(found, columns=_ordered(found.columns, side.detector))
+
+
+def _ordered(columns: dict[str, Score], detector: Mapping[str, Any]) -> dict[str, Score]:
+    names = [column(value, detector) for value in VALUES]
+    return {name: columns[name] for name in names if name in columns}
+
+
+def _missing(name: str, side: Side, real: Side | None) -> str | None:
+    """Why a metric cannot be taken; None if it can."""
+    if not METRICS[name].reference:
+        return side.absent.get(name)
+    if real is None:
+        return "needs a reference"
+    return side.absent.get(name) or real.absent.get(name)
+
+
+def _numbers(name: str, side: Side, real: Side | None, seed: int) -> dict[str, float]:
+    stats, reference = side.stats[name], real.stats[name] if real is not None and METRICS[name].reference else None
+    if name == "kid":  # the one metric with a seed
+        return kid.value(reference.ordered, stats.ordered, seed=seed)  # type: ignore[union-attr]
+    return METRICS[name].value(stats, reference)
+
+
+def _error(value: str, numbers: Mapping[str, float], side: Side, real: Side | None) -> tuple[float | None, str | None]:
+    """An error bar, and what kind it is."""
+    if value in ("is", "kid"):
+        error = numbers.get(f"{value}_std")
+        return error, None if error is None else OVER_SPLITS if value == "is" else OVER_SUBSETS
+    if value in FEATURES and FEATURES[value] in side.kept:
+        assert real is not None
+        name = VALUES[value][0]
+        error = frechet_error(side.stats[name], real.stats[name], side.kept[FEATURES[value]].blocks)
+        return error, None if error is None else OF_SAMPLES
+    if value == "precision":  # a share of independent samples, the reference's balls held fixed
+        share, count = numbers[value], len(side.stats["precision_recall"].index)
+        error = math.sqrt(share * (1 - share) / count) if 0 < share < 1 else None
+        return error, None if error is None else OF_SAMPLES
+    return None, None  # recall: the balls are the samples' own, and no resampling leaves them as they are

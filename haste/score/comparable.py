@@ -1,0 +1,108 @@
+"""What keeps scores from being read beside published ones, or from meaning anything: a sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+PUBLISHED = 50_000  # samples behind published scores
+WIDTH = 2048  # of Inception's features
+# ADM's references: name -> side of the 10,000 images under arr_0.
+ADM = {
+    "VIRTUAL_imagenet64_labeled.npz": 64,
+    "VIRTUAL_imagenet128_labeled.npz": 128,
+    "VIRTUAL_imagenet256_labeled.npz": 256,
+    "VIRTUAL_imagenet512.npz": 512,
+}
+PICTURES = 10_000
+HELD = {"arr_0", "mu", "mu_s", "sigma", "sigma_s"}
+DIM = 8.0  # mean value of 0..255 below which images are nearly black
+
+
+def notes(
+    samples: Mapping[str, Any],
+    reference: Mapping[str, Any] | None,
+    detectors: Sequence[Mapping[str, Any]],
+    columns: Collection[str],
+) -> list[str]:
+    """What must be said of scores in these columns; nothing for 50,000 samples against ADM's reference.
+
+    Args:
+        samples, reference: what is known of the two, as `Scores` has it.
+        detectors: who looked.
+        columns: the scores that there are.
+    """
+    found = [*_of_images(samples), *_of_count(samples, columns)]
+    if reference is not None:
+        found += _of_reference(reference, detectors)
+        if samples["identity"] == reference["identity"]:
+            found.append("samples and reference are the same images")
+    return found + _of_detectors(detectors)
+
+
+def _of_images(samples: Mapping[str, Any]) -> list[str]:
+    found = []
+    if samples.get("copies"):
+        found.append(
+            f"{samples['copies']:,} of {samples['images']:,} samples are copies of another one, pixel by pixel"
+        )
+    if samples.get("black"):
+        found.append(f"{samples['black']:,} of {samples['images']:,} samples are black")
+    if samples.get("brightness", 255) < DIM:
+        found.append(
+            f"the samples are nearly black, their mean value is {samples['brightness']:.1f} of 255: were floats scaled "
+            "before they became bytes?"
+        )
+    if samples.get("lossy"):
+        found.append(
+            f"{samples['lossy']:,} samples come from JPEG or WebP files, whose compression moves every score; "
+            "published samples are lossless"
+        )
+    return found
+
+
+def _of_count(samples: Mapping[str, Any], columns: Collection[str]) -> list[str]:
+    count, found = samples["images"], []
+    distances = [name for name in columns if name.startswith(("FID", "FD", "sFID"))]
+    if count != PUBLISHED:
+        found.append(f"{count:,} samples; published scores are of {PUBLISHED:,}")
+        if distances and count < PUBLISHED:
+            found[0] += f": {', '.join(distances)} come out too high with fewer, recall and IS change too"
+    return found
+
+
+def _of_reference(reference: Mapping[str, Any], detectors: Sequence[Mapping[str, Any]]) -> list[str]:
+    inception = any(detector.get("kind") == "inception" for detector in detectors)
+    if not inception or known_reference(reference):
+        return []
+    name = reference["path"]
+    if reference["kind"] != "statistics":
+        held = f"{reference['images']:,} images"
+    else:
+        held = "statistics of " + (f"{reference['images']:,} images" if reference.get("images") else "unknown images")
+    return [
+        f"the reference {name} ({held}) is not one of ADM's, which published scores of ImageNet are taken against; "
+        "compare only with scores against the same reference"
+    ]
+
+
+def known_reference(reference: Mapping[str, Any]) -> str | None:
+    """The name of ADM's reference that this one has name and layout of. Its content cannot be told from here."""
+    name = reference["path"].replace("\\", "/").rpartition("/")[2]
+    side = ADM.get(name)
+    layout = {"holds": sorted(HELD), "pictures": PICTURES, "size": [side, side]}
+    fits = set(reference.get("holds", [])) >= HELD and all(
+        reference.get(key) == layout[key] for key in ("pictures", "size")
+    )
+    return name if side and fits else None
+
+
+def _of_detectors(detectors: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = []
+    for detector in detectors:
+        if detector.get("published") is False:
+            found.append(
+                f"the weights of {detector['name']} (sha256 {detector['weights'][:12]}) are not those behind published "
+                "scores: these numbers compare only with others by the same weights"
+            )
+    return found

@@ -1,0 +1,333 @@
+"""Scores of images from anywhere: sample files, folders, archives, stores or stored features, against a reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from haste import artefact
+from haste.data.samples import Samples, open_samples
+from haste.data.store import MANIFEST, Store
+from haste.metrics import inception_score, kid
+from haste.metrics.detectors import Detector, open_detector
+from haste.metrics.scores import METRICS
+from haste.score import comparable
+from haste.score.columns import VALUES, Score, compare, typed
+from haste.score.look import View, look, view_of
+from haste.score.sides import (
+    BALLS,
+    NEIGHBOURS,
+    Reference,
+    Side,
+    gather,
+    holds_statistics,
+    read_reference,
+    write_reference,
+)
+
+log = logging.getLogger("haste.score")
+
+MOST_KEPT = 100_000  # samples whose features are held for error bars
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Scores of one set of images, with everything that decides what they may be compared with.
+
+    columns: name -> score, in the order of a table, see `haste.score.columns.column`.
+    samples, reference: what was compared, JSON; detectors: who looked, JSON; settings: seeds, splits, batch, JSON;
+    notes: what must be said beside the numbers, a sentence each; absent: name -> why there is no such score.
+    """
+
+    columns: Mapping[str, Score]
+    samples: Mapping[str, Any]
+    reference: Mapping[str, Any] | None
+    detectors: Sequence[Mapping[str, Any]]
+    settings: Mapping[str, Any]
+    notes: Sequence[str]
+    absent: Mapping[str, str]
+    seconds: float
+
+    def __getitem__(self, name: str) -> float:
+        """The value of a column. Raises KeyError, with the reason where that is known."""
+        if name not in self.columns:
+            raise KeyError(f"{name}: {self.absent.get(name, 'not among ' + ', '.join(self.columns))}")
+        return self.columns[name].value
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Column -> value."""
+        return {name: score.value for name, score in self.columns.items()}
+
+    def json(self) -> dict[str, Any]:
+        """All of it as a JSON artefact."""
+        inputs = {"samples": self.samples["identity"]}
+        if self.reference is not None:
+            inputs["reference"] = self.reference["identity"]
+        return {
+            "schema": artefact.SCHEMA,
+            "kind": "image scores",
+            "scores": self.values,
+            "errors": {n: {"value": s.error, "what": s.what} for n, s in self.columns.items() if s.error is not None},
+            "absent": dict(self.absent),
+            "notes": list(self.notes),
+            "samples": dict(self.samples),
+            "reference": None if self.reference is None else dict(self.reference),
+            "detectors": [dict(detector) for detector in self.detectors],
+            "settings": dict(self.settings),
+            "provenance": artefact.provenance(inputs=inputs, seconds=self.seconds),
+        }
+
+
+def score_images(
+    samples: Path | str,
+    reference: Path | str | None,
+    *,
+    detectors: Sequence[Detector] | None = None,
+    metrics: Sequence[str] | None = None,
+    features: Path | str | None = None,
+    batch: int = 64,
+    device: str = "cpu",
+    seed: int = kid.SEED,
+) -> Scores:
+    """Score one set of images; a `Scorer` scores several and looks at the reference once.
+
+    Args:
+        samples: ADM's .npz (`arr_0`), a folder or .zip of pictures, shards of samples, an image store, or a features
+            store.
+        reference: the same, or an .npz of statistics, such as ADM's references; None for scores that need none.
+        detectors: who looks; None is the detector of stored features, else Inception.
+        metrics: of fid (or fd), sfid, is, precision, recall, kid. None is all that can be had; one that is named and
+            cannot be had is an error.
+        features: a folder in which features are kept and found again; None keeps none.
+        batch: images that a detector sees at once.
+        device: of Inception, if none is given; a detector that is given stays where it is.
+        seed: of KID's subsets.
+
+    Raises:
+        ValueError: something is not what it must be; says where, what was found and what was expected.
+    """
+    options: dict[str, Any] = {"features": features, "batch": batch, "device": device, "seed": seed}
+    return Scorer(reference, detectors=detectors, metrics=metrics, **options)(samples)
+
+
+class Scorer:
+    """Scores sets of images against one reference. Arguments as those of `score_images`."""
+
+    def __init__(
+        self,
+        reference: Path | str | None,
+        *,
+        detectors: Sequence[Detector] | None = None,
+        metrics: Sequence[str] | None = None,
+        features: Path | str | None = None,
+        batch: int = 64,
+        device: str = "cpu",
+        seed: int = kid.SEED,
+    ):
+        if batch < 1:
+            raise ValueError(f"batch: expected 1 or more, found {batch}")
+        self.strict, self.wanted = metrics is not None, list(VALUES) if metrics is None else typed(metrics)
+        self.source = None if reference is None else open_source(reference, statistics=True)
+        if self.source is None and not self.strict:
+            self.wanted = [name for name in self.wanted if not METRICS[VALUES[name][0]].reference]
+        self.detectors = None if detectors is None else list(detectors)
+        self.features = None if features is None else Path(features)
+        self.batch, self.device, self.seed = batch, device, seed
+        self.references: dict[str, Side] = {}
+
+    def __call__(self, samples: Path | str) -> Scores:
+        """Score a set of images. Raises ValueError as `score_images`."""
+        started = time.monotonic()
+        source = open_source(samples, statistics=False)
+        _check_sizes(source, self.source)
+        columns, absent, said, who = dict[str, Score](), dict[str, str](), list[str](), list[dict[str, Any]]()
+        about: dict[str, Any] = {}
+        reference: dict[str, Any] | None = None
+        for side, detector in self._sides(source):
+            real = None if self.source is None else self._reference(side, detector)
+            # Inception's default is all five scores; what another network cannot give is no news.
+            wanted = [name for name in self.wanted if self.strict or VALUES[name][0] not in side.absent]
+            found = compare(side, real, wanted, strict=self.strict and self._alone, seed=self.seed)
+            columns, absent, said = columns | found.columns, absent | found.absent, said + found.notes
+            about, reference = side.about, None if real is None else real.about
+            who.append(dict(side.detector))
+        if not columns:
+            raise ValueError(f"{_path(source)}: no score can be had: {'; '.join(sorted(set(absent.values())))}")
+        notes = list(dict.fromkeys([*comparable.notes(about, reference, who, columns), *said]))
+        seconds = round(time.monotonic() - started, 3)
+        return Scores(columns, about, reference, who, self._settings(), notes, absent, seconds)
+
+    def save_reference(self, path: Path | str) -> None:
+        """Write the statistics of the reference, which has been looked at, by its one detector.
+
+        Raises:
+            ValueError: nothing has been scored against a reference yet, or several detectors looked.
+        """
+        if len(self.references) != 1:
+            who = ", ".join(side.detector["name"] for side in self.references.values()) or "none"
+            raise ValueError(f"{path}: a file of statistics is by one detector, found {who}")
+        (side,) = self.references.values()
+        write_reference(Path(path), side)
+
+    @property
+    def _alone(self) -> bool:
+        # With several detectors a metric that is named is asked of those that can give it.
+        return self.detectors is None or len(self.detectors) == 1
+
+    # ---- both sides
+
+    @cached_property
+    def _inception(self) -> Detector:
+        return open_detector("inception", device=self.device)
+
+    @property
+    def _metrics(self) -> list[str]:
+        """Names in METRICS that are wanted."""
+        wanted = {VALUES[name][0] for name in self.wanted}
+        return [name for name in METRICS if name in wanted]
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "batch": self.batch,
+            "precision": "float32 in the detector, float64 in the statistics",
+            "precision_recall": {"neighbours": 3, "reference_images_at_most": BALLS},
+            "inception_score": {"split": inception_score.SPLIT},
+            "kid": {"subsets": kid.SUBSETS, "subset_size": kid.SIZE, "seed": self.seed},
+        }
+
+    def _sides(self, source: Samples | Store | Reference) -> list[tuple[Side, Detector | None]]:
+        """The samples as each detector saw them."""
+        if isinstance(source, Store):
+            view = view_of(source)
+            mine = [one for one in self.detectors or [] if one.identity == view.detector["identity"]]
+            if self.detectors is not None and len(mine) != len(self.detectors):
+                other = next(one for one in self.detectors if one not in mine)
+                raise ValueError(
+                    f"{source.folder}: seen by detector {view.detector['identity'][:12]}, asked for are scores by "
+                    f"{other.name} {other.identity[:12]}"
+                )
+            return [(self._gather_samples(view), mine[0] if mine else None)]
+        assert isinstance(source, Samples)
+        detectors = [self._inception] if self.detectors is None else self.detectors
+        looks = [look(source, one, batch=self.batch, folder=self.features) for one in detectors]
+        return [(self._gather_samples(view), one) for view, one in zip(looks, detectors, strict=True)]
+
+    def _gather_samples(self, view: View) -> Side:
+        outputs = {"frechet": "pool", "sfid": "spatial"}
+        keep = [outputs[name] for name in self._metrics if name in outputs] if view.count <= MOST_KEPT else []
+        return gather(view, self._metrics, keep=keep)
+
+    def _reference(self, side: Side, detector: Detector | None) -> Side:
+        """The reference as the detector of a side saw it, looked at once."""
+        identity = side.detector["identity"]
+        if identity not in self.references:
+            self.references[identity] = self._see_reference(side.detector, detector)
+        return self.references[identity]
+
+    def _see_reference(self, about: Mapping[str, Any], detector: Detector | None) -> Side:
+        source, metrics = self.source, [name for name in self._metrics if METRICS[name].reference]
+        if isinstance(source, Store):
+            view = view_of(source)
+            _check_detector(source.folder, view.detector, about)
+            return gather(view, metrics, balls=BALLS)
+        if isinstance(source, Reference):
+            return self._of_statistics(source, metrics, about, detector)
+        assert isinstance(source, Samples)
+        return self._look(source, metrics, about, detector)
+
+    def _look(
+        self, source: Samples, metrics: Sequence[str], about: Mapping[str, Any], detector: Detector | None
+    ) -> Side:
+        if detector is None:  # the samples are stored features: whoever made them must be had to look at the reference
+            detector = self._inception
+            _check_detector(source.path, detector.about, about)
+        return gather(look(source, detector, batch=self.batch, folder=self.features), metrics, balls=BALLS)
+
+    def _of_statistics(
+        self, source: Reference, metrics: Sequence[str], about: Mapping[str, Any], detector: Detector | None
+    ) -> Side:
+        if source.detector is not None:
+            _check_detector(source.path, source.detector, about)
+        elif about.get("kind") not in ("inception", None):
+            return self._moments_of_another(source, metrics, about, detector)
+        side = Side(source.about, about)
+        for name, output in (("frechet", "pool"), ("sfid", "spatial")):
+            if output in source.moments:
+                side.stats[name] = source.moments[output]
+            elif name in metrics:
+                side.absent[name] = f"the reference {source.path} holds no mu_s and sigma_s"
+        near = [name for name in metrics if name in NEIGHBOURS]
+        if near and source.near is not None:
+            side.stats |= dict.fromkeys(near, source.near)
+        elif near and source.samples is not None:
+            side.stats |= self._look(source.samples, near, about, detector).stats
+        else:
+            side.absent |= dict.fromkeys(near, f"the reference {source.path} holds no images")
+        return side
+
+    def _moments_of_another(
+        self, source: Reference, metrics: Sequence[str], about: Mapping[str, Any], detector: Detector | None
+    ) -> Side:
+        if source.samples is None:
+            raise ValueError(
+                f"{source.path}: holds mu and sigma of Inception and no images, but the samples were seen by "
+                f"{about['name']}"
+            )
+        side = self._look(source.samples, metrics, about, detector)
+        return dataclasses.replace(side, about={**source.about, "moments": "of its images under arr_0"})
+
+
+def open_source(path: Path | str, *, statistics: bool) -> Samples | Store | Reference:
+    """What a path holds: images, stored features, or (where `statistics` are of use) statistics.
+
+    Raises:
+        ValueError: nothing of the kind; says what was found.
+    """
+    path = Path(path)
+    if (path / MANIFEST).exists():
+        store = Store.open(path)
+        if store.manifest["store"] == "features":
+            return store
+        if store.manifest["store"] != "images":
+            raise ValueError(f"{path}: a store of {store.manifest['store']}, expected one of images or features")
+    elif below := sorted(path.glob(f"*/{MANIFEST}")):
+        raise ValueError(f"{path}: holds stores, name one of them, such as {below[0].parent}")
+    if statistics and holds_statistics(path):
+        return read_reference(path)
+    return open_samples(path)
+
+
+def _size(source: Samples | Store | Reference | None) -> list[int] | None:
+    """Height and width of a source's images, as far as they are known."""
+    if isinstance(source, Samples):
+        return list(source.size)
+    if isinstance(source, Store):
+        return source.manifest.get("pixels", {}).get("size")
+    return None if source is None else source.about.get("size")
+
+
+def _check_sizes(samples: Samples | Store | Reference, reference: Samples | Store | Reference | None) -> None:
+    mine, theirs = _size(samples), _size(reference)
+    if mine is not None and theirs is not None and mine != theirs:
+        raise ValueError(
+            f"{_path(samples)}: images of {mine[0]} x {mine[1]} px, but those of the reference {_path(reference)} are "
+            f"{theirs[0]} x {theirs[1]} px; scores across sizes compare nothing"
+        )
+
+
+def _path(source: Samples | Store | Reference | None) -> Path | None:
+    return source.folder if isinstance(source, Store) else None if source is None else source.path
+
+
+def _check_detector(path: Path, seen: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    if seen["identity"] != asked["identity"]:
+        who = [f"{one.get('name') or 'a detector'} {one['identity'][:12]}" for one in (seen, asked)]
+        raise ValueError(
+            f"{path}: the reference is seen by {who[0]}, the samples by {who[1]}: their scores would compare nothing"
+        )

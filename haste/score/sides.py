@@ -1,0 +1,220 @@
+"""Statistics of one set of images by one detector: gathered in one pass, or read from a file, and written to one.
+
+The file is an .npz laid out as ADM's references: `mu` (D,), `sigma` (D, D) of the pool features and `mu_s`, `sigma_s`
+of the spatial ones, float64, ddof 1. ADM's hold images under `arr_0`; ours hold features of images under `pool`
+instead, and say under `haste` how they were made.
+
+N images, D feature width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from haste import artefact
+from haste.data.samples import Samples, open_samples
+from haste.metrics import rows
+from haste.metrics.frechet import Moments
+from haste.metrics.scores import METRICS
+from haste.score.look import READ, Batch, View
+
+BALLS = 10_000  # images of a reference that precision, recall and KID look at, as many as ADM's references have
+WIDTHS = {"pool": 2048, "spatial": 2023}  # of Inception, whose moments files without a word on their detector hold
+NEIGHBOURS = ("precision_recall", "kid")  # what is made of the pool features themselves
+SUFFIX = {"pool": "", "spatial": "_s"}  # of mu and sigma, in a file
+
+
+@dataclasses.dataclass
+class Side:
+    """One set of images as one detector saw it.
+
+    about: the images, JSON; detector: as `Detector.about`; stats: metric -> its statistic; kept: features by name, for
+    error bars; absent: metric -> why there is no statistic.
+    """
+
+    about: dict[str, Any]
+    detector: Mapping[str, Any]
+    stats: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kept: dict[str, rows.Rows] = dataclasses.field(default_factory=dict)
+    absent: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def gather(view: View, metrics: Collection[str], *, balls: int | None = None, keep: Collection[str] = ()) -> Side:
+    """The statistics of metrics (names in METRICS), in one pass over a view.
+
+    Args:
+        view: what a detector saw.
+        metrics: those whose outputs the detector has not are left out, with the reason.
+        balls: how many images precision, recall and KID look at, evenly spaced; None is all.
+        keep: outputs whose features are kept as they are.
+
+    Raises:
+        ValueError: features that are not finite, or images that cannot be read; says which.
+    """
+    side = Side({}, view.detector)
+    for name in METRICS:
+        if name in metrics and (lacking := set(METRICS[name].needs) - set(view.outputs)):
+            side.absent[name] = f"{view.detector['name']} gives no {' and '.join(sorted(lacking))}"
+    names = [name for name in METRICS if name in metrics and name not in side.absent]
+    near = [name for name in names if name in NEIGHBOURS]
+    pooled = ("pool",) if near or "pool" in keep else ()
+    chosen = _spread(view.count, balls)
+    for batch in _blocks(view.batches()):
+        try:
+            for name in set(names) - set(near):
+                side.stats[name] = METRICS[name].update(side.stats.get(name), batch)
+            for name in (*pooled, *(name for name in keep if name != "pool" and name in view.outputs)):
+                part = batch if chosen is None else {key: value[chosen[batch["index"]]] for key, value in batch.items()}
+                if len(part["index"]):
+                    side.kept[name] = rows.collect(side.kept.get(name), part, name)
+        except ValueError as error:
+            low, high = batch["index"][[0, -1]]
+            raise ValueError(f"{view.facts()['path']}: images {low} to {high}: {error}") from error
+    side.about = view.facts()
+    return dataclasses.replace(side, stats=side.stats | {name: side.kept["pool"] for name in near})
+
+
+def _spread(count: int, most: int | None) -> NDArray[np.bool_] | None:
+    """Which (N,) of `count` images are looked at, evenly spaced; None is all."""
+    if most is None or count <= most:
+        return None
+    chosen = np.zeros(count, dtype=bool)
+    chosen[np.arange(most) * count // most] = True
+    return chosen
+
+
+def _blocks(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same rows in blocks of READ: merging moments costs as much for ten images as for a thousand."""
+    held: list[Batch] = []
+    for batch in batches:
+        held.append(batch)
+        if sum(len(part["index"]) for part in held) >= READ:
+            yield _joined(held)
+            held = []
+    if held:
+        yield _joined(held)
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+# ---- files
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What an .npz of statistics holds.
+
+    moments: "pool" and "spatial", as far as they are there; samples: its images, if it has any; near: pool features
+    of some of its images, if it has those; detector: who saw them, None where the file does not say; about: the file,
+    JSON.
+    """
+
+    path: Path
+    moments: Mapping[str, Moments]
+    samples: Samples | None
+    near: rows.Rows | None
+    detector: Mapping[str, Any] | None
+    about: dict[str, Any]
+
+
+def holds_statistics(path: Path) -> bool:
+    """Whether a file is an .npz with statistics in it. Raises ValueError for an .npz that cannot be read."""
+    return path.suffix == ".npz" and path.is_file() and "mu" in _names(path)
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ValueError(f"{path}: expected an .npz, found a truncated or foreign file ({error})") from error
+
+
+def read_reference(path: Path) -> Reference:
+    """Read statistics: ADM's, ours, or anybody's with `mu` and `sigma`.
+
+    Raises:
+        ValueError: truncated, pickled, of shapes that do not belong together, not finite, or not covariances.
+    """
+    names, moments = _names(path), dict[str, Moments]()
+    header = json.loads(str(_array(path, "haste"))) if "haste" in names else {}
+    if header:
+        artefact.check_header(path, header, "statistics")
+    count = header.get("images")
+    for output, suffix in SUFFIX.items():
+        if f"mu{suffix}" in names:
+            moments[output] = _moments(path, names, suffix, count, None if header else WIDTHS[output])
+    near = _near(path, moments["pool"].mean.size) if "pool" in names else None
+    samples = open_samples(path) if "arr_0" in names else None
+    about = {"path": str(path), "kind": "statistics", "identity": artefact.file_identity(path), "images": count}
+    about |= {"holds": sorted(set(names) - {"haste"})}
+    if samples is not None:
+        about |= {"pictures": samples.count, "size": list(samples.size)}
+    elif header:
+        about |= {"size": header["source"].get("size"), "source": header["source"]}
+    return Reference(path, moments, samples, near, header.get("detector"), about)
+
+
+def _moments(path: Path, names: list[str], suffix: str, count: int | None, width: int | None) -> Moments:
+    mu, sigma = f"mu{suffix}", f"sigma{suffix}"
+    if sigma not in names:
+        raise ValueError(f"{path}: holds {mu} without {sigma}")
+    mean, covariance = (_array(path, name) for name in (mu, sigma))
+    if mean.ndim != 1 or covariance.shape != (mean.size, mean.size) or (width and mean.size != width):
+        expected = f"({width},) and ({width}, {width})" if width else "(D,) and (D, D)"
+        raise ValueError(f"{path}: {mu} and {sigma} are {mean.shape} and {covariance.shape}, expected {expected}")
+    try:
+        # ADM's files do not say of how many images; of full rank is all that the distance needs to know.
+        found = Moments.of_covariance(mean.size + 1 if count is None else count, mean, covariance)
+    except ValueError as error:
+        raise ValueError(f"{path}: {mu}, {sigma}: {error}") from error
+    scale = float(np.abs(covariance).max())
+    if np.abs(covariance - covariance.T).max() > 1e-6 * scale or covariance.diagonal().min() < -1e-6 * scale:
+        raise ValueError(f"{path}: {sigma} is no covariance: it is not symmetric, or holds a negative variance")
+    return found
+
+
+def _near(path: Path, width: int) -> rows.Rows:
+    pool = _array(path, "pool")
+    if pool.ndim != 2 or pool.shape[1] != width:
+        raise ValueError(f"{path}: pool is {pool.shape}, expected (N, {width})")
+    return rows.collect(None, {"pool": pool}, "pool")
+
+
+def _array(path: Path, name: str) -> NDArray:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file[name]
+    except (zipfile.BadZipFile, OSError, EOFError, KeyError) as error:
+        raise ValueError(f"{path}: {name} cannot be read, the file is truncated or damaged ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {name} is pickled or broken, and is not read ({error})") from error
+
+
+def write_reference(path: Path, side: Side) -> None:
+    """Write a side's statistics, such that `read_reference` and others' tools read them."""
+    arrays: dict[str, NDArray] = {}
+    for output, name in (("pool", "frechet"), ("spatial", "sfid")):
+        if name in side.stats:
+            moments = side.stats[name]
+            arrays |= {f"mu{SUFFIX[output]}": moments.mean, f"sigma{SUFFIX[output]}": moments.covariance}
+    if "frechet" not in side.stats:
+        raise ValueError(f"{path}: statistics need the Frechet distance among the metrics")
+    near = [side.stats[name] for name in NEIGHBOURS if name in side.stats]
+    if near:
+        arrays["pool"] = near[0].ordered
+    header = {"schema": artefact.SCHEMA, "kind": "statistics", "images": side.stats["frechet"].count}
+    header |= {"detector": dict(side.detector), "source": side.about, "provenance": artefact.provenance()}
+    with artefact.replacing(path) as aside, contextlib.closing(open(aside, "wb")) as file:
+        np.savez(file, allow_pickle=False, haste=np.array(artefact.canonical(header)), **arrays)

@@ -1,0 +1,315 @@
+"""Images from anywhere are scored as their features by hand say, whatever they are packed in."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+
+from haste.data.samples import open_samples
+from haste.data.store import join, write_shard
+from haste.metrics import inception_score
+from haste.score import Scorer, look, score_images, sides
+
+ALL = ["FID", "sFID", "IS", "precision", "recall", "KID"]
+
+
+def seen(detector, images):
+    """Features in float64, by name."""
+    return {name: value.numpy().astype(np.float64) for name, value in detector(torch.from_numpy(images)).items()}
+
+
+def frechet(a, b):
+    """By scipy's general square root, from means and covariances."""
+    (m, s), (n, r) = a, b
+    root = scipy.linalg.sqrtm(s @ r).real
+    return float(((m - n) ** 2).sum() + np.trace(s + r - 2 * root))
+
+
+def moments(features):
+    return features.mean(0), np.cov(features.T)
+
+
+def inside(points, centres, k=3):
+    """Share of points in a ball around some centre, pair by pair."""
+    balls = [
+        sorted(np.linalg.norm(c - o) for j, o in enumerate(centres) if j != i)[k - 1] for i, c in enumerate(centres)
+    ]
+    return np.mean([any(np.linalg.norm(p - c) <= r for c, r in zip(centres, balls, strict=True)) for p in points])
+
+
+def inception_score_of(logits):
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    return float(np.exp((p * np.log(p / p.mean(0))).sum(1).mean()))
+
+
+def discrepancy(x, y):
+    """The unbiased estimator with the cubic kernel."""
+
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    n, m = len(x), len(y)
+    own = (kernel(x, x).sum() - np.trace(kernel(x, x))) / (n * (n - 1))
+    other = (kernel(y, y).sum() - np.trace(kernel(y, y))) / (m * (m - 1))
+    return own + other - 2 * kernel(x, y).mean()
+
+
+def by_hand(fake, real):
+    return {
+        "FID": frechet(moments(fake["pool"]), moments(real["pool"])),
+        "sFID": frechet(moments(fake["spatial"]), moments(real["spatial"])),
+        "IS": inception_score_of(fake["logits_unbiased"]),
+        "precision": inside(fake["pool"], real["pool"]),
+        "recall": inside(real["pool"], fake["pool"]),
+        "KID": discrepancy(real["pool"], fake["pool"]),
+    }
+
+
+@pytest.fixture
+def sets(draw):
+    return draw(0, 40), draw(1, 31, high=230)
+
+
+def test_scores_are_those_of_the_features_by_hand(detector, sets, pack):
+    fake, real = sets
+    found = score_images(pack("fake", fake), pack("real", real), detectors=[detector])
+    expected = by_hand(seen(detector, fake), seen(detector, real))
+    assert list(found.columns) == ALL
+    assert found.values == pytest.approx(expected, rel=1e-6)
+    assert expected["recall"] > 0 and expected["precision"] < 1
+    assert found["FID"] == found.values["FID"]
+
+
+def test_a_reference_of_statistics_is_read_as_it_stands_and_its_images_give_precision_and_recall(detector, sets, pack):
+    fake, real = sets
+    others = np.random.default_rng(5).normal(size=(90, 9))
+    mu, sigma = others[:, :5].mean(0), np.cov(others[:, :5].T)
+    mu_s, sigma_s = others[:, 5:].mean(0), np.cov(others[:, 5:].T)
+    reference = pack("reference", real, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+    found = score_images(pack("fake", fake), reference, detectors=[detector])
+    mine = seen(detector, fake)
+    expected = by_hand(mine, seen(detector, real))
+    expected["FID"] = frechet(moments(mine["pool"]), (mu, sigma))
+    expected["sFID"] = frechet(moments(mine["spatial"]), (mu_s, sigma_s))
+    assert found.values == pytest.approx(expected, rel=1e-6)
+
+
+def packings(images, folder):
+    """The same images in every form."""
+    folder.mkdir()
+    np.savez_compressed(folder / "compressed.npz", arr_0=images)
+    (folder / "shards").mkdir()
+    for shard, rows in enumerate(np.split(images, [7, 7, 20])):
+        np.savez(folder / "shards" / f"shard-{shard:05d}-of-00004.npz", arr_0=rows)
+    (folder / "pictures").mkdir()
+    with zipfile.ZipFile(folder / "archive.zip", "w") as archive:
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(folder / "pictures" / f"{i:03d}.png")
+            archive.write(folder / "pictures" / f"{i:03d}.png", f"{i:03d}.png")
+    common = {"kind": "images", "key": "i", "recipe": {}, "shards": 2, "provenance": {}}
+    for shard, rows in enumerate((range(0, len(images) // 2), range(len(images) // 2, len(images)))):
+        fields = {"image": (images.shape[1:], "uint8"), "label": ((), "int64")}
+        batch = {"image": images[rows], "label": np.arange(len(rows))}
+        write_shard(folder / "store", shard=shard, total=len(images), fields=fields, batches=[batch], **common)
+    join(folder / "store", splits={}, **common)
+    return sorted(folder.iterdir())
+
+
+def test_packing_batch_size_and_shards_never_change_a_score(detector, sets, pack, tmp_path, monkeypatch):
+    fake, real = sets
+    whole = score_images(pack("fake", fake), pack("real", real), detectors=[detector])
+    assert len(packings(fake, tmp_path / "fakes")) == 5
+    for side, other in zip(packings(fake, tmp_path / "a"), packings(real, tmp_path / "b"), strict=True):
+        for batch in (1, 7, 100):
+            monkeypatch.setattr(sides, "READ", batch)
+            found = score_images(side, other, detectors=[detector], batch=batch)
+            assert found.values == pytest.approx(whole.values, rel=1e-9), (side, batch)
+            assert found.samples["identity"] == whole.samples["identity"]
+
+
+def test_another_order_changes_no_score_but_those_that_are_taken_over_splits(detector, sets, pack, monkeypatch):
+    fake, real = sets
+    whole = score_images(pack("fake", fake), pack("real", real), detectors=[detector])
+    turned = score_images(pack("turned", fake[::-1]), pack("back", real[::-1]), detectors=[detector])
+    assert turned.values == pytest.approx(whole.values, rel=1e-9)  # one split, and all pairs
+    monkeypatch.setattr(inception_score, "SPLIT", 10)
+    split = score_images(pack("fake", fake), pack("real", real), detectors=[detector])
+    assert split["IS"] != pytest.approx(whole["IS"], rel=1e-3) and split.columns["IS"].error > 0
+
+
+def test_features_that_are_kept_are_found_again_and_nothing_is_looked_at_twice(sets, pack, tmp_path, make_detector):
+    fake, real = sets
+    looked = []
+
+    def counting(**options):
+        detector = make_detector(**options)
+        detector.network.register_forward_pre_hook(lambda module, given: looked.append(len(given[0])))
+        return detector
+
+    paths, folder = (pack("fake", fake), pack("real", real)), tmp_path / "features"
+    first = score_images(*paths, detectors=[counting()], features=folder, batch=16)
+    assert sum(looked) == 71
+    again = score_images(*paths, detectors=[counting()], features=folder, batch=5)
+    assert sum(looked) == 71 and again.values == pytest.approx(first.values, rel=1e-12)
+    assert again.samples == first.samples
+    # The same pixels in other files are known by their content.
+    np.savez_compressed(tmp_path / "copy.npz", arr_0=fake)
+    assert score_images(tmp_path / "copy.npz", paths[1], detectors=[counting()], features=folder).values == first.values
+    assert sum(looked) == 71
+    # Another detector, or one other pixel, is looked at.
+    other = score_images(*paths, detectors=[counting(seed=1)], features=folder)
+    assert sum(looked) == 142 and other["FID"] != pytest.approx(first["FID"], rel=1e-3)
+    fake[3, 2, 1, 0] ^= 1
+    score_images(pack("fake", fake), paths[1], detectors=[counting()], features=folder)
+    assert sum(looked) == 182
+
+
+def test_an_interrupted_pass_goes_on_from_its_last_whole_shard(sets, pack, tmp_path, monkeypatch, make_detector):
+    monkeypatch.setattr(look, "SHARD", 10)
+    detector, seen_rows = make_detector(), []
+
+    def falter(module, given):
+        seen_rows.append(len(given[0]))
+        if sum(seen_rows) == 28:
+            raise KeyboardInterrupt
+
+    hook = detector.network.register_forward_pre_hook(falter)
+    paths = pack("fake", sets[0]), pack("real", sets[1])
+    with pytest.raises(KeyboardInterrupt):
+        score_images(*paths, detectors=[detector], features=tmp_path / "kept", batch=4)
+    hook.remove()
+    seen_rows.clear()
+    detector.network.register_forward_pre_hook(lambda module, given: seen_rows.append(len(given[0])))
+    found = score_images(*paths, detectors=[detector], features=tmp_path / "kept", batch=4)
+    assert sum(seen_rows) == 20 + 31  # the first two of four shards are whole
+    plain = score_images(*paths, detectors=[detector])
+    assert found.values == pytest.approx(plain.values, rel=1e-9)
+    assert found.samples == plain.samples
+
+
+def test_stored_features_are_scored_without_a_detector(detector, sets, pack, tmp_path):
+    fake, real = pack("fake", sets[0]), pack("real", sets[1])
+    direct = score_images(fake, real, detectors=[detector], features=tmp_path / "kept")
+    stored = {path.name.split("-")[0]: path for path in (tmp_path / "kept").iterdir()}
+    found = score_images(stored["fake"], stored["real"])
+    assert found.values == direct.values
+    assert found.detectors == [detector.about]
+
+
+def test_statistics_that_are_saved_stand_for_the_reference(detector, sets, pack, tmp_path):
+    fake, real = pack("fake", sets[0]), pack("real", sets[1])
+    scorer = Scorer(real, detectors=[detector])
+    direct = scorer(fake)
+    scorer.save_reference(tmp_path / "statistics.npz")
+    found = score_images(fake, tmp_path / "statistics.npz", detectors=[detector])
+    assert found.values == pytest.approx(direct.values, rel=1e-9)
+    assert found.reference["images"] == 31 and found.reference["source"]["identity"] == direct.reference["identity"]
+    with np.load(tmp_path / "statistics.npz", allow_pickle=False) as file:  # as others' tools read it
+        mean, covariance = moments(seen(detector, sets[1])["pool"])
+        np.testing.assert_allclose(file["mu"], mean, rtol=1e-6)
+        np.testing.assert_allclose(file["sigma"], covariance, rtol=1e-5, atol=1e-8)
+
+
+def test_a_large_reference_gives_balls_around_evenly_spaced_images(detector, sets, pack, monkeypatch):
+    monkeypatch.setattr("haste.score.images.BALLS", 10)
+    fake, real = sets
+    found = score_images(pack("fake", fake), pack("real", real), detectors=[detector])
+    mine, theirs = seen(detector, fake), seen(detector, real)
+    few = theirs["pool"][np.arange(10) * 31 // 10]
+    assert found["precision"] == inside(mine["pool"], few) and found["recall"] == inside(few, mine["pool"])
+    assert found["FID"] == pytest.approx(frechet(moments(mine["pool"]), moments(theirs["pool"])), rel=1e-6)
+
+
+def test_the_reference_is_looked_at_once_for_many_sets(sets, pack, detector):
+    looked = []
+    detector.network.register_forward_pre_hook(lambda module, given: looked.append(len(given[0])))
+    scorer = Scorer(pack("real", sets[1]), detectors=[detector])
+    for name in "abc":
+        scorer(pack(name, sets[0]))
+    assert sum(looked) == 31 + 3 * 40
+
+
+def test_several_detectors_never_share_a_column_and_give_what_their_layers_allow(sets, pack, make_detector):
+    other = make_detector(kind="DINOv2-L", seed=3, widths={"pool": 7})
+    detectors = [make_detector(), other]
+    found = score_images(pack("fake", sets[0]), pack("real", sets[1]), detectors=detectors)
+    theirs = ["FD (DINOv2-L)", "precision (DINOv2-L)", "recall (DINOv2-L)", "KID (DINOv2-L)"]
+    assert list(found.columns) == [*ALL, *theirs]
+    mine = [seen(other, images)["pool"] for images in sets]
+    assert found["FD (DINOv2-L)"] == pytest.approx(frechet(*map(moments, mine)), rel=1e-6)
+    assert not found.absent
+
+
+def test_moments_of_inception_are_never_used_for_another_detector(sets, pack, make_detector):
+    fake, real = sets
+    reference = pack("reference", real, mu=np.zeros(5), sigma=np.eye(5), mu_s=np.zeros(4), sigma_s=np.eye(4))
+    other = make_detector(kind="DINOv2-L", seed=3, widths={"pool": 5})
+    found = score_images(pack("fake", fake), reference, detectors=[other])
+    expected = frechet(*(moments(seen(other, images)["pool"]) for images in sets))
+    assert found["FD (DINOv2-L)"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_without_a_reference_there_is_the_score_that_needs_none(sets, pack, detector):
+    found = score_images(pack("fake", sets[0]), None, detectors=[detector])
+    assert list(found.columns) == ["IS"] and found.reference is None and found.json()["reference"] is None
+
+
+def test_only_what_is_asked_for_is_taken(sets, pack, detector):
+    found = score_images(pack("fake", sets[0]), pack("real", sets[1]), detectors=[detector], metrics=["recall", "fid"])
+    assert list(found.columns) == ["FID", "recall"]
+
+
+# ---- limits
+
+
+def test_identical_sets_score_nothing_apart_and_it_is_said(sets, pack, detector):
+    found = score_images(pack("fake", sets[0]), pack("real", sets[0]), detectors=[detector])
+    assert found["FID"] == pytest.approx(0, abs=1e-9) and found["sFID"] == pytest.approx(0, abs=1e-9)
+    assert found["precision"] == found["recall"] == 1
+    assert found["KID"] < 0
+    assert "samples and reference are the same images" in found.notes
+
+
+def test_fewer_images_than_channels_still_have_a_distance(pack, draw, make_detector):
+    detector = make_detector(widths={"pool": 30, "spatial": 4, "logits_unbiased": 6})
+    fake, real = draw(0, 12), draw(1, 20, high=200)
+    found = score_images(pack("fake", fake), pack("real", real), detectors=[detector])
+    expected = frechet(*(moments(seen(detector, images)["pool"]) for images in (fake, real)))
+    assert found["FID"] == pytest.approx(expected, rel=1e-4)
+    assert found.columns["FID"].error is None
+
+
+def test_one_sample_has_no_distance_and_two_no_balls(pack, draw, detector):
+    real = pack("real", draw(1, 20))
+    one = score_images(pack("one", draw(0, 1)), real, detectors=[detector])
+    assert list(one.columns) == ["IS"]
+    assert "needs 2 images or more, found 1" in one.absent["FID"]
+    with pytest.raises(ValueError, match="FID: a covariance needs 2 images or more, found 1"):
+        score_images(pack("one", draw(0, 1)), real, detectors=[detector], metrics=["fid"])
+    two = score_images(pack("two", draw(0, 2)), real, detectors=[detector])
+    assert set(two.columns) == {"FID", "sFID", "IS", "KID"}
+    assert "needs more than 3 images, found 2" in two.absent["recall"]
+
+
+def test_features_that_are_not_finite_are_refused_with_the_images_number(pack, draw, make_detector):
+    detector = make_detector()
+    detector.network.register_forward_hook(lambda module, given, found: found["pool"].__setitem__(3, torch.nan))
+    with pytest.raises(ValueError, match=r"fake\.npz: images 0 to 19: features: 1 of 20 rows hold NaN.* row 3"):
+        score_images(pack("fake", draw(0, 20)), pack("real", draw(1, 20)), detectors=[detector])
+
+
+def test_the_json_says_all_that_decides_comparability(sets, pack, detector):
+    found = score_images(pack("fake", sets[0]), pack("real", sets[1]), detectors=[detector], batch=9, seed=7)
+    whole = json.loads(json.dumps(found.json(), allow_nan=False))
+    assert whole["scores"] == found.values
+    assert whole["detectors"] == [detector.about]
+    assert whole["settings"]["batch"] == 9 and whole["settings"]["kid"]["seed"] == 7
+    assert (whole["samples"]["images"], whole["reference"]["images"]) == (40, 31)
+    assert whole["samples"]["identity"] == open_samples(pack("fake", sets[0])).identity()
+    assert whole["provenance"]["versions"]["torch"]
+    assert whole["errors"]["FID"]["what"].startswith("standard error")
