@@ -85,6 +85,11 @@ def _parser() -> argparse.ArgumentParser:
     rule("detector", _detector, "train the small detector that the scores use")
     train = rule("train", _train, "train up to a state, continuing from the newest one on the way")
     train.add_argument("state", help="TRAJECTORY/STEP")
+    slurm = "as a job of the SLURM cluster with these resources (docs/slurm.md): submit it, or attach to the one there"
+    train.add_argument("--slurm", nargs="*", metavar="KEY=VALUE", help=slurm)
+    train.add_argument("--terminal", type=int, metavar="FD", help="file descriptor to tell a person on what happens")
+    cancel = rule("cancel", _cancel, "end the cluster's training jobs of a run; what is saved stays")
+    cancel.add_argument("name", help="a run of the configuration, or TRAJECTORY/STEP")
     rule("reference", _reference, "compute the features of the real images")
     sample = rule("sample", _sample, "draw one shard of samples, with features")
     sample.add_argument("draw", help="name of a set of samples")
@@ -321,10 +326,26 @@ def _check_autoencoder(plan: Plan, autoencoder: Autoencoder) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    plan = _plan_of(arguments)
+    if arguments.slurm is not None:
+        from haste.cluster import job, waiter
+
+        try:
+            waiter.make(plan, plan.parse(arguments.state), job.resources(arguments.slurm), arguments.terminal)
+        except waiter.Detached as left:
+            print(f"haste train: {left}", file=sys.stderr)
+            sys.exit(130)
+        return
     from haste.train.launch import launch
 
-    plan = _plan_of(arguments)
     launch(plan, plan.parse(arguments.state))
+
+
+def _cancel(arguments: argparse.Namespace) -> None:
+    from haste.cluster import queue
+
+    for line in queue.cancel(_plan_of(arguments), arguments.name):
+        print(line)
 
 
 def _load_detector(plan: Plan) -> Detector:

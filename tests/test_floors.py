@@ -14,7 +14,7 @@ FLOORS = [
     {"artefact", "hub"},
     {"config", "models", "diffusion", "align", "metrics", "journal", "cache"},
     {"data", "teachers", "diagnose", "plan", "report"},
-    {"train", "sample", "score", "exchange", "gather", "status"},
+    {"train", "sample", "score", "exchange", "gather", "status", "cluster"},
     {"cli"},
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -57,7 +57,9 @@ def test_a_room_imports_only_from_lower_floors(path):
     assert not too_high, f"{path}: {room} imports {too_high}"
 
 
-@pytest.mark.parametrize("module", ["config", "plan", "status", "gather", "report.page", "journal", "cli"])
+@pytest.mark.parametrize(
+    "module", ["config", "plan", "status", "gather", "report.page", "journal", "cli", "cluster.waiter", "cluster.queue"]
+)
 def test_what_a_dry_run_needs_imports_no_torch(module):
     code = f"import sys, haste.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,144 @@
+"""What runs in every process of a training job, and how it ends when SLURM says so.
+
+| signal | why | what happens |
+|---|---|---|
+| USR2 | the time limit is near | save at the next step, back into the queue, wait to be ended |
+| TERM | preempted, or cancelled | save at the next step, wait to be ended: who exits is FAILED and is not requeued |
+
+Nothing is ever returned from an interrupted job: submitit would keep it as the result, also for the next attempt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from haste import artefact, config
+from haste.cluster import job as jobs
+from haste.cluster import slurm
+from haste.plan import Plan, State
+
+log = logging.getLogger("haste.cluster")
+
+TIME_LIMIT, ENDING = 1, 2  # reasons to stop, the stronger one larger
+LINGER = 900.0  # seconds until a process that was told to end, and that nobody ends, ends by itself
+ORPHAN = 300.0  # seconds that the last attempt's process on a lost node may still hold its lock
+
+
+@dataclasses.dataclass
+class Interruption:
+    """Signals set a flag; the step boundary acts on it."""
+
+    reason: int = 0
+
+    def listen(self) -> None:
+        """Take the place of submitit's own handlers."""
+        signal.signal(signal.SIGUSR2, lambda *_: self.raise_to(TIME_LIMIT))
+        signal.signal(signal.SIGTERM, lambda *_: self.raise_to(ENDING))
+
+    def raise_to(self, reason: int) -> None:
+        """A reason to stop, unless there is a stronger one."""
+        self.reason = max(self.reason, reason)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The description of a training job, pickled by submitit and called in each of its processes.
+
+    Args:
+        resolved: the configuration as JSON.
+        state: TRAJECTORY/STEP.
+        root: the results folder, absolute.
+        folder: where the command was given; paths in the configuration are relative to it.
+    """
+
+    resolved: str
+    state: str
+    root: str
+    folder: str
+
+    def __call__(self) -> str:
+        """Train; the state's path. Does not return when interrupted."""
+        interruption = Interruption()
+        interruption.listen()
+        os.chdir(self.folder)
+        rank = _join()
+        plan = Plan(config.resolve({**json.loads(self.resolved), "results": self.root}))
+        state = plan.parse(self.state)
+        _log_to(plan, state, rank)
+        refused = jobs.refusal(plan, state, os.environ["SLURM_JOB_ID"])
+        refused.unlink(missing_ok=True)  # of an attempt before
+        try:
+            return self._train(plan, state, rank, interruption)
+        except (ValueError, FloatingPointError) as refusal:
+            # Another attempt would come to the same end; who waits says it at once.
+            log.error("refused: %s", refusal)
+            with artefact.replacing(refused) as aside:
+                aside.write_text(f"{refusal}\n")
+            raise
+
+    def _train(self, plan: Plan, state: State, rank: int, interruption: Interruption) -> str:
+        from haste.train.loop import Interrupted, train
+
+        if rank == 0:
+            _wait_for_the_last_attempt(plan, state)
+        try:
+            return str(train(plan, state, interrupted=lambda: interruption.reason))
+        except Interrupted as stop:
+            log.info(
+                "step %d is saved; %s", stop.step, "back into the queue" if stop.reason == TIME_LIMIT else "ending"
+            )
+            if rank == 0 and stop.reason == TIME_LIMIT:
+                _requeue()
+            time.sleep(LINGER)
+            raise RuntimeError(f"told to end, but nobody ended this process in {LINGER:.0f} s") from None
+
+
+def _join() -> int:
+    """Export what torch.distributed reads; this process's rank."""
+    from submitit.helpers import TorchDistributedEnvironment
+
+    # The port follows from the job's number, so it is the same for all processes and after a requeue.
+    found = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    return found.rank
+
+
+def _log_to(plan: Plan, state: State, rank: int) -> None:
+    """To the job's own output, and by the first process to a file of this attempt."""
+    number, attempt = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if rank == 0:
+        handlers.append(logging.FileHandler(jobs.folder(plan, state) / f"{number}-attempt-{attempt}.log"))
+    form = f"%(asctime)s %(name)s: {'' if rank == 0 else f'process {rank}: '}%(message)s"
+    level = logging.INFO if rank == 0 else logging.WARNING
+    logging.basicConfig(level=level, format=form, datefmt="%H:%M:%S", handlers=handlers, force=True)
+    log.info("job %s, attempt %s, on %s", number, attempt, os.environ.get("SLURM_JOB_NODELIST", "?"))
+
+
+def _wait_for_the_last_attempt(plan: Plan, state: State) -> None:
+    """A node that SLURM has lost may still train; until it notices, its lock says so."""
+    limit, lock = time.monotonic() + ORPHAN, Path(plan.path(state)).parent / "lock"
+    while True:
+        try:
+            artefact.acquire(lock, f"trajectory {state.trajectory}").close()
+            return
+        except ValueError as held:
+            if time.monotonic() > limit:
+                raise
+            log.info("%s", held)
+        time.sleep(2)
+
+
+def _requeue() -> None:
+    for _ in range(5):
+        try:
+            return slurm.requeue(os.environ["SLURM_JOB_ID"])
+        except slurm.Unanswered as error:
+            log.warning("not requeued: %s", error)
+            time.sleep(5)

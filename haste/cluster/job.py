@@ -1,0 +1,130 @@
+"""What a training job asks a cluster for, and what it is called there. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from haste.artefact import fingerprint
+from haste.plan import Plan, State
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """Resources of one training job. The names are those of the Snakemake profile, where each is explained."""
+
+    nodes: int = 1
+    tasks_per_node: int = 1  # processes, one a GPU
+    gpus_per_node: int = 0
+    cpus_per_task: int = 1
+    mem_mb: int | None = None  # a node
+    runtime: int = 60  # minutes
+    slurm_account: str | None = None
+    slurm_partition: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    slurm_extra: str | None = None
+    signal_s: int = 120  # seconds before the time limit at which SLURM says that it is near
+    poll_s: int = 20  # seconds between two looks at the queue
+
+    @property
+    def processes(self) -> int:
+        """Processes of the whole job."""
+        return self.nodes * self.tasks_per_node
+
+    @property
+    def described(self) -> str:
+        """What is asked for, in words."""
+        what = f"{self.nodes} node(s) with {self.tasks_per_node} process(es) and {self.gpus_per_node} GPU(s) each"
+        return f"{what}, {self.runtime} minutes, partition {self.slurm_partition or 'default'}"
+
+
+KEYS = {field.name: field for field in dataclasses.fields(Resources)}
+
+
+def resources(settings: Iterable[str]) -> Resources:
+    """Resources from KEY=VALUE texts.
+
+    Raises:
+        ValueError: an unknown key, or a value that is no number where one is expected.
+    """
+    found: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if key not in KEYS or not equals:
+            raise ValueError(f"resource {setting!r}: expected KEY=VALUE with one of {', '.join(KEYS)}")
+        found[key] = _number(key, value) if "int" in str(KEYS[key].type) else value
+    asked = Resources(**found)
+    if asked.gpus_per_node and asked.gpus_per_node < asked.tasks_per_node:
+        raise ValueError(
+            f"resources: {asked.tasks_per_node} processes a node and {asked.gpus_per_node} GPUs: each needs its own"
+        )
+    if asked.runtime * 60 <= asked.signal_s:
+        raise ValueError(f"resources: signal_s is {asked.signal_s}, but the job has {asked.runtime} minutes in all")
+    return asked
+
+
+def _number(key: str, value: str) -> int:
+    least = 0 if key == "gpus_per_node" else 1
+    if not value.isdigit() or int(value) < least:
+        raise ValueError(f"resource {key}={value}: expected a whole number, at least {least}")
+    return int(value)
+
+
+def name(plan: Plan, state: State) -> str:
+    """What the job that makes a state is called: it follows from the state and the results folder alone.
+
+    So whoever waits for a state finds the job that makes it, and two results folders of one user stay apart.
+    """
+    return f"haste-{state.trajectory}-{state.step}-{fingerprint(str(Path(plan.root).resolve()), 8)}"
+
+
+def folder(plan: Plan, state: State) -> Path:
+    """Where a trajectory's jobs keep their logs."""
+    return Path(plan.path(state)).resolve().parent / "jobs"
+
+
+def refusal(plan: Plan, state: State, job: str) -> Path:
+    """The file in which a job says why it cannot be done, whoever does it."""
+    return folder(plan, state) / f"{job}-refused.txt"
+
+
+def parameters(asked: Resources, called: str) -> dict[str, Any]:
+    """What submitit is asked for."""
+    known = {
+        "partition": asked.slurm_partition,
+        "account": asked.slurm_account,
+        "qos": asked.qos,
+        "constraint": asked.constraint,
+        "mem": f"{asked.mem_mb}MB" if asked.mem_mb else None,
+        "gpus_per_node": asked.gpus_per_node or None,
+    }
+    return {
+        "job_name": called,
+        "time": asked.runtime,
+        "nodes": asked.nodes,
+        "ntasks_per_node": asked.tasks_per_node,
+        "cpus_per_task": asked.cpus_per_task,
+        "signal_delay_s": asked.signal_s,
+        # Two jobs of one name and user never run side by side, also where file systems have no locks.
+        "dependency": "singleton",
+        "additional_parameters": {"requeue": True, **_extra(asked.slurm_extra or "")},
+        # One process that dies takes the others with it; they would wait for it for ever.
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={asked.cpus_per_task}"],
+        "stderr_to_stdout": True,
+        **{key: value for key, value in known.items() if value is not None},
+    }
+
+
+def _extra(flags: str) -> dict[str, Any]:
+    """`--key=value --flag` as submitit takes them."""
+    found: dict[str, Any] = {}
+    for flag in shlex.split(flags):
+        key, equals, value = flag.removeprefix("--").partition("=")
+        if not flag.startswith("--") or not key:
+            raise ValueError(f"slurm_extra {flag!r}: expected flags of the form --key=value or --key")
+        found[key] = value if equals else True
+    return found

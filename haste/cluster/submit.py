@@ -1,0 +1,49 @@
+"""Hand a training job to SLURM through submitit. What is submitted is a description, never weights."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from submitit.core import core
+from submitit.core.utils import FailedSubmissionError
+from submitit.slurm.slurm import SlurmExecutor
+
+from haste.cluster import job as jobs
+from haste.cluster import slurm
+from haste.cluster.job import Resources
+from haste.plan import Plan, State
+
+SUBMITTING = 120.0  # seconds that sbatch may take
+
+
+class _Executor(SlurmExecutor):
+    """submitit's own, whose sbatch may not take for ever."""
+
+    def _submit_command(self, command: str) -> core.Job[Any]:
+        file = Path(self.folder) / "submitted.sh"
+        file.write_text(self._make_submission_file_text(command, ""))
+        said = slurm.ask("sbatch", str(file), timeout=SUBMITTING)
+        try:
+            number = self._get_job_id_from_submission_command(said)
+        except FailedSubmissionError:
+            raise slurm.Unanswered(f"sbatch said {said.strip()!r}, expected a job's number") from None
+        file.replace(file.with_name(f"{number}_submitted.sh"))
+        return self.job_class(folder=self.folder, job_id=number, tasks=list(range(self._num_tasks())))
+
+
+def submit(plan: Plan, state: State, asked: Resources) -> str:
+    """Submit the job that makes a state; its number.
+
+    Raises:
+        Unanswered: sbatch refused, and says why, or gave no answer.
+    """
+    from haste.cluster.inside import Work
+
+    logging.getLogger("submitit").setLevel(logging.WARNING)
+    # submitit counts time limits on its own account; ours is another protocol, which never asks it.
+    executor = _Executor(folder=jobs.folder(plan, state), max_num_timeout=10**6)
+    executor.update_parameters(**jobs.parameters(asked, jobs.name(plan, state)))
+    work = Work(plan.config.model_dump_json(), str(state), str(Path(plan.root).resolve()), str(Path.cwd()))
+    return str(executor.submit(work).job_id)

@@ -1,0 +1,282 @@
+"""Make a state by a job of the cluster: submit it, or attach to the one that is there, and wait. No torch.
+
+The state itself, written whole by the job, is the only sign that it is done. Everything else may die and be started
+again: who waits, Snakemake, the login node. Names of jobs follow from what they make, so whoever comes next finds them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from haste.cluster import job as jobs
+from haste.cluster import slurm
+from haste.cluster.job import Resources
+from haste.plan import STATE_NAME, Plan, State
+
+log = logging.getLogger("haste.cluster")
+
+GONE = 4  # looks at the queue without a job before it is believed: after a node's death it is away for some seconds
+ASKED = 4  # questions without an answer before a submission is refused
+SILENCE = 1800.0  # seconds without an answer after which waiting ends
+FUTILE = 2  # attempts without progress after which there is no other
+HINTS = {
+    "account": "slurm_account",
+    "partition": "slurm_partition",
+    "node configuration": "nodes, gpus_per_node, cpus_per_task, mem_mb or constraint",
+    "node count": "nodes",
+    "time limit": "runtime",
+    "qos": "qos",
+    "feature": "constraint",
+}
+
+
+class Detached(Exception):  # noqa: N818 - it was asked for
+    """Who waits was told to go. The job was not."""
+
+
+class Waiter:
+    """One state and the job that makes it."""
+
+    def __init__(self, plan: Plan, state: State, asked: Resources, tell: Callable[[str], None] = log.info):
+        self.plan, self.state, self.asked, self._tell = plan, state, asked, tell
+        self.name, self.folder = jobs.name(plan, state), jobs.folder(plan, state)
+        self.path = Path(plan.path(state))
+        self.leave = threading.Event()
+        self.job: str | None = None
+        self.said = ""
+
+    def make(self) -> Path:
+        """Until the state is there.
+
+        Raises:
+            ValueError: the cluster or the job refuses, the job was cancelled, or attempts make no progress.
+            Detached: INT, TERM or HUP came; the job goes on.
+        """
+        self._check_batch()
+        with self._told_to_leave():
+            futile, before = 0, self.progress()
+            while not self.done():
+                ending = self._wait(self._submit_or_attach())
+                if self.done():
+                    break
+                self._give_up_on(ending)
+                reached, before = before, self.progress()
+                futile = futile + 1 if before <= reached else 0
+                self.tell(f"job {self.job} ended ({ending}) with step {before} saved")
+                if futile >= FUTILE:
+                    raise ValueError(
+                        f"{self.state}: {FUTILE} attempts ended ({ending}) without getting beyond step {before}. "
+                        f"Either they fail, or their {self.asked.runtime} minutes are over before a step is saved. "
+                        f"Their log: {self._logs()}\n{self._last_words()}"
+                    )
+        return self.path
+
+    def done(self) -> bool:
+        """Whether the state is there and is the one that is asked for.
+
+        Raises:
+            ValueError: there is a file in its place that is something else.
+        """
+        with contextlib.suppress(OSError):
+            os.listdir(self.path.parent)  # makes a network file system look again
+        if not self.path.exists():
+            return False
+        header, key = _header(self.path), self.plan.trajectories[self.state.trajectory].key
+        if header.get("key") != key:
+            raise ValueError(f"{self.path}: expected a state of key {key}, found {header.get('key', 'a foreign file')}")
+        return True
+
+    def progress(self) -> int:
+        """The newest step of this state's trajectory that is saved and not beyond it; 0 before the first."""
+        folder = self.path.parent
+        names = [STATE_NAME.match(path.name) for path in [*folder.glob("step-*"), *folder.glob("rolling/step-*")]]
+        return max((step for match in names if match and (step := int(match[1])) <= self.state.step), default=0)
+
+    def tell(self, words: str) -> None:
+        """Say something once."""
+        if words != self.said:
+            self.said = words
+            self._tell(f"{self.state}: {words}")
+
+    # -- submit or attach ------------------------------------------------------------------------------------------
+
+    def _submit_or_attach(self) -> str:
+        """The job that makes the state: one that is there already, or a new one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            found = [job for job in self._must_answer() if job.live]
+            if found:
+                self.job = found[0].id
+                self.tell(f"attached to job {self.job} ({found[0].state})")
+            elif self.done():  # it ended between two looks
+                self.job = self.job or ""
+            else:
+                self.job = self._submit()
+                self.tell(f"submitted job {self.job}: {self.asked.described}")
+        return self.job
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else submits for this trajectory meanwhile. The kernel lets go when the process dies."""
+        with open(self.folder / "submit.lock", "a") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    self.tell("somebody else is submitting it; waiting for that")
+                self._sleep(1)
+            yield
+
+    def _must_answer(self) -> list[slurm.Job]:
+        for attempt in range(ASKED):
+            try:
+                return slurm.queue([self.name])
+            except slurm.Unanswered as error:
+                reason = str(error)
+                self.tell(f"SLURM does not say whether a job for it exists ({reason})")
+            if attempt < ASKED - 1:
+                self._sleep(min(5, self.asked.poll_s))
+        raise ValueError(
+            f"{self.state}: SLURM does not say whether a job for it exists ({reason}), so none is submitted: there "
+            "might be two. The same command tries again."
+        )
+
+    def _submit(self) -> str:
+        from submitit.helpers import clean_env
+
+        from haste.cluster.submit import submit
+
+        # A signal waits for the end of this: a job that nobody knows about is found by its name, but why leave one.
+        with clean_env():
+            try:
+                return submit(self.plan, self.state, self.asked)
+            except slurm.Unanswered as error:
+                words = str(error)
+        hint = next((keys for what, keys in HINTS.items() if what in words.lower()), None)
+        where = f" Look at {hint} in the profile." if hint else ""
+        raise ValueError(f"{self.state}: SLURM did not take the job ({self.asked.described}): {words}.{where}")
+
+    # -- wait ------------------------------------------------------------------------------------------------------
+
+    def _wait(self, number: str) -> str:
+        """Until the job is over for good, or the state is there; how it ended."""
+        gone, heard = 0, time.monotonic()
+        while gone < GONE and not self.done():
+            try:
+                found = [job for job in slurm.queue([self.name]) if job.live]
+            except slurm.Unanswered as error:
+                self._still_waiting(heard, str(error))
+            else:
+                heard = time.monotonic()
+                gone = 0 if found else gone + 1
+                if found:
+                    self._follow(found[0])
+            if not self.done():
+                self._sleep(self.asked.poll_s)
+        return slurm.ending(self.job or number) or "nobody knows how"
+
+    def _follow(self, job: slurm.Job) -> None:
+        self.job = job.id
+        if job.state == "PENDING" and job.reason == "BeginTime":
+            slurm.start_now(job.id)
+        where = f" on {job.nodes}" if job.nodes else f" ({job.reason})"
+        held = f" (held: `scontrol release {job.id}` lets it go on)" if "Held" in job.reason else ""
+        self.tell(f"job {job.id} {job.state}{where}{held}")
+
+    def _still_waiting(self, heard: float, reason: str) -> None:
+        self.tell(f"SLURM does not answer ({reason}); job {self.job} may go on, waiting")
+        if time.monotonic() - heard > SILENCE:
+            raise ValueError(
+                f"{self.state}: no answer from SLURM for {SILENCE / 60:.0f} minutes ({reason}). Job {self.job} may go "
+                "on; the same command attaches to it."
+            )
+
+    def _give_up_on(self, ending: str) -> None:
+        """Raise if another attempt would be no use, or was not wished."""
+        refused = jobs.refusal(self.plan, self.state, self.job or "")
+        if refused.exists():
+            raise ValueError(f"{self.state}: job {self.job} refused: {refused.read_text().strip()}")
+        if ending == "CANCELLED":
+            raise ValueError(
+                f"{self.state}: job {self.job} was cancelled, with step {self.progress()} saved. The same command "
+                "submits another one, which goes on from there."
+            )
+
+    def _logs(self) -> str:
+        return str(self.folder / f"{self.job}_0_log.out")
+
+    def _last_words(self) -> str:
+        try:
+            return "\n".join(Path(self._logs()).read_text(errors="replace").splitlines()[-20:])
+        except OSError:
+            return "(it left none)"
+
+    # -- signals ---------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _told_to_leave(self) -> Iterator[None]:
+        """INT, TERM and HUP are for who waits. They set a flag, which the next sleep sees."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before: dict[Any, Any] = {number: signal.signal(number, lambda *_: self.leave.set()) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _sleep(self, seconds: float) -> None:
+        if self.leave.wait(seconds):
+            about = f"job {self.job} goes on; the same command attaches to it, `scancel {self.job}` ends it"
+            raise Detached(f"{self.state}: {about if self.job else 'no job was submitted'}")
+
+    def _check_batch(self) -> None:
+        batch = self.plan.trajectories[self.state.trajectory].recipe["training"]["batch"]
+        parts = self.asked.processes * self.plan.config.runtime.accumulate
+        if batch % parts:
+            raise ValueError(
+                f"{self.state}: a batch of {batch} cannot be cut into {self.asked.processes} processes (nodes * "
+                f"tasks_per_node) times {self.plan.config.runtime.accumulate} accumulated parts"
+            )
+
+
+def _header(path: Path) -> dict[str, Any]:
+    from haste import status
+
+    return status.provenance_of(path)
+
+
+def make(plan: Plan, state: State, asked: Resources, terminal: int | None = None) -> Path:
+    """Make a state by a job of the cluster, and say what happens in the log and to a person's terminal.
+
+    Args:
+        plan: what the configuration asks for.
+        state: which state.
+        asked: the job's resources.
+        terminal: a file descriptor that a person reads, if that is not where the log goes.
+    """
+
+    def tell(words: str) -> None:
+        log.info("%s", words)
+        if terminal is not None:
+            with contextlib.suppress(OSError):
+                os.write(terminal, f"{words}\n".encode())
+
+    try:
+        return Waiter(plan, state, asked, tell).make()
+    except (Detached, ValueError) as end:
+        if terminal is not None and isinstance(end, Detached):
+            tell(str(end))
+        raise
