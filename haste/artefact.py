@@ -46,6 +46,40 @@ def file_identity(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def remembered_identity(path: Path | str, memory: Path | str) -> str:
+    """`file_identity`, which reads a file again only after it changed.
+
+    A file's size, times and inode tell whether it changed; the kernel, not the writer, sets the time of the last
+    change. A file that is gone keeps the identity that it had last: what was made from it stays valid.
+
+    Args:
+        path: the file.
+        memory: the JSON file in which identities are kept; one that cannot be written is done without.
+
+    Raises:
+        ValueError: there is no such file, and none was seen before.
+    """
+    place, known = os.path.abspath(path), _remembered(memory)
+    if not os.path.isfile(place):
+        if place in known:
+            return known[place]["sha256"]
+        raise ValueError(f"{path}: expected a file, found {'a folder' if os.path.isdir(place) else 'nothing'}")
+    found = os.stat(place)
+    mark = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    if known.get(place, {}).get("mark") != mark:
+        known[place] = {"mark": mark, "sha256": file_identity(place)}
+        with contextlib.suppress(OSError):
+            write_json(memory, {"schema": SCHEMA, "kind": "identities", "files": known})
+    return known[place]["sha256"]
+
+
+def _remembered(memory: Path | str) -> dict[str, dict[str, Any]]:
+    try:
+        return read_json(memory, "identities")["files"]
+    except (ValueError, KeyError):  # not there, or broken: everything is read again
+        return {}
+
+
 def _sync_folder(folder: Path) -> None:
     # A rename is durable only once the folder that holds the name is.
     descriptor = os.open(folder, os.O_RDONLY)

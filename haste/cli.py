@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from haste.data.store import Store
     from haste.metrics.detectors import Detector
     from haste.plan import Artefact, Evaluation, Plan
+    from haste.sample import Painter
 
 DEFAULT_CONFIG = "config/digits.yaml"
 MOST_IMAGES = 50_000  # what a network that trains in minutes looks at
@@ -377,19 +378,14 @@ def _evaluation(plan: Plan, name: str) -> Evaluation:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    from haste.data.latents import Autoencoder
-    from haste.sample import Painter, draw_shard
-    from haste.train.state import ema_model, weights_identity
+    from haste.sample import draw_shard
+    from haste.train.state import weights_identity
 
     plan = _plan_of(arguments)
     _threads(plan)
     evaluation = _evaluation(plan, arguments.draw)
-    model, header = ema_model(plan.path(evaluation.state), key=plan.trajectories[evaluation.state.trajectory].key)
-    decoder, manifest, detector = Autoencoder.load(plan.decoder), _open(plan.latents).manifest, _load_detector(plan)
-    _check_same_latents(plan, header, manifest, decoder)
-    path = header["recipe"]["training"]["path"]
-    painter = Painter(model, evaluation.sampling, decoder, path, manifest["scale"], manifest["shift"])
-    features = evaluation.features
+    painter, detector = _painter(plan, evaluation), _load_detector(plan)
+    features, decoder = evaluation.features, painter.autoencoder
     draw_shard(
         painter,
         detector,
@@ -400,8 +396,32 @@ def _sample(arguments: argparse.Namespace) -> None:
         shard=arguments.shard,
         shards=features.shards,
         batch=plan.config.runtime.sample_batch,
-        inputs={"weights": weights_identity(model), "autoencoder": decoder.identity, "detector": detector.identity},
+        inputs={
+            "weights": weights_identity(painter.model),
+            "autoencoder": decoder.identity,
+            "detector": detector.identity,
+        },
     )
+
+
+def _painter(plan: Plan, evaluation: Evaluation) -> Painter:
+    """What draws an evaluation's samples: its model and decoder, and the scale of the model's latents."""
+    from haste.data.latents import Autoencoder
+    from haste.sample import Painter
+    from haste.train.state import ema_model
+
+    trajectory, decoder = plan.trajectories[evaluation.state.trajectory], Autoencoder.load(plan.decoder)
+    path = trajectory.recipe["training"]["path"]
+    if trajectory.name in plan.elsewhere:
+        from haste.exchange import model_elsewhere
+
+        _check_autoencoder(plan, decoder)
+        model = model_elsewhere(plan, trajectory.name)
+        return Painter(model, evaluation.sampling, decoder, path, decoder.scale, decoder.shift)
+    model, header = ema_model(plan.path(evaluation.state), key=trajectory.key)
+    manifest = _open(plan.latents).manifest
+    _check_same_latents(plan, header, manifest, decoder)
+    return Painter(model, evaluation.sampling, decoder, path, manifest["scale"], manifest["shift"])
 
 
 def _check_same_latents(plan: Plan, header: dict[str, Any], manifest: dict[str, Any], decoder: Autoencoder) -> None:
@@ -432,9 +452,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     store.join(features.folder, kind="features", splits={}, provenance=provenance, **common)
     state, sampling = evaluation.state, evaluation.sampling
     counted = drawn.mean_nfe([evaluation.sample_file(shard) for shard in range(features.shards)])
+    elsewhere = plan.elsewhere.get(state.trajectory)
+    whose: dict[str, Any] = {"trajectory": state.trajectory, "step": state.step, "file": plan.path(state)}
+    if elsewhere:
+        whose |= {"step": elsewhere.step, "sha256": plan.identity_of(elsewhere.checkpoint)}
+    weights = elsewhere.weights if elsewhere else "ema"
     about = {
-        "state": {"trajectory": state.trajectory, "step": state.step, "file": plan.path(state)},
-        "sampling": {**sampling.model_dump(), "name": evaluation.sampling_name, "weights": "ema"},
+        "state": whose,
+        "sampling": {**sampling.model_dump(), "name": evaluation.sampling_name, "weights": weights},
         "nfe": nfe(sampling.sampler, sampling.steps) if counted is None else counted,
     }
     path = Path(evaluation.score)

@@ -373,6 +373,7 @@ class Run(Strict):
     milestones: Annotated[list[Positive], Field(min_length=1)]
     sampling: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
     training: dict[str, Any] = {}
+    warm_start: str | None = None
 
     @model_validator(mode="after")
     def _one_seed_or_several(self) -> Run:
@@ -390,6 +391,20 @@ class Run(Strict):
         if any(b <= a for a, b in zip(self.milestones, self.milestones[1:], strict=False)):
             raise ValueError(f"milestones {self.milestones} are out of order: write them in increasing order")
         return self
+
+
+class Evaluate(Strict):
+    """A row without training: a checkpoint that was trained elsewhere, and how to sample it."""
+
+    checkpoint: str
+    model: str
+    sampling: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
+    step: Annotated[int, Field(ge=0)]
+    path: Literal["linear", "cosine"] = "linear"
+    weights: Literal["ema", "model"] = "ema"
+    layout: Literal["ours", "REPA", "SiT"] | None = None
+    method: str = "elsewhere"
+    seed: Seed = 0
 
 
 class Config(Strict):
@@ -410,7 +425,8 @@ class Config(Strict):
     runtime: Runtime = Runtime()
     sampling: dict[str, Sampling] = {}
     defaults: dict[str, Any] = {}
-    runs: Annotated[dict[str, Run], Field(min_length=1)]
+    runs: dict[str, Run] = {}
+    evaluate: dict[str, Evaluate] = {}
 
     @property
     def latent_size(self) -> int:
@@ -577,6 +593,8 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     faults += _faults_of_sampling(config)
     faults += [fault for name in config.alignments for fault in _faults_of_alignment(config, name)]
     faults += [fault for name in config.runs for fault in _faults_of_run(config, name)]
+    faults += _faults_of_rows(config)
+    faults += [fault for name in config.evaluate for fault in _faults_of_evaluate(config, name)]
     if faults:
         raise ValueError("\n".join(dict.fromkeys(faults)))  # runs that share a faulty alignment tell it once
     return config
@@ -585,10 +603,10 @@ def resolve(raw: Mapping[str, Any]) -> Config:
 def _with_presets(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """Define the presets that rows name and nothing defines; an entry of a preset's name is laid over it."""
     sampling = raw.get("sampling", {})
-    rows = raw.get("runs")
-    if not isinstance(sampling, dict) or not isinstance(rows, dict):
+    rows = [row for kind in ("runs", "evaluate") if isinstance(raw.get(kind), dict) for row in raw[kind].values()]
+    if not isinstance(sampling, dict):
         return raw
-    lists = [row.get("sampling") for row in rows.values() if isinstance(row, dict)]
+    lists = [row.get("sampling") for row in rows if isinstance(row, dict)]
     used = {name for asked in lists if isinstance(asked, list) for name in asked if isinstance(name, str)}
     found = {name: {"preset": name} for name in PRESETS if name in used}
     found |= {
@@ -799,11 +817,7 @@ def _faults_of_run(config: Config, name: str) -> list[str]:
         for key, names in known.items()
         if getattr(run, key) not in names
     ]
-    faults += [
-        f"{where}.sampling: nothing is called {s!r}{_nearest(s, {*config.sampling, *PRESETS})}"
-        for s in run.sampling
-        if s not in config.sampling
-    ]
+    faults += _unknown_sampling(config, run.sampling, where)
     try:
         batch, runtime = config.training_of(name).batch, config.runtime
         if batch % (runtime.processes * runtime.accumulate):
@@ -818,7 +832,30 @@ def _faults_of_run(config: Config, name: str) -> list[str]:
     return _faults_of_model(config, run, where) + _faults_of_stop(config, run, where) + _faults_of_fit(config, run)
 
 
-def _faults_of_model(config: Config, run: Run, where: str) -> list[str]:
+def _unknown_sampling(config: Config, names: list[str], where: str) -> list[str]:
+    return [
+        f"{where}.sampling: nothing is called {name!r}{_nearest(name, {*config.sampling, *PRESETS})}"
+        for name in names
+        if name not in config.sampling
+    ]
+
+
+def _faults_of_rows(config: Config) -> list[str]:
+    if not config.runs and not config.evaluate:
+        return ["runs: found no row in runs or evaluate, expected at least one"]
+    twice = sorted({*config.runs} & {*config.evaluate})
+    return [f"evaluate.{name}: runs has a row of this name too, expected another name" for name in twice]
+
+
+def _faults_of_evaluate(config: Config, name: str) -> list[str]:
+    row, where = config.evaluate[name], f"evaluate.{name}"
+    faults, known = _unknown_sampling(config, row.sampling, where), {*config.models, *MODELS}
+    if row.model not in known:
+        return [*faults, f"{where}.model: nothing is called {row.model!r}{_nearest(row.model, known)}"]
+    return faults + _faults_of_model(config, row, where)
+
+
+def _faults_of_model(config: Config, run: Run | Evaluate, where: str) -> list[str]:
     patch = model_named(config, run.model).patch_size
     if config.latent_size % patch:
         return [f"{where}.model: latents of {config.latent_size} cells a side cannot be cut into patches of {patch}"]

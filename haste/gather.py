@@ -23,12 +23,16 @@ METHODS = {(): "vanilla", ("features",): "REPA", ("attention",): "ATTA", ("atten
 
 
 def method(plan: Plan, run: str) -> str:
-    """The published name of a run's loss."""
+    """The published name of a run's loss, or what a row from elsewhere says of itself."""
+    if run in plan.config.evaluate:
+        return plan.config.evaluate[run].method
     return METHODS[tuple(sorted(config.terms_of(plan.config, run)))]
 
 
 def stop(plan: Plan, run: str) -> str:
     """When a run's alignment stops, as the table says it."""
+    if run in plan.config.evaluate:
+        return NONE
     terms, stops = config.terms_of(plan.config, run), plan.config.runs[run].stop.model_dump()
     found = {kind: "never" if stops[kind] is None else str(stops[kind]) for kind in terms}
     if not found:
@@ -84,7 +88,12 @@ def _parts(plan: Plan) -> list[Part]:
 
 
 def settings(plan: Plan, run: str) -> dict[str, str]:
-    """What an ablation may vary, in words: all of a run's training, and of its alignment what is not a stop."""
+    """What an ablation may vary, in words: all of a run's training, and of its alignment what is not a stop.
+
+    Of a row from elsewhere none of it is known.
+    """
+    if run in plan.config.evaluate:
+        return {}
     terms = config.terms_of(plan.config, run)
     found = {name: _words(value) for name, value in plan.config.training_of(run).model_dump().items()}
     teachers = {kind: _teacher(plan, term["teacher"]) for kind, term in terms.items()}
@@ -121,7 +130,7 @@ def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
     rows = [
         Row(
             run=row.run,
-            model=plan.config.runs[row.run].model,
+            model=(plan.config.evaluate.get(row.run) or plan.config.runs[row.run]).model,
             method=method(plan, row.run),
             stop=stop(plan, row.run),
             seed=row.seed,

@@ -22,9 +22,9 @@ from typing import Any
 
 from haste import artefact, cache
 from haste import config as configuration
-from haste.artefact import fingerprint
+from haste.artefact import fingerprint, remembered_identity
 from haste.cache import Wanted
-from haste.config import Config, Model, Sampling
+from haste.config import Config, Evaluate, Model, Sampling
 
 RECIPE = 1  # raised when the method changes such that equal settings no longer give equal results
 STORES = ("images", "latents", "targets", "features")  # kinds that are shards and a manifest; others are one folder
@@ -160,6 +160,7 @@ class Plan:
     def __init__(self, config: Config):
         self.config = config
         self.root = config.results.rstrip("/")
+        self._plan_files()
         self._plan_data()
         self._plan_targets()
         self._plan_runs()
@@ -317,6 +318,11 @@ class Plan:
             for kind, step in row.stop.model_dump().items()
             if step is not None and step > row.milestones[-1] and kind in configuration.terms_of(self.config, run)
         ]
+        self.notes += [
+            f"{file}: is gone; what was made from it stays, and nothing more can be made"
+            for file in self.identities
+            if not Path(file).is_file()
+        ]
 
     def _pieces(self, run: str, seed: int) -> Iterator[Piece]:
         terms, stops = configuration.terms_of(self.config, run), self.config.runs[run].stop.model_dump()
@@ -331,7 +337,8 @@ class Plan:
             yield Piece(self._trajectory(run, seed, active).name, low, high)
 
     def _trajectory(self, run: str, seed: int, terms: dict[str, dict[str, Any]]) -> Trajectory:
-        model = configuration.model_named(self.config, self.config.runs[run].model)
+        row = self.config.runs[run]
+        model = configuration.model_named(self.config, row.model)
         named = {kind: {**term, "teacher": self.teacher_key(term["teacher"])} for kind, term in terms.items()}
         # Where targets come from is no part of a name: on disk they are rounded, and that is all. Components are.
         if "features" in terms and (components := self.config.teachers[terms["features"]["teacher"]].pca):
@@ -340,23 +347,31 @@ class Plan:
             "recipe": RECIPE,
             "latents": self.latents.key,
             "classes": self.config.images.classes,
-            "model": {
-                **model.model_dump(),
-                "input_size": self.config.latent_size,
-                "channels": self.config.autoencoder.channels,
-            },
+            "model": self._size(model),
             "training": self.config.training_of(run).model_dump(),
             "seed": seed,
             "terms": named,
         }
+        if row.warm_start is not None:
+            recipe["warm_start"] = self.identity_of(row.warm_start)
         key = fingerprint(recipe)
         trajectory = Trajectory(f"{_slug(model, named)}-s{seed}-{key}", key, recipe)
         self.trajectories[trajectory.name] = trajectory
         return trajectory
 
+    def _size(self, model: Model) -> dict[str, Any]:
+        """A model's entry in a recipe."""
+        latents = {"input_size": self.config.latent_size, "channels": self.config.autoencoder.channels}
+        return {**model.model_dump(), **latents}
+
     def label(self, run: str, seed: int) -> str:
         """What to call one seed of a run: by the run's name alone where it has no other."""
-        return run if len(self.config.runs[run].all_seeds) == 1 else f"{run} (seed {seed})"
+        seeds = [] if run in self.config.evaluate else self.config.runs[run].all_seeds
+        return f"{run} (seed {seed})" if len(seeds) > 1 else run
+
+    def leads(self, row: Row) -> bool:
+        """Whether a row is of its run's first seed, whose pictures are shown."""
+        return row.run in self.config.evaluate or row.seed == self.config.runs[row.run].seed
 
     def state(self, run: str, step: int, seed: int | None = None) -> State:
         """The state of a run after `step` steps, with one of its seeds; None is the first."""
@@ -366,6 +381,8 @@ class Plan:
 
     def path(self, state: State) -> str:
         """Where a state lies."""
+        if state.trajectory in self.elsewhere:
+            return self.elsewhere[state.trajectory].checkpoint
         return f"{self.root}/states/{state.trajectory}/{state.file}"
 
     def parse(self, name: str) -> State:
@@ -440,6 +457,12 @@ class Plan:
                 evaluation = self._evaluation(self.state(run, step, seed), name)
                 self.evaluations[evaluation.name] = evaluation
                 self.rows.append(Row(run, step, evaluation, seed))
+        for name, spec in self.config.evaluate.items():
+            state = self._state_elsewhere(spec)
+            for sampling in spec.sampling:
+                evaluation = self._evaluation(state, sampling)
+                self.evaluations[evaluation.name] = evaluation
+                self.rows.append(Row(name, spec.step, evaluation, spec.seed))
         self.floor = f"{self.root}/scores/floor-{fingerprint([self.reference.key, 'halves'])}.json"
 
     def _evaluation(self, state: State, name: str) -> Evaluation:
@@ -451,6 +474,47 @@ class Plan:
         features = self._features(draw, draw, self.config.runtime.sample_shards)
         score = f"{self.root}/scores/{draw}.{fingerprint([features.key, self.reference.key], 8)}.json"
         return Evaluation(draw, state, name, sampling, f"{self.root}/samples/{draw}", features, score)
+
+    # -- weights from elsewhere ------------------------------------------------------------------------------------
+
+    def _plan_files(self) -> None:
+        """Identities of the files that come from outside; those that are gone since are said."""
+        starts = {row.warm_start for row in self.config.runs.values() if row.warm_start is not None}
+        files = [*(spec.checkpoint for spec in self.config.evaluate.values()), *sorted(starts)]
+        memory = f"{self.root}/identities.json"
+        self.identities = {file: remembered_identity(file, memory) for file in dict.fromkeys(files)}
+        self.elsewhere: dict[str, Evaluate] = {}
+
+    def identity_of(self, file: str) -> str:
+        """The sha256 of a file from outside: it is named by its content, so another content is another name."""
+        return self.identities[file]
+
+    def _state_elsewhere(self, spec: Evaluate) -> State:
+        """A state that nobody trains. Its step says nothing of what it is, so it stands in the row alone."""
+        model = configuration.model_named(self.config, spec.model)
+        recipe = {
+            "recipe": RECIPE,
+            "checkpoint": self.identity_of(spec.checkpoint),
+            "weights": spec.weights,
+            "classes": self.config.images.classes,
+            "model": self._size(model),
+            "training": {"path": spec.path},
+        }
+        key = fingerprint(recipe)
+        trajectory = Trajectory(f"{_slug(model, {}, 'elsewhere')}-{key}", key, recipe)
+        self.trajectories[trajectory.name] = trajectory
+        self.elsewhere[trajectory.name] = spec
+        return State(trajectory.name, 0)
+
+    def drawn_from(self, evaluation: Evaluation) -> list[str]:
+        """The files beside the detector's that a set of samples is drawn from.
+
+        A checkpoint from elsewhere needs the decoder alone, which knows the latents' scale. The checkpoint itself is
+        not among the files: its content is in the samples' name, and samples that exist outlive it.
+        """
+        if evaluation.state.trajectory in self.elsewhere:
+            return [self.autoencoder.manifest] if self.autoencoder else []
+        return [self.path(evaluation.state), self.latents.manifest]
 
     # -- the configuration's own folder ------------------------------------------------------------------------------
 
@@ -489,7 +553,7 @@ class Plan:
     def shown(self) -> list[str]:
         """The files that the page shows: every score, and the pictures of each row's first seed."""
         scores = [row.evaluation.score for row in self.rows]
-        grids = [row.evaluation.grid for row in self.rows if row.seed == self.config.runs[row.run].seed]
+        grids = [row.evaluation.grid for row in self.rows if self.leads(row)]
         return [*dict.fromkeys(scores + grids), self.floor]
 
 
@@ -515,11 +579,11 @@ def _pretrained(part: Any) -> dict[str, Any]:
     return {**settings, "decode": settings.get("decode") or settings.get("encode")}
 
 
-def _slug(model: Model, terms: dict[str, dict[str, Any]]) -> str:
+def _slug(model: Model, terms: dict[str, dict[str, Any]], otherwise: str = "vanilla") -> str:
     """A name that people can tell apart, made of nothing but the recipe (labels may differ between configurations)."""
     size = next((n.replace("/", "-") for n, m in configuration.MODELS.items() if m == model), None)
     words = [size or f"SiT-d{model.depth}w{model.width}p{model.patch_size}"]
     for kind, term in terms.items():
         end = term["active"][1]
         words.append(kind if end is None else f"{kind}-to{end}")
-    return "-".join(words if terms else [*words, "vanilla"])
+    return "-".join(words if terms else [*words, otherwise])

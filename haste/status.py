@@ -122,15 +122,16 @@ def _stage(name: str, files: list[str], megabytes: float = 0.0) -> Stage:
 def _data_stages(plan: Plan) -> list[Stage]:
     config, count = plan.config, image_count(plan)
     latent = 2 * config.autoencoder.channels * config.latent_size**2
+    joined = [plan.images, *([plan.latents] if config.runs else []), plan.reference]
     parts = [part for part in (plan.autoencoder, *plan.teachers.values(), plan.detector) if part]
     return [
         _stage("images", plan.images.shard_files, 3 * config.images.resolution**2 * count / MB),
         _stage(
             "latents",
-            plan.latents.shard_files,
+            plan.latents.shard_files if config.runs else [],  # checkpoints from elsewhere need none
             latent * (2 if config.autoencoder.dtype == "float16" else 4) * count / MB,
         ),
-        _stage("joins, reference", [plan.images.manifest, plan.latents.manifest, plan.reference.manifest]),
+        _stage("joins, reference", [store.manifest for store in joined]),
         _stage("small networks", [part.manifest for part in parts]),
     ]
 

@@ -291,6 +291,7 @@ NAMES = {
     "alignments": "both",
     "sampling": "one",
     "runs": "run",
+    "evaluate": "file",
 }
 OTHER = {
     "name": "another",
@@ -339,6 +340,14 @@ OTHER = {
     "runs.NAME.milestones": [4, 16],
     "runs.NAME.sampling": ["one", "two"],
     "runs.NAME.training": {"lr": 0.5},
+    "runs.NAME.warm_start": str(ROOT / "LICENSE"),
+    "evaluate.NAME.checkpoint": str(ROOT / "README.md"),
+    "evaluate.NAME.model": "SiT-S/2",
+    "evaluate.NAME.sampling": ["one", "two"],
+    "evaluate.NAME.path": "cosine",
+    "evaluate.NAME.weights": "model",
+    "evaluate.NAME.layout": "REPA",
+    "evaluate.NAME.method": "x",
     "runs.NAME.seeds": [1, 2],
     "runs.NAME.stop.features": 7,
     "runs.NAME.stop.attention": 7,
@@ -350,11 +359,13 @@ BESIDE = {"sampling.NAME.rtol": {"sampler": "dopri5"}, "sampling.NAME.atol": {"s
 ORDER = ("images", "latents", "states", "samples", "scores")
 
 
-def names(raw: dict) -> dict[str, str]:
-    """What a configuration calls its images, latents, and one state with its samples and their score."""
+def names(raw: dict, trained: bool) -> dict[str, str]:
+    """What a configuration calls its images, latents, and one state (which nobody names if it is not trained here) with
+    its samples and their score."""
     plan = Plan(config.resolve(raw))
-    row = next(r for r in plan.rows if r.step == 16 and r.evaluation.sampling_name == "one")
-    found = (plan.images.folder, plan.latents.folder, plan.path(row.evaluation.state))
+    rows = [r for r in plan.rows if r.evaluation.sampling_name == "one"]
+    row = next(r for r in rows if (r.step == 16 if trained else r.run == "file"))
+    found = (plan.images.folder, plan.latents.folder, plan.path(row.evaluation.state) if trained else "")
     found = (*found, row.evaluation.folder, row.evaluation.score)
     return {kind: path.removeprefix(plan.root) for kind, path in zip(ORDER, found, strict=True)}
 
@@ -362,6 +373,9 @@ def names(raw: dict) -> dict[str, str]:
 def changed(section: str, key: str) -> tuple[dict, dict]:
     """A configuration, and the same with one key changed."""
     before = copy.deepcopy(PUBLIC if "pretrained" in section else BASE)
+    if section.startswith("evaluate"):
+        row = {"checkpoint": str(ROOT / "LICENSE"), "model": "dot", "sampling": ["one"], "step": 3}
+        before["evaluate"] = {"file": row}
     full = f"{section}.{key}".lstrip(".")
     section_of(before, section).update(BESIDE.get(full, {}))
     after = copy.deepcopy(before)
@@ -380,7 +394,8 @@ def section_of(raw: dict, section: str) -> dict:
 
 
 @each_key
-def test_a_change_of_a_key_renames_what_the_document_says(section, key):
+def test_a_change_of_a_key_renames_what_the_document_says(section, key, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # files from elsewhere are remembered in the results folder
     cell = rows_of(section)[key][2]
     if nested(SECTIONS[section].model_fields[key].annotation) or key == "defaults":
         assert cell == "", "a section renames nothing by itself, its keys do"
@@ -389,7 +404,7 @@ def test_a_change_of_a_key_renames_what_the_document_says(section, key):
     if full in ONE_VALUE:
         assert cell == ("images" if section == "images" else "states")
         return
-    before, after = (names(raw) for raw in changed(section, key))
+    before, after = (names(raw, trained=not section.startswith("evaluate")) for raw in changed(section, key))
     first = next((what for what in ORDER if before[what] != after[what]), "nothing")
     assert cell == first
 

@@ -182,6 +182,22 @@ def test_another_way_to_sample_trains_nothing(shop):
     assert shop.jobs() == {("sample", name), ("score", name), ("grid", name), ("report", "")}
 
 
+def test_a_checkpoint_from_elsewhere_is_sampled_and_scored_and_nothing_is_trained(shop, tmp_path):
+    state = shop.plan.path(shop.plan.state("HASTE", 16))
+    assert cli.main(["export", state, str(tmp_path / "theirs.pt"), "--format", "repa"]) == 0
+    row = {"checkpoint": str(tmp_path / "theirs.pt"), "model": "dot", "sampling": ["quick"], "step": 16}
+    shop.configure(evaluate={"theirs": row})
+    name = shop.evaluation("theirs", 16).name
+    assert shop.jobs() == {("sample", name), ("score", name), ("grid", name), ("report", "")}
+    for folder in ("stores", "states"):  # alone, it needs no latents
+        for left in (shop.root / folder).glob("latents-*" if folder == "stores" else "*"):
+            shutil.rmtree(left)
+    shop.configure(runs={}, evaluate={"theirs": row})
+    assert not {rule for rule, _ in shop.jobs()} & {"latents", "latents_join", "train"}
+    assert shop.snakemake().returncode == 0
+    assert "theirs" in (Path(shop.plan.report).parent / "results.csv").read_text()
+
+
 def test_an_unrelated_key_reruns_nothing(shop):
     shop.configure(runtime={**TINY["runtime"], "threads": 2, "log_every": 1}, title="another title")
     assert shop.jobs() == {("report", "")}  # the page shows the configuration

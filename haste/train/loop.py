@@ -283,6 +283,10 @@ class _Training:
         """Load the newest valid state on the way and return its step; 0 if training begins."""
         path = self.group.told(self._newest)
         if path is None:
+            if "warm_start" in self.recipe:
+                from haste.exchange import warm_start  # which knows about training, and few runs need it
+
+                warm_start(self.plan, self.trajectory.name, self.learner)
             return 0
         own = path.parent == self.folder or path.parent.parent == self.folder
         parent = self.segment.parent

@@ -16,8 +16,8 @@ rule reference:
 
 rule sample:
     input:
-        ancient(lambda wildcards: plan.path(drawn(wildcards).state)),
-        ancient([plan.latents.manifest, plan.detector.manifest]),
+        ancient(lambda wildcards: plan.drawn_from(drawn(wildcards))),
+        ancient([plan.detector.manifest]),
     output:
         samples=f"{plan.root}/samples/{{draw}}/shard-{{shard}}-of-{{shards}}.npz",
         features=f"{plan.root}/features/{{draw}}/detector-{plan.detector.key}/shard-{{shard}}-of-{{shards}}.h5",
