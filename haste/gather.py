@@ -13,9 +13,10 @@ import yaml
 from haste import artefact, config, journal
 from haste.diagnose import pictures
 from haste.plan import Evaluation, Plan
-from haste.report.content import NONE, Curve, Grid, Part, Report, Row, Stage
+from haste.report.content import NONE, Benchmark, Curve, Grid, Part, Report, Row, Stage
 from haste.report.papers import layers_text
 
+IMAGENET_CLASSES = 1000
 COLUMNS = 10  # classes in a grid
 PER_CLASS = 4  # samples a class in a grid
 SCALE = 2  # screen pixels a sample's pixel, for small images
@@ -155,6 +156,13 @@ def _grids(plan: Plan) -> list[Grid]:
     ]
 
 
+def benchmark(plan: Plan) -> Benchmark | None:
+    """The data set whose published numbers may stand beside these: ImageNet, known by its 1,000 classes."""
+    images = plan.config.images
+    known = images.source == "folder" and images.classes == IMAGENET_CLASSES
+    return Benchmark("ImageNet", images.resolution) if known else None
+
+
 def report(plan: Plan) -> Report:
     """Everything the page shows, read from finished files; what is not finished is named in its notes.
 
@@ -177,6 +185,7 @@ def report(plan: Plan) -> Report:
         provenance=artefact.provenance(inputs=inputs),
         config_text=yaml.safe_dump(made.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
         notes=[*plan.notes, *notes],
+        benchmark=benchmark(plan),
         seeds={run: row.all_seeds for run, row in made.runs.items()},
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from haste.artefact import canonical
@@ -35,7 +35,8 @@ METRICS = {
     "recall": Metric("recall", lower=False),
     "class_accuracy": Metric("class accuracy", lower=False),
 }
-INCEPTION = "inception"  # the detector whose Fréchet distance is called FID
+INCEPTION = "inception"  # the kind of detector whose Fréchet distance is called FID
+SAMPLERS = {"euler": "Euler", "heun": "Heun", "euler-maruyama": "Euler–Maruyama"}  # their names in prose
 ERROR = "_std"  # what the name of a score's own error bar ends with
 
 
@@ -46,14 +47,16 @@ class Column:
     metric: str
     detector: str
     guidance: str
+    inception: bool = False
+    crowded: bool = field(default=False, compare=False)  # whether another detector gives this metric too
 
     @property
     def title(self) -> str:
-        """Its name in a table whose lines name their guidance."""
-        known = metric(self.metric)
-        if self.detector == INCEPTION:
-            return "FID" if self.metric == "fd" else known.label
-        return known.label + (f" ({self.detector})" if known.names_detector else "")
+        """Its name in a table whose lines name their guidance. FID is Inception's Fréchet distance and no other's."""
+        known, plain = metric(self.metric), self.inception and self.detector.lower() == INCEPTION
+        label = "FID" if self.metric == "fd" and self.inception else known.label
+        named = (known.names_detector and not plain) or (self.crowded and label != "FID")
+        return label + (f" ({self.detector})" if named else "")
 
     @property
     def place(self) -> tuple[str, bool]:
@@ -167,6 +170,12 @@ def detector_name(score: Mapping[str, Any]) -> str | None:
     return (score.get("detector") or {}).get("name")
 
 
+def is_inception(score: Mapping[str, Any]) -> bool:
+    """Whether Inception made a score: by its kind, whatever the configuration calls it."""
+    detector = score.get("detector") or {}
+    return detector.get("kind", detector.get("name")) == INCEPTION
+
+
 def lines(report: Report) -> list[Line]:
     """The lines of the table: by model in the report's order, then by step; within a step in the report's order."""
     models = list(dict.fromkeys(row.model for row in report.rows))
@@ -186,8 +195,9 @@ def _scores(score: Mapping[str, Any], where: str) -> dict[Column, float]:
     found, detector = score.get("scores"), detector_name(score)
     if not isinstance(found, Mapping) or detector is None:
         raise ValueError(f"{where}: found keys {sorted(score)}, expected a score with 'scores' and 'detector'")
-    guided = guidance_text(score)
-    values = {Column(k, detector, guided): v for k, v in found.items() if v is not None and not _error_bar(k, found)}
+    guided, inception = guidance_text(score), is_inception(score)
+    kept = {key: value for key, value in found.items() if value is not None and not _error_bar(key, found)}
+    values = {Column(key, detector, guided, inception): value for key, value in kept.items()}
     return {column: float(value) for column, value in values.items() if math.isfinite(value)}
 
 
@@ -222,6 +232,10 @@ def columns(report: Report) -> list[Column]:
     found = {column: None for line in lines(report) for row in line.rows for column in row_scores(row)}
     if not found:
         found = {column: None for floor in report.floors for column in _scores(floor, "the floor")}
+    givers: dict[str, set[str]] = {}
+    for column in found:
+        givers.setdefault(column.metric, set()).add(column.detector)
+    found = {replace(c, crowded=len(givers[c.metric]) > 1): None for c in found}
     blocks = list(dict.fromkeys((c.guidance, c.detector) for c in found))
     blocks.sort(key=lambda block: block[0] != "none")
     rank = {key: place for place, key in enumerate(METRICS)}
@@ -240,14 +254,15 @@ def _protocol_key(score: Mapping[str, Any]) -> str:
     return canonical([_sampling(score), score.get("samples"), score.get("reference"), score.get("detector")])
 
 
-def protocol_text(score: Mapping[str, Any]) -> str:
-    """How a score was measured, in words."""
-    sampling, guided = score.get("sampling") or {}, guidance_text(score)
+def protocol_text(score: Mapping[str, Any], guided: bool = True) -> str:
+    """How a score was measured, in words; with its guidance, or without."""
+    sampling, scale = score.get("sampling") or {}, guidance_text(score)
+    sampler = sampling.get("sampler")
     reference = (score.get("reference") or {}).get("images")
     words = [
-        str(sampling["sampler"]) if "sampler" in sampling else None,
+        SAMPLERS.get(str(sampler), sampler),
         f"{sampling['steps']} steps" if sampling.get("steps") else None,
-        "no guidance" if guided == "none" else f"guidance {guided}",
+        ("no guidance" if scale == "none" else f"guidance {scale}") if guided else None,
         f"{sampling['labels']} labels" if "labels" in sampling else None,
         f"{score['samples']:,} samples" if score.get("samples") else None,
     ]
@@ -257,14 +272,15 @@ def protocol_text(score: Mapping[str, Any]) -> str:
 
 def comparisons(report: Report) -> list[Comparison]:
     """Every set of scores that may be compared, in the order of the columns."""
+    order = {column: i for i, column in enumerate(columns(report))}
+    named = {column: column for column in order}
     found: dict[tuple[Column, str, str], Comparison] = {}
     for place, line in enumerate(lines(report)):
         for row in line.rows:
             for column, value in row_scores(row).items():
                 key = (column, row.model, _protocol_key(row.score))
-                group = found.setdefault(key, Comparison(column, row.model, protocol_text(row.score)))
+                group = found.setdefault(key, Comparison(named[column], row.model, protocol_text(row.score)))
                 group.points.append(Point(row.run, row.method, row.seed, row.step, value, place))
-    order = {column: i for i, column in enumerate(columns(report))}
     return sorted(found.values(), key=lambda group: order[group.column])
 
 

@@ -146,7 +146,7 @@ def reached(curve: Sequence[tuple[float, float]], target: float) -> tuple[float,
 
 
 def speedups(report: Report) -> list[SpeedUp]:
-    """For vanilla and for REPA, when the other runs of the same model reached the distance of their last step.
+    """For vanilla and for REPA (the first run of each), when others of the same model reached its last step's distance.
 
     Over several seeds curves are of means, of steps where no seed is missing.
     """
@@ -169,13 +169,14 @@ def _timed(report: Report, group: Comparison, label: str) -> Iterator[SpeedUp]:
     }
     places = decimals(report)[group.column.place]
     for method in BASELINES:
-        baselines = [run for run in methods if methods[run] == method and curves[run]]
-        for baseline, run in [(b, r) for b in baselines for r in methods if curves[r]]:
-            if methods[run] == method or methods[run] == "vanilla":
+        baseline = next((run for run in methods if methods[run] == method and curves[run]), None)
+        for run in methods:
+            if baseline is None or not curves[run] or methods[run] in (method, "vanilla"):
                 continue
             step, value = curves[baseline][-1]
             found = reached(curves[run], value)
-            if found and found[1] and found[0] >= step:  # its first measured step: nothing is known of earlier ones
+            # One measured step says nothing of speed, nor does reaching it at a first one that is no earlier.
+            if (len(curves[run]) == 1 and not found) or (found and found[1] and found[0] >= step):
                 continue
             at, first = found or (None, False)
             last = curves[run][-1][0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -178,18 +179,24 @@ def to_html(table: Table, arrows: dict[str, bool | None] | None = None) -> str:
 
     Numbers link to `#LINK`, where the page says how they were made.
     """
-    width = [max((len(e.cells[i].around) for e in table.entries), default=0) for i in range(len(table.heads))]
+    places = range(len(table.heads))
+    width = [max((len(e.cells[i].around) for e in table.entries), default=0) for i in places]
+    tails = [max((len(_tail(e.cells[i].text)) for e in table.entries), default=0) for i in places]
     signs = {True: "lower is better", False: "higher is better", None: ""}
     head = "".join(
         f'<th scope="col"{_right(h)}><button type="button"{_hint(signs[(arrows or {}).get(h.name)])}>'
         f"{_words(h.name)}</button></th>"
         for h in table.heads
     )
-    body = "\n".join(_html_entry(table, entry, width) for entry in table.entries if entry.kind != "floor")
-    foot = "\n".join(_html_entry(table, entry, width) for entry in table.entries if entry.kind == "floor")
+    body = "\n".join(_html_entry(table, entry, width, tails) for entry in table.entries if entry.kind != "floor")
+    foot = "\n".join(_html_entry(table, entry, width, tails) for entry in table.entries if entry.kind == "floor")
     foot = f"<tfoot>{foot}</tfoot>" if foot else ""
     opening = f'<table class="data" id="table-{table.name}"><thead><tr>{head}</tr></thead>'
     return f"{opening}\n<tbody>\n{body}\n</tbody>{foot}</table>"
+
+
+def _room(digits: str) -> str:
+    return f'<span class="room" aria-hidden="true">{digits}</span>' if digits else ""
 
 
 def _hint(words: str) -> str:
@@ -205,7 +212,13 @@ def _right(head: Head) -> str:
     return ' class="n"' if head.number else ""
 
 
-def _html_entry(table: Table, entry: Entry, width: Sequence[int]) -> str:
+def _tail(text: str) -> str:
+    """The point and what follows it, of a number."""
+    found = re.fullmatch(r"-?[\d,]+(\.\d+)?", text)
+    return (found[1] or "") if found else ""
+
+
+def _html_entry(table: Table, entry: Entry, width: Sequence[int], tails: Sequence[int]) -> str:
     cells = []
     for place, (head, cell) in enumerate(zip(table.heads, entry.cells, strict=True)):
         shown = escape(cell.text)
@@ -213,9 +226,9 @@ def _html_entry(table: Table, entry: Entry, width: Sequence[int]) -> str:
             shown = f"<strong>{shown}</strong>"
         if cell.link:
             shown = f'<a href="#{cell.link}">{shown}</a>'
-        if (
-            width[place] and cell.value is not None
-        ):  # spreads share a width, so that the numbers before them stay below one another
+        if head.number and cell.value is not None:  # fewer decimals leave room, so that points stand below one another
+            shown += _room(".0000000000"[len(_tail(cell.text)) : tails[place]])
+        if width[place] and cell.value is not None:  # spreads share a width, so do the numbers before them
             shown += f'<span class="pm" style="--pm: {width[place]}ch">{escape(cell.around)}</span>'
         opening, tag = ('th scope="row"', "th") if place == 0 else ("td", "td")
         value = "" if cell.value is None else escape(str(cell.value))

@@ -31,6 +31,7 @@ def all_tables(report: Report) -> dict[str, list[Table]]:
     return {
         "results": tables.main_tables(report),
         "speed": [speedup] if speedup else [],
+        "published": tables.published_tables(report),
         "ablations": tables.ablations(report),
     }
 

@@ -6,11 +6,13 @@ A line of a table is one run at one step, over all its seeds. Guided and unguide
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
 from haste.artefact import canonical
+from haste.report import papers
 from haste.report.compare import (
     Column,
     Line,
@@ -27,6 +29,7 @@ from haste.report.compare import (
 )
 from haste.report.content import NONE, Report, Row
 from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell
+from haste.report.papers import SAMPLES, Published, comparable
 
 IDENTITY = ["run", "model", "method", "stop", "seed", "step"]
 PROTOCOL = ["sampler", "NFE", "guidance", "labels", "samples"]
@@ -125,8 +128,10 @@ def _kinds(report: Report, part: Sequence[Line]) -> list[Column]:
 class _Frame:
     """The columns that a set of lines needs: what all lines share is said in a note and not in a column."""
 
-    def __init__(self, report: Report, part: Sequence[Line], kinds: Sequence[Column], axis: str = ""):
-        self.kinds, self.axis = kinds, axis
+    def __init__(
+        self, report: Report, part: Sequence[Line], kinds: Sequence[Column], axis: str = "", beside: bool = False
+    ):
+        self.kinds, self.axis, self.beside = kinds, axis, beside
         self.places, self.best = decimals(report), best(report)
         said = [_protocol(line.first) for line in part]
         self.several = any(len(line.seeds) > 1 for line in part)
@@ -134,14 +139,18 @@ class _Frame:
         self.guided = any(_weight(line) > 1 for line in part)
         hidden = {
             "model": len({line.first.model for line in part}) <= 1,
-            "method": all(line.first.run.startswith(line.first.method) for line in part),  # the name says it
+            "method": all(line.first.run.startswith(line.first.method) for line in part) and not beside,
             "stop": all(line.first.stop == NONE for line in part) or axis == "stop",
             "seeds": len(seeds) <= 1,
         }
         who = [n for n in ("run", "model", "method", "stop", "step") if not hidden.get(n, False)]
         self.who = [*([axis] if axis else []), *who, *(["w", "interval"] if self.guided else [])]
         self.whole = all(float(record["NFE"] or 0).is_integer() for record in said)
-        kept = [n for n in PROTOCOL if n != "guidance" and len({record[n] for record in said}) > 1]
+        kept = [
+            n
+            for n in PROTOCOL
+            if (n != "guidance" and len({record[n] for record in said}) > 1) or (beside and n == "samples")
+        ]
         self.how = [*kept, *([] if hidden["seeds"] else ["seeds"])]
         self.notes = _notes(part, self.several, kinds)
 
@@ -162,13 +171,25 @@ class _Frame:
         )
         return [*who, *(self._score(place, line, column) for column in self.kinds), *how]
 
+    def reported(self, one: Published) -> list[Cell]:
+        """A published result's cells; what the paper does not say is a dash."""
+        weight, low, high = one.guidance
+        values: dict[str, Any] = {"run": one.source, "model": one.model, "method": one.method, "stop": one.stop}
+        values |= {"step": one.step, "w": f"{weight:g}", "interval": f"[{low:g}, {high:g}]", "samples": SAMPLES}
+        values |= one.settings
+        who, how = ([self._word(n, values.get(n)) for n in part] for part in (self.who, self.how))
+        scores = [one.scores.get(c.metric) if comparable(c) else None for c in self.kinds]
+        return [*who, *(Cell(NONE) if s is None else Cell(s, float(s)) for s in scores), *how]
+
     def _word(self, name: str, value: Any) -> Cell:
         """A cell beside the scores. Evaluations that an adaptive sampler needed on average are no whole numbers."""
+        if name == "stop" and value is not None and value.isdigit():
+            return Cell(f"{int(value):,}", int(value))
         mean = name == "NFE" and not self.whole and value is not None
         return number_cell(float(value), 1) if mean else text_cell(value)
 
     def _score(self, place: int, line: Line, kind: Column) -> Cell:
-        column = Column(kind.metric, kind.detector, guidance_text(line.first.score))
+        column = replace(kind, guidance=guidance_text(line.first.score))
         found, places = line.summary(column), self.places[column.place]
         if found is None:
             return Cell(NONE)
@@ -176,7 +197,7 @@ class _Frame:
             text = "; ".join(f"{value:.{places}f}" for value in found.values.values())
             return Cell(text, link=f"made-{place}")
         spread = found.spread if len(line.seeds) > 1 else line.error(column)
-        bold = (place, column) in self.best
+        bold = (place, column) in self.best and not self.beside  # beside other numbers it would say too much
         return number_cell(found.mean, places, spread=spread, bold=bold, link=f"made-{place}")
 
 
@@ -189,7 +210,8 @@ def _seeds_text(line: Line) -> str:
 
 
 def _notes(part: Sequence[Line], several: bool, kinds: Sequence[Column]) -> list[str]:
-    notes, shared = [], {protocol_text(line.first.score) for line in part}
+    guided = len({guidance_text(line.first.score) for line in part}) <= 1  # else lines name their guidance
+    notes, shared = [], {protocol_text(line.first.score, guided) for line in part}
     models = {line.first.model for line in part}
     if len(models) == 1 and (model := min(models)):
         notes.append(f"Model {model}.")
@@ -205,6 +227,8 @@ def _notes(part: Sequence[Line], several: bool, kinds: Sequence[Column]) -> list
         notes.append(f"One seed of training a run ({min(seeds_used)}).")
     if any(line.error(c) is not None for line in part if len(line.seeds) == 1 for c in kinds):
         notes.append("± of IS and KID with one seed: over splits or subsets of the samples.")
+    said = [note for line in part for row in line.rows for note in row.score.get("notes") or []]
+    notes += [note[0].upper() + note[1:].rstrip(".") + "." for note in dict.fromkeys(said)]
     if any(line.missing for line in part):
         notes.append("Where a seed is missing, the values that are there stand one by one, without a mean.")
     return notes
@@ -220,6 +244,60 @@ def _floor(report: Report, frame: _Frame) -> Entry:
 def arrows(report: Report) -> dict[str, bool | None]:
     """For every heading of a score, whether lower is better."""
     return {column.title: metric(column.metric).lower for column in columns(report)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published numbers
+
+
+def published_tables(report: Report) -> list[Table]:
+    """Measured results of Inception's scores with what the papers report for the same model, method, step and guidance:
+    without guidance, then with it. None where nothing matches."""
+    found = []
+    for guided, name in ((False, "published"), (True, "published-guided")):
+        table = [(i, line) for i, line in enumerate(lines(report)) if (_weight(line) > 1) == guided]
+        part = [(i, line) for i, line in table if _papers(report, line)]
+        if part:
+            found.append(_published(report, part, name, "With guidance" if guided else "Without guidance"))
+    return found
+
+
+def _papers(report: Report, line: Line, axis: str = "") -> list[Published]:
+    seen = any(papers.comparable(column) for row in line.rows for column in row_scores(row))
+    return papers.beside(line.first, report.benchmark, axis) if seen else []
+
+
+def _published(report: Report, part: Sequence[tuple[int, Line]], name: str, title: str) -> Table:
+    kinds = [column for column in _kinds(report, [line for _, line in part]) if papers.comparable(column)]
+    frame = _Frame(report, [line for _, line in part], kinds, beside=True)
+    groups: dict[str, list[tuple[int, Line]]] = {}
+    for place, line in part:
+        row = line.first
+        groups.setdefault(canonical([row.model, row.step, row.method, guidance(row.score)]), []).append((place, line))
+    entries = []
+    for group in groups.values():
+        entries += [Entry(frame.cells(i, line), first=k == 0) for k, (i, line) in enumerate(group)]
+        ones = {id(one): one for _, line in group for one in _papers(report, line)}
+        entries += [Entry(frame.reported(one), kind="published") for one in ones.values()]
+    return Table(name, title, frame.heads, entries, [*frame.notes, *_paper_notes(report, part)])
+
+
+def _paper_notes(report: Report, part: Sequence[tuple[int, Line]]) -> list[str]:
+    counts = {line.first.score.get("samples") for _, line in part}
+    assert report.benchmark is not None
+    data = f"{report.benchmark.data} at {report.benchmark.resolution} px"
+    notes = [
+        f"In italics: numbers that the papers report for {data}, with their source; they are no results of this code. "
+        f"They are of {papers.SAMPLES:,} samples against ADM's reference. What a paper does not say is a dash, and "
+        f"settings that it does not name may differ. That these images are {report.benchmark.data} follows from their "
+        "number of classes alone."
+    ]
+    if counts != {papers.SAMPLES}:
+        said = " and ".join(f"{count:,}" for count in sorted(count or 0 for count in counts))
+        notes.append(
+            f"Measured here on {said} samples: to be compared with published numbers only at {papers.SAMPLES:,}."
+        )
+    return notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,7 +322,11 @@ def ablations(report: Report) -> list[Table]:
 def _ablation(report: Report, axis: str, groups: Sequence[Sequence[tuple[int, Line]]]) -> Table:
     part = [line for group in groups for _, line in group]
     frame = _Frame(report, part, _kinds(report, part), axis)
-    entries = [Entry(frame.cells(i, line), first=k == 0) for group in groups for k, (i, line) in enumerate(group)]
+    entries = []
+    for group in groups:
+        entries += [Entry(frame.cells(i, line), first=k == 0) for k, (i, line) in enumerate(group)]
+        ones = {id(one): one for _, line in group for one in _papers(report, line, axis)}
+        entries += [Entry(frame.reported(one), kind="published") for one in ones.values()]
     title = TITLES.get(axis, axis)
     return Table(f"ablation-{axis.replace(' ', '-')}", f"By {title}", frame.heads, entries, frame.notes)
 

@@ -1,0 +1,235 @@
+"""The tables of the papers, from hand-made scores of ImageNet; published numbers beside measured ones."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from haste.report import page, papers, tables
+from haste.report.content import NONE, Benchmark, Report, Row
+
+INCEPTION = {"name": "inception", "kind": "inception", "identity": "i"}
+OTHER = {"name": "dinov2", "kind": "DINOv2-L", "identity": "d"}
+BASE = {"batch": "256", "lr": "0.0001"}
+B, XL = "depth 5; 2, 3, 4 to 7, 9, 11", "depth 8; 4, 5, 6, 7 to 8, 9, 10, 11"
+
+
+def aligned(layers: str, weight: str = "0.5", teacher: str = "DINOv2-B") -> dict[str, str]:
+    return {**BASE, "layers": layers, "feature weight": weight, "teacher": teacher}
+
+
+def row(
+    run: str, model: str, method: str, stop: str, step: int, fid: float, settings: dict | None = None, **how
+) -> Row:
+    sampling = {"sampler": "euler-maruyama", "steps": 250, "guidance": how.get("w", 1.0), "labels": "random"}
+    sampling["interval"] = how.get("interval", [0, 1])
+    score = {
+        "state": {"trajectory": run, "step": step},
+        "sampling": sampling,
+        "detector": how.get("detector", INCEPTION),
+        "samples": how.get("samples", 50_000),
+        "reference": {"images": 1_271_167},
+        "scores": {"fd": fid, "sfid": 5.0, "is": 100.0, "precision": 0.7, "recall": 0.6, "kid": 0.01},
+    }
+    return Row(run, model, method, stop, 0, step, score, BASE if settings is None else settings)
+
+
+ROWS = [
+    row("b", "SiT-B/2", "vanilla", NONE, 400_000, 33.4),
+    row("b REPA", "SiT-B/2", "REPA", "never", 100_000, 50.1, aligned("depth 4")),
+    row("b REPA", "SiT-B/2", "REPA", "never", 400_000, 24.7, aligned("depth 4")),
+    row("b HASTE", "SiT-B/2", "HASTE", "100000", 100_000, 40.2, aligned(B)),
+    row("b HASTE", "SiT-B/2", "HASTE", "100000", 400_000, 19.8, aligned(B)),
+    row("xl", "SiT-XL/2", "vanilla", NONE, 400_000, 17.4),
+    row("xl REPA", "SiT-XL/2", "REPA", "never", 400_000, 8.0, aligned("depth 8")),
+    row("xl 250K", "SiT-XL/2", "HASTE", "250000", 400_000, 7.4, aligned(XL)),
+    row("xl 290K", "SiT-XL/2", "HASTE", "290000", 400_000, 7.6, aligned(XL)),
+    row("xl 1.25", "SiT-XL/2", "HASTE", "250000", 500_000, 2.2, aligned(XL), w=1.25),
+    row("xl 1.5", "SiT-XL/2", "HASTE", "250000", 500_000, 1.8, aligned(XL), w=1.5, interval=[0, 0.7]),
+]
+
+
+def report(rows: list[Row] = ROWS, resolution: int = 256, **more) -> Report:
+    benchmark = more.pop("benchmark", Benchmark("ImageNet", resolution))
+    return Report("imagenet", "ImageNet", "", rows, [], [], [], [], [], {}, "", benchmark=benchmark, **more)
+
+
+def texts(table, *names: str) -> list[tuple[str, ...]]:
+    """The lines of a table under some headings; the first is `published` or nothing."""
+    columns = [table.column(name) for name in names]
+    return [(entry.kind, *(column[i].text for column in columns)) for i, entry in enumerate(table.entries)]
+
+
+def test_the_main_table_of_the_papers_comes_out_by_model_and_iteration():
+    table = tables.published_tables(report())[0]
+    assert [head.name for head in table.heads] == [
+        *("run", "model", "method", "stop", "step"),
+        *("FID", "sFID", "IS", "precision", "recall", "samples"),
+    ]
+    found = texts(table, "run", "step", "FID")
+    assert ("", "b", "400,000", "33.40") in found
+    # As printed in the files of published numbers, each after what was measured.
+    for measured, source, step, fid in (
+        ("b", "REPA Table 8", "400,000", "33.0"),
+        ("b REPA", "REPA Table 8", "100,000", "49.5"),
+        ("b HASTE", "HASTE Table 3", "400,000", "19.6"),
+        ("xl", "REPA Table 3", "400,000", "17.2"),
+    ):
+        place = found.index(("published", source, step, fid))
+        assert found[place - 1][1:3] == (measured, step)
+
+
+def test_the_guided_table_has_interval_and_scale_and_no_unguided_number():
+    plain, guided = tables.published_tables(report())
+    assert texts(guided, "run", "w", "interval", "FID") == [
+        ("", "xl 1.25", "1.25", "[0, 1]", "2.20"),
+        ("published", "HASTE Table 4", "1.25", "[0, 1]", "2.18"),
+        ("", "xl 1.5", "1.5", "[0, 0.7]", "1.80"),
+        ("published", "HASTE Table 4", "1.5", "[0, 0.7]", "1.80"),
+    ]
+    assert guided.column("stop")[1].text == NONE  # the paper's table does not say
+    assert not {cell.text for cell in plain.column("FID")} & {"2.18", "1.80", "2.20"}
+
+
+def test_published_numbers_are_never_bold_and_link_to_nothing_and_nor_is_what_stands_beside_them():
+    for table in tables.published_tables(report()):
+        for entry in table.entries:
+            assert not any(cell.bold for cell in entry.cells)
+            assert entry.kind != "published" or not any(cell.link for cell in entry.cells)
+            assert entry.kind == "published" or any(cell.link for cell in entry.cells)
+    assert "no results of this code" in " ".join(tables.published_tables(report())[0].notes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "SiT-S/2"},
+        {"method": "ATTA"},
+        {"step": 123_456},
+        {"settings": {**aligned("depth 4"), "batch": "128"}},
+        {"settings": aligned("depth 4", teacher="MAE-L")},
+        {"score": {**ROWS[2].score, "detector": OTHER}},
+        {"score": row("x", "SiT-B/2", "REPA", "never", 1, 2.0, w=9.0).score},
+    ],
+    ids=["model", "method", "step", "batch", "teacher", "detector", "guidance"],
+)
+def test_what_does_not_agree_stands_beside_nothing(change: dict):
+    assert tables.published_tables(report([ROWS[2]]))
+    assert tables.published_tables(report([dataclasses.replace(ROWS[2], **change)])) == []
+
+
+@pytest.mark.parametrize("benchmark", [None, Benchmark("ImageNet", 512), Benchmark("ImageNet", 64)])
+def test_other_images_have_no_published_numbers(benchmark):
+    unguided = report(ROWS[:-2], benchmark=benchmark)
+    assert tables.published_tables(unguided) == []
+    assert "published" not in page.render(unguided).split("</style>")[1].split("<script>")[0]
+
+
+def test_images_of_512_px_have_their_own_numbers():
+    rows = [row("a", "SiT-XL/2", "HASTE", "300000", 400_000, 2.5, aligned(XL), w=1.25)]
+    (table,) = tables.published_tables(report(rows, 512))
+    assert texts(table, "run", "FID")[1] == ("published", "HASTE review reply Q8", "2.49")
+
+
+def test_another_number_of_samples_is_said():
+    built = report([row("a", "SiT-B/2", "vanilla", NONE, 400_000, 40.0, samples=10_000)])
+    (table,) = tables.published_tables(built)
+    assert [cell.text for cell in table.column("samples")] == ["10,000", "50,000"]
+    assert "Measured here on 10,000 samples" in " ".join(table.notes)
+
+
+def test_scores_of_another_detector_have_no_column_beside_published_ones():
+    both = [ROWS[0], dataclasses.replace(ROWS[0], score={**ROWS[0].score, "detector": OTHER})]
+    (table,) = tables.published_tables(report(both))
+    assert not any("dinov2" in head.name for head in table.heads)
+    names = [head.name for head in tables.main_tables(report(both))[0].heads]
+    assert [n for n in names if "inception" in n or "dinov2" in n] == [
+        *("sFID (inception)", "KID (inception)", "IS (inception)", "precision (inception)", "recall (inception)"),
+        *("FD (dinov2)", "sFID (dinov2)", "KID (dinov2)", "IS (dinov2)", "precision (dinov2)", "recall (dinov2)"),
+    ]
+    assert len(names) == len(set(names))
+
+
+def ablation(name: str, rows: list[Row]):
+    return next(table for table in tables.ablations(report(rows)) if table.name == f"ablation-{name}")
+
+
+def test_ablation_of_the_termination_step():
+    table = ablation("stop", ROWS)
+    assert texts(table, "stop", "run", "FID") == [
+        ("", NONE, "xl", "17.40"),
+        ("", "250,000", "xl 250K", "7.40"),
+        ("", "290,000", "xl 290K", "7.60"),
+    ]
+    assert [cell.bold for cell in table.column("FID")] == [False, True, False]
+
+
+def test_runs_that_still_share_their_trunk_are_no_ablation_of_its_end():
+    trunk = {**ROWS[7].score, "state": {"trajectory": "trunk", "step": 400_000}}
+    rows = [dataclasses.replace(r, score=trunk) for r in ROWS[7:9]]
+    assert tables.ablations(report(rows)) == []
+
+
+def test_ablation_of_the_weight_beside_the_papers():
+    rows = [row(f"w{w}", "SiT-XL/2", "REPA", "never", 400_000, fid, aligned("depth 8", w)) for w, fid in
+            (("1", 7.9), ("0.25", 8.7), ("0.5", 8.0))]  # fmt: skip
+    table = ablation("feature-weight", [*rows, ROWS[5]])
+    assert texts(table, "feature weight", "run", "FID") == [
+        ("", NONE, "xl", "17.40"),
+        ("", "0.25", "w0.25", "8.70"),
+        ("", "0.5", "w0.5", "8.00"),
+        ("", "1", "w1", "7.90"),
+        ("published", "0.25", "REPA Table 5", "8.6"),
+        ("published", "0.5", "REPA Table 5", "7.9"),
+        ("published", "1", "REPA Table 5", "7.8"),
+    ]
+
+
+def test_ablation_of_layers_and_of_teachers_beside_the_papers():
+    deep = "depth 7; 4, 5, 6 to 7, 9, 11"
+    rows = [
+        row("usual", "SiT-B/2", "HASTE", "never", 100_000, 40.2, aligned(B)),
+        row("deep", "SiT-B/2", "HASTE", "never", 100_000, 40.9, aligned(deep)),
+        row("clip", "SiT-B/2", "HASTE", "never", 100_000, 48.9, aligned(B, teacher="CLIP-B/16")),
+    ]
+    assert texts(ablation("layers", rows), "run", "FID") == [
+        ("", "usual", "40.2"),
+        ("", "deep", "40.9"),
+        ("published", "HASTE review reply Q2", "39.86"),
+        ("published", "HASTE review reply Q2", "40.59"),
+    ]
+    assert texts(ablation("teacher", rows), "teacher", "FID") == [
+        ("", "CLIP-B/16", "48.9"),
+        ("", "DINOv2-B", "40.2"),
+        ("published", "CLIP-B/16", "48.74"),
+        ("published", "DINOv2-B", "39.86"),
+    ]
+
+
+def test_runs_that_differ_in_two_settings_are_no_ablation():
+    rows = [
+        row("a", "SiT-B/2", "HASTE", "never", 100_000, 40.2, aligned(B)),
+        row("b", "SiT-B/2", "HASTE", "never", 100_000, 40.9, aligned("depth 7", "0.25")),
+    ]
+    assert tables.ablations(report(rows)) == []
+
+
+def test_every_published_number_is_one_of_the_files_as_printed():
+    lines = [line for path in papers.FOLDER.glob("*.csv") for line in csv.DictReader(path.open())]
+    printed = {(line["source"], line["fid"]) for line in lines if "fid" in line}
+    found = papers.published()
+    assert len(found) > 80
+    assert {(one.source, one.scores["fd"]) for one in found} <= printed
+    assert all(one.guidance[0] > 1 for one in found if one.resolution == 512)
+
+
+def test_tables_that_are_gone_leave_no_files(tmp_path: Path):
+    page.write(report(), tmp_path)
+    (tmp_path / "mine.csv").touch()
+    assert (tmp_path / "published.tex").exists()
+    page.write(report(benchmark=None), tmp_path)
+    assert not list(tmp_path.glob("published*"))
+    assert (tmp_path / "mine.csv").exists()
