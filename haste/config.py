@@ -230,8 +230,35 @@ class FeatureTerm(Strict):
     teacher: str
     depth: Positive | None = None
     weight: Rate = 0.5
-    similarity: Literal["cosine"] = "cosine"
+    similarity: Literal["cosine", "nt-xent"] = "cosine"
+    temperature: Annotated[Rate | None, LATER] = None
+    negatives: Annotated[Literal["image", "batch"] | None, LATER] = None
+    negative_count: Annotated[Positive | None, LATER] = None
     hidden: Positive = 2048
+    t_min: Annotated[Share, LATER] = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        """Fill in what NT-Xent needs."""
+        if not isinstance(given, dict) or given.get("similarity") != "nt-xent":
+            return given
+        full = {"temperature": 0.1, "negatives": "image", **given}
+        return {"negative_count": 1024, **full} if full["negatives"] == "batch" else full
+
+    @model_validator(mode="after")
+    def _belongs(self) -> FeatureTerm:
+        contrast = {"temperature": self.temperature, "negatives": self.negatives}
+        if self.similarity == "cosine" and (given := {k: v for k, v in contrast.items() if v is not None}):
+            raise ValueError(f"similarity cosine takes no {' and no '.join(given)}, only nt-xent does; found {given}")
+        if self.similarity == "nt-xent" and None in contrast.values():
+            raise ValueError(f"similarity nt-xent needs a temperature and negatives, found {contrast}")
+        if (self.negatives == "batch") != (self.negative_count is not None):
+            raise ValueError(
+                f"negative_count goes with negatives: batch and only with it, found {self.negative_count} "
+                f"and negatives {self.negatives}"
+            )
+        return self
 
 
 class AttentionTerm(Strict):
@@ -242,6 +269,7 @@ class AttentionTerm(Strict):
     teacher_layers: list[Annotated[int, Field(ge=0)]] | None = None
     heads: Positive | None = None
     weight: Rate = 0.5
+    t_min: Annotated[Share, LATER] = 0.0
 
 
 class Alignment(Strict):
@@ -249,6 +277,9 @@ class Alignment(Strict):
 
     features: FeatureTerm | None = None
     attention: AttentionTerm | None = None
+
+
+TERMS: dict[str, type[Strict]] = {"features": FeatureTerm, "attention": AttentionTerm}
 
 
 class Stops(Strict):
@@ -268,10 +299,25 @@ def _distinct(names: list[Any]) -> list[Any]:
     return names
 
 
+class Timesteps(Strict):
+    """How training draws its times t."""
+
+    distribution: Literal["uniform", "lognormal"] = "uniform"
+    mu: Float = 0.0
+    s: Rate = 1.0
+
+    @model_validator(mode="after")
+    def _belongs(self) -> Timesteps:
+        if self.distribution == "uniform" and (self.mu, self.s) != (0.0, 1.0):
+            raise ValueError(f"uniform takes no mu and s, only lognormal does; found mu {self.mu} and s {self.s}")
+        return self
+
+
 class Training(Strict):
     """What decides the result of training: every key here is part of a trajectory's name."""
 
     path: Literal["linear", "cosine"] = "linear"
+    timesteps: Annotated[Timesteps, LATER] = Timesteps()
     batch: Positive = 256
     lr: Rate = 1e-4
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]

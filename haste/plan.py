@@ -24,7 +24,7 @@ from haste import artefact, cache
 from haste import config as configuration
 from haste.artefact import fingerprint, remembered_identity
 from haste.cache import Wanted
-from haste.config import Config, Evaluate, Model, Sampling
+from haste.config import Config, Evaluate, Model, Sampling, Training
 
 RECIPE = 1  # raised when the method changes such that equal settings no longer give equal results
 STORES = ("images", "latents", "targets", "features")  # kinds that are shards and a manifest; others are one folder
@@ -339,7 +339,13 @@ class Plan:
     def _trajectory(self, run: str, seed: int, terms: dict[str, dict[str, Any]]) -> Trajectory:
         row = self.config.runs[run]
         model = configuration.model_named(self.config, row.model)
-        named = {kind: {**term, "teacher": self.teacher_key(term["teacher"])} for kind, term in terms.items()}
+        named = {
+            kind: {
+                **configuration.decides(configuration.TERMS[kind], term),
+                "teacher": self.teacher_key(term["teacher"]),
+            }
+            for kind, term in terms.items()
+        }
         # Where targets come from is no part of a name: on disk they are rounded, and that is all. Components are.
         if "features" in terms and (components := self.config.teachers[terms["features"]["teacher"]].pca):
             named["features"]["pca"] = components
@@ -348,7 +354,7 @@ class Plan:
             "latents": self.latents.key,
             "classes": self.config.images.classes,
             "model": self._size(model),
-            "training": self.config.training_of(run).model_dump(),
+            "training": configuration.decides(Training, self.config.training_of(run).model_dump()),
             "seed": seed,
             "terms": named,
         }

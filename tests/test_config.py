@@ -27,6 +27,10 @@ def idle(student, teacher, **more):
     return {"attention": {"teacher": "vit", "student_layers": student, "teacher_layers": teacher, **more}}
 
 
+def xent(**more):
+    return {"features": {"teacher": "vit", "depth": 1, "similarity": "nt-xent", **more}}
+
+
 def named(teacher):
     return {"pretrained": {"name": teacher}}
 
@@ -113,6 +117,18 @@ REFUSALS = [
     ("alignments.idle", idle([], []), ["alignments.idle.attention.student_layers", "at least one"]),
     ("alignments.HASTE.attention", {"teacher": "vit"}, ["alignments.HASTE.attention: dot has no published mapping"]),
     ("runs.REPA.stop", {"attention": 5}, ["runs.REPA.stop.attention: 5", "'REPA' has no attention", "only features"]),
+    ("alignments.REPA.features.temperature", 0.2, ["alignments.REPA.features: similarity cosine takes no temperature"]),
+    ("alignments.REPA.features.negatives", "batch", ["similarity cosine takes no negatives"]),
+    ("alignments.REPA.features.similarity", "nt-xnt", ["alignments.REPA.features.similarity", "'nt-xent'", "'nt-xnt'"]),
+    ("alignments.idle", xent(temperature=None), ["alignments.idle.features: similarity nt-xent needs a temperature"]),
+    ("alignments.idle", xent(temperature=0), ["alignments.idle.features.temperature", "greater than 0"]),
+    ("alignments.idle", xent(negative_count=5), ["alignments.idle.features: negative_count", "found 5", "image"]),
+    ("alignments.idle", xent(negatives="batch", negative_count=None), ["negative_count", "found None"]),
+    ("alignments.REPA.features.t_min", 1.5, ["alignments.REPA.features.t_min", "less than or equal to 1"]),
+    ("training.timesteps", {"mu": 1.0}, ["training.timesteps: uniform takes no mu", "found mu 1.0"]),
+    ("training.timesteps", {"distribution": "lognorm"}, ["training.timesteps.distribution", "'lognormal'"]),
+    ("training.timesteps", {"distribution": "lognormal", "s": 0}, ["training.timesteps.s", "greater than 0"]),
+    ("runs.HASTE.training", {"timesteps": {"my": 1}}, ["runs.HASTE.training.timesteps.my: unknown key"]),
     # names
     ("models.SiT-B/2", {"depth": 2, "width": 16, "heads": 2, "patch_size": 2}, ["models.SiT-B/2: depth 2", "depth 12"]),
     ("teachers.vit", named("DINOv2-BB"), ["teachers.vit.pretrained.name", "'DINOv2-BB'", "did you mean 'DINOv2-B'"]),
@@ -380,3 +396,22 @@ def test_keys_that_came_later_leave_the_names_of_what_exists_as_they_are():
     }
     three = config.Sampling(guided_channels=3)
     assert config.decides(config.Sampling, three.model_dump())["guided_channels"] == 3
+
+
+def test_nt_xent_and_timesteps_fill_in_what_is_left_out_and_resolve_to_themselves():
+    alignments = {"a": xent(), "b": xent(negatives="batch", temperature=0.2)}
+    training = {"timesteps": {"distribution": "lognormal", "mu": 1.0}}
+    resolved = config.resolve({**TINY, "alignments": {**TINY["alignments"], **alignments}, "training": training})
+    a, b = (resolved.alignments[name].features for name in "ab")
+    assert (a.temperature, a.negatives, a.negative_count) == (0.1, "image", None)
+    assert (b.temperature, b.negatives, b.negative_count) == (0.2, "batch", 1024)
+    assert (resolved.training.timesteps.mu, resolved.training.timesteps.s) == (1.0, 1.0)
+    assert config.resolve(resolved.model_dump(mode="json")) == resolved
+
+
+def test_a_run_that_draws_its_times_otherwise_takes_nothing_of_the_common_distribution():
+    training = {**TINY["training"], "timesteps": {"distribution": "lognormal", "mu": 1.0}}
+    runs = {"a": {}, "b": {"training": {"timesteps": {"distribution": "lognormal", "s": 0.5}}}}
+    resolved = config.resolve({**TINY, "training": training, "runs": runs})
+    assert resolved.training_of("a").timesteps.mu == 1.0
+    assert (resolved.training_of("b").timesteps.mu, resolved.training_of("b").timesteps.s) == (0.0, 0.5)

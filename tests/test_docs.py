@@ -316,11 +316,15 @@ OTHER = {
     "models.NAME.width": 128,
     "models.NAME.patch_size": 4,
     "alignments.NAME.features.teacher": "big",
+    "alignments.NAME.features.similarity": "nt-xent",
+    "alignments.NAME.features.negatives": "batch",
+    "alignments.NAME.features.negative_count": 9,
     "alignments.NAME.attention.teacher": "big",
     "alignments.NAME.attention.student_layers": [2],
     "alignments.NAME.attention.teacher_layers": [1],
     "training.betas": [0.8, 0.9],
     "training.path": "cosine",
+    "training.timesteps.distribution": "lognormal",
     "training.precision": "bf16",
     "training.nonfinite": "skip",
     "runtime.device": "cpu",
@@ -353,9 +357,18 @@ OTHER = {
     "runs.NAME.stop.attention": 7,
 }
 # A key with one value, and one that changes only together with another.
-ONE_VALUE = {"alignments.NAME.features.similarity", "images.source", "teachers.NAME.pca"}
+ONE_VALUE = {"images.source", "teachers.NAME.pca"}
 # Keys that only go with another.
-BESIDE = {"sampling.NAME.rtol": {"sampler": "dopri5"}, "sampling.NAME.atol": {"sampler": "dopri5"}}
+NT_XENT = {"similarity": "nt-xent", "negatives": "batch"}
+BESIDE = {
+    "sampling.NAME.rtol": {"sampler": "dopri5"},
+    "sampling.NAME.atol": {"sampler": "dopri5"},
+    "training.timesteps.mu": {"distribution": "lognormal"},
+    "training.timesteps.s": {"distribution": "lognormal"},
+    "alignments.NAME.features.temperature": NT_XENT,
+    "alignments.NAME.features.negatives": {"similarity": "nt-xent"},
+    "alignments.NAME.features.negative_count": NT_XENT,
+}
 ORDER = ("images", "latents", "states", "samples", "scores")
 
 

@@ -7,6 +7,8 @@ gradient.
 The attention loss never holds the B x H x N x N maps. There are two ways to that, one per kind of device: see `_WAY`.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -21,18 +23,77 @@ def _precise(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def feature_loss(projected: Tensor, target: Tensor) -> Tensor:
+def _mean(by_sample: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean of (B,) values, each times its weight (B,): weights are made so that means of parts may be averaged."""
+    return by_sample.mean() if weights is None else (by_sample * weights.to(by_sample.dtype)).mean()
+
+
+def feature_loss(projected: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """Minus the mean cosine between projected student tokens and teacher features (REPA, Eq. 8); scalar in [-1, 1].
 
-    Both (B, N, D). ValueError if the shapes differ.
+    Both (B, N, D); weights (B,) say how much a sample counts. ValueError if the shapes differ.
     """
+    projected, target = _normalised(projected, target)
+    return -_mean((projected * target).sum(dim=-1).mean(dim=-1), weights)
+
+
+@dataclass(frozen=True)
+class Negatives:
+    """Teacher features of some tokens of a whole batch, over all processes, and where each token is.
+
+    features: (M, D), without gradient; places: (M,) int64, row in the whole batch times N plus the token's number, no
+    place twice; rows: (B,) int64, the rows in the whole batch of the samples at hand.
+    """
+
+    features: Tensor
+    places: Tensor
+    rows: Tensor
+
+
+def contrastive_loss(
+    projected: Tensor,
+    target: Tensor,
+    temperature: float = 0.1,
+    negatives: Negatives | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """NT-Xent (SimCLR, Eq. 1) of projected student tokens against teacher features, in one direction; scalar.
+
+    -log( exp(cos(z, h) / T) / sum over h' of exp(cos(z, h') / T) ), mean over tokens and batch: a student's token z is
+    to find its teacher token h among others h', which are the image's other tokens or, where `negatives` are given,
+    those of a whole batch. A token is never its own negative. Only teacher tokens are negatives, so that no gradient
+    crosses processes. No source names a temperature: 0.1 is ours.
+
+    Both (B, N, D); weights (B,) say how much a sample counts. ValueError if the shapes differ.
+    """
+    projected, target = _normalised(projected, target)
+    with torch.autocast(device_type=projected.device.type, enabled=False):
+        positive = (projected * target).sum(dim=-1, keepdim=True) / temperature  # (B, N, 1)
+        if negatives is None:
+            logits = projected @ target.mT / temperature  # (B, N, N), the positive on the diagonal
+        else:
+            logits = torch.cat([positive, _others(projected, negatives, temperature)], dim=-1)  # (B, N, 1 + M)
+    return _mean((torch.logsumexp(logits, dim=-1) - positive[..., 0]).mean(dim=-1), weights)
+
+
+def _others(projected: Tensor, negatives: Negatives, temperature: float) -> Tensor:
+    """Logits (B, N, M) of every token with every negative; -inf with itself."""
+    tokens = projected.shape[1]
+    keys = functional.normalize(_precise(negatives.features.detach()).to(projected.dtype), dim=-1)
+    place = negatives.rows[:, None] * tokens + torch.arange(tokens, device=projected.device)  # (B, N)
+    own = place[..., None] == negatives.places  # (B, N, M)
+    return (projected @ keys.mT / temperature).masked_fill(own, -torch.inf)
+
+
+def _normalised(projected: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both of unit length; the teacher's without gradient."""
     if projected.shape != target.shape:
         raise ValueError(
             f"feature loss: projected tokens are {tuple(projected.shape)}, teacher features {tuple(target.shape)}; "
             "both must be (batch, tokens, teacher width)"
         )
     projected, target = _precise(projected), _precise(target.detach())
-    return -(functional.normalize(projected, dim=-1) * functional.normalize(target, dim=-1)).sum(dim=-1).mean()
+    return functional.normalize(projected, dim=-1), functional.normalize(target, dim=-1)
 
 
 def attention_loss(
@@ -44,12 +105,14 @@ def attention_loss(
     scale_s: float | None = None,
     scale_t: float | None = None,
     logsumexp_s: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of the student's attention against the teacher's (HASTE, Eq. 5), mean over batch, heads and rows.
 
     q_s, k_s (B, H_s, N, K_s) and q_t, k_t (B, H_t, N, K_t), as they enter scale q k^T. The first `heads` heads of both
     sides are compared, by default as many as both have. Scales default to K^(-1/2) of their side. logsumexp_s
-    (B, H_s, N), of the student's logits over keys, is handed in where its own attention gave it. Returns a scalar.
+    (B, H_s, N), of the student's logits over keys, is handed in where its own attention gave it. weights (B,) say
+    how much a sample counts. Returns a scalar.
     ValueError if a side has too few heads, or if batch sizes or token counts differ.
     """
     heads = _check_attention(q_s, k_s, q_t, k_t, heads)
@@ -60,8 +123,8 @@ def attention_loss(
     q_t = q_t * (q_t.shape[-1] ** -0.5 if scale_t is None else scale_t)
     with torch.autocast(device_type=q_s.device.type, enabled=False):
         if logsumexp_s is not None:
-            return cross_entropy_fused(q_s, k_s, q_t, k_t, logsumexp_s[:, :heads].to(q_s.dtype))
-        return _WAY.get(q_s.device.type, cross_entropy_fused)(q_s, k_s, q_t, k_t)
+            return cross_entropy_fused(q_s, k_s, q_t, k_t, weights, logsumexp_s[:, :heads].to(q_s.dtype))
+        return _WAY.get(q_s.device.type, cross_entropy_fused)(q_s, k_s, q_t, k_t, weights)
 
 
 def _check_attention(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, heads: int | None) -> int:
@@ -85,22 +148,25 @@ def _check_attention(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, heads: 
     return heads
 
 
-def cross_entropy_by_sample(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
+def cross_entropy_by_sample(
+    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, weights: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy of softmax(q_t k_t^T) against softmax(q_s k_s^T), with its gradient, one sample at a time.
 
-    All (B, H, N, K_side), scaled. The loss is a scalar, so its gradient is known up to a factor before backward asks:
-    it is computed in the forward, while the sample's maps are at hand, and only it is kept, as large as q and k.
+    All (B, H, N, K_side), scaled; weights (B,). The loss is a scalar, so its gradient is known up to a factor before
+    backward asks: it is computed in the forward, while the sample's maps are at hand, and only it is kept, as large as
+    q and k.
     """
     if torch.is_grad_enabled() and (q_s.requires_grad or k_s.requires_grad):
-        return _LossWithGradient.apply(q_s, k_s, q_t, k_t)  # pyright: ignore[reportReturnType]
-    return _walk_samples(q_s, k_s, q_t, k_t, None, None)
+        return _LossWithGradient.apply(q_s, k_s, q_t, k_t, weights)  # pyright: ignore[reportReturnType]
+    return _walk_samples(q_s, k_s, q_t, k_t, weights, None, None)
 
 
 class _LossWithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
+    def forward(ctx, q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, weights: Tensor | None) -> Tensor:
         grad_q, grad_k = torch.empty_like(q_s), torch.empty_like(k_s)
-        loss = _walk_samples(q_s, k_s, q_t, k_t, grad_q, grad_k)
+        loss = _walk_samples(q_s, k_s, q_t, k_t, weights, grad_q, grad_k)
         ctx.save_for_backward(grad_q, grad_k)
         return loss
 
@@ -108,24 +174,34 @@ class _LossWithGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_q, grad_k = ctx.saved_tensors
-        return grad_loss * grad_q, grad_loss * grad_k, None, None
+        return grad_loss * grad_q, grad_loss * grad_k, None, None, None
 
 
 def _walk_samples(
-    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, grad_q: Tensor | None, grad_k: Tensor | None
+    q_s: Tensor,
+    k_s: Tensor,
+    q_t: Tensor,
+    k_t: Tensor,
+    weights: Tensor | None,
+    grad_q: Tensor | None,
+    grad_k: Tensor | None,
 ) -> Tensor:
     """The loss; its gradient with respect to q_s and k_s is written to grad_q and grad_k unless they are None.
 
-    d loss / d logits = (softmax(S) - P) / (B H N), with S = q_s k_s^T and P the teacher's map.
+    d loss / d logits = weight (softmax(S) - P) / (B H N), with S = q_s k_s^T and P the teacher's map.
     """
     rows = q_s.shape[:3].numel()  # B H N
     total = q_s.new_zeros(())
+    each = None if weights is None else weights.to(q_s.dtype)
     for b in range(q_s.shape[0]):
         teacher = torch.softmax(q_t[b] @ k_t[b].mT, dim=-1)  # (H, N, N)
         student = torch.log_softmax(q_s[b] @ k_s[b].mT, dim=-1)  # S - logsumexp(S), (H, N, N)
-        total -= torch.dot(teacher.view(-1), student.view(-1))
+        agreement = torch.dot(teacher.view(-1), student.view(-1))
+        total -= agreement if each is None else each[b] * agreement
         if grad_q is not None and grad_k is not None:
             residual = student.exp_().sub_(teacher)
+            if each is not None:
+                residual *= each[b]
             torch.matmul(residual, k_s[b], out=grad_q[b])
             torch.matmul(residual.mT, q_s[b], out=grad_k[b])
     for grad in (grad_q, grad_k):
@@ -135,36 +211,43 @@ def _walk_samples(
 
 
 def cross_entropy_fused(
-    q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, logsumexp_s: Tensor | None = None
+    q_s: Tensor,
+    k_s: Tensor,
+    q_t: Tensor,
+    k_t: Tensor,
+    weights: Tensor | None = None,
+    logsumexp_s: Tensor | None = None,
 ) -> Tensor:
     """The same value and gradient from fused attention: mean(logsumexp(S)) - mean(<P, S>).
 
-    All (B, H, N, K_side), scaled; logsumexp_s (B, H, N) if it is known, with its gradient. <P, S> = q_s . (P k_s), and
-    P k_s is attention with the teacher's q and k and the student's keys in the place of values. Fused kernels want one
-    width, a multiple of 8: zeros fill up to it.
+    All (B, H, N, K_side), scaled; weights (B,); logsumexp_s (B, H, N) if it is known, with its gradient. <P, S> is
+    q_s . (P k_s), and P k_s is attention with the teacher's q and k and the student's keys in the place of values.
+    Fused kernels want one width, a multiple of 8: zeros fill up to it.
     """
     width_s = k_s.shape[-1]
     width = -(-max(width_s, k_t.shape[-1]) // 8) * 8
     q_t, k_t, values = (functional.pad(x, (0, width - x.shape[-1])) for x in (q_t, k_t, k_s))
     expected_keys = functional.scaled_dot_product_attention(q_t, k_t, values, scale=1.0)  # P k_s, (B, H, N, width)
-    agreement = (q_s * expected_keys[..., :width_s]).sum()
-    rows = q_s.shape[:3].numel()
-    logsumexp = _logsumexp_total(q_s, k_s) if logsumexp_s is None else logsumexp_s.sum()
-    return (logsumexp - agreement) / rows
+    agreement = (q_s * expected_keys[..., :width_s]).sum(dim=(1, 2, 3))
+    logsumexp = _logsumexp_totals(q_s, k_s) if logsumexp_s is None else logsumexp_s.sum(dim=(1, 2))
+    return _mean((logsumexp - agreement) / q_s.shape[1:3].numel(), weights)
 
 
-def _logsumexp_total(q: Tensor, k: Tensor) -> Tensor:
-    """Sum over all rows of logsumexp(q k^T), some query rows at a time; backward computes their logits again."""
+def _logsumexp_totals(q: Tensor, k: Tensor) -> Tensor:
+    """By sample (B,), the sum over all rows of logsumexp(q k^T), some query rows at a time.
+
+    Backward computes their logits again.
+    """
     batch, heads, tokens, _ = q.shape
     rows = max(1, min(_CHUNK_LOGITS // (batch * heads * tokens), -(-tokens // 2)))
-    total = q.new_zeros(())
+    total = q.new_zeros(batch)
     for chunk in q.split(rows, dim=2):
-        total = total + checkpoint(_logsumexp_sum, chunk, k, use_reentrant=False, preserve_rng_state=False)
+        total = total + checkpoint(_logsumexp_sums, chunk, k, use_reentrant=False, preserve_rng_state=False)
     return total
 
 
-def _logsumexp_sum(q: Tensor, k: Tensor) -> Tensor:
-    return torch.logsumexp(q @ k.mT, dim=-1).sum()
+def _logsumexp_sums(q: Tensor, k: Tensor) -> Tensor:
+    return torch.logsumexp(q @ k.mT, dim=-1).sum(dim=(1, 2))
 
 
 #: Which way on which device; any that is not named gets the fused one, made for GPUs.

@@ -30,16 +30,23 @@ class Batch:
     moments: Tensor  # (B, 2C, h, w) float32: mean and std of the latents, unscaled
     draw: Tensor  # (B, C, h, w) float32, standard normal: z = mean + std * draw
     noise: Tensor  # (B, C, h, w) float32, standard normal: eps
-    t: Tensor  # (B,) float32, uniform in [0, 1)
+    t: Tensor  # (B,) float32 in [0, 1]
     labels: Tensor  # (B,) int64; `null_class` where the label is dropped
     images: Tensor | None  # (B, R, R, 3) uint8, only when a teacher looks at them
     targets: Mapping[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)  # (teacher, field) -> (B, ...)
+    rows: Tensor | None = None  # (B,) int64: the samples' places in the batch of all processes
+    weights: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)  # term -> (B,) float64, see `Batches`
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every tensor changed in the same way."""
-        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("step", "targets")}
-        changed: dict[str, Any] = {name: None if x is None else change(x) for name, x in tensors.items()}
-        return Batch(self.step, **changed, targets={name: change(x) for name, x in self.targets.items()})
+        changed: dict[str, Any] = {}
+        for name in (field.name for field in dataclasses.fields(self) if field.name != "step"):
+            found = getattr(self, name)
+            if isinstance(found, Mapping):
+                changed[name] = {key: change(x) for key, x in found.items()}
+            else:
+                changed[name] = None if found is None else change(found)
+        return Batch(self.step, **changed)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; to a GPU from pinned memory, without waiting."""
@@ -65,6 +72,8 @@ class Batches:
         null_class: int,
         class_dropout: float,
         targets: Mapping[str, tuple[Store, Sequence[str]]] | None = None,
+        timesteps: Callable[[Tensor], Tensor] | None = None,
+        t_min: Mapping[str, float] | None = None,
     ):
         """
         Args:
@@ -75,11 +84,17 @@ class Batches:
             null_class: label that stands for "no label".
             class_dropout: share of the labels that are dropped, in [0, 1).
             targets: teacher -> its store of targets, a row an image, and the fields to read.
+            timesteps: standard normals -> times in [0, 1]; None draws times uniformly.
+            t_min: alignment term -> the time below which a sample does not count for it. A batch then has weights for
+                that term: those of samples that count are equal, the others 0, and over the batch of all processes
+                they add up to B (to 0 where no sample counts). So a mean over samples, each times its weight, is the
+                mean over those that count, also as the average over equal parts of the batch: in whatever process.
 
         Raises:
             ValueError: the latents, or the targets, were made from other images.
         """
         self.targets = dict(targets or {})
+        self.timesteps, self.t_min = timesteps, dict(t_min or {})
         others = [(images.identity, images)] if images is not None else []
         others += [(store.manifest["images"], store) for store, _ in self.targets.values()]
         for identity, other in others:
@@ -112,7 +127,7 @@ class Batches:
             moments=moments,
             draw=torch.from_numpy(order.normals(self.seed, "latent draw", step, visits, shape)),
             noise=torch.from_numpy(order.normals(self.seed, "noise", step, visits, shape)),
-            t=torch.from_numpy(order.uniforms(self.seed, "time", step, visits).astype(np.float32)),
+            t=self._times(step, visits),
             labels=torch.from_numpy(np.where(dropped, self.null_class, labels)),
             images=None if self.images is None else torch.from_numpy(self.images.read("image", chosen)),
             targets={
@@ -120,7 +135,25 @@ class Batches:
                 for name, (store, fields) in self.targets.items()
                 for field in fields
             },
+            rows=torch.arange(visits.start, visits.stop),
+            weights=self._weights(step, visits),
         )
+
+    def _times(self, step: int, visits: range) -> Tensor:
+        """(visits,) float32."""
+        if self.timesteps is None:
+            return torch.from_numpy(order.uniforms(self.seed, "time", step, visits).astype(np.float32))
+        normals = torch.from_numpy(order.normals(self.seed, "time of a normal", step, visits, ()))
+        return self.timesteps(normals.double()).float()
+
+    def _weights(self, step: int, visits: range) -> dict[str, Tensor]:
+        """Times are a function of position: every process knows those of the whole batch, and nobody has to ask."""
+        if not self.t_min:
+            return {}
+        times = self._times(step, range(self.size)).double()
+        counts = {term: (times >= low).double() for term, low in self.t_min.items()}
+        share = {term: count * (self.size / max(1.0, count.sum().item())) for term, count in counts.items()}
+        return {term: weights[visits.start : visits.stop] for term, weights in share.items()}
 
     def ahead(
         self,

@@ -82,6 +82,12 @@ def batch_indices(seed: int, step: int, batch: int, n: int) -> np.ndarray:
     return chosen
 
 
+def choice(seed: int, purpose: str, step: int, count: int, n: int) -> np.ndarray:
+    """`count` of the places 0 .. n - 1, none twice, in random order: (min(count, n),) int64."""
+    keys = generator(seed, purpose, step).bit_generator.random_raw(n)
+    return np.argsort(np.asarray(keys, dtype=np.uint64), kind="stable")[:count].astype(np.int64)
+
+
 def normals(seed: int, purpose: str, step: int, positions: Sequence[int], shape: Sequence[int]) -> np.ndarray:
     """Standard normal (len(positions), *shape) float32; row r depends on seed, purpose, step and positions[r] alone."""
     drawn = np.empty((len(positions), *shape), dtype=np.float32)

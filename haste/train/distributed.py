@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Told = TypeVar("Told")
@@ -74,6 +74,12 @@ class Group:
         summed = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(summed)
         return (summed / self.size).tolist()
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of everybody's tensors, in each one's place. Everybody must call it. Without gradient."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
 
     def largest(self, value: int) -> int:
         """The largest of everybody's values. Everybody must call it. It does not wait for a GPU."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,19 @@ from haste.data.store import Store
 from haste.journal import Journal
 from haste.models.attention import logsumexp_works
 from haste.plan import STATE_NAME, Plan, Segment, State
+from haste.teachers.targets import TeacherTargets
 from haste.train import state as states
 from haste.train.distributed import WARM_UPS, Group, enough_memory, joined, wrap
-from haste.train.step import Objective, look, total_loss, update
+from haste.train.step import (
+    Objective,
+    draws_negatives,
+    gather_negatives,
+    look,
+    t_min_of,
+    times_of,
+    total_loss,
+    update,
+)
 from haste.train.targets import Cached, load_teacher
 from haste.train.trackers import open_tracker
 
@@ -125,7 +135,8 @@ class _Training:
         self.settings = self.recipe["training"]
         self.folder = Path(plan.path(segment.state)).parent
         self.changes: list[str] = []  # what was done in another way further back, equal but for rounding
-        self.parts = group.rows(self.settings["batch"], self.runtime.accumulate)
+        parts = group.rows(self.settings["batch"], self.runtime.accumulate)
+        self.own_rows = range(parts[0].start, parts[-1].stop)
         self.teachers = {
             name: load_teacher(plan, name).to(group.device, self._teacher_dtype()) for name in segment.teachers
         }
@@ -180,6 +191,8 @@ class _Training:
             null_class=self.recipe["classes"],
             class_dropout=self.settings["class_dropout"],
             targets={name: (store, self.cached.fields[name]) for name, store in self.cached.stores.items()},
+            timesteps=times_of(self.settings),
+            t_min=t_min_of(self.segment.terms),
         )
 
     def run(self) -> None:
@@ -187,7 +200,7 @@ class _Training:
         begin, end = self._resume(), self.segment.state.step
         aligning = ", ".join(self.segment.terms) or "nothing"
         log.info("%s: steps %d to %d, aligning %s", self.trajectory.name, begin, end, aligning)
-        own = range(self.parts[0].start, self.parts[-1].stop)
+        own = self.own_rows
         self.wrapped = wrap(self.objective, self.group)
         self._warm_up(self.batches(begin, own).to(self.group.device))
         with self._journal(begin, end) as journal:
@@ -233,18 +246,39 @@ class _Training:
         """Gradients of the whole group's batch, scaled for fp16; returns this process's mean of each loss term."""
         sums: dict[str, Tensor] = {}
         parts = batch.parts(self.runtime.accumulate)
-        for number, part in enumerate(parts, start=1):
+        seen: Iterable[dict[str, TeacherTargets]] = map(self._targets, parts)
+        negatives = None
+        if draws_negatives(self.segment.terms):  # tokens of all parts are compared with: all are looked at first
+            seen = list(seen)
+            negatives = self._negatives(seen, batch.step)
+        for number, (part, targets) in enumerate(zip(parts, seen, strict=True), start=1):
             wait = number < len(parts) and isinstance(self.wrapped, DistributedDataParallel)
             with self.wrapped.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
                 with self._precision():
-                    seen = look(self.teachers, self.online, part.images)
-                    targets = self.cached.with_stored(seen, part.targets)
-                    found = self.wrapped(part, targets)
+                    found = self.wrapped(part, targets, negatives)
                 loss = total_loss(found, self.segment.terms) / len(parts)
                 self.learner.scaler.scale(loss).backward()
             for name, value in found.items():
                 sums[name] = sums.get(name, 0) + value.detach() / len(parts)
         return sums
+
+    def _targets(self, part: Batch) -> dict[str, TeacherTargets]:
+        with self._precision():
+            seen = look(self.teachers, self.online, part.images)
+            return self.cached.with_stored(seen, part.targets)
+
+    def _negatives(self, seen: list[dict[str, TeacherTargets]], step: int) -> tuple[Tensor, Tensor]:
+        teacher = self.segment.terms["features"]["teacher"]
+        features = [targets[teacher].features for targets in seen]
+        return gather_negatives(
+            torch.cat([found for found in features if found is not None]),
+            self.own_rows,
+            self.segment.terms,
+            seed=self.recipe["seed"],
+            step=step,
+            size=self.settings["batch"],
+            group=self.group,
+        )
 
     def _precision(self) -> Any:
         dtype = AUTOCAST.get(self.settings["precision"])

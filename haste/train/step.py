@@ -5,16 +5,19 @@ B batch, N student tokens, D student width, C latent channels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from haste.align.losses import attention_loss, feature_loss, resize_tokens
+from haste.align.losses import Negatives, attention_loss, contrastive_loss, feature_loss, resize_tokens
+from haste.data import order
 from haste.data.batches import Batch
 from haste.data.latents import draw
-from haste.diffusion.paths import PATHS, interpolate, timestep_uniform
+from haste.diffusion.paths import PATHS, interpolate, timestep_lognormal
+from haste.train.distributed import Group
 from haste.train.state import Learner
 
 if TYPE_CHECKING:
@@ -32,6 +35,52 @@ def taps_of(terms: Terms) -> set[str]:
     if "attention" in terms:
         taps |= {f"attention.{layer}" for layer in terms["attention"]["student_layers"]}
     return taps
+
+
+def times_of(settings: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
+    """How a recipe's `training` makes times of standard normals; None where times are uniform."""
+    found = settings.get("timesteps") or {"distribution": "uniform"}
+    if found["distribution"] == "uniform":
+        return None
+    return functools.partial(timestep_lognormal, mu=found["mu"], s=found["s"], path=PATHS[settings["path"]])
+
+
+def t_min_of(terms: Terms) -> dict[str, float]:
+    """Term -> the time below which a sample does not count for it, where the term has one."""
+    return {kind: term["t_min"] for kind, term in terms.items() if term.get("t_min")}
+
+
+def draws_negatives(terms: Terms) -> bool:
+    """Whether a term compares with tokens of the whole batch."""
+    return terms.get("features", {}).get("negatives") == "batch"
+
+
+def gather_negatives(
+    features: Tensor, rows: range, terms: Terms, *, seed: int, step: int, size: int, group: Group
+) -> tuple[Tensor, Tensor]:
+    """Teacher features of some tokens of the whole batch: (M, D), and their places, (M,) int64.
+
+    Which tokens follows from seed and step alone, so every process chooses the same ones. Each puts those that it has
+    into a tensor of zeros; the sum over processes has them all, exactly.
+
+    Args:
+        features: (B, N, D) of this process's rows, in order.
+        rows: this process's rows of the whole batch.
+        terms: the active terms.
+        seed: the run's.
+        step: steps done before this one.
+        size: samples in the whole batch.
+        group: the processes.
+    """
+    tokens = features.shape[1]
+    count = terms["features"]["negative_count"]
+    places = torch.from_numpy(order.choice(seed, "negatives", step, count, size * tokens))
+    if features.device.type == "cuda":
+        places = places.pin_memory().to(features.device, non_blocking=True)
+    row, token = places // tokens - rows.start, places % tokens
+    mine = (row >= 0) & (row < len(rows))
+    found = features.detach()[row.clamp(0, len(rows) - 1), token]
+    return group.total(torch.where(mine[:, None], found, torch.zeros_like(found))), places
 
 
 def look(teachers: Mapping[str, Teacher], terms: Terms, images: Tensor | None) -> dict[str, TeacherTargets]:
@@ -64,16 +113,22 @@ class Objective(nn.Module):
         self.terms, self.taps = terms, taps_of(terms)
         self.path, self.scale, self.shift = PATHS[path], scale, shift
 
-    def forward(self, batch: Batch, targets: Mapping[str, TeacherTargets]) -> dict[str, Tensor]:
+    def forward(
+        self,
+        batch: Batch,
+        targets: Mapping[str, TeacherTargets],
+        negatives: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """The loss terms, unweighted: `denoising`, and `features` and `attention` where active.
 
         Args:
             batch: see `Batch`.
             targets: `look` at the batch's images, or what lies on disk of them.
+            negatives: `gather_negatives`, where the features are compared with tokens of the whole batch.
         """
         dtype = next(self.model.parameters()).dtype
         z = draw(batch.moments, batch.draw, self.scale, self.shift).to(dtype)
-        t = timestep_uniform(batch.t).to(dtype)
+        t = batch.t.to(dtype)
         x_t, velocity = interpolate(self.path, z, batch.noise.to(dtype), t)
         predicted, taps = self.model(x_t, t, batch.labels, taps=self.taps)
         # SiT Eq. 2 with the velocity as target; every sample has as many entries, so one mean serves.
@@ -81,21 +136,39 @@ class Objective(nn.Module):
         found = {"denoising": error.square().mean()}
         if "features" in self.terms:
             seen = targets[self.terms["features"]["teacher"]]
-            assert seen.features is not None
-            tokens = resize_tokens(taps[f"tokens.{self.terms['features']['depth']}"], self.model.grid, seen.grid)
-            found["features"] = feature_loss(self.projectors["features"](tokens), seen.features)
+            found["features"] = self._features(taps, seen, batch, negatives)
         if "attention" in self.terms:
-            found["attention"] = self._attention(taps, targets[self.terms["attention"]["teacher"]])
+            seen = targets[self.terms["attention"]["teacher"]]
+            found["attention"] = self._attention(taps, seen, batch.weights.get("attention"))
         return found
 
-    def _attention(self, taps: Mapping[str, Any], seen: TeacherTargets) -> Tensor:
+    def _features(
+        self,
+        taps: Mapping[str, Any],
+        seen: TeacherTargets,
+        batch: Batch,
+        negatives: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        term, weights = self.terms["features"], batch.weights.get("features")
+        assert seen.features is not None
+        tokens = resize_tokens(taps[f"tokens.{term['depth']}"], self.model.grid, seen.grid)
+        projected = self.projectors["features"](tokens)
+        if term.get("similarity", "cosine") == "cosine":
+            return feature_loss(projected, seen.features, weights)
+        others = None
+        if negatives is not None:
+            assert batch.rows is not None
+            others = Negatives(*negatives, rows=batch.rows)
+        return contrastive_loss(projected, seen.features, term["temperature"], others, weights)
+
+    def _attention(self, taps: Mapping[str, Any], seen: TeacherTargets, weights: Tensor | None) -> Tensor:
         term, values = self.terms["attention"], []
         for student, teacher in zip(term["student_layers"], term["teacher_layers"], strict=True):
             tap = taps[f"attention.{student}"]
             q, k = (resize_tokens(x, self.model.grid, seen.grid) for x in (tap.q, tap.k))
             logsumexp = tap.logsumexp if self.model.grid == seen.grid else None  # of these logits, not of resized ones
             pair = (q, k, *seen.attention[teacher])
-            values.append(attention_loss(*pair, heads=term["heads"], logsumexp_s=logsumexp))
+            values.append(attention_loss(*pair, heads=term["heads"], logsumexp_s=logsumexp, weights=weights))
         return torch.stack(values).mean()
 
 

@@ -109,6 +109,39 @@ def test_processes_and_accumulation_change_float64_training_by_rounding_only(mak
         torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
 
 
+CONTRAST = {
+    "far": {
+        "features": {
+            "teacher": "vit", "depth": 1, "hidden": 16, "similarity": "nt-xent", "negatives": "batch",
+            "negative_count": 13, "t_min": 0.3,
+        },
+        "attention": {"teacher": "vit", "student_layers": [0], "teacher_layers": [1], "t_min": 0.6},
+    }
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), [(2, 1), (1, 2), (2, 2)])
+def test_negatives_of_the_whole_batch_and_samples_that_do_not_count_are_the_same_in_any_cut(
+    make_plan, processes, accumulate
+):
+    """A process sees some of the samples that count, or none; the mean is over all that do, wherever they are."""
+    training = {"batch": 8, "lr": 1.0e-3, "ema": 0.9, "precision": "fp64", "timesteps": {"distribution": "lognormal"}}
+    common = {"alignments": CONTRAST, "training": training, "runs": {"HASTE-20": {"alignment": "far", "stop": 12}}}
+    common["defaults"] = {"model": "dot", "milestones": [12], "sampling": ["quick"]}
+    alone = make_plan(**common, runtime={"log_every": 1})
+    loop.train(alone, state_of(alone, 12))
+    expected, log = bits(alone, 12), Path(alone.path(state_of(alone, 12))).parent / "log.jsonl"
+    losses = [[record[kind] for kind in ("features", "attention")] for record in journal.read(log)]
+    remove_states(alone)
+    plan = make_plan(**common, runtime={"processes": processes, "accumulate": accumulate, "log_every": 1})
+    train_with(plan, state_of(plan, 12), processes)
+    for name, value in expected.items():
+        found = bits(plan, 12)[name]
+        torch.testing.assert_close(found, value, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+    again = [[record[kind] for kind in ("features", "attention")] for record in journal.read(log)]
+    assert again == [pytest.approx(pair, rel=1e-9) for pair in losses]
+
+
 def test_going_on_with_another_number_of_processes_is_allowed_and_recorded(make_plan, caplog):
     plan = make_plan(runs=RUNS, runtime={"processes": 2, "log_every": 2})
     train_with(plan, state_of(plan, 20), 2)

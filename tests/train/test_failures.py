@@ -56,8 +56,8 @@ def test_half_precision_computes_near_what_single_precision_does(make_plan):
 def break_step(monkeypatch, step, how):
     forward = loop.Objective.forward
 
-    def broken(self, batch, targets):
-        return how(forward(self, batch, targets)) if batch.step == step else forward(self, batch, targets)
+    def broken(self, batch, *more):
+        return how(forward(self, batch, *more)) if batch.step == step else forward(self, batch, *more)
 
     monkeypatch.setattr(loop.Objective, "forward", broken)
 
