@@ -162,7 +162,7 @@ class Variant:
             targets = timed("teacher", lambda: look(self.teachers, self.terms, batch.images))
             found = timed("forward", lambda: self._forward(batch, targets, spent))
         spent["forward"] -= spent.get("losses", 0.0)
-        timed("backward", lambda: total_loss(found, self.terms).backward())
+        timed("backward", lambda: total_loss(found, self.terms, step=0).backward())
         timed("optimiser", self._optimise)
         timed("average", lambda: average(self.learner, 0.9999))
         self.memory = torch.cuda.max_memory_allocated() / 1e6 if self.device.type == "cuda" else float("nan")
@@ -224,7 +224,7 @@ def gigaflops(variant: Variant) -> tuple[float, float]:
     with FlopCounterMode(display=False) as teacher:
         targets = look(variant.teachers, variant.terms, batch.images)
     with FlopCounterMode(display=False) as student:
-        total_loss(variant.objective(batch, targets), variant.terms).backward()
+        total_loss(variant.objective(batch, targets), variant.terms, step=0).backward()
     variant.learner.optimizer.zero_grad(set_to_none=True)
     return teacher.get_total_flops() / variant.size / 1e9, student.get_total_flops() / variant.size / 1e9
 

@@ -236,6 +236,7 @@ class FeatureTerm(Strict):
     negative_count: Annotated[Positive | None, LATER] = None
     hidden: Positive = 2048
     t_min: Annotated[Share, LATER] = 0.0
+    warmup: Annotated[int, Field(ge=0), LATER] = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -270,6 +271,7 @@ class AttentionTerm(Strict):
     heads: Positive | None = None
     weight: Rate = 0.5
     t_min: Annotated[Share, LATER] = 0.0
+    warmup: Annotated[int, Field(ge=0), LATER] = 0
 
 
 class Alignment(Strict):
@@ -289,8 +291,16 @@ class Stops(Strict):
     attention: Annotated[int, Field(ge=0)] | None = None
 
 
+class Ramps(Strict):
+    """Steps before its stop over which the weight of each term falls to 0; None is at once."""
+
+    features: Annotated[int, Field(ge=2)] | None = None
+    attention: Annotated[int, Field(ge=2)] | None = None
+    shape: Literal["linear", "cosine"] = "cosine"
+
+
 def _both(value: Any) -> Any:
-    return value if isinstance(value, (dict, Stops)) else {"features": value, "attention": value}
+    return value if isinstance(value, (dict, Stops, Ramps)) else {"features": value, "attention": value}
 
 
 def _distinct(names: list[Any]) -> list[Any]:
@@ -414,6 +424,7 @@ class Run(Strict):
     model: str
     alignment: str = "vanilla"
     stop: Annotated[Stops, BeforeValidator(_both)] = Stops()
+    ramp: Annotated[Ramps, BeforeValidator(_both)] = Ramps()
     seed: Seed = 0
     seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)] | None = None
     milestones: Annotated[list[Positive], Field(min_length=1)]
@@ -663,7 +674,7 @@ def _with_presets(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _over(defaults: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row on top of the defaults; sections that both have, `training` and `stop`, are joined key by key."""
+    """A row on top of the defaults; sections that both have, such as `training` and `stop`, are joined key by key."""
     both = {key for key in defaults if isinstance(defaults[key], dict) and isinstance(row.get(key), dict)}
     other = {"seed": "seeds", "seeds": "seed"}  # a row's own one or several push the defaults' several or one aside
     hidden = {other[key] for key in other if key in row and other[key] not in row}
@@ -672,13 +683,16 @@ def _over(defaults: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _spread(row: dict[str, Any], alignments: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a `stop` that is one number as the stops of the terms that the row's alignment has."""
+    """Write a `stop` or `ramp` that is one number as those of the terms that the row's alignment has."""
     name = row.get("alignment", "vanilla")
     terms = alignments.get(name) if isinstance(name, str) else None
-    if not isinstance(row.get("stop"), int) or not isinstance(terms, dict):
+    if not isinstance(terms, dict):
         return row
-    stops = {kind: row["stop"] for kind in Stops.model_fields if terms.get(kind) is not None}
-    return {**row, "stop": stops or row["stop"]}
+    for key in ("stop", "ramp"):
+        if isinstance(row.get(key), int):
+            each = {kind: row[key] for kind in TERMS if terms.get(kind) is not None}
+            row = {**row, key: each or row[key]}
+    return row
 
 
 def _seeded(row: dict[str, Any]) -> dict[str, Any]:
@@ -875,7 +889,8 @@ def _faults_of_run(config: Config, name: str) -> list[str]:
         faults += [f"{where}.{_explain({**fault, 'loc': ('training', *fault['loc'])})}" for fault in error.errors()]
     if faults:
         return faults
-    return _faults_of_model(config, run, where) + _faults_of_stop(config, run, where) + _faults_of_fit(config, run)
+    faults = _faults_of_model(config, run, where) + _faults_of_stop(config, run, where)
+    return faults + _faults_of_ramp(run, where) + _faults_of_fit(config, run)
 
 
 def _unknown_sampling(config: Config, names: list[str], where: str) -> list[str]:
@@ -922,6 +937,16 @@ def _faults_of_stop(config: Config, run: Run, where: str) -> list[str]:
     ]
 
 
+def _faults_of_ramp(run: Run, where: str) -> list[str]:
+    faults = []
+    for kind in TERMS:
+        steps, stop = getattr(run.ramp, kind), getattr(run.stop, kind)
+        if steps is not None and (stop is None or steps > stop):
+            found = "never stops" if stop is None else f"stops at step {stop}"
+            faults.append(f"{where}.ramp.{kind}: {steps} steps down to the stop, but {kind} {found}")
+    return faults
+
+
 def _faults_of_fit(config: Config, run: Run) -> list[str]:
     """What is wrong with a run's alignment for its model, which must have the layers and heads."""
     alignment, model = alignment_named(config, run.alignment), model_named(config, run.model)
@@ -950,6 +975,13 @@ def _faults_of_attention(config: Config, term: AttentionTerm, model: Model, name
         if shape is not None:  # the mapping was published for 12 layers
             faults += _beyond(f"{at}.teacher_layers", MAPPINGS[name][2], term.teacher, shape[0])
     return faults
+
+
+def falls_from(config: Config, run: str) -> dict[str, int | None]:
+    """Term -> the first step at which it is not what it would be if it never stopped; None if it never stops."""
+    row = config.runs[run]
+    ends = {kind: (getattr(row.stop, kind), getattr(row.ramp, kind)) for kind in terms_of(config, run)}
+    return {kind: None if stop is None else stop - (ramp or 0) for kind, (stop, ramp) in ends.items()}
 
 
 def terms_of(config: Config, run: str) -> dict[str, dict[str, Any]]:

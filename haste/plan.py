@@ -6,8 +6,8 @@ step. So runs that agree up to a step share that trunk, and where training is cu
 
 A *trajectory* is a folder of states. A term that is still active writes its interval as open, [0, None): the
 trajectory of a run that will stop at tau is, up to tau, the very trajectory of the run that never stops. From tau on
-the interval is closed, [0, tau), which is another name: a branch. A run's way through trajectories is a list of
-`Piece`s.
+the interval is closed, [0, tau), which is another name: a branch. A weight that falls before tau is a branch from where
+it begins to fall. A run's way through trajectories is a list of `Piece`s.
 """
 
 from __future__ import annotations
@@ -312,11 +312,11 @@ class Plan:
                 state = self.state(run, step, seed)
                 self.cuts[state.trajectory].add(step)
         self.notes = [
-            f"{run}: stop of {kind} at step {step} lies beyond the last milestone {row.milestones[-1]}: "
-            "it has no effect yet"
+            f"{run}: stop of {kind} at step {getattr(row.stop, kind)} lies beyond the last milestone "
+            f"{row.milestones[-1]}: it has no effect yet"
             for run, row in self.config.runs.items()
-            for kind, step in row.stop.model_dump().items()
-            if step is not None and step > row.milestones[-1] and kind in configuration.terms_of(self.config, run)
+            for kind, step in configuration.falls_from(self.config, run).items()
+            if step is not None and step > row.milestones[-1]
         ]
         self.notes += [
             f"{file}: is gone; what was made from it stays, and nothing more can be made"
@@ -325,15 +325,23 @@ class Plan:
         ]
 
     def _pieces(self, run: str, seed: int) -> Iterator[Piece]:
-        terms, stops = configuration.terms_of(self.config, run), self.config.runs[run].stop.model_dump()
-        stops = {kind: stops[kind] for kind in terms}
-        bounds = sorted({stop for stop in stops.values() if stop})  # a stop at step 0 starts no piece of its own
+        """A new piece begins where a term's weight begins to fall, and where the term stops.
+
+        Up to there nothing of the stop is in the recipe: the trunk is that of the run that never stops.
+        """
+        terms, row = configuration.terms_of(self.config, run), self.config.runs[run]
+        stops, falls = row.stop.model_dump(), configuration.falls_from(self.config, run)
+        # a stop at step 0 starts no piece of its own
+        bounds = sorted({step for kind in terms for step in (falls[kind], stops[kind]) if step})
         for low, high in zip([0, *bounds], [*bounds, None], strict=True):
-            active = {
-                kind: {**term, "active": [0, stops[kind] if stops[kind] is not None and stops[kind] <= low else None]}
-                for kind, term in terms.items()
-                if stops[kind] != 0
-            }
+            active = {}
+            for kind, term in terms.items():
+                stop, begin = stops[kind], falls[kind]
+                if stop == 0:
+                    continue
+                active[kind] = {**term, "active": [0, stop if stop is not None and stop <= low else None]}
+                if begin is not None and begin < stop and begin <= low:
+                    active[kind]["ramp"] = {"from": begin, "to": stop, "shape": row.ramp.shape}
             yield Piece(self._trajectory(run, seed, active).name, low, high)
 
     def _trajectory(self, run: str, seed: int, terms: dict[str, dict[str, Any]]) -> Trajectory:
@@ -439,7 +447,11 @@ class Plan:
         assert owner is not None, state
         terms = configuration.terms_of(self.config, owner[0])
         recipe = self.trajectories[state.trajectory].recipe["terms"]
-        active = {kind: term for kind, term in terms.items() if kind in recipe and recipe[kind]["active"][1] is None}
+        active = {
+            kind: {**term, "ramp": recipe[kind].get("ramp")}
+            for kind, term in terms.items()
+            if kind in recipe and recipe[kind]["active"][1] is None
+        }
         missing = {s for s in self.cuts[state.trajectory] if s < state.step} - self.on_disk(state.trajectory)
         before = State(state.trajectory, max(missing)) if missing else None
         cached = tuple(kind for kind, term in active.items() if self.config.teachers[term["teacher"]].caches(kind))
@@ -590,6 +602,6 @@ def _slug(model: Model, terms: dict[str, dict[str, Any]], otherwise: str = "vani
     size = next((n.replace("/", "-") for n, m in configuration.MODELS.items() if m == model), None)
     words = [size or f"SiT-d{model.depth}w{model.width}p{model.patch_size}"]
     for kind, term in terms.items():
-        end = term["active"][1]
-        words.append(kind if end is None else f"{kind}-to{end}")
+        end, ramp = term["active"][1], term.get("ramp")
+        words.append(kind + (f"-ramp{ramp['from']}" if ramp else "") + ("" if end is None else f"-to{end}"))
     return "-".join(words if terms else [*words, otherwise])

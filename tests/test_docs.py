@@ -225,13 +225,14 @@ def test_type_range_and_default_are_those_of_the_schema(section, key):
     field = SECTIONS[section].model_fields[key]
     kind, default = rows_of(section)[key][:2]
     written = set(re.findall(r"[≥>≤<] [\d.^]+|\b\d+ to \d+\b", kind))
-    assert written == ({"≥ 0"} if (section, key) == ("runs.NAME", "stop") else limits(field))
+    spread = {"stop": {"≥ 0"}, "ramp": {"≥ 2"}} if section == "runs.NAME" else {}  # one number for a section
+    assert written == spread.get(key, limits(field))
     choices = [value for part in alternatives(field.annotation) for value in get_args(part)]
     if choices:
         assert set(re.findall(r"`([^`]+)`", kind)) == {str(choice) for choice in choices}
     if field.default is PydanticUndefined:
         assert default == "required"
-    elif isinstance(field.default, config.Stops):
+    elif isinstance(field.default, config.Stops | config.Ramps):
         assert default == "`null`"
     elif isinstance(field.default, config.Strict):
         assert default == "see below"
@@ -355,6 +356,9 @@ OTHER = {
     "runs.NAME.seeds": [1, 2],
     "runs.NAME.stop.features": 7,
     "runs.NAME.stop.attention": 7,
+    "runs.NAME.ramp.features": 3,
+    "runs.NAME.ramp.attention": 3,
+    "runs.NAME.ramp.shape": "linear",
 }
 # A key with one value, and one that changes only together with another.
 ONE_VALUE = {"images.source", "teachers.NAME.pca"}
@@ -365,6 +369,7 @@ BESIDE = {
     "sampling.NAME.atol": {"sampler": "dopri5"},
     "training.timesteps.mu": {"distribution": "lognormal"},
     "training.timesteps.s": {"distribution": "lognormal"},
+    "runs.NAME.ramp.shape": {"features": 3},
     "alignments.NAME.features.temperature": NT_XENT,
     "alignments.NAME.features.negatives": {"similarity": "nt-xent"},
     "alignments.NAME.features.negative_count": NT_XENT,

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from haste import config
+from haste.align import schedule
 from haste.plan import Plan, State
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +140,27 @@ def test_the_demo_with_three_seeds_shares_stores_parts_and_the_states_of_seed_0_
     assert first and first <= {row.evaluation.score for row in demo.rows}
 
 
+def test_a_ramp_leaves_the_trunk_where_it_begins_and_the_stop_leaves_the_ramp():
+    ramp = {"features": 5, "shape": "linear"}
+    plan = plan_of_runs(
+        never={"alignment": "HASTE"},
+        sharp={"alignment": "HASTE", "stop": 12},
+        soft={"alignment": "HASTE", "stop": 12, "ramp": ramp},
+    )
+    for step in range(1, 8):
+        assert path_of(plan, "soft", step) == path_of(plan, "never", step)
+    for step in (8, 12, 13, 16):
+        assert len({path_of(plan, run, step) for run in ("soft", "never", "sharp")}) == 2 + (step > 12)
+    cuts = [plan.segment(plan.state("soft", step)) for step in (7, 12, 16)]
+    assert [(s.start, s.state.step) for s in cuts] == [(0, 7), (8, 12), (12, 16)]  # 8 is a milestone
+    assert [s.terms.get("features", {}).get("ramp") for s in cuts] == [
+        None,
+        {"from": 7, "to": 12, "shape": "linear"},
+        None,
+    ]
+    assert cuts[1].terms["attention"]["ramp"] is None and cuts[2].terms == {}
+
+
 def test_labels_are_not_part_of_a_name():
     renamed = copy.deepcopy(TINY)
     renamed["models"] = {"point": renamed["models"]["dot"]}
@@ -220,3 +243,66 @@ def test_every_milestone_is_reached_by_a_chain_of_planned_states_that_starts_at_
                 assert aligned == {bool(segment.terms)}
                 state = segment.parent
             assert steps == sorted(set(steps), reverse=True)
+
+
+KINDS = ("features", "attention")
+ENDS = st.none() | st.tuples(st.integers(0, 14), st.none() | st.integers(2, 14)).filter(
+    lambda end: end[1] is None or end[1] <= end[0]
+)
+
+
+def weights_by_hand(ends, shape, step):
+    """What the terms' weights are multiplied by at a step; None where a term is off."""
+    found = []
+    for stop, ramp in (end or (None, None) for end in ends):
+        if stop is not None and step >= stop:
+            found.append(None)
+        elif ramp is None or step <= stop - ramp:
+            found.append(1.0)
+        else:
+            share = (step - (stop - ramp)) / ramp
+            found.append(1 - share if shape == "linear" else math.cos(math.pi * share / 2) ** 2)
+    return found
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(st.tuples(ENDS, ENDS, st.sampled_from(["linear", "cosine"])), min_size=1, max_size=4),
+    milestones=st.lists(st.integers(1, 16), min_size=1, max_size=4, unique=True).map(sorted),
+)
+def test_equal_names_mean_equal_weights_so_far_and_segments_train_with_them(rows, milestones):
+    runs = {}
+    for i, (*ends, shape) in enumerate(rows):
+        given_ends = {kind: end for kind, end in zip(KINDS, ends, strict=True) if end is not None}
+        stop = {kind: end[0] for kind, end in given_ends.items()}
+        ramp = {kind: end[1] for kind, end in given_ends.items() if end[1] is not None}
+        runs[f"run{i}"] = {
+            "alignment": "HASTE",
+            "milestones": milestones,
+            "stop": stop,
+            "ramp": {**ramp, "shape": shape},
+        }
+    plan, last = plan_of_runs(**runs), milestones[-1]
+    so_far = {}
+    for run, (*ends, shape) in zip(runs, rows, strict=True):
+        # One name, one history of weights, whichever run asks. (The first step of a ramp still weighs 1.)
+        for step in range(1, last + 1):
+            history = [weights_by_hand(ends, shape, s) for s in range(step)]
+            assert so_far.setdefault(path_of(plan, run, step), history) == history
+            # Up to its first fall a run is on the trunk of the run that never stops.
+            falls = [end[0] - (end[1] or 0) for end in ends if end is not None]
+            if all(fall > 0 and step <= fall for fall in falls):
+                terms = plan.trajectories[plan.state(run, step).trajectory].recipe["terms"]
+                assert [term["active"] for term in terms.values()] == [[0, None], [0, None]]
+                assert history == [[1.0, 1.0]] * step
+        # Walking back from each milestone, every step is trained with its own weights.
+        for milestone in milestones:
+            state = plan.state(run, milestone)
+            while state is not None:
+                segment = plan.segment(state)
+                for step in range(segment.start, state.step):
+                    terms = [segment.terms.get(kind) for kind in KINDS]
+                    found = [None if term is None else schedule.factor(step, term) for term in terms]
+                    assert found == pytest.approx(weights_by_hand(ends, shape, step))
+                state = segment.parent
+            assert segment.start == 0

@@ -1,6 +1,6 @@
 """Denoising networks and the projector heads that are trained beside them."""
 
 from haste.models.heads import Projector
-from haste.models.sit import SIZES, SiT
+from haste.models.sit import SiT
 
-__all__ = ["SIZES", "Projector", "SiT"]
+__all__ = ["Projector", "SiT"]

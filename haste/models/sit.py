@@ -20,18 +20,6 @@ from haste.models.layers import (
     sincos_positions,
 )
 
-_WIDTHS = {
-    "S": {"depth": 12, "width": 384, "heads": 6},
-    "B": {"depth": 12, "width": 768, "heads": 12},
-    "L": {"depth": 24, "width": 1024, "heads": 16},
-    "XL": {"depth": 28, "width": 1152, "heads": 16},
-}
-
-#: Published sizes: name -> the depth, width, heads and patch_size that `SiT` takes.
-SIZES: dict[str, dict[str, Any]] = {
-    f"SiT-{size}/{patch}": {**shape, "patch_size": patch} for size, shape in _WIDTHS.items() for patch in (2, 4, 8)
-}
-
 
 class SiT(nn.Module):
     """Velocity model v(x_t, t, y).

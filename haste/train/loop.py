@@ -256,7 +256,7 @@ class _Training:
             with self.wrapped.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
                 with self._precision():
                     found = self.wrapped(part, targets, negatives)
-                loss = total_loss(found, self.segment.terms) / len(parts)
+                loss = total_loss(found, self.segment.terms, batch.step) / len(parts)
                 self.learner.scaler.scale(loss).backward()
             for name, value in found.items():
                 sums[name] = sums.get(name, 0) + value.detach() / len(parts)

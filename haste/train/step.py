@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from haste.align import schedule
 from haste.align.losses import Negatives, attention_loss, contrastive_loss, feature_loss, resize_tokens
 from haste.data import order
 from haste.data.batches import Batch
@@ -172,11 +173,11 @@ class Objective(nn.Module):
         return torch.stack(values).mean()
 
 
-def total_loss(found: Mapping[str, Tensor], terms: Terms) -> Tensor:
-    """L = L_denoising + sum of weight * L_term (HASTE, Eq. 7)."""
+def total_loss(found: Mapping[str, Tensor], terms: Terms, step: int) -> Tensor:
+    """L = L_denoising + sum of weight * L_term (HASTE, Eq. 7), weights as they are after `step` steps."""
     total = found["denoising"]
     for kind, term in terms.items():
-        total = total + term["weight"] * found[kind]
+        total = total + term["weight"] * schedule.factor(step, term) * found[kind]
     return total
 
 

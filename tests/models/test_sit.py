@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from haste.models import SIZES, Projector, SiT
+from haste.config import MODELS
+from haste.models import Projector, SiT
 
 SMALL: dict[str, Any] = {
     "input_size": 8, "in_channels": 3, "patch_size": 2, "depth": 3, "width": 32, "heads": 4, "classes": 5
@@ -224,7 +225,7 @@ def expected_parameters(depth: int, width: int, patch: int) -> int:
 
 @pytest.mark.parametrize(("name", "millions"), [("S/2", 33), ("B/2", 130), ("L/2", 458), ("XL/2", 675)])
 def test_published_sizes_have_the_published_number_of_parameters(name, millions):
-    shape = SIZES[f"SiT-{name}"]
+    shape = MODELS[f"SiT-{name}"].model_dump()
     with torch.device("meta"):
         model = SiT(input_size=32, in_channels=4, classes=1000, **shape)
     found = sum(parameter.numel() for parameter in model.parameters())
@@ -234,9 +235,18 @@ def test_published_sizes_have_the_published_number_of_parameters(name, millions)
     assert model.head_width == {"XL/2": 72}.get(name, 64)
 
 
-def test_sizes_name_every_width_and_patch():
-    assert set(SIZES) == {f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)}
-    assert SIZES["SiT-L/4"] == {"depth": 24, "width": 1024, "heads": 16, "patch_size": 4}
+def test_every_published_size_and_patch_runs_on_its_grid():
+    assert set(MODELS) == {f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)}
+    for name, shape in MODELS.items():
+        with torch.device("meta"):
+            model = SiT(input_size=32, in_channels=4, classes=1000, **shape.model_dump())
+            x, t, y = torch.zeros(2, 4, 32, 32), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+            velocity, taps = model(x, t, y, taps={"tokens.1"})
+        side = 32 // int(name.split("/")[1])
+        assert velocity.shape == x.shape and taps["tokens.1"].shape == (2, side * side, shape.width), name
+        assert sum(p.numel() for p in model.parameters()) == expected_parameters(
+            shape.depth, shape.width, shape.patch_size
+        )
 
 
 def same(a: SiT, b: SiT) -> bool:

@@ -39,8 +39,18 @@ def test_a_term_that_is_off_costs_no_tap():
 def test_the_total_is_the_weighted_sum():
     found = {"denoising": torch.tensor(2.0), "features": torch.tensor(-0.5), "attention": torch.tensor(3.0)}
     terms = {"features": {"weight": 0.5}, "attention": {"weight": 0.25}}
-    assert total_loss(found, terms).item() == 2.0 - 0.25 + 0.75
-    assert total_loss(found, {}).item() == 2.0
+    assert total_loss(found, terms, 7).item() == 2.0 - 0.25 + 0.75
+    assert total_loss(found, {}, 7).item() == 2.0
+
+
+def test_the_total_follows_warm_up_and_ramp():
+    found = {"denoising": torch.tensor(1.0), "features": torch.tensor(2.0), "attention": torch.tensor(8.0)}
+    terms = {
+        "features": {"weight": 0.5, "warmup": 4},
+        "attention": {"weight": 0.25, "ramp": {"from": 2, "to": 10, "shape": "linear"}},
+    }
+    totals = [total_loss(found, terms, step).item() for step in (0, 1, 4, 6, 9)]
+    assert totals == [1 + 0 + 2, 1 + 0.25 + 2, 1 + 1 + 1.5, 1 + 1 + 1, 1 + 1 + 0.25]
 
 
 def learner_of(plan, run, terms=("features",)):
