@@ -5,12 +5,15 @@ Streamed, never whole in memory. N images of H x W pixels, uint8 RGB.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import itertools
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +24,7 @@ from haste import artefact
 from haste.data.store import MANIFEST, Store
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+DECODERS = min(8, os.cpu_count() or 1)  # threads that decode pictures
 LOSSY = (".jpg", ".jpeg", ".webp")
 
 
@@ -232,14 +236,29 @@ def _of_pictures(
     size = (first.shape[0], first.shape[1])
 
     def rows() -> Iterator[np.ndarray]:
-        for name, opened in pictures:
-            pixels = _picture(name, opened)
+        for (name, _), pixels in zip(pictures, _decoded(pictures), strict=True):
             if pixels.shape[:2] != size:
                 raise ValueError(f"{name}: {pixels.shape[:2]} pixels, but {pictures[0][0]} has {size}")
             yield pixels[None]
 
     lossy = sum(name.lower().endswith(LOSSY) for name, _ in pictures)
     return Samples(path, len(pictures), size, kind, files, (rows,), lossy)
+
+
+def _decoded(pictures: list[tuple[str, Callable[[], Any]]]) -> Iterator[np.ndarray]:
+    """The pictures in order, decoded by some threads ahead of use."""
+    with ThreadPoolExecutor(DECODERS, thread_name_prefix="pictures") as threads:
+        waiting: collections.deque[Future[np.ndarray]] = collections.deque()
+        try:
+            for picture in pictures:
+                waiting.append(threads.submit(_picture, *picture))
+                if len(waiting) > 4 * DECODERS:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def _picture(name: str, opened: Callable[[], Any]) -> np.ndarray:

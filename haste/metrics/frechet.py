@@ -7,6 +7,7 @@ N images, D feature width.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +51,12 @@ class Moments:
         if self.count < 2:
             raise ValueError(f"a covariance needs 2 images or more, found {self.count}")
         return self.scatter / (self.count - 1)
+
+    @functools.cached_property
+    def spectrum(self) -> tuple[Array, Array]:
+        """Eigenvalues (D,) of the covariance, ascending, and its eigenvectors (D, D), in columns."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        return values, vectors
 
 
 def checked_features(features: NDArray, name: str = "features") -> Array:
@@ -102,7 +109,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     _check_widths(a, b)
     cov_a, cov_b = a.covariance, b.covariance
-    values, vectors = np.linalg.eigh(cov_a)
+    values, vectors = a.spectrum
     kept = _spanned(values, a.count - 1)
     half = vectors[:, kept] * np.sqrt(values[kept])
     product = half.T @ cov_b @ half
@@ -112,7 +119,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return max(0.0, float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * trace_root))
 
 
-def _spanned(values: Array, rank: int) -> NDArray[np.bool_]:
+def _spanned(values: NDArray[np.floating], rank: int) -> NDArray[np.bool_]:
     """Which eigenvalues (D,), ascending, are above 0, less those beyond the rank that are no more than rounding."""
     beyond = np.arange(values.size) < values.size - rank
     noise = 16 * values.size * np.finfo(np.float64).eps * max(0.0, values.max(initial=0.0))

@@ -46,7 +46,7 @@ class Influence:
 
 def influence(samples: Moments, reference: Moments) -> Influence:
     """The influence of samples with these moments on their distance to a reference."""
-    values, vectors = np.linalg.eigh(samples.covariance)
+    values, vectors = samples.spectrum
     kept = values > values.max() * values.size * np.finfo(np.float64).eps
     scale = np.sqrt(values[kept])
     half = vectors[:, kept] * scale

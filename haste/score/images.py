@@ -212,7 +212,9 @@ class Scorer:
                     f"{source.folder}: seen by detector {view.detector['identity'][:12]}, asked for are scores by "
                     f"{other.name} {other.identity[:12]}"
                 )
-            return [(self._gather_samples(view), mine[0] if mine else None)]
+            if mine:
+                return [(self._gather_samples(dataclasses.replace(view, detector=mine[0].about)), mine[0])]
+            return [(self._gather_samples(view), None)]
         assert isinstance(source, Samples)
         detectors = [self._inception] if self.detectors is None else self.detectors
         looks = [look(source, one, batch=self.batch, folder=self.features) for one in detectors]

@@ -11,6 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,8 @@ def view_of(store: Store) -> View:
     if not isinstance(identity, str) or "pool" not in fields:
         raise ValueError(f"{store.folder}: a features store that does not name its detector, or holds no pool features")
     outputs = {name: shape[0] for name, (shape, _) in fields.items() if len(shape) == 1}
-    about = store.manifest.get("about") or {"name": None, "kind": None, "identity": identity, "outputs": outputs}
+    unknown = {"name": f"detector {identity[:8]}", "kind": None, "identity": identity, "outputs": outputs}
+    about = store.manifest.get("about") or unknown
 
     def batches() -> Iterator[Batch]:
         for low in range(0, store.count, READ):
@@ -167,10 +169,23 @@ def _check_size(samples: Samples, detector: Detector) -> None:
 def _seen(
     pieces: Iterator[NDArray[np.uint8]], detector: Detector, pixels: Pixels, progress: _Progress
 ) -> Iterator[Batch]:
-    for images in pieces:
-        pixels.see(images)
+    def noted() -> Iterator[NDArray[np.uint8]]:
+        for images in pieces:
+            pixels.see(images)
+            yield images
+
+    for images in _ahead(noted()):
         yield {name: value.numpy() for name, value in detector(torch.from_numpy(images)).items()}
         progress.step(len(images))
+
+
+def _ahead(pieces: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+    """The same pieces, the next one read while the detector looks at this one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="images") as thread:
+        waiting = thread.submit(next, pieces, None)
+        while (images := waiting.result()) is not None:
+            waiting = thread.submit(next, pieces, None)
+            yield images
 
 
 class _Progress:

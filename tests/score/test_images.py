@@ -11,8 +11,11 @@ from PIL import Image
 
 from haste.data.samples import open_samples
 from haste.data.store import join, write_shard
-from haste.metrics import inception_score
+from haste.metrics import inception_score, kid
+from haste.metrics.frechet import update
+from haste.metrics.uncertainty import frechet_error
 from haste.score import Scorer, look, score_images, sides
+from haste.score.columns import OF_SAMPLES, OVER_SPLITS, OVER_SUBSETS
 
 ALL = ["FID", "sFID", "IS", "precision", "recall", "KID"]
 
@@ -213,6 +216,64 @@ def test_statistics_that_are_saved_stand_for_the_reference(detector, sets, pack,
         mean, covariance = moments(seen(detector, sets[1])["pool"])
         np.testing.assert_allclose(file["mu"], mean, rtol=1e-6)
         np.testing.assert_allclose(file["sigma"], covariance, rtol=1e-5, atol=1e-8)
+
+
+def test_only_statistics_that_stand_for_one_view_of_a_reference_are_saved(sets, pack, tmp_path, make_detector):
+    fake, real = pack("fake", sets[0]), pack("real", sets[1])
+    path, other = tmp_path / "statistics.npz", make_detector(kind="DINOv2-L", widths={"pool": 7})
+    few = Scorer(real, detectors=[make_detector()], metrics=["kid"])
+    with pytest.raises(ValueError, match="one detector, found none"):
+        few.save_reference(path)
+    few(fake)
+    with pytest.raises(ValueError, match="need the Frechet distance among the metrics"):
+        few.save_reference(path)
+    both = Scorer(real, detectors=[make_detector(), other])
+    both(fake)
+    with pytest.raises(ValueError, match="one detector, found inception, DINOv2-L"):
+        both.save_reference(path)
+    assert not path.exists()
+
+
+def test_features_that_the_workflow_stored_are_scored_under_the_detector_that_is_named(
+    sets, pack, tmp_path, make_detector
+):
+    detector = make_detector(kind="cnn", widths={"pool": 5, "logits": 3})
+    stores = []
+    for name, images in zip(("fake", "real"), sets, strict=True):
+        common = {"kind": "features", "key": "k", "recipe": {}, "shards": 1, "provenance": {}}
+        fields = {name: ((width,), "float32") for name, width in detector.outputs.items()} | {"label": ((), "int64")}
+        batch = {name: value.numpy() for name, value in detector(torch.from_numpy(images)).items()}
+        batch["label"] = np.zeros(len(images), np.int64)
+        facts = {"detector": detector.identity}
+        write_shard(tmp_path / name, shard=0, total=len(images), fields=fields, batches=[batch], facts=facts, **common)
+        join(tmp_path / name, splits={}, **common)
+        stores.append(tmp_path / name)
+    direct = score_images(pack("fake", sets[0]), pack("real", sets[1]), detectors=[detector])
+    named = score_images(*stores, detectors=[detector])
+    assert named.values == direct.values and "FD (cnn)" in named.columns
+    assert f"FD (detector {detector.identity[:8]})" in score_images(*stores).columns
+    assert score_images(stores[0], pack("real", sets[1]), detectors=[detector]).values == direct.values
+
+
+def test_error_bars_are_of_the_kind_that_they_say(sets, pack, detector, monkeypatch):
+    fake, real = sets
+    found = score_images(pack("fake", fake), pack("real", real), detectors=[detector]).columns
+    mine, theirs = seen(detector, fake), seen(detector, real)
+    for name, output in (("FID", "pool"), ("sFID", "spatial")):
+        expected = frechet_error(*(update(None, side[output]) for side in (mine, theirs)), [mine[output]])
+        assert found[name].error == pytest.approx(expected, rel=1e-4) and found[name].what == OF_SAMPLES
+    share = found["precision"].value
+    assert 0 < share < 1 and found["precision"].error == pytest.approx((share * (1 - share) / 40) ** 0.5)
+    assert found["recall"].error is None and found["IS"].error is None and found["KID"].error is None
+    monkeypatch.setattr(inception_score, "SPLIT", 10)
+    monkeypatch.setattr(kid, "SIZE", 10)
+    spread = [
+        score_images(pack("fake", fake), pack("real", real), detectors=[detector], seed=seed) for seed in (1, 1, 2)
+    ]
+    first, again, other = (one.columns for one in spread)
+    assert first["IS"].what == OVER_SPLITS and first["IS"].error > 0
+    assert first["KID"].what == OVER_SUBSETS and first["KID"] == again["KID"] != other["KID"]
+    assert first["IS"] == other["IS"]
 
 
 def test_a_large_reference_gives_balls_around_evenly_spaced_images(detector, sets, pack, monkeypatch):
