@@ -91,6 +91,14 @@ def test_the_class_token_is_that_of_the_published_protocol(network, weights, siz
     torch.testing.assert_close(found["pool"], expected(network, images), rtol=1e-3, atol=1e-4)
 
 
+def test_positions_are_resampled_as_dinov2s_authors_do(network):
+    positions = network.pos_embed.detach()
+    found = room.with_grid(positions, 16)
+    wanted = resampled(positions[0, 1:].numpy().astype(np.float64).reshape(37, 37, -1), 16)
+    np.testing.assert_allclose(found[0, 1:].numpy(), wanted.reshape(256, -1), rtol=1e-4, atol=1e-5)
+    assert (found[0, 0] == positions[0, 0]).all() and room.with_grid(positions, 37) is positions
+
+
 def test_images_are_resized_as_pillow_resizes_bytes():
     images = pictures((64, 50))
     wanted = np.stack([np.asarray(Image.fromarray(i.numpy()).resize((224, 224), Image.BICUBIC)) for i in images])
