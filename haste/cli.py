@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from haste import plan as plans
     from haste.data.latents import Autoencoder
     from haste.data.store import Store
     from haste.metrics.detectors import Detector
-    from haste.plan import Artefact, Evaluation, Plan
+    from haste.plan import Artefact, Evaluation, Judgement, Plan
     from haste.sample import Painter
 
 DEFAULT_CONFIG = "config/digits.yaml"
@@ -83,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--fit", action="store_true", help="fit the principal components of its features")
     part.add_argument("--shard", type=int, help="make this shard, counted from 0")
     part.add_argument("--join", action="store_true", help="check all shards and write the manifest")
-    rule("detector", _detector, "train the small detector that the scores use")
+    detector = rule("detector", _detector, "train a small detector that the scores use")
+    detector.add_argument("name", nargs="?", help="which one; the only one that is trained")
     train = rule("train", _train, "train up to a state, continuing from the newest one on the way")
     train.add_argument("state", help="TRAJECTORY/STEP")
     slurm = "as a job of the SLURM cluster with these resources (docs/slurm.md): submit it, or attach to the one there"
@@ -92,13 +94,18 @@ def _parser() -> argparse.ArgumentParser:
     cancel = rule("cancel", _cancel, "end the cluster's training jobs of a run; what is saved stays")
     cancel.add_argument("name", help="a run of the configuration, or TRAJECTORY/STEP")
     rule("reference", _reference, "compute the features of the real images")
-    sample = rule("sample", _sample, "draw one shard of samples, with features")
+    sample = rule("sample", _sample, "draw one shard of samples, with the features of all detectors")
     sample.add_argument("draw", help="name of a set of samples")
     sample.add_argument("--shard", type=int, default=0, help="which shard, counted from 0")
-    rule("evaluate", _evaluate, "score a set of samples that the workflow drew").add_argument(
-        "draw", help="name of a set of samples"
-    )
-    rule("floor", _floor, "score real images against real ones")
+    evaluate = rule("evaluate", _evaluate, "score a set of samples that the workflow drew")
+    evaluate.add_argument("draw", help="name of a set of samples")
+    evaluate.add_argument("--detector", help="name of a detector; all of the configuration")
+    features = rule("features", _features, "compute a detector's features of one shard of samples that are there")
+    features.add_argument("draw", help="name of a set of samples")
+    features.add_argument("--detector", required=True, help="name of a detector of the configuration")
+    features.add_argument("--shard", type=int, default=0, help="which shard, counted from 0")
+    floor = rule("floor", _floor, "score real images against real ones")
+    floor.add_argument("--detector", help="name of a detector; the leading one")
     rule("grid", _grid, "paint a grid of samples by class").add_argument("draw", help="name of a set of samples")
     rule("report", _report, "write the report page and its tables")
     _score_arguments(command("score", _score, "score images from anywhere against a reference"))
@@ -268,9 +275,15 @@ def _detector(arguments: argparse.Namespace) -> None:
     from haste.train import parts
 
     plan = _plan_of(arguments)
-    part, trained = plan.detector, plan.config.detector[plan.detector.name].trained
+    mine = {name: detector.part for name, detector in plan.detectors.items() if detector.part}
+    name = arguments.name or (next(iter(mine)) if len(mine) == 1 else None)
+    if name not in mine:
+        found = "no name" if name is None else f"{name!r}"
+        raise ValueError(f"detector: {found} given, expected one that is trained here: {', '.join(mine) or 'none is'}")
+    trained = plan.config.detector[name].trained
+    assert trained is not None
     _threads(plan)
-    parts.train_detector(**_training_images(plan), **trained.model_dump(), **_about(part))
+    parts.train_detector(**_training_images(plan), **trained.model_dump(), **_about(mine[name]))
 
 
 def _about(part: Artefact) -> dict[str, Any]:
@@ -349,10 +362,18 @@ def _cancel(arguments: argparse.Namespace) -> None:
         print(line)
 
 
-def _load_detector(plan: Plan) -> Detector:
+def _load_detector(plan: Plan, detector: plans.Detector) -> Detector:
     from haste.metrics.detectors import open_detector
+    from haste.train.distributed import choose_device
 
-    return open_detector(plan.detector.folder)
+    device = choose_device(plan.config.runtime.device, 0)
+    return open_detector(detector.opens, detector.weights, called=detector.name, device=device)
+
+
+def _detector_named(plan: Plan, name: str) -> plans.Detector:
+    if name not in plan.detectors:
+        raise ValueError(f"detector {name!r}: not in this configuration, which has {', '.join(plan.detectors)}")
+    return plan.detectors[name]
 
 
 def _reference(arguments: argparse.Namespace) -> None:
@@ -362,11 +383,15 @@ def _reference(arguments: argparse.Namespace) -> None:
 
     plan = _plan_of(arguments)
     _threads(plan)
-    made = plan.reference
-    common: dict[str, Any] = {"key": made.key, "recipe": made.recipe}
-    reference_shard(_open(plan.images), _load_detector(plan), folder=Path(made.folder), **common)
-    provenance = artefact.provenance(**common)
-    store.join(made.folder, kind="features", shards=1, splits={}, provenance=provenance, **common)
+    images = _open(plan.images)
+    for detector in plan.detectors.values():
+        made = detector.reference
+        if Path(made.manifest).exists():
+            continue
+        common: dict[str, Any] = {"key": made.key, "recipe": made.recipe}
+        reference_shard(images, _load_detector(plan, detector), folder=Path(made.folder), **common)
+        provenance = artefact.provenance(**common)
+        store.join(made.folder, kind="features", shards=1, splits={}, provenance=provenance, **common)
 
 
 def _evaluation(plan: Plan, name: str) -> Evaluation:
@@ -378,29 +403,50 @@ def _evaluation(plan: Plan, name: str) -> Evaluation:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
+    from haste.data import drawn
     from haste.sample import draw_shard
     from haste.train.state import weights_identity
 
     plan = _plan_of(arguments)
     _threads(plan)
     evaluation = _evaluation(plan, arguments.draw)
-    painter, detector = _painter(plan, evaluation), _load_detector(plan)
-    features, decoder = evaluation.features, painter.autoencoder
+    painter = _painter(plan, evaluation)
     draw_shard(
         painter,
-        detector,
-        samples=Path(evaluation.sample_file(arguments.shard)),
-        features=Path(features.folder),
-        key=features.key,
-        recipe=features.recipe,
+        path=Path(evaluation.sample_file(arguments.shard)),
+        key=evaluation.key,
+        recipe=evaluation.recipe,
         shard=arguments.shard,
-        shards=features.shards,
+        shards=evaluation.shards,
         batch=plan.config.runtime.sample_batch,
-        inputs={
-            "weights": weights_identity(painter.model),
-            "autoencoder": decoder.identity,
-            "detector": detector.identity,
-        },
+        inputs={"weights": weights_identity(painter.model), "autoencoder": painter.autoencoder.identity},
+    )
+    for name in plan.detectors:
+        _look(plan, evaluation, name, arguments.shard)
+    # Not before: a workflow that is killed between the two throws the shard away and calls this again.
+    drawn.forget(drawn.folder_of(Path(evaluation.sample_file(arguments.shard))))
+
+
+def _features(arguments: argparse.Namespace) -> None:
+    plan = _plan_of(arguments)
+    _threads(plan)
+    _look(plan, _evaluation(plan, arguments.draw), _detector_named(plan, arguments.detector).name, arguments.shard)
+
+
+def _look(plan: Plan, evaluation: Evaluation, detector: str, shard: int) -> None:
+    """Let a detector look at one shard of samples."""
+    from haste.sample import feature_shard
+
+    made = evaluation.judgement(detector).features
+    feature_shard(
+        _load_detector(plan, plan.detectors[detector]),
+        Path(evaluation.sample_file(shard)),
+        folder=Path(made.folder),
+        key=made.key,
+        recipe=made.recipe,
+        shard=shard,
+        shards=made.shards,
+        total=evaluation.sampling.count,
     )
 
 
@@ -439,14 +485,21 @@ def _check_same_latents(plan: Plan, header: dict[str, Any], manifest: dict[str, 
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    plan = _plan_of(arguments)
+    evaluation = _evaluation(plan, arguments.draw)
+    names = [_detector_named(plan, arguments.detector).name] if arguments.detector else list(plan.detectors)
+    for name in names:
+        _judge(plan, evaluation, evaluation.judgement(name))
+
+
+def _judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
+    """Score a set of samples by what one detector sees in them."""
     from haste import artefact
     from haste.data import drawn, store
     from haste.diffusion.samplers import nfe
     from haste.score import score
 
-    plan = _plan_of(arguments)
-    evaluation, made = _evaluation(plan, arguments.draw), plan.detector
-    features = evaluation.features
+    features, detector = judgement.features, judgement.detector
     common: dict[str, Any] = {"key": features.key, "recipe": features.recipe, "shards": features.shards}
     provenance = artefact.provenance(key=features.key, recipe=features.recipe)
     store.join(features.folder, kind="features", splits={}, provenance=provenance, **common)
@@ -462,8 +515,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         "sampling": {**sampling.model_dump(), "name": evaluation.sampling_name, "weights": weights},
         "nfe": nfe(sampling.sampler, sampling.steps) if counted is None else counted,
     }
-    path = Path(evaluation.score)
-    score(_open(features), _open(plan.reference), detector=made.name, about=about, key=path.stem, path=path)
+    path = Path(judgement.score)
+    score(_open(features), _open(detector.reference), detector=detector.name, about=about, key=path.stem, path=path)
 
 
 def _score(arguments: argparse.Namespace) -> None:
@@ -520,10 +573,10 @@ def _floor(arguments: argparse.Namespace) -> None:
     from haste.score import floor
 
     plan = _plan_of(arguments)
-    path = Path(plan.floor)
-    accuracy = artefact.read_json(plan.detector.manifest, "part")["quality"]["accuracy"]
-    reference = _open(plan.reference)
-    floor(reference, detector=plan.detector.name, held_out_accuracy=accuracy, key=path.stem, path=path)
+    detector = _detector_named(plan, arguments.detector or plan.detector.name)
+    path, part = Path(detector.floor), detector.part
+    accuracy = artefact.read_json(part.manifest, "part")["quality"]["accuracy"] if part else None
+    floor(_open(detector.reference), detector=detector.name, held_out_accuracy=accuracy, key=path.stem, path=path)
 
 
 def _grid(arguments: argparse.Namespace) -> None:

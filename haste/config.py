@@ -200,10 +200,22 @@ class TrainedDetector(Strict):
     seed: Seed = 0
 
 
-class Detector(Strict):
-    """A network whose features the scores compare."""
+class PretrainedDetector(Strict):
+    """A public network by its name in `DETECTORS`, and its weights if they lie on disk."""
 
-    trained: TrainedDetector
+    name: str
+    weights: str | None = None
+
+
+class Detector(Strict):
+    """A network whose features the scores compare: either `trained` here or `pretrained`."""
+
+    trained: TrainedDetector | None = None
+    pretrained: PretrainedDetector | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Detector:
+        return _exactly_one(self, "trained", "pretrained")
 
 
 class Model(Strict):
@@ -475,7 +487,7 @@ class Config(Strict):
     autoencoder: Autoencoder
     teachers: dict[str, Teacher] = {}
     cache: Cache = Cache()
-    detector: dict[str, Detector]
+    detector: Annotated[dict[str, Detector], Field(min_length=1)]
     models: dict[str, Model] = {}
     alignments: dict[str, Alignment] = {}
     training: Training = Training()
@@ -535,6 +547,8 @@ TEACHER_TOKENS = {
     "CLIP-B/16": (768, 14),
     "SigLIP-L": (1024, 16),
 }
+# Public detectors, and the side in pixels of the smallest images that they read.
+DETECTORS = {"inception": 32, "DINOv2-B": 1, "DINOv2-L": 1}
 # What timm's vision transformers have in their names; only loading one shows whether it is there and plain.
 _TIMM = re.compile(r"deit|.*vit_")
 
@@ -783,11 +797,18 @@ def _faults_of_data(config: Config) -> list[str]:
         faults.append(
             f"images.resolution: {resolution} is not divisible by the autoencoder's factor {config.autoencoder.factor}"
         )
-    if len(config.detector) != 1:
-        faults.append(f"detector: expected exactly one, found {len(config.detector)}")
-    for name in config.detector:
-        # Two halvings, and something left to look at.
-        if resolution < 8 or resolution % 4:
+    names = list(config.detector)
+    for place, name in enumerate(names):
+        detector = config.detector[name]
+        faults += [f"detector.{name}: the same as {n}" for n in names[:place] if config.detector[n] == detector]
+        found = detector.pretrained.name if detector.pretrained else None
+        if found is not None and found not in DETECTORS:
+            at = f"detector.{name}.pretrained.name"
+            faults.append(f"{at}: nothing is called {found!r}{_nearest(found, DETECTORS)}")
+        elif found is not None and resolution < DETECTORS[found]:
+            least = f"images of {DETECTORS[found]} px or more"
+            faults.append(f"images.resolution: {resolution}, but detector {name} ({found}) reads {least}")
+        elif found is None and (resolution < 8 or resolution % 4):  # two halvings, and something left to look at
             faults.append(f"images.resolution: {resolution}, but detector {name} reads images of 8, 12, 16, ... px")
     return faults
 

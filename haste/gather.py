@@ -12,7 +12,7 @@ import yaml
 
 from haste import artefact, config, journal
 from haste.diagnose import pictures
-from haste.plan import Evaluation, Plan
+from haste.plan import Detector, Evaluation, Plan
 from haste.report.content import NONE, Benchmark, Curve, Grid, Part, Report, Row, Stage
 from haste.report.papers import layers_text
 
@@ -69,6 +69,7 @@ def stages(plan: Plan) -> list[Stage]:
         "train",
         "reference",
         "sample",
+        "features",
         "score",
         "floor",
         "grid",
@@ -76,14 +77,18 @@ def stages(plan: Plan) -> list[Stage]:
     return [Stage(name, len(spent[name]), sum(spent[name])) for name in order if name in spent]
 
 
-def _score(plan: Plan, path: str) -> dict[str, Any]:
+def _score(detector: Detector, path: str) -> dict[str, Any]:
     """A score under this configuration's name for the detector: another one may have made it."""
     found = artefact.read_json(path, "score")
-    return {**found, "detector": {**found["detector"], "name": plan.detector.name}}
+    return {**found, "detector": {**found["detector"], "name": detector.name}}
 
 
 def _parts(plan: Plan) -> list[Part]:
-    made = [part for part in (plan.autoencoder, *plan.teachers.values(), plan.detector) if part is not None]
+    made = [
+        part
+        for part in (plan.autoencoder, *plan.teachers.values(), *(d.part for d in plan.detectors.values()))
+        if part is not None
+    ]
     found = [artefact.read_json(part.manifest, "part") for part in made if Path(part.manifest).exists()]
     return [Part(part["name"], part["part"], part["quality"], part["provenance"]) for part in found]
 
@@ -126,8 +131,14 @@ def _teacher(plan: Plan, name: str) -> str:
 
 def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
     """The rows that have scores, and a note on those that have none yet. Without any, the first one's refusal."""
-    there = [row for row in plan.rows if Path(row.evaluation.score).exists()]
-    missing = [f"{plan.label(row.run, row.seed)} at step {row.step:,}" for row in plan.rows if row not in there]
+    scores = [(row, judgement) for row in plan.rows for judgement in row.evaluation.judgements]
+    there = [pair for pair in scores if Path(pair[1].score).exists()]
+    several = len(plan.detectors) > 1
+    missing = [
+        f"{plan.label(row.run, row.seed)} at step {row.step:,}" + (f" by {judgement.detector.name}" if several else "")
+        for row, judgement in scores
+        if (row, judgement) not in there
+    ]
     rows = [
         Row(
             run=row.run,
@@ -136,12 +147,12 @@ def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
             stop=stop(plan, row.run),
             seed=row.seed,
             step=row.step,
-            score=_score(plan, row.evaluation.score),
+            score=_score(judgement.detector, judgement.score),
             settings=settings(plan, row.run),
             recipe=plan.trajectories[row.evaluation.state.trajectory].recipe,
-            file=row.evaluation.score,
+            file=judgement.score,
         )
-        for row in there or plan.rows
+        for row, judgement in there or scores
     ]
     return rows, [f"Not scored yet: {'; '.join(dict.fromkeys(missing))}."] if missing else []
 
@@ -171,13 +182,13 @@ def report(plan: Plan) -> Report:
     """
     made = plan.config
     rows, notes = _rows(plan)
-    inputs = {row.evaluation.score: plan.label(row.run, row.seed) for row in plan.rows}
+    inputs = {j.score: plan.label(row.run, row.seed) for row in plan.rows for j in row.evaluation.judgements}
     return Report(
         name=made.name,
         title=made.title or made.name,
         description=made.description,
         rows=rows,
-        floors=[_score(plan, plan.floor)] if Path(plan.floor).exists() else [],
+        floors=[_score(d, d.floor) for d in plan.detectors.values() if Path(d.floor).exists()],
         curves=[Curve(run, seed, records(plan, run, seed)) for run, seed in plan.pieces],
         grids=_grids(plan),
         parts=_parts(plan),
@@ -198,8 +209,7 @@ def shown_classes(plan: Plan) -> range:
 def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
     """The first samples of every class, one column a class. Equal seeds: equal noise for every method."""
     images, labels = [], []
-    for shard in range(evaluation.features.shards):
-        path = evaluation.sample_file(shard)
+    for path in evaluation.sample_files:
         try:
             with np.load(path, allow_pickle=False) as file:
                 images.append(file["arr_0"])

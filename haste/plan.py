@@ -123,16 +123,72 @@ class Segment:
 
 
 @dataclasses.dataclass(frozen=True)
+class Detector:
+    """A network that judges samples, and where what it sees in the real images lies.
+
+    name: in this configuration; kind: `cnn` of one that is trained here, as `part`, or a public one's name; weights: a
+    public one's file, None for the hub's; floor: scores of real images against real ones.
+    """
+
+    name: str
+    kind: str
+    weights: str | None
+    key: str
+    part: Artefact | None
+    reference: Artefact
+    floor: str
+
+    @property
+    def looks(self) -> str:
+        """Name of the folder that holds what it sees, whatever it looks at."""
+        return f"{self.kind}-{self.key}"
+
+    @property
+    def opens(self) -> str:
+        """What `haste.metrics.detectors.open_detector` opens: a folder or a name."""
+        return self.part.folder if self.part else self.kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What one detector sees in a set of samples, and the score that comes of it."""
+
+    detector: Detector
+    features: Artefact
+    score: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Samples of one state, drawn in one way, and their score."""
+    """Samples of one state, drawn in one way, and what detectors make of them, the leading one first."""
 
     name: str
     state: State
     sampling_name: str
     sampling: Sampling
     folder: str
-    features: Artefact
-    score: str
+    shards: int
+    recipe: dict[str, Any]
+    judgements: tuple[Judgement, ...]
+
+    @property
+    def key(self) -> str:
+        """Hash of how the samples are drawn."""
+        return fingerprint(self.recipe)
+
+    @property
+    def features(self) -> Artefact:
+        """What the leading detector sees."""
+        return self.judgements[0].features
+
+    @property
+    def score(self) -> str:
+        """The leading detector's score."""
+        return self.judgements[0].score
+
+    def judgement(self, detector: str) -> Judgement:
+        """By the detector's name."""
+        return next(one for one in self.judgements if one.detector.name == detector)
 
     @property
     def grid(self) -> str:
@@ -141,7 +197,17 @@ class Evaluation:
 
     def sample_file(self, shard: int) -> str:
         """ADM's .npz of one shard."""
-        return f"{self.folder}/shard-{shard:05d}-of-{self.features.shards:05d}.npz"
+        return f"{self.folder}/shard-{shard:05d}-of-{self.shards:05d}.npz"
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether all samples are there."""
+        return all(Path(path).exists() for path in self.sample_files)
+
+    @property
+    def sample_files(self) -> list[str]:
+        """ADM's .npz of all shards."""
+        return [self.sample_file(shard) for shard in range(self.shards)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,9 +251,36 @@ class Plan:
             name: self._part("teacher", name, teacher.trained.model_dump()) if teacher.trained else None
             for name, teacher in config.teachers.items()
         }
-        ((name, detector),) = config.detector.items()
-        self.detector = self._part("detector", name, detector.trained.model_dump())
-        self.reference = self._features(self.images.folder.rsplit("/", 1)[1], self.images.key, shards=1)
+        self.detectors = {name: self._detector(name, spec) for name, spec in config.detector.items()}
+
+    @property
+    def detector(self) -> Detector:
+        """The leading detector: its Frechet distance orders curves and grids."""
+        return next(iter(self.detectors.values()))
+
+    @property
+    def reference(self) -> Artefact:
+        """What the leading detector sees in the real images."""
+        return self.detector.reference
+
+    @property
+    def references_missing(self) -> list[str]:
+        """The detectors' references that are still to be made; all of them where none is missing."""
+        every = [detector.reference.manifest for detector in self.detectors.values()]
+        return [path for path in every if not Path(path).exists()] or every
+
+    @property
+    def floor(self) -> str:
+        """The leading detector's scores of real images against real ones."""
+        return self.detector.floor
+
+    def _detector(self, name: str, spec: configuration.Detector) -> Detector:
+        part = self._part("detector", name, spec.trained.model_dump()) if spec.trained else None
+        kind, weights = (spec.pretrained.name, spec.pretrained.weights) if spec.pretrained else ("cnn", None)
+        key = fingerprint({"recipe": RECIPE, "detector": part.key if part else [kind, weights]})
+        reference = self._features(self.images.folder.rsplit("/", 1)[1], self.images.key, kind, key, shards=1)
+        floor = f"{self.root}/scores/floor-{fingerprint([reference.key, 'halves'])}.json"
+        return Detector(name, kind, weights, key, part, reference, floor)
 
     def _store(self, kind: str, recipe: dict[str, Any], shards: int) -> Artefact:
         key = fingerprint({"store": kind, **recipe})
@@ -198,10 +291,9 @@ class Plan:
         key = fingerprint(recipe)
         return Artefact(kind, key, recipe, f"{self.root}/parts/{kind}-{key}", name=name)
 
-    def _features(self, of: str, source: str, shards: int) -> Artefact:
-        recipe = {"recipe": RECIPE, "of": source, "detector": self.detector.key}
-        folder = f"{self.root}/features/{of}/detector-{self.detector.key}"
-        return Artefact("features", fingerprint(recipe), recipe, folder, shards)
+    def _features(self, of: str, source: str, kind: str, detector: str, shards: int) -> Artefact:
+        recipe = {"recipe": RECIPE, "of": source, "detector": detector}
+        return Artefact("features", fingerprint(recipe), recipe, f"{self.root}/features/{of}/{kind}-{detector}", shards)
 
     def teacher_key(self, name: str) -> str:
         """What names a teacher in a recipe: a trained one's key, or the pretrained one's name and file of weights."""
@@ -481,7 +573,6 @@ class Plan:
                 evaluation = self._evaluation(state, sampling)
                 self.evaluations[evaluation.name] = evaluation
                 self.rows.append(Row(name, spec.step, evaluation, spec.seed))
-        self.floor = f"{self.root}/scores/floor-{fingerprint([self.reference.key, 'halves'])}.json"
 
     def _evaluation(self, state: State, name: str) -> Evaluation:
         sampling = self.config.sampling[name]
@@ -489,9 +580,14 @@ class Plan:
         settings = configuration.decides(Sampling, sampling.model_dump())
         recipe = {"recipe": RECIPE, "state": str(state), "sampling": settings, "decoder": decoder}
         draw = f"{state.trajectory}.{state.step:08d}.{fingerprint(recipe, 8)}"
-        features = self._features(draw, draw, self.config.runtime.sample_shards)
-        score = f"{self.root}/scores/{draw}.{fingerprint([features.key, self.reference.key], 8)}.json"
-        return Evaluation(draw, state, name, sampling, f"{self.root}/samples/{draw}", features, score)
+        shards = self.config.runtime.sample_shards
+        judgements = []
+        for detector in self.detectors.values():
+            features = self._features(draw, draw, detector.kind, detector.key, shards)
+            score = f"{self.root}/scores/{draw}.{fingerprint([features.key, detector.reference.key], 8)}.json"
+            judgements.append(Judgement(detector, features, score))
+        folder = f"{self.root}/samples/{draw}"
+        return Evaluation(draw, state, name, sampling, folder, shards, recipe, tuple(judgements))
 
     # -- weights from elsewhere ------------------------------------------------------------------------------------
 
@@ -570,9 +666,9 @@ class Plan:
     @property
     def shown(self) -> list[str]:
         """The files that the page shows: every score, and the pictures of each row's first seed."""
-        scores = [row.evaluation.score for row in self.rows]
+        scores = [judgement.score for row in self.rows for judgement in row.evaluation.judgements]
         grids = [row.evaluation.grid for row in self.rows if self.leads(row)]
-        return [*dict.fromkeys(scores + grids), self.floor]
+        return [*dict.fromkeys(scores + grids), *(detector.floor for detector in self.detectors.values())]
 
 
 def image_count(plan: Plan) -> int:

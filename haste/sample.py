@@ -1,4 +1,4 @@
-"""Samples of a state: one shard of images and their features, drawn such that image i depends on (seed, i) alone.
+"""Samples of a state, drawn such that image i depends on (seed, i) alone, and what detectors see in them.
 
 B batch, C latent channels, h x w latent cells, R pixels a side.
 """
@@ -6,10 +6,13 @@ B batch, C latent channels, h x w latent cells, R pixels a side.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ from haste import artefact
 from haste.config import Sampling
 from haste.data import drawn, order
 from haste.data.latents import Autoencoder, to_pixels
+from haste.data.samples import open_samples
 from haste.data.store import Store, shard_range, write_shard
 from haste.diffusion.guidance import guided
 from haste.diffusion.paths import PATHS
@@ -28,6 +32,7 @@ from haste.metrics.detectors import Detector
 from haste.models.sit import SiT
 
 log = logging.getLogger("haste.sample")
+_NONE = np.zeros(0, np.int64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +100,8 @@ class Painter:
 
 def draw_shard(
     painter: Painter,
-    detector: Detector,
     *,
-    samples: Path,
-    features: Path,
+    path: Path,
     key: str,
     recipe: dict,
     shard: int,
@@ -106,40 +109,89 @@ def draw_shard(
     batch: int,
     inputs: dict[str, str],
 ) -> None:
-    """Draw one shard: ADM's .npz (`arr_0` uint8 NHWC, `arr_1` labels) and the features store's shard, in one pass.
+    """Draw one shard into ADM's .npz: `arr_0` uint8 NHWC, `arr_1` labels, and how they were made as `haste`.
 
-    Batches are kept as they are drawn: after a kill the same call draws only what is missing, to the same bits.
-    Beside ADM's arrays the .npz has `nfe`, the evaluations of each sample, and `haste`, how it was made.
+    Images go to the file as they are drawn, so memory holds one batch of them. Batches are kept aside: after a kill
+    the same call draws only what is missing, to the same bits. `haste.data.drawn.forget` removes them when nothing can
+    ask for the shard again. Beside ADM's arrays the .npz has `nfe`, the evaluations of each sample.
 
     Args:
         painter: what draws.
-        detector: what looks at the images.
-        samples: the .npz to write.
-        features: folder of the features store.
-        key: the features store's key.
-        recipe: the features store's recipe.
+        path: the .npz to write.
+        key: the samples' key.
+        recipe: the samples' recipe.
         shard: which shard, from 0.
         shards: how many there are.
         batch: images drawn at once; changes nothing but float rounding.
-        inputs: identities of state, autoencoder and detector, to be recorded.
+        inputs: identities of state and autoencoder, to be recorded.
     """
-    started, total = time.monotonic(), painter.sampling.count
-    indices = shard_range(total, shard, shards)
-    aside, watch = drawn.folder_of(samples), _Watch(f"shard {shard} of {shards}", len(indices))
-    source = {name: inputs[name] for name in ("weights", "autoencoder")}
-    made: list[dict[str, np.ndarray]] = []
+    started, indices = time.monotonic(), shard_range(painter.sampling.count, shard, shards)
+    aside, watch = drawn.folder_of(path), _Watch(f"samples, shard {shard} of {shards}", len(indices))
+    side, made = painter.autoencoder.factor * painter.model.input_size, [{"label": _NONE, "nfe": _NONE}]
 
     def draw(rows: range) -> dict[str, np.ndarray]:
         return painter.draw(rows, lambda share: watch(share * len(rows)))
 
+    with artefact.replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            shape = {"descr": "|u1", "fortran_order": False, "shape": (len(indices), side, side, 3)}
+            np.lib.format.write_array_header_1_0(file, shape)
+            for found, new in drawn.drawn(aside, indices, batch, inputs, draw):
+                file.write(np.ascontiguousarray(found.pop("image")).data)
+                made.append(found)
+                watch.finished(len(found["label"]), new)
+        labels, counts = (np.concatenate([found[name] for found in made]) for name in ("label", "nfe"))
+        header = {"schema": artefact.SCHEMA, "kind": "samples", "classes": painter.model.null_class}
+        header |= {"nfe": float(counts.mean()) if len(counts) else None}
+        header |= artefact.provenance(key=key, recipe=recipe, inputs=inputs, seconds=time.monotonic() - started)
+        rest = {"arr_1": labels, "nfe": counts, "haste": np.array(artefact.canonical(header))}
+        for name, array in rest.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def feature_shard(
+    detector: Detector,
+    path: Path,
+    *,
+    folder: Path,
+    key: str,
+    recipe: dict,
+    shard: int,
+    shards: int,
+    total: int,
+    batch: int = 256,
+) -> None:
+    """What a detector sees in one shard of samples, as a shard of a features store.
+
+    Args:
+        detector: what looks at the images.
+        path: the .npz that `draw_shard` wrote.
+        folder: the features store's.
+        key: the features store's key.
+        recipe: the features store's recipe.
+        shard: which shard, from 0.
+        shards: how many there are.
+        total: samples in all shards.
+        batch: images looked at at once; changes nothing but float rounding.
+
+    Raises:
+        ValueError: the samples are missing, truncated, or not such as `draw_shard` writes.
+    """
+    images = open_samples(path)
+    labels, header = _asked(path)
+    made = {name: value for name, value in header["inputs"].items() if name != "detector"}
+    inputs = {**made, "detector": detector.identity}
+    facts = {**inputs, "about": _about(detector)}
+
     def batches() -> Iterator[dict[str, np.ndarray]]:
-        for found, new in drawn.drawn(aside, indices, batch, source, draw):
-            made.append(found)
-            watch.finished(len(found["label"]), new)
-            yield _seen(detector, found["image"], found["label"])
+        done = 0
+        for pictures in images.batches(batch):
+            yield _seen(detector, pictures, labels[done : done + len(pictures)])
+            done += len(pictures)
 
     write_shard(
-        features,
+        folder,
         kind="features",
         key=key,
         recipe=recipe,
@@ -149,19 +201,9 @@ def draw_shard(
         fields=_fields(detector),
         batches=batches(),
         provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
-        facts={"detector": detector.identity, **inputs},
+        facts=facts,
+        progress=_Watch(f"{detector.name}, shard {shard} of {shards}", len(labels)).reached,
     )
-    side = painter.autoencoder.factor * painter.model.input_size
-    images = np.concatenate([np.zeros((0, side, side, 3), np.uint8), *(found["image"] for found in made)])
-    labels, counts = (
-        np.concatenate([np.zeros(0, np.int64), *(found[name] for found in made)]) for name in ("label", "nfe")
-    )
-    header = {"schema": artefact.SCHEMA, "kind": "samples", "classes": painter.model.null_class}
-    header |= {"nfe": float(counts.mean()) if len(counts) else None}
-    header |= artefact.provenance(key=key, recipe=recipe, inputs=inputs, seconds=time.monotonic() - started)
-    with artefact.replacing(samples) as part, open(part, "wb") as file:
-        np.savez(file, arr_0=images, arr_1=labels, nfe=counts, haste=np.array(artefact.canonical(header)))
-    drawn.forget(aside)
 
 
 class _Watch:
@@ -188,6 +230,10 @@ class _Watch:
         else:
             self(0.0)
 
+    def reached(self, done: int, count: int) -> None:
+        """So many samples are done, of `count`."""
+        self.finished(done - self.done, new=True)
+
     def _show(self, done: float) -> None:
         self.shown = time.monotonic()
         rate = (done - self.kept) / max(self.shown - self.started, 1e-9)
@@ -197,10 +243,26 @@ class _Watch:
         log.info("%s: %s", self.name, words)
 
 
+def _asked(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """The classes asked of a shard's samples, (N,) int64, and the record of how they were made."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            labels, header = file["arr_1"].astype(np.int64), json.loads(str(file["haste"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: expected samples with their labels and record, found others ({error})") from error
+    artefact.check_header(path, header, "samples")
+    return labels, header
+
+
 def _seen(detector: Detector, images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
     """A batch of a features store: what a detector says of images, beside their labels."""
     found = detector(torch.from_numpy(images))
     return {**{name: value.numpy() for name, value in found.items()}, "label": labels}
+
+
+def _about(detector: Detector) -> dict[str, Any]:
+    # Not its name: another configuration, which shares the store, may call it otherwise.
+    return {name: value for name, value in detector.about.items() if name != "name"}
 
 
 def _fields(detector: Detector) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -230,5 +292,6 @@ def reference_shard(
         fields=_fields(detector),
         batches=batches(),
         provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
-        facts=inputs,
+        facts={**inputs, "about": _about(detector)},
+        progress=_Watch(f"{detector.name}, real images", len(rows)).reached,
     )

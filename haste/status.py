@@ -93,7 +93,7 @@ def sampling_seconds(plan: Plan, evaluation: Evaluation, flops: float) -> float:
     evaluations: float = 2 * steps - 1 if sampling.sampler == "heun" else steps
     if sampling.guidance > 1:
         evaluations *= 1 + sampling.interval[1] - sampling.interval[0]
-    work = training_flops(recipe) / 3 * evaluations * sampling.count / evaluation.features.shards
+    work = training_flops(recipe) / 3 * evaluations * sampling.count / evaluation.shards
     return work / (EFFICIENCY * flops * plan.config.runtime.threads)
 
 
@@ -102,13 +102,15 @@ def stages(plan: Plan) -> tuple[list[Stage], bool]:
     flops = machine_flops()
     training, measured = _training_stages(plan, flops)
     evaluations = list(plan.evaluations.values())
-    closing = [plan.report_made, plan.floor, *(path for path in plan.shown if path.endswith("grid.png"))]
+    floors = [detector.floor for detector in plan.detectors.values()]
+    closing = [plan.report_made, *floors, *(path for path in plan.shown if path.endswith("grid.png"))]
     found = [
         *_data_stages(plan),
         *_target_stages(plan, flops),
         *training,
         _sampling_stage(plan, evaluations, flops),
-        _stage("scores", [e.score for e in evaluations]),
+        _stage("features", [path for e in evaluations for j in e.judgements for path in j.features.shard_files]),
+        _stage("scores", [judgement.score for e in evaluations for judgement in e.judgements]),
         _stage("grids, floor, report", closing),
     ]
     return found, measured
@@ -122,8 +124,9 @@ def _stage(name: str, files: list[str], megabytes: float = 0.0) -> Stage:
 def _data_stages(plan: Plan) -> list[Stage]:
     config, count = plan.config, image_count(plan)
     latent = 2 * config.autoencoder.channels * config.latent_size**2
-    joined = [plan.images, *([plan.latents] if config.runs else []), plan.reference]
-    parts = [part for part in (plan.autoencoder, *plan.teachers.values(), plan.detector) if part]
+    detectors = plan.detectors.values()
+    joined = [plan.images, *([plan.latents] if config.runs else []), *(detector.reference for detector in detectors)]
+    parts = [p for p in (plan.autoencoder, *plan.teachers.values(), *(detector.part for detector in detectors)) if p]
     return [
         _stage("images", plan.images.shard_files, 3 * config.images.resolution**2 * count / MB),
         _stage(
@@ -181,9 +184,9 @@ def _training_stages(plan: Plan, flops: float) -> tuple[list[Stage], bool]:
 
 
 def _sampling_stage(plan: Plan, evaluations: list[Evaluation], flops: float) -> Stage:
-    draws = [(e.sample_file(i), e) for e in evaluations for i in range(e.features.shards)]
+    draws = [(e.sample_file(i), e) for e in evaluations for i in range(e.shards)]
     todo = [e for path, e in draws if not Path(path).exists()]
-    size = sum(3 * plan.config.images.resolution**2 * e.sampling.count / e.features.shards for e in todo)
+    size = sum(3 * plan.config.images.resolution**2 * e.sampling.count / e.shards for e in todo)
     seconds = sum(sampling_seconds(plan, e, flops) for e in todo)
     return Stage("samples", len(draws), len(todo), seconds, size / MB)
 

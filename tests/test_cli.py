@@ -29,7 +29,7 @@ def test_every_artefact_says_how_it_was_made(make_plan):
     state = plan.path(plan.state("HASTE", 8))
     files = [
         *(plan.images.folder, plan.images.manifest, plan.images.shard_files[0], plan.latents.manifest),
-        *(plan.autoencoder.manifest, plan.teachers["vit"].folder, plan.detector.folder),
+        *(plan.autoencoder.manifest, plan.teachers["vit"].folder, plan.detector.part.folder),
         *(state, Path(state).parent, row.evaluation.sample_file(0), row.evaluation.features.shard_files[0]),
         *(row.evaluation.score, plan.floor, plan.report),
     ]

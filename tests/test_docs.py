@@ -91,7 +91,7 @@ def test_every_rule_stands_in_the_table_of_rules_with_a_command_that_it_calls():
     rules = {}
     for text in (file.read_text() for file in files):
         for name, body in re.findall(r"^ *rule (\w+):(.*?)(?=^ *rule |\Z)", text, re.MULTILINE | re.DOTALL):
-            called = re.search(r'shell: "haste (\w+)', body)
+            called = re.search(r'shell:\s+"haste (\w+)', body)
             if called:
                 rules[name] = called[1]
     listed = {}
@@ -284,6 +284,7 @@ PUBLIC = {
     **BASE,
     "autoencoder": {"pretrained": {"encode": "a"}},
     "teachers": {"small": {"pretrained": {"name": "DINO-B"}}, "big": {"pretrained": {"name": "CLIP-B/16"}}},
+    "detector": {"cnn": {"pretrained": {"name": "DINOv2-B"}}},
 }
 NAMES = {
     "teachers": "small",
@@ -313,6 +314,8 @@ OTHER = {
     "teachers.NAME.trained.patch": 8,
     "teachers.NAME.cache": "features",
     "detector.NAME.trained.width": 64,
+    "detector.NAME.pretrained.name": "inception",
+    "detector.NAME.pretrained.weights": "b",
     "models.NAME.heads": 8,
     "models.NAME.width": 128,
     "models.NAME.patch_size": 4,

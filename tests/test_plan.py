@@ -100,6 +100,42 @@ def test_what_decides_a_state_decides_its_name(change):
     }
 
 
+TWO = {**TINY["detector"], "wide": {"trained": {"steps": 2, "batch": 8, "width": 16}}}
+
+
+def test_a_second_detector_renames_nothing_that_is_there():
+    before, after = plan_of(), plan_of(detector=TWO)
+    assert list(before.evaluations) == list(after.evaluations)
+    assert set(before.shown) < set(after.shown)
+    for name, evaluation in before.evaluations.items():
+        assert evaluation.judgements == after.evaluations[name].judgements[:1]
+        assert evaluation.sample_files == after.evaluations[name].sample_files
+    assert (before.floor, before.reference) == (after.floor, after.reference)
+
+
+def test_the_first_detector_leads_and_all_have_names_of_their_own():
+    plan, turned = plan_of(detector=TWO), plan_of(detector=dict(reversed(TWO.items())))
+    assert (plan.detector.name, turned.detector.name) == ("cnn", "wide")
+    assert set(plan.shown) == set(turned.shown)
+    for evaluation in plan.evaluations.values():
+        mine = evaluation.judgements
+        assert evaluation.score == mine[0].score and [one.detector.name for one in mine] == ["cnn", "wide"]
+        assert len({one.features.folder for one in mine} | {one.score for one in mine}) == 4
+    assert len({path for detector in plan.detectors.values() for path in (detector.floor, detector.reference.key)}) == 4
+
+
+def test_a_public_detector_is_named_by_its_name_and_its_file_of_weights():
+    images = {**TINY["images"], "resolution": 32}
+
+    def looks(**public):
+        return plan_of(images=images, detector={"x": {"pretrained": public}}).detector.looks
+
+    assert looks(name="inception").startswith("inception-")
+    found = [looks(name="inception"), looks(name="inception", weights="a"), looks(name="DINOv2-L", weights="a")]
+    assert len(set(found)) == 3
+    assert plan_of(images=images, detector={"y": {"pretrained": {"name": "inception"}}}).detector.looks == found[0]
+
+
 def test_a_teacher_matters_only_to_the_runs_that_look_at_it():
     other = {"vit": {"trained": {**TINY["teachers"]["vit"]["trained"], "steps": 3}}}
     before, after = plan_of(), plan_of(teachers=other)

@@ -1,15 +1,20 @@
 """Image i depends on (seed, i) alone: not on the batch, not on the shards."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
-from haste import cli
+from haste import cli, config
 from haste.data import drawn
 from haste.data.store import Store, join
+from haste.plan import Plan
 from haste.sample import Painter
 from haste.train import loop
+
+TINY = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
 
 
 @pytest.fixture
@@ -80,7 +85,7 @@ def test_features_belong_to_the_samples_beside_them(trained):
     images, labels = draw(plan, evaluation)
     made = evaluation.features
     join(made.folder, kind="features", key=made.key, recipe=made.recipe, shards=3, splits={}, provenance={})
-    store, detector = Store.open(made.folder), open_detector(plan.detector.folder)
+    store, detector = Store.open(made.folder), open_detector(plan.detector.part.folder)
     import torch
 
     seen = detector(torch.from_numpy(images))
@@ -88,6 +93,52 @@ def test_features_belong_to_the_samples_beside_them(trained):
     assert (store.read("label", rows) == labels).all()
     np.testing.assert_allclose(store.read("pool", rows), seen["pool"].numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(store.read("logits", rows), seen["logits"].numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_detector_that_comes_later_sees_what_it_would_have_seen_at_once_and_draws_nothing(trained):
+    wide = {"trained": {"steps": 2, "batch": 8, "width": 16}}
+    plan, evaluation = trained(shards=3)
+    raw = {**yaml.safe_load(plan.file.read_text()), "detector": {**TINY["detector"], "wide": wide}}
+    plan.file.write_text(yaml.safe_dump(raw))
+    both = Plan(config.resolve(raw))
+    both.file = plan.file
+    assert cli.main(["detector", "wide", "-c", str(plan.file)]) == 0
+    draw(both, both.evaluations[evaluation.name])
+    made = both.evaluations[evaluation.name].judgement("wide").features
+    at_once = [Path(path).read_bytes() for path in made.shard_files]
+    samples = {path: (Path(path).read_bytes(), Path(path).stat().st_mtime_ns) for path in evaluation.sample_files}
+    seen = joined(made)
+    shutil.rmtree(made.folder)
+    Path(plan.path(evaluation.state)).unlink()
+    for shard in range(3):
+        command = ["features", evaluation.name, "--detector", "wide", "--shard", str(shard), "-c", str(plan.file)]
+        assert cli.main(command) == 0
+    later = joined(made)
+    assert len(at_once) == 3 and later.identity == seen.identity
+    assert (later.read("pool", range(20)) == seen.read("pool", range(20))).all()
+    assert {p: (Path(p).read_bytes(), Path(p).stat().st_mtime_ns) for p in samples} == samples
+
+
+def joined(made):
+    common = {"kind": "features", "key": made.key, "recipe": made.recipe, "shards": made.shards}
+    join(made.folder, splits={}, provenance={}, **common)
+    return Store.open(made.folder)
+
+
+def test_a_shard_of_samples_that_another_wrote_or_a_kill_cut_short_is_refused_by_name(trained, capsys):
+    plan, evaluation = trained()
+    draw(plan, evaluation)
+    path = Path(evaluation.sample_file(0))
+    command = ["features", evaluation.name, "--detector", "cnn", "-c", str(plan.file)]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert cli.main(command) == 2
+    np.savez(path.with_suffix(""), arr_0=np.zeros((20, 8, 8, 3), np.uint8))
+    assert cli.main(command) == 2
+    messages = capsys.readouterr().err
+    assert messages.count(str(path)) == 2 and "expected samples with their labels and record" in messages
+    assert cli.main(["features", evaluation.name, "--detector", "dog", "-c", str(plan.file)]) == 2
+    assert "detector 'dog': not in this configuration, which has cnn" in capsys.readouterr().err
 
 
 def test_samples_come_from_the_average_and_not_from_the_raw_model(trained):

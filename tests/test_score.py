@@ -2,13 +2,15 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from haste.data.store import Store, join, write_shard
+from haste.data.store import Store, join, shard_range, write_shard
+from haste.metrics import inception_score
 from haste.metrics.detectors import Detector, open_detector
 from haste.sample import reference_shard
 from haste.score import workflow as score
@@ -67,12 +69,26 @@ def accuracy(logits, labels):
     return float(np.mean([list(row).index(max(row)) == label for row, label in zip(logits, labels, strict=True)]))
 
 
+def kernel_distance(a, b):
+    """KID over all pairs (k(x, y) = (x.y / D + 1)^3, a point never with itself), one pair at a time."""
+    a, b = a.astype(np.float64).tolist(), b.astype(np.float64).tolist()
+
+    def kernel(x, y):
+        return (sum(u * v for u, v in zip(x, y, strict=True)) / len(x) + 1) ** 3
+
+    def within(points):
+        return np.mean([kernel(x, y) for i, x in enumerate(points) for j, y in enumerate(points) if i != j])
+
+    return float(within(a) + within(b) - 2 * np.mean([kernel(x, y) for x in a for y in b]))
+
+
 def by_hand(fake, real):
     """Every score of two sides, each (pool, logits, labels)."""
     return {
         "fd": pytest.approx(frechet_of_planes(fake[0], real[0]), rel=1e-9),
         "precision": share_inside(fake[0], real[0]),
         "recall": share_inside(real[0], fake[0]),
+        "kid": pytest.approx(kernel_distance(fake[0], real[0]), rel=1e-9),
         "class_accuracy": accuracy(fake[1], fake[2]),
     }
 
@@ -121,6 +137,50 @@ def test_statistics_are_of_the_rows_asked_for_alone(read, tmp_path):
     rows = np.array([19, 2, 3, 11, 7, 5, 13])
     found = score.values(score.statistics(mine, rows), score.statistics(theirs, rows + 1))
     assert found == by_hand([side[rows] for side in fake], [side[rows + 1] for side in real])
+
+
+def test_a_large_reference_is_measured_whole_by_moments_and_thinned_evenly_by_neighbours(monkeypatch, tmp_path):
+    for name in ("precision_recall", "kid"):
+        monkeypatch.setitem(score.METRICS, name, replace(score.METRICS[name], reference_rows=8))
+    fake, real = drawn(3, 20, (0.0, 0.0), 2.0), drawn(4, 21, (0.0, 1.0), 1.0)
+    mine, theirs = features(tmp_path / "fake", *fake), features(tmp_path / "real", *real)
+    thinned = real[0][[0, 2, 5, 7, 10, 13, 15, 18]]
+    found = score.values(score.statistics(mine), score.reference_statistics(theirs))
+    assert found["fd"] == pytest.approx(frechet_of_planes(fake[0], real[0]), rel=1e-9)
+    assert (found["precision"], found["recall"]) == (share_inside(fake[0], thinned), share_inside(thinned, fake[0]))
+    assert found["kid"] == pytest.approx(kernel_distance(fake[0], thinned), rel=1e-9)
+
+
+def test_inception_score_is_of_splits_in_the_samples_order_however_they_are_stored_and_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(inception_score, "SPLIT", 8)
+    logits = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32) + 3 * np.eye(5)[np.arange(20) // 4]
+
+    def found(shards, read, rows=None):
+        monkeypatch.setattr(score, "READ", read)
+        folder = tmp_path / f"{shards}-{read}"
+        common = {"kind": "features", "key": "k", "recipe": {}, "shards": shards, "provenance": {}}
+        fields = {"logits_unbiased": ((5,), "float32"), "label": ((), "int64")}
+        for shard in range(shards):
+            mine = list(shard_range(20, shard, shards))
+            batch = {"logits_unbiased": logits[mine].astype(np.float32), "label": np.zeros(len(mine), np.int64)}
+            write_shard(folder, shard=shard, total=20, fields=fields, batches=[batch], **common)
+        join(folder, splits={}, **common)
+        return score.values(score.statistics(Store.open(folder), rows), {})
+
+    def split_score(rows):
+        p = np.exp(logits[rows].astype(np.float32).astype(np.float64))
+        p /= p.sum(1, keepdims=True)
+        return np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean())
+
+    splits = [split_score(slice(low, low + 8)) for low in (0, 8, 16)]
+    for shards, read in ((1, 4096), (3, 3), (5, 7)):
+        assert found(shards, read) == {
+            "is": pytest.approx(np.mean(splits), rel=1e-9),
+            "is_std": pytest.approx(np.std(splits), rel=1e-9),
+        }
+    backwards = np.arange(20)[::-1].copy()
+    again = [split_score(backwards[low : low + 8]) for low in (0, 8, 16)]
+    assert found(2, 3, backwards)["is"] == pytest.approx(np.mean(again), rel=1e-9) != np.mean(splits)
 
 
 def test_sides_that_different_detectors_saw_are_refused(tmp_path):
@@ -175,7 +235,7 @@ def test_the_reference_of_a_configuration_leaves_its_held_out_images_out(make_pl
     images, store = Store.open(plan.images.folder), Store.open(plan.reference.folder)
     assert images.count == 1797  # scikit-learn's digits, of which the configuration holds 97 out
     assert store.count == 1700
-    detector = open_detector(plan.detector.folder)
+    detector = open_detector(plan.detector.part.folder)
     rows = [0, 1, 255, 256, 850, 1699]  # on both sides of a batch's end
     chosen = [images.range("train")[row] for row in rows]
     seen = detector(torch.from_numpy(images.read("image", chosen)))

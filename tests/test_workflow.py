@@ -198,6 +198,27 @@ def test_a_checkpoint_from_elsewhere_is_sampled_and_scored_and_nothing_is_traine
     assert "theirs" in (Path(shop.plan.report).parent / "results.csv").read_text()
 
 
+def test_a_detector_that_is_added_looks_at_the_samples_that_are_there(shop):
+    shop.configure(detector={**TINY["detector"], "wide": {"trained": {"steps": 2, "batch": 8, "width": 16}}})
+    draws = set(shop.plan.evaluations)
+    expected = {("detector", ""), ("reference", ""), ("floor", ""), ("report", "")}
+    assert shop.jobs() == expected | {(rule, draw) for rule in ("features", "score") for draw in draws}
+    drawn = {path: path.stat().st_mtime_ns for path in shop.root.glob("samples/*/*")}
+    done = shop.snakemake()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert {path: path.stat().st_mtime_ns for path in shop.root.glob("samples/*/*")} == drawn
+    assert shop.jobs() == set()
+    heading = (Path(shop.plan.report).parent / "results.csv").read_text().splitlines()[0]
+    assert "FD (cnn)" in heading and "FD (wide)" in heading
+
+
+def test_samples_that_are_lost_are_drawn_and_looked_at_in_one_job(shop):
+    evaluation = shop.evaluation("HASTE", 16)
+    for made in (*(Path(file) for file in evaluation.sample_files), *map(Path, evaluation.features.shard_files)):
+        made.unlink()
+    assert shop.jobs() == shop.evaluated("HASTE", 16)
+
+
 def test_an_unrelated_key_reruns_nothing(shop):
     shop.configure(runtime={**TINY["runtime"], "threads": 2, "log_every": 1}, title="another title")
     assert shop.jobs() == {("report", "")}  # the page shows the configuration

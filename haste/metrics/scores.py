@@ -25,6 +25,7 @@ from haste.metrics.frechet import checked_features
 from haste.metrics.neighbours import precision_recall
 
 Batch = Mapping[str, NDArray]
+NEIGHBOURS = 10_000  # real images that ADM's precision and recall, and here KID, are measured against
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Metric:
     merge: (stats, stats) -> stats, of disjoint sets of images.
     value: (stats of the samples, stats of the reference or None) -> name -> number.
     reference: whether `value` asks for the statistic of real images.
+    reference_rows: how many real images that statistic takes at most, evenly spaced ones; None is all.
     better: name -> "lower" or "higher", of what has a direction; an error bar, "NAME_std", has none.
     notes: as `value`, what must be said beside the numbers, such as too few images; a sentence each.
     """
@@ -47,6 +49,7 @@ class Metric:
     reference: bool
     better: Mapping[str, str]
     notes: Callable[[Any, Any], list[str]] = lambda stats, reference: []
+    reference_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,7 @@ METRICS: dict[str, Metric] = {
         value=_precision_recall,
         reference=True,
         better={"precision": "higher", "recall": "higher"},
+        reference_rows=NEIGHBOURS,
     ),
     "kid": Metric(
         needs=("pool",),
@@ -133,6 +137,7 @@ METRICS: dict[str, Metric] = {
         value=lambda stats, reference: kid.value(reference.ordered, stats.ordered),
         reference=True,
         better={"kid": "lower"},
+        reference_rows=NEIGHBOURS,
         notes=lambda stats, reference: kid.notes(len(reference.index), len(stats.index)),
     ),
     "class_accuracy": Metric(

@@ -14,27 +14,47 @@ from haste.data.store import Store
 from haste.metrics.scores import METRICS
 
 READ = 4096  # rows read at once
-SHOWN = ("frechet", "precision_recall", "class_accuracy")  # what the workflow's table has
+FLOOR = 50_000  # real images on a side of the floor, at most: as many as samples usually are
 
 
-def statistics(features: Store, rows: np.ndarray | None = None, metrics: Sequence[str] = SHOWN) -> dict[str, Any]:
+def spaced(count: int, most: int | None) -> np.ndarray:
+    """Rows (at most `most` of `count`, None for all), evenly spaced: the same ones whatever the number of shards."""
+    return np.arange(count) if most is None or count <= most else np.arange(most) * count // most
+
+
+def statistics(
+    features: Store, rows: np.ndarray | None = None, metrics: Sequence[str] = tuple(METRICS)
+) -> dict[str, Any]:
     """The statistics of metrics over the rows of a features store, in one pass.
 
     Args:
-        features: a store with `pool` (D,), `label` and, for a classifier, `logits` (K,).
-        rows: which rows; None is all.
+        features: a store of a detector's outputs and `label`.
+        rows: which rows, in the order that counts for the metric (that of the samples); None is all.
         metrics: names in METRICS; those that the store has not the outputs for are left out.
     """
     rows = np.arange(features.count) if rows is None else rows
-    needed = {"pool": "pool", "logits": "logits", "labels": "label"}
+    fields = {"labels" if name == "label" else name: name for name in features.fields}
+    chosen = [name for name in metrics if set(METRICS[name].needs) <= set(fields)]
+    needed = {need for name in chosen for need in METRICS[name].needs}
     stats: dict[str, Any] = {}
     for low in range(0, len(rows), READ):
-        chosen = rows[low : low + READ]
-        batch = {name: features.read(field, chosen) for name, field in needed.items() if field in features.fields}
-        for name in metrics:
-            metric = METRICS[name]
-            if set(metric.needs) <= set(batch):
-                stats[name] = metric.update(stats.get(name), batch)
+        some = rows[low : low + READ]
+        batch = {name: features.read(fields[name], some) for name in needed}
+        batch["index"] = np.arange(low, low + len(some))  # so that no cutting changes which split a row is in
+        for name in chosen:
+            stats[name] = METRICS[name].update(stats.get(name), batch)
+    return stats
+
+
+def reference_statistics(
+    features: Store, rows: np.ndarray | None = None, metrics: Sequence[str] = tuple(METRICS)
+) -> dict[str, Any]:
+    """As `statistics`, of real images: what scores of samples are compared with, each on as many rows as it takes."""
+    rows = np.arange(features.count) if rows is None else rows
+    stats: dict[str, Any] = {}
+    for most in {METRICS[name].reference_rows for name in metrics}:
+        mine = [n for n in metrics if METRICS[n].reference and METRICS[n].reference_rows == most]
+        stats |= statistics(features, rows[spaced(len(rows), most)], mine)
     return stats
 
 
@@ -45,6 +65,12 @@ def values(samples: dict[str, Any], reference: dict[str, Any]) -> dict[str, floa
         metric = METRICS[name]
         found |= metric.value(stats, reference[name] if metric.reference else None)
     return found
+
+
+def notes(samples: dict[str, Any], reference: dict[str, Any]) -> list[str]:
+    """What must be said beside these values, a sentence each."""
+    found = [METRICS[name].notes(stats, reference.get(name)) for name, stats in samples.items()]
+    return list(dict.fromkeys(sentence for sentences in found for sentence in sentences))
 
 
 def score(features: Store, reference: Store, *, detector: str, about: dict[str, Any], key: str, path: Path) -> dict:
@@ -63,48 +89,58 @@ def score(features: Store, reference: Store, *, detector: str, about: dict[str, 
     """
     started = time.monotonic()
     _check_detectors(features, reference)
-    found = values(statistics(features), statistics(reference))
+    mine, real = statistics(features), reference_statistics(reference)
+    found = values(mine, real)
     inputs = {"features": features.identity, "reference": reference.identity}
     result = {
         "schema": artefact.SCHEMA,
         "kind": "score",
         "key": key,
         **about,
-        "detector": {"name": detector, "identity": features.manifest["detector"]},
+        "detector": _detector(detector, features),
         "samples": features.count,
         "reference": {"images": reference.count, "identity": reference.identity},
         "scores": found,
+        "notes": notes(mine, real),
         "provenance": artefact.provenance(key=key, inputs=inputs, seconds=time.monotonic() - started),
     }
     artefact.write_json(path, result)
     return result
 
 
-def floor(reference: Store, *, detector: str, held_out_accuracy: float, key: str, path: Path) -> dict:
+def floor(reference: Store, *, detector: str, held_out_accuracy: float | None, key: str, path: Path) -> dict:
     """Real against real: the even rows of the reference against the odd ones. What no model can be asked to beat.
 
-    Half as many images on each side as the reference has, so its distance is, if anything, too large. The class
-    accuracy is that on held-out images: the detector was trained on the reference.
+    Half as many images on each side as the reference has, so its distance is, if anything, too large; of a large
+    reference FLOOR a side, evenly spaced. The class accuracy is that on held-out images, for the detector was trained
+    on the reference; None where it is no classifier of them.
     """
     started = time.monotonic()
-    even, odd = np.arange(0, reference.count, 2), np.arange(1, reference.count, 2)
-    found = values(statistics(reference, even), statistics(reference, odd))
-    found["class_accuracy"] = held_out_accuracy
+    rows = spaced(reference.count, 2 * FLOOR)
+    even, odd = rows[0::2], rows[1::2]
+    mine, real = statistics(reference, even), reference_statistics(reference, odd)
+    found = values(mine, real)
+    found |= {} if held_out_accuracy is None else {"class_accuracy": held_out_accuracy}
     result = {
         "schema": artefact.SCHEMA,
         "kind": "score",
         "floor": True,
         "key": key,
-        "detector": {"name": detector, "identity": reference.manifest["detector"]},
+        "detector": _detector(detector, reference),
         "samples": len(even),
         "reference": {"images": len(odd), "identity": reference.identity},
         "scores": found,
+        "notes": notes(mine, real),
         "provenance": artefact.provenance(
             key=key, inputs={"reference": reference.identity}, seconds=time.monotonic() - started
         ),
     }
     artefact.write_json(path, result)
     return result
+
+
+def _detector(name: str, features: Store) -> dict[str, Any]:
+    return {"name": name, **features.manifest.get("about", {}), "identity": features.manifest["detector"]}
 
 
 def _check_detectors(features: Store, reference: Store) -> None:

@@ -38,11 +38,13 @@ rule teacher:
 
 rule detector:
     input: ancient(plan.images.manifest)
-    output: plan.detector.manifest
-    log: log_of("detector")
-    benchmark: time_of("detector")
+    output: f"{plan.root}/parts/detector-{{key}}/part.json"
+    log: log_of("detector-{key}")
+    benchmark: time_of("detector-{key}")
     threads: THREADS
-    shell: "haste detector -c {CONFIG:q} > {log:q} 2>&1"
+    params:
+        name=lambda wildcards: next(n for n, d in plan.detectors.items() if d.part and d.part.key == wildcards.key)
+    shell: "haste detector {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
 
 
 rule latents:

@@ -1,7 +1,7 @@
 # Pictures and measurements beside the scores.
 
 rule grid:
-    input: lambda wildcards: [drawn(wildcards).sample_file(i) for i in range(drawn(wildcards).features.shards)]
+    input: lambda wildcards: drawn(wildcards).sample_files
     output: f"{plan.root}/samples/{{draw}}/grid.png"
     log: log_of("grid-{draw}")
     benchmark: time_of("grid-{draw}")

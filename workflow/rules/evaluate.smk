@@ -1,43 +1,94 @@
 # Samples and their features in one job, then their scores. States are ancient() here too: their names say what they are.
+import re
+
+PARTS = [detector.part.manifest for detector in plan.detectors.values() if detector.part]
 
 
 def drawn(wildcards):
     return plan.evaluations[wildcards.draw]
 
 
+def judgement(wildcards):
+    """By the score that comes of it."""
+    path = f"{plan.root}/scores/{wildcards.draw}.{wildcards.key}.json"
+    return next(one for one in drawn(wildcards).judgements if one.score == path)
+
+
+def seen(wildcards):
+    """The detector behind a folder of features."""
+    return next(one for one in plan.detectors.values() if one.looks == wildcards.seen)
+
+
+def floor_of(wildcards):
+    path = f"{plan.root}/scores/floor-{wildcards.key}.json"
+    return next(detector for detector in plan.detectors.values() if detector.floor == path)
+
+
+# All detectors look in one job; those that have looked before, at the same images, are left out.
 rule reference:
-    input: ancient(plan.images.manifest), ancient(plan.detector.manifest)
-    output: plan.reference.manifest
+    input: ancient(plan.images.manifest), ancient(PARTS)
+    output: plan.references_missing
     log: log_of("reference")
     benchmark: time_of("reference")
     threads: THREADS
     shell: "haste reference -c {CONFIG:q} > {log:q} 2>&1"
 
 
-rule sample:
-    input:
-        ancient(lambda wildcards: plan.drawn_from(drawn(wildcards))),
-        ancient([plan.detector.manifest]),
-    output:
-        samples=f"{plan.root}/samples/{{draw}}/shard-{{shard}}-of-{{shards}}.npz",
-        features=f"{plan.root}/features/{{draw}}/detector-{plan.detector.key}/shard-{{shard}}-of-{{shards}}.h5",
-    log: log_of("sample-{draw}-{shard}-of-{shards}")
-    benchmark: time_of("sample-{draw}-{shard}-of-{shards}")
-    threads: THREADS
-    shell: "haste sample {wildcards.draw:q} --shard $((10#{wildcards.shard})) -c {CONFIG:q} > {log:q} 2>&1"
+# Two ways to the same features, so no samples have both: what is to be drawn is looked at in the same job; at samples that
+# are there already a detector that came later looks alone, and nothing is drawn again.
+DRAWN, TO_DRAW = ([re.escape(n) for n, e in plan.evaluations.items() if e.is_drawn == there] for there in (True, False))
+
+if TO_DRAW:
+
+    rule sample:
+        input:
+            ancient(lambda wildcards: plan.drawn_from(drawn(wildcards))),
+            ancient(PARTS),
+        output:
+            samples=f"{plan.root}/samples/{{draw}}/shard-{{shard}}-of-{{shards}}.npz",
+            features=[
+                f"{plan.root}/features/{{draw}}/{detector.looks}/shard-{{shard}}-of-{{shards}}.h5"
+                for detector in plan.detectors.values()
+            ],
+        log: log_of("sample-{draw}-{shard}-of-{shards}")
+        benchmark: time_of("sample-{draw}-{shard}-of-{shards}")
+        threads: THREADS
+        wildcard_constraints: draw="|".join(TO_DRAW)
+        shell: "haste sample {wildcards.draw:q} --shard $((10#{wildcards.shard})) -c {CONFIG:q} > {log:q} 2>&1"
+
+
+if DRAWN:
+
+    rule features:
+        input:
+            ancient(lambda wildcards: drawn(wildcards).sample_file(int(wildcards.shard))),
+            ancient(lambda wildcards: [seen(wildcards).part.manifest] if seen(wildcards).part else []),
+        output: f"{plan.root}/features/{{draw}}/{{seen}}/shard-{{shard}}-of-{{shards}}.h5"
+        log: log_of("features-{draw}-{seen}-{shard}-of-{shards}")
+        benchmark: time_of("features-{draw}-{seen}-{shard}-of-{shards}")
+        threads: THREADS
+        wildcard_constraints: draw="|".join(DRAWN), seen="[^/]+"
+        params: name=lambda wildcards: seen(wildcards).name, shard=lambda wildcards: int(wildcards.shard)
+        shell:
+            "haste features {wildcards.draw:q} --detector {params.name:q} --shard {params.shard} -c {CONFIG:q} "
+            "> {log:q} 2>&1"
 
 
 rule score:
-    input: plan.reference.manifest, lambda wildcards: drawn(wildcards).features.shard_files
+    input:
+        lambda wildcards: judgement(wildcards).detector.reference.manifest,
+        lambda wildcards: judgement(wildcards).features.shard_files,
     output: f"{plan.root}/scores/{{draw}}.{{key}}.json"
     log: log_of("score-{draw}.{key}")
     benchmark: time_of("score-{draw}.{key}")
-    shell: "haste evaluate {wildcards.draw:q} -c {CONFIG:q} > {log:q} 2>&1"
+    params: name=lambda wildcards: judgement(wildcards).detector.name
+    shell: "haste evaluate {wildcards.draw:q} --detector {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
 
 
 rule floor:
-    input: plan.reference.manifest
-    output: plan.floor
-    log: log_of("floor")
-    benchmark: time_of("floor")
-    shell: "haste floor -c {CONFIG:q} > {log:q} 2>&1"
+    input: lambda wildcards: floor_of(wildcards).reference.manifest
+    output: f"{plan.root}/scores/floor-{{key}}.json"
+    log: log_of("floor-{key}")
+    benchmark: time_of("floor-{key}")
+    params: name=lambda wildcards: floor_of(wildcards).name
+    shell: "haste floor --detector {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
