@@ -1,5 +1,6 @@
 # make demo    from scikit-learn's digits to a table, in minutes
 # make test    lint and the test suite
+# make test-slurm   training and the workflow on a real SLURM of two nodes, brought up here (root, Debian); not in make test
 # make lint    ruff (format and lint) and mypy
 # make bench   what a step costs and how fast data comes, on this machine
 # make clean   remove the environment (results stay)
@@ -9,7 +10,7 @@ READY := .venv/ready
 export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-slurm lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -17,7 +18,10 @@ demo: $(READY)
 	@haste table
 
 test: lint
-	pytest -n 2
+	pytest -n 2 --ignore tests/slurm
+
+test-slurm: $(READY)
+	pytest tests/slurm
 
 lint: $(READY)
 	ruff format --check .

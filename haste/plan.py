@@ -508,6 +508,12 @@ class Plan:
             raise ValueError(f"state {name!r}: this trajectory has no step {state.step} in this configuration")
         return state
 
+    def trained(self, aligned: bool) -> list[str]:
+        """Names of the trajectories that training makes and on whose own steps a loss is active, or none."""
+        terms = {name: it.recipe["terms"] for name, it in self.trajectories.items() if "terms" in it.recipe}
+        active = {name: any(term["active"][1] is None for term in found.values()) for name, found in terms.items()}
+        return [name for name, found in active.items() if found == aligned]
+
     def planned(self) -> list[State]:
         """Every state that some run asks for, or that a branch starts from."""
         return sorted(State(name, step) for name, steps in self.cuts.items() for step in steps)

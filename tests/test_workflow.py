@@ -62,7 +62,7 @@ class Workshop:
         for rule, body in blocks:
             match = re.search(r"wildcards: (.*)", body)
             values = dict(part.split("=") for part in match[1].split(", ")) if match else {}
-            found.add((rule, self._name(values)))
+            found.add((rule.removesuffix("_plain"), self._name(values)))  # which resources it asks for is no matter
         return found - {("all", "")}
 
     def _name(self, values):

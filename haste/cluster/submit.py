@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from submitit.core import core
 from submitit.core.utils import FailedSubmissionError
+from submitit.helpers import clean_env
 from submitit.slurm.slurm import SlurmExecutor
 
 from haste.cluster import job as jobs
@@ -46,4 +48,7 @@ def submit(plan: Plan, state: State, asked: Resources) -> str:
     executor = _Executor(folder=jobs.folder(plan, state), max_num_timeout=10**6)
     executor.update_parameters(**jobs.parameters(asked, jobs.name(plan, state)))
     work = Work(plan.config.model_dump_json(), str(state), str(Path(plan.root).resolve()), str(Path.cwd()))
-    return str(executor.submit(work).job_id)
+    where = {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}
+    with clean_env():  # who waits may be in a job itself, whose variables are not for the new one
+        os.environ.update(where)  # but where the cluster is stays true
+        return str(executor.submit(work).job_id)

@@ -152,16 +152,12 @@ class Waiter:
         )
 
     def _submit(self) -> str:
-        from submitit.helpers import clean_env
-
         from haste.cluster.submit import submit
 
-        # A signal waits for the end of this: a job that nobody knows about is found by its name, but why leave one.
-        with clean_env():
-            try:
-                return submit(self.plan, self.state, self.asked)
-            except slurm.Unanswered as error:
-                words = str(error)
+        try:
+            return submit(self.plan, self.state, self.asked)
+        except slurm.Unanswered as error:
+            words = str(error)
         hint = next((keys for what, keys in HINTS.items() if what in words.lower()), None)
         where = f" Look at {hint} in the profile." if hint else ""
         raise ValueError(f"{self.state}: SLURM did not take the job ({self.asked.described}): {words}.{where}")

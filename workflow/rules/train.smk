@@ -1,4 +1,5 @@
 # A state from the state before it. Every edge is ancient(): nothing is ever trained again because a file was touched.
+import re
 
 
 def before(wildcards):
@@ -24,11 +25,36 @@ def before(wildcards):
     return files
 
 
+def on_cluster(wildcards, resources):
+    """With nodes in the profile, training is a job of the cluster: this rule submits it or attaches to it, and waits."""
+    if "nodes" not in resources.keys():
+        if workflow.remote_exec:
+            raise WorkflowError("The profile gives rule train no nodes: it would train where Snakemake runs.")
+        return []
+    ours = (name for name in resources.keys() if not name.startswith("_") and name not in SNAKEMAKES_OWN)
+    return ["--terminal=3", "--slurm", *(f"{name}={resources[name]}" for name in ours)]
+
+
+# Whether a segment aligns is a matter of its trajectory: two rules, so that a profile can ask for other resources.
+ALIGNED, PLAIN = ("|".join(map(re.escape, plan.trained(aligned))) or "(?!)" for aligned in (True, False))
+SNAKEMAKES_OWN = {"tmpdir", "disk_mb", "disk_mib", "mem_mib", "disk", "mem"}
+
+
 rule train:
     input: ancient(before)
     output: f"{plan.root}/states/{{trajectory}}/step-{{step}}.safetensors"
     log: log_of("train-{trajectory}-{step}")
     benchmark: time_of("train-{trajectory}-{step}")
+    wildcard_constraints: trajectory=ALIGNED
     threads: TRAIN_THREADS
     priority: 10  # what others wait for goes first
-    shell: "haste train {wildcards.trajectory:q}/{wildcards.step} -c {CONFIG:q} > {log:q} 2>&1"
+    params: cluster=on_cluster
+    # what a person should read at once goes to descriptor 3, past the log
+    shell: "haste train {wildcards.trajectory:q}/{wildcards.step} -c {CONFIG:q} {params.cluster:q} 3>&2 > {log:q} 2>&1"
+
+
+use rule train as train_plain with:
+    wildcard_constraints: trajectory=PLAIN
+
+
+localrules: train, train_plain
