@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     slurm = "as a job of the SLURM cluster with these resources (docs/slurm.md): submit it, or attach to the one there"
     train.add_argument("--slurm", nargs="*", metavar="KEY=VALUE", help=slurm)
     train.add_argument("--terminal", type=int, metavar="FD", help="file descriptor to tell a person on what happens")
+    rule("fetch", _fetch, "load weights that the configuration names by hub id into this machine's caches")
     cancel = rule("cancel", _cancel, "end the cluster's training jobs of a run; what is saved stays")
     cancel.add_argument("name", help="a run of the configuration, or TRAJECTORY/STEP")
     rule("reference", _reference, "compute the features of the real images")
@@ -353,6 +354,13 @@ def _train(arguments: argparse.Namespace) -> None:
     from haste.train.launch import launch
 
     launch(plan, plan.parse(arguments.state))
+
+
+def _fetch(arguments: argparse.Namespace) -> None:
+    from haste.cluster.fetch import fetch
+
+    lines = list(fetch(_plan_of(arguments)))
+    print("\n".join(lines) or "nothing to fetch: the configuration names no weights by hub id")
 
 
 def _cancel(arguments: argparse.Namespace) -> None:

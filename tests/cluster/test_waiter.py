@@ -82,6 +82,12 @@ def running(waiting, number=7, state="RUNNING", nodes="n1", reason="None"):
     return f"{number}|{state}|{nodes}|{reason}|{waiting.name}"
 
 
+def accepts(cluster, waiting, script="true"):
+    """sbatch takes the job, does something, and squeue shows it from then on."""
+    cluster.says("squeue", f"[ ! -e live ] || echo '{running(waiting, 12)}'")
+    cluster.says("sbatch", f"{script}; touch live; echo Submitted batch job 12")
+
+
 def test_a_finished_state_asks_slurm_nothing(cluster, waiting):
     finish(waiting)
     assert waiting.make() == waiting.path
@@ -104,6 +110,20 @@ def test_a_live_job_of_the_name_is_attached_to_and_none_is_submitted(cluster, wa
     assert any("job 7 RUNNING on n1" in line for line in waiting.told)
 
 
+def test_a_job_is_submitted_from_within_another_without_its_variables_and_to_the_same_cluster(
+    cluster, waiting, monkeypatch
+):
+    monkeypatch.setenv("SLURM_CONF", "/etc/elsewhere.conf")
+    monkeypatch.setenv("SLURM_JOB_ID", "99")
+    accepts(cluster, waiting, "env > environment")
+    threading.Timer(1.0, finish, [waiting]).start()
+    waiting.make()
+    lines = (cluster.folder / "environment").read_text().splitlines()
+    assert "SLURM_CONF=/etc/elsewhere.conf" in lines
+    assert not [line for line in lines if line.startswith("SLURM_JOB_ID=")]
+    assert os.environ["SLURM_JOB_ID"] == "99"
+
+
 def test_without_a_job_one_is_submitted_as_the_profile_says(cluster, waiting):
     waiting.asked = jobs.resources(
         [
@@ -112,7 +132,7 @@ def test_without_a_job_one_is_submitted_as_the_profile_says(cluster, waiting):
             "slurm_extra=--exclude=n9 --exclusive",
         ]
     )
-    cluster.says("sbatch", "cp $1 script; echo Submitted batch job 12")
+    accepts(cluster, waiting, "cp $1 script")
     threading.Timer(1.0, finish, [waiting]).start()
     waiting.make()
     assert len(cluster.calls("sbatch")) == 1

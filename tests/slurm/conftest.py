@@ -21,6 +21,7 @@ import psutil
 import pytest
 
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "mariadb-install-db", "sbatch", "sacct")
+CLIENTS = ("sbatch", "srun", "squeue", "sacct", "scontrol", "scancel", "sinfo", "sacctmgr")
 PACKAGES = ("slurm-wlm", "slurmdbd", "munge", "mariadb-server")
 NODES = ("haste-n1", "haste-n2")
 
@@ -95,7 +96,7 @@ class Slurm:
         self.values = {"folder": folder, "host": socket.gethostname().split(".")[0], "memory": memory, **ports}
         # The daemons of Debian live in sbin, which not everybody's PATH has.
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
-        self.environment["PATH"] += ":/usr/sbin:/sbin"
+        self.environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}:/usr/sbin:/sbin"
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     # -- up and down -------------------------------------------------------------------------------------------------
@@ -126,6 +127,12 @@ class Slurm:
         (self.folder / "munge.key").write_bytes(os.urandom(1024))
         (self.folder / "munge.key").chmod(0o400)
         (self.folder / "state").mkdir()
+        (self.folder / "bin").mkdir()
+        for name in CLIENTS:  # Snakemake takes SLURM_CONF out of its jobs' environment
+            real = shutil.which(name, path=self.environment["PATH"])
+            client = self.folder / "bin" / name
+            client.write_text(f'#!/bin/sh\nSLURM_CONF={self.folder}/slurm.conf exec {real} "$@"\n')
+            client.chmod(0o755)
         devices = []
         for node in NODES:
             for number in range(2):
