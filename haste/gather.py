@@ -113,6 +113,10 @@ def settings(plan: Plan, run: str) -> dict[str, str]:
     for kind, term in terms.items():
         own = {k: v for k, v in term.items() if k not in ("teacher", "depth", "student_layers", "teacher_layers")}
         found |= {f"{kind.removesuffix('s')} {name}": _words(value) for name, value in own.items()}
+    ramp = plan.config.runs[run].ramp
+    falling = [f"{kind} over {steps} steps" for kind in terms if (steps := getattr(ramp, kind)) is not None]
+    if falling:
+        found["ramp"] = f"{', '.join(falling)}, {ramp.shape}"
     return found
 
 

@@ -241,6 +241,10 @@ def test_dopri5_asks_within_the_unit_interval_and_counts_the_evaluations_of_its_
     velocity, calls = recorded(lambda x, t: 1e-4 * torch.ones_like(x))  # its first guess of a step is far too long
     dopri5(velocity, torch.ones(2))
     assert all(0.0 <= t <= 1.0 for _, t in calls)
+    velocity, calls = recorded(MIXTURE)
+    dopri5(velocity, STARTS[:1])
+    # Only the two stages at a step's end are there, and the last step ends there: none is cut off or goes beyond.
+    assert [t > 1e-9 for _, t in calls[-4:]] == [True, True, False, False]
     loose, tight = (torch.zeros(7, dtype=torch.int64) for _ in range(2))
     dopri5(Counted(Rows(), loose), STARTS, 1e-3, 1e-6)
     dopri5(Counted(Rows(), tight), STARTS, 1e-6, 1e-9)
