@@ -412,6 +412,7 @@ def _evaluation(plan: Plan, name: str) -> Evaluation:
 
 def _sample(arguments: argparse.Namespace) -> None:
     from haste.data import drawn
+    from haste.data.store import shard_range
     from haste.sample import draw_shard
     from haste.train.state import weights_identity
 
@@ -432,7 +433,8 @@ def _sample(arguments: argparse.Namespace) -> None:
     for name in plan.detectors:
         _look(plan, evaluation, name, arguments.shard)
     # Not before: a workflow that is killed between the two throws the shard away and calls this again.
-    drawn.forget(drawn.folder_of(Path(evaluation.sample_file(arguments.shard))))
+    mine = shard_range(evaluation.sampling.count, arguments.shard, evaluation.shards)
+    drawn.forget(drawn.folder_of(Path(evaluation.folder)), mine)
 
 
 def _features(arguments: argparse.Namespace) -> None:
@@ -462,20 +464,23 @@ def _painter(plan: Plan, evaluation: Evaluation) -> Painter:
     """What draws an evaluation's samples: its model and decoder, and the scale of the model's latents."""
     from haste.data.latents import Autoencoder
     from haste.sample import Painter
+    from haste.train.distributed import choose_device
     from haste.train.state import ema_model
 
-    trajectory, decoder = plan.trajectories[evaluation.state.trajectory], Autoencoder.load(plan.decoder)
+    device = choose_device(plan.config.runtime.device, 0)
+    trajectory = plan.trajectories[evaluation.state.trajectory]
+    decoder = Autoencoder.load(plan.decoder, device=str(device))
     path = trajectory.recipe["training"]["path"]
     if trajectory.name in plan.elsewhere:
         from haste.exchange import model_elsewhere
 
         _check_autoencoder(plan, decoder)
-        model = model_elsewhere(plan, trajectory.name)
+        model = model_elsewhere(plan, trajectory.name).to(device)
         return Painter(model, evaluation.sampling, decoder, path, decoder.scale, decoder.shift)
     model, header = ema_model(plan.path(evaluation.state), key=trajectory.key)
     manifest = _open(plan.latents).manifest
     _check_same_latents(plan, header, manifest, decoder)
-    return Painter(model, evaluation.sampling, decoder, path, manifest["scale"], manifest["shift"])
+    return Painter(model.to(device), evaluation.sampling, decoder, path, manifest["scale"], manifest["shift"])
 
 
 def _check_same_latents(plan: Plan, header: dict[str, Any], manifest: dict[str, Any], decoder: Autoencoder) -> None:
@@ -513,6 +518,7 @@ def _judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
     store.join(features.folder, kind="features", splits={}, provenance=provenance, **common)
     state, sampling = evaluation.state, evaluation.sampling
     counted = drawn.mean_nfe([evaluation.sample_file(shard) for shard in range(features.shards)])
+    drawn.close(drawn.folder_of(Path(evaluation.folder)))
     elsewhere = plan.elsewhere.get(state.trajectory)
     whose: dict[str, Any] = {"trajectory": state.trajectory, "step": state.step, "file": plan.path(state)}
     if elsewhere:

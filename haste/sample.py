@@ -126,7 +126,7 @@ def draw_shard(
         inputs: identities of state and autoencoder, to be recorded.
     """
     started, indices = time.monotonic(), shard_range(painter.sampling.count, shard, shards)
-    aside, watch = drawn.folder_of(path), _Watch(f"samples, shard {shard} of {shards}", len(indices))
+    aside, watch = drawn.folder_of(path.parent), _Watch(f"samples, shard {shard} of {shards}", len(indices))
     side, made = painter.autoencoder.factor * painter.model.input_size, [{"label": _NONE, "nfe": _NONE}]
 
     def draw(rows: range) -> dict[str, np.ndarray]:

@@ -18,8 +18,6 @@ from haste.plan import Evaluation, Plan, Segment, image_count
 MB = 1e6
 # Share of bare matrix products that whole networks reach.
 EFFICIENCY = 0.5
-# Evaluations that an adaptive sampler is taken to need: how many it does is known when it has drawn.
-ADAPTIVE_STEPS = 100
 
 
 def parameters(recipe: dict[str, Any]) -> int:
@@ -86,11 +84,15 @@ def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float,
     return steps * batch * work / (EFFICIENCY * flops * runtime.threads * runtime.processes), False
 
 
-def sampling_seconds(plan: Plan, evaluation: Evaluation, flops: float) -> float:
-    """Seconds that one shard of samples will take, computed: a forward pass an evaluation, two where it is guided."""
+def sampling_seconds(plan: Plan, evaluation: Evaluation, flops: float) -> float | None:
+    """Seconds that one shard of samples will take, computed: a forward pass an evaluation, two where it is guided.
+
+    None for an adaptive sampler, whose evaluations are known when it has drawn.
+    """
     sampling, recipe = evaluation.sampling, plan.trajectories[evaluation.state.trajectory].recipe
-    steps = sampling.steps or ADAPTIVE_STEPS
-    evaluations: float = 2 * steps - 1 if sampling.sampler == "heun" else steps
+    if sampling.steps is None:
+        return None
+    evaluations: float = 2 * sampling.steps - 1 if sampling.sampler == "heun" else sampling.steps
     if sampling.guidance > 1:
         evaluations *= 1 + sampling.interval[1] - sampling.interval[0]
     work = training_flops(recipe) / 3 * evaluations * sampling.count / evaluation.shards
@@ -187,8 +189,10 @@ def _sampling_stage(plan: Plan, evaluations: list[Evaluation], flops: float) -> 
     draws = [(e.sample_file(i), e) for e in evaluations for i in range(e.shards)]
     todo = [e for path, e in draws if not Path(path).exists()]
     size = sum(3 * plan.config.images.resolution**2 * e.sampling.count / e.shards for e in todo)
-    seconds = sum(sampling_seconds(plan, e, flops) for e in todo)
-    return Stage("samples", len(draws), len(todo), seconds, size / MB)
+    seconds = [sampling_seconds(plan, e, flops) for e in todo]
+    known = [time for time in seconds if time is not None]
+    total = sum(known) if len(known) == len(seconds) else None
+    return Stage("samples", len(draws), len(todo), total, size / MB)
 
 
 def state_megabytes(plan: Plan, segment: Segment) -> float:

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from haste import config
+from haste import config, status
 from haste.align import schedule
 from haste.plan import Plan, State
 
@@ -195,6 +195,14 @@ def test_a_ramp_leaves_the_trunk_where_it_begins_and_the_stop_leaves_the_ramp():
         None,
     ]
     assert cuts[1].terms["attention"]["ramp"] is None and cuts[2].terms == {}
+
+
+def test_the_time_of_an_adaptive_sampler_is_not_made_up():
+    ways = {"quick": {"sampler": "euler", "steps": 2}, "free": {"sampler": "dopri5"}}
+    plan = plan_of(sampling=ways, runs={"vanilla": {"sampling": ["quick", "free"]}})
+    seconds = {e.sampling_name: status.sampling_seconds(plan, e, 1e9) for e in plan.evaluations.values()}
+    assert seconds["quick"] > 0 and seconds["free"] is None
+    assert status._sampling_stage(plan, list(plan.evaluations.values()), 1e9).seconds is None
 
 
 def test_labels_are_not_part_of_a_name():

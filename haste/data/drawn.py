@@ -1,6 +1,6 @@
 """Batches of samples as they are drawn, kept aside until their shard is whole: a kill costs the batch it falls into.
 
-    SAMPLES/.shard-00000-of-00001.batches/START.npz, START the place of a batch's first sample
+    SAMPLES/.batches/START.npz, START the place of a batch's first sample
 
 Every reader of samples looks for finished shards only. A batch gets its name when it is whole, and says what it was
 drawn from: one of other weights is drawn again.
@@ -54,13 +54,19 @@ def drawn(
         low += _length(found)
 
 
-def folder_of(shard: Path) -> Path:
-    """Where the batches of a shard's file are kept while it is made."""
-    return shard.parent / f".{shard.stem}.batches"
+def folder_of(samples: Path) -> Path:
+    """Where the batches of a folder of samples are kept: of all its shards, however many they are."""
+    return samples / ".batches"
 
 
-def forget(folder: Path) -> None:
-    """Remove the batches of a shard that is whole."""
+def forget(folder: Path, indices: range) -> None:
+    """Remove the batches that begin in a range of samples: its shard is whole."""
+    for start in _starts(folder, indices):
+        _path(folder, start).unlink(missing_ok=True)
+
+
+def close(folder: Path) -> None:
+    """Remove the place where batches were kept: all shards are whole, so that nobody draws."""
     shutil.rmtree(folder, ignore_errors=True)
 
 

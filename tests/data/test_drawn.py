@@ -68,9 +68,23 @@ def test_a_shard_without_samples_draws_nothing(tmp_path):
     assert run(tmp_path, range(3, 3), 4) == ([], [])
 
 
+def test_shards_of_another_number_take_what_fits_into_them(tmp_path):
+    """One shard was being made of 20 samples when their number became two."""
+    run(tmp_path, range(20), 4, most=4)
+    rows, asked = run(tmp_path, range(10), 4)
+    assert rows == [i % 3 for i in range(10)] and asked == [(8, 10)]  # the batch from 8 reached beyond
+    drawn.forget(tmp_path, range(10))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000012.npz"]
+    rows, asked = run(tmp_path, range(10, 20), 4)
+    assert rows == [i % 3 for i in range(10, 20)] and asked == [(10, 12), (16, 20)]
+
+
 def test_forgotten_batches_are_gone_and_may_be_forgotten_again(tmp_path):
-    folder = drawn.folder_of(tmp_path / "shard-00000-of-00001.npz")
+    folder = drawn.folder_of(tmp_path)
     run(folder, range(8), 4)
-    drawn.forget(folder)
-    drawn.forget(folder)
-    assert list(tmp_path.iterdir()) == []
+    for _ in range(2):
+        drawn.forget(folder, range(8))
+        assert list(folder.iterdir()) == []
+    for _ in range(2):
+        drawn.close(folder)
+        assert list(tmp_path.iterdir()) == []
