@@ -2,7 +2,7 @@
 # make test    lint and the test suite
 # make test-slurm   training and the workflow on a real SLURM of two nodes, brought up here (root, Debian); not in make test
 # make lint    ruff (format and lint) and mypy
-# make bench   what a step costs and how fast data comes, on this machine
+# make bench   what a step costs, how fast data comes and how long scores take, on this machine
 # make clean   remove the environment (results stay)
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
@@ -31,6 +31,7 @@ lint: $(READY)
 bench: $(READY)
 	python benchmarks/step.py
 	python benchmarks/data.py
+	python benchmarks/score.py --samples 5000 --real 3000
 
 # The environment is made again only when what it is made from changes.
 $(READY): requirements.lock pyproject.toml

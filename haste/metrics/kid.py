@@ -1,16 +1,22 @@
 """Kernel Inception Distance: the unbiased squared maximum mean discrepancy with a cubic kernel.
 
-Binkowski et al. 2018, section 4 and Eq. 4 (unbiased estimator): k(x, y) = (x.y / D + 1)^3. All in float64.
+Binkowski et al. 2018, section 4 and Eq. 4 (unbiased estimator): k(x, y) = (x.y / D + 1)^3. All in float64, on a GPU
+if there is one.
 
 N images, D feature width.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from haste.metrics.frechet import checked_features
+from haste.metrics.progress import Progress
 
 Array = NDArray[np.float64]
 SUBSETS, SIZE, SEED = 100, 1000, 2020  # torch-fidelity's
@@ -35,12 +41,13 @@ def kid(
         raise ValueError(
             f"KID: expected subsets of 2 to {least} images (the smaller side), found {subsets} subsets of {size}"
         )
-    rng = np.random.RandomState(seed)
+    rng, progress = np.random.RandomState(seed), Progress("KID", subsets)
     found = []
     for _ in range(subsets):
         mine = fake[rng.choice(len(fake), size, replace=False)]
         theirs = real[rng.choice(len(real), size, replace=False)]
         found.append(_discrepancy(theirs, mine))
+        progress.add(1)
     return float(np.mean(found)), float(np.std(found))
 
 
@@ -63,31 +70,37 @@ def _checked(real: NDArray, fake: NDArray) -> tuple[Array, Array]:
     return real, fake
 
 
-def _discrepancy(x: Array, y: Array) -> float:
+def _discrepancy(real: Array, fake: Array) -> float:
+    x, y = _placed(real), _placed(fake)
     n, m = len(x), len(y)
     return _within(x) / (n * (n - 1)) + _within(y) / (m * (m - 1)) - 2 * _between(x, y) / (n * m)
 
 
-def _kernel(x: Array, y: Array) -> Array:
+def _placed(features: Array) -> Array | Tensor:
+    """Where products are taken: on a GPU as a tensor, else as they are. What follows is said alike of both."""
+    return torch.from_numpy(np.ascontiguousarray(features)).cuda() if torch.cuda.is_available() else features
+
+
+def _kernel(x: Any, y: Any) -> Any:
     found = x @ y.T
     found /= x.shape[1]
     found += 1
     return found * found * found
 
 
-def _within(x: Array) -> float:
+def _within(x: Array | Tensor) -> float:
     """Sum of the kernel over pairs of different rows; each pair of blocks is taken once."""
     total = 0.0
     for low in range(0, len(x), BLOCK):
         block = x[low : low + BLOCK]
         own = _kernel(block, block)
-        total += float(own.sum() - np.trace(own)) + 2 * _between(block, x[low + BLOCK :])
+        total += float(own.sum() - own.trace()) + 2 * _between(block, x[low + BLOCK :])
     return total
 
 
-def _between(x: Array, y: Array) -> float:
+def _between(x: Array | Tensor, y: Array | Tensor) -> float:
     blocks = [(a, b) for a in range(0, len(x), BLOCK) for b in range(0, len(y), BLOCK)]
-    return float(sum(_kernel(x[a : a + BLOCK], y[b : b + BLOCK]).sum() for a, b in blocks))
+    return float(sum(float(_kernel(x[a : a + BLOCK], y[b : b + BLOCK]).sum()) for a, b in blocks))
 
 
 def value(real: NDArray, fake: NDArray, seed: int = SEED) -> dict[str, float]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from haste.metrics.frechet import checked_features
+from haste.metrics.progress import Progress
 
 BLOCK = 2048  # points of a block of distances
 SPARE = 4  # neighbours kept beyond the k-th, so that float64 can set their order right
@@ -77,9 +78,11 @@ def precision_recall(
     centre = real.mean(axis=0)
     real, fake = real - centre, fake - centre
     scale = _scale(max(np.abs(real).max(), np.abs(fake).max()))
+    pairs = len(fake) * (len(fake) + BLOCK) / 2 + len(real) * (len(real) + BLOCK) / 2 + len(fake) * len(real)
+    progress = Progress("precision and recall", pairs)
     with _full_precision():
         a, b = _points(fake, scale, device), _points(real, scale, device)
-        return _shares(a, b, _squared_radii(a, k), _squared_radii(b, k))
+        return _shares(a, b, _squared_radii(a, k, progress), _squared_radii(b, k, progress), progress)
 
 
 def radii(features: NDArray, k: int = 3, device: torch.device | str | None = None) -> NDArray[np.float64]:
@@ -93,7 +96,8 @@ def radii(features: NDArray, k: int = 3, device: torch.device | str | None = Non
     centred = features - features.mean(axis=0)
     scale = _scale(np.abs(centred).max())
     with _full_precision():
-        return np.sqrt(_squared_radii(_points(centred, scale, device), k)) / scale
+        points = _points(centred, scale, device)
+        return np.sqrt(_squared_radii(points, k, Progress("radii", len(points) * (len(points) + BLOCK) / 2))) / scale
 
 
 def _check_k(k: int, count: int) -> None:
@@ -146,9 +150,9 @@ def _blocks(rows: Places, size: int) -> Iterator[Places]:
 # ---- radii
 
 
-def _squared_radii(points: _Points, k: int) -> Array:
+def _squared_radii(points: _Points, k: int, progress: Progress) -> Array:
     """Squared distance (N,) of each point to its k-th nearest other."""
-    bounds, who = _near(points, min(k + SPARE, len(points) - 1))
+    bounds, who = _near(points, min(k + SPARE, len(points) - 1), progress)
     found = _kth(points, np.arange(len(points)), who, k)
     if who.shape[1] == len(points) - 1:
         return found
@@ -172,7 +176,7 @@ def _kth(points: _Points, rows: Places, who: Places, k: int) -> Array:
     return found
 
 
-def _near(points: _Points, keep: int) -> tuple[NDArray[np.float32], Places]:
+def _near(points: _Points, keep: int, progress: Progress) -> tuple[NDArray[np.float32], Places]:
     """The lowest bounds (N, keep), ascending, and whose they are (N, keep). A pair of blocks serves both."""
     count, norms = len(points), points.lowered
     bounds = torch.full((count, keep), torch.inf, device=norms.device)
@@ -186,6 +190,7 @@ def _near(points: _Points, keep: int) -> tuple[NDArray[np.float32], Places]:
             else:
                 _keep_lowest(bounds, who, mine, found, theirs.start)
                 _keep_lowest(bounds, who, theirs, found.T.contiguous(), mine.start)
+            progress.add(found.numel())
     return bounds.cpu().numpy(), who.cpu().numpy()
 
 
@@ -200,7 +205,9 @@ def _keep_lowest(bounds: Tensor, who: Tensor, mine: slice, found: Tensor, start:
 # ---- who is inside
 
 
-def _shares(fake: _Points, real: _Points, fake_radii: Array, real_radii: Array) -> tuple[float, float]:
+def _shares(
+    fake: _Points, real: _Points, fake_radii: Array, real_radii: Array, progress: Progress
+) -> tuple[float, float]:
     """Share of the fakes inside a real's ball, and of the reals inside a fake's; each distance is taken once."""
     norms, others = fake.lowered, real.lowered
     # Squared radii are rounded up, so that no ball loses a point to it.
@@ -218,6 +225,7 @@ def _shares(fake: _Points, real: _Points, fake_radii: Array, real_radii: Array) 
         depth, centre = bounds.sub_(fake_balls[rows][:, None]).min(0)
         deeper = depth < best
         best[deeper], where[deeper] = depth[deeper], centre[deeper] + low
+        progress.add(bounds.numel())
     covered = int(_inside(real, np.arange(len(real)), fake, fake_radii, best, where).sum())
     return inside / len(fake), covered / len(real)
 

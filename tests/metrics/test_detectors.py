@@ -4,8 +4,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from haste import artefact
-from haste.metrics.detectors import Detector, SmallCNN, open_detector
+from haste import artefact, config
+from haste.metrics.detectors import PUBLISHED, Detector, SmallCNN, open_detector
 
 
 @pytest.fixture
@@ -123,3 +123,7 @@ def test_an_identity_follows_from_weights_and_preprocessing_and_not_from_the_nam
     detector = open_detector(folder, called="judge")
     assert json.loads(json.dumps(detector.about)) == detector.about
     assert {"name": "judge", "identity": detector.identity}.items() <= detector.about.items()
+
+
+def test_a_configuration_knows_the_published_detectors_and_no_others():
+    assert set(config.DETECTORS) == set(PUBLISHED)

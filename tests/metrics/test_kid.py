@@ -101,3 +101,13 @@ def test_unusable_features_and_subsets_are_refused():
         kid_of_all(real, np.where(np.arange(75)[:, None] == 3, np.inf, fake))
     with pytest.raises(ValueError, match="subsets of 2 to 60 images .* found 100 subsets of 61"):
         kid(real, fake, size=61)
+
+
+def test_tensors_give_what_arrays_give(monkeypatch):
+    """What a GPU computes, on the CPU."""
+    rng = np.random.default_rng(3)
+    real, fake = rng.normal(size=(31, 5)), rng.normal(size=(27, 5)) + 0.2
+    expected = kid_of_all(real, fake)
+    monkeypatch.setattr(room, "_placed", torch.from_numpy)
+    monkeypatch.setattr(room, "BLOCK", 8)
+    assert kid_of_all(real, fake) == pytest.approx(expected, rel=1e-12)
