@@ -387,17 +387,20 @@ def _detector_named(plan: Plan, name: str) -> plans.Detector:
 def _reference(arguments: argparse.Namespace) -> None:
     from haste import artefact
     from haste.data import store
-    from haste.sample import reference_shard
+    from haste.sample import reference_of_file, reference_shard
 
     plan = _plan_of(arguments)
     _threads(plan)
-    images = _open(plan.images)
     for detector in plan.detectors.values():
         made = detector.reference
         if Path(made.manifest).exists():
             continue
         common: dict[str, Any] = {"key": made.key, "recipe": made.recipe}
-        reference_shard(images, _load_detector(plan, detector), folder=Path(made.folder), **common)
+        judge, folder = _load_detector(plan, detector), Path(made.folder)
+        if detector.reference_file is None:
+            reference_shard(_open(plan.images), judge, folder=folder, **common)
+        else:
+            reference_of_file(Path(detector.reference_file), judge, folder=folder, **common)
         provenance = artefact.provenance(**common)
         store.join(made.folder, kind="features", shards=1, splits={}, provenance=provenance, **common)
 

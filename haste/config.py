@@ -212,9 +212,12 @@ class Detector(Strict):
 
     trained: TrainedDetector | None = None
     pretrained: PretrainedDetector | None = None
+    reference: str | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Detector:
+        if self.reference is not None and (self.pretrained is None or self.pretrained.name != "inception"):
+            raise ValueError("reference: such files hold statistics of inception, which this detector is not")
         return _exactly_one(self, "trained", "pretrained")
 
 

@@ -127,7 +127,8 @@ class Detector:
     """A network that judges samples, and where what it sees in the real images lies.
 
     name: in this configuration; kind: `cnn` of one that is trained here, as `part`, or a public one's name; weights: a
-    public one's file, None for the hub's; floor: scores of real images against real ones.
+    public one's file, None for the hub's; reference_file: ADM's .npz that the reference is made of, None for the image
+    store; floor: scores of real images against real ones.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Detector:
     key: str
     part: Artefact | None
     reference: Artefact
+    reference_file: str | None
     floor: str
 
     @property
@@ -278,9 +280,13 @@ class Plan:
         part = self._part("detector", name, spec.trained.model_dump()) if spec.trained else None
         kind, weights = (spec.pretrained.name, spec.pretrained.weights) if spec.pretrained else ("cnn", None)
         key = fingerprint({"recipe": RECIPE, "detector": part.key if part else [kind, weights]})
-        reference = self._features(self.images.folder.rsplit("/", 1)[1], self.images.key, kind, key, shards=1)
+        of, source = self.images.folder.rsplit("/", 1)[1], self.images.key
+        if spec.reference is not None:
+            source = self.identity_of(spec.reference)
+            of = f"reference-{source[:12]}"
+        reference = self._features(of, source, kind, key, shards=1)
         floor = f"{self.root}/scores/floor-{fingerprint([reference.key, 'halves'])}.json"
-        return Detector(name, kind, weights, key, part, reference, floor)
+        return Detector(name, kind, weights, key, part, reference, spec.reference, floor)
 
     def _store(self, kind: str, recipe: dict[str, Any], shards: int) -> Artefact:
         key = fingerprint({"store": kind, **recipe})
@@ -601,6 +607,7 @@ class Plan:
         """Identities of the files that come from outside; those that are gone since are said."""
         starts = {row.warm_start for row in self.config.runs.values() if row.warm_start is not None}
         files = [*(spec.checkpoint for spec in self.config.evaluate.values()), *sorted(starts)]
+        files += [spec.reference for spec in self.config.detector.values() if spec.reference is not None]
         memory = f"{self.root}/identities.json"
         self.identities = {file: remembered_identity(file, memory) for file in dict.fromkeys(files)}
         self.elsewhere: dict[str, Evaluate] = {}

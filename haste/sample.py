@@ -30,6 +30,8 @@ from haste.diffusion.samplers import SAMPLERS, Counted
 from haste.journal import clock
 from haste.metrics.detectors import Detector
 from haste.models.sit import SiT
+from haste.score.sides import SUFFIX, read_reference
+from haste.score.workflow import MOMENTS
 
 log = logging.getLogger("haste.sample")
 _NONE = np.zeros(0, np.int64)
@@ -294,4 +296,48 @@ def reference_shard(
         provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
         facts={**inputs, "about": _about(detector)},
         progress=_Watch(f"{detector.name}, real images", len(rows)).reached,
+    )
+
+
+def reference_of_file(
+    path: Path, detector: Detector, *, folder: Path, key: str, recipe: dict, batch: int = 256
+) -> None:
+    """As `reference_shard`, of ADM's reference file: features of its images, and beside them its own statistics.
+
+    Raises:
+        ValueError: the file is missing, truncated, or holds no images or no statistics of Inception.
+    """
+    found = read_reference(path)
+    images, moments = found.samples, found.moments
+    if images is None or "pool" not in moments:
+        held = " and ".join(found.about["holds"])
+        raise ValueError(f"{path}: expected ADM's mu, sigma and arr_0 (images), found {held}")
+    arrays = {f"mu{SUFFIX[name]}": one.mean for name, one in moments.items()}
+    arrays |= {f"sigma{SUFFIX[name]}": one.covariance for name, one in moments.items()}
+    with artefact.replacing(folder / MOMENTS) as aside, open(aside, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        for pictures in images.batches(batch):
+            yield _seen(detector, pictures, np.full(len(pictures), -1, np.int64))  # of no class that anybody says
+
+    inputs = {"detector": detector.identity, "images": images.identity(), "file": found.about["identity"]}
+    write_shard(
+        folder,
+        kind="features",
+        key=key,
+        recipe=recipe,
+        shard=0,
+        shards=1,
+        total=images.count,
+        fields=_fields(detector),
+        batches=batches(),
+        provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
+        facts={
+            **inputs,
+            "about": _about(detector),
+            "file_name": path.name,
+            "moments": artefact.file_identity(folder / MOMENTS),
+        },
+        progress=_Watch(f"{detector.name}, {path.name}", images.count).reached,
     )

@@ -81,6 +81,7 @@ REFUSALS = [
     ("detector", {}, ["detector: Dictionary should have at least 1 item"]),
     ("detector.i", {"pretrained": {"name": "incepton"}}, ["detector.i.pretrained.name", "did you mean 'inception'"]),
     ("detector.i", {"pretrained": {"name": "inception"}}, ["resolution: 8", "detector i (inception) reads", "32 px"]),
+    ("detector.cnn.reference", "a.npz", ["detector.cnn: reference: such files hold statistics of inception"]),
     ("detector.d", TINY["detector"]["cnn"], ["detector.d: the same as cnn"]),
     ("detector.cnn.trained.width", 6, ["detector.cnn.trained.width", "multiple of 4", "found 6"]),
     ("teachers.vit.trained.heads", 3, ["teachers.vit.trained: width 16", "heads 3"]),

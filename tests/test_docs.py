@@ -315,6 +315,7 @@ OTHER = {
     "teachers.NAME.cache": "features",
     "detector.NAME.trained.width": 64,
     "detector.NAME.pretrained.name": "inception",
+    "detector.NAME.reference": str(ROOT / "LICENSE"),
     "detector.NAME.pretrained.weights": "b",
     "models.NAME.heads": 8,
     "models.NAME.width": 128,
@@ -368,6 +369,7 @@ ONE_VALUE = {"images.source", "teachers.NAME.pca"}
 # Keys that only go with another.
 NT_XENT = {"similarity": "nt-xent", "negatives": "batch"}
 BESIDE = {
+    "detector.NAME.reference": {"trained": None, "pretrained": {"name": "inception"}},
     "sampling.NAME.rtol": {"sampler": "dopri5"},
     "sampling.NAME.atol": {"sampler": "dopri5"},
     "training.timesteps.mu": {"distribution": "lognormal"},

@@ -136,6 +136,23 @@ def test_a_public_detector_is_named_by_its_name_and_its_file_of_weights():
     assert plan_of(images=images, detector={"y": {"pretrained": {"name": "inception"}}}).detector.looks == found[0]
 
 
+def test_a_reference_file_is_named_by_its_content_and_renames_scores_and_not_features(tmp_path):
+    images = {**TINY["images"], "resolution": 32}
+
+    def plan(file=None):
+        detector = {"pretrained": {"name": "inception"}, "reference": file and str(tmp_path / file)}
+        return plan_of(images=images, detector={"x": detector}, results=str(tmp_path / "results"))
+
+    for name, content in {"a": "one", "b": "one", "c": "two"}.items():
+        (tmp_path / name).write_text(content)
+    store, a, b, c = plan(), plan("a"), plan("b"), plan("c")
+    assert a.reference == b.reference and a.shown == b.shown
+    assert len({made.reference.folder for made in (store, a, c)}) == len({made.floor for made in (store, a, c)}) == 3
+    for evaluations in zip(*(made.evaluations.values() for made in (store, a, c)), strict=True):
+        assert len({one.features.folder for one in evaluations}) == 1
+        assert len({one.score for one in evaluations}) == 3
+
+
 def test_a_teacher_matters_only_to_the_runs_that_look_at_it():
     other = {"vit": {"trained": {**TINY["teachers"]["vit"]["trained"], "steps": 3}}}
     before, after = plan_of(), plan_of(teachers=other)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from haste import artefact
 from haste.data.store import Store, join, shard_range, write_shard
 from haste.metrics import inception_score
 from haste.metrics.detectors import Detector, open_detector
-from haste.sample import reference_shard
+from haste.sample import reference_of_file, reference_shard
+from haste.score import sides
 from haste.score import workflow as score
 
 CLASSES = 3
@@ -243,3 +245,82 @@ def test_the_reference_of_a_configuration_leaves_its_held_out_images_out(make_pl
     np.testing.assert_allclose(store.read("logits", rows), seen["logits"].numpy(), rtol=1e-4, atol=1e-5)
     assert (store.read("label", rows) == images.read("label", chosen)).all()
     assert not set(images.range("held_out")) & set(chosen)
+
+
+# ---- a reference file: its own statistics, and its images
+
+
+class Outputs(nn.Module):
+    """What looks like Inception: widths 2 and 3, of the image's means."""
+
+    def forward(self, images):
+        means = images.float().mean((1, 2)) / 50
+        return {"pool": means[:, :2], "spatial": means * means, "logits_unbiased": means}
+
+
+def adm_file(path, pictures, **changes):
+    rng = np.random.default_rng(8)
+    arrays = {"arr_0": pictures}
+    for suffix, width in (("", 2), ("_s", 3)):
+        rows = rng.normal(size=(40, width))
+        arrays |= {f"mu{suffix}": rows.mean(0), f"sigma{suffix}": np.cov(rows.T)}
+    arrays = {name: value for name, value in {**arrays, **changes}.items() if value is not None}
+    np.savez(path, **arrays)
+    return arrays
+
+
+@pytest.fixture
+def judged(monkeypatch, tmp_path):
+    """A function from a reference file to the score of 20 pictures against it."""
+    monkeypatch.setattr(sides, "WIDTHS", {"pool": 2, "spatial": 3})
+    outputs = {"pool": 2, "spatial": 3, "logits_unbiased": 3}
+    detector = Detector(Outputs(), kind="inception", weights="w", outputs=outputs, preprocessing="none")
+    fake = np.random.default_rng(9).integers(0, 256, (20, 4, 4, 3), np.uint8)
+    seen = {name: value.numpy() for name, value in detector(torch.from_numpy(fake)).items()}
+
+    def judge(path):
+        folder = tmp_path / f"seen-{path.stem}"
+        reference_of_file(path, detector, folder=folder, key="r", recipe={}, batch=5)
+        common = {"kind": "features", "recipe": {}, "shards": 1, "provenance": {}}
+        join(folder, key="r", splits={}, **common)
+        fields = {**{name: ((width,), "float32") for name, width in outputs.items()}, "label": ((), "int64")}
+        rows = {**seen, "label": np.zeros(20, np.int64)}
+        facts = {"detector": detector.identity}
+        write_shard(tmp_path / "fake", key="f", shard=0, total=20, fields=fields, batches=[rows], facts=facts, **common)
+        join(tmp_path / "fake", key="f", splits={}, **common)
+        mine, real = Store.open(tmp_path / "fake"), Store.open(folder)
+        made = score.score(mine, real, detector="inception", about={}, key="k", path=tmp_path / "score.json")
+        return made, seen, {n: v.numpy() for n, v in detector(torch.from_numpy(np.load(path)["arr_0"])).items()}, real
+
+    return judge
+
+
+def test_a_reference_file_gives_its_own_moments_for_fid_and_sfid_and_its_images_for_the_rest(judged, tmp_path):
+    pictures = np.random.default_rng(10).integers(0, 256, (13, 4, 4, 3), np.uint8)
+    held = adm_file(tmp_path / "adm.npz", pictures)
+    found, fake, real, _ = judged(tmp_path / "adm.npz")
+
+    def distance(features, mu, sigma):
+        s, gap = np.cov(features.astype(np.float64).T), features.astype(np.float64).mean(0) - mu
+        return gap @ gap + np.trace(s + sigma) - 2 * np.sqrt(np.linalg.eigvals(s @ sigma).real.clip(0)).sum()
+
+    assert found["scores"]["fd"] == pytest.approx(distance(fake["pool"], held["mu"], held["sigma"]), rel=1e-6)
+    assert found["scores"]["sfid"] == pytest.approx(distance(fake["spatial"], held["mu_s"], held["sigma_s"]), rel=1e-6)
+    assert found["scores"]["precision"] == share_inside(fake["pool"], real["pool"])
+    assert found["scores"]["recall"] == share_inside(real["pool"], fake["pool"])
+    assert found["scores"]["kid"] == pytest.approx(kernel_distance(fake["pool"], real["pool"]), rel=1e-9)
+    about = {"images": 13, "file": "adm.npz", "sha256": artefact.file_identity(tmp_path / "adm.npz")}
+    assert about.items() <= found["reference"].items()
+
+
+def test_a_reference_file_without_spatial_statistics_gives_no_sfid_and_one_without_images_is_refused(judged, tmp_path):
+    pictures = np.random.default_rng(10).integers(0, 256, (13, 4, 4, 3), np.uint8)
+    adm_file(tmp_path / "part.npz", pictures, mu_s=None, sigma_s=None)
+    found, *_, real = judged(tmp_path / "part.npz")
+    assert "fd" in found["scores"] and "sfid" not in found["scores"]
+    (real.folder / score.MOMENTS).write_bytes(b"others")
+    with pytest.raises(ValueError, match=r"moments\.npz: missing, or not what was stored"):
+        score.real_statistics(real)
+    adm_file(tmp_path / "bare.npz", None)
+    with pytest.raises(ValueError, match=r"bare\.npz: expected ADM's mu, sigma and arr_0 \(images\), found mu"):
+        judged(tmp_path / "bare.npz")

@@ -12,8 +12,10 @@ import numpy as np
 from haste import artefact
 from haste.data.store import Store
 from haste.metrics.scores import METRICS
+from haste.score.sides import read_reference
 
 READ = 4096  # rows read at once
+MOMENTS = "moments.npz"  # beside the features of a reference file's images: the file's own means and covariances
 FLOOR = 50_000  # real images on a side of the floor, at most: as many as samples usually are
 
 
@@ -62,14 +64,42 @@ def values(samples: dict[str, Any], reference: dict[str, Any]) -> dict[str, floa
     """The value of every metric that both sides have a statistic for."""
     found: dict[str, float] = {}
     for name, stats in samples.items():
-        metric = METRICS[name]
-        found |= metric.value(stats, reference[name] if metric.reference else None)
+        if _is_scored(name, reference):
+            found |= METRICS[name].value(stats, reference.get(name) if METRICS[name].reference else None)
     return found
+
+
+def _is_scored(name: str, reference: dict[str, Any]) -> bool:
+    return not METRICS[name].reference or name in reference
+
+
+def real_statistics(reference: Store) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What samples are compared with, and what to say of it in JSON.
+
+    A reference file's own means and covariances, which are of more images than it holds, take the place of those of
+    its images; precision, recall and KID are measured against the images.
+
+    Raises:
+        ValueError: the file's statistics are gone, or not those that the features were stored with.
+    """
+    stats, facts = reference_statistics(reference), reference.manifest
+    about = {"images": reference.count, "identity": reference.identity}
+    if "moments" not in facts:
+        return stats, about
+    path = reference.folder / MOMENTS
+    if not path.is_file() or artefact.file_identity(path) != facts["moments"]:
+        raise ValueError(f"{path}: missing, or not what was stored with {reference.folder}; remove that folder")
+    moments = read_reference(path).moments
+    own = {name: moments.get(METRICS[name].needs[0]) for name in ("frechet", "sfid")}
+    stats = {name: one for name, one in stats.items() if name not in own}
+    about |= {"file": facts["file_name"], "sha256": facts["file"]}
+    return stats | {name: one for name, one in own.items() if one is not None}, about
 
 
 def notes(samples: dict[str, Any], reference: dict[str, Any]) -> list[str]:
     """What must be said beside these values, a sentence each."""
-    found = [METRICS[name].notes(stats, reference.get(name)) for name, stats in samples.items()]
+    scored = {name: stats for name, stats in samples.items() if _is_scored(name, reference)}
+    found = [METRICS[name].notes(stats, reference.get(name)) for name, stats in scored.items()]
     return list(dict.fromkeys(sentence for sentences in found for sentence in sentences))
 
 
@@ -89,7 +119,7 @@ def score(features: Store, reference: Store, *, detector: str, about: dict[str, 
     """
     started = time.monotonic()
     _check_detectors(features, reference)
-    mine, real = statistics(features), reference_statistics(reference)
+    mine, (real, against) = statistics(features), real_statistics(reference)
     found = values(mine, real)
     inputs = {"features": features.identity, "reference": reference.identity}
     result = {
@@ -99,7 +129,7 @@ def score(features: Store, reference: Store, *, detector: str, about: dict[str, 
         **about,
         "detector": _detector(detector, features),
         "samples": features.count,
-        "reference": {"images": reference.count, "identity": reference.identity},
+        "reference": against,
         "scores": found,
         "notes": notes(mine, real),
         "provenance": artefact.provenance(key=key, inputs=inputs, seconds=time.monotonic() - started),
