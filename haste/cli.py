@@ -460,6 +460,7 @@ def _look(plan: Plan, evaluation: Evaluation, detector: str, shard: int) -> None
         shard=shard,
         shards=made.shards,
         total=evaluation.sampling.count,
+        batch=plan.config.runtime.sample_batch,
     )
 
 

@@ -81,7 +81,7 @@ def test_labels_are_balanced_or_random_as_asked(trained):
 def test_features_belong_to_the_samples_beside_them(trained):
     from haste.metrics.detectors import open_detector
 
-    plan, evaluation = trained(shards=3)
+    plan, evaluation = trained(shards=3, batch=4)
     images, labels = draw(plan, evaluation)
     made = evaluation.features
     join(made.folder, kind="features", key=made.key, recipe=made.recipe, shards=3, splits={}, provenance={})
