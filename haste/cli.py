@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from haste import plan as plans
     from haste.data.latents import Autoencoder
+    from haste.data.prepare import Bad, Source
     from haste.data.store import Store
     from haste.metrics.detectors import Detector
     from haste.plan import Artefact, Evaluation, Judgement, Plan
@@ -67,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         part = sub.add_mutually_exclusive_group(required=True)
         part.add_argument("--shard", type=int, help="make this shard, counted from 0")
         part.add_argument("--join", action="store_true", help="check all shards and write the manifest")
+        if name == "images":
+            part.add_argument("--check", action="store_true", help="only list the pictures that cannot be used")
         return sub
 
     rule("plan", _plan, "say what will run, how long, and how much disk, before anything runs")
@@ -220,17 +223,52 @@ def _images(arguments: argparse.Namespace) -> None:
     from haste.data import prepare
 
     plan = _plan_of(arguments)
-    spec, store = plan.config.images, plan.images
-    options: dict[str, Any] = {} if spec.path is None else {"path": spec.path}
-    source = prepare.open_source(spec.source, resolution=spec.resolution, holdout=spec.holdout, **options)
-    if len(source.classes) != spec.classes:
-        raise ValueError(f"images.classes: {spec.classes}, but {spec.source} has {len(source.classes)}")
+    store, workers = plan.images, plan.config.runtime.threads
+    if arguments.check:
+        _check_images(plan)
+        return
+    source, skipped = _source(plan)
     common: dict[str, Any] = {"key": store.key, "recipe": store.recipe, "shards": store.shards}
     made = artefact.provenance(key=store.key, recipe=store.recipe)
     if arguments.join:
-        prepare.prepare_join(store.folder, source, **common, provenance=made)
+        prepare.prepare_join(store.folder, source, **common, provenance=made, skipped=skipped)
     else:
-        prepare.prepare_shard(store.folder, source, **common, shard=arguments.shard, provenance=made)
+        prepare.prepare_shard(store.folder, source, **common, shard=arguments.shard, provenance=made, workers=workers)
+
+
+def _source(plan: Plan, without: Bad | None = None) -> tuple[Source, Bad | None]:
+    """The pictures, and those that are left out where this is asked for (after `--check` has found them)."""
+    from haste.data import prepare
+
+    spec, options = plan.config.images, dict[str, Any]()
+    if plan.checked_images and without is None:
+        without = prepare.read_checked(plan.checked_images, _source(plan, without=[])[0])
+    if spec.path is not None:
+        options = {"path": spec.path} | ({"without": frozenset(name for name, _ in without)} if without else {})
+    source = prepare.open_source(
+        spec.source, resolution=spec.resolution, holdout=spec.holdout, labelled=bool(spec.classes), **options
+    )
+    if len(source.classes) != spec.classes:
+        found = f"{len(source.classes)} ({', '.join(source.classes[:5])}{', ...' if len(source.classes) > 5 else ''})"
+        raise ValueError(f"images.classes: {spec.classes}, but {spec.path or spec.source} has {found}")
+    return source, without
+
+
+def _check_images(plan: Plan) -> None:
+    from haste.data import prepare
+
+    source, workers = _source(plan, without=[])[0], plan.config.runtime.threads
+    if not isinstance(source, prepare.Folder):
+        raise ValueError(f"images: {plan.config.images.source} are read as they are, there is nothing to check")
+    bad = prepare.check(source, workers, progress=_progress("pictures checked"))
+    print(prepare.told(bad) if bad else f"all {source.count} pictures can be used")
+    if plan.checked_images:
+        prepare.write_checked(plan.checked_images, source, bad, key=plan.images.key)
+
+
+def _progress(what: str) -> Callable[[int, int], None]:
+    log = logging.getLogger("haste")
+    return lambda done, count: log.info("%s: %d of %d", what, done, count) if done % 6400 < 64 else None
 
 
 def _autoencoder(arguments: argparse.Namespace) -> None:
@@ -284,7 +322,8 @@ def _detector(arguments: argparse.Namespace) -> None:
     trained = plan.config.detector[name].trained
     assert trained is not None
     _threads(plan)
-    parts.train_detector(**_training_images(plan), **trained.model_dump(), **_about(mine[name]))
+    turns = not plan.config.images.classes
+    parts.train_detector(**_training_images(plan), **trained.model_dump(), **_about(mine[name]), turns=turns)
 
 
 def _about(part: Artefact) -> dict[str, Any]:
@@ -293,14 +332,15 @@ def _about(part: Artefact) -> dict[str, Any]:
 
 def _training_images(plan: Plan) -> dict[str, Any]:
     """Images in memory for the small networks: all of a small set, evenly spaced ones of a large set."""
-    store = _open(plan.images)
-    train, held_out = (_spread(store.range(split)) for split in ("train", "held_out"))
-    return {
-        "images": store.read("image", train),
-        "labels": store.read("label", train),
-        "held_out": store.read("image", held_out),
-        "held_out_labels": store.read("label", held_out),
-    }
+    from haste.train.parts import quarter_turns
+
+    store, found = _open(plan.images), {}
+    for split, images, labels in (("train", "images", "labels"), ("held_out", "held_out", "held_out_labels")):
+        rows = _spread(store.range(split))
+        found[images], found[labels] = store.read("image", rows), store.read("label", rows)
+        if not plan.config.images.classes:  # without labels, a task that needs none
+            found[images], found[labels] = quarter_turns(found[images])
+    return found
 
 
 def _spread(rows: range) -> range:
@@ -593,7 +633,7 @@ def _floor(arguments: argparse.Namespace) -> None:
     plan = _plan_of(arguments)
     detector = _detector_named(plan, arguments.detector or plan.detector.name)
     path, part = Path(detector.floor), detector.part
-    accuracy = artefact.read_json(part.manifest, "part")["quality"]["accuracy"] if part else None
+    accuracy = artefact.read_json(part.manifest, "part")["quality"].get("accuracy") if part else None
     floor(_open(detector.reference), detector=detector.name, held_out_accuracy=accuracy, key=path.stem, path=path)
 
 

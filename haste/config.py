@@ -83,13 +83,16 @@ class Images(Strict):
     path: str | None = None
     resolution: Positive
     holdout: Positive  # the detector and the autoencoder are judged on these images
-    classes: Positive
+    classes: Annotated[int, Field(ge=0)]
+    on_bad_image: Literal["fail", "skip"] = "fail"
     shards: Positive = 1
 
     @model_validator(mode="after")
     def _has_path(self) -> Images:
         if (self.source == "folder") != (self.path is not None):
             raise ValueError("source 'folder' needs a path, and only it takes one")
+        if self.source != "folder" and self.on_bad_image == "skip":
+            raise ValueError(f"on_bad_image skip is for source 'folder', found {self.source!r}")
         return self
 
 
@@ -813,6 +816,13 @@ def _faults_of_data(config: Config) -> list[str]:
             faults.append(f"images.resolution: {resolution}, but detector {name} ({found}) reads {least}")
         elif found is None and (resolution < 8 or resolution % 4):  # two halvings, and something left to look at
             faults.append(f"images.resolution: {resolution}, but detector {name} reads images of 8, 12, 16, ... px")
+    if not config.images.classes:
+        faults += [
+            f"sampling.{name}.guidance: {way.guidance}, but images.classes is 0: without labels there is nothing to "
+            "guide to, expected 1"
+            for name, way in config.sampling.items()
+            if way.guidance > 1
+        ]
     return faults
 
 

@@ -162,7 +162,7 @@ def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
 
 
 def _grids(plan: Plan) -> list[Grid]:
-    labels = [str(c) for c in shown_classes(plan)]
+    labels = [str(c) for c in shown_classes(plan)] if plan.config.images.classes else []
     shown = set(plan.shown)
     return [
         Grid(row.run, row.step, Path(row.evaluation.grid), labels, row.evaluation.sampling_name)
@@ -206,8 +206,8 @@ def report(plan: Plan) -> Report:
 
 
 def shown_classes(plan: Plan) -> range:
-    """The classes that grids show, one column each."""
-    return range(min(COLUMNS, plan.config.images.classes))
+    """The classes that grids show, one column each; without labels, columns of no meaning."""
+    return range(min(COLUMNS, plan.config.images.classes or COLUMNS))
 
 
 def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
@@ -222,5 +222,7 @@ def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
             raise ValueError(f"{path}: expected samples, found a truncated or foreign file ({error})") from error
     classes = shown_classes(plan)
     pixels, asked = np.concatenate(images), np.concatenate(labels)
+    if not plan.config.images.classes:
+        asked = np.arange(len(pixels)) % COLUMNS
     grid = pictures.class_grid(pixels, asked, per_class=PER_CLASS, scale=SCALE, classes=classes)
     pictures.write_png(evaluation.grid, grid)

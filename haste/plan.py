@@ -238,7 +238,11 @@ class Plan:
 
     def _plan_data(self) -> None:
         config = self.config
-        recipe = {"recipe": RECIPE, **config.images.model_dump(exclude={"shards"})}
+        recipe = {"recipe": RECIPE, **config.images.model_dump(exclude={"shards", "on_bad_image"})}
+        if (
+            config.images.on_bad_image == "skip"
+        ):  # a store that may leave pictures out is not taken for one that may not
+            recipe["on_bad_image"] = "skip"
         self.images = self._store("images", recipe, config.images.shards)
         trained = config.autoencoder.trained
         self.autoencoder = self._part("autoencoder", "autoencoder", trained.model_dump()) if trained else None
@@ -642,6 +646,11 @@ class Plan:
         if evaluation.state.trajectory in self.elsewhere:
             return [self.autoencoder.manifest] if self.autoencoder else []
         return [self.path(evaluation.state), self.latents.manifest]
+
+    @property
+    def checked_images(self) -> str | None:
+        """The list of pictures that cannot be used, where such are left out: made once, before the shards."""
+        return f"{self.images.folder}/checked.json" if self.config.images.on_bad_image == "skip" else None
 
     # -- the configuration's own folder ------------------------------------------------------------------------------
 

@@ -51,6 +51,8 @@ class Painter:
     def labels(self, indices: range) -> np.ndarray:
         """The class asked of each image, (B,) int64."""
         classes = self.model.null_class
+        if not classes:  # a model without labels knows the null class alone, which is 0
+            return np.zeros(len(indices), dtype=np.int64)
         if self.sampling.labels == "balanced":
             return np.asarray(indices, dtype=np.int64) % classes
         drawn = order.uniforms(self.sampling.seed, "sample label", 0, indices)

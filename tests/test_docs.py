@@ -302,6 +302,7 @@ OTHER = {
     "results": "elsewhere",
     "images.path": "b",
     "images.resolution": 64,
+    "images.on_bad_image": "skip",
     "autoencoder.trained.factor": 4,
     "autoencoder.trained.width": 40,
     "autoencoder.pretrained.encode": "b",

@@ -6,6 +6,7 @@ held-out images last, so that the splits of the store are two ranges.
 
 from __future__ import annotations
 
+import collections
 import inspect
 import os
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,11 @@ from haste.data.store import Progress, join, shard_range, write_shard
 
 KIND = "images"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# What is read whatever a file is called. Pillow knows more formats, and some of them start other programs.
+FORMATS = ("PNG", "JPEG", "WEBP")
 _BATCH = 64
+_SHOWN = 10  # pictures named in a message
+Bad = list[tuple[str, str]]  # name and reason
 
 
 class Source(Protocol):
@@ -34,6 +39,8 @@ class Source(Protocol):
         holdout: how many of the last pictures are held out from training.
         resolution: R, the side of the squares that `load` gives.
         listing: hash of which pictures these are, equal in every job that shares the work.
+
+    A source without labels has no classes, and its label is always 0, which is then the null class.
     """
 
     count: int
@@ -54,13 +61,13 @@ class Source(Protocol):
 class Digits:
     """scikit-learn's 1,797 handwritten digits (8x8), resized; the last `holdout` ones are held out."""
 
-    def __init__(self, resolution: int, holdout: int) -> None:
+    def __init__(self, resolution: int, holdout: int, labelled: bool = True) -> None:
         from sklearn.datasets import load_digits  # 1 s to import, and only this source needs it
 
         data: Any = load_digits()
         self._levels = np.rint(data.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), 0..16 -> 0..255
-        self._labels = data.target
-        self.count, self.classes = len(self._levels), [str(digit) for digit in range(10)]
+        self._labels = data.target if labelled else np.zeros_like(data.target)
+        self.count, self.classes = len(self._levels), [str(digit) for digit in range(10)] if labelled else []
         self.resolution, self.holdout = resolution, _checked_holdout("digits", holdout, self.count)
         self.listing = artefact.fingerprint(["digits", self.count])
 
@@ -74,12 +81,25 @@ class Digits:
 class Folder:
     """Pictures in class folders, labelled by the folders' sorted order, or in one flat folder with the single label 0.
 
-    Held-out pictures are chosen by a permutation that depends on `seed` and the number of pictures only.
+    Without labels, any pictures anywhere below the folder. Held-out pictures are chosen by a permutation that depends
+    on `seed` and the number of pictures only.
     """
 
-    def __init__(self, resolution: int, holdout: int, path: Path | str, seed: int = 0) -> None:
+    def __init__(
+        self,
+        resolution: int,
+        holdout: int,
+        path: Path | str,
+        seed: int = 0,
+        labelled: bool = True,
+        without: frozenset[str] = frozenset(),
+    ) -> None:
+        """`without` are the names of pictures to leave out, as `check` gives them."""
         self.root, self.resolution = Path(path), resolution
-        self.classes, files = _scan(self.root)
+        self.classes, files = _scan(self.root, labelled)
+        files = [(parts, label) for parts, label in files if "/".join(parts) not in without]
+        if bare := [self.classes[label] for label in sorted({*range(len(self.classes))} - {y for _, y in files})]:
+            raise ValueError(f"{path}: class {bare[0]!r} has no picture that can be read, expected at least one")
         self.count, self.holdout = len(files), _checked_holdout(str(path), holdout, len(files))
         out = np.zeros(self.count, dtype=bool)
         out[order.permutation(seed, 0, self.count)[:holdout]] = True
@@ -92,13 +112,15 @@ class Folder:
         Raises:
             ValueError: the file is not a picture that can be read.
         """
-        parts, label = self._files[i]
-        path = self.root.joinpath(*parts)
+        path, label = self.root / self.name(i), self._files[i][1]
         try:
-            with Image.open(path) as image:
-                return np.asarray(centre_crop(upright_rgb(image), self.resolution)), label
+            return np.asarray(centre_crop(_opened(path), self.resolution)), label
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: not a picture that can be read ({error})") from error
+            raise ValueError(f"{path}: not a picture that can be read ({_reason(error, path)})") from error
+
+    def name(self, i: int) -> str:
+        """The file of picture i, below the folder."""
+        return "/".join(self._files[i][0])
 
 
 SOURCES = {"digits": Digits, "folder": Folder}
@@ -133,15 +155,38 @@ def _checked_holdout(where: str, holdout: int, count: int) -> int:
     return holdout
 
 
-def _scan(root: Path) -> tuple[list[str], list[tuple[tuple[str, ...], int]]]:
+def _opened(path: Path) -> Image.Image:
+    """The picture in a file, as `upright_rgb` makes it."""
+    if not path.is_file():  # a pipe or a device would be waited for
+        raise ValueError("a link to nothing" if path.is_symlink() and not path.exists() else "not a regular file")
+    if not path.stat().st_size:
+        raise ValueError("an empty file")
+    with Image.open(path, formats=FORMATS) as image:
+        # A camera's MPO is a JPEG with a preview behind it.
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            raise ValueError(f"animated: {getattr(image, 'n_frames', 'several')} pictures, expected one")
+        return upright_rgb(image)
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """What is wrong with a picture, without its path: reasons are compared, counted and kept."""
+    return str(error).replace(repr(str(path)), "").replace(str(path), "").strip(" :") or type(error).__name__
+
+
+def _scan(root: Path, labelled: bool) -> tuple[list[str], list[tuple[tuple[str, ...], int]]]:
     """Class names, and (path in parts, label) of every picture: classes sorted, and pictures within a class."""
     if not root.is_dir():
         raise ValueError(f"{root}: expected a folder of images, found {'a file' if root.exists() else 'nothing'}")
+    if not labelled:
+        if not (every := sorted(_pictures(root))):
+            raise ValueError(f"{root}: found no pictures, expected {', '.join(SUFFIXES)} anywhere below")
+        return [], [(parts, 0) for parts in every]
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     loose: list[tuple[str, ...]] = [(entry.name,) for entry in root.iterdir() if _is_picture(entry.name)]
     if folders and loose:
         raise ValueError(
-            f"{root}: found both class folders ({folders[0]!r}) and pictures ({loose[0][0]!r}) beside them"
+            f"{root}: found both class folders ({folders[0]!r}) and pictures ({loose[0][0]!r}) beside them; "
+            "expected one of the two, or classes: 0 to train without labels"
         )
     if not folders:
         found, classes = [(parts, 0) for parts in sorted(loose)], ["all"]
@@ -161,14 +206,33 @@ def _is_picture(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-def _pictures(folder: Path) -> Iterator[tuple[str, ...]]:
-    for base, _, names in os.walk(folder, followlinks=True):
-        parts = Path(base).relative_to(folder).parts
-        yield from ((*parts, name) for name in names if _is_picture(name))
+def _pictures(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths in parts of the pictures anywhere below a folder, through links too, but not into hidden folders.
+
+    Raises:
+        ValueError: a folder that cannot be read, whose pictures would silently be missing, or that contains itself.
+    """
+    try:
+        here = (os.stat(folder).st_dev, os.stat(folder).st_ino)
+        with os.scandir(folder) as found:
+            entries = [(entry.name, entry.is_dir()) for entry in found if not entry.name.startswith(".")]
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be read ({error.strerror})") from error
+    if here in above:
+        raise ValueError(f"{folder}: a link that leads back to a folder above it")
+    for name, is_folder in entries:
+        if is_folder:
+            yield from ((name, *parts) for parts in _pictures(folder / name, (*above, here)))
+        elif _is_picture(name):
+            yield (name,)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """A picture as RGB, turned as its EXIF says, transparency on white, 16-bit grey by its upper byte."""
+    """A picture as RGB, turned as its EXIF says, transparency on white, 16-bit grey by its upper byte.
+
+    White, because what has transparency is mostly drawn for a page; on black, dark drawings would vanish. CMYK becomes
+    RGB by Pillow's formula; colour profiles are not applied, as in ADM's preparation.
+    """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -189,6 +253,63 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def check(source: Folder, workers: int = 1, progress: Progress | None = None) -> Bad:
+    """Read every picture of a folder: names and reasons of those that cannot be used, in order.
+
+    Args:
+        source: the folder.
+        workers: threads that decode pictures; the result does not depend on it.
+        progress: called with (pictures read, pictures).
+    """
+    bad: Bad = []
+    done = 0
+    for loaded in _attempts(source, range(source.count), workers):
+        for i, found in enumerate(loaded, start=done):
+            if isinstance(found, ValueError):
+                reason = str(found).partition("not a picture that can be read (")[2].removesuffix(")")
+                bad.append((source.name(i), reason or str(found)))
+        done += len(loaded)
+        if progress is not None:
+            progress(done, source.count)
+    return bad
+
+
+def write_checked(path: Path | str, source: Folder, bad: Bad, *, key: str) -> None:
+    """Keep what `check` found.
+
+    Raises:
+        ValueError: no picture can be used.
+    """
+    if len(bad) == source.count:
+        raise ValueError(f"{source.root}: {told(bad)}, expected some that can")
+    header = {"schema": artefact.SCHEMA, "kind": "checked", "key": key, "listing": source.listing}
+    made = artefact.provenance(key=key)
+    artefact.write_json(path, {**header, "pictures": source.count, "bad": [*map(list, bad)], "provenance": made})
+
+
+def read_checked(path: Path | str, source: Source) -> Bad:
+    """What `check` found in a source.
+
+    Raises:
+        ValueError: the source was not checked, or is another one by now.
+    """
+    found = artefact.read_json(path, "checked")
+    if found["listing"] != source.listing:
+        raise ValueError(
+            f"{path}: {found['pictures']} pictures were checked, but others are there now ({source.count}). Bring them "
+            "back, or remove this file to check them anew"
+        )
+    return [(name, reason) for name, reason in found["bad"]]
+
+
+def told(bad: Bad) -> str:
+    """How many pictures cannot be used, why, and the first ones by name."""
+    reasons = collections.Counter(reason for _, reason in bad).most_common()
+    counts = "; ".join(f"{count} {reason}" for reason, count in reasons[:_SHOWN])
+    names = ", ".join(name for name, _ in bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
+    return f"{len(bad)} pictures cannot be used: {counts} ({names})"
 
 
 def prepare_shard(
@@ -242,10 +363,33 @@ def _facts(source: Source) -> dict[str, Any]:
 
 
 def _load(source: Source, samples: range, workers: int) -> Iterator[dict[str, np.ndarray]]:
+    bad: list[ValueError] = []
+    for loaded in _attempts(source, samples, workers):
+        good = [found for found in loaded if not isinstance(found, ValueError)]
+        bad += [found for found in loaded if isinstance(found, ValueError)]
+        if not bad:  # else the shard is lost, and all that is wrong with it is said at once
+            images, labels = zip(*good, strict=True)
+            yield {"image": np.stack(images), "label": np.array(labels, dtype=np.int64)}
+    if bad:
+        names = "; ".join(map(str, bad[:_SHOWN])) + ("; ..." if len(bad) > _SHOWN else "")
+        raise ValueError(
+            f"{names}. {len(bad)} of {len(samples)} pictures of this shard cannot be used: repair or remove them, or "
+            "leave such out (images.on_bad_image: skip)"
+        )
+
+
+def _attempts(source: Source, samples: range, workers: int) -> Iterator[list[tuple[np.ndarray, int] | ValueError]]:
+    """Pictures and labels in batches, a refusal in the place of a picture that cannot be read."""
+
+    def attempt(i: int) -> tuple[np.ndarray, int] | ValueError:
+        try:
+            return source.load(i)
+        except ValueError as refusal:
+            return refusal
+
     with ThreadPoolExecutor(workers) as pool:  # Pillow decodes and resizes outside Python's lock
         for low in range(0, len(samples), _BATCH):
-            images, labels = zip(*pool.map(source.load, samples[low : low + _BATCH]), strict=True)
-            yield {"image": np.stack(images), "label": np.array(labels, dtype=np.int64)}
+            yield list(pool.map(attempt, samples[low : low + _BATCH]))
 
 
 def prepare_join(
@@ -256,8 +400,11 @@ def prepare_join(
     recipe: Mapping[str, Any],
     shards: int,
     provenance: Mapping[str, Any],
+    skipped: Bad | None = None,
 ) -> dict[str, Any]:
     """Join the shards of an image store; its splits are "train" and "held_out", its manifest names the classes.
+
+    The manifest also names the pictures that were left out, `skipped`, each with the reason.
 
     Returns:
         The manifest.
@@ -274,5 +421,6 @@ def prepare_join(
         shards=shards,
         splits={"train": [0, kept], "held_out": [kept, source.count]},
         provenance=provenance,
+        extra=None if skipped is None else {"skipped": [list(entry) for entry in skipped]},
         expected_facts=_facts(source),
     )

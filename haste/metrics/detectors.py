@@ -141,17 +141,20 @@ class Detector:
             raise ValueError(f"{self.name}: expected images of {least} x {least} px or more, found {found}")
         with torch.inference_mode():
             seen = self.network(images.to(next(self.network.parameters(), images).device))
-        return {name: value.to(images.device) for name, value in seen.items()}
+        return {name: seen[name].to(images.device) for name in self.outputs}
 
 
 def _small_cnn(architecture: dict, name: str, weights: str) -> Detector:
     network = SmallCNN(architecture["resolution"], architecture["width"], architecture["classes"])
+    outputs = {"pool": network.features, "logits": network.classes}
+    if architecture.get("turns"):
+        del outputs["logits"]  # they tell quarter turns apart, which are no classes of the data
     return Detector(
         network,
         kind="cnn",
         name=name,
         weights=weights,
-        outputs={"pool": network.features, "logits": network.classes},
+        outputs=outputs,
         preprocessing=f"uint8 RGB, {network.resolution} x {network.resolution} px as they are, scaled to -1..1",
         resolution=network.resolution,
     )

@@ -270,16 +270,18 @@ def train_detector(
     batch: int,
     lr: float,
     width: int = 16,
+    turns: bool = False,
     name: str = "detector",
     key: str | None = None,
     recipe: Any = None,
 ) -> dict[str, float]:
     """Train a SmallCNN to classify, as the judge of samples.
 
-    Args and errors as in `train_teacher`; width: channels of the first stage, a multiple of 4.
+    Args and errors as in `train_teacher`; width: channels of the first stage, a multiple of 4; turns: the labels are
+    `quarter_turns`, so that the detector's logits are of no use afterwards.
 
     Returns:
-        Quality: "accuracy" on `held_out`, in [0, 1].
+        Quality: "accuracy" on `held_out`, in [0, 1] ("turn_accuracy" of turns).
     """
     start = time.monotonic()
     classes = _classes(labels, held_out_labels)
@@ -293,9 +295,28 @@ def train_detector(
         "resolution": images.shape[1],
         "width": width,
         "classes": classes,
+        **({"turns": True} if turns else {}),
     }
+    quality = {"turn_accuracy": quality["accuracy"]} if turns else quality
     _write(out, network, "detector", name, key, recipe, architecture, quality, start)
     return quality
+
+
+def quarter_turns(images: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images without labels as a task: image i turned by i mod 4 quarter turns, and that number as its label.
+
+    Telling how an image was turned needs the content of the image (Gidaris et al. 2018, "Unsupervised representation
+    learning by predicting image rotations").
+
+    Args:
+        images: uint8 NHWC (M, R, R, 3).
+
+    Returns:
+        Images (M, R, R, 3), and labels (M,) 0..3.
+    """
+    turns = np.arange(len(images)) % 4
+    turned = np.stack([np.rot90(image, int(turn)) for image, turn in zip(images, turns, strict=True)])
+    return turned, turns.astype(np.int64)
 
 
 # ---- what they share

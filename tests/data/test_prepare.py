@@ -1,5 +1,6 @@
 """Pictures become squares with the right labels, and held-out ones come last."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -225,3 +226,189 @@ def test_unknown_sources_and_options_are_refused():
         prepare.open_source("folder", resolution=8, holdout=0)
     with pytest.raises(ValueError, match="resolution 0"):
         prepare.open_source("digits", resolution=0, holdout=0)
+
+
+# ---- pictures as people have them
+
+
+def only(path, **options):
+    """The one picture in a folder, prepared."""
+    return prepare.open_source("folder", **{"resolution": 8, "holdout": 0, "path": path, **options}).load(0)[0]
+
+
+def test_a_cmyk_jpeg_has_the_colours_that_its_inks_say(tmp_path):
+    inks = np.array([[0, 0, 0, 0], [255, 0, 0, 0], [0, 255, 0, 64], [0, 0, 0, 255]], np.uint8)
+    pixels = np.repeat(np.repeat(inks.reshape(2, 2, 4), 8, 0), 8, 1)
+    Image.fromarray(pixels, mode="CMYK").save(tmp_path / "a.jpg", quality=100, subsampling=0)
+    found = only(tmp_path, resolution=16)
+    c, m, y, k = (pixels[..., i].astype(float) / 255 for i in range(4))
+    expected = 255 * np.stack([(1 - c) * (1 - k), (1 - m) * (1 - k), (1 - y) * (1 - k)], -1)
+    assert np.abs(found[4::8, 4::8] - expected[4::8, 4::8]).max() <= 6  # a JPEG is lossy
+
+
+@pytest.mark.parametrize(
+    ("name", "picture", "level"),
+    [
+        ("palette.png", Image.new("P", (8, 8), 1), (9, 8, 7)),
+        ("grey.png", Image.new("L", (8, 8), 77), (77, 77, 77)),
+        ("bits.png", Image.new("1", (8, 8), 1), (255, 255, 255)),
+        ("alpha.png", Image.new("RGBA", (8, 8), (0, 0, 0, 0)), (255, 255, 255)),
+        ("grey-alpha.png", Image.new("LA", (8, 8), (0, 0)), (255, 255, 255)),
+        ("deep.png", Image.fromarray(np.full((8, 8), 51_400, np.uint16)), (200, 200, 200)),
+        ("lossless.webp", Image.new("RGB", (8, 8), (1, 2, 3)), (1, 2, 3)),
+        ("alpha.webp", Image.new("RGBA", (8, 8), (5, 5, 5, 0)), (255, 255, 255)),
+        ("CAPITALS.JPEG", Image.new("L", (8, 8), 90), (90, 90, 90)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_pictures_of_every_kind_become_rgb_by_way_of_a_file(tmp_path, name, picture, level):
+    if picture.mode == "P":
+        picture.putpalette([0, 0, 0, 9, 8, 7])
+    picture.save(tmp_path / name, **({"lossless": True, "exact": True} if name.endswith("webp") else {}))
+    assert np.unique(only(tmp_path).reshape(-1, 3), axis=0).tolist() == [list(level)]
+
+
+def test_a_camera_picture_with_a_preview_behind_it_is_its_first_picture(tmp_path):
+    first, second = Image.new("RGB", (8, 8), (200, 200, 200)), Image.new("RGB", (8, 8), (9, 9, 9))
+    first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])
+    assert np.unique(only(tmp_path)).tolist() == [200]
+
+
+def bad_pictures(folder):
+    """One good picture, and every kind of bad one; name -> what its reason says."""
+    save(folder / "good.png")
+    save(folder / "big.png", size=(64, 64))
+    whole = (folder / "big.png").read_bytes()
+    (folder / "big.png").unlink()
+    (folder / "empty.png").touch()
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "half.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    save(folder / "other.png", format="BMP")
+    frames = [Image.new("RGB", (8, 8), (level, 0, 0)) for level in (0, 200, 99)]
+    frames[0].save(folder / "moving.webp", save_all=True, append_images=frames[1:])
+    (folder / "link.png").symlink_to(folder / "nowhere.png")
+    os.mkfifo(folder / "pipe.png")
+    return {
+        "empty.png": "an empty file",
+        "half.png": "",
+        "link.png": "a link to nothing",
+        "moving.webp": "animated: 3 pictures, expected one",
+        "other.png": "cannot identify image file",
+        "pipe.png": "not a regular file",
+        "script.png": "cannot identify image file",
+        "text.jpg": "cannot identify image file",
+    }
+
+
+def test_every_bad_picture_of_a_shard_is_named_with_its_reason_at_once(tmp_path):
+    expected = bad_pictures(tmp_path / "in")
+    source = prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in")
+    with pytest.raises(ValueError, match="8 of 9 pictures of this shard cannot be used") as refusal:
+        stored(tmp_path / "out", source, shards=1)
+    for name, reason in expected.items():
+        assert f"in/{name}: not a picture that can be read ({reason}" in str(refusal.value)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.h5"))
+
+
+def test_a_check_finds_the_same_pictures_and_what_is_left_is_a_store_that_says_so(tmp_path):
+    expected = bad_pictures(tmp_path / "in")
+    for i in range(20):
+        save(tmp_path / "in" / f"x{i:02d}.png", colour=(10 * i, 0, 0))
+    source = prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in")
+    bad = prepare.check(source)
+    assert prepare.check(source, workers=3) == bad
+    assert {name: reason.startswith(expected[name]) for name, reason in bad} == dict.fromkeys(expected, True)
+    assert "8 pictures cannot be used: 3 cannot identify image file" in prepare.told(bad)
+    prepare.write_checked(tmp_path / "checked.json", source, bad, key="k")
+    read = prepare.read_checked(tmp_path / "checked.json", source)
+    names = frozenset(name for name, _ in read)
+    left = prepare.open_source("folder", resolution=8, holdout=4, path=tmp_path / "in", without=names)
+    assert left.count == 21
+    stores = []
+    for shards in (1, 3):
+        common = {"key": "k", "recipe": {}, "shards": shards, "provenance": {}}
+        for shard in range(shards):
+            prepare.prepare_shard(tmp_path / str(shards), left, shard=shard, **common)
+        prepare.prepare_join(tmp_path / str(shards), left, **common, skipped=read)
+        stores.append(Store.open(tmp_path / str(shards), kind="images", verify="full"))
+    assert stores[0].identity == stores[1].identity  # every picture keeps its place in any number of shards
+    assert [tuple(entry) for entry in stores[0].manifest["skipped"]] == bad
+    # and it is the store of a folder that never had them
+    for name in names:
+        (tmp_path / "in" / name).unlink()
+    clean = prepare.open_source("folder", resolution=8, holdout=4, path=tmp_path / "in")
+    assert clean.listing == left.listing and stored(tmp_path / "clean", clean).identity == stores[0].identity
+
+
+def test_a_folder_that_changed_since_it_was_checked_is_refused(tmp_path):
+    save(tmp_path / "in" / "a.png")
+    source = prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in")
+    prepare.write_checked(tmp_path / "checked.json", source, prepare.check(source), key="k")
+    save(tmp_path / "in" / "b.png")
+    changed = prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in")
+    with pytest.raises(ValueError, match="1 pictures were checked, but others are there now .2."):
+        prepare.read_checked(tmp_path / "checked.json", changed)
+
+
+def test_a_class_or_a_folder_of_bad_pictures_alone_is_refused(tmp_path):
+    save(tmp_path / "in" / "a" / "1.png")
+    (tmp_path / "in" / "b").mkdir()
+    (tmp_path / "in" / "b" / "2.png").touch()
+    with pytest.raises(ValueError, match="class 'b' has no picture that can be read"):
+        prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in", without=frozenset({"b/2.png"}))
+    source = prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in" / "b")
+    with pytest.raises(ValueError, match="1 pictures cannot be used"):
+        prepare.write_checked(tmp_path / "checked.json", source, prepare.check(source), key="k")
+
+
+def test_without_labels_pictures_anywhere_below_are_taken(tmp_path):
+    for name in ("a/1.png", "2.png", "b/deep/3.png", ".hidden/4.png", "b/.thumbs/5.png"):
+        save(tmp_path / "in" / name)
+    source = prepare.open_source("folder", resolution=8, holdout=1, path=tmp_path / "in", labelled=False)
+    assert source.count == 3 and source.classes == [] and {source.load(i)[1] for i in range(3)} == {0}
+    digits = prepare.open_source("digits", resolution=8, holdout=0, labelled=False)
+    assert digits.classes == [] and {digits.load(i)[1] for i in range(20)} == {0}
+
+
+def test_links_are_followed_once_and_a_folder_that_contains_itself_is_refused(tmp_path):
+    save(tmp_path / "elsewhere" / "1.png")
+    save(tmp_path / "in" / "a" / "2.png")
+    (tmp_path / "in" / "a" / "more").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in").count == 2
+    (tmp_path / "in" / "a" / "loop").symlink_to(tmp_path / "in", target_is_directory=True)
+    with pytest.raises(ValueError, match="a link that leads back to a folder above it"):
+        prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in")
+
+
+def test_a_folder_that_cannot_be_read_is_refused_and_not_left_out(tmp_path, monkeypatch):
+    save(tmp_path / "in" / "a" / "1.png")
+    save(tmp_path / "in" / "a" / "locked" / "2.png")
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("locked"):  # root, as whom tests may run, can read everything
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ValueError, match=r"in/a/locked: cannot be read \(Permission denied\)"):
+        prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in")
+
+
+def test_names_that_are_no_text_are_kept_apart_and_can_be_written_down(tmp_path):
+    folder = os.fsencode(tmp_path / "in")
+    os.mkdir(folder)
+    Image.new("RGB", (8, 8), GREY).save(tmp_path / "good.png")
+    good = (tmp_path / "good.png").read_bytes()
+    for name, content in ((b"\xff.png", good), (b"\xfe.png", b""), ("ü.png".encode(), good)):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(content)
+    source = prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in")
+    bad = prepare.check(source)
+    assert [os.fsencode(name) for name, _ in bad] == [b"\xfe.png"]
+    prepare.write_checked(tmp_path / "checked.json", source, bad, key="k")
+    assert prepare.read_checked(tmp_path / "checked.json", source) == bad
+    print(prepare.told(bad).encode("utf-8", "backslashreplace"))
+    without = frozenset(name for name, _ in bad)
+    assert prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in", without=without).count == 2

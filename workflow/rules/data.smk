@@ -1,6 +1,17 @@
 # Images, the small networks that the pipeline trains on them, and latents.
 
+if plan.checked_images:
+
+    rule images_check:
+        output: plan.checked_images
+        log: log_of("images-check")
+        benchmark: time_of("images-check")
+        threads: THREADS
+        shell: "haste images -c {CONFIG:q} --check > {log:q} 2>&1"
+
+
 rule images:
+    input: ancient([plan.checked_images] if plan.checked_images else [])
     output: f"{plan.images.folder}/shard-{{shard}}-of-{{shards}}.h5"
     log: log_of("images-{shard}-of-{shards}")
     benchmark: time_of("images-{shard}-of-{shards}")
@@ -8,7 +19,7 @@ rule images:
 
 
 rule images_join:
-    input: ancient(plan.images.shard_files)
+    input: ancient(plan.images.shard_files), ancient([plan.checked_images] if plan.checked_images else [])
     output: plan.images.manifest
     log: log_of("images-join")
     benchmark: time_of("images-join")

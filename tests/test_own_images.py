@@ -1,0 +1,147 @@
+"""A folder of pictures as people have them becomes a table, on a CPU, by the configuration that they start from."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from PIL import Image
+
+from haste import artefact, cli, config
+from haste.data.store import Store
+from haste.plan import Plan
+from haste.train import loop
+
+CONFIGS = sorted((Path(__file__).parent.parent / "config").glob("*.yaml"))
+MINE = next(path for path in CONFIGS if path.name == "my-images.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_that_comes_with_the_package_is_accepted(path):
+    assert Plan(config.load(path)).rows
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    """An autoencoder of Stable Diffusion's shape in diffusers' own format, narrower, its weights random."""
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=0.18215,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def pictures(folder: Path) -> Path:
+    """Pictures of many kinds in folders in folders, two of them bad."""
+    draw = np.random.default_rng(0)
+    for i in range(20):
+        size = (int(draw.integers(32, 90)), int(draw.integers(32, 90)))
+        image = Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8))
+        kind = ("RGB.png", "CMYK.jpg", "L.JPG", "RGBA.webp", "P.png")[i % 5]
+        path = folder / ("ab"[i % 2]) / str(i % 3) / f"{i:02d}-{kind}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.convert(kind.split(".")[0]).save(path)
+    (folder / "a" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    (folder / "empty.png").touch()
+    return folder
+
+
+@pytest.fixture(params=[0, 2], ids=["without labels", "two classes"])
+def plan(request, tmp_path, autoencoder):
+    raw = yaml.safe_load(MINE.read_text())
+    folder = pictures(tmp_path / "pictures")
+    if request.param:
+        (folder / "empty.png").rename(folder / "b" / "empty.png")
+    raw["images"] |= {"path": str(folder), "resolution": 32, "classes": request.param, "holdout": 4, "shards": 2}
+    raw["autoencoder"] = {"pretrained": {"encode": str(autoencoder)}}
+    raw["teachers"]["dinov2-b"] = {"trained": {"steps": 2, "batch": 4, "depth": 2, "width": 16, "heads": 2, "patch": 8}}
+    raw["detector"] = {"cnn": {"trained": {"steps": 2, "batch": 4, "width": 8}}}
+    raw["models"] = {"dot": {"depth": 2, "width": 16, "heads": 2, "patch_size": 1}}
+    raw["alignments"]["HASTE"]["features"] |= {"depth": 1, "hidden": 16}
+    raw["alignments"]["HASTE"]["attention"] |= {"student_layers": [0], "teacher_layers": [1]}
+    raw["training"] = {"batch": 4, "ema": 0.5}
+    raw["runtime"] = {"trackers": [], "sample_batch": 3}
+    raw["sampling"] = {"quick": {"sampler": "euler", "steps": 2, "count": 13}}
+    raw["defaults"] = {"model": "dot", "milestones": [3], "sampling": ["quick"]}
+    raw["runs"]["HASTE"] = {"alignment": "HASTE", "stop": 2}
+    raw["results"] = str(tmp_path / "results")
+    found = Plan(config.resolve(raw))
+    found.file = tmp_path / "mine.yaml"
+    found.file.write_text(yaml.safe_dump(raw))
+    return found
+
+
+def test_a_handful_of_pictures_goes_all_the_way(plan, capsys):
+    def run(*command):
+        assert cli.main([*command, "-c", str(plan.file)]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    said = run("images", "--check")
+    assert "2 pictures cannot be used" in said and "a/broken.jpg" in said and "empty.png" in said
+    shards = [("--shard", "0"), ("--shard", "1"), ("--join",)]
+    for shard in shards:
+        run("images", *shard)
+    store = Store.open(plan.images.folder)
+    classes = plan.config.images.classes
+    assert store.count == 20 and store.manifest["classes"] == ["a", "b"][:classes]
+    assert {name.split("/")[-1] for name, _ in store.manifest["skipped"]} == {"broken.jpg", "empty.png"}
+    assert set(store.read("label", range(20)).tolist()) == ({0, 1} if classes else {0})
+    for command in (["teacher", "dinov2-b"], ["detector"], ["reference"], ["latents", "--shard", "0"]):
+        run(*command)
+    run("latents", "--join")
+    latents = Store.open(plan.latents.folder).manifest
+    assert latents["scale"] == 0.18215 and latents["fields"]["moments"]["shape"] == [8, 4, 4]
+    for row in plan.rows:
+        loop.train(plan, row.evaluation.state)
+        for command in ("sample", "evaluate", "grid"):
+            run(command, row.evaluation.name)
+        with np.load(row.evaluation.sample_file(0)) as drawn:
+            assert drawn["arr_0"].shape == (13, 32, 32, 3)
+            assert set(drawn["arr_1"].tolist()) == (set(range(classes)) if classes else {0})
+        scores = artefact.read_json(row.evaluation.score, "score")["scores"]
+        assert np.isfinite(scores["fd"]) and ("class_accuracy" in scores) == bool(classes)
+    run("floor")
+    run("report")
+    page = Path(plan.report).read_text()
+    assert ("class accuracy" in page) == bool(classes)
+
+
+def test_pictures_are_checked_once_before_their_shards_where_bad_ones_are_left_out(tmp_path):
+    root = MINE.parent.parent
+    command = [sys.executable, "-m", "snakemake", "-n", "--cores", "1", "--snakefile", str(root / "workflow/Snakefile")]
+    command += ["--workflow-profile", str(root / "profiles/default"), "--configfile", str(MINE)]
+    done = subprocess.run([*command, "--directory", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    jobs = re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE)
+    assert jobs.count("images_check") == 1
+    assert jobs.index("images_check") < jobs.index("images") < jobs.index("images_join") < jobs.index("latents")
+
+
+def test_guidance_without_labels_is_refused(tiny):
+    tiny["images"]["classes"] = 0
+    tiny["sampling"]["quick"]["guidance"] = 1.5
+    with pytest.raises(ValueError, match=r"sampling.quick.guidance: 1.5, but images.classes is 0"):
+        config.resolve(tiny)
+
+
+def test_leaving_pictures_out_is_for_folders_and_another_store(tiny):
+    with pytest.raises(ValueError, match="images: on_bad_image skip is for source 'folder', found 'digits'"):
+        config.resolve({**tiny, "images": {**tiny["images"], "on_bad_image": "skip"}})
+    images = {**tiny["images"], "source": "folder", "path": "x"}
+    fail, skip = (Plan(config.resolve({**tiny, "images": {**images, "on_bad_image": how}})) for how in ("fail", "skip"))
+    assert fail.images.key != skip.images.key and fail.checked_images is None
+
+
+def test_the_number_of_classes_that_was_found_is_said_by_name(tiny, tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "in" / name / "1.png")
+    images = {**tiny["images"], "source": "folder", "path": str(tmp_path / "in"), "classes": 3, "holdout": 1}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({**tiny, "images": images, "results": str(tmp_path / "results")}))
+    assert cli.main(["images", "--shard", "0", "-c", str(tmp_path / "c.yaml")]) == 2
+    assert f"images.classes: 3, but {tmp_path}/in has 2 (cat, dog)" in capsys.readouterr().err
