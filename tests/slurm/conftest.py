@@ -6,6 +6,7 @@ when the tests end. Its daemons die with the process that started them.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -187,18 +188,11 @@ class Slurm:
 
     def processes(self, node: str) -> list[psutil.Process]:
         """The step daemons of a node."""
-        found = []
+        found, own = [], (f"{self.folder}/spool.{node}", f"{self.folder}/slurmd.{node}")
         for process in psutil.process_iter(["name"]):
-            try:
-                mine = process.info["name"] == "slurmstepd" and process.environ().get("SLURM_CONF") in (
-                    None,
-                    self.environment["SLURM_CONF"],
-                )
-                here = any(f"spool.{node}" in text or f"slurmd.{node}" in text for text in _open_paths(process))
-                if mine and here:
+            with contextlib.suppress(psutil.Error):
+                if process.info["name"] == "slurmstepd" and any(p.startswith(own) for p in _open_paths(process)):
                     found.append(process)
-            except psutil.Error:
-                continue
         return found
 
     def down(self) -> None:

@@ -25,7 +25,7 @@ from haste import config
 from haste.cluster import job as jobs
 from haste.plan import Plan
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = pytest.mark.timeout(3000)
 
 ROOT = Path(__file__).parents[2]
 TINY = yaml.safe_load((ROOT / "tests" / "tiny.yaml").read_text())
@@ -87,7 +87,6 @@ class World:
             "latency-wait": 20,
             "slurm-init-seconds-before-status-checks": 2,
             "seconds-between-status-checks": 2,
-            "retries": 0,
         }
         path = self.folder / "profile" / "config.yaml"
         path.parent.mkdir(exist_ok=True)
@@ -124,7 +123,7 @@ class World:
             )
         return self.snakemake
 
-    def finish(self, running, seconds=900):
+    def finish(self, running, seconds=1200):
         code = running.wait(seconds)
         assert code == 0, self.log.read_text()[-6000:] + self.slurm.state()
 
@@ -335,7 +334,7 @@ def test_the_whole_workflow_ends_in_the_tables_of_a_local_run_and_each_stage_has
         capture_output=True,
         text=True,
         env=world.environment,
-        timeout=600,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     plan = Plan(config.resolve(raw))

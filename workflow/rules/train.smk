@@ -48,6 +48,7 @@ rule train:
     wildcard_constraints: trajectory=ALIGNED
     threads: TRAIN_THREADS
     priority: 10  # what others wait for goes first
+    retries: 0  # it sees to that itself; and what somebody cancelled is not submitted behind their back
     params: cluster=on_cluster
     # what a person should read at once goes to descriptor 3, past the log
     shell: "haste train {wildcards.trajectory:q}/{wildcards.step} -c {CONFIG:q} {params.cluster:q} 3>&2 > {log:q} 2>&1"

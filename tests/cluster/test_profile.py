@@ -1,0 +1,47 @@
+"""The profile that users start from says what each line is, and asks for what training understands."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from haste.cluster import job
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "profiles" / "slurm" / "config.yaml").read_text()
+PROFILE = yaml.safe_load(TEXT)
+
+
+@pytest.mark.parametrize("rule", ["train", "train_plain"])
+def test_training_understands_every_resource_that_it_is_given(rule):
+    given = {**PROFILE["default-resources"], **PROFILE["set-resources"][rule]}
+    asked = job.resources([f"{key}={value}" for key, value in given.items()])
+    assert asked.processes == given["nodes"] * given["tasks_per_node"]
+    assert PROFILE["set-threads"][rule] == 1, "who waits needs no cores"
+
+
+def test_site_settings_that_are_commented_out_are_understood_too():
+    offered = re.findall(r"^  # (\w+): \"?([^\"#]*?)\"?\s+#", TEXT, re.MULTILINE)
+    assert {key for key, _ in offered} >= {"slurm_account", "slurm_partition", "constraint", "qos", "slurm_extra"}
+    job.parameters(job.resources([f"{key}={value}" for key, value in offered]), "name")
+
+
+def test_training_after_the_stop_asks_for_less_than_before():
+    before, after = (PROFILE["set-resources"][rule] for rule in ("train", "train_plain"))
+    assert before["nodes"] * before["tasks_per_node"] == after["nodes"] * after["tasks_per_node"]  # else other bits
+    assert after["mem_mb"] < before["mem_mb"]
+    assert after["cpus_per_task"] < before["cpus_per_task"]
+
+
+def test_every_resource_of_training_stands_in_the_document():
+    document = (ROOT / "docs" / "slurm.md").read_text().split("## The profile")[1]
+    assert set(job.KEYS) <= set(re.findall(r"`(\w+)`", document))
+
+
+def test_rules_of_the_profile_exist():
+    rules = set()
+    for file in (ROOT / "workflow").rglob("*.smk"):
+        rules |= set(re.findall(r"^ *(?:use )?rule (?:\w+ as )?(\w+)", file.read_text(), re.MULTILINE))
+    named = {*PROFILE["set-resources"], *PROFILE["set-threads"], *PROFILE["slurm-array-jobs"].split(",")}
+    assert named <= rules
