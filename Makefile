@@ -21,7 +21,7 @@ test: lint
 	pytest -n 2 --ignore tests/slurm
 
 test-slurm: $(READY)
-	pytest tests/slurm
+	HASTE_SLURM=1 pytest tests/slurm
 
 lint: $(READY)
 	ruff format --check .
