@@ -82,6 +82,7 @@ class World:
         found["set-resources"] = {
             "train": {**train, **changes.get("train", {})},
             "train_plain": {**train, **changes.get("plain", {})},
+            "sample": {"gpu": 1},
         }
         found |= {
             "latency-wait": 20,
@@ -351,7 +352,8 @@ def test_the_whole_workflow_ends_in_the_tables_of_a_local_run_and_each_stage_has
     world.finish(world.start())
     rules = re.findall(r"^(?:local)?rule (\w+):", world.log.read_text(), re.MULTILINE)
     assert sorted(set(rules)) == ["all", "grid", "report", "sample", "score"]
-    new = {job["JobID"] for job in slurm.accounted("JobID")} - before
+    found = [job for job in slurm.accounted("JobID", "AllocTRES%200") if job["JobID"] not in before]
+    new = {job["JobID"] for job in found}
     arrays = {number.split("_")[0] for number in new if "_" in number}
     assert len(arrays) == 1
-    assert len([number for number in new if "_" in number]) == 4
+    assert ["gres/gpu=1" in job["AllocTRES%200"] for job in found if "_" in job["JobID"]] == [True] * 4
