@@ -265,8 +265,8 @@ def _seen(detector: Detector, images: np.ndarray, labels: np.ndarray) -> dict[st
 
 
 def _about(detector: Detector) -> dict[str, Any]:
-    # Not its name: another configuration, which shares the store, may call it otherwise.
-    return {name: value for name, value in detector.about.items() if name != "name"}
+    # Not the configuration's name for it: another one, which shares the store, may call it otherwise.
+    return {**detector.about, "name": detector.kind}
 
 
 def _fields(detector: Detector) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -16,6 +16,7 @@ from haste.metrics.detectors import Detector, open_detector
 from haste.sample import reference_of_file, reference_shard
 from haste.score import sides
 from haste.score import workflow as score
+from haste.score.look import view_of
 
 CLASSES = 3
 
@@ -226,6 +227,7 @@ def test_the_reference_is_the_detectors_view_of_each_training_image_and_of_no_ot
     store = Store.open(folder)
     assert store.count == 8
     assert store.manifest["detector"] == detector.identity
+    assert view_of(store).detector == {**detector.about, "name": "means"}  # so that `haste score` takes it too
     train = pictures[2:10].astype(np.float64)
     np.testing.assert_allclose(store.read("pool", range(8)), train.mean((1, 2)), rtol=1e-6)
     assert (store.read("logits", range(8)) == train[:, 0, :CLASSES, 0]).all()

@@ -146,7 +146,7 @@ def view_of(store: Store) -> View:
         raise ValueError(f"{store.folder}: a features store that does not name its detector, or holds no pool features")
     outputs = {name: shape[0] for name, (shape, _) in fields.items() if len(shape) == 1}
     unknown = {"name": f"detector {identity[:8]}", "kind": None, "identity": identity, "outputs": outputs}
-    about = store.manifest.get("about") or unknown
+    about = {**unknown, **(store.manifest.get("about") or {})}
 
     def batches() -> Iterator[Batch]:
         for low in range(0, store.count, READ):

@@ -170,7 +170,7 @@ def floor(reference: Store, *, detector: str, held_out_accuracy: float | None, k
 
 
 def _detector(name: str, features: Store) -> dict[str, Any]:
-    return {"name": name, **features.manifest.get("about", {}), "identity": features.manifest["detector"]}
+    return {**features.manifest.get("about", {}), "name": name, "identity": features.manifest["detector"]}
 
 
 def _check_detectors(features: Store, reference: Store) -> None:
