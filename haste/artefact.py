@@ -6,6 +6,7 @@ Nothing here knows what the files contain, and nothing here imports torch.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import errno
 import fcntl
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
@@ -268,3 +270,33 @@ def acquire(path: Path | str, what: str) -> Any:
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}: {' '.join(sys.argv)[:200]}\n")
     file.flush()
     return file
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """Who holds a lock, as its file says; at_work: whether that process is still there, None if it is elsewhere."""
+
+    who: str
+    at_work: bool | None
+
+
+def holder(path: Path | str) -> Holder | None:
+    """Who holds a lock, without touching it: asking the kernel for it would refuse somebody who wants it meanwhile.
+
+    Returns:
+        None where nobody ever held it, or where he let go (on this machine; of another one only the file speaks).
+    """
+    try:
+        who = Path(path).read_text().strip()
+        place = os.stat(path)
+        told = re.match(r"process (\d+) on (\S+) ", who)
+        if told is None:
+            return None
+        if told[2] != socket.gethostname():
+            return Holder(who, None)
+        # Lines as "1: FLOCK  ADVISORY  WRITE 4711 fe:00:2146314 0 EOF"; one that waits has an arrow in it.
+        held = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" not in line]
+    except (OSError, UnicodeDecodeError):  # no such lock, or no such list of the kernel's
+        return None
+    mine = any(words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(place.st_ino) for words in held)
+    return Holder(who, True) if mine else None

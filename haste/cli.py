@@ -73,6 +73,14 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     rule("plan", _plan, "say what will run, how long, and how much disk, before anything runs")
+    live = rule("status", _status, "say what every run is doing now")
+    live.add_argument("-w", "--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="look again and again")
+    forget = rule("forget", _forget, "remove what only one run needs")
+    forget.add_argument("name", metavar="RUN")
+    clear = command("prune", _prune, "remove what no configuration needs")
+    clear.add_argument("-c", "--config", nargs="+", default=[DEFAULT_CONFIG], help="configuration files to keep")
+    for sub in (forget, clear):
+        sub.add_argument("--yes", action="store_true", help="do it; without this, only say what would go")
     show = command("show", _show, "say how a file was made: state, store, samples, score, part or report")
     show.add_argument("file", type=Path)
     rule("table", _table, "print the result table of a finished report")
@@ -181,6 +189,24 @@ def _plan(arguments: argparse.Namespace) -> None:
     from haste import status
 
     status.print_plan(_plan_of(arguments))
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from haste import live
+
+    live.show(lambda: _plan_of(arguments), arguments.watch)
+
+
+def _forget(arguments: argparse.Namespace) -> None:
+    from haste import config, prune
+
+    prune.forget(config.load(arguments.config), arguments.name, arguments.yes)
+
+
+def _prune(arguments: argparse.Namespace) -> None:
+    from haste import config, prune
+
+    prune.prune([config.load(path) for path in arguments.config], arguments.yes)
 
 
 def _show(arguments: argparse.Namespace) -> None:

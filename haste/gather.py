@@ -66,6 +66,8 @@ def stages(plan: Plan) -> list[Stage]:
         "teacher",
         "detector",
         "latents",
+        "pca",
+        "targets",
         "train",
         "reference",
         "sample",

@@ -693,6 +693,7 @@ class Plan:
         return [*dict.fromkeys(scores + grids), *(detector.floor for detector in self.detectors.values())]
 
 
+@functools.cache  # a large folder takes minutes to walk
 def image_count(plan: Plan) -> int:
     """Images of the store, or, before there is one, of its source.
 

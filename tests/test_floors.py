@@ -14,7 +14,7 @@ FLOORS = [
     {"artefact", "hub"},
     {"config", "models", "diffusion", "align", "metrics", "journal", "cache"},
     {"data", "teachers", "diagnose", "plan", "report"},
-    {"train", "sample", "score", "exchange", "gather", "status", "cluster"},
+    {"train", "sample", "score", "exchange", "gather", "status", "live", "prune", "cluster"},
     {"cli"},
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -58,7 +58,11 @@ def test_a_room_imports_only_from_lower_floors(path):
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "plan", "status", "gather", "report.page", "journal", "cli", "cluster.waiter", "cluster.queue"]
+    "module",
+    [
+        *("config", "plan", "status", "live", "prune", "gather", "report.page", "journal", "cli"),
+        *("cluster.waiter", "cluster.queue"),
+    ],
 )
 def test_what_a_dry_run_needs_imports_no_torch(module):
     code = f"import sys, haste.{module}; sys.exit('torch' in sys.modules)"

@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from haste import artefact, cli, config
-from haste.plan import Plan
+from haste.plan import Plan, State
 
 ROOT = Path(__file__).parent.parent
 TINY = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
@@ -232,6 +232,20 @@ def test_a_row_that_is_renamed_or_removed_remakes_the_report_and_nothing_else(sh
     assert "plain" in table
     assert "vanilla,dot" not in table.replace("plain,dot", "")
     assert shop.jobs() == set()
+
+
+def test_after_pruning_a_finished_configuration_wants_nothing_and_a_row_taken_away_is_freed(shop):
+    extra = Path(shop.plan.path(State(shop.plan.state("HASTE", 8).trajectory, 9)))
+    shutil.copy(shop.plan.path(shop.plan.state("HASTE", 8)), extra)
+    branch = Path(shop.plan.path(shop.plan.state("HASTE-12", 16)))
+    file = str(shop.folder / "tiny.yaml")
+    assert cli.main(["prune", "-c", file, "--yes"]) == 0
+    assert branch.exists() and not extra.exists()
+    assert shop.jobs() == set()
+    shop.configure(runs={name: row for name, row in RUNS.items() if name != "HASTE-12"})
+    assert cli.main(["prune", "-c", file, "--yes"]) == 0
+    assert not branch.parent.exists()
+    assert shop.jobs() == {("report", "")}
 
 
 def test_two_snakemakes_on_one_results_folder_the_second_says_who_holds_it_and_stops(shop):
