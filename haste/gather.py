@@ -102,8 +102,11 @@ def settings(plan: Plan, run: str) -> dict[str, str]:
     """
     if run in plan.config.evaluate:
         return {}
-    terms = config.terms_of(plan.config, run)
-    found = {name: _words(value) for name, value in plan.config.training_of(run).model_dump().items()}
+    row, terms, training = plan.config.runs[run], config.terms_of(plan.config, run), plan.config.training_of(run)
+    found = {name: _words(value) for name, value in training.model_dump().items()}
+    found["timesteps"] = _times(training.timesteps)
+    if row.warm_start:
+        found["warm start"] = row.warm_start
     teachers = {kind: _teacher(plan, term["teacher"]) for kind, term in terms.items()}
     if teachers:
         same = len(set(teachers.values())) == 1
@@ -120,6 +123,10 @@ def settings(plan: Plan, run: str) -> dict[str, str]:
     if falling:
         found["ramp"] = f"{', '.join(falling)}, {ramp.shape}"
     return found
+
+
+def _times(times: config.Timesteps) -> str:
+    return "uniform" if times.distribution == "uniform" else f"lognormal({times.mu:g}, {times.s:g})"
 
 
 def _words(value: Any) -> str:

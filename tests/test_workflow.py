@@ -109,6 +109,16 @@ def test_the_whole_path_ends_in_a_report_with_every_row(finished):
     assert cli.main(["table", "-c", finished.plan.config_file]) == 0
 
 
+def test_snakemakes_own_report_has_the_page_and_the_pictures(finished, tmp_path):
+    file = tmp_path / "snakemake.html"
+    done = finished.snakemake("--report", str(file))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    text = file.read_text()
+    assert "Samples" in text and "index.html" in text
+    grids = [path for path in finished.plan.shown if path.endswith("grid.png")]
+    assert all(Path(path).parent.name in text for path in grids)
+
+
 def test_a_second_run_finds_nothing_to_do(shop):
     assert shop.jobs() == set()
 

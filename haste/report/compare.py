@@ -301,14 +301,15 @@ def seeds_of(report: Report, run: str) -> list[int]:
 def decimals(report: Report) -> dict[tuple[str, bool], int]:
     """Decimals to show, by a column's place: one number for a whole column, and for the headline that quotes it.
 
-    Distances get a second decimal where the smallest that a run reached is below 10.
+    Distances get one decimal, and another one for each power of ten that the smallest that a run reached is below 10.
     """
     scores = [row_scores(row) for row in report.rows]
     shown: dict[tuple[str, bool], int] = {}
     for column in columns(report):
         known = metric(column.metric)
-        small = any(abs(found.get(column, math.inf)) < 10.0 for found in scores)
-        places = known.decimals + (known.decimals == 1 and small)
+        least = min((abs(v) for found in scores if (v := found.get(column))), default=math.inf)
+        more = min(max(0, 1 - math.floor(math.log10(least))), 4) if known.decimals == 1 and least < 10 else 0
+        places = known.decimals + more
         shown[column.place] = max(places, shown.get(column.place, 0))
     return shown
 

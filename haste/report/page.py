@@ -18,10 +18,12 @@ from haste.report import figures, formats, tables
 from haste.report.compare import Line, guidance_text, lines
 from haste.report.content import NONE, Grid, Part, Report, Row, Stage
 from haste.report.finding import context, finding, lead, speedup_table, speedups
-from haste.report.formats import Table
+from haste.report.formats import Cell, Entry, Head, Table, text_cell
 
 PNG = b"\x89PNG\r\n\x1a\n"
-OURS = re.compile(r"(results|guided|speed-up|published[\w-]*|ablation-[\w-]+)\.(csv|md|tex)")  # files of tables
+OURS = re.compile(
+    r"(results|guided|parts|time|speed-up|published[\w-]*|ablation-[\w-]+)\.(csv|md|tex)"
+)  # files of tables
 CELL = 68  # pixels a column of a grid may be wide on a page
 
 
@@ -33,7 +35,34 @@ def all_tables(report: Report) -> dict[str, list[Table]]:
         "speed": [speedup] if speedup else [],
         "published": tables.published_tables(report),
         "ablations": tables.ablations(report),
+        "parts": [_parts(report.parts)] if report.parts else [],
+        "time": [_time(report.stages)] if report.stages else [],
     }
+
+
+def _parts(parts: Sequence[Part]) -> Table:
+    entries = []
+    for part in parts:
+        quality = ", ".join(f"{_spaced(name)} {value_text(value)}" for name, value in part.quality.items())
+        words = [text_cell(word) for word in (part.part, part.name, quality)]
+        entries.append(Entry([*words, _duration_cell(part.provenance.get("seconds"))]))
+    return Table("parts", "Parts", [Head("part"), Head("name"), Head("quality"), Head("made in", True)], entries)
+
+
+def _time(stages: Sequence[Stage]) -> Table:
+    total = Stage("total", sum(s.jobs for s in stages), sum(s.seconds for s in stages))
+    heads = [Head("stage"), Head("jobs", True), Head("time, summed", True), Head("share", True)]
+    entries = []
+    for stage in [*stages, total]:
+        share = stage.seconds / total.seconds if total.seconds else None
+        cell = Cell(NONE if share is None else f"{100 * share:.0f} %", share)
+        cells = [text_cell(stage.name), text_cell(stage.jobs), _duration_cell(stage.seconds), cell]
+        entries.append(Entry(cells, kind="floor" if stage is total else ""))
+    return Table("time", "Time", heads, entries)
+
+
+def _duration_cell(seconds: float | None) -> Cell:
+    return Cell(duration(seconds), seconds)
 
 
 def write(report: Report, folder: Path | str) -> Path:
@@ -81,7 +110,12 @@ def render(report: Report) -> str:
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"duration": duration, "value": value_text}
-    environment.globals |= {"made": made, "guidance": guidance_text, "files": ("csv", "md", "tex")}
+    environment.globals |= {
+        "made": made,
+        "guidance": guidance_text,
+        "files": ("csv", "md", "tex"),
+        "untitled": ("Results", "Parts", "Time"),
+    }
     arrows = tables.arrows(report)
     return environment.get_template("template.html.j2").render(
         report=report,
@@ -100,8 +134,6 @@ def render(report: Report) -> str:
         ],
         loss_panels=[(p, Markup(p.svg)) for p in figures.loss_panels(report)],
         grids=[(step, [_grid(grid) for grid in group]) for step, group in _by_step(report)],
-        parts=[(part, _quality(part)) for part in report.parts],
-        total=Stage("total", sum(s.jobs for s in report.stages), sum(s.seconds for s in report.stages)),
     )
 
 
@@ -141,10 +173,6 @@ def data_uri(path: Path | str) -> str:
     if not content.startswith(PNG):
         raise ValueError(f"{path}: expected a PNG, found a file that begins with {content[:8]!r}")
     return "data:image/png;base64," + base64.b64encode(content).decode()
-
-
-def _quality(part: Part) -> list[tuple[str, str]]:
-    return [(name.replace("_", " "), value_text(value)) for name, value in part.quality.items()]
 
 
 def value_text(value: Any) -> str:

@@ -29,6 +29,7 @@ FILES: dict[str, tuple[int, tuple[str, ...]]] = {
     "ablation_lambda.csv": (256, ("feature weight",)),
     "ablation_depth.csv": (256, ("layers",)),
     "ablation_components.csv": (256, ("teacher", "layers", "feature similarity")),
+    "ablation_timestep_sampling.csv": (256, ("timesteps",)),
 }
 GUIDED = {"imagenet256_cfg.csv", "imagenet512.csv"}
 SIMILARITIES = {"NT-Xent": "nt-xent", "Cos. sim.": "cosine"}
@@ -94,6 +95,8 @@ def _read(line: Mapping[str, str], resolution: int, axes: tuple[str, ...], guide
     stop = line.get("termination") or ("never" if "termination" in line and method != "vanilla" else NONE)
     scores = {metric: line[name] for metric, name in SCORES.items() if line.get(name)}
     step, settings = int(line["iteration"]), {} if method == "vanilla" else _settings(line)
+    if line.get("timestep_sampling"):
+        settings["timesteps"] = line["timestep_sampling"].replace(";", ", ")
     return Published(resolution, line["model"], method, step, weight, stop, settings, scores, line["source"], axes)
 
 

@@ -41,6 +41,8 @@ TITLES = {
     "attention weight": "weight of the attention term",
     "layers": "aligned layers",
     "teacher": "teacher",
+    "timesteps": "distribution of training times",
+    "feature similarity": "form of the feature loss",
 }
 
 
@@ -373,6 +375,7 @@ def _baseline(table: Sequence[tuple[int, Line]], row: Row, axis: str) -> list[tu
         (place, line)
         for place, line in table
         if line.first.method == "vanilla"
+        and line.first.settings  # of a row from elsewhere none are known
         and row.method != "vanilla"
         and axis_value(line.first, axis) in (None, NONE)
         and _scene(line.first) == _scene(row)

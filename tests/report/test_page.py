@@ -92,7 +92,7 @@ class Page(HTMLParser):
 
 def test_the_page_is_whole_and_one_file(full: Report, tmp_path: Path):
     index = page.write(full, tmp_path / "report")
-    tables = [f"{name}.{kind}" for name in ("results", "speed-up") for kind in ("csv", "md", "tex")]
+    tables = [f"{name}.{kind}" for name in ("results", "speed-up", "parts", "time") for kind in ("csv", "md", "tex")]
     assert sorted(p.name for p in index.parent.iterdir()) == sorted(["index.html", *tables])
     parsed = Page(index.read_text())
     assert parsed.open == []
@@ -107,7 +107,7 @@ def test_the_page_needs_nothing_from_outside(full: Report):
         v for _, a in parsed.elements for k, v in a.items() if k in ("src", "href", "xlink:href", "srcset", "data")
     ]
     assert targets
-    tables = {f"{name}.{kind}" for name in ("results", "speed-up") for kind in ("csv", "md", "tex")}
+    tables = {f"{name}.{kind}" for name in ("results", "speed-up", "parts", "time") for kind in ("csv", "md", "tex")}
     assert {t for t in targets if not t.startswith(("#", "data:"))} == tables
     assert parsed.all("link") == []
     assert not re.search(r"@import|url\((?!#)", html)

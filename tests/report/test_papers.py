@@ -209,6 +209,18 @@ def test_ablation_of_layers_and_of_teachers_beside_the_papers():
     ]
 
 
+def test_ablation_of_the_distribution_of_training_times_beside_the_papers():
+    rows = [
+        row(name, "SiT-B/2", "vanilla", NONE, 50_000, fid, {**BASE, "timesteps": name})
+        for name, fid in (("uniform", 95.0), ("lognormal(0, 1)", 92.5))
+    ]
+    assert texts(ablation("timesteps", rows), "timesteps", "FID") == [
+        ("", "lognormal(0, 1)", "92.5"),
+        ("", "uniform", "95.0"),
+        ("published", "lognormal(0, 1)", "92.27"),
+    ]
+
+
 def test_runs_that_differ_in_two_settings_are_no_ablation():
     rows = [
         row("a", "SiT-B/2", "HASTE", "never", 100_000, 40.2, aligned(B)),

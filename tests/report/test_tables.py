@@ -223,6 +223,12 @@ def heads(built: Report) -> list[str]:
     return Cells(html(built)).rows[0]
 
 
+@pytest.mark.parametrize(("fd", "text"), [(31.26, "31.3"), (9.14, "9.14"), (0.187, "0.187"), (0.0123, "0.0123")])
+def test_a_distance_is_shown_to_three_digits(fd, text):
+    (table,) = tables.main_tables(report([row("a", 1, fd)]))
+    assert table.column("FD (digits-cnn)")[0].text == text
+
+
 def test_model_method_stop_seed_and_sampling_are_columns_only_where_they_differ():
     rows = [row("a", 1, 9.0), row("a", 2, 8.0)]
     assert heads(report(rows))[:3] == ["run", "step", "FD (digits-cnn)"]

@@ -1,7 +1,10 @@
-# One page, and its tables as files.
+# One page, and its tables as files. `snakemake --report` shows what is marked with report(...) once more, with its own
+# account of jobs and times.
 
 rule report:
     input: plan.shown
-    output: plan.report, plan.report_made
+    output:
+        report(plan.report, category="Report", labels={"page": plan.config.name}),
+        plan.report_made,
     log: log_of("report")
     shell: "haste report -c {CONFIG:q} > {log:q} 2>&1"

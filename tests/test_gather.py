@@ -1,0 +1,124 @@
+"""From a plan's finished files to a report: what is there is shown, what is missing is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from haste import config, gather
+from haste.plan import Plan
+from haste.report import page, tables
+from haste.report.content import Benchmark
+
+RAMP = "features over 4 steps, attention over 4 steps, cosine"
+
+
+def plan_of(tiny, folder, **changes):
+    return Plan(config.resolve({**tiny, "results": str(folder), **changes}))
+
+
+def write_scores(plan, skip=()):
+    """Hand-made scores of every row but some (run, seed, step)."""
+    for place, row in enumerate(plan.rows):
+        if (row.run, row.seed, row.step) in skip:
+            continue
+        path = Path(row.evaluation.score)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        score = {
+            "schema": 1,
+            "kind": "score",
+            "state": {"trajectory": row.evaluation.state.trajectory, "step": row.step},
+            "sampling": row.evaluation.sampling.model_dump(mode="json"),
+            "detector": {"name": "called otherwise", "identity": "d"},
+            "samples": 20,
+            "reference": {"images": 1700, "identity": "r"},
+            "scores": {"fd": 50.0 + place},
+        }
+        path.write_text(json.dumps(score))
+
+
+ROWS = {"vanilla": {"seeds": [0, 1, 2]}, "HASTE-12": {"alignment": "HASTE", "stop": 12, "seed": 1}}
+
+
+def test_every_seed_is_gathered_and_a_line_is_their_mean(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path, runs=ROWS)
+    write_scores(plan)
+    found = gather.report(plan)
+    assert [(r.run, r.seed, r.step) for r in found.rows] == [(r.run, r.seed, r.step) for r in plan.rows]
+    assert found.seeds == {"vanilla": [0, 1, 2], "HASTE-12": [1]}
+    assert not any("Not scored" in note for note in found.notes)
+    (table,) = tables.main_tables(found)
+    # Rows are counted seed by seed, two steps each: vanilla at step 8 has 50, 52 and 54.
+    cell = table.column("FD (cnn)")[0]
+    assert (cell.value, cell.spread) == (52.0, 2.0)
+    assert {row.score["detector"]["name"] for row in found.rows} == {"cnn"}  # as this configuration calls it
+
+
+def test_what_is_not_scored_yet_is_named_and_the_rest_is_shown(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path, runs=ROWS)
+    write_scores(plan, skip=[("vanilla", 2, 16), ("HASTE-12", 1, 16)])
+    found = gather.report(plan)
+    assert found.notes == ["Not scored yet: vanilla (seed 2) at step 16; HASTE-12 at step 16."]
+    (table,) = tables.main_tables(found)
+    assert [entry.cells[0].text for entry in table.entries] == ["vanilla", "HASTE-12", "vanilla"]
+    assert table.column("seeds")[-1].text == "2 of 3: 2 missing"
+    assert "Not scored yet" in page.text(found)
+    page.write(found, tmp_path / "page")
+
+
+def test_nothing_scored_is_refused_with_the_first_file(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path)
+    with pytest.raises(ValueError, match=Path(plan.rows[0].evaluation.score).name):
+        gather.report(plan)
+
+
+def test_a_broken_score_is_refused_by_name(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path)
+    write_scores(plan)
+    broken = Path(plan.rows[1].evaluation.score)
+    broken.write_text(broken.read_text()[:40])
+    with pytest.raises(ValueError, match=broken.name):
+        gather.report(plan)
+
+
+def test_a_seeds_curve_is_of_its_own_trajectories(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path, runs=ROWS)
+    write_scores(plan)
+    for (run, seed), pieces in plan.pieces.items():
+        for piece in pieces:
+            log = Path(plan.root, "states", piece.trajectory, "log.jsonl")
+            log.parent.mkdir(parents=True, exist_ok=True)
+            steps = [step for step in range(1, 17) if piece.holds(step)]
+            lines = [{"step": step, "denoising": seed + len(run) / 100} for step in steps]
+            log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for curve in gather.report(plan).curves:
+        assert [record["step"] for record in curve.records] == list(range(1, 17))
+        assert {record["loss"] for record in curve.records} == {curve.seed + len(curve.run) / 100}
+
+
+def test_what_an_ablation_may_vary_is_told_in_words(tiny, tmp_path):
+    runs = {
+        "plain": {"training": {"timesteps": {"distribution": "lognormal", "mu": 0, "s": 1}}},
+        "HASTE": {"alignment": "HASTE", "stop": 12, "ramp": 4},
+    }
+    plan = plan_of(tiny, tmp_path, runs=runs)
+    plain, haste = (gather.settings(plan, run) for run in runs)
+    assert (plain["timesteps"], plain["batch"], plain["lr"]) == ("lognormal(0, 1)", "8", "0.001")
+    assert "teacher" not in plain
+    expected = {"teacher": "vit", "layers": "depth 1; 0, 1 to 1, 0", "feature weight": "0.5", "ramp": RAMP}
+    assert expected.items() <= haste.items()
+    assert haste["timesteps"] == "uniform"
+    assert "stop" not in haste  # an axis of its own
+
+
+@pytest.mark.parametrize(("classes", "resolution"), [(1000, 256), (1000, 512), (10, 256)])
+def test_a_folder_of_a_thousand_classes_is_taken_for_imagenet(tiny, tmp_path, classes, resolution):
+    images = {"source": "folder", "path": "x", "classes": classes, "resolution": resolution, "holdout": 3}
+    expected = Benchmark("ImageNet", resolution) if classes == 1000 else None
+    assert gather.benchmark(plan_of(tiny, tmp_path, images=images)) == expected
+
+
+def test_the_digits_have_no_published_numbers(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path)
+    write_scores(plan)
+    assert tables.published_tables(gather.report(plan)) == []
