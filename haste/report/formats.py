@@ -81,7 +81,10 @@ def text_cell(value: Any) -> Cell:
 
 def number_cell(value: float | None, places: int, **more: Any) -> Cell:
     """A cell of a measured number."""
-    return Cell(NONE) if value is None else Cell(f"{value:.{places}f}", value, places=places, **more)
+    if value is None:
+        return Cell(NONE)
+    text = f"{value:.{places}f}"
+    return Cell(text if float(text) else text.removeprefix("-"), value, places=places, **more)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 OURS = re.compile(
     r"(results|guided|parts|time|speed-up|published[\w-]*|ablation-[\w-]+)\.(csv|md|tex)"
 )  # files of tables
+BANDS = " Lines are means over seeds, bands one sample standard deviation."
 CELL = 68  # pixels a column of a grid may be wide on a page
 
 
@@ -126,6 +127,7 @@ def render(report: Report) -> str:
             for name, found in all_tables(report).items()
         },
         lead=lead(report),
+        bands=BANDS if any(len(line.seeds) > 1 for line in lines(report)) else "",
         lines=[(line, _title(line)) for line in lines(report)],
         styles=figures.styles(report),
         score_panels=[

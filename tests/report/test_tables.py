@@ -229,6 +229,10 @@ def test_a_distance_is_shown_to_three_digits(fd, text):
     assert table.column("FD (digits-cnn)")[0].text == text
 
 
+def test_a_number_that_rounds_to_zero_has_no_sign():
+    assert [formats.number_cell(v, 2).text for v in (-0.001, -0.01, 0.0)] == ["0.00", "-0.01", "0.00"]
+
+
 def test_model_method_stop_seed_and_sampling_are_columns_only_where_they_differ():
     rows = [row("a", 1, 9.0), row("a", 2, 8.0)]
     assert heads(report(rows))[:3] == ["run", "step", "FD (digits-cnn)"]
