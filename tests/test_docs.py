@@ -465,10 +465,10 @@ def test_the_published_mappings_in_the_document_are_those_of_the_code():
 
 def test_the_tables_that_extensions_go_into_are_where_the_document_says_and_agree_with_the_schema():
     rows = re.findall(r"^\| \[[\w ]+\]\(#[\w-]+\) \| `([^`]+)` \| `(\w+)` \| (.*?) ?\|$", EXTENDING, re.MULTILINE)
-    assert len(rows) == 5
+    assert len(rows) == 6
     tables = {name: resolved(f"{file.removesuffix('.py').replace('/', '.')}.{name}") for file, name, _ in rows}
     schema = {name: cell.strip("`") for _, name, cell in rows}
-    for name in ("SAMPLERS", "SOURCES"):
+    for name in ("SAMPLERS", "SHAPES", "SOURCES"):
         model, key = schema[name].split(".")
         assert set(get_args(getattr(config, model).model_fields[key].annotation)) == set(tables[name])
     for name in ("PRETRAINED", "PUBLISHED"):
