@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from haste import artefact, hub
 from haste.metrics.detectors import Detector
@@ -30,7 +31,7 @@ class Inception(nn.Module):
     """torch-fidelity's network (its `FeatureExtractorInceptionV3`), with the layer that sFID reads.
 
     Args:
-        extractor: torch-fidelity's, that gives "2048" and "logits_unbiased".
+        extractor: torch-fidelity's, that gives "2048".
     """
 
     def __init__(self, extractor: nn.Module) -> None:
@@ -46,8 +47,10 @@ class Inception(nn.Module):
         self._seen.clear()
         # TF32, torch's default for convolutions on a GPU, would move the scores in their third digit.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            pool, logits = self.extractor(images.permute(0, 3, 1, 2))
+            (pool,) = self.extractor(images.permute(0, 3, 1, 2))
         spatial = self._seen.pop().permute(0, 2, 3, 1).flatten(1)
+        # In float32 a product depends on how many rows it has; in float64, rounded, it does not.
+        logits = functional.linear(pool.double(), self.extractor.get_parameter("fc.weight").double()).float()
         return {"pool": pool, "spatial": spatial, "logits_unbiased": logits}
 
 
@@ -70,7 +73,7 @@ def inception(weights: Path | str | None = None) -> Detector:
     torch.save(_read(path), buffer)
     buffer.seek(0)
     try:
-        extractor = port.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], buffer)
+        extractor = port.FeatureExtractorInceptionV3("inception", ["2048"], buffer)
     except RuntimeError as error:
         what = " ".join(str(error).split())[:300]
         raise ValueError(f"{path}: expected torch-fidelity's Inception v3, found other weights: {what}") from error

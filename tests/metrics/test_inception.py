@@ -96,6 +96,9 @@ def test_logits_are_a_product_without_the_bias(found, witness):
     torch.testing.assert_close(found["logits_unbiased"].double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(witness["logits"].double() - bias, expected, rtol=1e-4, atol=1e-5)
     assert (found["logits_unbiased"] - witness["logits"]).abs().max() > 1
+    # To a rounding of float32, so that no batch moves them.
+    exact = found["pool"].double() @ weight.T
+    torch.testing.assert_close(found["logits_unbiased"].double(), exact, rtol=2**-23, atol=1e-12)
 
 
 def test_spatial_is_seven_channels_of_mixed_6d_after_the_relu_by_row_column_channel(found, witness):

@@ -41,6 +41,13 @@ def test_it_is_the_spread_of_the_bootstrap(reference):
     assert error_of(features, reference) == pytest.approx(spread, rel=0.12)
 
 
+def test_where_the_distance_is_mostly_bias_it_errs_on_the_safe_side(reference):
+    same = update(None, drawn(1, 40000))
+    sets = [drawn(500 + i, 25 * WIDTH) for i in range(150)]
+    spread = np.std([frechet_distance(update(None, features), same) for features in sets])
+    assert 1.0 < np.mean([error_of(features, same) for features in sets]) / spread < 1.8
+
+
 def test_the_influence_is_the_derivative_by_a_samples_weight(reference):
     features = drawn(7, 200)
     found = influence(update(None, features), reference)(features)

@@ -336,6 +336,15 @@ def test_identical_sets_score_nothing_apart_and_it_is_said(sets, pack, detector)
     assert "samples and reference are the same images" in found.notes
 
 
+def test_copies_and_black_images_are_counted_and_said(sets, pack, detector, tmp_path):
+    fake = np.concatenate([sets[0], sets[0][:7], np.zeros((2, *sets[0].shape[1:]), np.uint8)])
+    found = score_images(pack("fake", fake), pack("real", sets[1]), detectors=[detector], features=tmp_path / "kept")
+    assert (found.samples["copies"], found.samples["black"]) == (8, 2)  # one black image is a copy of the other
+    assert found.samples["brightness"] == pytest.approx(fake.mean())
+    assert any("8 of 49 samples are copies" in note for note in found.notes)
+    assert any("2 of 49 samples are black" in note for note in found.notes)
+
+
 def test_fewer_images_than_channels_still_have_a_distance(pack, draw, make_detector):
     detector = make_detector(widths={"pool": 30, "spatial": 4, "logits_unbiased": 6})
     fake, real = draw(0, 12), draw(1, 20, high=200)
