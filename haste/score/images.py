@@ -15,20 +15,11 @@ from haste.data.samples import Samples, open_samples
 from haste.data.store import MANIFEST, Store
 from haste.metrics import inception_score, kid
 from haste.metrics.detectors import Detector, open_detector
-from haste.metrics.scores import METRICS
+from haste.metrics.scores import METRICS, NEIGHBOURS
 from haste.score import comparable
 from haste.score.columns import VALUES, Score, compare, typed
 from haste.score.look import View, look, view_of
-from haste.score.sides import (
-    BALLS,
-    NEIGHBOURS,
-    Reference,
-    Side,
-    gather,
-    holds_statistics,
-    read_reference,
-    write_reference,
-)
+from haste.score.sides import NEAR, Reference, Side, gather, holds_statistics, read_reference, write_reference
 
 log = logging.getLogger("haste.score")
 
@@ -196,7 +187,7 @@ class Scorer:
         return {
             "batch": self.batch,
             "precision": "float32 in the detector, float64 in the statistics",
-            "precision_recall": {"neighbours": 3, "reference_images_at_most": BALLS},
+            "precision_recall": {"neighbours": 3, "reference_images_at_most": NEIGHBOURS},
             "inception_score": {"split": inception_score.SPLIT},
             "kid": {"subsets": kid.SUBSETS, "subset_size": kid.SIZE, "seed": self.seed},
         }
@@ -237,7 +228,7 @@ class Scorer:
         if isinstance(source, Store):
             view = view_of(source)
             _check_detector(source.folder, view.detector, about)
-            return gather(view, metrics, balls=BALLS)
+            return gather(view, metrics, most=NEIGHBOURS)
         if isinstance(source, Reference):
             return self._of_statistics(source, metrics, about, detector)
         assert isinstance(source, Samples)
@@ -249,7 +240,7 @@ class Scorer:
         if detector is None:  # the samples are stored features: whoever made them must be had to look at the reference
             detector = self._inception
             _check_detector(source.path, detector.about, about)
-        return gather(look(source, detector, batch=self.batch, folder=self.features), metrics, balls=BALLS)
+        return gather(look(source, detector, batch=self.batch, folder=self.features), metrics, most=NEIGHBOURS)
 
     def _of_statistics(
         self, source: Reference, metrics: Sequence[str], about: Mapping[str, Any], detector: Detector | None
@@ -264,7 +255,7 @@ class Scorer:
                 side.stats[name] = source.moments[output]
             elif name in metrics:
                 side.absent[name] = f"the reference {source.path} holds no mu_s and sigma_s"
-        near = [name for name in metrics if name in NEIGHBOURS]
+        near = [name for name in metrics if name in NEAR]
         if near and source.near is not None:
             side.stats |= dict.fromkeys(near, source.near)
         elif near and source.samples is not None:

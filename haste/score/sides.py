@@ -26,10 +26,10 @@ from haste.metrics import rows
 from haste.metrics.frechet import Moments
 from haste.metrics.scores import METRICS
 from haste.score.look import READ, Batch, View
+from haste.score.workflow import spaced
 
-BALLS = 10_000  # images of a reference that precision, recall and KID look at, as many as ADM's references have
 WIDTHS = {"pool": 2048, "spatial": 2023}  # of Inception, whose moments files without a word on their detector hold
-NEIGHBOURS = ("precision_recall", "kid")  # what is made of the pool features themselves
+NEAR = [name for name, metric in METRICS.items() if metric.reference_rows]  # made of the pool features themselves
 SUFFIX = {"pool": "", "spatial": "_s"}  # of mu and sigma, in a file
 
 
@@ -48,13 +48,13 @@ class Side:
     absent: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def gather(view: View, metrics: Collection[str], *, balls: int | None = None, keep: Collection[str] = ()) -> Side:
+def gather(view: View, metrics: Collection[str], *, most: int | None = None, keep: Collection[str] = ()) -> Side:
     """The statistics of metrics (names in METRICS), in one pass over a view.
 
     Args:
         view: what a detector saw.
         metrics: those whose outputs the detector has not are left out, with the reason.
-        balls: how many images precision, recall and KID look at, evenly spaced; None is all.
+        most: how many images precision, recall and KID look at, evenly spaced; None is all.
         keep: outputs whose features are kept as they are.
 
     Raises:
@@ -65,9 +65,9 @@ def gather(view: View, metrics: Collection[str], *, balls: int | None = None, ke
         if name in metrics and (lacking := set(METRICS[name].needs) - set(view.outputs)):
             side.absent[name] = f"{view.detector['name']} gives no {' and '.join(sorted(lacking))}"
     names = [name for name in METRICS if name in metrics and name not in side.absent]
-    near = [name for name in names if name in NEIGHBOURS]
+    near = [name for name in names if name in NEAR]
     pooled = ("pool",) if near or "pool" in keep else ()
-    chosen = _spread(view.count, balls)
+    chosen = _chosen(view.count, most)
     for batch in _blocks(view.batches()):
         try:
             for name in set(names) - set(near):
@@ -83,13 +83,13 @@ def gather(view: View, metrics: Collection[str], *, balls: int | None = None, ke
     return dataclasses.replace(side, stats=side.stats | {name: side.kept["pool"] for name in near})
 
 
-def _spread(count: int, most: int | None) -> NDArray[np.bool_] | None:
-    """Which (N,) of `count` images are looked at, evenly spaced; None is all."""
+def _chosen(count: int, most: int | None) -> NDArray[np.bool_] | None:
+    """Which (N,) of `count` images are looked at; None is all."""
     if most is None or count <= most:
         return None
-    chosen = np.zeros(count, dtype=bool)
-    chosen[np.arange(most) * count // most] = True
-    return chosen
+    found = np.zeros(count, dtype=bool)
+    found[spaced(count, most)] = True
+    return found
 
 
 def _blocks(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -211,7 +211,7 @@ def write_reference(path: Path, side: Side) -> None:
             arrays |= {f"mu{SUFFIX[output]}": moments.mean, f"sigma{SUFFIX[output]}": moments.covariance}
     if "frechet" not in side.stats:
         raise ValueError(f"{path}: statistics need the Frechet distance among the metrics")
-    near = [side.stats[name] for name in NEIGHBOURS if name in side.stats]
+    near = [side.stats[name] for name in NEAR if name in side.stats]
     if near:
         arrays["pool"] = near[0].ordered
     header = {"schema": artefact.SCHEMA, "kind": "statistics", "images": side.stats["frechet"].count}

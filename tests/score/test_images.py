@@ -277,7 +277,7 @@ def test_error_bars_are_of_the_kind_that_they_say(sets, pack, detector, monkeypa
 
 
 def test_a_large_reference_gives_balls_around_evenly_spaced_images(detector, sets, pack, monkeypatch):
-    monkeypatch.setattr("haste.score.images.BALLS", 10)
+    monkeypatch.setattr("haste.score.images.NEIGHBOURS", 10)
     fake, real = sets
     found = score_images(pack("fake", fake), pack("real", real), detectors=[detector])
     mine, theirs = seen(detector, fake), seen(detector, real)

@@ -183,7 +183,7 @@ def test_the_command_scores_compares_and_writes(make_plan, tmp_path, capsys):
     for name, high in (("a", 256), ("b", 200), ("real", 240)):
         np.savez(tmp_path / f"{name}.npz", arr_0=rng.integers(0, high, (20, 8, 8, 3), np.uint8))
     files = {name: str(tmp_path / name) for name in ("a.npz", "b.npz", "real.npz", "o.json", "o.csv", "kept", "s.npz")}
-    common = ["--reference", files["real.npz"], "--detector", plan.detector.folder, "--features", files["kept"]]
+    common = ["--reference", files["real.npz"], "--detector", plan.detector.opens, "--features", files["kept"]]
     outputs = ["--json", files["o.json"], "--csv", files["o.csv"], "--save-reference", files["s.npz"]]
     assert cli.main(["score", files["a.npz"], files["b.npz"], *common, *outputs, "--compare"]) == 0
     shown = capsys.readouterr().out
