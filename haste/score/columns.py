@@ -103,6 +103,18 @@ def compare(side: Side, real: Side | None, wanted: Collection[str], *, strict: b
     return dataclasses.replace(found, columns=_ordered(found.columns, side.detector))
 
 
+def refuse(detector: Mapping[str, Any], real: Side | None, wanted: Collection[str]) -> None:
+    """Raise ValueError for a score that cannot be had whatever the samples are, before they are looked at."""
+    for value in wanted:
+        metric = METRICS[VALUES[value][0]]
+        lacking = set(metric.needs) - set(detector["outputs"])
+        why = f"{detector['name']} gives no {' and '.join(sorted(lacking))}" if lacking else None
+        if metric.reference:
+            why = why or ("needs a reference" if real is None else real.absent.get(VALUES[value][0]))
+        if why is not None:
+            raise ValueError(f"{column(value, detector)}: {why}")
+
+
 def _ordered(columns: dict[str, Score], detector: Mapping[str, Any]) -> dict[str, Score]:
     names = [column(value, detector) for value in VALUES]
     return {name: columns[name] for name in names if name in columns}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from haste.metrics import inception_score, kid
 from haste.metrics.detectors import Detector, open_detector
 from haste.metrics.scores import METRICS, NEIGHBOURS
 from haste.score import comparable
-from haste.score.columns import VALUES, Score, compare, typed
-from haste.score.look import View, look, view_of
+from haste.score.columns import VALUES, Score, compare, refuse, typed
+from haste.score.look import View, check_size, look, probe, view_of
 from haste.score.sides import NEAR, Reference, Side, gather, holds_statistics, read_reference, write_reference
 
 log = logging.getLogger("haste.score")
@@ -137,11 +137,18 @@ class Scorer:
         started = time.monotonic()
         source = open_source(samples, statistics=False)
         _check_sizes(source, self.source)
+        for one in (source, self.source):
+            if isinstance(one, Samples):
+                probe(one)
         columns, absent, said, who = dict[str, Score](), dict[str, str](), list[str](), list[dict[str, Any]]()
         about: dict[str, Any] = {}
         reference: dict[str, Any] | None = None
-        for side, detector in self._sides(source):
-            real = None if self.source is None else self._reference(side, detector)
+        for seen, detector, see in self._views(source):
+            # What is cheap and may be refused comes first: hours of looking must not end in a refusal.
+            real = None if self.source is None else self._reference(seen, detector)
+            if self.strict and self._alone:
+                refuse(seen, real, self.wanted)
+            side = self._gather_samples(dataclasses.replace(see(), detector=seen))
             # Inception's default is all five scores; what another network cannot give is no news.
             wanted = [name for name in self.wanted if self.strict or VALUES[name][0] not in side.absent]
             found = compare(side, real, wanted, strict=self.strict and self._alone, seed=self.seed)
@@ -192,8 +199,10 @@ class Scorer:
             "kid": {"subsets": kid.SUBSETS, "subset_size": kid.SIZE, "seed": self.seed},
         }
 
-    def _sides(self, source: Samples | Store | Reference) -> list[tuple[Side, Detector | None]]:
-        """The samples as each detector saw them."""
+    def _views(
+        self, source: Samples | Store | Reference
+    ) -> Iterator[tuple[Mapping[str, Any], Detector | None, Callable[[], View]]]:
+        """Who looks at the samples: what is said of the detector, the detector where it is at hand, and its looking."""
         if isinstance(source, Store):
             view = view_of(source)
             mine = [one for one in self.detectors or [] if one.identity == view.detector["identity"]]
@@ -203,24 +212,25 @@ class Scorer:
                     f"{source.folder}: seen by detector {view.detector['identity'][:12]}, asked for are scores by "
                     f"{other.name} {other.identity[:12]}"
                 )
-            if mine:
-                return [(self._gather_samples(dataclasses.replace(view, detector=mine[0].about)), mine[0])]
-            return [(self._gather_samples(view), None)]
+            yield (mine[0].about, mine[0], lambda: view) if mine else (view.detector, None, lambda: view)
+            return
         assert isinstance(source, Samples)
         detectors = [self._inception] if self.detectors is None else self.detectors
-        looks = [look(source, one, batch=self.batch, folder=self.features) for one in detectors]
-        return [(self._gather_samples(view), one) for view, one in zip(looks, detectors, strict=True)]
+        for one in detectors:
+            check_size(source, one)
+        for one in detectors:
+            yield one.about, one, partial(look, source, one, batch=self.batch, folder=self.features)
 
     def _gather_samples(self, view: View) -> Side:
         outputs = {"frechet": "pool", "sfid": "spatial"}
         keep = [outputs[name] for name in self._metrics if name in outputs] if view.count <= MOST_KEPT else []
         return gather(view, self._metrics, keep=keep)
 
-    def _reference(self, side: Side, detector: Detector | None) -> Side:
-        """The reference as the detector of a side saw it, looked at once."""
-        identity = side.detector["identity"]
+    def _reference(self, about: Mapping[str, Any], detector: Detector | None) -> Side:
+        """The reference as a detector sees it, looked at once."""
+        identity = about["identity"]
         if identity not in self.references:
-            self.references[identity] = self._see_reference(side.detector, detector)
+            self.references[identity] = self._see_reference(about, detector)
         return self.references[identity]
 
     def _see_reference(self, about: Mapping[str, Any], detector: Detector | None) -> Side:

@@ -106,6 +106,16 @@ class Pixels:
         }
 
 
+def probe(samples: Samples) -> None:
+    """Look at the first images alone, so that a common mistake is said before hours of work.
+
+    Raises:
+        ValueError: they cannot be read, or hold no values but those that floats become when they are taken for bytes.
+    """
+    for images in samples.cut([PROBE]):
+        Pixels(samples).see(images)
+
+
 def look(samples: Samples, detector: Detector, *, batch: int, folder: Path | None = None) -> View:
     """Look at images, or find what was seen before.
 
@@ -119,7 +129,7 @@ def look(samples: Samples, detector: Detector, *, batch: int, folder: Path | Non
     Raises:
         ValueError: images that the detector cannot read, or that are none.
     """
-    _check_size(samples, detector)
+    check_size(samples, detector)
     if folder is not None:
         found = _kept(folder, samples, detector) or _keep(folder, samples, detector, batch)
         return view_of(found)
@@ -157,7 +167,8 @@ def view_of(store: Store) -> View:
     return View(store.count, outputs, about, batches, lambda: store.manifest.get("pixels") or plain)
 
 
-def _check_size(samples: Samples, detector: Detector) -> None:
+def check_size(samples: Samples, detector: Detector) -> None:
+    """Raises ValueError for images of a size that a detector cannot read."""
     side, (height, width) = detector.resolution, samples.size
     if side is not None and samples.size != (side, side):
         raise ValueError(f"{samples.path}: {height} x {width} px, but {detector.name} reads {side} x {side} px")

@@ -146,6 +146,23 @@ def test_two_detectors_are_never_mixed(draw, pack, real, make_detector, tmp_path
     refused(other, fake, tmp_path / "ref.npz", ["mu and sigma of Inception and no images"])
 
 
+def test_what_can_be_refused_beforehand_is_refused_before_anything_is_looked_at(
+    draw, pack, real, tmp_path, make_detector
+):
+    detector, looked = make_detector(), []
+    fake = pack("fake", draw(0, 20))
+    score_images(fake, real, detectors=[detector], features=tmp_path / "kept")
+    stored = next((tmp_path / "kept").glob("real-*"))
+    other = make_detector(seed=1)
+    other.network.register_forward_pre_hook(lambda module, given: looked.append(given))
+    np.savez(tmp_path / "ref.npz", **MU)
+    refused(other, fake, stored, ["compare nothing"])
+    refused(other, fake, tmp_path / "ref.npz", ["holds no images"], metrics=["fid", "recall"])
+    refused(other, fake, None, ["FID: needs a reference"], metrics=["fid"])
+    refused(other, pack("fake", 0 * draw(0, 20)), real, ["nothing but black"])
+    assert not looked
+
+
 def test_unknown_metrics_are_refused_with_those_there_are(draw, pack, real, detector):
     refused(detector, real, real, ["found fds, expected of fid, fd, sfid, is"], metrics=["fid", "fds"])
     refused(detector, real, real, ["batch", "found 0"], batch=0)
