@@ -67,7 +67,7 @@ def _of_count(samples: Mapping[str, Any], columns: Collection[str]) -> list[str]
     if count != PUBLISHED:
         found.append(f"{count:,} samples; published scores are of {PUBLISHED:,}")
         if distances and count < PUBLISHED:
-            found[0] += f": {', '.join(distances)} come out too high with fewer, recall and IS change too"
+            found[0] += f"; fewer make {', '.join(distances)} too high, and move recall and IS"
     return found
 
 

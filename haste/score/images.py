@@ -57,9 +57,10 @@ class Scores:
 
     def json(self) -> dict[str, Any]:
         """All of it as a JSON artefact."""
-        inputs = {"samples": self.samples["identity"]}
+        inputs, reference = {"samples": self.samples["identity"]}, None
         if self.reference is not None:
             inputs["reference"] = self.reference["identity"]
+            reference = {**self.reference, "adm": comparable.known_reference(self.reference)}
         return {
             "schema": artefact.SCHEMA,
             "kind": "image scores",
@@ -68,7 +69,7 @@ class Scores:
             "absent": dict(self.absent),
             "notes": list(self.notes),
             "samples": dict(self.samples),
-            "reference": None if self.reference is None else dict(self.reference),
+            "reference": reference,
             "detectors": [dict(detector) for detector in self.detectors],
             "settings": dict(self.settings),
             "provenance": artefact.provenance(inputs=inputs, seconds=self.seconds),

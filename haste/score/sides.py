@@ -26,7 +26,6 @@ from haste.metrics import rows
 from haste.metrics.frechet import Moments
 from haste.metrics.scores import METRICS
 from haste.score.look import READ, Batch, View
-from haste.score.workflow import spaced
 
 WIDTHS = {"pool": 2048, "spatial": 2023}  # of Inception, whose moments files without a word on their detector hold
 NEAR = [name for name, metric in METRICS.items() if metric.reference_rows]  # made of the pool features themselves
@@ -81,6 +80,11 @@ def gather(view: View, metrics: Collection[str], *, most: int | None = None, kee
             raise ValueError(f"{view.facts()['path']}: images {low} to {high}: {error}") from error
     side.about = view.facts()
     return dataclasses.replace(side, stats=side.stats | {name: side.kept["pool"] for name in near})
+
+
+def spaced(count: int, most: int | None) -> NDArray[np.int64]:
+    """Rows (at most `most` of `count`, None for all), evenly spaced: the same ones whatever the number of shards."""
+    return np.arange(count) if most is None or count <= most else np.arange(most) * count // most
 
 
 def _chosen(count: int, most: int | None) -> NDArray[np.bool_] | None:

@@ -12,16 +12,11 @@ import numpy as np
 from haste import artefact
 from haste.data.store import Store
 from haste.metrics.scores import METRICS
-from haste.score.sides import read_reference
+from haste.score.sides import read_reference, spaced
 
 READ = 4096  # rows read at once
 MOMENTS = "moments.npz"  # beside the features of a reference file's images: the file's own means and covariances
 FLOOR = 50_000  # real images on a side of the floor, at most: as many as samples usually are
-
-
-def spaced(count: int, most: int | None) -> np.ndarray:
-    """Rows (at most `most` of `count`, None for all), evenly spaced: the same ones whatever the number of shards."""
-    return np.arange(count) if most is None or count <= most else np.arange(most) * count // most
 
 
 def statistics(

@@ -1,6 +1,7 @@
 """The table says what it compares, marks the best only of what compares, and warns of what does not."""
 
 import csv as reader
+import dataclasses
 import io
 
 import numpy as np
@@ -35,7 +36,7 @@ WORDS = {
         {"images": 10_000},
         {},
         {},
-        "10,000 samples; published scores are of 50,000: FID come out too high",
+        "10,000 samples; published scores are of 50,000; fewer make FID too high",
     ),
     "many samples": ({"images": 60_000}, {}, {}, "60,000 samples; published scores are of 50,000"),
     "copies": ({"copies": 25_000}, {}, {}, "25,000 of 50,000 samples are copies of another one"),
@@ -69,6 +70,13 @@ def test_adms_references_are_known_by_name_and_layout():
     big = {**ADM, "path": "VIRTUAL_imagenet512.npz", "size": [512, 512]}
     assert known_reference(big) == "VIRTUAL_imagenet512.npz"
     assert known_reference({**big, "size": [256, 256]}) is None
+
+
+def test_the_json_names_adms_reference_where_it_is_known():
+    found = scores()
+    assert found.json()["reference"]["adm"] == "VIRTUAL_imagenet256_labeled.npz"
+    other = dataclasses.replace(found, reference={**ADM, "path": "mine.npz"})
+    assert other.json()["reference"]["adm"] is None
 
 
 def test_the_best_is_marked_where_counts_agree_and_nowhere_else():
