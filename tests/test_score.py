@@ -313,6 +313,22 @@ def test_a_reference_file_gives_its_own_moments_for_fid_and_sfid_and_its_images_
     assert found["scores"]["kid"] == pytest.approx(kernel_distance(fake["pool"], real["pool"]), rel=1e-9)
     about = {"images": 13, "file": "adm.npz", "sha256": artefact.file_identity(tmp_path / "adm.npz")}
     assert about.items() <= found["reference"].items()
+    said = "FID and sFID against the statistics in adm.npz, precision, recall and KID against its 13 images"
+    assert said in found["notes"]
+
+
+def test_weights_that_are_known_not_to_be_the_published_ones_are_said(tmp_path):
+    fake, real = (features(tmp_path / name, *drawn(11, 9, (0.0, 0.0), 1.0)) for name in ("fake", "real"))
+    said = {}
+    for published in (True, False, None):
+        fake.manifest["about"] = {"name": "inception", "published": published}
+        made = score.score(fake, real, detector="i", about={}, key="k", path=tmp_path / "score.json")
+        said[published] = [note for note in made["notes"] if "not the weights" in note]
+    assert said == {
+        True: [],
+        None: [],
+        False: ["inception: these are not the weights that published scores were made with"],
+    }
 
 
 def test_a_reference_file_without_spatial_statistics_gives_no_sfid_and_one_without_images_is_refused(judged, tmp_path):

@@ -126,7 +126,7 @@ def score(features: Store, reference: Store, *, detector: str, about: dict[str, 
         "samples": features.count,
         "reference": against,
         "scores": found,
-        "notes": notes(mine, real),
+        "notes": [*_notes_on(features, against), *notes(mine, real)],
         "provenance": artefact.provenance(key=key, inputs=inputs, seconds=time.monotonic() - started),
     }
     artefact.write_json(path, result)
@@ -162,6 +162,17 @@ def floor(reference: Store, *, detector: str, held_out_accuracy: float | None, k
     }
     artefact.write_json(path, result)
     return result
+
+
+def _notes_on(features: Store, against: dict[str, Any]) -> list[str]:
+    """What must be said of detector and reference."""
+    found, about = [], features.manifest.get("about", {})
+    if about.get("published") is False:
+        found.append(f"{about['name']}: these are not the weights that published scores were made with")
+    if "file" in against:
+        images = f"precision, recall and KID against its {against['images']:,} images"
+        found.append(f"FID and sFID against the statistics in {against['file']}, {images}")
+    return found
 
 
 def _detector(name: str, features: Store) -> dict[str, Any]:
