@@ -553,8 +553,8 @@ TEACHER_TOKENS = {
     "CLIP-B/16": (768, 14),
     "SigLIP-L": (1024, 16),
 }
-# Public detectors, and the side in pixels of the smallest images that they read.
-DETECTORS = {"inception": 32, "DINOv2-B": 1, "DINOv2-L": 1}
+# Public detectors: side in pixels of the smallest images that they read, and how many numbers they say of an image.
+DETECTORS = {"inception": (32, 2048 + 2023 + 1008), "DINOv2-B": (1, 768), "DINOv2-L": (1, 1024)}
 # What timm's vision transformers have in their names; only loading one shows whether it is there and plain.
 _TIMM = re.compile(r"deit|.*vit_")
 
@@ -811,8 +811,8 @@ def _faults_of_data(config: Config) -> list[str]:
         if found is not None and found not in DETECTORS:
             at = f"detector.{name}.pretrained.name"
             faults.append(f"{at}: nothing is called {found!r}{_nearest(found, DETECTORS)}")
-        elif found is not None and resolution < DETECTORS[found]:
-            least = f"images of {DETECTORS[found]} px or more"
+        elif found is not None and resolution < DETECTORS[found][0]:
+            least = f"images of {DETECTORS[found][0]} px or more"
             faults.append(f"images.resolution: {resolution}, but detector {name} ({found}) reads {least}")
         elif found is None and (resolution < 8 or resolution % 4):  # two halvings, and something left to look at
             faults.append(f"images.resolution: {resolution}, but detector {name} reads images of 8, 12, 16, ... px")

@@ -111,7 +111,7 @@ def stages(plan: Plan) -> tuple[list[Stage], bool]:
         *_target_stages(plan, flops),
         *training,
         _sampling_stage(plan, evaluations, flops),
-        _stage("features", [path for e in evaluations for j in e.judgements for path in j.features.shard_files]),
+        _feature_stage(plan, evaluations),
         _stage("scores", [judgement.score for e in evaluations for judgement in e.judgements]),
         _stage("grids, floor, report", closing),
     ]
@@ -121,6 +121,14 @@ def stages(plan: Plan) -> tuple[list[Stage], bool]:
 def _stage(name: str, files: list[str], megabytes: float = 0.0) -> Stage:
     left = sum(not Path(file).exists() for file in files)
     return Stage(name, len(files), left, None, megabytes * left / max(1, len(files)))
+
+
+def _feature_stage(plan: Plan, evaluations: list[Evaluation]) -> Stage:
+    """What detectors see in samples: a shard for each shard of samples and each detector."""
+    looks = [(e, one, path) for e in evaluations for one in e.judgements for path in one.features.shard_files]
+    todo = [(e, one) for e, one, path in looks if not Path(path).exists()]
+    size = sum(plan.feature_bytes(one.detector) * e.sampling.count / e.shards for e, one in todo)
+    return Stage("features", len(looks), len(todo), None, size / MB)
 
 
 def _data_stages(plan: Plan) -> list[Stage]:

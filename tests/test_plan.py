@@ -136,6 +136,13 @@ def test_a_public_detector_is_named_by_its_name_and_its_file_of_weights():
     assert plan_of(images=images, detector={"y": {"pretrained": {"name": "inception"}}}).detector.looks == found[0]
 
 
+def test_the_plan_says_what_features_of_every_detector_take_on_disk():
+    images = {**TINY["images"], "resolution": 32}
+    plan = plan_of(images=images, detector={**TINY["detector"], "fid": {"pretrained": {"name": "inception"}}})
+    # 8 channels make 32 features, and 10 classes; Inception gives 2,048 + 2,023 + 1,008 numbers; a label is 8 bytes.
+    assert [plan.feature_bytes(one) for one in plan.detectors.values()] == [4 * 42 + 8, 4 * 5079 + 8]
+
+
 def test_a_reference_file_is_named_by_its_content_and_renames_scores_and_not_features(tmp_path):
     images = {**TINY["images"], "resolution": 32}
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from haste import artefact
+from haste import artefact, config
 from haste.metrics import dinov2 as room
 from haste.metrics.detectors import open_detector
 
@@ -129,6 +129,9 @@ def test_the_networks_are_timms_with_this_patch_and_normalisation(name):
         network = timm.create_model(room.TIMM[name], num_classes=0)
     assert network.patch_embed.patch_size == (room.PATCH, room.PATCH)
     assert network.patch_embed.grid_size == (37, 37) and network.num_prefix_tokens == 1
+    with torch.device("meta"):
+        whole = timm.models.create_model(room.TIMM[name])
+    assert config.DETECTORS[name] == (1, whole.embed_dim)
 
 
 def test_wrong_truncated_and_foreign_weights_are_refused_by_name(network, weights, tmp_path):
