@@ -66,8 +66,11 @@ def named(plan: Plan) -> set[Path]:
 
 
 def states_needed(plan: Plan) -> set[Path]:
-    """States that a plan asks for or starts from, and the rolling ones on the way to those that it lacks."""
-    needed: set[Path] = set()
+    """States that a plan asks for, starts from or names as files, and the rolling ones on the way to what it lacks."""
+    needed, root = set[Path](), Path(plan.root).resolve()
+    for file in plan.identities:  # a checkpoint to evaluate or to begin from may be a state of this very folder
+        path = Path(file).resolve()
+        needed |= {Path(plan.root, path.relative_to(root))} if path.is_relative_to(root) else set()
     for state in plan.planned():
         needed.add(Path(plan.path(state)))
         if state.step in plan.on_disk(state.trajectory):

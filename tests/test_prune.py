@@ -180,6 +180,22 @@ def test_what_another_configuration_of_the_folder_needs_stays(tmp_path):
     assert wanted(plan_in(root, "all"))[0]
 
 
+def test_a_state_that_another_configuration_evaluates_or_begins_from_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = Path("results")
+    mine = plan_in(root, "all")
+    finish(mine)
+    kept = mine.path(mine.state("HASTE", 16))
+    raw = {**copy.deepcopy(TINY), "name": "other", "results": str(root)}
+    row = {"checkpoint": str(Path(kept).absolute()), "model": "dot", "sampling": ["quick"], "step": 16}
+    uses = [{"runs": {}, "evaluate": {"a": row}}, {"runs": {"a": {"milestones": [8], "warm_start": kept}}}]
+    for use in uses:
+        needs = prune.Needs.of([Plan(config.resolve({**raw, **use}))])
+        gone = {item.path for item in prune.unneeded(root, needs)}
+        assert Path(kept) not in gone and Path(kept).parent not in gone
+        assert Path(mine.path(mine.state("vanilla", 16))).parent in gone
+
+
 def test_a_recorded_configuration_is_replaced_by_the_one_given_under_its_name(tmp_path):
     root = tmp_path / "results"
     old = plan_in(root, "all")
