@@ -123,11 +123,26 @@ def replacing(path: Path | str) -> Iterator[Path]:
         else:
             os.replace(aside, path)
         _sync_folder(path.parent)
+    except OSError as error:  # of a full disk, Python tells neither the file nor the folder
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
     finally:
         if aside.is_dir():
             shutil.rmtree(aside, ignore_errors=True)
         else:
             aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def saving_tensors(path: Path | str) -> Iterator[None]:
+    """Turn what safetensors raises where a file cannot be written into an OSError that names `path`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: could not be written: {error}") from error
 
 
 def sweep(folder: Path | str, *, below: bool = False) -> None:
@@ -162,17 +177,36 @@ def read_json(path: Path | str, kind: str) -> dict[str, Any]:
         obj = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected a {kind} file, found broken JSON of {len(text)} characters") from error
-    check_header(path, obj if isinstance(obj, dict) else {}, kind)
+    check_header(path, obj, kind)
     return obj
 
 
-def check_header(path: Path | str, header: Mapping[str, Any], kind: str) -> None:
+def check_header(path: Path | str, header: Any, kind: str) -> None:
     """Refuse a header that is not ours, of another kind, or of another schema."""
+    header = header if isinstance(header, Mapping) else {}
     if header.get("kind") != kind or "schema" not in header:
         raise ValueError(f"{path}: expected kind {kind!r}, found {header.get('kind', 'a foreign file')!r}")
     if header["schema"] != SCHEMA:
         age = "older" if str(header["schema"]) < str(SCHEMA) else "newer"
         raise ValueError(f"{path}: schema {header['schema']} is {age} than this version reads ({SCHEMA})")
+
+
+def check_entries(path: Path | str, found: Any, **expected: type) -> None:
+    """Refuse what lacks an entry that every file of ours has, or has one of another type.
+
+    Args:
+        path: the file, for the message.
+        found: what it says.
+        expected: entry -> its type.
+
+    Raises:
+        ValueError: names the first such entry, what was found and what was expected.
+    """
+    for name, kind in expected.items():
+        value = found.get(name) if isinstance(found, Mapping) else None
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            text = "nothing" if value is None else repr(value)[:80]
+            raise ValueError(f"{path}: damaged or edited: {name!r} is {text}, expected {kind.__name__}")
 
 
 @functools.cache

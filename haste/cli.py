@@ -659,7 +659,11 @@ def _floor(arguments: argparse.Namespace) -> None:
     plan = _plan_of(arguments)
     detector = _detector_named(plan, arguments.detector or plan.detector.name)
     path, part = Path(detector.floor), detector.part
-    accuracy = artefact.read_json(part.manifest, "part")["quality"].get("accuracy") if part else None
+    accuracy = None
+    if part:
+        made = artefact.read_json(part.manifest, "part")
+        artefact.check_entries(part.manifest, made, quality=dict)
+        accuracy = made["quality"].get("accuracy")
     floor(_open(detector.reference), detector=detector.name, held_out_accuracy=accuracy, key=path.stem, path=path)
 
 

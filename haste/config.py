@@ -570,8 +570,35 @@ def _exactly_one(part: Any, *names: str) -> Any:
     return part
 
 
+MOST_ENTRIES = 1_000_000  # in a configuration, aliases written out
+
+
 class _Once(yaml.SafeLoader):
-    """A loader that refuses a key that stands twice in one mapping; YAML would silently take the last."""
+    """A loader that refuses a key that stands twice in one mapping; YAML would silently take the last.
+
+    Aliases of aliases, a line each, can stand for more entries than there is memory, and one may refer to itself: these
+    are refused before anything is built from them.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            self._count(node, {})
+        return node
+
+    def _count(self, node: yaml.Node, known: dict[int, int]) -> int:
+        """The entries of a node, its aliases written out."""
+        if id(node) in known:
+            if not known[id(node)]:
+                raise ValueError(f"line {node.start_mark.line + 1}: what begins here refers to itself")
+            return known[id(node)]
+        known[id(node)], parts = 0, node.value if isinstance(node, yaml.CollectionNode) else []
+        inner = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
+        known[id(node)] = 1 + sum(self._count(one, known) for one in inner)
+        if known[id(node)] > MOST_ENTRIES:
+            found = f"{known[id(node)]:,} entries with its aliases written out"
+            raise ValueError(f"line {node.start_mark.line + 1}: found {found}, expected at most {MOST_ENTRIES:,}")
+        return known[id(node)]
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Looked at as written: later, `<<` mixes in keys that may well be overridden.
@@ -616,6 +643,8 @@ def read(path: str | Path) -> dict[str, Any]:
         raw = _parsed(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply to be read, expected a few levels") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {error}") from error
     except ValueError as error:
@@ -648,9 +677,13 @@ def resolve(raw: Mapping[str, Any]) -> Config:
         ValueError: with one line per fault: its full path, what was found, what was expected.
     """
     try:
-        raw = json.loads(json.dumps(raw, default=str))  # Snakemake hands over subclasses of dict; take plain data
-    except TypeError as error:
-        raise ValueError(f"the configuration: {error}") from error  # a date as a key
+        text = json.dumps(raw, default=str, ensure_ascii=False)
+        text.encode()  # half a surrogate pair is text that no file can hold
+        raw = json.loads(text)  # Snakemake hands over subclasses of dict; take plain data
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the configuration: {error}") from error
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"the configuration: {error}") from error  # a date as a key, or lists in lists in lists
     defaults = raw.get("defaults") or {}
     if isinstance(raw.get("runs"), dict) and isinstance(defaults, dict):
         _check_defaults(defaults)
@@ -666,7 +699,9 @@ def resolve(raw: Mapping[str, Any]) -> Config:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise ValueError("\n".join(_explain(fault) for fault in error.errors())) from None
-    faults = _faults_of_data(config) + _faults_of_models(config) + _faults_of_teachers(config)
+    faults = (
+        _faults_of_names(config) + _faults_of_data(config) + _faults_of_models(config) + _faults_of_teachers(config)
+    )
     faults += _faults_of_sampling(config)
     faults += [fault for name in config.alignments for fault in _faults_of_alignment(config, name)]
     faults += [fault for name in config.runs for fault in _faults_of_run(config, name)]
@@ -795,6 +830,22 @@ def teacher_tokens(config: Config, name: str) -> tuple[int, int] | None:
         return None
     width, side = TEACHER_TOKENS[teacher.pretrained.name]
     return width, (side * resolution // 256) ** 2
+
+
+def _faults_of_names(config: Config) -> list[str]:
+    """Names that no table can show, and paths that no disk can have."""
+    sections = ("runs", "models", "teachers", "alignments", "sampling", "detector")
+    faults = [
+        f"{section}: {name!r} is no name, expected printable characters and at least one"
+        for section in sections
+        for name in getattr(config, section)
+        if not name.strip() or not name.isprintable()
+    ]
+    if not config.results.strip("/") or "\0" in config.results:
+        faults.append(f"results: {config.results!r}, expected a folder, and not the root of the disk")
+    if "\0" in (config.images.path or ""):
+        faults.append(f"images.path: {config.images.path!r}, expected a folder")
+    return faults
 
 
 def _faults_of_data(config: Config) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pandas as pd
 import yaml
 
 from haste import artefact, config, journal
+from haste.data.npz import read_npz
 from haste.diagnose import pictures
 from haste.plan import Detector, Evaluation, Plan
 from haste.report.content import NONE, Benchmark, Curve, Grid, Part, Report, Row, Stage
@@ -82,6 +82,7 @@ def stages(plan: Plan) -> list[Stage]:
 def _score(detector: Detector, path: str) -> dict[str, Any]:
     """A score under this configuration's name for the detector: another one may have made it."""
     found = artefact.read_json(path, "score")
+    artefact.check_entries(path, found, detector=dict, scores=dict, samples=int, reference=dict, provenance=dict)
     return {**found, "detector": {**found["detector"], "name": detector.name}}
 
 
@@ -91,8 +92,14 @@ def _parts(plan: Plan) -> list[Part]:
         for part in (plan.autoencoder, *plan.teachers.values(), *(d.part for d in plan.detectors.values()))
         if part is not None
     ]
-    found = [artefact.read_json(part.manifest, "part") for part in made if Path(part.manifest).exists()]
+    found = [_part(part.manifest) for part in made if Path(part.manifest).exists()]
     return [Part(part["name"], part["part"], part["quality"], part["provenance"]) for part in found]
+
+
+def _part(path: str) -> dict[str, Any]:
+    found = artefact.read_json(path, "part")
+    artefact.check_entries(path, found, name=str, part=str, quality=dict, provenance=dict)
+    return found
 
 
 def settings(plan: Plan, run: str) -> dict[str, str]:
@@ -223,12 +230,14 @@ def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
     """The first samples of every class, one column a class. Equal seeds: equal noise for every method."""
     images, labels = [], []
     for path in evaluation.sample_files:
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                images.append(file["arr_0"])
-                labels.append(file["arr_1"])
-        except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
-            raise ValueError(f"{path}: expected samples, found a truncated or foreign file ({error})") from error
+        found = read_npz(path, "samples", ["arr_0", "arr_1"])
+        shape, asked_shape = found["arr_0"].shape, found["arr_1"].shape
+        if len(shape) != 4 or shape[1:] != (shape[1], shape[1], 3) or asked_shape != shape[:1]:
+            raise ValueError(
+                f"{path}: images of shape {shape} and labels of shape {asked_shape}, expected (N, R, R, 3) and (N,)"
+            )
+        images.append(found["arr_0"])
+        labels.append(found["arr_1"])
     classes = shown_classes(plan)
     pixels, asked = np.concatenate(images), np.concatenate(labels)
     if not plan.config.images.classes:

@@ -5,7 +5,13 @@ A file is read without running code from it. timm is imported only where it is n
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +20,8 @@ from safetensors import SafetensorError
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
+
+SECONDS = 10.0  # of silence after which a download is given up
 
 
 def cached(url: str, hash_prefix: str | None = None) -> Path:
@@ -29,8 +37,61 @@ def cached(url: str, hash_prefix: str | None = None) -> Path:
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=hash_prefix, progress=False)
+        with _patience(SECONDS):
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=hash_prefix, progress=False)
     return path
+
+
+@contextlib.contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+    """Let connections be given up that say nothing for so long: by itself, torch's download waits for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def from_hub(ask: Callable[..., str], whole: Callable[[Path], bool] = Path.exists) -> Path:
+    """What the hub's cache has, else what the hub gives, if it answers at all.
+
+    The hub's own client asks again and again, minutes in all, where a network swallows what is sent.
+
+    Args:
+        ask: the client's function, its other arguments filled in.
+        whole: whether what the cache has is all there is.
+
+    Raises:
+        OSError, ValueError: the hub does not answer, or does not have it.
+    """
+    from huggingface_hub import constants
+
+    with contextlib.suppress(OSError, ValueError):  # not in the cache
+        if whole(found := Path(ask(local_files_only=True))):
+            return found
+    if not constants.HF_HUB_OFFLINE:
+        _answers(constants.ENDPOINT)
+    return Path(ask())
+
+
+def _answers(url: str) -> None:
+    """Raises OSError if nobody answers within SECONDS."""
+    asked = urllib.request.Request(url, method="HEAD")
+    with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(asked, timeout=SECONDS):
+        pass
+
+
+def finite(path: Path, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a file, if they all are numbers.
+
+    Raises:
+        ValueError: NaN or infinity; names the file and the weight.
+    """
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{path}: the weights {name} are not finite, expected numbers")
+    return weights
 
 
 def timm_weights(timm_name: str, called: str) -> Path:
@@ -50,7 +111,7 @@ def timm_weights(timm_name: str, called: str) -> Path:
     assert source is not None
     try:
         if source.hf_hub_id:
-            return Path(hf_hub_download(source.hf_hub_id, "model.safetensors"))
+            return from_hub(partial(hf_hub_download, source.hf_hub_id, "model.safetensors"))
         return cached(cast(str, source.url))
     except (OSError, ValueError, RuntimeError) as error:  # the hub's and urllib's errors are OSErrors
         where = source.hf_hub_id or source.url

@@ -337,15 +337,13 @@ def _plain(value: Any) -> Any:
 
 
 def _of_samples(path: Path) -> dict[str, Any]:
-    import zipfile
+    from haste.data.npz import read_npz
 
-    import numpy as np
-
+    found = read_npz(path, "samples")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return json.loads(str(file["haste"])) if "haste" in file else {}
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: truncated, or not an .npz of arrays") from error
+        return json.loads(str(found.get("haste", "{}")))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged or edited: 'haste' is not JSON") from error
 
 
 def _of_page(path: Path) -> dict[str, Any]:

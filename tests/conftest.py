@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -60,3 +61,84 @@ def make_plan(_finished_data: Path, tmp_path: Path) -> Callable[..., Plan]:
         return plan
 
     return make
+
+
+# What a refused command may leave beside finished files: its lock and its words, which no reader takes for results.
+ALLOWED = {"lock", "trajectory.json", "log.jsonl"}
+
+
+class World:
+    """A results folder with everything finished but the last state, its own configuration, and ways to damage it."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.root = folder, folder / "results"
+        self.configure()
+
+    def configure(self, **changes: Any) -> None:
+        """Write the configuration, with some top keys replaced, and plan it."""
+        self.raw = {**copy.deepcopy(TINY), "results": str(self.root), "runs": {"HASTE": {"alignment": "HASTE"}}}
+        self.raw |= changes
+        self.file = self.folder / "tiny.yaml"
+        self.file.write_text(yaml.safe_dump(self.raw))
+        self.plan = Plan(config.resolve(self.raw))
+        self.last = str(self.plan.state("HASTE", 16))
+
+    def row(self, step: int = 8) -> Any:
+        """The evaluation of a state."""
+        return next(row.evaluation for row in self.plan.rows if row.step == step)
+
+    @property
+    def state(self) -> Path:
+        """The trained state, from which the last one would be made and which is sampled."""
+        return Path(self.plan.path(self.plan.state("HASTE", 8)))
+
+    @property
+    def images(self) -> Path:
+        return Path(self.plan.images.folder)
+
+    @property
+    def latents(self) -> Path:
+        return Path(self.plan.latents.folder)
+
+    @property
+    def teacher(self) -> Path:
+        return Path(self.plan.teachers["vit"].folder)
+
+    @property
+    def detector(self) -> Path:
+        return Path(self.plan.detector.part.folder)
+
+    @property
+    def reference(self) -> Path:
+        return Path(self.plan.detector.reference.folder)
+
+    @property
+    def autoencoder(self) -> Path:
+        return Path(self.plan.autoencoder.folder)
+
+    def files(self) -> dict[str, str]:
+        """Every file and what is in it."""
+        found = sorted(path for path in self.folder.rglob("*") if path.is_file() and path.name not in ALLOWED)
+        return {str(path.relative_to(self.folder)): hashlib.md5(path.read_bytes()).hexdigest() for path in found}
+
+
+@pytest.fixture(scope="session")
+def finished_world(_finished_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world in which one state is trained, sampled and scored."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(_finished_data, folder / "results")
+    world = World(folder)
+    steps = [["train", str(world.plan.state("HASTE", 8))]]
+    steps += [[command, world.row().name] for command in ("sample", "evaluate", "grid")]
+    for step in steps:
+        assert cli.main([*step, "-c", str(world.file)]) == 0, step
+    exported = [str(world.state), str(folder / "theirs.pt"), "--format", "repa"]
+    assert cli.main(["export", *exported]) == 0
+    return folder
+
+
+@pytest.fixture
+def world(finished_world: Path, tmp_path: Path) -> World:
+    """A copy of the finished world, free to be broken."""
+    shutil.copytree(finished_world, tmp_path / "world")
+    return World(tmp_path / "world")

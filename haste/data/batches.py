@@ -121,6 +121,7 @@ class Batches:
         channels, *cells = moments.shape[1:]
         shape = (channels // 2, *cells)
         labels = self.latents.read("label", chosen)
+        self._check(chosen, moments, labels)
         dropped = order.uniforms(self.seed, "class dropout", step, visits) < self.class_dropout
         return Batch(
             step=step,
@@ -154,6 +155,15 @@ class Batches:
         counts = {term: (times >= low).double() for term, low in self.t_min.items()}
         share = {term: count * (self.size / max(1.0, count.sum().item())) for term, count in counts.items()}
         return {term: weights[visits.start : visits.stop] for term, weights in share.items()}
+
+    def _check(self, chosen: np.ndarray, moments: Tensor, labels: np.ndarray) -> None:
+        """Refuse latents that no encoder writes, before a step turns them into losses that say nothing of the cause."""
+        if not moments.isfinite().all():
+            broken = int(chosen[int((~moments.flatten(1).isfinite().all(dim=1)).nonzero()[0, 0])])
+            raise ValueError(f"{self.latents.folder}: latents of image {broken} are not finite, expected numbers")
+        if len(labels) and not (labels.min() >= 0 and labels.max() < self.null_class):
+            found = f"{labels.min()}..{labels.max()}"
+            raise ValueError(f"{self.latents.folder}: labels {found}, expected 0..{self.null_class - 1}")
 
     def ahead(
         self,

@@ -11,13 +11,13 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from haste import artefact
+from haste.data.npz import read_npz
 
 log = logging.getLogger("haste.data")
 
@@ -79,12 +79,12 @@ def mean_nfe(files: Sequence[str | Path]) -> float | None:
     counts = []
     for path in files:
         try:
-            with np.load(path, allow_pickle=False) as file:
-                counts.append(file["nfe"])
-        except (FileNotFoundError, KeyError):  # samples may be gone when their features are scored
+            found = read_npz(path, "samples")
+        except FileNotFoundError:  # samples may be gone when their features are scored
             return None
-        except (OSError, zipfile.BadZipFile, ValueError, EOFError) as error:
-            raise ValueError(f"{path}: expected samples, found a truncated or foreign file ({error})") from error
+        if "nfe" not in found:
+            return None
+        counts.append(found["nfe"])
     mean = float(np.concatenate(counts).mean())
     return int(mean) if mean.is_integer() else mean
 
@@ -105,9 +105,8 @@ def _length(found: Arrays) -> int:
 def _read(path: Path, source: Mapping[str, str], most: int) -> Arrays | None:
     """A kept batch; None if it cannot be read, is of another source, or reaches beyond `most` samples."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError, KeyError) as error:
+        found = read_npz(path, "a batch of samples")
+    except (OSError, ValueError) as error:
         log.warning("%s: cannot be read and is drawn again (%s)", path, error)
         return None
     if str(found.pop(_SOURCE, "")) != artefact.canonical(dict(source)) or not 0 < _length(found) <= most:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from haste import artefact
+from haste import artefact, hub
 from haste.data.store import Progress, Store, join, shard_range, write_shard
 
 KIND = "latents"
@@ -44,12 +45,17 @@ def fetch(where: str | Path) -> Path:
     from huggingface_hub import snapshot_download  # a network client, only for hub ids
 
     try:
-        return Path(snapshot_download(str(where), allow_patterns=[_CONFIG, _WEIGHTS, _INDEX, "*-of-*.safetensors"]))
+        files = [_CONFIG, _WEIGHTS, _INDEX, "*-of-*.safetensors"]
+        return hub.from_hub(partial(snapshot_download, str(where), allow_patterns=files), _has_weights)
     except (OSError, ValueError) as error:  # the hub's own errors derive from these
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"autoencoder {where}: not a folder, and not to be had from the hub ({first}). {hint}."
         ) from error
+
+
+def _has_weights(folder: Path) -> bool:
+    return (folder / _WEIGHTS).is_file() or (folder / _INDEX).is_file()
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -74,6 +80,11 @@ def _checked_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: _class_name is {found!r}, expected 'AutoencoderKL'")
     if config.get("latents_mean") or config.get("latents_std"):
         raise ValueError(f"{path}: latents_mean and latents_std are set, expected one scaling_factor and shift_factor")
+    expected = {"latent_channels": int, "block_out_channels": list, "scaling_factor": int | float}
+    expected |= {"shift_factor": int | float} if config.get("shift_factor") is not None else {}
+    for name, kind in expected.items():
+        if name in config and not isinstance(config[name], kind):  # what is left out has diffusers' default
+            raise ValueError(f"{path}: {name} is {config[name]!r}, expected {getattr(kind, '__name__', kind)}")
     return config
 
 
@@ -127,7 +138,7 @@ class Autoencoder:
                 torch_dtype=torch.float32,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
             raise ValueError(f"{files[0]}: cannot be loaded as an AutoencoderKL ({error})") from error
         model, info = loaded
         # diffusers only warns, and leaves what is missing at random.

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import hashlib
 import itertools
+import math
 import os
 import re
 import zipfile
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from haste import artefact
+from haste.data.npz import BROKEN
 from haste.data.store import MANIFEST, Store
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MOST_PIXELS = 178_956_970  # of an image, as Pillow's guard against files that unpack to more than there is memory
 DECODERS = min(8, os.cpu_count() or 1)  # threads that decode pictures
 LOSSY = (".jpg", ".jpeg", ".webp")
 
@@ -164,16 +167,19 @@ class _array:  # noqa: N801 - used like a function
     def __enter__(self) -> tuple[IO[bytes], tuple[int, ...]]:
         try:
             self.archive = zipfile.ZipFile(self.file)
-            names = self.archive.namelist()
-            if "arr_0.npy" not in names:
-                held = ", ".join(name.removesuffix(".npy") for name in names) or "nothing"
-                raise ValueError(f"{self.file}: expected images under arr_0, found {held}")
+        except BROKEN as error:
+            raise ValueError(f"{self.file}: expected an .npz, found a truncated or foreign file ({error})") from error
+        if "arr_0.npy" not in (names := self.archive.namelist()):
+            held = ", ".join(name.removesuffix(".npy") for name in names) or "nothing"
+            raise ValueError(f"{self.file}: expected images under arr_0, found {held}")
+        try:
             stream = self.archive.open("arr_0.npy")
             version = np.lib.format.read_magic(stream)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(stream)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
-            raise ValueError(f"{self.file}: expected an .npz, found a truncated or foreign file ({error})") from error
+        except BROKEN as error:
+            words = " ".join(str(error).split())[:200]
+            raise ValueError(f"{self.file}: expected an .npz, found a truncated or foreign file ({words})") from error
         self._check(shape, fortran, dtype)
         return stream, shape
 
@@ -188,6 +194,8 @@ class _array:  # noqa: N801 - used like a function
         if len(shape) != 4 or shape[3] != 3 or fortran:
             told = " (channels come last: NHWC)" if len(shape) == 4 and shape[1] == 3 else ""
             raise ValueError(f"{self.file}: arr_0 has shape {shape}, expected (N, H, W, 3){told}")
+        if shape[0] < 0 or min(shape[1:]) < 1 or shape[1] * shape[2] > MOST_PIXELS:
+            raise ValueError(f"{self.file}: arr_0 has shape {shape}, expected images of 1 to {MOST_PIXELS:,} pixels")
 
     def __exit__(self, *_: object) -> None:
         self.archive.close()
@@ -195,12 +203,12 @@ class _array:  # noqa: N801 - used like a function
 
 def _rows_of_array(file: Path, rows: int = 64) -> Iterator[np.ndarray]:
     with _array(file) as (stream, shape):
-        width = int(np.prod(shape[1:]))
+        width = math.prod(shape[1:])
         for low in range(0, shape[0], rows):
             count = min(rows, shape[0] - low)
             try:
                 data = stream.read(count * width)
-            except (zipfile.BadZipFile, EOFError, OSError) as error:
+            except BROKEN as error:
                 raise ValueError(f"{file}: broken after {low} of {shape[0]} images ({error})") from error
             if len(data) != count * width:
                 raise ValueError(f"{file}: truncated after {low} of {shape[0]} images")
@@ -219,7 +227,7 @@ def _of_folder(path: Path) -> Samples:
 def _of_zip(path: Path) -> Samples:
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
+    except BROKEN as error:
         raise ValueError(f"{path}: expected a .zip, found a truncated or foreign file ({error})") from error
     # Entries are read where they lie, never unpacked, so an entry's name can lead nowhere.
     names = sorted(name for name in archive.namelist() if name.lower().endswith(SUFFIXES))
@@ -264,10 +272,10 @@ def _decoded(pictures: list[tuple[str, Callable[[], Any]]]) -> Iterator[np.ndarr
 def _picture(name: str, opened: Callable[[], Any]) -> np.ndarray:
     try:
         with opened() as file, Image.open(file) as image:
-            if image.mode != "RGB":
-                raise ValueError(
-                    f"{name}: mode {image.mode}, expected RGB; grey or transparent samples are not what a model made"
-                )
-            return np.asarray(image)
-    except (OSError, UnidentifiedImageError, zipfile.BadZipFile, SyntaxError) as error:
+            mode = image.mode
+            pixels = np.asarray(image) if mode == "RGB" else None
+    except (*BROKEN, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: cannot be read as an image ({error})") from error
+    if pixels is None:
+        raise ValueError(f"{name}: mode {mode}, expected RGB; grey or transparent samples are not what a model made")
+    return pixels

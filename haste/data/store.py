@@ -220,13 +220,16 @@ def _inspect(path: Path, kind: str) -> _Shard:
         with h5py.File(path, "r", locking=False) as file:
             header = {name: _attribute(file, name) for name in file.attrs}
             artefact.check_header(path, header, kind)
-            return _Shard(path, header, *_arrays(path, file, header))
+            fields, offsets = _arrays(path, file, header)
+            header |= {name: json.loads(header[name]) for name in ("recipe", "facts")}
+            return _Shard(path, header, fields, offsets)
     except (
         OSError,
         RuntimeError,
         KeyError,
         TypeError,
         UnicodeDecodeError,
+        json.JSONDecodeError,
     ) as error:  # what h5py raises on broken metadata
         raise ValueError(
             f"{path}: expected an HDF5 {kind} shard, found a truncated or foreign file ({error})"
@@ -322,7 +325,7 @@ def join(
     folder = Path(folder)
     found = [_inspect(shard_path(folder, shard, shards), kind) for shard in range(shards)]
     _check_agreement(found, key, recipe)
-    facts = json.loads(found[0].header["facts"])
+    facts = found[0].header["facts"]
     wrong = differences({name: facts.get(name) for name in expected_facts or {}}, dict(expected_facts or {}))
     if wrong:
         raise ValueError(f"{found[0].path}: made from something else: {'; '.join(wrong[:8])}")
@@ -345,8 +348,19 @@ def join(
         "identity": _identity(_read_rows(shard, DIGEST) for shard in found),
         "provenance": dict(provenance),
     }
+    if (found_before := _unchanged(folder / MANIFEST, manifest)) is not None:
+        return found_before
     artefact.write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def _unchanged(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest that is there, if it says the same: it keeps its word on how it was made."""
+    try:
+        found = artefact.read_json(path, "store")
+    except (ValueError, OSError):
+        return None
+    return found if {**found, "provenance": None} == {**manifest, "provenance": None} else None
 
 
 def _described(fields: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, dict[str, Any]]:
@@ -358,12 +372,12 @@ def _check_agreement(found: Sequence[_Shard], key: str, recipe: Mapping[str, Any
     first = found[0]
     for number, shard in enumerate(found):
         header = shard.header
-        _check_key(shard.path, header["key"], json.loads(header["recipe"]), key, recipe)
+        _check_key(shard.path, header["key"], header["recipe"], key, recipe)
         span = shard_range(first.header["total"], number, len(found))
         place = {"shard": number, "shards": len(found), "total": first.header["total"]}
         place |= {"start": span.start, "count": len(span)}
         wrong = differences({name: header[name] for name in place}, place)
-        wrong += differences(json.loads(header["facts"]), json.loads(first.header["facts"]))
+        wrong += differences(header["facts"], first.header["facts"])
         wrong += differences(_names(shard), _names(first))
         if wrong:
             raise ValueError(f"{shard.path}: does not fit {first.path.name}: {'; '.join(wrong[:8])}")
@@ -578,10 +592,15 @@ def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     expected |= {"shards": list, "identity": str}
     wrong = _mistyped(manifest, expected) or ([] if manifest["shards"] else ["shards"])
     if not wrong:
+        wrong += [f"splits.{n}" for n, ends in manifest["splits"].items() if not _is_span(ends, manifest["count"])]
         wrong += [name for name, f in manifest["fields"].items() if _mistyped(f, {"shape": list, "dtype": str})]
         wrong += [f"shard {n}" for n, s in enumerate(manifest["shards"]) if _mistyped(s, dict.fromkeys(_ENTRY, int))]
     if wrong:
         raise ValueError(f"{path}: not a manifest as `join` makes it; wrong or missing: {wrong}")
+
+
+def _is_span(ends: Any, count: int) -> bool:
+    return isinstance(ends, list) and [*map(type, ends)] == [int, int] and 0 <= ends[0] <= ends[1] <= count
 
 
 def _mistyped(found: Any, expected: Mapping[str, type]) -> list[str]:
@@ -604,6 +623,9 @@ def _open_shard(folder: Path, manifest: Mapping[str, Any], number: int) -> _Shar
     wrong = differences({name: shard.header[name] for name in expected}, expected)
     described = {name: f"{f['dtype']} {tuple(f['shape'])}" for name, f in manifest["fields"].items()}
     wrong += differences({name: text for name, text in _names(shard).items() if name != DIGEST}, described)
+    # What the data turned out to be is repeated in the manifest, where an edited entry would pass for true.
+    facts = shard.header["facts"]
+    wrong += differences(facts, {name: manifest.get(name) for name in facts})
     span = shard_range(manifest["count"], number, shards)
     if wrong or (entry["start"], entry["count"]) != (span.start, len(span)):
         raise ValueError(f"{path}: does not fit its manifest: {'; '.join(wrong) or 'its range of samples'}")

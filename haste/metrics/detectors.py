@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from haste import artefact
+from haste import artefact, hub
 
 DESCRIPTION, WEIGHTS = "part.json", "model.safetensors"
 
@@ -227,9 +227,8 @@ def _of_folder(folder: Path) -> Detector:
     part = artefact.read_json(folder / DESCRIPTION, "part")
     if part.get("part") != "detector":
         raise ValueError(f"{folder / DESCRIPTION}: expected a detector, found {part.get('part')!r}")
-    architecture = part.get("architecture")
-    if not isinstance(architecture, dict):
-        raise ValueError(f"{folder}: part.json does not say what the network looks like (architecture)")
+    artefact.check_entries(folder / DESCRIPTION, part, identity=str, name=str, architecture=dict)
+    architecture = part["architecture"]
     if architecture.get("kind") not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise ValueError(
@@ -240,9 +239,14 @@ def _of_folder(folder: Path) -> Detector:
         raise ValueError(f"{weights}: expected the detector's weights, found no file")
     if (found := artefact.file_identity(weights)) != part["identity"]:
         raise ValueError(f"{weights}: expected the weights {part['identity'][:12]}, found {found[:12]}")
-    detector = ARCHITECTURES[architecture["kind"]](architecture, part["name"], part["identity"])
     try:
-        detector.network.load_state_dict(safetensors.torch.load_file(weights))
+        detector = ARCHITECTURES[architecture["kind"]](architecture, part["name"], part["identity"])
+    except (KeyError, TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"{folder / DESCRIPTION}: damaged or edited: no network is like {architecture} ({error})"
+        ) from error
+    try:
+        detector.network.load_state_dict(hub.finite(weights, safetensors.torch.load_file(weights)))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{weights}: these weights do not fit {architecture}: {error}") from error
     return detector

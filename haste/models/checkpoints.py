@@ -15,10 +15,13 @@ Shapes: D model width, p patch size, C channels, F = 256 timestep features.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
+import os
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -472,5 +475,7 @@ def save_repa(path: Path | str, checkpoint: Checkpoint, args: Mapping[str, Any])
     with artefact.replacing(path) as aside:
         try:
             torch.save(found, aside)
-        except RuntimeError as error:  # what torch's writer raises on a full disk
+        except RuntimeError as error:  # what torch's writer raises on a full disk, without saying so
+            if not shutil.disk_usage(aside.parent).free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
             raise OSError(f"{path}: could not be written: {error}") from error

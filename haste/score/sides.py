@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haste import artefact
+from haste.data.npz import BROKEN
 from haste.data.samples import Samples, open_samples
 from haste.metrics import rows
 from haste.metrics.frechet import Moments
@@ -200,10 +201,10 @@ def _array(path: Path, name: str) -> NDArray:
     try:
         with np.load(path, allow_pickle=False) as file:
             return file[name]
-    except (zipfile.BadZipFile, OSError, EOFError, KeyError) as error:
-        raise ValueError(f"{path}: {name} cannot be read, the file is truncated or damaged ({error})") from error
     except ValueError as error:
         raise ValueError(f"{path}: {name} is pickled or broken, and is not read ({error})") from error
+    except BROKEN as error:
+        raise ValueError(f"{path}: {name} cannot be read, the file is truncated or damaged ({error})") from error
 
 
 def write_reference(path: Path, side: Side) -> None:

@@ -103,7 +103,8 @@ def write_pca(folder: Path | str, basis: PCA, explained: float, about: Mapping[s
     """Write components as a part: whole or not at all. about: more entries of its description."""
     with artefact.replacing(folder) as aside:
         aside.mkdir()
-        save_file({"mean": basis.mean, "components": basis.components}, aside / BASIS)
+        with artefact.saving_tensors(aside):
+            save_file({"mean": basis.mean, "components": basis.components}, aside / BASIS)
         description = {"schema": artefact.SCHEMA, "kind": "part", "part": "pca", **about}
         description |= {"quality": {"explained variance": explained}, "identity": basis.identity}
         artefact.write_json(aside / PART, description)

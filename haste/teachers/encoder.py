@@ -307,17 +307,17 @@ def _from_folder(folder: Path) -> Teacher:
     part = artefact.read_json(folder / DESCRIPTION, "part")
     if part.get("part") != "teacher":
         raise ValueError(f"{folder / DESCRIPTION}: expected a teacher, found {part.get('part')!r}")
+    artefact.check_entries(folder / DESCRIPTION, part, identity=str, architecture=dict)
+    artefact.check_entries(folder / DESCRIPTION, part["architecture"], kwargs=dict, mean=list, std=list)
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise ValueError(f"{weights}: expected the teacher's weights, found no file")
     if (found := artefact.file_identity(weights)) != part["identity"]:
         raise ValueError(f"{weights}: expected the weights {part['identity'][:12]}, found {found[:12]}")
-    architecture = part.get("architecture")
-    if not isinstance(architecture, dict):
-        raise ValueError(f"{folder}: part.json does not say what the network looks like (architecture)")
+    architecture = part["architecture"]
     try:
         network = VisionTransformer(**architecture["kwargs"])
-        network.load_state_dict(safetensors.torch.load_file(weights))
+        network.load_state_dict(hub.finite(weights, safetensors.torch.load_file(weights)))
     except (SafetensorError, RuntimeError, TypeError) as error:
         raise ValueError(f"{weights}: these weights do not fit {architecture}: {error}") from error
     return Teacher(

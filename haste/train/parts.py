@@ -153,7 +153,8 @@ def train_autoencoder(
     quality = {"reconstruction_mse": mse, "psnr": 10 * math.log10(4 / mse)}  # peak to peak is 2, and 2^2 = 4
     architecture = {"kind": "AutoencoderKL", "channels": channels, "factor": factor, "width": width}
     with artefact.replacing(out) as folder:
-        network.save_pretrained(folder)
+        with artefact.saving_tensors(out):
+            network.save_pretrained(folder)
         weights = folder / "diffusion_pytorch_model.safetensors"
         _describe(folder, weights, "autoencoder", name, key, recipe, architecture, quality, start)
     return quality
@@ -414,10 +415,11 @@ def _write(out: Path, network: nn.Module, part: str, *description: Any) -> None:
     with artefact.replacing(out) as folder:
         folder.mkdir()
         weights = folder / "model.safetensors"
-        safetensors.torch.save_file(
-            {name: value.contiguous() for name, value in network.state_dict().items()},
-            weights,
-        )
+        with artefact.saving_tensors(weights):
+            safetensors.torch.save_file(
+                {name: value.contiguous() for name, value in network.state_dict().items()},
+                weights,
+            )
         _describe(folder, weights, part, *description)
 
 

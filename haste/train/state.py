@@ -24,6 +24,7 @@ from haste import artefact
 from haste.data import order
 from haste.models.heads import Projector
 from haste.models.sit import SiT
+from haste.plan import STATE_NAME
 
 KIND = "state"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -168,6 +169,12 @@ def _header(path: Path | str, file: Any) -> dict[str, Any]:
     except json.JSONDecodeError:
         header = {}
     artefact.check_header(path, header, KIND)
+    artefact.check_entries(path, header, key=str, recipe=dict, step=int, inputs=dict, provenance=dict)
+    name = STATE_NAME.match(Path(path).name)
+    if name and int(name[1]) != header["step"]:
+        raise ValueError(
+            f"{path}: holds the state of step {header['step']}, expected step {int(name[1])}, as its name says"
+        )
     return header
 
 
@@ -181,6 +188,8 @@ def read(path: Path | str, *, key: str, prefixes: tuple[str, ...] = ("",)) -> tu
         header = _header(path, file)
         if header.get("key") != key:
             raise ValueError(f"{path}: a state of trajectory {header.get('key')}, expected {key}")
+        if artefact.fingerprint(header["recipe"]) != key:
+            raise ValueError(f"{path}: damaged or edited: its recipe is not that of trajectory {key}")
         names = [name for name in file.keys() if name.startswith(prefixes)]  # noqa: SIM118 - it is no mapping
         return header, {name: file.get_tensor(name) for name in names}
 
@@ -197,13 +206,7 @@ def restore(learner: Learner, tensors: Mapping[str, Tensor], path: Path | str) -
         for name, parameter in learner.parameters().items()
         for moment in _MOMENTS
     }
-    wrong = [
-        f"{name} (found {tuple(tensors[name].shape) if name in tensors else 'nothing'}, expected {tuple(value.shape)})"
-        for name, value in expected.items()
-        if name not in tensors or tensors[name].shape != value.shape
-    ]
-    if wrong:
-        raise ValueError(f"{path}: does not fit the model: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
+    _check_fit(path, {name: value for name, value in tensors.items() if name in expected}, expected)
     with torch.no_grad():
         for name, value in expected.items():
             if not name.startswith(("optimizer/", "scaler/")):
@@ -216,10 +219,32 @@ def restore(learner: Learner, tensors: Mapping[str, Tensor], path: Path | str) -
         learner.scaler.load_state_dict({**learner.scaler.state_dict(), **kept})
 
 
+def _check_fit(path: Path | str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are missing, not known, or of another shape; names the first ones."""
+    wrong = [
+        f"{name} (found {_shape(found.get(name))}, expected {_shape(expected.get(name))})"
+        for name in dict.fromkeys([*expected, *found])
+        if name not in found or name not in expected or found[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{path}: does not fit the model: {', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''}")
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "nothing" if tensor is None else str(tuple(tensor.shape))
+
+
 def ema_model(path: Path | str, *, key: str) -> tuple[SiT, dict[str, Any]]:
-    """The averaged model of a state, frozen, and the state's header: what samples are drawn from."""
+    """The averaged model of a state, frozen, and the state's header: what samples are drawn from.
+
+    Raises:
+        ValueError: as `read`; or its weights do not fit its recipe, or are not finite.
+    """
     header, tensors = read(path, key=key, prefixes=("ema/",))
     model = build_model(header["recipe"])
+    _check_fit(path, tensors, {f"ema/{name}": value for name, value in model.state_dict().items()})
+    if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise ValueError(f"{path}: {broken[0]} is not finite, expected numbers: nothing can be drawn from it")
     model.load_state_dict({name.removeprefix("ema/"): value for name, value in tensors.items()})
     return model.requires_grad_(False).eval(), header
 
