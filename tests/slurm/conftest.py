@@ -99,6 +99,7 @@ class Slurm:
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         self.environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}:/usr/sbin:/sbin"
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.users: list[subprocess.Popen[bytes]] = []  # started by tests, each in a group of its own
 
     # -- up and down -------------------------------------------------------------------------------------------------
 
@@ -196,7 +197,11 @@ class Slurm:
         return found
 
     def down(self) -> None:
-        """Jobs, then daemons, in order; whatever state they are in."""
+        """Users, jobs, then daemons, in order; whatever state they are in."""
+        for user in self.users:
+            if user.poll() is None:
+                os.killpg(user.pid, signal.SIGKILL)
+                user.wait()
         self.tried("scancel", "--state=RUNNING,PENDING,SUSPENDED", "--user=root")
         limit = time.monotonic() + 20
         while time.monotonic() < limit and self.text("squeue", "--noheader"):
@@ -214,11 +219,15 @@ class Slurm:
 
     # -- ask ---------------------------------------------------------------------------------------------------------
 
-    def ask(self, *command: str) -> str:
-        """What a command prints; it must succeed."""
-        done = subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=120)
-        assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
-        return done.stdout
+    def ask(self, *command: str, patience: float = 0) -> str:
+        """What a command prints; it must succeed, within `patience` seconds: a busy controller misses questions."""
+        limit = time.monotonic() + patience
+        while True:
+            done = subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=120)
+            if done.returncode == 0:
+                return done.stdout
+            assert time.monotonic() < limit, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+            time.sleep(0.5)
 
     def tried(self, *command: str) -> bool:
         """Whether a command succeeds."""

@@ -122,6 +122,7 @@ class World:
             self.snakemake = subprocess.Popen(
                 command, stdout=out, stderr=out, env=self.environment, start_new_session=True
             )
+        self.slurm.users.append(self.snakemake)
         return self.snakemake
 
     def finish(self, running, seconds=1200):
@@ -140,7 +141,7 @@ class World:
     def queue(self, run, step):
         """Live jobs that make a state, as (id, state)."""
         name = jobs.name(self.plan, self.plan.state(run, step))
-        text = self.slurm.text("squeue", "--noheader", "--name", name, "--format=%A %T")
+        text = self.slurm.ask("squeue", "--noheader", "--name", name, "--format=%A %T", patience=120)
         return [tuple(line.split()) for line in text.splitlines()]
 
     def runs(self, run, step):
