@@ -29,6 +29,7 @@ from typing import Any
 SCHEMA = 1
 # Ours, and the file of six random characters that safetensors writes to before it renames it to ours.
 _LEFT_BEHIND = (".*.part", ".tmp??????")
+EXTENSIONS = ("samplers", "metrics", "detectors", "teachers")  # what other packages add to; `haste.extensions`
 LIBRARIES = ("torch", "timm", "diffusers", "torch-fidelity", "torchdiffeq", "numpy", "h5py", "snakemake", "safetensors")
 
 
@@ -228,7 +229,8 @@ def _versions() -> dict[str, str]:
     for name in LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-    return found
+    added = (point.dist for group in EXTENSIONS for point in metadata.entry_points(group=f"haste.{group}"))
+    return found | {package.name: package.version for package in added if package}
 
 
 def _hardware() -> dict[str, Any]:

@@ -16,7 +16,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+
+from haste import extensions
 
 
 class Strict(BaseModel):
@@ -51,6 +63,15 @@ Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[Float, Field(gt=0)]
 Share = Annotated[Float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what every generator takes, and a 64-bit integer holds
+
+
+def _or_added(group: str) -> WrapValidator:
+    """Takes, beside the names of the schema, those that other packages add to a group of `haste.extensions`."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        return value if isinstance(value, str) and value in extensions.names(group) else handler(value)
+
+    return WrapValidator(check)
 
 
 class _Mark:
@@ -389,7 +410,7 @@ class Sampling(Strict):
     """One way to draw samples from a state."""
 
     preset: Annotated[Literal["sde-250", "ode-50", "heun-125"] | None, LABEL] = None
-    sampler: Literal["euler", "heun", "euler-maruyama", "dopri5"] = "euler-maruyama"
+    sampler: Annotated[Literal["euler", "heun", "euler-maruyama", "dopri5"], _or_added("samplers")] = "euler-maruyama"
     steps: Positive | None = 250
     rtol: Annotated[Rate | None, LATER] = None
     atol: Annotated[Rate | None, LATER] = None
@@ -859,6 +880,8 @@ def _faults_of_data(config: Config) -> list[str]:
         detector = config.detector[name]
         faults += [f"detector.{name}: the same as {n}" for n in names[:place] if config.detector[n] == detector]
         found = detector.pretrained.name if detector.pretrained else None
+        if found is not None and found in extensions.names("detectors"):
+            continue  # what it needs is known when it is loaded
         if found is not None and found not in DETECTORS:
             at = f"detector.{name}.pretrained.name"
             faults.append(f"{at}: nothing is called {found!r}{_nearest(found, DETECTORS)}")
@@ -910,7 +933,7 @@ def _faults_of_teachers(config: Config) -> list[str]:
         if tokens and teacher.pca is not None and teacher.pca > tokens[0]:
             faults.append(f"teachers.{name}.pca: {teacher.pca}, but its features have a width of {tokens[0]}")
         found = teacher.pretrained.name if teacher.pretrained else None
-        if found is not None and found not in TEACHERS and not _TIMM.match(found):
+        if found is not None and found not in {*TEACHERS, *extensions.names("teachers")} and not _TIMM.match(found):
             faults.append(
                 f"teachers.{name}.pretrained.name: nothing is called {found!r}, and timm's vision transformers "
                 f"are called vit_... or deit...{_nearest(found, TEACHERS)}"

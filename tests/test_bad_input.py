@@ -789,7 +789,7 @@ IMAGES = [
         "a picture of floats",
         pictures(saved(Image.new("F", (9, 9)), "TIFF")),
         prepare,
-        ["07.png: not a picture", "mode 'F'"],
+        ["07.png: not a picture", "not a picture that can be read"],
     ),
     Case(
         "a link to nothing",
@@ -808,7 +808,7 @@ IMAGES = [
         "another number of classes",
         lambda w: (pictures(lambda p: None)(w), entry("images/classes", 3)(w)),
         prepare,
-        ["images.classes: 3, but folder has 1"],
+        ["images.classes: 3, but ", "has 1"],
     ),
     Case(
         "all held out",

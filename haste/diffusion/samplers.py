@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from haste import extensions
 from haste.diffusion.paths import LINEAR, Path, score_from_velocity
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -171,6 +172,7 @@ SAMPLERS: dict[str, Sampler] = {
     "euler-maruyama": Sampler(euler_maruyama, lambda steps: steps, stochastic=True),
     "dopri5": Sampler(dopri5, None),
 }
+SAMPLERS |= extensions.loaded("samplers", SAMPLERS)
 
 
 def nfe(name: str, steps: int | None) -> int | None:

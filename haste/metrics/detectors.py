@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from haste import artefact, hub
+from haste import artefact, extensions, hub
 
 DESCRIPTION, WEIGHTS = "part.json", "model.safetensors"
 
@@ -185,6 +185,7 @@ PUBLISHED: dict[str, Callable[[Path | str | None], Detector]] = {
     "DINOv2-B": _dinov2("DINOv2-B"),
     "DINOv2-L": _dinov2("DINOv2-L"),
 }
+PUBLISHED |= extensions.loaded("detectors", PUBLISHED)
 
 # Detectors that are trained here, by the kind in their part.json: (architecture, name, sha256 of the weights).
 ARCHITECTURES: dict[str, Callable[[dict, str, str], Detector]] = {

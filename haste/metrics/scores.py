@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from haste import extensions
 from haste.metrics import frechet, inception_score, kid, rows
 from haste.metrics.frechet import checked_features
 from haste.metrics.neighbours import precision_recall
@@ -149,3 +150,4 @@ METRICS: dict[str, Metric] = {
         better={"class_accuracy": "higher"},
     ),
 }
+METRICS |= extensions.loaded("metrics", METRICS)

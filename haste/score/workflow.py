@@ -19,18 +19,17 @@ MOMENTS = "moments.npz"  # beside the features of a reference file's images: the
 FLOOR = 50_000  # real images on a side of the floor, at most: as many as samples usually are
 
 
-def statistics(
-    features: Store, rows: np.ndarray | None = None, metrics: Sequence[str] = tuple(METRICS)
-) -> dict[str, Any]:
+def statistics(features: Store, rows: np.ndarray | None = None, metrics: Sequence[str] | None = None) -> dict[str, Any]:
     """The statistics of metrics over the rows of a features store, in one pass.
 
     Args:
         features: a store of a detector's outputs and `label`.
         rows: which rows, in the order that counts for the metric (that of the samples); None is all.
-        metrics: names in METRICS; those that the store has not the outputs for are left out.
+        metrics: names in METRICS, None for all; those that the store has not the outputs for are left out.
     """
     rows = np.arange(features.count) if rows is None else rows
     fields = {"labels" if name == "label" else name: name for name in features.fields}
+    metrics = list(METRICS) if metrics is None else metrics
     chosen = [name for name in metrics if set(METRICS[name].needs) <= set(fields)]
     needed = {need for name in chosen for need in METRICS[name].needs}
     stats: dict[str, Any] = {}
@@ -44,11 +43,12 @@ def statistics(
 
 
 def reference_statistics(
-    features: Store, rows: np.ndarray | None = None, metrics: Sequence[str] = tuple(METRICS)
+    features: Store, rows: np.ndarray | None = None, metrics: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """As `statistics`, of real images: what scores of samples are compared with, each on as many rows as it takes."""
     rows = np.arange(features.count) if rows is None else rows
     stats: dict[str, Any] = {}
+    metrics = list(METRICS) if metrics is None else metrics
     for most in {METRICS[name].reference_rows for name in metrics}:
         mine = [n for n in metrics if METRICS[n].reference and METRICS[n].reference_rows == most]
         stats |= statistics(features, rows[spaced(len(rows), most)], mine)

@@ -7,7 +7,7 @@ Layers are counted from 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional
 
-from haste import artefact, hub
+from haste import artefact, extensions, hub
 from haste.teachers.targets import TeacherTargets
 
 DESCRIPTION, WEIGHTS = "part.json", "model.safetensors"
@@ -121,6 +121,8 @@ class Teacher:
             if weights is not None:
                 raise ValueError(f"{where}: a folder has weights of its own, found weights {weights} beside it")
             teacher = _from_folder(Path(where))
+        elif str(where) in ADDED:
+            teacher = ADDED[str(where)](resolution, weights)
         else:
             teacher = _from_timm(str(where), resolution, weights)
         return teacher.to(device)
@@ -283,6 +285,10 @@ def known(name: str) -> Pretrained:
         raise ValueError(f"teacher {name}: refused, timm's {type(network).__name__} is not a plain vision transformer")
     source, (patch, _) = cast(dict[str, Any], network.pretrained_cfg), network.patch_embed.patch_size
     return Pretrained(name, patch, 16 * patch, norm=(source["mean"], source["std"]))
+
+
+# Teachers of other packages: what makes one of the images' resolution and a file of weights, or None.
+ADDED: dict[str, Callable[[int, str | Path | None], Teacher]] = extensions.loaded("teachers", PRETRAINED)
 
 
 def _from_timm(name: str, resolution: int, weights: str | Path | None) -> Teacher:

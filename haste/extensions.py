@@ -1,0 +1,51 @@
+"""Samplers, metrics, detectors and teachers of other packages, found by Python's entry points.
+
+A package that is installed beside this one says in its pyproject.toml what it adds, a line each:
+
+    [project.entry-points."haste.samplers"]
+    midpoint = "my_haste:MIDPOINT"
+
+Names are known without importing anything, which a dry run needs; what they name is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from importlib import metadata
+from typing import Any
+
+GROUPS = ("samplers", "metrics", "detectors", "teachers")
+
+
+@functools.cache
+def _found(group: str) -> dict[str, metadata.EntryPoint]:
+    assert group in GROUPS, group
+    return {point.name: point for point in metadata.entry_points(group=f"haste.{group}")}
+
+
+def names(group: str) -> list[str]:
+    """What other packages add to a group, by name."""
+    return sorted(_found(group))
+
+
+def loaded(group: str, taken: Collection[str]) -> dict[str, Any]:
+    """What other packages add to a group, imported.
+
+    Args:
+        group: one of GROUPS.
+        taken: names that this package has itself.
+
+    Raises:
+        ValueError: one of them cannot be imported, or has the name of ours; says which package's it is.
+    """
+    found: dict[str, Any] = {}
+    for name, point in _found(group).items():
+        where = f"{point.value} (of {point.dist.name if point.dist else 'an unknown package'})"
+        if name in taken:
+            raise ValueError(f"haste.{group}: {where} is called {name!r}, which is taken; expected another name")
+        try:
+            found[name] = point.load()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"haste.{group}: {name!r} cannot be had from {where}: {error}") from error
+    return found
