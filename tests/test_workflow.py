@@ -224,8 +224,8 @@ def test_a_detector_that_is_added_looks_at_the_samples_that_are_there(shop):
 
 def test_samples_that_are_lost_are_drawn_and_looked_at_in_one_job(shop):
     evaluation = shop.evaluation("HASTE", 16)
-    for made in (*(Path(file) for file in evaluation.sample_files), *map(Path, evaluation.features.shard_files)):
-        made.unlink()
+    for made in (*evaluation.sample_files, *evaluation.features.shard_files, evaluation.score, evaluation.grid):
+        Path(made).unlink()
     assert shop.jobs() == shop.evaluated("HASTE", 16)
 
 
