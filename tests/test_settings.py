@@ -19,6 +19,6 @@ def test_what_an_ablation_may_vary_has_words_for_times_bounds_and_ramps():
     plan = Plan(config.resolve({**TINY, "alignments": alignments, "runs": runs}))
     soft, sharp = (gather.settings(plan, run) for run in ("soft", "sharp"))
     assert soft["ramp"] == "attention over 4 steps, cosine"
-    assert soft["timesteps"] == "distribution lognormal, mu 1, s 1"
+    assert soft["timesteps"] == "lognormal(1, 1)"
     assert (soft["feature similarity"], soft["feature t_min"], soft["feature warmup"]) == ("nt-xent", "0.1", "3")
     assert {key for key in soft if soft[key] != sharp.get(key)} == {"ramp", "timesteps"}

@@ -161,9 +161,9 @@ class Batches:
         if not moments.isfinite().all():
             broken = int(chosen[int((~moments.flatten(1).isfinite().all(dim=1)).nonzero()[0, 0])])
             raise ValueError(f"{self.latents.folder}: latents of image {broken} are not finite, expected numbers")
-        if len(labels) and not (labels.min() >= 0 and labels.max() < self.null_class):
-            found = f"{labels.min()}..{labels.max()}"
-            raise ValueError(f"{self.latents.folder}: labels {found}, expected 0..{self.null_class - 1}")
+        most = max(0, self.null_class - 1)  # images without labels all have 0, which then is the null class
+        if len(labels) and not (labels.min() >= 0 and labels.max() <= most):
+            raise ValueError(f"{self.latents.folder}: labels {labels.min()}..{labels.max()}, expected 0..{most}")
 
     def ahead(
         self,
