@@ -616,6 +616,10 @@ def _score(arguments: argparse.Namespace) -> None:
         device=device,
         seed=arguments.seed,
     )
+    if arguments.save_reference is not None and arguments.reference is None:
+        raise ValueError("--save-reference: there is no --reference whose statistics could be saved")
+    for samples in arguments.samples:
+        scorer.check(samples)  # before the first is looked at
     found = []
     for samples in arguments.samples:
         found.append(scorer(samples))

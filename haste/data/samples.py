@@ -219,7 +219,7 @@ def _rows_of_array(file: Path, rows: int = 64) -> Iterator[np.ndarray]:
 
 
 def _of_folder(path: Path) -> Samples:
-    names = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    names = sorted(file for file in path.rglob("*") if _is_picture(str(file.relative_to(path))) and file.is_file())
     pictures = [(str(name), lambda name=name: name.open("rb")) for name in names]
     return _of_pictures(path, pictures, "folder of pictures", tuple(names))  # type: ignore[arg-type]
 
@@ -230,9 +230,16 @@ def _of_zip(path: Path) -> Samples:
     except BROKEN as error:
         raise ValueError(f"{path}: expected a .zip, found a truncated or foreign file ({error})") from error
     # Entries are read where they lie, never unpacked, so an entry's name can lead nowhere.
-    names = sorted(name for name in archive.namelist() if name.lower().endswith(SUFFIXES))
+    # In the order of the folder that was packed, folder by folder.
+    names = sorted((name for name in archive.namelist() if _is_picture(name)), key=lambda name: name.split("/"))
     pictures = [(f"{path}:{name}", lambda name=name: archive.open(name)) for name in names]
     return _of_pictures(path, pictures, "zip of pictures", (path,))  # type: ignore[arg-type]
+
+
+def _is_picture(name: str) -> bool:
+    """By its name; what macOS puts beside pictures is none."""
+    *folders, last = name.split("/")
+    return last.lower().endswith(SUFFIXES) and not last.startswith("._") and "__MACOSX" not in folders
 
 
 def _of_pictures(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 PUBLISHED = 50_000  # samples behind published scores
@@ -35,9 +36,13 @@ def notes(
     found = [*_of_images(samples), *_of_count(samples, columns)]
     if reference is not None:
         found += _of_reference(reference, detectors)
-        if samples["identity"] == reference["identity"]:
+        if samples["identity"] == reference["identity"] or _same_file(samples["path"], reference["path"]):
             found.append("samples and reference are the same images")
     return found + _of_detectors(detectors)
+
+
+def _same_file(one: str, other: str) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def _of_images(samples: Mapping[str, Any]) -> list[str]:
@@ -72,17 +77,24 @@ def _of_count(samples: Mapping[str, Any], columns: Collection[str]) -> list[str]
 
 
 def _of_reference(reference: Mapping[str, Any], detectors: Sequence[Mapping[str, Any]]) -> list[str]:
-    inception = any(detector.get("kind") == "inception" for detector in detectors)
-    if not inception or known_reference(reference):
-        return []
+    others = [str(detector["name"]) for detector in detectors if detector.get("kind") != "inception"]
+    found = []
+    if others and reference.get("pictures"):
+        found.append(
+            f"scores by {', '.join(others)} are against the {reference['pictures']:,} images in {reference['path']}, "
+            "not against those behind its mu and sigma"
+        )
+    if len(others) == len(detectors) or known_reference(reference):
+        return found
     name = reference["path"]
     if reference["kind"] != "statistics":
         held = f"{reference['images']:,} images"
     else:
         held = "statistics of " + (f"{reference['images']:,} images" if reference.get("images") else "unknown images")
     return [
+        *found,
         f"the reference {name} ({held}) is not one of ADM's, which published scores of ImageNet are taken against; "
-        "compare only with scores against the same reference"
+        "compare only with scores against the same reference",
     ]
 
 

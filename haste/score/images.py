@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from haste.metrics import inception_score, kid
 from haste.metrics.detectors import Detector, open_detector
 from haste.metrics.scores import METRICS, NEIGHBOURS
 from haste.score import comparable
-from haste.score.columns import VALUES, Score, compare, refuse, typed
+from haste.score.columns import VALUES, Score, column, compare, refuse, typed
 from haste.score.look import View, check_size, look, probe, view_of
 from haste.score.sides import NEAR, Reference, Side, gather, holds_statistics, read_reference, write_reference
 
@@ -128,16 +128,35 @@ class Scorer:
         self.source = None if reference is None else open_source(reference, statistics=True)
         if self.source is None and not self.strict:
             self.wanted = [name for name in self.wanted if not METRICS[VALUES[name][0]].reference]
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed: expected 0 to {2**32 - 1}, found {seed}")
         self.detectors = None if detectors is None else list(detectors)
+        self.columns: dict[str, str] = {}  # what a distance is called -> the identity of the detector behind it
+        for detector in self.detectors or []:
+            self._claim(detector.about)
         self.features = None if features is None else Path(features)
         self.batch, self.device, self.seed = batch, device, seed
         self.references: dict[str, Side] = {}
 
+    def _claim(self, about: Mapping[str, Any]) -> None:
+        """Two detectors behind one column would compare nothing, or hide one another."""
+        name, identity = column("fd", about), about["identity"]
+        if self.columns.setdefault(name, identity) != identity:
+            raise ValueError(
+                f"detectors: {self.columns[name][:12]} and {identity[:12]} would both give {name}; expected one "
+                "detector of a name, and the same one for all sets"
+            )
+
+    def check(self, samples: Path | str) -> Samples | Store | Reference:
+        """Open a set of images and see that it can be scored at all; nothing is looked at. Raises ValueError."""
+        source = open_source(samples, statistics=False)
+        _check_sizes(source, self.source)
+        return source
+
     def __call__(self, samples: Path | str) -> Scores:
         """Score a set of images. Raises ValueError as `score_images`."""
         started = time.monotonic()
-        source = open_source(samples, statistics=False)
-        _check_sizes(source, self.source)
+        source = self.check(samples)
         for one in (source, self.source):
             if isinstance(one, Samples):
                 probe(one)
@@ -145,6 +164,7 @@ class Scorer:
         about: dict[str, Any] = {}
         reference: dict[str, Any] | None = None
         for seen, detector, see in self._views(source):
+            self._claim(seen)
             # What is cheap and may be refused comes first: hours of looking must not end in a refusal.
             real = None if self.source is None else self._reference(seen, detector)
             if self.strict and self._alone:
@@ -158,9 +178,19 @@ class Scorer:
             who.append(dict(side.detector))
         if not columns:
             raise ValueError(f"{_path(source)}: no score can be had: {'; '.join(sorted(set(absent.values())))}")
+        self._check_named(columns, absent, who)
         notes = list(dict.fromkeys([*comparable.notes(about, reference, who, columns), *said]))
         seconds = round(time.monotonic() - started, 3)
         return Scores(columns, about, reference, who, self._settings(), notes, absent, seconds)
+
+    def _check_named(
+        self, columns: Collection[str], absent: Mapping[str, str], who: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """A metric that is asked for by name must come from one of the detectors at least."""
+        for value in self.wanted if self.strict else ():
+            labels = [column(value, detector) for detector in who]
+            if not set(labels) & set(columns):
+                raise ValueError(f"{', '.join(labels)}: {'; '.join(sorted({absent.get(one, '?') for one in labels}))}")
 
     def save_reference(self, path: Path | str) -> None:
         """Write the statistics of the reference, which has been looked at, by its one detector.

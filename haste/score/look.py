@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +131,10 @@ def look(samples: Samples, detector: Detector, *, batch: int, folder: Path | Non
     """
     check_size(samples, detector)
     if folder is not None:
-        found = _kept(folder, samples, detector) or _keep(folder, samples, detector, batch)
-        return view_of(found)
+        view = view_of(_kept(folder, samples, detector) or _keep(folder, samples, detector, batch))
+        # The same pixels may have been seen in other files: what is said of files is of these.
+        own = {"path": str(samples.path), "kind": samples.kind, "lossy": samples.lossy}
+        return replace(view, facts=lambda: {**view.facts(), **own})
     pixels = Pixels(samples)
 
     def batches() -> Iterator[Batch]:

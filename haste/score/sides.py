@@ -142,7 +142,7 @@ def _names(path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
-    except (zipfile.BadZipFile, OSError) as error:
+    except (*BROKEN, ValueError) as error:
         raise ValueError(f"{path}: expected an .npz, found a truncated or foreign file ({error})") from error
 
 
@@ -153,9 +153,7 @@ def read_reference(path: Path) -> Reference:
         ValueError: truncated, pickled, of shapes that do not belong together, not finite, or not covariances.
     """
     names, moments = _names(path), dict[str, Moments]()
-    header = json.loads(str(_array(path, "haste"))) if "haste" in names else {}
-    if header:
-        artefact.check_header(path, header, "statistics")
+    header = _header(path) if "haste" in names else {}
     count = header.get("images")
     for output, suffix in SUFFIX.items():
         if f"mu{suffix}" in names:
@@ -171,11 +169,26 @@ def read_reference(path: Path) -> Reference:
     return Reference(path, moments, samples, near, header.get("detector"), about)
 
 
+def _header(path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(str(_array(path, "haste")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: damaged or edited: 'haste' is not JSON ({error})") from error
+    artefact.check_header(path, header if isinstance(header, dict) else {}, "statistics")
+    artefact.check_entries(path, header, source=dict, detector=dict)
+    artefact.check_entries(path, header["detector"], identity=str, name=str, outputs=dict)
+    if header.get("images") is not None:
+        artefact.check_entries(path, header, images=int)
+    return header
+
+
 def _moments(path: Path, names: list[str], suffix: str, count: int | None, width: int | None) -> Moments:
     mu, sigma = f"mu{suffix}", f"sigma{suffix}"
     if sigma not in names:
         raise ValueError(f"{path}: holds {mu} without {sigma}")
     mean, covariance = (_array(path, name) for name in (mu, sigma))
+    if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
+        raise ValueError(f"{path}: {mu} and {sigma} are {mean.dtype} and {covariance.dtype}, expected real numbers")
     if mean.ndim != 1 or covariance.shape != (mean.size, mean.size) or (width and mean.size != width):
         expected = f"({width},) and ({width}, {width})" if width else "(D,) and (D, D)"
         raise ValueError(f"{path}: {mu} and {sigma} are {mean.shape} and {covariance.shape}, expected {expected}")
@@ -219,7 +232,8 @@ def write_reference(path: Path, side: Side) -> None:
     near = [side.stats[name] for name in NEAR if name in side.stats]
     if near:
         arrays["pool"] = near[0].ordered
-    header = {"schema": artefact.SCHEMA, "kind": "statistics", "images": side.stats["frechet"].count}
+    # Of how many images: not known of statistics that came without a word on it.
+    header = {"schema": artefact.SCHEMA, "kind": "statistics", "images": side.about.get("images")}
     header |= {"detector": dict(side.detector), "source": side.about, "provenance": artefact.provenance()}
     with artefact.replacing(path) as aside, contextlib.closing(open(aside, "wb")) as file:
         np.savez(file, allow_pickle=False, haste=np.array(artefact.canonical(header)), **arrays)

@@ -1,0 +1,106 @@
+"""What would make two numbers look comparable that are not."""
+
+import json
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from haste import artefact
+from haste.data.samples import open_samples
+from haste.score import Scorer, score_images
+
+MU = {"mu": np.zeros(5), "sigma": np.eye(5), "mu_s": np.zeros(4), "sigma_s": np.eye(4)}
+
+
+@pytest.fixture
+def real(draw, pack):
+    return pack("real", draw(1, 20))
+
+
+def test_two_detectors_that_would_fill_one_column_are_refused_before_anything_is_looked_at(real, make_detector):
+    with pytest.raises(ValueError, match="would both give FID"):
+        Scorer(real, detectors=[make_detector(seed=0), make_detector(seed=1)])
+    Scorer(real, detectors=[make_detector(seed=0), make_detector(kind="other", seed=1)])
+
+
+def test_sets_that_other_detectors_looked_at_are_not_scored_side_by_side(real, draw, pack, make_detector, tmp_path):
+    for seed in (0, 1):
+        score_images(pack(f"fake{seed}", draw(seed, 20)), None, detectors=[make_detector(seed=seed)], features=tmp_path)
+    stores = sorted(path.parent for path in tmp_path.glob("fake*/manifest.json"))
+    scorer = Scorer(None)
+    scorer(stores[0])
+    with pytest.raises(ValueError, match="would both give FID"):
+        scorer(stores[1])
+
+
+def test_kept_features_of_the_same_pixels_are_said_to_be_of_the_files_at_hand(real, draw, pack, detector, tmp_path):
+    first = pack("first", draw(0, 20))
+    score_images(first, real, detectors=[detector], features=tmp_path / "kept")
+    second = shutil.copy(first, tmp_path / "second.npz")
+    found = score_images(second, real, detectors=[detector], features=tmp_path / "kept")
+    assert found.samples["path"] == str(second)
+    assert len(list((tmp_path / "kept").glob("*/manifest.json"))) == 2  # nothing was looked at twice
+
+
+def test_saved_statistics_never_claim_a_number_of_images_that_nobody_knows(draw, pack, detector, tmp_path):
+    adm = pack("adm", draw(1, 20), **MU)
+    scorer = Scorer(adm, detectors=[detector])
+    scorer(pack("fake", draw(0, 20)))
+    scorer.save_reference(tmp_path / "saved.npz")
+    header = json.loads(str(np.load(tmp_path / "saved.npz")["haste"]))
+    assert header["images"] is None
+    assert score_images(pack("again", draw(2, 20)), tmp_path / "saved.npz", detectors=[detector])["FID"] > 0
+
+
+def test_samples_that_are_the_reference_file_are_called_so_whatever_else_it_holds(draw, pack, detector):
+    adm = pack("adm", draw(1, 20), **MU)
+    assert "samples and reference are the same images" in score_images(adm, adm, detectors=[detector]).notes
+
+
+def test_a_metric_that_is_named_and_that_no_detector_gives_is_an_error(draw, pack, make_detector, tmp_path):
+    np.savez(tmp_path / "statistics.npz", **MU)
+    both = [make_detector(seed=0), make_detector(kind="other", seed=1)]
+    with pytest.raises(ValueError):
+        score_images(pack("fake", draw(0, 20)), tmp_path / "statistics.npz", detectors=both, metrics=["precision"])
+
+
+HEADERS = {
+    "a list": "[]",
+    "nothing": "null",
+    "not JSON": "{",
+    "no source": json.dumps({"schema": artefact.SCHEMA, "kind": "statistics"}),
+    "a foreign detector": json.dumps({"schema": artefact.SCHEMA, "kind": "statistics", "source": {}, "detector": 3}),
+    "words for a count": json.dumps(
+        {
+            "schema": artefact.SCHEMA,
+            "kind": "statistics",
+            "source": {},
+            "detector": {"name": "x", "identity": "y", "outputs": {}},
+            "images": "many",
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_statistics_whose_header_is_damaged_are_refused_by_name(name, draw, pack, detector, tmp_path):
+    np.savez(tmp_path / "statistics.npz", haste=np.array(HEADERS[name]), **MU)
+    with pytest.raises(ValueError, match="statistics.npz"):
+        score_images(pack("fake", draw(0, 20)), tmp_path / "statistics.npz", detectors=[detector])
+
+
+def test_a_folder_and_its_archive_hold_the_same_pictures_in_the_same_order(draw, tmp_path):
+    folder, images = tmp_path / "set", draw(0, 6)
+    names = ["a/0.png", "a/1.png", "a-b/2.png", "a.b/3.png", "z.png", "a/b/4.png"]
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        for name, image in zip(names, images, strict=True):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / name)
+            archive.write(folder / name, name)
+        archive.writestr("__MACOSX/._z.png", b"what macOS adds")
+    (folder / "._z.png").write_bytes(b"what macOS adds")
+    (folder / "folder.png").mkdir()
+    assert open_samples(folder).identity() == open_samples(tmp_path / "set.zip").identity()
