@@ -29,6 +29,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MOST_PIXELS = 178_956_970  # of an image, as Pillow's guard against files that unpack to more than there is memory
 DECODERS = min(8, os.cpu_count() or 1)  # threads that decode pictures
 LOSSY = (".jpg", ".jpeg", ".webp")
+OTHERS = (".tif", ".tiff", ".gif", ".jp2", ".jxl", ".avif", ".heic", ".heif", ".ppm")  # pictures that are not read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Samples:
     """A set of images that can be gone through any number of times, in one order.
 
     path: where it lies; count: images; size: height and width in pixels; kind: how it is packed, in words;
-    files: what it is read from; lossy: how many of the images lie in files whose format may have changed their pixels.
+    files: what it is read from; lossy: how many of the images lie in files whose format may have changed their pixels;
+    left_out: how many pictures there are beside them, in formats that are not read.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class Samples:
     files: tuple[Path, ...]
     _parts: tuple[Callable[[], Iterator[np.ndarray]], ...]
     lossy: int = 0
+    left_out: int = 0
 
     def batches(self, most: int) -> Iterator[np.ndarray]:
         """The images in order, (B, H, W, 3) uint8 with B = `most` but for the last.
@@ -219,9 +222,11 @@ def _rows_of_array(file: Path, rows: int = 64) -> Iterator[np.ndarray]:
 
 
 def _of_folder(path: Path) -> Samples:
-    names = sorted(file for file in path.rglob("*") if _is_picture(str(file.relative_to(path))) and file.is_file())
+    below = {file: str(file.relative_to(path)) for file in sorted(path.rglob("*"))}
+    names = [file for file, name in below.items() if _is_picture(name) and file.is_file()]
     pictures = [(str(name), lambda name=name: name.open("rb")) for name in names]
-    return _of_pictures(path, pictures, "folder of pictures", tuple(names))  # type: ignore[arg-type]
+    found = _of_pictures(path, pictures, "folder of pictures", tuple(names))  # type: ignore[arg-type]
+    return dataclasses.replace(found, left_out=sum(_is_picture(name, OTHERS) for name in below.values()))
 
 
 def _of_zip(path: Path) -> Samples:
@@ -233,13 +238,14 @@ def _of_zip(path: Path) -> Samples:
     # In the order of the folder that was packed, folder by folder.
     names = sorted((name for name in archive.namelist() if _is_picture(name)), key=lambda name: name.split("/"))
     pictures = [(f"{path}:{name}", lambda name=name: archive.open(name)) for name in names]
-    return _of_pictures(path, pictures, "zip of pictures", (path,))  # type: ignore[arg-type]
+    found = _of_pictures(path, pictures, "zip of pictures", (path,))  # type: ignore[arg-type]
+    return dataclasses.replace(found, left_out=sum(_is_picture(name, OTHERS) for name in archive.namelist()))
 
 
-def _is_picture(name: str) -> bool:
+def _is_picture(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
     """By its name; what macOS puts beside pictures is none."""
     *folders, last = name.split("/")
-    return last.lower().endswith(SUFFIXES) and not last.startswith("._") and "__MACOSX" not in folders
+    return last.lower().endswith(suffixes) and not last.startswith("._") and "__MACOSX" not in folders
 
 
 def _of_pictures(
@@ -279,10 +285,14 @@ def _decoded(pictures: list[tuple[str, Callable[[], Any]]]) -> Iterator[np.ndarr
 def _picture(name: str, opened: Callable[[], Any]) -> np.ndarray:
     try:
         with opened() as file, Image.open(file) as image:
-            mode = image.mode
+            mode, form = image.mode, image.format
             pixels = np.asarray(image) if mode == "RGB" else None
     except (*BROKEN, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: cannot be read as an image ({error})") from error
+    if form in ("JPEG", "MPO", "WEBP") and not name.lower().endswith(LOSSY):
+        raise ValueError(
+            f"{name}: holds {form}, which its name hides; expected a name that ends in {' or '.join(LOSSY)}"
+        )
     if pixels is None:
         raise ValueError(f"{name}: mode {mode}, expected RGB; grey or transparent samples are not what a model made")
     return pixels

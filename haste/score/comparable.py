@@ -63,6 +63,8 @@ def _of_images(samples: Mapping[str, Any]) -> list[str]:
             f"{samples['lossy']:,} samples come from JPEG or WebP files, whose compression moves every score; "
             "published samples are lossless"
         )
+    if samples.get("left_out"):
+        found.append(f"{samples['left_out']:,} pictures beside the samples were left out: their formats are not read")
     return found
 
 
@@ -93,7 +95,7 @@ def _of_reference(reference: Mapping[str, Any], detectors: Sequence[Mapping[str,
         held = "statistics of " + (f"{reference['images']:,} images" if reference.get("images") else "unknown images")
     return [
         *found,
-        f"the reference {name} ({held}) is not one of ADM's, which published scores of ImageNet are taken against; "
+        f"the reference {name} ({held}) is none of ADM's for ImageNet, which published scores are taken against; "
         "compare only with scores against the same reference",
     ]
 

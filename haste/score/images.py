@@ -174,8 +174,12 @@ class Scorer:
             wanted = [name for name in self.wanted if self.strict or VALUES[name][0] not in side.absent]
             found = compare(side, real, wanted, strict=self.strict and self._alone, seed=self.seed)
             columns, absent, said = columns | found.columns, absent | found.absent, said + found.notes
-            about, reference = side.about, None if real is None else real.about
+            about = side.about
             who.append(dict(side.detector))
+            if real is not None:
+                # The same reference, but one detector may know its statistics and another only some of its images.
+                who[-1] |= {"reference_moments": real.about["moments"]} if "moments" in real.about else {}
+                reference = {name: fact for name, fact in real.about.items() if name != "moments"}
         if not columns:
             raise ValueError(f"{_path(source)}: no score can be had: {'; '.join(sorted(set(absent.values())))}")
         self._check_named(columns, absent, who)

@@ -103,6 +103,7 @@ class Pixels:
             "black": self.dark,
             "brightness": self.brightness / max(1, self.count * height * width * 3),
             "lossy": self.samples.lossy,
+            "left_out": self.samples.left_out,
         }
 
 
@@ -133,7 +134,8 @@ def look(samples: Samples, detector: Detector, *, batch: int, folder: Path | Non
     if folder is not None:
         view = view_of(_kept(folder, samples, detector) or _keep(folder, samples, detector, batch))
         # The same pixels may have been seen in other files: what is said of files is of these.
-        own = {"path": str(samples.path), "kind": samples.kind, "lossy": samples.lossy}
+        own: dict[str, Any] = {"path": str(samples.path), "kind": samples.kind}
+        own |= {"lossy": samples.lossy, "left_out": samples.left_out}
         return replace(view, facts=lambda: {**view.facts(), **own})
     pixels = Pixels(samples)
 

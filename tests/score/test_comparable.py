@@ -104,3 +104,26 @@ def test_a_folder_and_its_archive_hold_the_same_pictures_in_the_same_order(draw,
     (folder / "._z.png").write_bytes(b"what macOS adds")
     (folder / "folder.png").mkdir()
     assert open_samples(folder).identity() == open_samples(tmp_path / "set.zip").identity()
+
+
+def test_a_jpeg_that_is_called_png_is_refused_and_formats_that_are_not_read_are_counted(draw, detector, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for place, image in enumerate(draw(0, 6)):
+        Image.fromarray(image).save(folder / f"{place}.png")
+    Image.fromarray(image).save(folder / "other.tif")
+    found = score_images(folder, None, detectors=[detector])
+    assert any(note.startswith("1 pictures beside the samples were left out") for note in found.notes)
+    Image.fromarray(image).save(folder / "3.png", format="JPEG")
+    with pytest.raises(ValueError, match="3.png: holds JPEG"):
+        score_images(folder, None, detectors=[detector])
+
+
+def test_with_two_detectors_each_says_what_it_was_compared_with(draw, pack, make_detector):
+    adm, fake = pack("adm", draw(1, 20), **MU), pack("fake", draw(0, 20))
+    for kinds in (["inception", "other"], ["other", "inception"]):
+        both = [make_detector(kind=kind, seed=place) for place, kind in enumerate(kinds)]
+        found = score_images(fake, adm, detectors=both).json()
+        said = {detector["kind"]: detector.get("reference_moments") for detector in found["detectors"]}
+        assert said == {"inception": None, "other": "of its images under arr_0"}
+        assert "moments" not in found["reference"]

@@ -49,12 +49,12 @@ WORDS = {
         {},
         {"path": "mine.npz"},
         {},
-        "the reference mine.npz (statistics of unknown images) is not one of",
+        "the reference mine.npz (statistics of unknown images) is none of",
     ),
-    "pictures": ({}, {"kind": "zip of pictures", "images": 9, "holds": []}, {}, "(9 images) is not one of ADM's"),
-    "fewer pictures": ({}, {"pictures": 9_999}, {}, "is not one of ADM's"),
-    "another size": ({}, {"size": [128, 128]}, {}, "is not one of ADM's"),
-    "no sFID": ({}, {"holds": ["arr_0", "mu", "sigma"]}, {}, "is not one of ADM's"),
+    "pictures": ({}, {"kind": "zip of pictures", "images": 9, "holds": []}, {}, "(9 images) is none of ADM's"),
+    "fewer pictures": ({}, {"pictures": 9_999}, {}, "is none of ADM's"),
+    "another size": ({}, {"size": [128, 128]}, {}, "is none of ADM's"),
+    "no sFID": ({}, {"holds": ["arr_0", "mu", "sigma"]}, {}, "is none of ADM's"),
     "the same images": ({"identity": "e"}, {}, {}, "samples and reference are the same images"),
 }
 
