@@ -163,6 +163,7 @@ class Scorer:
         columns, absent, said, who = dict[str, Score](), dict[str, str](), list[str](), list[dict[str, Any]]()
         about: dict[str, Any] = {}
         reference: dict[str, Any] | None = None
+        near: int | None = None
         for seen, detector, see in self._views(source):
             self._claim(seen)
             # What is cheap and may be refused comes first: hours of looking must not end in a refusal.
@@ -177,6 +178,7 @@ class Scorer:
             about = side.about
             who.append(dict(side.detector))
             if real is not None:
+                near = next((len(real.stats[name].index) for name in NEAR if name in real.stats), near)
                 # The same reference, but one detector may know its statistics and another only some of its images.
                 who[-1] |= {"reference_moments": real.about["moments"]} if "moments" in real.about else {}
                 reference = {name: fact for name, fact in real.about.items() if name != "moments"}
@@ -185,7 +187,7 @@ class Scorer:
         self._check_named(columns, absent, who)
         notes = list(dict.fromkeys([*comparable.notes(about, reference, who, columns), *said]))
         seconds = round(time.monotonic() - started, 3)
-        return Scores(columns, about, reference, who, self._settings(), notes, absent, seconds)
+        return Scores(columns, about, reference, who, self._settings(about["images"], near), notes, absent, seconds)
 
     def _check_named(
         self, columns: Collection[str], absent: Mapping[str, str], who: Sequence[Mapping[str, Any]]
@@ -225,13 +227,17 @@ class Scorer:
         wanted = {VALUES[name][0] for name in self.wanted}
         return [name for name in METRICS if name in wanted]
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, count: int, near: int | None) -> dict[str, Any]:
+        """What was done: `count` samples, and `near` images of the reference for precision, recall and KID."""
+        subsets: dict[str, Any] = {"pairs": "all"}
+        if near is not None and min(count, near) > kid.SIZE:
+            subsets = {"subsets": kid.SUBSETS, "subset_size": kid.SIZE}
         return {
             "batch": self.batch,
             "precision": "float32 in the detector, float64 in the statistics",
-            "precision_recall": {"neighbours": 3, "reference_images_at_most": NEIGHBOURS},
-            "inception_score": {"split": inception_score.SPLIT},
-            "kid": {"subsets": kid.SUBSETS, "subset_size": kid.SIZE, "seed": self.seed},
+            "precision_recall": {"neighbours": 3, "reference_images": near},
+            "inception_score": {"split": inception_score.SPLIT, "splits": -(-count // inception_score.SPLIT)},
+            "kid": {**subsets, "seed": self.seed},
         }
 
     def _views(

@@ -384,6 +384,8 @@ def test_the_json_says_all_that_decides_comparability(sets, pack, detector):
     assert whole["scores"] == found.values
     assert whole["detectors"] == [detector.about]
     assert whole["settings"]["batch"] == 9 and whole["settings"]["kid"]["seed"] == 7
+    assert whole["settings"]["kid"]["pairs"] == "all"  # too few for subsets of a thousand
+    assert whole["settings"]["precision_recall"]["reference_images"] == 31
     assert (whole["samples"]["images"], whole["reference"]["images"]) == (40, 31)
     assert whole["samples"]["identity"] == open_samples(pack("fake", sets[0])).identity()
     assert whole["provenance"]["versions"]["torch"]
