@@ -1,22 +1,17 @@
-"""Training and the whole workflow on a real SLURM, disturbed in every way that clusters know: the bits stay the same.
+"""What a user has on the cluster of the tests: a results folder, a configuration, a profile, and commands.
 
 Waits are for conditions, with generous limits; nothing here depends on how fast the machine is. A brake slows the
 steps in jobs down, so that there is always a step to disturb.
 """
 
 import copy
-import json
-import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
-import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -24,8 +19,6 @@ from safetensors.torch import load_file
 from haste import config
 from haste.cluster import job as jobs
 from haste.plan import Plan
-
-pytestmark = pytest.mark.timeout(3000)
 
 ROOT = Path(__file__).parents[2]
 TINY = yaml.safe_load((ROOT / "tests" / "tiny.yaml").read_text())
@@ -204,157 +197,3 @@ def locally(world, tmp_path, *states):
         done = world.haste("train", plan.state(run, step), "-c", tmp_path / "local.yaml")
         assert done.returncode == 0, done.stderr
     return plan
-
-
-@pytest.fixture
-def data(_finished_data):
-    """Every store and part of the tiny configuration, made on this machine."""
-    return _finished_data
-
-
-def test_one_training_survives_everything_that_a_cluster_does_to_it(slurm, data, tmp_path):
-    runs = {"HASTE": {"alignment": "HASTE", "milestones": [400]}}
-    world = World(tmp_path / "w", data, slurm, runs, train={"nodes": 2, "tasks_per_node": 1})
-    what, target = ("HASTE", 400), world.path("HASTE", 400)
-    world.brake.write_text("0.3")
-    snakemake = world.start(target)
-    first = world.gets_on(*what)
-
-    # Snakemake and everything it started die; the same command attaches
-    os.killpg(snakemake.pid, signal.SIGKILL)
-    snakemake.wait()
-    snakemake = world.start(target)
-    world.until("it attached", lambda: f"attached to job {first}" in world.log.read_text())
-    assert world.gets_on(*what) == first
-
-    # a second Snakemake says who is at work
-    log = world.log
-    second = world.start(target)
-    assert second.wait(120) != 0
-    assert "is in use" in world.log.read_text()
-    world.log = log
-
-    # a job of the higher partition takes both nodes
-    before = world.saved(*what)
-    slurm.ask("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
-    world.until("it is preempted", lambda: not world.runs(*what))
-    world.until("it is saved", lambda: world.saved(*what) >= before)
-    world.until("it runs again", lambda: world.runs(*what))
-    assert world.gets_on(*what) == first, "preemption ended the job"
-
-    # one process is killed: another job goes on
-    world.trainers()[1].kill()
-    world.until("another job", lambda: world.runs(*what) not in ([], [first]))
-    second = world.gets_on(*what)
-
-    # the controller and a node's daemon die: the job runs on
-    slurm.kill("slurmctld")
-    slurm.kill("haste-n1")
-    time.sleep(5)
-    slurm.start_controller()
-    slurm.start_node("haste-n1")
-    assert world.gets_on(*what) == second
-
-    # a node goes
-    slurm.node_fails("haste-n2")
-    world.until("SLURM notices", lambda: not world.runs(*what), 180)
-    slurm.start_node("haste-n2")
-    third = world.gets_on(*what)
-
-    # somebody cancels it: it is not submitted behind their back, the same command goes on
-    slurm.ask("scancel", third)
-    assert snakemake.wait(120) != 0
-    assert "was cancelled" in (world.root / "tiny" / "logs" / f"train-{target.parent.name}-00000400.log").read_text()
-    snakemake = world.start(target)
-    fourth = world.gets_on(*what)
-
-    # Ctrl-C leaves it running and says so; haste cancel ends it
-    os.killpg(snakemake.pid, signal.SIGINT)
-    assert snakemake.wait(120) != 0
-    assert f"job {fourth} goes on" in world.log.read_text()
-    assert f"scancel {fourth}" in world.log.read_text()
-    assert world.gets_on(*what) == fourth
-    done = world.haste("cancel", "HASTE", "-c", world.file)
-    assert f"cancelled job {fourth}" in done.stdout
-    world.until("it is gone", lambda: not world.queue(*what))
-
-    # its time is shorter than what is left: back into the queue, by itself
-    world.profile(train={"nodes": 2, "tasks_per_node": 1, "runtime": 2, "signal_s": 45})
-    world.brake.write_text("1")
-    snakemake = world.start(target)
-    last = world.gets_on(*what)
-    world.until("its time is over", lambda: not world.runs(*what), 240)
-    world.until("it runs again", lambda: world.runs(*what))
-    assert world.gets_on(*what) == last
-    world.brake.unlink()
-    world.finish(snakemake)
-
-    plan = locally(world, tmp_path, what)
-    equal(target, plan.path(plan.state(*what)))
-    attempts = world.attempts(*what)
-    print(attempts)
-    assert len({number for number, _ in attempts}) == len({first, second, third, fourth, last})
-    assert ("PREEMPTED" in dict(attempts).values()) or [a for a in attempts if a == (first, "PREEMPTED")]
-    assert attempts[-1] == (last, "COMPLETED")
-
-
-def test_the_whole_workflow_ends_in_the_tables_of_a_local_run_and_each_stage_has_its_own_resources(
-    slurm, data, tmp_path
-):
-    runs = {"HASTE-8": {"alignment": "HASTE", "stop": 8, "milestones": [8, 16]}}
-    train = {"tasks_per_node": 2, "gpus_per_node": 2, "mem_mb": 2000}
-    plain = {"tasks_per_node": 1, "nodes": 2, "mem_mb": 1200}
-    world = World(tmp_path / "w", None, slurm, runs, train=train, plain=plain)
-    world.finish(world.start())
-
-    # before the stop two GPUs and the teacher, after it none
-    found = slurm.accounted("JobID", "JobName%200", "State", "AllocTRES%200", "NNodes")
-    asked = {}
-    for step in (8, 16):
-        name = jobs.name(world.plan, world.plan.state("HASTE-8", step))
-        (asked[step],) = [job for job in found if job["JobName%200"] == name]
-    assert [asked[step]["State"] for step in (8, 16)] == ["COMPLETED"] * 2
-    assert "gres/gpu=2" in asked[8]["AllocTRES%200"]
-    assert "mem=2000M" in asked[8]["AllocTRES%200"]
-    assert "gres/gpu" not in asked[16]["AllocTRES%200"]
-    assert [asked[step]["NNodes"] for step in (8, 16)] == ["1", "2"]
-    inputs = json.loads(world.haste("show", world.path("HASTE-8", 16)).stdout)["provenance"]
-    assert inputs["processes"] == 2
-    log = "".join(p.read_text() for p in world.path("HASTE-8", 16).parent.glob("jobs/*attempt*.log"))
-    assert "steps 8 to 16, aligning nothing" in log
-
-    # the same table as without a cluster
-    raw = yaml.safe_load(world.file.read_text())
-    raw |= {"results": str(tmp_path / "local")}
-    raw["runtime"]["processes"] = 2
-    shutil.copytree(data, tmp_path / "local")
-    (tmp_path / "local.yaml").write_text(yaml.safe_dump(raw))
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--snakefile", ROOT / "workflow" / "Snakefile"]
-    command += ["--workflow-profile", ROOT / "profiles" / "default", "--directory", tmp_path]
-    done = subprocess.run(
-        [*map(str, command), "--configfile", str(tmp_path / "local.yaml")],
-        capture_output=True,
-        text=True,
-        env=world.environment,
-        timeout=1200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    plan = Plan(config.resolve(raw))
-    for step in (8, 16):
-        equal(world.path("HASTE-8", step), plan.path(plan.state("HASTE-8", step)))
-    tables = [(Path(p.report).parent / "results.csv").read_text() for p in (world.plan, plan)]
-    assert tables[0] == tables[1]
-
-    # another way to draw samples: its two shards as one array, its score, its picture, the report, and nothing else
-    before = {job["JobID"] for job in slurm.accounted("JobID")}
-    sampling = {**TINY["sampling"], "more": {"sampler": "euler", "steps": 3, "count": 20}}
-    runs["HASTE-8"]["sampling"] = ["quick", "more"]
-    world.configure(runs=runs, sampling=sampling)
-    world.finish(world.start())
-    rules = re.findall(r"^(?:local)?rule (\w+):", world.log.read_text(), re.MULTILINE)
-    assert sorted(set(rules)) == ["all", "grid", "report", "sample", "score"]
-    found = [job for job in slurm.accounted("JobID", "AllocTRES%200") if job["JobID"] not in before]
-    new = {job["JobID"] for job in found}
-    arrays = {number.split("_")[0] for number in new if "_" in number}
-    assert len(arrays) == 1
-    assert ["gres/gpu=1" in job["AllocTRES%200"] for job in found if "_" in job["JobID"]] == [True] * 4

@@ -1,0 +1,302 @@
+"""A real SLURM of two nodes on this machine's loopback: accounting, preemption and two make-believe GPUs a node.
+
+It lives in a folder of its own with its own ports, keys and sockets, beside any cluster that is already here, and goes
+when the tests end. Its daemons die with the process that started them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "mariadb-install-db", "sbatch", "sacct")
+CLIENTS = ("sbatch", "srun", "squeue", "sacct", "scontrol", "scancel", "sinfo", "sacctmgr")
+PACKAGES = ("slurm-wlm", "slurmdbd", "munge", "mariadb-server")
+NODES = ("haste-n1", "haste-n2")
+
+SLURM_CONF = """
+ClusterName=haste-test
+SlurmctldHost={host}(127.0.0.1)
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+SlurmUser=root
+SlurmdUser=root
+SlurmctldPort={ctld}
+SlurmdPort={n1}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SwitchType=switch/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU_Memory
+SlurmdParameters=config_overrides
+ReturnToService=2
+JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+KillWait=10
+SlurmdTimeout=20
+MessageTimeout=30
+MinJobAge=300
+SchedulerParameters=batch_sched_delay=0,sched_interval=1
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={dbd}
+AccountingStoragePass={folder}/munge.socket
+AccountingStorageTRES=gres/gpu
+JobAcctGatherType=jobacct_gather/linux
+GresTypes=gpu
+NodeName=haste-n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n1} CPUs=4 RealMemory={memory} Gres=gpu:2
+NodeName=haste-n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n2} CPUs=4 RealMemory={memory} Gres=gpu:2
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
+PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+"""
+DBD_CONF = """
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={dbd}
+SlurmUser=root
+PidFile={folder}/slurmdbd.pid
+LogFile={folder}/slurmdbd.log
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={sql}
+StorageUser=slurm
+StoragePass=slurm
+StorageLoc=slurm_acct
+"""
+
+
+class Slurm:
+    """The cluster, its daemons by name, and ways to ask and to disturb it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        ports = dict(zip(("ctld", "n1", "n2", "dbd", "sql"), free_ports(5), strict=True))
+        memory = max(1000, psutil.virtual_memory().total // 2**20 * 9 // 10)
+        self.values = {"folder": folder, "host": socket.gethostname().split(".")[0], "memory": memory, **ports}
+        # The daemons of Debian live in sbin, which not everybody's PATH has.
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}:/usr/sbin:/sbin"
+        self.daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.users: list[subprocess.Popen[bytes]] = []  # started by tests, each in a group of its own
+
+    # -- up and down -------------------------------------------------------------------------------------------------
+
+    def up(self) -> None:
+        """From nothing to two idle nodes."""
+        self._write_files()
+        key, pid = self.folder / "munge.key", self.folder / "munged.pid"
+        munge = ["munged", "--foreground", "--force", f"--key-file={key}", f"--pid-file={pid}"]
+        munge += [f"--socket={self.folder}/munge.socket", f"--seed-file={self.folder}/munge.seed"]
+        self.start("munged", *munge, f"--log-file={self.folder}/munged.log")
+        self._start_database()
+        self.start("slurmdbd", "slurmdbd", "-D")
+        self.until("the accounting answers", lambda: self.tried("sacctmgr", "-n", "show", "cluster"))
+        self.ask("sacctmgr", "-i", "add", "cluster", "haste-test")
+        self.start_controller()
+        for node in NODES:
+            self.start_node(node)
+        self.ask("sacctmgr", "-i", "add", "account", "haste", "Cluster=haste-test")
+        self.ask("sacctmgr", "-i", "add", "user", "root", "Account=haste", "Cluster=haste-test")
+        self.until_idle()
+
+    def _write_files(self) -> None:
+        (self.folder / "slurm.conf").write_text(SLURM_CONF.format(**self.values))
+        (self.folder / "slurmdbd.conf").write_text(DBD_CONF.format(**self.values))
+        (self.folder / "slurmdbd.conf").chmod(0o600)
+        (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
+        (self.folder / "munge.key").write_bytes(os.urandom(1024))
+        (self.folder / "munge.key").chmod(0o400)
+        (self.folder / "state").mkdir()
+        (self.folder / "bin").mkdir()
+        for name in CLIENTS:  # Snakemake takes SLURM_CONF out of its jobs' environment
+            real = shutil.which(name, path=self.environment["PATH"])
+            client = self.folder / "bin" / name
+            client.write_text(f'#!/bin/sh\nSLURM_CONF={self.folder}/slurm.conf exec {real} "$@"\n')
+            client.chmod(0o755)
+        devices = []
+        for node in NODES:
+            for number in range(2):
+                device = self.folder / f"{node}-gpu{number}"
+                os.mknod(device, 0o20666, os.makedev(1, 3))  # what /dev/null is
+                devices.append(f"NodeName={node} Name=gpu File={device}\n")
+        (self.folder / "gres.conf").write_text("".join(devices))
+
+    def _start_database(self) -> None:
+        data, sock = self.folder / "sql", self.folder / "sql.socket"
+        install = ["mariadb-install-db", f"--datadir={data}", "--auth-root-authentication-method=normal", "--user=root"]
+        self.ask(*install, "--skip-test-db")
+        daemon = ["mariadbd", "--no-defaults", "--user=root", f"--datadir={data}", f"--socket={sock}"]
+        daemon += [f"--port={self.values['sql']}", "--bind-address=127.0.0.1", f"--pid-file={self.folder}/sql.pid"]
+        self.start("mariadbd", *daemon, "--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=0")
+        client = ["mariadb", "--no-defaults", f"--socket={sock}", "--user=root"]
+        self.until("the database answers", lambda: self.tried(*client, "-e", "select 1"))
+        make = "create database slurm_acct; create user slurm@'%' identified by 'slurm'; "
+        make += "create user slurm@localhost identified by 'slurm'; "
+        make += "grant all on slurm_acct.* to slurm@'%'; grant all on slurm_acct.* to slurm@localhost;"
+        self.ask(*client, "-e", make)
+
+    def start_controller(self) -> None:
+        """Start slurmctld, or start it again."""
+        self.start("slurmctld", "slurmctld", "-D")
+        self.until("the controller answers", lambda: self.tried("sinfo"))
+
+    def start_node(self, node: str) -> None:
+        """Start a node's slurmd, or start it again."""
+        self.start(node, "slurmd", "-D", "-N", node)
+
+    def start(self, name: str, *command: str) -> None:
+        """Start a daemon that dies with us, its output in the cluster's folder."""
+        with open(self.folder / f"{name}.out", "ab") as out:
+            self.daemons[name] = subprocess.Popen(
+                command, stdout=out, stderr=out, env=self.environment, preexec_fn=_die_with_parent
+            )
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """Kill a daemon, by default the hard way. A node's jobs run on."""
+        self.daemons[name].send_signal(number)
+        self.daemons.pop(name).wait(30)
+
+    def node_fails(self, node: str) -> None:
+        """A node goes, with everything on it."""
+        self.kill(node)
+        for process in self.processes(node):
+            with_children = [*process.children(recursive=True), process]
+            for each in with_children:
+                if each.is_running():
+                    each.kill()
+
+    def processes(self, node: str) -> list[psutil.Process]:
+        """The step daemons of a node."""
+        found, own = [], (f"{self.folder}/spool.{node}", f"{self.folder}/slurmd.{node}")
+        for process in psutil.process_iter(["name"]):
+            with contextlib.suppress(psutil.Error):
+                if process.info["name"] == "slurmstepd" and any(p.startswith(own) for p in _open_paths(process)):
+                    found.append(process)
+        return found
+
+    def down(self) -> None:
+        """Users, jobs, then daemons, in order; whatever state they are in."""
+        for user in self.users:
+            if user.poll() is None:
+                os.killpg(user.pid, signal.SIGKILL)
+                user.wait()
+        self.tried("scancel", "--state=RUNNING,PENDING,SUSPENDED", "--user=root")
+        limit = time.monotonic() + 20
+        while time.monotonic() < limit and self.text("squeue", "--noheader"):
+            time.sleep(0.5)
+        for name in (*NODES, "slurmctld", "slurmdbd", "mariadbd", "munged"):
+            daemon = self.daemons.pop(name, None)
+            if daemon is None:
+                continue
+            daemon.terminate()
+            try:
+                daemon.wait(15)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+    # -- ask ---------------------------------------------------------------------------------------------------------
+
+    def ask(self, *command: str, patience: float = 0) -> str:
+        """What a command prints; it must succeed, within `patience` seconds: a busy controller misses questions."""
+        limit = time.monotonic() + patience
+        while True:
+            done = subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=120)
+            if done.returncode == 0:
+                return done.stdout
+            assert time.monotonic() < limit, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+            time.sleep(0.5)
+
+    def tried(self, *command: str) -> bool:
+        """Whether a command succeeds."""
+        return subprocess.run(command, capture_output=True, env=self.environment, timeout=120).returncode == 0
+
+    def text(self, *command: str) -> str:
+        """What a command prints, empty where it fails."""
+        return subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=120).stdout
+
+    def until(self, what: str, ask: Callable[[], object], seconds: float = 120) -> None:
+        """Wait for something to be so."""
+        limit = time.monotonic() + seconds
+        while not ask():
+            assert time.monotonic() < limit, f"not within {seconds:.0f} s: {what}\n{self.state()}"
+            time.sleep(0.3)
+
+    def until_idle(self) -> None:
+        """Wait until nothing runs and both nodes can take work."""
+        nodes = ",".join(NODES)
+
+        def idle() -> bool:
+            states = self.text("sinfo", "--noheader", "--Node", "--partition=main", "--format=%T").split()
+            for node in NODES:
+                if any(state.startswith(("down", "drain")) for state in states) and node in self.daemons:
+                    self.tried("scontrol", "update", f"nodename={node}", "state=resume")
+            return states == ["idle"] * 2
+
+        self.until(f"{nodes} are idle", idle)
+
+    def state(self) -> str:
+        """What a person would look at first."""
+        return self.text("sinfo", "--Node", "--long") + self.text("squeue", "--states=all")
+
+    def accounted(self, *fields: str) -> list[dict[str, str]]:
+        """Every attempt of every job, as accounting has it, in order."""
+        text = self.ask("sacct", "-X", "-D", "-n", "-P", "-S", "now-1day", f"--format={','.join(fields)}")
+        return [dict(zip(fields, line.split("|"), strict=True)) for line in text.splitlines()]
+
+
+def _open_paths(process: psutil.Process) -> list[str]:
+    paths = [file.path for file in process.open_files()]
+    return [*paths, *process.cmdline(), process.cwd()]
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody uses now."""
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def why_not() -> str:
+    """Why a cluster cannot be brought up here; empty if it can."""
+    if os.geteuid() != 0:
+        return "a cluster of our own needs root (its daemons change users, its GPUs are device files)"
+    where = os.environ["PATH"] + ":/usr/sbin:/sbin"
+    missing = [name for name in PROGRAMS if not shutil.which(name, path=where)]
+    if missing and shutil.which("apt-get"):
+        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        subprocess.run(["apt-get", "update", "-q"], capture_output=True, env=quiet, timeout=300)
+        install = ["apt-get", "install", "-q", "-y", "--no-install-recommends", *PACKAGES]
+        done = subprocess.run(install, capture_output=True, text=True, env=quiet, timeout=900)
+        missing = [name for name in PROGRAMS if not shutil.which(name, path=where)]
+        if missing:
+            return f"{', '.join(PACKAGES)} could not be installed: {done.stderr[-500:]}"
+    return f"{', '.join(missing)} not found; install {', '.join(PACKAGES)}" if missing else ""
