@@ -29,7 +29,7 @@ class Metric:
 METRICS = {
     "fd": Metric("FD", lower=True, names_detector=True, decimals=1),
     "sfid": Metric("sFID", lower=True, decimals=1),
-    "kid": Metric("KID", lower=True, names_detector=True, decimals=4),
+    "kid": Metric("KID", lower=True, names_detector=True, decimals=1),
     "is": Metric("IS", lower=False, decimals=1),
     "precision": Metric("precision", lower=False),
     "recall": Metric("recall", lower=False),

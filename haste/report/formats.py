@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -127,13 +128,33 @@ def to_markdown(table: Table) -> str:
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", "±": r"$\pm$", "–": "--", "≤": r"$\leq$", "×": r"$\times$", "τ": r"$\tau$", "λ": r"$\lambda$",
+    "|": r"\textbar{}", "±": r"$\pm$", "–": "--", "—": "---", "−": "$-$", "≤": r"$\leq$", "≥": r"$\geq$",
+    "≈": r"$\approx$", "×": r"$\times$", "·": r"$\cdot$", "→": r"$\to$", "∞": r"$\infty$",
+    "‘": "`", "’": "'", "“": "``", "”": "''", "…": r"\dots{}",
 }  # fmt: skip
+_GREEK = re.compile("GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)")
 _DIRECTION = {True: r" $\downarrow$", False: r" $\uparrow$", None: ""}
 
 
 def _latex_escape(text: str) -> str:
-    return "".join(_LATEX.get(c, c) for c in " ".join(text.split()))
+    return "".join(_latex_character(c) for c in " ".join(text.split()))
+
+
+def _latex_character(c: str) -> str:
+    """pdfLaTeX knows the letters of Latin scripts by themselves; Greek ones are mathematics to it."""
+    greek = _GREEK.fullmatch(unicodedata.name(c, ""))
+    if greek:
+        size, letter = greek.groups()
+        same = {"omicron": "o", "lamda": r"\lambda"}.get(letter.lower(), rf"\{letter.lower()}")
+        return f"${same}$" if size == "SMALL" else _capital(letter)
+    return _LATEX.get(c, c)
+
+
+def _capital(letter: str) -> str:
+    """Greek capitals that look like Latin ones have no name in LaTeX."""
+    looks = {"ALPHA": "A", "BETA": "B", "EPSILON": "E", "ZETA": "Z", "ETA": "H", "IOTA": "I", "KAPPA": "K", "MU": "M"}
+    looks |= {"NU": "N", "OMICRON": "O", "RHO": "P", "TAU": "T", "CHI": "X"}
+    return looks.get(letter) or rf"$\{letter.replace('LAMDA', 'LAMBDA').capitalize()}$"
 
 
 def to_latex(table: Table, lower: dict[str, bool | None]) -> str:

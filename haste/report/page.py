@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from haste.artefact import replacing
-from haste.report import figures, formats, tables
+from haste.report import figures, formats, systems, tables
 from haste.report.compare import Line, guidance_text, lines
 from haste.report.content import NONE, Grid, Part, Report, Row, Stage
 from haste.report.finding import context, finding, lead, speedup_table, speedups
@@ -34,7 +34,7 @@ def all_tables(report: Report) -> dict[str, list[Table]]:
     return {
         "results": tables.main_tables(report),
         "speed": [speedup] if speedup else [],
-        "published": tables.published_tables(report),
+        "published": [*tables.published_tables(report), *systems.system_tables(report)],
         "ablations": tables.ablations(report),
         "parts": [_parts(report.parts)] if report.parts else [],
         "time": [_time(report.stages)] if report.stages else [],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from haste.report import page, papers, tables
+from haste.report import page, papers, systems, tables
 from haste.report.content import NONE, Benchmark, Report, Row
 
 INCEPTION = {"name": "inception", "kind": "inception", "identity": "i"}
@@ -245,3 +245,71 @@ def test_tables_that_are_gone_leave_no_files(tmp_path: Path):
     page.write(report(benchmark=None), tmp_path)
     assert not list(tmp_path.glob("published*"))
     assert (tmp_path / "mine.csv").exists()
+
+
+# Whole systems
+
+
+def test_every_runs_last_step_stands_above_the_systems_of_its_kind_of_guidance():
+    plain, guided = systems.system_tables(report())
+    assert texts(plain, "system", "epochs", "FID", "source") == [
+        *(("", "b", "80", "33.40", "here, step 400,000"), ("", "b REPA", "80", "24.70", "here, step 400,000")),
+        *(("", "b HASTE", "80", "19.80", "here, step 400,000"), ("", "xl", "80", "17.40", "here, step 400,000")),
+        *(("", "xl REPA", "80", "8.00", "here, step 400,000"), ("", "xl 250K", "80", "7.40", "here, step 400,000")),
+        ("", "xl 290K", "80", "7.60", "here, step 400,000"),
+        ("published", "FasterDiT", "400", "7.91", "HASTE review reply Q6"),
+        ("published", "SiT + HASTE", "80", "7.31", "HASTE review reply Q6"),
+        ("published", "SiT + TREAD", "80", "4.89", "HASTE review reply Q6"),
+    ]
+    found = texts(guided, "system", "epochs", "guidance", "FID")
+    assert found[:2] == [
+        ("", "xl 1.25", "100", "1.25", "2.20"),
+        ("", "xl 1.5", "100", "1.5 on [0, 0.7]", "1.80"),
+    ]
+    assert ("published", "SiT-XL/2 + HASTE", "600", "–", "1.41") in found
+    assert ("published", "SiT-XL/2 + REPA", "800", "interval or schedule", "1.42") in found
+
+
+@pytest.mark.parametrize("key", [(256, False), (256, True), (512, True)])
+def test_every_number_of_a_published_system_is_as_printed(key):
+    with open(papers.FOLDER / systems.FILES[key], newline="") as file:
+        printed = list(csv.DictReader(file))
+    found = systems.published(*key)
+    assert len(found) == len(printed) > 2
+    for system, line in zip(found, printed, strict=True):
+        assert system.name.startswith(line["model"])
+        assert system.scores == {m: line[n] for m, n in papers.SCORES.items() if line.get(n)}
+        assert system.source == line["source"]
+
+
+def test_epochs_that_a_source_gives_as_steps_are_of_its_batch():
+    rows = [row("a", "SiT-XL/2", "HASTE", "300000", 400_000, 2.5, aligned(XL), w=1.25)]
+    (table,) = systems.system_tables(report(rows, 512))
+    assert ("published", "SiT-XL/2 + HASTE", "80", "1.25", "2.49") in texts(
+        table, "system", "epochs", "guidance", "FID"
+    )
+    assert ("published", "SiT-XL/2", "600", "–", "2.62") in texts(table, "system", "epochs", "guidance", "FID")
+
+
+def test_nothing_stands_beside_systems_but_scores_of_inception_on_imagenet():
+    assert systems.system_tables(report(benchmark=None)) == []
+    assert systems.system_tables(report(benchmark=Benchmark("ImageNet", 64))) == []
+    other = dataclasses.replace(ROWS[0], score={**ROWS[0].score, "detector": OTHER})
+    assert systems.system_tables(report([other])) == []
+    (table,) = systems.system_tables(report([ROWS[0], other]))
+    assert [head.name for head in table.heads if "dinov2" in head.name] == []
+
+
+def test_a_run_whose_seed_is_missing_has_no_number_there():
+    assert systems.system_tables(report([ROWS[0]], seeds={"b": [0, 1]})) == []
+    (table,) = systems.system_tables(report([ROWS[0], ROWS[2]], seeds={"b": [0, 1], "b REPA": [0]}))
+    assert [text for kind, text in texts(table, "system") if not kind] == ["b REPA"]
+
+
+def test_the_page_and_the_files_have_the_systems(tmp_path):
+    page.write(report(), tmp_path)
+    assert "MDTv2-XL/2" in (tmp_path / "index.html").read_text()
+    for end in ("csv", "md", "tex"):
+        assert "VDM++" in (tmp_path / f"published-systems-guided.{end}").read_text()
+    page.write(report(benchmark=None), tmp_path)
+    assert not list(tmp_path.glob("published*"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import re
+import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -337,6 +338,19 @@ def test_latex_is_a_table_of_booktabs_with_as_many_cells_in_every_line():
     assert r"FD (digits-cnn) $\downarrow$" in rows[0]
     assert r"recall $\uparrow$" in rows[0]
     assert latex(built).count("{") == latex(built).count("}")
+
+
+def test_every_sign_that_a_report_writes_and_every_greek_letter_is_known_to_plain_latex():
+    sources = "".join(path.read_text() for path in Path(formats.__file__).parent.glob("*.py"))
+    signs = {c for c in sources if not c.isascii() and not unicodedata.name(c).startswith("LATIN")}
+    greek = {chr(n) for n in [*range(0x391, 0x3AA), *range(0x3B1, 0x3CA)] if n not in (0x3A2, 0x3C2)}
+    for sign in signs | greek | {"≥"}:
+        (entry,) = [
+            line for line in latex(report([row(f"a{sign}b", 1, 9.0), row("c", 1, 8.0)])).splitlines() if "9.0" in line
+        ]
+        assert entry.isascii(), sign
+    assert r"$\lambda$" in latex(report([row("λ", 1, 9.0), row("Größe", 1, 8.0)]))
+    assert "Größe" in latex(report([row("λ", 1, 9.0), row("Größe", 1, 8.0)]))
 
 
 def test_the_finding_is_computed_from_the_last_step_that_all_runs_reached():

@@ -1,0 +1,143 @@
+"""Whole systems beside one another, as the papers' last tables have them: each at the end of its training, sampled as
+its authors chose. Without guidance and with it in tables of their own."""
+
+from __future__ import annotations
+
+import csv
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from haste.report.compare import Column, Line, columns, decimals, guidance, guidance_text, lines
+from haste.report.content import NONE, Report
+from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell
+from haste.report.papers import BATCH, FOLDER, SAMPLES, SCORES, comparable
+
+# The side of images in pixels, whether the systems are guided -> where they are from.
+FILES = {
+    (256, False): "imagenet256_system_no_cfg.csv",
+    (256, True): "imagenet256_system.csv",
+    (512, True): "imagenet512.csv",
+}
+IMAGENET = 1_281_167  # training images: an epoch
+
+
+@dataclass(frozen=True)
+class System:
+    """A published system. `epochs` is empty where the source does not say; `scores` are as printed."""
+
+    name: str
+    epochs: str
+    guidance: str
+    scores: Mapping[str, str]
+    source: str
+
+
+@functools.cache
+def published(resolution: int, guided: bool) -> tuple[System, ...]:
+    """The systems of one of the papers' tables, in its order; none where there is no such table."""
+    name = FILES.get((resolution, guided))
+    if name is None:
+        return ()
+    with open(FOLDER / name, newline="", encoding="utf-8") as file:
+        return tuple(_read(line, guided) for line in csv.DictReader(file))
+
+
+def _read(line: Mapping[str, str], guided: bool) -> System:
+    method = line.get("method")
+    system = line["model"] + (f" + {method}" if method and method != "vanilla" else "")
+    steps = line.get("iteration")
+    epochs = line["epochs"] or (f"{_epochs(int(steps), int(BATCH)):.0f}" if steps else "")
+    schedule = {"yes": "interval or schedule", "no": "constant"}.get(line.get("cfg_schedule", ""), "")
+    scores = {metric: line[name] for metric, name in SCORES.items() if line.get(name)}
+    return System(system, epochs, (line.get("cfg_scale") or schedule) if guided else "", scores, line["source"])
+
+
+def _epochs(steps: int, batch: int) -> float:
+    return steps * batch / IMAGENET
+
+
+def system_tables(report: Report) -> list[Table]:
+    """Each run's last step beside the systems that papers report for these images: without guidance, then with it.
+
+    Guided lines that differ in their guidance alone all stand there. None for other images than ImageNet's, and where
+    no run has an Inception's score.
+    """
+    if report.benchmark is None or report.benchmark.data != "ImageNet":
+        return []
+    found = []
+    for guided, name in ((False, "published-systems"), (True, "published-systems-guided")):
+        systems = published(report.benchmark.resolution, guided)
+        ours = _last(report, guided)
+        if systems and ours:
+            found.append(_table(report, ours, systems, name, guided))
+    return found
+
+
+def _last(report: Report, guided: bool) -> list[tuple[int, Line]]:
+    """The lines of every run's last step that Inception judged, all seeds of it, with their places."""
+    table = [
+        (place, line)
+        for place, line in enumerate(lines(report))
+        if (guidance(line.first.score)[0] > 1) == guided
+        and any(_value(line, c) is not None for c in columns(report) if comparable(c) and c.metric == "fd")
+    ]
+    ends: dict[str, int] = {}
+    for _, line in table:
+        ends[line.first.run] = max(line.first.step, ends.get(line.first.run, 0))
+    return [(place, line) for place, line in table if line.first.step == ends[line.first.run]]
+
+
+def _table(
+    report: Report, ours: Sequence[tuple[int, Line]], systems: Sequence[System], name: str, guided: bool
+) -> Table:
+    said = {m for system in systems for m in system.scores} | {"fd"}
+    shown: dict[str, Column] = {}
+    for column in columns(report):
+        if comparable(column) and column.metric in said and any(_value(line, column) is not None for _, line in ours):
+            shown.setdefault(column.metric, column)
+    heads = [Head("system"), Head("epochs", number=True), *([Head("guidance")] if guided else [])]
+    heads += [*(Head(c.title, number=True) for c in shown.values()), Head("samples", number=True), Head("source")]
+    entries = [_measured(report, place, line, list(shown.values()), guided) for place, line in ours]
+    entries += [_reported(system, list(shown), guided) for system in systems]
+    title = "Systems, with guidance" if guided else "Systems, without guidance"
+    return Table(name, title, heads, entries, _notes(ours))
+
+
+def _value(line: Line, column: Column) -> float | None:
+    """The mean over the seeds, whatever the line's guidance; None while a seed is missing."""
+    own = Column(column.metric, column.detector, guidance_text(line.first.score), column.inception)
+    found = line.summary(own)
+    return None if found is None or found.missing else found.mean
+
+
+def _measured(report: Report, place: int, line: Line, shown: Sequence[Column], guided: bool) -> Entry:
+    row, digits = line.first, decimals(report)
+    batch = row.settings.get("batch")
+    epochs = number_cell(_epochs(row.step, int(batch)), 0) if batch else Cell(NONE)
+    scores = [number_cell(_value(line, c), digits[c.place], link=f"made-{place}") for c in shown]
+    how = [text_cell(guidance_text(row.score))] if guided else []
+    samples, source = text_cell(row.score.get("samples")), text_cell(f"here, step {row.step:,}")
+    return Entry([text_cell(row.run), epochs, *how, *scores, samples, source])
+
+
+def _reported(system: System, shown: Sequence[str], guided: bool) -> Entry:
+    how = [text_cell(system.guidance or None)] if guided else []
+    numbers = [system.scores.get(metric) for metric in shown]
+    scores = [Cell(NONE) if text is None else Cell(text, float(text)) for text in numbers]
+    epochs = Cell(system.epochs, float(system.epochs)) if system.epochs else Cell(NONE)
+    return Entry(
+        [text_cell(system.name), epochs, *how, *scores, text_cell(SAMPLES), text_cell(system.source)], "published"
+    )
+
+
+def _notes(ours: Sequence[tuple[int, Line]]) -> list[str]:
+    notes = [
+        f"In italics: what the papers report, no results of this code. An epoch is {IMAGENET:,} images. Systems differ "
+        "in model size, sampler and guidance, each as its authors chose."
+    ]
+    counts = {line.first.score.get("samples") for _, line in ours}
+    if counts != {SAMPLES}:
+        said = " and ".join(f"{count:,}" for count in sorted(count or 0 for count in counts))
+        notes.append(f"Measured here on {said} samples: to be compared with published numbers only at {SAMPLES:,}.")
+    return notes
