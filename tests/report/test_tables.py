@@ -301,7 +301,7 @@ def test_a_scores_own_error_bar_stands_beside_it_and_is_no_column():
     built = report([row("a", 1, 9.0, scores=scores)])
     (table,) = tables.main_tables(built)
     assert [head.name for head in table.heads] == ["run", "step", "FD (digits-cnn)", "KID (digits-cnn)"]
-    assert (cell := table.column("KID (digits-cnn)")[0]).text + cell.around == "0.5000 ± 0.0125"
+    assert (cell := table.column("KID (digits-cnn)")[0]).text + cell.around == "0.500 ± 0.013"
     assert tables.results(built)["KID (digits-cnn) error"].tolist() == [0.0125]
 
 
