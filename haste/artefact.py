@@ -29,7 +29,13 @@ from typing import Any
 SCHEMA = 1
 # Ours, and the file of six random characters that safetensors writes to before it renames it to ours.
 _LEFT_BEHIND = (".*.part", ".tmp??????")
-EXTENSIONS = ("samplers", "metrics", "detectors", "teachers")  # what other packages add to; `haste.extensions`
+EXTENSIONS = (
+    "samplers",
+    "metrics",
+    "detectors",
+    "teachers",
+    "models",
+)  # what other packages add to; `haste.extensions`
 LIBRARIES = ("torch", "timm", "diffusers", "torch-fidelity", "torchdiffeq", "numpy", "h5py", "snakemake", "safetensors")
 
 

@@ -8,10 +8,12 @@ was expected. `config/README.md` explains every key.
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib
 import json
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -22,6 +24,8 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
+    SerializeAsAny,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -29,6 +33,7 @@ from pydantic import (
 )
 
 from haste import extensions
+from haste.network import Facts, Tap, blocks, sit_facts, sit_taps
 
 
 class Strict(BaseModel):
@@ -245,9 +250,34 @@ class Detector(Strict):
         return _exactly_one(self, "trained", "pretrained")
 
 
+# Architectures of the denoising network: name -> where its class is, which is imported where it is asked for.
+DENOISERS = {"sit": "haste.models.sit:SiT"}
+
+
+def architecture_named(name: str) -> Any:
+    """The class of an architecture, a `haste.models.Denoiser`: one of ours, or of another package.
+
+    Raises:
+        ValueError: nothing is called so; or what is cannot be imported, or has no settings.
+    """
+    if name in DENOISERS:
+        module, _, attribute = DENOISERS[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    added = extensions.names("models")
+    if name not in added:
+        raise ValueError(f"nothing is called {name!r}{_nearest(name, {*DENOISERS, *added})}")
+    found = extensions.one("models", name, DENOISERS)
+    if not isinstance(found, type) or not isinstance(getattr(found, "Settings", None), type):
+        raise ValueError(f"{name} is {found!r}, expected a haste.models.Denoiser with Settings")
+    if clash := sorted({"architecture", "input_size", "channels"} & set(found.Settings.model_fields)):  # type: ignore[attr-defined]
+        raise ValueError(f"{name}: its Settings have {', '.join(clash)}, which stands for something else")
+    return found
+
+
 class Model(Strict):
     """The size of a SiT."""
 
+    architecture: Annotated[Literal["sit"], Field(exclude=True)] = "sit"
     depth: Positive
     width: Positive
     heads: Positive
@@ -261,6 +291,54 @@ class Model(Strict):
         if self.width % 4:
             raise ValueError(f"width {self.width} is not divisible by 4, which the position embedding needs")
         return self
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """What of it enters a recipe."""
+        return self.model_dump()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its class is made with, beside what the latents and labels say."""
+        return self.model_dump()
+
+
+class OtherModel(BaseModel):
+    """A network that is no SiT: its keys, and what they may be, are those of its architecture's `Settings`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    architecture: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        """Check the keys, and write out those that are left to their defaults."""
+        schema = architecture_named(given["architecture"]).Settings
+        rest = {name: value for name, value in given.items() if name != "architecture"}
+        if unknown := [name for name in rest if name not in schema.model_fields]:
+            raise ValueError(f"unknown key {unknown[0]!r}{_nearest(unknown[0], schema.model_fields)}")
+        return {"architecture": given["architecture"], **schema.model_validate(rest).model_dump(mode="json")}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its class is made with, beside what the latents and labels say."""
+        return dict(self.model_extra or {})
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """What of it enters a recipe."""
+        schema = architecture_named(self.architecture).Settings
+        return {"architecture": self.architecture, **decides(schema, self.settings)}
+
+
+def _model(given: Any) -> Model | OtherModel:
+    if isinstance(given, Model | OtherModel):
+        return given
+    name = given.get("architecture", "sit") if isinstance(given, dict) else "sit"
+    if name != "sit" and isinstance(name, str):
+        return OtherModel.model_validate(given)
+    return Model.model_validate(given)
 
 
 class FeatureTerm(Strict):
@@ -515,7 +593,7 @@ class Config(Strict):
     teachers: dict[str, Teacher] = {}
     cache: Cache = Cache()
     detector: Annotated[dict[str, Detector], Field(min_length=1)]
-    models: dict[str, Model] = {}
+    models: dict[str, SerializeAsAny[Annotated[Model | OtherModel, PlainValidator(_model)]]] = {}
     alignments: dict[str, Alignment] = {}
     training: Training = Training()
     runtime: Runtime = Runtime()
@@ -720,6 +798,8 @@ def resolve(raw: Mapping[str, Any]) -> Config:
         config = Config.model_validate(raw)
     except ValidationError as error:
         raise ValueError("\n".join(_explain(fault) for fault in error.errors())) from None
+    if faults := _faults_of_architectures(config):
+        raise ValueError("\n".join(faults))  # what the network has decides whether the rest fits it
     faults = (
         _faults_of_names(config) + _faults_of_data(config) + _faults_of_models(config) + _faults_of_teachers(config)
     )
@@ -823,9 +903,43 @@ def _models_in(kind: Any) -> list[type[Strict]]:
     return []
 
 
-def model_named(config: Config, name: str) -> Model:
+def model_named(config: Config, name: str) -> Model | OtherModel:
     """The size behind a model's name: the configuration's own first, then the published ones."""
     return config.models.get(name) or MODELS[name]
+
+
+def model_in(recipe: Mapping[str, Any]) -> Model | OtherModel:
+    """The model that a trajectory's recipe names."""
+    return _model({name: value for name, value in recipe["model"].items() if name not in ("input_size", "channels")})
+
+
+def facts_in(recipe: Mapping[str, Any]) -> Facts:
+    """Taps, parameters and operations of the model that a trajectory's recipe names."""
+    model, size = model_in(recipe), recipe["model"]
+    if isinstance(model, Model):
+        return sit_facts(size, recipe["classes"])
+    return _facts(
+        model.architecture, json.dumps(model.settings), size["input_size"], size["channels"], recipe["classes"]
+    )
+
+
+@functools.cache  # it is built, if without memory
+def _facts(architecture: str, settings: str, size: int, channels: int, classes: int) -> Facts:
+    shape = {"input_size": size, "in_channels": channels, "classes": classes}
+    return architecture_named(architecture).facts(json.loads(settings), **shape)
+
+
+def taps_of(config: Config, name: str) -> Mapping[str, Tap]:
+    """What a model lets the alignment losses see, by name.
+
+    Raises:
+        ValueError: the network cannot be built for these latents.
+    """
+    model = model_named(config, name)
+    if isinstance(model, Model):
+        return sit_taps(model.depth, model.width, model.heads, config.latent_size // model.patch_size)
+    latents = (config.latent_size, config.autoencoder.channels, config.images.classes)
+    return _facts(model.architecture, json.dumps(model.settings), *latents).taps
 
 
 def alignment_named(config: Config, name: str) -> Alignment:
@@ -900,6 +1014,18 @@ def _faults_of_data(config: Config) -> list[str]:
     return faults
 
 
+def _faults_of_architectures(config: Config) -> list[str]:
+    """Networks that cannot be built for these latents, or are not what they say they are."""
+    faults = []
+    for name, model in config.models.items():
+        try:
+            if isinstance(model, OtherModel):
+                taps_of(config, name)
+        except ValueError as error:
+            faults.append(f"models.{name}: {error}")
+    return faults
+
+
 def _faults_of_models(config: Config) -> list[str]:
     return [
         f"models.{name}: {_size(model)}, but the published {name} has {_size(MODELS[name])}; expected another name"
@@ -908,7 +1034,7 @@ def _faults_of_models(config: Config) -> list[str]:
     ]
 
 
-def _size(model: Model) -> str:
+def _size(model: Model | OtherModel) -> str:
     return ", ".join(f"{key} {value}" for key, value in model.model_dump().items())
 
 
@@ -963,15 +1089,21 @@ def _faults_of_alignment(config: Config, name: str) -> list[str]:
         faults.append(f"{at}.student_layers: found none, expected at least one")
     shape = teacher_shape(config.teachers[term.teacher]) if term.teacher in config.teachers else None
     if shape is not None:  # without one it is a timm name that is not in TEACHERS: known when it is loaded
-        faults += _beyond(f"{at}.teacher_layers", term.teacher_layers, term.teacher, shape[0])
+        faults += _beyond(f"{at}.teacher_layers", term.teacher_layers, term.teacher, range(shape[0]))
         if term.heads is not None and term.heads > shape[1]:
             faults.append(f"{at}.heads: {term.heads}, but teacher {term.teacher} has {shape[1]}")
     return faults
 
 
-def _beyond(at: str, layers: list[int] | None, owner: str, depth: int) -> list[str]:
-    wrong = [layer for layer in layers or [] if layer >= depth]
-    return [f"{at}: {wrong}, but {owner} has layers 0 to {depth - 1}"] if wrong else []
+def _beyond(at: str, layers: list[int] | None, owner: str, known: Collection[int]) -> list[str]:
+    wrong = [layer for layer in layers or [] if layer not in known]
+    return [f"{at}: {wrong}, but {owner} has layers {_span(known)}"] if wrong else []
+
+
+def _span(numbers: Collection[int]) -> str:
+    """0, 1, 2, 3 as "0 to 3"; with gaps, each."""
+    low, high = min(numbers), max(numbers)
+    return f"{low} to {high}" if len(numbers) == high - low + 1 else ", ".join(map(str, sorted(numbers)))
 
 
 def _faults_of_run(config: Config, name: str) -> list[str]:
@@ -1025,9 +1157,10 @@ def _faults_of_evaluate(config: Config, name: str) -> list[str]:
 
 
 def _faults_of_model(config: Config, run: Run | Evaluate, where: str) -> list[str]:
-    patch = model_named(config, run.model).patch_size
-    if config.latent_size % patch:
-        return [f"{where}.model: latents of {config.latent_size} cells a side cannot be cut into patches of {patch}"]
+    model = model_named(config, run.model)
+    if isinstance(model, Model) and config.latent_size % model.patch_size:
+        cut = f"cannot be cut into patches of {model.patch_size}"
+        return [f"{where}.model: latents of {config.latent_size} cells a side {cut}"]
     return []
 
 
@@ -1057,32 +1190,41 @@ def _faults_of_ramp(run: Run, where: str) -> list[str]:
 
 def _faults_of_fit(config: Config, run: Run) -> list[str]:
     """What is wrong with a run's alignment for its model, which must have the layers and heads."""
-    alignment, model = alignment_named(config, run.alignment), model_named(config, run.model)
-    at, name = f"alignments.{run.alignment}", run.model
+    alignment, taps = alignment_named(config, run.alignment), taps_of(config, run.model)
+    at, name, depths = f"alignments.{run.alignment}", run.model, blocks(taps, "tokens")
     faults = []
     if (term := alignment.features) is not None:
-        if term.depth is None and name not in MAPPINGS:
-            faults.append(
-                f"{at}.features.depth: {name} has no published mapping, so its depth must be named (1 to {model.depth})"
-            )
-        elif term.depth is not None and term.depth > model.depth:
-            faults.append(f"{at}.features.depth: {term.depth}, but {name} has blocks 1 to {model.depth}")
+        if not depths:
+            faults.append(f"{at}.features: {name} hands out no hidden tokens that features could follow")
+        elif term.depth is None and name not in MAPPINGS:
+            missing = "has no published mapping, so its depth must be named"
+            faults.append(f"{at}.features.depth: {name} {missing} ({_span(depths)})")
+        elif term.depth is not None and term.depth not in depths:
+            faults.append(f"{at}.features.depth: {term.depth}, but {name} has blocks {_span(depths)}")
     if alignment.attention is not None:
-        faults += _faults_of_attention(config, alignment.attention, model, name, f"{at}.attention")
+        faults += _faults_of_attention(config, alignment.attention, taps, name, f"{at}.attention")
     return faults
 
 
-def _faults_of_attention(config: Config, term: AttentionTerm, model: Model, name: str, at: str) -> list[str]:
-    faults = _beyond(f"{at}.student_layers", term.student_layers, name, model.depth)
-    if term.heads is not None and term.heads > model.heads:
-        faults.append(f"{at}.heads: {term.heads}, but model {name} has {model.heads}")
+def _faults_of_attention(config: Config, term: AttentionTerm, taps: Mapping[str, Tap], name: str, at: str) -> list[str]:
+    layers = blocks(taps, "attention")
+    if not layers:
+        return [f"{at}: {name} hands out no attention that could follow a teacher's; align its features alone"]
+    faults = _beyond(f"{at}.student_layers", term.student_layers, name, layers)
+    if term.heads is not None and not faults and term.heads > (heads := _heads_of(taps, term.student_layers or layers)):
+        faults.append(f"{at}.heads: {term.heads}, but model {name} has {heads}")
     if term.student_layers is None and term.teacher_layers is None:
         if name not in MAPPINGS:
             return [*faults, f"{at}: {name} has no published mapping, so it needs student_layers and teacher_layers"]
         shape = teacher_shape(config.teachers[term.teacher]) if term.teacher in config.teachers else None
         if shape is not None:  # the mapping was published for 12 layers
-            faults += _beyond(f"{at}.teacher_layers", MAPPINGS[name][2], term.teacher, shape[0])
+            faults += _beyond(f"{at}.teacher_layers", MAPPINGS[name][2], term.teacher, range(shape[0]))
     return faults
+
+
+def _heads_of(taps: Mapping[str, Tap], layers: Collection[int]) -> int:
+    """Heads that all of these layers have."""
+    return min(taps[f"attention.{layer}"].heads or 0 for layer in layers)
 
 
 def falls_from(config: Config, run: str) -> dict[str, int | None]:
@@ -1095,7 +1237,7 @@ def falls_from(config: Config, run: str) -> dict[str, int | None]:
 def terms_of(config: Config, run: str) -> dict[str, dict[str, Any]]:
     """The alignment terms of a run with every layer named: {"features": {...}, "attention": {...}}, if used."""
     row = config.runs[run]
-    alignment, model = alignment_named(config, row.alignment), model_named(config, row.model)
+    alignment = alignment_named(config, row.alignment)
     terms = {}
     if alignment.features:
         # REPA alone and HASTE were published with different depths for SiT-B.
@@ -1108,6 +1250,7 @@ def terms_of(config: Config, run: str) -> dict[str, dict[str, Any]]:
             _, term["student_layers"], term["teacher_layers"] = MAPPINGS[row.model]
         if term["heads"] is None:
             shape = teacher_shape(config.teachers[term["teacher"]])
-            term["heads"] = min(ALIGNED_HEADS, model.heads, shape[1] if shape else ALIGNED_HEADS)
+            heads = _heads_of(taps_of(config, row.model), term["student_layers"])
+            term["heads"] = min(ALIGNED_HEADS, heads, shape[1] if shape else ALIGNED_HEADS)
         terms["attention"] = term
     return terms

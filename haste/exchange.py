@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from haste import artefact
 from haste.config import MODELS, Model
 from haste.models import checkpoints
 from haste.models.checkpoints import Checkpoint
-from haste.models.sit import SiT
+from haste.models.denoiser import Denoiser
 from haste.plan import Plan
-from haste.train.state import Learner
+from haste.train import state as states
+from haste.train.state import Learner, build_model
 
 log = logging.getLogger("haste.exchange")
 
@@ -77,7 +80,11 @@ def export_weights(source: Path, out: Path, *, form: str, which: str = "ema") ->
     if form not in FORMATS:
         raise ValueError(f"format {form!r}: expected one of {', '.join(FORMATS)}")
     _check_out(source, out, ".safetensors" if form == "safetensors" else ".pt")
-    found = open_weights(source)
+    found = _of_state(source) or open_weights(source)
+    if form == "repa" and "architecture" in found.shape:
+        raise ValueError(
+            f"{source}: its network is a {found.shape['architecture']}, and REPA's programs know SiT alone"
+        )
     if form == "repa":
         checkpoints.save_repa(out, found, _arguments(found))
     else:
@@ -85,7 +92,29 @@ def export_weights(source: Path, out: Path, *, form: str, which: str = "ema") ->
     return found
 
 
-def model_elsewhere(plan: Plan, trajectory: str) -> SiT:
+def _of_state(source: Path) -> Checkpoint | None:
+    """The weights of a state of another architecture than SiT; None for any other file."""
+    try:
+        recipe = states.read_header(source)["recipe"]
+    except ValueError:
+        return None
+    return _of_recipe(source, recipe) if "architecture" in recipe["model"] else None
+
+
+def _of_recipe(file: Path | str, recipe: Mapping[str, Any]) -> Checkpoint:
+    """Weights of another architecture than SiT: the recipe says which, the file only holds them."""
+    with torch.device("meta"):
+        model = build_model(recipe)
+    return checkpoints.read_weights_of(file, model, _shape(recipe))
+
+
+def _shape(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's model as `Checkpoint.shape` has it."""
+    size = {("in_channels" if name == "channels" else name): value for name, value in recipe["model"].items()}
+    return {**size, "classes": recipe["classes"]}
+
+
+def model_elsewhere(plan: Plan, trajectory: str) -> Denoiser:
     """The model of a row that was trained elsewhere.
 
     Raises:
@@ -96,7 +125,9 @@ def model_elsewhere(plan: Plan, trajectory: str) -> SiT:
     said = found.facts.get("path")
     if said not in (None, spec.path):
         raise ValueError(f"{spec.checkpoint}: was trained on the {said} path, but the row says {spec.path}")
-    return found.model(spec.weights)
+    model = build_model(recipe)
+    model.load_state_dict(dict(found.chosen(spec.weights)))
+    return model.requires_grad_(False).eval()
 
 
 def warm_start(plan: Plan, trajectory: str, learner: Learner) -> None:
@@ -132,9 +163,8 @@ def warm_start(plan: Plan, trajectory: str, learner: Learner) -> None:
 
 def _known(plan: Plan, file: str, recipe: Mapping[str, Any], layout: Any) -> Checkpoint:
     """A file that the plan named by its content, checked to be that content and the recipe's model."""
-    size = {("in_channels" if name == "channels" else name): value for name, value in recipe["model"].items()}
-    expected = {**size, "classes": recipe["classes"]}
-    found = open_weights(file, layout=layout, expected=expected)
+    other = "architecture" in recipe["model"]
+    found = _of_recipe(file, recipe) if other else open_weights(file, layout=layout, expected=_shape(recipe))
     if found.sha256 != plan.identity_of(file):
         raise ValueError(
             f"{file}: holds {found.sha256[:12]}, but {plan.identity_of(file)[:12]} when it was named. It changed while "
@@ -153,8 +183,7 @@ def _check_out(source: Path, out: Path, suffix: str) -> None:
 def _arguments(found: Checkpoint) -> dict[str, Any]:
     """The arguments of REPA's training script that say what the weights are."""
     said: Mapping[str, Any] = found.facts.get("args") or {}
-    size = {name: found.shape[name] for name in Model.model_fields}
-    name = next((name for name, model in MODELS.items() if model.model_dump() == size), None)
+    name = next((name for name, model in MODELS.items() if model.settings.items() <= found.shape.items()), None)
     widths = [len(head[max(head)]) for head in found.projectors]  # rows of the last layer
     return {
         **said,

@@ -1,4 +1,4 @@
-"""Samplers, metrics, detectors and teachers of other packages, found by Python's entry points.
+"""Samplers, metrics, detectors, teachers and models of other packages, found by Python's entry points.
 
 A package that is installed beside this one says in its pyproject.toml what it adds, a line each:
 
@@ -15,7 +15,7 @@ from collections.abc import Collection
 from importlib import metadata
 from typing import Any
 
-GROUPS = ("samplers", "metrics", "detectors", "teachers")
+GROUPS = ("samplers", "metrics", "detectors", "teachers", "models")
 
 
 @functools.cache
@@ -39,13 +39,20 @@ def loaded(group: str, taken: Collection[str]) -> dict[str, Any]:
     Raises:
         ValueError: one of them cannot be imported, or has the name of ours; says which package's it is.
     """
-    found: dict[str, Any] = {}
-    for name, point in _found(group).items():
-        where = f"{point.value} (of {point.dist.name if point.dist else 'an unknown package'})"
-        if name in taken:
-            raise ValueError(f"haste.{group}: {where} is called {name!r}, which is taken; expected another name")
-        try:
-            found[name] = point.load()
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"haste.{group}: {name!r} cannot be had from {where}: {error}") from error
-    return found
+    return {name: one(group, name, taken) for name in _found(group)}
+
+
+def one(group: str, name: str, taken: Collection[str]) -> Any:
+    """One of what other packages add to a group, imported; the others are left alone.
+
+    Raises:
+        ValueError: as `loaded`.
+    """
+    point = _found(group)[name]
+    where = f"{point.value} (of {point.dist.name if point.dist else 'an unknown package'})"
+    if name in taken:
+        raise ValueError(f"haste.{group}: {where} is called {name!r}, which is taken; expected another name")
+    try:
+        return point.load()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"haste.{group}: {name!r} cannot be had from {where}: {error}") from error

@@ -24,7 +24,7 @@ from haste import artefact, cache
 from haste import config as configuration
 from haste.artefact import fingerprint, remembered_identity
 from haste.cache import Wanted
-from haste.config import Config, Evaluate, Model, Sampling, Training
+from haste.config import Config, Evaluate, Model, OtherModel, Sampling, Training
 
 RECIPE = 1  # raised when the method changes such that equal settings no longer give equal results
 STORES = ("images", "latents", "targets", "features")  # kinds that are shards and a manifest; others are one folder
@@ -481,10 +481,10 @@ class Plan:
         self.trajectories[trajectory.name] = trajectory
         return trajectory
 
-    def _size(self, model: Model) -> dict[str, Any]:
+    def _size(self, model: Model | OtherModel) -> dict[str, Any]:
         """A model's entry in a recipe."""
         latents = {"input_size": self.config.latent_size, "channels": self.config.autoencoder.channels}
-        return {**model.model_dump(), **latents}
+        return {**model.decided, **latents}
 
     def label(self, run: str, seed: int) -> str:
         """What to call one seed of a run: by the run's name alone where it has no other."""
@@ -722,10 +722,13 @@ def _pretrained(part: Any) -> dict[str, Any]:
     return {**settings, "decode": settings.get("decode") or settings.get("encode")}
 
 
-def _slug(model: Model, terms: dict[str, dict[str, Any]], otherwise: str = "vanilla") -> str:
+def _slug(model: Model | OtherModel, terms: dict[str, dict[str, Any]], otherwise: str = "vanilla") -> str:
     """A name that people can tell apart, made of nothing but the recipe (labels may differ between configurations)."""
-    size = next((n.replace("/", "-") for n, m in configuration.MODELS.items() if m == model), None)
-    words = [size or f"SiT-d{model.depth}w{model.width}p{model.patch_size}"]
+    if isinstance(model, Model):
+        size = next((n.replace("/", "-") for n, m in configuration.MODELS.items() if m == model), None)
+        words = [size or f"SiT-d{model.depth}w{model.width}p{model.patch_size}"]
+    else:
+        words = [re.sub(r"[^A-Za-z0-9._]", "-", model.architecture)]
     for kind, term in terms.items():
         end, ramp = term["active"][1], term.get("ramp")
         words.append(kind + (f"-ramp{ramp['from']}" if ramp else "") + ("" if end is None else f"-to{end}"))

@@ -29,7 +29,7 @@ from haste.diffusion.paths import PATHS
 from haste.diffusion.samplers import SAMPLERS, Counted
 from haste.journal import clock
 from haste.metrics.detectors import Detector
-from haste.models.sit import SiT
+from haste.models.denoiser import Denoiser
 from haste.score.sides import SUFFIX, read_reference
 from haste.score.workflow import MOMENTS
 
@@ -41,7 +41,7 @@ _NONE = np.zeros(0, np.int64)
 class Painter:
     """What turns seeds into images: a model, how it is sampled, and the decoder."""
 
-    model: SiT
+    model: Denoiser
     sampling: Sampling
     autoencoder: Autoencoder
     path: str

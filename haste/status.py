@@ -13,6 +13,7 @@ from rich.table import Table
 
 from haste import journal
 from haste.cache import flops_per_image
+from haste.config import facts_in
 from haste.plan import Evaluation, Plan, Segment, image_count
 
 MB = 1e6
@@ -21,26 +22,13 @@ EFFICIENCY = 0.5
 
 
 def parameters(recipe: dict[str, Any]) -> int:
-    """Parameters of a SiT without projectors, from a trajectory's recipe (the fixed position embedding not counted)."""
-    size = recipe["model"]
-    width, hidden = size["width"], int(size["width"] * size["mlp_ratio"])
-    patch = size["patch_size"] ** 2 * size["channels"]
-    attention = 4 * width * width + 4 * width
-    mlp = 2 * width * hidden + hidden + width
-    modulation = width + 1
-    block = attention + mlp + 6 * width * modulation
-    embeddings = patch * width + width + 256 * width + width + width * width + width + (recipe["classes"] + 1) * width
-    final = 2 * width * modulation + width * patch + patch
-    return size["depth"] * block + embeddings + final
+    """Parameters of a model without projectors, from a trajectory's recipe."""
+    return facts_in(recipe).parameters
 
 
 def training_flops(recipe: dict[str, Any]) -> float:
-    """Floating-point operations of one image's forward and backward pass: 6 a weight and token, and attention."""
-    size = recipe["model"]
-    width, tokens = size["width"], (size["input_size"] // size["patch_size"]) ** 2
-    weights = size["depth"] * (4 * width**2 + 2 * width**2 * size["mlp_ratio"])
-    conditioning = size["depth"] * 6 * width**2  # once an image, not once a token
-    return 6.0 * (weights * tokens + conditioning) + 12.0 * size["depth"] * tokens**2 * width
+    """Floating-point operations of one image's forward and backward pass, which costs twice the forward."""
+    return 3.0 * facts_in(recipe).flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +199,8 @@ def state_megabytes(plan: Plan, segment: Segment) -> float:
     size = 8 if recipe["training"]["precision"] == "fp64" else 4
     projector = 0
     if "features" in segment.terms:
-        term, width = segment.terms["features"], recipe["model"]["width"]
+        term = segment.terms["features"]
+        width = facts_in(recipe).taps[f"tokens.{term['depth']}"].width
         # the teacher's width is known when it is loaded; the middle of the projector is most of it
         projector = (width + term["hidden"]) * term["hidden"]
     return kept * size * (4 * parameters(recipe) + 3 * projector) / MB

@@ -5,20 +5,30 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from haste import artefact, cli, config, extensions
+from haste import artefact, cli, config, exchange, extensions, status
 from haste.data.store import Store
 from haste.diffusion import samplers
 from haste.metrics import detectors, scores
+from haste.plan import Plan
 from haste.teachers import encoder
+from haste.train import loop
+from haste.train.state import new_learner
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
-SECTION = PAGE.read_text().split("## From a package of your own")[1].split("\n## ")[0]
+
+
+def section(title):
+    return PAGE.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+SECTION, MODEL = section("From a package of your own"), section("A model")
 TABLES = {
     "samplers": samplers.SAMPLERS,
     "metrics": scores.METRICS,
@@ -27,29 +37,39 @@ TABLES = {
 }
 
 
-def block(language):
-    (found,) = re.findall(rf"```{language}\n(.*?)```", SECTION, re.DOTALL)
+def block(language, text=SECTION):
+    (found,) = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
     return found
 
 
-@pytest.fixture
-def installed(tmp_path, monkeypatch):
-    """The page's package where Python finds it, laid out as pip does."""
-    site, about = tmp_path / "site", tomllib.loads(block("toml"))["project"]
-    meta = site / f"my_haste-{about['version']}.dist-info"
+def install(site, text):
+    """The package of a section of the page, laid out as pip does."""
+    about = tomllib.loads(block("toml", text))["project"]
+    module = about["name"].replace("-", "_")
+    meta = site / f"{module}-{about['version']}.dist-info"
     meta.mkdir(parents=True)
-    (site / "my_haste.py").write_text(block("python"))
+    (site / f"{module}.py").write_text(block("python", text))
     (meta / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {about['name']}\nVersion: {about['version']}\n")
     groups = about["entry-points"].items()
     lines = [
         f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in added.items()) for group, added in groups
     ]
     (meta / "entry_points.txt").write_text("\n".join(lines))
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """The page's packages where Python finds them."""
+    site = tmp_path / "site"
+    install(site, SECTION)
+    install(site, MODEL)
     monkeypatch.syspath_prepend(site)
     extensions._found.cache_clear()
     yield site
     extensions._found.cache_clear()
-    sys.modules.pop("my_haste", None)
+    config._facts.cache_clear()
+    for name in ("my_haste", "my_network"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -61,7 +81,9 @@ def tables(installed, monkeypatch):
 
 
 def test_every_group_is_described_and_recorded():
-    added = tomllib.loads(block("toml"))["project"]["entry-points"]
+    added = [
+        group for text in (SECTION, MODEL) for group in tomllib.loads(block("toml", text))["project"]["entry-points"]
+    ]
     assert (
         set(added) == {f"haste.{group}" for group in extensions.GROUPS} == {f"haste.{g}" for g in artefact.EXTENSIONS}
     )
@@ -118,7 +140,7 @@ def test_names_are_known_without_importing_what_they_name(installed, tiny):
 
 
 def test_what_cannot_be_imported_or_takes_a_name_of_ours_is_refused_by_package(installed):
-    points = next(installed.glob("*.dist-info")) / "entry_points.txt"
+    points = next(installed.glob("my_haste-*")) / "entry_points.txt"
     points.write_text("[haste.samplers]\nmidpoint = my_haste:NOTHING\n")
     extensions._found.cache_clear()
     with pytest.raises(ValueError, match=r"'midpoint' cannot be had from my_haste:NOTHING \(of my-haste\)"):
@@ -127,3 +149,138 @@ def test_what_cannot_be_imported_or_takes_a_name_of_ours_is_refused_by_package(i
     extensions._found.cache_clear()
     with pytest.raises(ValueError, match=r"my_haste:MIDPOINT \(of my-haste\) is called 'heun', which is taken"):
         extensions.loaded("samplers", samplers.SAMPLERS)
+
+
+# ---- a model
+
+
+def with_network(world, alignment="HASTE", **changes):
+    """The world with the page's network in the place of its SiT."""
+    (mine,) = yaml.safe_load(block("yaml", MODEL))["models"].values()
+    runs = {"HASTE": {"alignment": alignment}}
+    world.configure(models={"dot": {**mine, **changes}}, runs=runs)
+
+
+@pytest.mark.parametrize("alignment", ["REPA", "HASTE"])
+def test_a_network_from_outside_is_trained_with_its_taps_sampled_and_scored(world, installed, alignment):
+    with_network(world, alignment, half=1)
+    run_haste(world, "plan")
+    run_haste(world, "train", world.plan.state("HASTE", 8))
+    run_haste(world, "sample", world.row().name)
+    run_haste(world, "evaluate", world.row().name)
+    score = artefact.read_json(world.row().score, "score")
+    assert score["scores"]["fd"] > 0 and "u_vit" in score["state"]["trajectory"]
+    state, header = load_file(world.state), status.provenance_of(world.state)
+    assert header["recipe"]["model"] == {
+        **{"architecture": "u_vit", "half": 1, "width": 16, "heads": 2, "patch": 2},
+        **{"input_size": 4, "channels": 4},
+    }
+    assert header["provenance"]["versions"]["my-network"] == "0.1"
+    moved = [name for name in state if name.startswith("optimizer/exp_avg/") and state[name].any()]
+    assert len(moved) == sum(name.startswith("optimizer/exp_avg/") for name in state)  # every weight took part
+    assert any(name.startswith("projectors/features/") for name in state)
+
+
+def test_a_killed_run_of_a_network_from_outside_ends_in_the_same_bits(world, installed):
+    with_network(world)
+    state = world.plan.state("HASTE", 8)
+    loop.train(world.plan, state)
+    whole = load_file(world.state)
+    world.state.unlink()
+    asked = iter([0, 0, 0, 0, 1])
+    with pytest.raises(loop.Interrupted):
+        loop.train(world.plan, state, lambda: next(asked))
+    torch.rand(7)  # whatever the process did in between
+    loop.train(world.plan, state)
+    again = load_file(world.state)
+    assert all(torch.equal(again[name], whole[name]) for name in whole) and again.keys() == whole.keys()
+
+
+def test_the_first_numbers_of_a_network_from_outside_follow_from_the_seed_alone(world, installed):
+    with_network(world)
+    recipe = world.plan.trajectories[world.plan.state("HASTE", 8).trajectory].recipe
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(new_learner(recipe, {}, {}).model.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    other = new_learner({**recipe, "seed": 9}, {}, {}).model.state_dict()
+    assert not torch.equal(other["label.weight"], found[0]["label.weight"])
+
+
+def test_a_checkpoint_of_a_network_from_outside_is_exported_and_judged_elsewhere(world, installed, tmp_path):
+    with_network(world)
+    run_haste(world, "train", world.plan.state("HASTE", 8))
+    bare = tmp_path / "bare.safetensors"
+    assert cli.main(["export", str(world.state), str(bare), "--format", "safetensors"]) == 0
+    ema = {name: value for name, value in load_file(world.state).items() if name.startswith("ema/")}
+    assert all(torch.equal(value, ema[f"ema/{name}"]) for name, value in load_file(bare).items())
+    assert cli.main(["export", str(world.state), str(tmp_path / "their.pt"), "--format", "repa"]) == 2
+    pictures = []
+    for file in (world.state, bare):
+        row = {"checkpoint": str(file), "model": "dot", "sampling": ["quick"], "step": 8}
+        world.configure(models=world.raw["models"], evaluate={"it": row})
+        run_haste(world, "sample", world.plan.rows[-1].evaluation.name)
+        with np.load(world.plan.rows[-1].evaluation.sample_file(0)) as found:
+            pictures.append(found["arr_0"])
+    assert (pictures[0] == pictures[1]).all()
+    row = {"alignment": "vanilla", "warm_start": str(bare), "seed": 5}
+    world.configure(models=world.raw["models"], runs={"HASTE": row})
+    name = world.plan.state("HASTE", 8).trajectory
+    learner = new_learner(world.plan.trajectories[name].recipe, {}, {})
+    exchange.warm_start(world.plan, name, learner)
+    assert all(torch.equal(value, ema[f"ema/{name}"]) for name, value in learner.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architecture": "u_vti"}, "models.dot: nothing is called 'u_vti'; did you mean 'u_vit'?"),
+        ({"widht": 3}, "models.dot: unknown key 'widht'; did you mean 'width'?"),
+        ({"heads": 3}, "models.dot: width 16 is not divisible by heads 3"),
+        ({"heads": "3"}, "models.dot.heads: Input should be a valid integer, found '3'"),
+        ({"patch": 3}, "models.dot: latents of 4 cells a side cannot be cut into patches of 3"),
+        ({"half": 1}, "alignments.HASTE.attention.student_layers: [5], but dot has layers 0 to 1"),
+    ],
+)
+def test_what_a_network_from_outside_cannot_be_is_refused_before_anything_runs(tiny, installed, changes, words):
+    (mine,) = yaml.safe_load(block("yaml", MODEL))["models"].values()
+    tiny["models"]["dot"] = {**mine, **changes}
+    if changes == {"half": 1}:
+        tiny["alignments"]["HASTE"]["attention"]["student_layers"] = [1, 5]
+    with pytest.raises(ValueError, match=re.escape(words)):
+        config.resolve(tiny)
+
+
+def test_attention_that_a_network_does_not_hand_out_is_refused_for_haste_and_not_for_repa(tiny, installed):
+    file = installed / "my_network.py"
+    text = file.read_text()
+    line = next(line for line in text.splitlines(keepends=True) if 'self.taps |= {f"attention' in line)
+    file.write_text(text.replace(line, ""))
+    (mine,) = yaml.safe_load(block("yaml", MODEL))["models"].values()
+    tiny["models"]["dot"] = mine
+    with pytest.raises(ValueError, match=r"alignments\.HASTE\.attention: dot hands out no attention") as error:
+        config.resolve(tiny)
+    assert "REPA" not in str(error.value)
+    tiny["runs"] = {"REPA": {"alignment": "REPA"}}
+    config.resolve(tiny)
+
+
+def test_a_network_whose_taps_are_not_as_it_says_is_refused(tiny, installed):
+    file = installed / "my_network.py"
+    file.write_text(
+        file.read_text().replace('tapped[f"tokens.{i + 1}"] = tokens[:, 2:]', 'tapped[f"tokens.{i + 1}"] = tokens')
+    )
+    (mine,) = yaml.safe_load(block("yaml", MODEL))["models"].values()
+    tiny["models"]["dot"] = mine
+    with pytest.raises(ValueError, match=r"models\.dot: UViT: tap tokens\.1 is \(1, 6, 16\), expected \(1, 4, 16\)"):
+        config.resolve(tiny)
+
+
+def test_a_resolved_configuration_with_a_network_from_outside_resolves_to_itself(tiny, installed):
+    (mine,) = yaml.safe_load(block("yaml", MODEL))["models"].values()
+    tiny["models"]["dot"] = mine
+    once = config.resolve(tiny)
+    assert once.models["dot"].settings["patch"] == 2  # a default, written out
+    assert config.resolve(once.model_dump(mode="json")) == once
+    assert Plan(once).planned() == Plan(config.resolve(once.model_dump(mode="json"))).planned()

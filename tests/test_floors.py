@@ -11,7 +11,7 @@ import haste
 
 ROOT = Path(haste.__file__).parent
 FLOORS = [
-    {"artefact", "extensions", "hub"},
+    {"artefact", "extensions", "hub", "network"},
     {"config", "models", "diffusion", "align", "metrics", "journal", "cache"},
     {"data", "teachers", "diagnose", "plan", "report"},
     {"train", "sample", "score", "exchange", "gather", "status", "live", "prune", "cluster"},

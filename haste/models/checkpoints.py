@@ -31,7 +31,7 @@ from typing import Any, Literal
 import safetensors
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from haste import artefact
 from haste.models.sit import SiT
@@ -53,7 +53,8 @@ class Checkpoint:
     """Weights of a SiT, as read from a file.
 
     file: where they lay; sha256: of the file; layout: one of LAYOUTS.
-    shape: what `SiT` takes: depth, width, heads, patch_size, mlp_ratio, input_size, in_channels, classes.
+    shape: what `SiT` takes: depth, width, heads, patch_size, mlp_ratio, input_size, in_channels, classes; of another
+        architecture its name, its settings and the last three.
     weights: "model" and "ema", whichever the file has (a bare set counts as "ema"), each name -> tensor.
     projectors: heads onto teachers' features, in the file's order, each name -> tensor.
     facts: what else the file says, plain data: step, path, args, ...
@@ -114,8 +115,37 @@ def read_checkpoint(
     shape = _shape(next(iter(weights.values())), facts, expected or {}, sizes, where)
     if found == "SiT":
         weights = {name: _turned(tree, shape) for name, tree in weights.items()}
-    weights = {name: _checked(_with_positions(tree, shape), shape, where) for name, tree in weights.items()}
+    with torch.device("meta"):
+        fits = SiT(**shape)
+    weights = {name: _checked(_with_positions(tree, shape), fits, where) for name, tree in weights.items()}
     return Checkpoint(where, artefact.file_identity(path), found, shape, weights, projectors, facts)
+
+
+def read_weights_of(path: Path | str, model: nn.Module, shape: Mapping[str, Any]) -> Checkpoint:
+    """Read the weights of any network from a file: a state, imported weights, or a .pt as REPA lays it out.
+
+    Names must be those of `model`, but for what DDP and torch.compile put before them.
+
+    Args:
+        path: the file.
+        model: the network, on any device.
+        shape: becomes `Checkpoint.shape`.
+
+    Raises:
+        ValueError: as `read_checkpoint`.
+    """
+    trees, facts = _opened(Path(path))
+    weights: dict[str, Weights] = {}
+    heads: dict[str, dict[str, Tensor]] = {}
+    for which, tree in trees.items():
+        bare = {_unwrapped(name): value for name, value in tree.items()}
+        mine = {name: value for name, value in bare.items() if not re.match(r"projectors\.\d+\.", name)}
+        weights[which] = _checked(mine, model, str(path))
+        for name in bare.keys() - mine.keys():
+            _, place, rest = name.split(".", 2)
+            heads.setdefault(place, {})[rest] = bare[name]
+    ordered = tuple(heads[place] for place in sorted(heads, key=int))
+    return Checkpoint(str(path), artefact.file_identity(path), "ours", shape, weights, ordered, facts)
 
 
 # ---- files
@@ -371,14 +401,13 @@ def _turned(tree: Weights, shape: Mapping[str, Any]) -> dict[str, Tensor]:
     return turned
 
 
-def _checked(tree: Weights, shape: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+def _checked(tree: Weights, model: nn.Module, where: str) -> dict[str, Tensor]:
     """A set that fits the model, half precision as float32.
 
     Raises:
         ValueError: names missing, unknown and misshapen weights, and those that are not finite numbers.
     """
-    with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in SiT(**shape).state_dict().items()}
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tree.items()}
     wrong = {
         "missing": [name for name in expected if name not in found],
@@ -392,7 +421,7 @@ def _checked(tree: Weights, shape: Mapping[str, Any], where: str) -> dict[str, T
     }
     faults = [f"{what}: {_some(names)}" for what, names in wrong.items() if names]
     if faults:
-        raise ValueError(f"{where}: does not fit a SiT of this size; {'; '.join(faults)}")
+        raise ValueError(f"{where}: does not fit a {type(model).__name__} of this size; {'; '.join(faults)}")
     return {name: _widened(tree[name]) for name in expected}
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from haste.models.denoiser import Denoiser
 from haste.models.layers import (
     Block,
     FinalLayer,
@@ -19,9 +20,10 @@ from haste.models.layers import (
     TimestepEmbedding,
     sincos_positions,
 )
+from haste.network import sit_taps
 
 
-class SiT(nn.Module):
+class SiT(Denoiser):
     """Velocity model v(x_t, t, y).
 
     input_size      height and width of the (latent) image
@@ -47,17 +49,15 @@ class SiT(nn.Module):
         mlp_ratio: float = 4.0,
         generator: torch.Generator | None = None,
     ):
-        super().__init__()
+        super().__init__(input_size=input_size, in_channels=in_channels, classes=classes)
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of heads {heads}")
-        self.input_size, self.in_channels, self.patch_size = input_size, in_channels, patch_size
-        self.depth, self.width, self.heads, self.head_width = depth, width, heads, width // heads
-        self.classes = self.null_class = classes
-        self.checkpoint_blocks = False  # True: blocks keep only their inputs for backward, which computes them again
-        self.own_logsumexp = False  # True: tapped attention also gives the logsumexp of its logits
+        self.patch_size, self.depth, self.width, self.heads = patch_size, depth, width, heads
+        self.head_width = width // heads
         self.grid = (input_size // patch_size, input_size // patch_size)
+        self.taps = sit_taps(depth, width, heads, self.grid[0])
         self.tokens = self.grid[0] * self.grid[1]
 
         self.x_embedder = PatchEmbedding(in_channels, patch_size, width)
@@ -121,9 +121,8 @@ class SiT(nn.Module):
         return self._unpatchify(self.final_layer(tokens, condition)), tapped
 
     def _check_taps(self, taps: Collection[str]) -> None:
-        known = {f"tokens.{m}" for m in range(1, self.depth + 1)} | {f"attention.{i}" for i in range(self.depth)}
         for tap in taps:
-            if tap not in known:
+            if tap not in self.taps:
                 raise ValueError(
                     f"no tap {tap!r}: a SiT of {self.depth} blocks has tokens.1 to tokens.{self.depth} "
                     f"and attention.0 to attention.{self.depth - 1}"

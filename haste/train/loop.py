@@ -155,10 +155,7 @@ class _Training:
         self.learner = states.new_learner(self.recipe, segment.terms, widths, group.device)
         model = self.learner.model
         model.checkpoint_blocks = self.runtime.checkpoint_blocks
-        half = AUTOCAST.get(self.settings["precision"])
-        model.own_logsumexp = "attention" in segment.terms and logsumexp_works(
-            str(group.device), half, model.head_width
-        )
+        model.own_logsumexp = self._logsumexp_works()
         manifest = self.batches.latents.manifest
         self.objective = Objective(
             self.learner,
@@ -170,6 +167,15 @@ class _Training:
         if self.runtime.compile:
             for network in (self.learner.model, *(teacher.network for teacher in self.teachers.values())):
                 network.compile()
+
+    def _logsumexp_works(self) -> bool:
+        """Whether the attention that is aligned can give the logsumexp of its logits on this machine."""
+        half, device = AUTOCAST.get(self.settings["precision"]), str(self.group.device)
+        attention = self.segment.terms.get("attention")
+        layers = attention["student_layers"] if attention else ()
+        taps = [self.learner.model.taps[f"attention.{layer}"] for layer in layers]
+        widths = {tap.width // tap.heads for tap in taps if tap.heads}
+        return bool(taps) and all(logsumexp_works(device, half, width) for width in widths)
 
     def _teacher_dtype(self) -> torch.dtype | None:
         """Half precision on a GPU where the student uses it too; on a CPU autocast does that."""

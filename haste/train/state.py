@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from haste import artefact
+from haste.config import architecture_named, model_in
 from haste.data import order
+from haste.models.denoiser import Denoiser
 from haste.models.heads import Projector
-from haste.models.sit import SiT
 from haste.plan import STATE_NAME
 
 KIND = "state"
@@ -37,8 +38,8 @@ class Learner:
     `projectors` has one head per active term that needs one; `scaler` multiplies the loss in fp16, else does nothing.
     """
 
-    model: SiT
-    ema: SiT
+    model: Denoiser
+    ema: Denoiser
     projectors: nn.ModuleDict
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -61,19 +62,11 @@ def _seeded(seed: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int(order.generator(seed, purpose).integers(2**63)))
 
 
-def build_model(recipe: Mapping[str, Any]) -> SiT:
+def build_model(recipe: Mapping[str, Any]) -> Denoiser:
     """The model of a trajectory's recipe, its parameters not yet initialised to anything in particular."""
-    size = recipe["model"]
-    return SiT(
-        input_size=size["input_size"],
-        in_channels=size["channels"],
-        patch_size=size["patch_size"],
-        depth=size["depth"],
-        width=size["width"],
-        heads=size["heads"],
-        classes=recipe["classes"],
-        mlp_ratio=size["mlp_ratio"],
-    )
+    model, size = model_in(recipe), recipe["model"]
+    shape = {"input_size": size["input_size"], "in_channels": size["channels"], "classes": recipe["classes"]}
+    return architecture_named(model.architecture)(**shape, **model.settings)
 
 
 def new_learner(
@@ -95,7 +88,7 @@ def new_learner(
     projectors = nn.ModuleDict()
     if "features" in terms:
         term = terms["features"]
-        head = Projector(recipe["model"]["width"], widths[term["teacher"]], hidden=term["hidden"])
+        head = Projector(model.taps[f"tokens.{term['depth']}"].width, widths[term["teacher"]], hidden=term["hidden"])
         head.initialise(_seeded(recipe["seed"], "initialise projector features"))
         projectors["features"] = head
     settings = recipe["training"]
@@ -234,7 +227,7 @@ def _shape(tensor: Tensor | None) -> str:
     return "nothing" if tensor is None else str(tuple(tensor.shape))
 
 
-def ema_model(path: Path | str, *, key: str) -> tuple[SiT, dict[str, Any]]:
+def ema_model(path: Path | str, *, key: str) -> tuple[Denoiser, dict[str, Any]]:
     """The averaged model of a state, frozen, and the state's header: what samples are drawn from.
 
     Raises:

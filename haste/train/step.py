@@ -152,7 +152,8 @@ class Objective(nn.Module):
     ) -> Tensor:
         term, weights = self.terms["features"], batch.weights.get("features")
         assert seen.features is not None
-        tokens = resize_tokens(taps[f"tokens.{term['depth']}"], self.model.grid, seen.grid)
+        name = f"tokens.{term['depth']}"
+        tokens = resize_tokens(taps[name], self.model.taps[name].grid, seen.grid)
         projected = self.projectors["features"](tokens)
         if term.get("similarity", "cosine") == "cosine":
             return feature_loss(projected, seen.features, weights)
@@ -165,9 +166,9 @@ class Objective(nn.Module):
     def _attention(self, taps: Mapping[str, Any], seen: TeacherTargets, weights: Tensor | None) -> Tensor:
         term, values = self.terms["attention"], []
         for student, teacher in zip(term["student_layers"], term["teacher_layers"], strict=True):
-            tap = taps[f"attention.{student}"]
-            q, k = (resize_tokens(x, self.model.grid, seen.grid) for x in (tap.q, tap.k))
-            logsumexp = tap.logsumexp if self.model.grid == seen.grid else None  # of these logits, not of resized ones
+            tap, grid = taps[f"attention.{student}"], self.model.taps[f"attention.{student}"].grid
+            q, k = (resize_tokens(x, grid, seen.grid) for x in (tap.q, tap.k))
+            logsumexp = tap.logsumexp if grid == seen.grid else None  # of these logits, not of resized ones
             pair = (q, k, *seen.attention[teacher])
             values.append(attention_loss(*pair, heads=term["heads"], logsumexp_s=logsumexp, weights=weights))
         return torch.stack(values).mean()

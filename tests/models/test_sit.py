@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from haste.config import MODELS
 from haste.models import Projector, SiT
+from haste.network import sit_facts
 
 SMALL: dict[str, Any] = {
     "input_size": 8, "in_channels": 3, "patch_size": 2, "depth": 3, "width": 32, "heads": 4, "classes": 5
@@ -296,3 +297,13 @@ def test_initialisation_is_the_published_one():
 def test_shapes_that_do_not_divide_are_refused(change, complaint):
     with pytest.raises(ValueError, match=complaint):
         SiT(**{**SMALL, **change})
+
+
+@pytest.mark.parametrize("name", ["SiT-B/2", "SiT-S/8"])
+def test_the_formulas_for_size_and_cost_are_what_a_network_without_memory_shows(name):
+    size = {**MODELS[name].model_dump(), "input_size": 32, "channels": 4}
+    formula = sit_facts(size, 1000)
+    settings = {key: size[key] for key in MODELS[name].model_dump()}
+    counted = SiT.facts(settings, input_size=32, in_channels=4, classes=1000)
+    assert counted.parameters == formula.parameters and counted.taps == formula.taps
+    assert counted.flops == pytest.approx(formula.flops, rel=0.03)  # the formula leaves out the first and last layers

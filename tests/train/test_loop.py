@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from haste import cli, journal
 from haste.data.batches import Batches
 from haste.data.store import Store, join, write_shard
+from haste.models.sit import SiT
 from haste.teachers import encoder
 from haste.train import loop, state
 
@@ -70,10 +71,10 @@ def test_after_the_stop_no_teacher_is_built_no_image_read_and_no_tap_asked(make_
         raise AssertionError("a teacher was asked for after the stop")
 
     asked = []
-    forward = state.SiT.forward
+    forward = SiT.forward
     monkeypatch.setattr(encoder.Teacher, "load", forbidden)
     monkeypatch.setattr(
-        state.SiT,
+        SiT,
         "forward",
         lambda self, x, t, y, taps=(): asked.append(set(taps)) or forward(self, x, t, y, taps=taps),
     )

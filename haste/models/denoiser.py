@@ -1,0 +1,107 @@
+"""What every denoising network has in common: what the trainer, the samplers and the alignment losses ask of it.
+
+Shapes: B batch, C channels, N tokens, D width of the tokens, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from haste.models.layers import AttentionTap, fill_normal, fill_xavier
+from haste.network import Facts, Tap
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+class Denoiser(nn.Module):
+    """A velocity model v(x_t, t, y). A subclass is an architecture: `forward`, `taps`, and the keys of a configuration.
+
+    It is made as `Class(input_size=, in_channels=, classes=, **settings)`, the settings as `Settings` has checked them.
+    Its forward pass draws no random numbers and changes nothing; what it computes of an image depends on no other image
+    of the batch; every parameter takes part in it. Otherwise a run that was killed would not end in the same bits.
+
+    Settings            a `haste.config.Strict`: the keys of `models.NAME`, with their types, ranges and defaults
+    input_size          height and width of the latents
+    in_channels         their channels, C; the velocity has as many
+    null_class          the label that stands for none: `classes`, the number of labels
+    taps                what `forward` hands out when asked, by name
+    checkpoint_blocks   True asks to keep only the blocks' inputs for the backward pass; to follow is up to the network
+    own_logsumexp       True asks tapped attention for its logsumexp; to follow is up to the network
+    """
+
+    Settings: ClassVar[Any] = None
+    taps: Mapping[str, Tap]
+
+    def __init__(self, *, input_size: int, in_channels: int, classes: int):
+        super().__init__()
+        self.input_size, self.in_channels = input_size, in_channels
+        self.classes = self.null_class = classes
+        self.taps = {}
+        self.checkpoint_blocks = self.own_logsumexp = False
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, dict[str, Any]]:
+        """Velocity (B, C, H, W) at x (B, C, H, W), t (B,) in [0, 1] (0 is data), y (B,) int64, and the taps asked for.
+
+        A tap "tokens.m" is (B, N, D), rows of the grid first; "attention.i" is an `AttentionTap`.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """First numbers, from `generator` alone: Xavier-uniform weights, N(0, 0.02^2) tables, zero biases.
+
+        A network that begins otherwise, or has parameters outside linear, convolution, embedding and norm layers,
+        extends this.
+
+        Raises:
+            ValueError: a layer's parameters are of no kind that this knows.
+        """
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                fill_xavier(layer, generator)
+            elif isinstance(layer, nn.Embedding):
+                fill_normal(layer.weight, 0.02, generator)
+            elif isinstance(layer, _NORMS):
+                layer.reset_parameters()
+            elif own := [key for key, _ in layer.named_parameters(recurse=False)]:
+                where = f"{type(self).__name__}{'.' if name else ''}{name}"
+                raise ValueError(f"{where}: {', '.join(own)} would begin as anything, expected an `initialise` for it")
+
+    @classmethod
+    def facts(cls, settings: Mapping[str, Any], *, input_size: int, in_channels: int, classes: int) -> Facts:
+        """Taps, parameters and operations, from a network without memory; its answer is checked on the way.
+
+        Raises:
+            ValueError: settings that do not go with the latents; or velocity or taps are not of the shape that they
+                are said to be.
+        """
+        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+            model = cls(input_size=input_size, in_channels=in_channels, classes=classes, **settings)
+            x, t, y = torch.empty(1, in_channels, input_size, input_size), torch.empty(1), torch.empty(1).long()
+            velocity, tapped = model(x, t, y, taps=set(model.taps))
+        _check(cls.__name__, "velocity", velocity, tuple(x.shape))
+        for name, tap in model.taps.items():
+            _check_tap(cls.__name__, name, tapped.get(name), tap)
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return Facts(dict(model.taps), parameters, float(counter.get_total_flops()))
+
+
+def _check_tap(owner: str, name: str, found: Any, tap: Tap) -> None:
+    tokens = tap.grid[0] * tap.grid[1]
+    if tap.heads is None:
+        _check(owner, f"tap {name}", found, (1, tokens, tap.width))
+        return
+    if not isinstance(found, AttentionTap):
+        raise ValueError(f"{owner}: tap {name} is {type(found).__name__}, expected an AttentionTap")
+    for part in ("q", "k"):
+        _check(owner, f"{part} of tap {name}", getattr(found, part), (1, tap.heads, tokens, tap.width // tap.heads))
+
+
+def _check(owner: str, what: str, found: Any, expected: tuple[int, ...]) -> None:
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != expected:
+        raise ValueError(f"{owner}: {what} is {shape}, expected {expected}")
