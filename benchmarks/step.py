@@ -220,11 +220,12 @@ def cpu_peak_megabytes(variant: Variant) -> float:
 
 def gigaflops(variant: Variant) -> tuple[float, float]:
     """GFLOP an image: of the teacher, and of the student with its projector, forward and backward."""
-    batch = variant.batch()
-    with FlopCounterMode(display=False) as teacher:
-        targets = look(variant.teachers, variant.terms, batch.images)
-    with FlopCounterMode(display=False) as student:
-        total_loss(variant.objective(batch, targets), variant.terms, step=0).backward()
+    batch, half = variant.batch(), variant.autocast
+    with torch.autocast(variant.device.type, half, enabled=half is not None):
+        with FlopCounterMode(display=False) as teacher:
+            targets = look(variant.teachers, variant.terms, batch.images)
+        with FlopCounterMode(display=False) as student:
+            total_loss(variant.objective(batch, targets), variant.terms, step=0).backward()
     variant.learner.optimizer.zero_grad(set_to_none=True)
     return teacher.get_total_flops() / variant.size / 1e9, student.get_total_flops() / variant.size / 1e9
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from haste.align.losses import attention_loss
-from haste.models.attention import attention_with_logsumexp, logsumexp_works
+from haste.models.attention import _Attention, attention_with_logsumexp, logsumexp_works
 from haste.models.sit import SiT
 
 
@@ -86,6 +87,24 @@ def test_a_compiler_can_trace_it_whole():
 def test_it_is_not_chosen_where_it_is_not_the_better_way():
     assert not logsumexp_works("cpu", torch.bfloat16, 64)
     assert not logsumexp_works("cuda", None, 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [24, 60, 64, 72])
+def test_the_calls_of_a_gpus_kernel_fit_what_torch_declares_of_it(width, dtype):
+    class Kept:
+        def save_for_backward(self, *tensors):
+            self.saved_tensors = tensors
+
+    # Tensors without values: torch checks arguments, devices and shapes of kernels that this machine cannot run.
+    with FakeTensorMode(), torch.no_grad():
+        q, k, v = (torch.empty(3, 4, 256, width, device="cuda", dtype=dtype) for _ in range(3))
+        kept = Kept()
+        out, logsumexp = _Attention.forward(kept, q, k, v)
+        grads = _Attention.backward(kept, torch.empty_like(out), torch.empty_like(logsumexp))
+    assert (out.shape, out.dtype, out.device.type) == (q.shape, dtype, "cuda")
+    assert (logsumexp.shape, logsumexp.dtype) == (q.shape[:3], torch.float32)
+    assert [(g.shape, g.dtype, g.device.type) for g in grads] == [(q.shape, dtype, "cuda")] * 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
