@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from haste import config
 from haste.data.batches import Batch
 from haste.models.attention import logsumexp_works
-from haste.teachers.encoder import PRETRAINED, Teacher
+from haste.teachers.encoder import TEACHERS, Teacher
 from haste.train.state import Learner, new_learner, restore, tensors_of
 from haste.train.step import Objective, average, look, total_loss
 
@@ -60,7 +60,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="SiT-B/2", choices=sorted(config.MAPPINGS))
-    parser.add_argument("--teacher", default="DINOv2-B", choices=sorted(PRETRAINED))
+    parser.add_argument("--teacher", default="DINOv2-B", choices=sorted(TEACHERS))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=0, help="turns of vanilla and HASTE after the stop")
@@ -74,7 +74,7 @@ def random_teacher(name: str) -> Teacher:
     """A teacher of the real architecture with random weights: timm's own network, no file."""
     import timm
 
-    spec = PRETRAINED[name]
+    spec = TEACHERS[name]
     network = timm.create_model(spec.timm, pretrained=False, img_size=spec.size, num_classes=0)
     return Teacher(network, identity="random", norm=spec.norm, final_norm=spec.final_norm)  # type: ignore[arg-type]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 import json
 import re
 import types
@@ -33,7 +32,9 @@ from pydantic import (
 )
 
 from haste import extensions
+from haste.align.schedule import SHAPES
 from haste.network import Facts, Tap, blocks, sit_facts, sit_taps
+from haste.public import DETECTORS, TEACHERS
 
 
 class Strict(BaseModel):
@@ -261,8 +262,7 @@ def architecture_named(name: str) -> Any:
         ValueError: nothing is called so; or what is cannot be imported, or has no settings.
     """
     if name in DENOISERS:
-        module, _, attribute = DENOISERS[name].partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        return extensions.at(DENOISERS[name])
     added = extensions.names("models")
     if name not in added:
         raise ValueError(f"nothing is called {name!r}{_nearest(name, {*DENOISERS, *added})}")
@@ -413,7 +413,7 @@ class Ramps(Strict):
 
     features: Annotated[int, Field(ge=2)] | None = None
     attention: Annotated[int, Field(ge=2)] | None = None
-    shape: Literal["linear", "cosine"] = "cosine"
+    shape: Literal[*SHAPES] = "cosine"  # type: ignore[valid-type]
 
 
 def _both(value: Any) -> Any:
@@ -626,34 +626,6 @@ MAPPINGS = {"SiT-B/2": (5, [2, 3, 4], [7, 9, 11]), "SiT-L/2": _DEEP, "SiT-XL/2":
 REPA_DEPTH = {"SiT-B/2": 4, "SiT-L/2": 8, "SiT-XL/2": 8}
 ALIGNED_HEADS = 12
 
-# Known frozen encoders: blocks and heads, so that a wrong layer is refused before anything is loaded.
-TEACHERS = {
-    "DINOv2-B": (12, 12),
-    "DINOv2-L": (24, 16),
-    "DINOv2-g": (40, 24),
-    "DINOv2-B-reg": (12, 12),
-    "DINO-B": (12, 12),
-    "MAE-L": (24, 16),
-    "I-JEPA-H": (32, 16),
-    "CLIP-L": (24, 16),
-    "CLIP-B/16": (12, 12),
-    "SigLIP-L": (24, 16),
-}
-# And what a cache's size follows from: width of the tokens, and tokens along a side for images of 256 px.
-TEACHER_TOKENS = {
-    "DINOv2-B": (768, 16),
-    "DINOv2-L": (1024, 16),
-    "DINOv2-g": (1536, 16),
-    "DINOv2-B-reg": (768, 16),
-    "DINO-B": (768, 16),
-    "MAE-L": (1024, 16),
-    "I-JEPA-H": (1280, 16),
-    "CLIP-L": (1024, 16),
-    "CLIP-B/16": (768, 14),
-    "SigLIP-L": (1024, 16),
-}
-# Public detectors: side in pixels of the smallest images that they read, and how many numbers they say of an image.
-DETECTORS = {"inception": (32, 2048 + 2023 + 1008), "DINOv2-B": (1, 768), "DINOv2-L": (1, 1024)}
 # What timm's vision transformers have in their names; only loading one shows whether it is there and plain.
 _TIMM = re.compile(r"deit|.*vit_")
 
@@ -952,7 +924,8 @@ def teacher_shape(teacher: Teacher) -> tuple[int, int] | None:
     if teacher.trained:
         return teacher.trained.depth, teacher.trained.heads
     assert teacher.pretrained
-    return TEACHERS.get(teacher.pretrained.name)
+    found = TEACHERS.get(teacher.pretrained.name)
+    return None if found is None else (found.depth, found.heads)
 
 
 def teacher_tokens(config: Config, name: str) -> tuple[int, int] | None:
@@ -961,10 +934,8 @@ def teacher_tokens(config: Config, name: str) -> tuple[int, int] | None:
     if teacher.trained:
         return teacher.trained.width, (resolution // teacher.trained.patch) ** 2
     assert teacher.pretrained
-    if teacher.pretrained.name not in TEACHER_TOKENS:
-        return None
-    width, side = TEACHER_TOKENS[teacher.pretrained.name]
-    return width, (side * resolution // 256) ** 2
+    found = TEACHERS.get(teacher.pretrained.name)
+    return None if found is None else (found.width, found.tokens(resolution))
 
 
 def _faults_of_names(config: Config) -> list[str]:
@@ -999,8 +970,8 @@ def _faults_of_data(config: Config) -> list[str]:
         if found is not None and found not in DETECTORS:
             at = f"detector.{name}.pretrained.name"
             faults.append(f"{at}: nothing is called {found!r}{_nearest(found, DETECTORS)}")
-        elif found is not None and resolution < DETECTORS[found][0]:
-            least = f"images of {DETECTORS[found][0]} px or more"
+        elif found is not None and resolution < DETECTORS[found].smallest:
+            least = f"images of {DETECTORS[found].smallest} px or more"
             faults.append(f"images.resolution: {resolution}, but detector {name} ({found}) reads {least}")
         elif found is None and (resolution < 8 or resolution % 4):  # two halvings, and something left to look at
             faults.append(f"images.resolution: {resolution}, but detector {name} reads images of 8, 12, 16, ... px")

@@ -11,6 +11,7 @@ Names are known without importing anything, which a dry run needs; what they nam
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Collection
 from importlib import metadata
 from typing import Any
@@ -27,6 +28,12 @@ def _found(group: str) -> dict[str, metadata.EntryPoint]:
 def names(group: str) -> list[str]:
     """What other packages add to a group, by name."""
     return sorted(_found(group))
+
+
+def at(where: str) -> Any:
+    """What "module:attribute" names, imported."""
+    module, _, attribute = where.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def loaded(group: str, taken: Collection[str]) -> dict[str, Any]:

@@ -292,11 +292,15 @@ class Plan:
         floor = f"{self.root}/scores/floor-{fingerprint([reference.key, 'halves'])}.json"
         return Detector(name, kind, weights, key, part, reference, spec.reference, floor)
 
-    def feature_bytes(self, detector: Detector) -> int:
-        """Disk that what a detector sees in one image takes: float32 numbers, and a label."""
-        spec = self.config.detector[detector.name].trained
-        numbers = 4 * spec.width + self.config.images.classes if spec else configuration.DETECTORS[detector.kind][1]
-        return 4 * numbers + 8
+    def feature_bytes(self, detector: Detector) -> int | None:
+        """Disk that what a detector sees in one image takes: float32 numbers, and a label.
+
+        None for a detector of another package, which is known when it is loaded.
+        """
+        spec, public = self.config.detector[detector.name].trained, configuration.DETECTORS.get(detector.kind)
+        if spec is not None:
+            return 4 * (4 * spec.width + self.config.images.classes) + 8
+        return None if public is None else 4 * public.numbers + 8
 
     def _store(self, kind: str, recipe: dict[str, Any], shards: int) -> Artefact:
         key = fingerprint({"store": kind, **recipe})

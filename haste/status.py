@@ -115,7 +115,7 @@ def _feature_stage(plan: Plan, evaluations: list[Evaluation]) -> Stage:
     """What detectors see in samples: a shard for each shard of samples and each detector."""
     looks = [(e, one, path) for e in evaluations for one in e.judgements for path in one.features.shard_files]
     todo = [(e, one) for e, one, path in looks if not Path(path).exists()]
-    size = sum(plan.feature_bytes(one.detector) * e.sampling.count / e.shards for e, one in todo)
+    size = sum((plan.feature_bytes(one.detector) or 0) * e.sampling.count / e.shards for e, one in todo)
     return Stage("features", len(looks), len(todo), None, size / MB)
 
 

@@ -98,6 +98,7 @@ def test_what_the_page_adds_is_used_from_training_to_scores(world, tables, tmp_p
     save_file(network.state_dict(), tmp_path / "small.safetensors")
     changes = yaml.safe_load(block("yaml").replace("small.safetensors", str(tmp_path / "small.safetensors")))
     world.configure(**changes, defaults={**world.raw["defaults"], "sampling": ["mine"]})
+    run_haste(world, "plan")
     run_haste(world, "train", world.plan.state("HASTE", 8))
     run_haste(world, "reference")
     run_haste(world, "sample", world.row().name)

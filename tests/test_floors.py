@@ -11,15 +11,16 @@ import haste
 
 ROOT = Path(haste.__file__).parent
 FLOORS = [
-    {"artefact", "extensions", "hub", "network"},
-    {"config", "models", "diffusion", "align", "metrics", "journal", "cache"},
+    {"artefact", "extensions", "hub", "network", "public"},
+    {"models", "diffusion", "align", "metrics", "journal", "cache"},
+    {"config"},
     {"data", "teachers", "diagnose", "plan", "report"},
     {"train", "sample", "score", "exchange", "gather", "status", "live", "prune", "cluster"},
     {"cli"},
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 # What composes may lean on its neighbours: score and sample are one floor with train, gather with all of them.
-TOGETHER = {3}
+TOGETHER = {4}
 
 
 def room_of(path: Path) -> str:

@@ -3,7 +3,8 @@
 B images, R resolution in pixels, F feature width, K classes.
 A detector is one that others have trained, by its name in PUBLISHED and its weights' file, or one trained here, by
 its folder: `part.json` says what it is, `model.safetensors` holds its weights. A new detector is a file with a
-function that makes a `Detector`, and a line in PUBLISHED (or, for a kind that is trained here, in ARCHITECTURES).
+function that makes a `Detector`, and a line in `haste.public.DETECTORS` (or, for a kind that is trained here, in
+ARCHITECTURES).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from haste import artefact, extensions, hub
+from haste.public import DETECTORS
 
 DESCRIPTION, WEIGHTS = "part.json", "model.safetensors"
 
@@ -160,31 +162,13 @@ def _small_cnn(architecture: dict, name: str, weights: str) -> Detector:
     )
 
 
-# The files of other people's networks are imported when they are asked for: their libraries are slow to import, and not
-# everybody has all of them.
-
-
-def _inception(weights: Path | str | None) -> Detector:
-    from haste.metrics.inception import inception
-
-    return inception(weights)
-
-
-def _dinov2(name: str) -> Callable[[Path | str | None], Detector]:
-    def opened(weights: Path | str | None) -> Detector:
-        from haste.metrics.dinov2 import dinov2
-
-        return dinov2(name, weights)
-
-    return opened
+def _lazily(where: str) -> Callable[[Path | str | None], Detector]:
+    """What makes a detector, imported when it is asked: their libraries are slow, and not everybody has all of them."""
+    return lambda weights: extensions.at(where)(weights)
 
 
 # Detectors of other people, by name: what they make of a weights file (None is their own download).
-PUBLISHED: dict[str, Callable[[Path | str | None], Detector]] = {
-    "inception": _inception,
-    "DINOv2-B": _dinov2("DINOv2-B"),
-    "DINOv2-L": _dinov2("DINOv2-L"),
-}
+PUBLISHED = {name: _lazily(judge.made_by) for name, judge in DETECTORS.items()}
 PUBLISHED |= extensions.loaded("detectors", PUBLISHED)
 
 # Detectors that are trained here, by the kind in their part.json: (architecture, name, sha256 of the weights).

@@ -10,6 +10,7 @@ Weights are timm's file or the authors'.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,3 +109,6 @@ def with_grid(positions: Tensor, side: int) -> Tensor:
     found = functional.interpolate(grid, scale_factor=(scale, scale), mode="bicubic", antialias=False)
     assert found.shape[-2:] == (side, side), found.shape
     return torch.cat([own, found.flatten(2).mT], dim=1)
+
+
+base, large = functools.partial(dinov2, "DINOv2-B"), functools.partial(dinov2, "DINOv2-L")

@@ -7,9 +7,7 @@ Layers are counted from 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,49 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from haste import artefact, extensions, hub
+from haste.public import TEACHERS, Encoder
 from haste.teachers.targets import TeacherTargets
 
 DESCRIPTION, WEIGHTS = "part.json", "model.safetensors"
-
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """A public encoder and how images enter it.
-
-    timm: its name there; patch: side of a patch in pixels; size: side of its input in pixels for images of 256 (it
-    grows with the images); norm: mean and std of each channel on the scale 0..1; final_norm: whether the features pass
-    the last normalisation; resize_first: whether images are resized before they are normalised; overrides: what
-    differs from timm's architecture.
-    """
-
-    timm: str
-    patch: int
-    size: int
-    norm: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
-    final_norm: bool = True
-    resize_first: bool = False
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-
-
-# OpenAI trained CLIP with the sigmoid approximation of GELU, which timm's plain variants replace by the exact one.
-_clip = partial(Pretrained, norm=CLIP, final_norm=False, resize_first=True, overrides={"act_layer": "quick_gelu"})
-
-PRETRAINED: dict[str, Pretrained] = {
-    "DINOv2-B": Pretrained("vit_base_patch14_dinov2.lvd142m", 14, 224),
-    "DINOv2-L": Pretrained("vit_large_patch14_dinov2.lvd142m", 14, 224),
-    "DINOv2-g": Pretrained("vit_giant_patch14_dinov2.lvd142m", 14, 224),
-    "DINOv2-B-reg": Pretrained("vit_base_patch14_reg4_dinov2.lvd142m", 14, 224),
-    "DINO-B": Pretrained("vit_base_patch16_224.dino", 16, 256),
-    "MAE-L": Pretrained("vit_large_patch16_224.mae", 16, 256, final_norm=False),
-    "I-JEPA-H": Pretrained("vit_huge_patch14_gap_224.in1k_ijepa", 14, 224),
-    "CLIP-L": _clip("vit_large_patch14_clip_224.openai", 14, 224),
-    "CLIP-B/16": _clip("vit_base_patch16_clip_224.openai", 16, 224),
-    "SigLIP-L": Pretrained("vit_large_patch16_siglip_256.webli", 16, 256, norm=HALF),
-}
 
 REFUSED = {
     "swin": "it attends within shifted windows and merges tokens, so it has no attention between all patches to align",
@@ -104,7 +63,7 @@ class Teacher:
         weights: str | Path | None = None,
         device: torch.device | str = "cpu",
     ) -> Teacher:
-        """Load a teacher from a folder that the pipeline made, or a public one by its name in PRETRAINED or timm.
+        """Load a teacher from a folder that the pipeline made, or a public one by its name in TEACHERS or timm.
 
         Args:
             where: a folder with `part.json` and `model.safetensors`, or a name.
@@ -259,16 +218,16 @@ def weight_file(name: str) -> Path:
     return hub.timm_weights(known(name).timm, f"teacher {name}")
 
 
-def known(name: str) -> Pretrained:
-    """A public teacher by its name in PRETRAINED or in timm.
+def known(name: str) -> Encoder:
+    """A public teacher by its name in TEACHERS or in timm.
 
-    A plain ViT of timm that is not in PRETRAINED enters with 16 x 16 patches for images of 256 px, timm's channel
+    A plain ViT of timm that is not in TEACHERS enters with 16 x 16 patches for images of 256 px, timm's channel
     normalisation, and its last norm.
 
     Raises:
         ValueError: unknown, or an encoder that cannot be a teacher, with the reason.
     """
-    for short, spec in PRETRAINED.items():
+    for short, spec in TEACHERS.items():
         if name in (short, spec.timm):
             return spec
     for family, reason in REFUSED.items():
@@ -278,17 +237,19 @@ def known(name: str) -> Pretrained:
         with torch.device("meta"):  # the shapes alone
             network = timm.create_model(name, num_classes=0)
     except (RuntimeError, ValueError) as error:
-        names = ", ".join(sorted(PRETRAINED))
+        names = ", ".join(sorted(TEACHERS))
         raise ValueError(f"teacher {name}: neither a folder, nor in timm, nor one of {names}") from error
     plain = type(network) is VisionTransformer and type(network.blocks[0].attn) is Attention
     if not isinstance(network, VisionTransformer) or not plain:
         raise ValueError(f"teacher {name}: refused, timm's {type(network).__name__} is not a plain vision transformer")
     source, (patch, _) = cast(dict[str, Any], network.pretrained_cfg), network.patch_embed.patch_size
-    return Pretrained(name, patch, 16 * patch, norm=(source["mean"], source["std"]))
+    heads = cast(Attention, network.blocks[0].attn).num_heads
+    norm = (source["mean"], source["std"])
+    return Encoder(name, patch, 16 * patch, len(network.blocks), heads, network.embed_dim, norm)
 
 
 # Teachers of other packages: what makes one of the images' resolution and a file of weights, or None.
-ADDED: dict[str, Callable[[int, str | Path | None], Teacher]] = extensions.loaded("teachers", PRETRAINED)
+ADDED: dict[str, Callable[[int, str | Path | None], Teacher]] = extensions.loaded("teachers", TEACHERS)
 
 
 def _from_timm(name: str, resolution: int, weights: str | Path | None) -> Teacher:

@@ -4,8 +4,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from haste import artefact, config
+from haste import artefact
 from haste.metrics.detectors import PUBLISHED, Detector, SmallCNN, open_detector
+from haste.public import DETECTORS
 
 
 @pytest.fixture
@@ -125,5 +126,8 @@ def test_an_identity_follows_from_weights_and_preprocessing_and_not_from_the_nam
     assert {"name": "judge", "identity": detector.identity}.items() <= detector.about.items()
 
 
-def test_a_configuration_knows_the_published_detectors_and_no_others():
-    assert set(config.DETECTORS) == set(PUBLISHED)
+@pytest.mark.parametrize("name", DETECTORS)
+def test_what_makes_a_published_detector_is_where_its_line_says(name, tmp_path):
+    (tmp_path / "foreign").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="foreign"):
+        PUBLISHED[name](tmp_path / "foreign")

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from haste import artefact, config
+from haste import artefact
 from haste.metrics import dinov2 as room
 from haste.metrics.detectors import open_detector
+from haste.public import DETECTORS
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3}
 
@@ -131,7 +132,7 @@ def test_the_networks_are_timms_with_this_patch_and_normalisation(name):
     assert network.patch_embed.grid_size == (37, 37) and network.num_prefix_tokens == 1
     with torch.device("meta"):
         whole = timm.models.create_model(room.TIMM[name])
-    assert config.DETECTORS[name] == (1, whole.embed_dim)
+    assert (DETECTORS[name].smallest, DETECTORS[name].numbers) == (1, whole.embed_dim)
 
 
 def test_wrong_truncated_and_foreign_weights_are_refused_by_name(network, weights, tmp_path):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch_fidelity import feature_extractor_inceptionv3 as port
 
-from haste import artefact, config
+from haste import artefact
 from haste.metrics.detectors import open_detector
+from haste.public import DETECTORS
 
 ALL = ["64", "192", "768", "2048", "logits_unbiased", "logits"]
 
@@ -72,7 +73,10 @@ def witness(weights, pictures):
 def test_the_detector_says_what_it_is(weights):
     detector = open_detector("inception", weights)
     assert detector.outputs == {"pool": 2048, "spatial": 2023, "logits_unbiased": 1008}
-    assert config.DETECTORS["inception"] == (detector.smallest, sum(detector.outputs.values()))
+    assert (detector.smallest, sum(detector.outputs.values())) == (
+        DETECTORS["inception"].smallest,
+        DETECTORS["inception"].numbers,
+    )
     assert (detector.name, detector.width, detector.classes) == ("inception", 2048, None)
     assert detector.weights == artefact.file_identity(weights) and detector.published is False
     assert "299 x 299" in detector.preprocessing and "(x - 128) / 128" in detector.preprocessing

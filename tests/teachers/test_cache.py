@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from haste import config
 from haste.cache import Shape, Wanted, bytes_per_image
 from haste.teachers import cache
-from haste.teachers.encoder import PRETRAINED, Teacher
+from haste.teachers.encoder import TEACHERS, Teacher
 
 TEACHER_LAYERS = Wanted(features=True, attention=((0, 1), (2, 3)))
 
@@ -105,12 +105,11 @@ def test_more_components_than_features_are_wide_are_refused():
 
 @pytest.mark.parametrize("name", config.TEACHERS)
 def test_the_sizes_that_the_plan_reckons_with_are_those_of_the_networks(name):
-    spec = PRETRAINED[name]
+    spec = TEACHERS[name]
     with torch.device("meta"):
         network = timm.create_model(spec.timm, img_size=spec.size, num_classes=0)
-    width, side = config.TEACHER_TOKENS[name]
-    assert (network.embed_dim, network.patch_embed.grid_size) == (width, (side, side))
-    assert config.TEACHERS[name] == (len(network.blocks), network.blocks[0].attn.num_heads)
+    assert (spec.width, spec.tokens(256)) == (network.embed_dim, network.patch_embed.num_patches)
+    assert (spec.depth, spec.heads) == (len(network.blocks), network.blocks[0].attn.num_heads)
 
 
 def test_imagenet_takes_what_arithmetic_says():

@@ -10,6 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from haste import artefact
+from haste.public import HALF, Encoder
 from haste.teachers import encoder
 from haste.teachers.encoder import Teacher
 
@@ -239,10 +240,10 @@ def test_a_wrong_truncated_or_foreign_folder_is_refused(folder):
 
 
 def shrink(monkeypatch, name, **overrides):
-    spec = encoder.PRETRAINED[name]
+    spec = encoder.TEACHERS[name]
     small = {"depth": 3, "embed_dim": 24, "num_heads": 3, **overrides}
     spec = replace(spec, overrides={**spec.overrides, **small})
-    monkeypatch.setitem(encoder.PRETRAINED, name, spec)
+    monkeypatch.setitem(encoder.TEACHERS, name, spec)
     torch.manual_seed(2)
     return timm.create_model(spec.timm, num_classes=0, **spec.overrides).eval()
 
@@ -293,9 +294,9 @@ def test_clip_gives_its_tokens_before_the_last_norm_with_its_own_activation(monk
     torch.testing.assert_close(found, x[:, 1:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(encoder.PRETRAINED))
+@pytest.mark.parametrize("name", sorted(encoder.TEACHERS))
 def test_every_public_encoder_exists_in_timm_with_this_normalisation_patch_and_grid(name):
-    spec = encoder.PRETRAINED[name]
+    spec = encoder.TEACHERS[name]
     source = timm.get_pretrained_cfg(spec.timm)
     assert (source.mean, source.std) == spec.norm
     with torch.device("meta"):
@@ -308,8 +309,8 @@ def test_every_public_encoder_exists_in_timm_with_this_normalisation_patch_and_g
 
 
 def test_any_plain_vit_of_timm_can_be_a_teacher_and_no_other_encoder():
-    assert encoder.known("vit_small_patch16_224.augreg_in21k") == encoder.Pretrained(
-        "vit_small_patch16_224.augreg_in21k", 16, 256, norm=encoder.HALF
+    assert encoder.known("vit_small_patch16_224.augreg_in21k") == Encoder(
+        "vit_small_patch16_224.augreg_in21k", 16, 256, 12, 6, 384, norm=HALF
     )
     with pytest.raises(ValueError, match="Eva is not a plain vision transformer"):
         encoder.known("vit_base_patch16_dinov3")
