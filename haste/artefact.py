@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+FULL = (errno.ENOSPC, errno.EDQUOT)  # what the system says where nothing more can be written
 # Ours, and the file of six random characters that safetensors writes to before it renames it to ours.
 _LEFT_BEHIND = (".*.part", ".tmp??????")
 EXTENSIONS = (
@@ -143,13 +144,15 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def saving_tensors(path: Path | str) -> Iterator[None]:
-    """Turn what safetensors raises where a file cannot be written into an OSError that names `path`."""
+    """Turn what safetensors raises where a file cannot be written into an OSError that names `path`, with its errno."""
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
-        raise OSError(f"{path}: could not be written: {error}") from error
+        if (code := re.search(r"os error (\d+)", str(error))) is None:
+            raise OSError(f"{path}: could not be written: {error}") from error
+        raise OSError(int(code[1]), f"could not be written: {os.strerror(int(code[1]))}", str(path)) from error
 
 
 def sweep(folder: Path | str, *, below: bool = False) -> None:

@@ -425,8 +425,11 @@ def _train(arguments: argparse.Namespace) -> None:
 def _fetch(arguments: argparse.Namespace) -> None:
     from haste.cluster.fetch import fetch
 
-    lines = list(fetch(_plan_of(arguments)))
-    print("\n".join(lines) or "nothing to fetch: the configuration names no weights by hub id")
+    line = ""
+    for line in fetch(_plan_of(arguments)):
+        print(line, flush=True)
+    if not line:
+        print("nothing to fetch: the configuration names no weights by hub id")
 
 
 def _cancel(arguments: argparse.Namespace) -> None:

@@ -114,10 +114,11 @@ def timm_weights(timm_name: str, called: str) -> Path:
             return from_hub(partial(hf_hub_download, source.hf_hub_id, "model.safetensors"))
         return cached(cast(str, source.url))
     except (OSError, ValueError, RuntimeError) as error:  # the hub's and urllib's errors are OSErrors
-        where = source.hf_hub_id or source.url
+        where, file = source.hf_hub_id or source.url, "model.safetensors" if source.hf_hub_id else "that file"
         raise ValueError(
             f"{called}: its weights ({where}) are not on this machine and could not be fetched "
-            f"({type(error).__name__}). Give a local file as its weights, or fetch them where there is a network."
+            f"({type(error).__name__}). Give a local file as its weights ({file} from there), or fetch them "
+            "where there is a network."
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -52,7 +53,7 @@ class Journal:
 
     def __enter__(self) -> Journal:
         if self.path is not None:
-            self.file = open(self.path, "a+b")
+            self.file = open(self.path, "a+b", buffering=0)  # what does not fit is said at once, and by whom
             if self.file.tell():
                 self.file.seek(-1, os.SEEK_END)
                 if self.file.read(1) != b"\n":  # a kill in the middle of a line
@@ -122,11 +123,17 @@ class Journal:
         self.waited = 0.0
         if count > len(good):
             record["skipped"] = count - len(good)
-        self.file.write(json.dumps(record).encode() + b"\n")
-        self.file.flush()
+        self._append(self.file, json.dumps(record).encode() + b"\n")
         for track in self.on_record:
             track(record)
         self._show(step, means, rate, (now - self.started) / (step - self.begin) * (self.end - step))
+
+    def _append(self, file: IO[bytes], line: bytes) -> None:
+        try:
+            if file.write(line) < len(line):  # a full disk takes what fits; readers pass over the torn line
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from error
 
     def _show(self, step: int, means: Mapping[str, float], rate: float, to_go: float) -> None:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())

@@ -2,8 +2,8 @@
 
 | signal | why | what happens |
 |---|---|---|
-| USR2 | the time limit is near | save at the next step, back into the queue, wait to be ended |
-| TERM | preempted, or cancelled | save at the next step, wait to be ended: who exits is FAILED and is not requeued |
+| USR2 | the time limit is near | stop within two steps, save, back into the queue, wait to be ended |
+| TERM | preempted, or cancelled | stop within two steps, save, wait to be ended: who exits FAILED is not requeued |
 
 Nothing is ever returned from an interrupted job: submitit would keep it as the result, also for the next attempt.
 """
@@ -77,10 +77,13 @@ class Work:
         try:
             return self._train(plan, state, rank, interruption)
         except (ValueError, FloatingPointError) as refusal:
-            # Another attempt would come to the same end; who waits says it at once.
-            log.error("refused: %s", refusal)
-            with artefact.replacing(refused) as aside:
-                aside.write_text(f"{refusal}\n")
+            _refuse(refused, str(refusal))
+            raise
+        except OSError as error:
+            if error.errno in artefact.FULL:
+                _refuse(
+                    refused, f"{error}. The last good state is kept: make room, and the same command goes on from it"
+                )
             raise
 
     def _train(self, plan: Plan, state: State, rank: int, interruption: Interruption) -> str:
@@ -98,6 +101,16 @@ class Work:
                 _requeue()
             time.sleep(LINGER)
             raise RuntimeError(f"told to end, but nobody ended this process in {LINGER:.0f} s") from None
+
+
+def _refuse(refused: Path, words: str) -> None:
+    """Another attempt would come to the same end; who waits says it at once."""
+    log.error("refused: %s", words)
+    try:
+        with artefact.replacing(refused) as aside:
+            aside.write_text(f"{words}\n")
+    except OSError as error:  # not even that fits; after two attempts without progress there is no other
+        log.error("who waits cannot be told: %s", error)
 
 
 def _join() -> int:

@@ -171,6 +171,31 @@ def _lazily(where: str) -> Callable[[Path | str | None], Detector]:
 PUBLISHED = {name: _lazily(judge.made_by) for name, judge in DETECTORS.items()}
 PUBLISHED |= extensions.loaded("detectors", PUBLISHED)
 
+
+def weight_file(name: str) -> Path | None:
+    """Where the weights of a published detector lie on this machine, downloaded if they are not there.
+
+    Args:
+        name: a name in PUBLISHED.
+
+    Returns:
+        The file; None of a detector that another package adds, which has loaded whatever it needs.
+
+    Raises:
+        ValueError: they are not here and cannot be had.
+    """
+    if name == "inception":
+        from haste.metrics import inception
+
+        return inception.weight_file()
+    from haste.metrics import dinov2
+
+    if name in dinov2.TIMM:
+        return dinov2.weight_file(name)
+    PUBLISHED[name](None)
+    return None
+
+
 # Detectors that are trained here, by the kind in their part.json: (architecture, name, sha256 of the weights).
 ARCHITECTURES: dict[str, Callable[[dict, str, str], Detector]] = {
     "cnn": _small_cnn,

@@ -76,9 +76,8 @@ def dinov2(name: str, weights: Path | str | None = None) -> Detector:
     Raises:
         ValueError: the weights are missing, truncated, foreign or cannot be had.
     """
-    called = f"detector {name}"
-    path = hub.timm_weights(TIMM[name], called) if weights is None else Path(weights)
-    transformer = hub.timm_transformer(TIMM[name], path, called)
+    path = weight_file(name) if weights is None else Path(weights)
+    transformer = hub.timm_transformer(TIMM[name], path, f"detector {name}")
     bad = [key for key, value in transformer.state_dict().items() if not torch.isfinite(value).all()]
     if bad:
         raise ValueError(f"{path}: the weights {bad[0]} hold NaN or infinity")
@@ -92,6 +91,15 @@ def dinov2(name: str, weights: Path | str | None = None) -> Detector:
         outputs={"pool": transformer.embed_dim},
         preprocessing=PREPROCESSING,
     )
+
+
+def weight_file(name: str) -> Path:
+    """The weights of a detector in the hub's cache, fetched there if they are not.
+
+    Raises:
+        ValueError: they are not there and cannot be had.
+    """
+    return hub.timm_weights(TIMM[name], f"detector {name}")
 
 
 def with_grid(positions: Tensor, side: int) -> Tensor:

@@ -67,7 +67,7 @@ def inception(weights: Path | str | None = None) -> Detector:
         from torch_fidelity import feature_extractor_inceptionv3 as port
     except ImportError as error:
         raise ValueError(f"the detector inception needs torch-fidelity, which cannot be imported: {error}") from error
-    path = _downloaded(port.URL_INCEPTION_V3) if weights is None else Path(weights)
+    path = weight_file() if weights is None else Path(weights)
     # torch-fidelity unpickles whatever it is given, so it is given what has been read safely.
     buffer = io.BytesIO()
     torch.save(_read(path), buffer)
@@ -94,14 +94,20 @@ def _hash_prefix(url: str) -> str:
     return url.rsplit("-", 1)[1].removesuffix(".pth")
 
 
-def _downloaded(url: str) -> Path:
-    """torch-fidelity's file in torch's cache, where torch-fidelity itself would put it."""
+def weight_file() -> Path:
+    """torch-fidelity's file in torch's cache, where torch-fidelity itself would put it, downloaded if it is not there.
+
+    Raises:
+        ValueError: it cannot be had.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
+
     try:
-        return hub.cached(url, _hash_prefix(url))
+        return hub.cached(URL, _hash_prefix(URL))
     except (OSError, RuntimeError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise ValueError(
-            f"the weights of inception cannot be downloaded ({reason}): fetch {url} where there is internet, and "
+            f"the weights of inception cannot be downloaded ({reason}): fetch {URL} where there is internet, and "
             f"pass the file or put it into {Path(torch.hub.get_dir(), 'checkpoints')}"
         ) from error
 

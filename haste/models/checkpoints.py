@@ -476,11 +476,8 @@ def _save(path: Path | str, tensors: dict[str, Tensor], checkpoint: Checkpoint, 
         "provenance": dict(made),
     }
     tensors = {name: value.clone() for name, value in tensors.items()}  # safetensors refuses memory that is shared
-    with artefact.replacing(path) as aside:
-        try:
-            save_file(tensors, aside, metadata={"haste": json.dumps(header, sort_keys=True)})
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{path}: could not be written: {error}") from error
+    with artefact.replacing(path) as aside, artefact.saving_tensors(path):
+        save_file(tensors, aside, metadata={"haste": json.dumps(header, sort_keys=True)})
 
 
 def save_repa(path: Path | str, checkpoint: Checkpoint, args: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -18,6 +19,8 @@ Told = TypeVar("Told")
 
 # DDP rebuilds its buckets after the first backward; from the second on, a step reduces as every later one does.
 WARM_UPS = 2
+# Steps from a process's word until all act on it. One is enough for it to travel unnoticed.
+LAG = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +84,6 @@ class Group:
             dist.all_reduce(values)
         return values
 
-    def largest(self, value: int) -> int:
-        """The largest of everybody's values. Everybody must call it. It does not wait for a GPU."""
-        if self.size == 1:
-            return value
-        found = torch.tensor(value)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
-
     def peak_memory_mb(self) -> float:
         """Largest memory so far: of the GPU's allocator, or of the process on a CPU."""
         if self.device.type == "cuda":
@@ -99,6 +94,39 @@ class Group:
         """Until everybody is here."""
         if self.size > 1:
             dist.barrier()
+
+
+class Agreement:
+    """A number that all processes learn at one and the same step, and that no step waits for.
+
+    What a process says after a step travels while the next one is computed, through gloo and past the GPU; what came
+    of it is read LAG steps later, by all.
+    """
+
+    def __init__(self, group: Group):
+        self.group = group
+        self.asked: collections.deque[tuple[dist.Work, Tensor]] = collections.deque()
+
+    def largest(self, value: int) -> int:
+        """Say a value; the largest that anybody said LAG calls ago, 0 before that. Alone, the value itself.
+
+        Everybody must call it as often, and `settle` at the end.
+        """
+        if self.group.size == 1:
+            return value
+        found = torch.tensor(value)
+        self.asked.append((dist.all_reduce(found, dist.ReduceOp.MAX, async_op=True), found))
+        return self._heard() if len(self.asked) > LAG else 0
+
+    def _heard(self) -> int:
+        work, found = self.asked.popleft()
+        work.wait()
+        return int(found)
+
+    def settle(self) -> None:
+        """Hear what is still on its way: before anything else is asked, or the group parts."""
+        while self.asked:
+            self._heard()
 
 
 def choose_device(asked: str, local_rank: int) -> torch.device:

@@ -25,7 +25,7 @@ from haste.models.attention import logsumexp_works
 from haste.plan import STATE_NAME, Plan, Segment, State
 from haste.teachers.targets import TeacherTargets
 from haste.train import state as states
-from haste.train.distributed import WARM_UPS, Group, enough_memory, joined, wrap
+from haste.train.distributed import WARM_UPS, Agreement, Group, enough_memory, joined, wrap
 from haste.train.step import (
     Objective,
     draws_negatives,
@@ -61,7 +61,7 @@ def train(plan: Plan, state: State, interrupted: Callable[[], int] | None = None
         plan: what the configuration asks for.
         state: which state to make.
         interrupted: asked after every step; what it says is 0 to go on, or a reason to stop. The largest reason that
-            any process has holds for all of them.
+            any process has holds for all of them; where there are several, they stop together one step later.
 
     Returns:
         The state's file.
@@ -209,6 +209,7 @@ class _Training:
         own = self.own_rows
         self.wrapped = wrap(self.objective, self.group)
         self._warm_up(self.batches(begin, own).to(self.group.device))
+        agreement = Agreement(self.group)
         with self._journal(begin, end) as journal:
             for batch in journal.timing(self.batches.ahead(range(begin, end), own, self.group.device)):
                 journal.add(self._step(batch))
@@ -216,11 +217,13 @@ class _Training:
                 if done % self.runtime.log_every == 0 or done == end:
                     journal.write(done, self.group.peak_memory_mb())
                 if done < end:
-                    reason = self.group.largest(self.interrupted()) if self.interrupted else 0
+                    reason = agreement.largest(self.interrupted()) if self.interrupted else 0
                     self._save_on_the_way(done, journal, now=bool(reason))
                     if reason:
+                        agreement.settle()
                         self.group.wait()  # nobody is done before the state is on disk
                         raise Interrupted(done, reason)
+        agreement.settle()
         self._save(Path(self.plan.path(self.segment.state)), end)
         if self.group.first:
             _forget(_rolling(self.segment, self.folder))

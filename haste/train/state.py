@@ -130,11 +130,8 @@ def save(path: Path, learner: Learner, header: Mapping[str, Any]) -> None:
         OSError: the disk is full or the folder cannot be written; what was there before is untouched.
     """
     header = {"schema": artefact.SCHEMA, "kind": KIND, **header}
-    with artefact.replacing(path) as aside:
-        try:
-            save_file(tensors_of(learner), aside, metadata={"haste": json.dumps(header, sort_keys=True)})
-        except safetensors.SafetensorError as error:
-            raise OSError(f"{path}: could not be written: {error}") from error
+    with artefact.replacing(path) as aside, artefact.saving_tensors(path):
+        save_file(tensors_of(learner), aside, metadata={"haste": json.dumps(header, sort_keys=True)})
 
 
 def read_header(path: Path | str) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """What a configuration names by hub id is fetched once, and what lies in local files or is trained here is not."""
 
 import copy
+import dataclasses
 
 import pytest
 import yaml
 
-from haste import cli
+from haste import cli, config
 from haste.data import latents
+from haste.metrics import detectors, dinov2, inception
 from haste.teachers import encoder
 
 
@@ -16,6 +18,10 @@ def asked(monkeypatch):
     found = []
     monkeypatch.setattr(latents, "fetch", lambda where: found.append(where) or f"cache of {where}")
     monkeypatch.setattr(encoder, "weight_file", lambda name: found.append(name) or f"cache of {name}")
+    small = {name: dataclasses.replace(known, smallest=1) for name, known in config.DETECTORS.items()}
+    monkeypatch.setattr(config, "DETECTORS", small)  # images here are small
+    monkeypatch.setattr(inception, "weight_file", lambda: found.append("inception") or "cache of inception")
+    monkeypatch.setattr(dinov2, "weight_file", lambda name: found.append(name) or f"cache of {name}, who judges")
     return found
 
 
@@ -49,3 +55,36 @@ def test_what_cannot_be_had_is_a_refusal(tiny, tmp_path, monkeypatch, capsys):
     config = configured(tiny, tmp_path, autoencoder={"pretrained": {"encode": "some/encoder", "factor": 2}})
     assert cli.main(["fetch", "-c", config]) == 2
     assert "some/encoder: not to be had" in capsys.readouterr().err
+
+
+def test_detectors_that_the_configuration_names_are_fetched_and_those_with_a_file_are_not(
+    tiny, tmp_path, asked, monkeypatch, capsys
+):
+    monkeypatch.setitem(detectors.PUBLISHED, "added", lambda weights: asked.append("added"))  # as a package adds one
+    named = {"fid": "inception", "fdd": "DINOv2-L", "other": "added"}
+    judges = {**tiny["detector"], **{name: {"pretrained": {"name": kind}} for name, kind in named.items()}}
+    judges["own"] = {"pretrained": {"name": "DINOv2-B", "weights": "here.safetensors"}}
+    monkeypatch.setattr(config.extensions, "names", lambda group: ["added"] if group == "detectors" else [])
+    assert cli.main(["fetch", "-c", configured(tiny, tmp_path, detector=judges)]) == 0
+    assert sorted(asked) == ["DINOv2-L", "added", "inception"]
+    said = capsys.readouterr().out
+    assert "detector fid (inception): cache of inception" in said
+    assert "detector fdd (DINOv2-L): cache of DINOv2-L, who judges" in said
+    assert "detector other (added): it has what it needs" in said
+
+
+def test_what_cannot_be_had_keeps_nothing_else_from_being_fetched_and_is_named_with_the_key_for_a_file(
+    tiny, tmp_path, asked, monkeypatch, capsys
+):
+    def none(*name):
+        raise ValueError(f"the weights of {name or 'inception'} cannot be had, fetch https://somewhere/weights.pth.")
+
+    monkeypatch.setattr(inception, "weight_file", none)
+    monkeypatch.setattr(encoder, "weight_file", none)
+    teachers = {"vit": tiny["teachers"]["vit"], "dino": {"pretrained": {"name": "DINOv2-B"}}}
+    judges = {name: {"pretrained": {"name": kind}} for name, kind in (("fid", "inception"), ("fdd", "DINOv2-L"))}
+    assert cli.main(["fetch", "-c", configured(tiny, tmp_path, detector=judges, teachers=teachers)]) == 2
+    said = capsys.readouterr()
+    assert "detector fdd (DINOv2-L): cache of DINOv2-L" in said.out
+    for key in ("detector.fid.pretrained.weights", "teachers.dino.pretrained.weights"):
+        assert f"fetch https://somewhere/weights.pth. In the configuration that is {key}." in said.err

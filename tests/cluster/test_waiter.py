@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,39 +18,6 @@ from haste.cluster import job as jobs
 from haste.cluster import queue, slurm, waiter
 from haste.cluster.job import Resources
 from haste.cluster.waiter import Waiter
-
-
-class Cluster:
-    """squeue, sacct, scontrol, sbatch, srun and scancel on PATH; each runs a script over files in one folder."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
-        self.folder, self.bin = folder, folder / "bin"
-        self.bin.mkdir(parents=True)
-        monkeypatch.setenv("PATH", f"{self.bin}:{os.environ['PATH']}")
-        for name in ("squeue", "sacct", "scontrol", "srun", "scancel", "sbatch"):
-            self.says(name, "exit 0")
-
-    def says(self, name: str, script: str) -> None:
-        """What a command does from now on; every call is on record with its arguments."""
-        path = self.bin / f".{name}"
-        path.write_text(f'#!/bin/bash\ncd {self.folder}\necho "$@" >> {name}.calls\n{script}\n')
-        path.chmod(0o755)
-        path.replace(self.bin / name)
-
-    def shows(self, *lines: str) -> None:
-        """What squeue shows from now on."""
-        self.says("squeue", "\n".join(f"echo '{line}'" for line in lines) or "true")
-
-    def calls(self, name: str) -> list[str]:
-        path = self.folder / f"{name}.calls"
-        return path.read_text().splitlines() if path.exists() else []
-
-
-@pytest.fixture
-def cluster(tmp_path, monkeypatch):
-    for quick, seconds in (("GONE", 2), ("ASKED", 2)):
-        monkeypatch.setattr(waiter, quick, seconds)
-    return Cluster(tmp_path / "cluster", monkeypatch)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from haste import cli, journal
-from haste.train import loop
+from haste.cluster.inside import TIME_LIMIT, Interruption
+from haste.train import distributed, loop
 from haste.train.distributed import Group
 
 FORK = multiprocessing.get_context("fork")
@@ -182,12 +184,12 @@ def _interrupted(plan, state, rank, port, reasons, answers):
         answers.put((rank, (stop.step, stop.reason)))
 
 
-def test_what_interrupts_one_process_stops_all_at_one_step_which_is_saved_and_changes_no_bit(make_plan):
+def test_what_interrupts_one_process_stops_all_one_step_later_together_which_is_saved_and_changes_no_bit(make_plan):
     plan = make_plan(runs=RUNS, runtime={"processes": 2, "save_every": 100, "log_every": 3})
     train_with(plan, state_of(plan, 20), 2)
     expected = bits(plan, 20)
     remove_states(plan)
-    for reasons, said in (([[], [0, 0, 0, 2]], (4, 2)), ([[0, 1], [0, 2]], (6, 2)), ([[], []], "finished")):
+    for reasons, said in (([[], [0, 0, 0, 2]], (5, 2)), ([[0, 1], [0, 2]], (8, 2)), ([[], []], "finished")):
         answers, port = FORK.Queue(), free_port()
         children = [
             FORK.Process(target=_interrupted, args=(plan, state_of(plan, 20), rank, port, reasons[rank], answers))
@@ -200,3 +202,66 @@ def test_what_interrupts_one_process_stops_all_at_one_step_which_is_saved_and_ch
             child.join(60)
     for name, value in expected.items():
         assert torch.equal(bits(plan, 20)[name], value), name
+
+
+def _signalled(plan, state, rank, port, answers):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="4")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    interruption = Interruption()
+    interruption.listen()
+    try:
+        loop.train(plan, state, interrupted=lambda: interruption.reason)
+    except loop.Interrupted as stop:
+        answers.put((rank, stop.step, stop.reason))
+
+
+def test_a_signal_to_one_process_alone_stops_all_at_one_step_which_is_saved(make_plan):
+    plan = make_plan(runs={"HASTE-20": {"stop": None, "milestones": [100_000]}}, runtime={"log_every": 1})
+    state, answers, port = state_of(plan, 100_000), FORK.Queue(), free_port()
+    folder = Path(plan.path(state)).parent
+    children = [FORK.Process(target=_signalled, args=(plan, state, rank, port, answers)) for rank in range(4)]
+    for child in children:
+        child.start()
+    try:
+        deadline = time.monotonic() + 120
+        while not journal.read(folder / "log.jsonl") and time.monotonic() < deadline:
+            assert all(child.is_alive() for child in children)
+            time.sleep(0.05)
+        os.kill(children[2].pid, signal.SIGUSR2)
+        found = sorted(answers.get(timeout=60) for _ in children)
+    finally:
+        for child in children:
+            child.join(5)
+            child.kill()
+    step = found[0][1]
+    assert found == [(rank, step, TIME_LIMIT) for rank in range(4)]
+    assert (folder / "rolling" / f"step-{step:08d}.safetensors").exists()
+
+
+class Slow:
+    """Work that is done when it is waited for."""
+
+    def __init__(self, waited, number):
+        self.waited, self.number = waited, number
+
+    def wait(self):
+        self.waited.append(self.number)
+
+
+def test_no_step_waits_for_what_is_said_after_it_and_all_is_heard_in_the_end(monkeypatch):
+    sent, waited = [], []
+
+    def all_reduce(value, op, async_op):
+        assert async_op, "a step would wait here"
+        assert value.device.type == "cpu", "a GPU would be waited for here"
+        sent.append(value)
+        return Slow(waited, len(sent))
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    agreement = distributed.Agreement(Group(0, 2, torch.device("cpu")))
+    for step, said in enumerate((0, 0, 7, 0), start=1):
+        heard = agreement.largest(said)
+        assert heard == (7 if step == 3 + distributed.LAG else 0)
+        assert waited == list(range(1, step)), "what was said after a step is heard after the next one, and no sooner"
+    agreement.settle()
+    assert waited == [1, 2, 3, 4]
