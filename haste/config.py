@@ -109,7 +109,7 @@ class Images(Strict):
     source: Literal["digits", "folder"] = "folder"
     path: str | None = None
     resolution: Positive
-    holdout: Positive  # the detector and the autoencoder are judged on these images
+    holdout: Annotated[int, Field(ge=0)]  # the networks that are trained here are judged on these images
     classes: Annotated[int, Field(ge=0)]
     on_bad_image: Literal["fail", "skip"] = "fail"
     shards: Positive = 1
@@ -960,6 +960,8 @@ def _faults_of_data(config: Config) -> list[str]:
         faults.append(
             f"images.resolution: {resolution} is not divisible by the autoencoder's factor {config.autoencoder.factor}"
         )
+    if trained := [] if config.images.holdout else _trained_here(config):
+        faults.append(f"images.holdout: 0, but {', '.join(trained)} are trained here and judged on images held out")
     names = list(config.detector)
     for place, name in enumerate(names):
         detector = config.detector[name]
@@ -983,6 +985,14 @@ def _faults_of_data(config: Config) -> list[str]:
             if way.guidance > 1
         ]
     return faults
+
+
+def _trained_here(config: Config) -> list[str]:
+    """The networks that the pipeline trains on the images, as the configuration names them."""
+    found: dict[str, Autoencoder | Teacher | Detector] = {"autoencoder": config.autoencoder}
+    found |= {f"teachers.{name}": teacher for name, teacher in config.teachers.items()}
+    found |= {f"detector.{name}": detector for name, detector in config.detector.items()}
+    return [name for name, part in found.items() if part.trained is not None]
 
 
 def _faults_of_architectures(config: Config) -> list[str]:

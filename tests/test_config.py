@@ -73,7 +73,8 @@ REFUSALS = [
     ("name", "../elsewhere", ["name", "../elsewhere"]),
     # what the data and the small networks need
     ("images", {"source": "digits", "resolution": 8, "classes": 10}, ["images.holdout: missing", "no default"]),
-    ("images.holdout", 0, ["images.holdout", "greater than or equal to 1", "found 0"]),
+    ("images.holdout", 0, ["images.holdout: 0", "autoencoder, teachers.vit, detector.cnn are trained here"]),
+    ("images.holdout", -1, ["images.holdout", "greater than or equal to 0", "found -1"]),
     ("images.resolution", 4, ["images.resolution: 4", "detector cnn", "8, 12, 16"]),
     ("images.resolution", 10, ["images.resolution: 10", "detector cnn", "8, 12, 16"]),
     ("autoencoder.trained.width", 12, ["autoencoder.trained.width", "multiple of 8", "found 12"]),

@@ -1,5 +1,6 @@
 """From a plan's finished files to a report: what is there is shown, what is missing is named."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import pytest
 
 from haste import config, gather
 from haste.plan import Plan
-from haste.report import page, tables
+from haste.report import page, papers, tables
 from haste.report.content import Benchmark
 
+ROOT = Path(__file__).parents[1]
 RAMP = "features over 4 steps, attention over 4 steps, cosine"
 
 
@@ -17,7 +19,15 @@ def plan_of(tiny, folder, **changes):
     return Plan(config.resolve({**tiny, "results": str(folder), **changes}))
 
 
-def write_scores(plan, skip=()):
+def imagenet(folder):
+    """The configuration of the papers' tables; the reference lies elsewhere, and its content does not matter here."""
+    raw = config.read(ROOT / "config" / "imagenet256.yaml")
+    (folder / "reference.npz").write_bytes(b"")
+    raw["detector"]["inception"]["reference"] = str(folder / "reference.npz")
+    return Plan(config.resolve({**raw, "results": str(folder)}))
+
+
+def write_scores(plan, skip=(), **detector):
     """Hand-made scores of every row but some (run, seed, step)."""
     for place, row in enumerate(plan.rows):
         if (row.run, row.seed, row.step) in skip:
@@ -29,7 +39,7 @@ def write_scores(plan, skip=()):
             "kind": "score",
             "state": {"trajectory": row.evaluation.state.trajectory, "step": row.step},
             "sampling": row.evaluation.sampling.model_dump(mode="json"),
-            "detector": {"name": "called otherwise", "identity": "d"},
+            "detector": {"name": "called otherwise", "identity": "d", **detector},
             "samples": 20,
             "reference": {"images": 1700, "identity": "r"},
             "scores": {"fd": 50.0 + place},
@@ -117,6 +127,34 @@ def test_a_folder_of_a_thousand_classes_is_taken_for_imagenet(tiny, tmp_path, cl
     images = {"source": "folder", "path": "x", "classes": classes, "resolution": resolution, "holdout": 3}
     expected = Benchmark("ImageNet", resolution) if classes == 1000 else None
     assert gather.benchmark(plan_of(tiny, tmp_path, images=images)) == expected
+
+
+def test_the_configuration_for_imagenet_stands_beside_every_result_of_the_papers_main_tables_up_to_500k(tmp_path):
+    plan = imagenet(tmp_path)
+    write_scores(plan, kind="inception")
+    plain, guided = tables.published_tables(gather.report(plan))
+    found = {tuple(cell.text for cell in entry.cells) for entry in plain.entries if entry.kind}
+    names = [head.name for head in plain.heads]
+    shown = {tuple(line[names.index(n)] for n in ("model", "method", "step", "FID")) for line in found}
+    with open(papers.FOLDER / "imagenet256_no_cfg.csv", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if int(line["iteration"]) <= 500_000]
+    expected = {
+        (line["model"], line["method"], f"{int(line['iteration']):,}", line["fid"])
+        for line in lines
+        if line["model"].startswith("SiT") and line["iteration"] != "150000"
+    }
+    assert len(expected) > 20
+    assert shown == expected
+    assert [cell.text for e in guided.entries if e.kind for cell in e.cells][:1] == ["HASTE Table 4"]
+    assert sum(bool(entry.kind) for entry in guided.entries) == 3
+
+
+def test_the_configuration_for_imagenet_trains_on_all_of_it_and_shares_what_it_can(tmp_path):
+    plan = imagenet(tmp_path)
+    assert plan.config.images.holdout == 0
+    assert plan.pieces["XL HASTE", 0] == plan.pieces["XL HASTE guided", 0]
+    stops = {"B HASTE": 100_000, "L HASTE": 250_000, "XL HASTE": 250_000}  # HASTE, Table 5
+    assert {run: plan.config.runs[run].stop.features for run in stops} == stops
 
 
 def test_the_digits_have_no_published_numbers(tiny, tmp_path):

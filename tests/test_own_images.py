@@ -21,8 +21,13 @@ MINE = next(path for path in CONFIGS if path.name == "my-images.yaml")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_configuration_that_comes_with_the_package_is_accepted(path):
-    assert Plan(config.load(path)).rows
+def test_every_configuration_that_comes_with_the_package_is_accepted(path, tmp_path):
+    raw = config.read(path)
+    for number, detector in enumerate(raw["detector"].values()):
+        if "reference" in detector:  # the user's own copy of a public file
+            detector["reference"] = str(tmp_path / f"{number}.npz")
+            Path(detector["reference"]).write_bytes(b"")
+    assert Plan(config.resolve(raw)).rows
 
 
 @pytest.fixture(scope="module")
