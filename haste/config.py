@@ -106,7 +106,7 @@ def decides(kind: type[Strict], values: Mapping[str, Any]) -> dict[str, Any]:
 class Images(Strict):
     """Where the images come from and how they are prepared."""
 
-    source: Literal["digits", "folder"] = "folder"
+    source: Literal["digits", "folder", "archive"] = "folder"
     path: str | None = None
     resolution: Positive
     holdout: Annotated[int, Field(ge=0)]  # the networks that are trained here are judged on these images
@@ -116,10 +116,10 @@ class Images(Strict):
 
     @model_validator(mode="after")
     def _has_path(self) -> Images:
-        if (self.source == "folder") != (self.path is not None):
-            raise ValueError("source 'folder' needs a path, and only it takes one")
-        if self.source != "folder" and self.on_bad_image == "skip":
-            raise ValueError(f"on_bad_image skip is for source 'folder', found {self.source!r}")
+        if (self.source == "digits") != (self.path is None):
+            raise ValueError("sources 'folder' and 'archive' need a path, and only they take one")
+        if self.source == "digits" and self.on_bad_image == "skip":
+            raise ValueError("on_bad_image skip is for sources 'folder' and 'archive', found 'digits'")
         return self
 
 

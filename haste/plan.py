@@ -22,6 +22,7 @@ from typing import Any
 
 from haste import artefact, cache
 from haste import config as configuration
+from haste.archives import Archives
 from haste.artefact import fingerprint, remembered_identity
 from haste.cache import Wanted
 from haste.config import Config, Evaluate, Model, OtherModel, Sampling, Training
@@ -708,17 +709,19 @@ def image_count(plan: Plan) -> int:
     """Images of the store, or, before there is one, of its source.
 
     Raises:
-        ValueError: the source's folder is missing.
+        ValueError: the source's folder is missing, or its archive cannot be read.
     """
     manifest = Path(plan.images.manifest)
     if manifest.exists():
         return artefact.read_json(manifest, "store")["count"]
     if plan.config.images.source == "digits":
         return 1797
-    path = Path(plan.config.images.path or "")
+    path, pictures = Path(plan.config.images.path or ""), (".png", ".jpg", ".jpeg", ".webp")
+    if plan.config.images.source == "archive":
+        return sum(parts[-1].lower().endswith(pictures) for parts in Archives(path).names)
     if not path.is_dir():
         raise ValueError(f"images.path: {path}: no such folder")
-    return sum(1 for file in path.rglob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    return sum(1 for file in path.rglob("*") if file.suffix.lower() in pictures)
 
 
 def _pretrained(part: Any) -> dict[str, Any]:

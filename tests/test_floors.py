@@ -11,7 +11,7 @@ import haste
 
 ROOT = Path(haste.__file__).parent
 FLOORS = [
-    {"artefact", "extensions", "hub", "network", "public"},
+    {"archives", "artefact", "extensions", "hub", "network", "public"},
     {"models", "diffusion", "align", "metrics", "journal", "cache"},
     {"config"},
     {"data", "teachers", "diagnose", "plan", "report"},

@@ -135,7 +135,9 @@ def test_guidance_without_labels_is_refused(tiny):
 
 
 def test_leaving_pictures_out_is_for_folders_and_another_store(tiny):
-    with pytest.raises(ValueError, match="images: on_bad_image skip is for source 'folder', found 'digits'"):
+    with pytest.raises(
+        ValueError, match="images: on_bad_image skip is for sources 'folder' and 'archive', found 'digits'"
+    ):
         config.resolve({**tiny, "images": {**tiny["images"], "on_bad_image": "skip"}})
     images = {**tiny["images"], "source": "folder", "path": "x"}
     fail, skip = (Plan(config.resolve({**tiny, "images": {**images, "on_bad_image": how}})) for how in ("fail", "skip"))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import collections
 import inspect
+import io
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from haste import artefact
+from haste.archives import Archives
 from haste.data import order
 from haste.data.store import Progress, join, shard_range, write_shard
 
@@ -28,6 +31,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 _BATCH = 64
 _SHOWN = 10  # pictures named in a message
 Bad = list[tuple[str, str]]  # name and reason
+Parts = tuple[str, ...]  # of a path
+Files = list[tuple[Parts, int]]  # and a label
 
 
 class Source(Protocol):
@@ -96,7 +101,7 @@ class Folder:
     ) -> None:
         """`without` are the names of pictures to leave out, as `check` gives them."""
         self.root, self.resolution = Path(path), resolution
-        self.classes, files = _scan(self.root, labelled)
+        self.classes, files = self._scan(labelled)
         files = [(parts, label) for parts, label in files if "/".join(parts) not in without]
         if bare := [self.classes[label] for label in sorted({*range(len(self.classes))} - {y for _, y in files})]:
             raise ValueError(f"{path}: class {bare[0]!r} has no picture that can be read, expected at least one")
@@ -112,9 +117,9 @@ class Folder:
         Raises:
             ValueError: the file is not a picture that can be read.
         """
-        path, label = self.root / self.name(i), self._files[i][1]
+        path, (parts, label) = self.root / self.name(i), self._files[i]
         try:
-            return np.asarray(centre_crop(_opened(path), self.resolution)), label
+            return np.asarray(centre_crop(_opened(self._file(parts)), self.resolution)), label
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path}: not a picture that can be read ({_reason(error, path)})") from error
 
@@ -122,8 +127,53 @@ class Folder:
         """The file of picture i, below the folder."""
         return "/".join(self._files[i][0])
 
+    def _scan(self, labelled: bool) -> tuple[list[str], Files]:
+        return _scan(self.root, labelled)
 
-SOURCES = {"digits": Digits, "folder": Folder}
+    def _file(self, parts: Parts) -> Path | io.BytesIO:
+        return _regular(self.root.joinpath(*parts))
+
+
+class Archive(Folder):
+    """Pictures in a .zip or .tar, or in a folder of such, as a `Folder` would have them if they were unpacked there.
+
+    Folders that all pictures lie in count for nothing, so it does not matter whether `train/` was packed or what is in
+    it. Where a NAME.cls lies beside every NAME.jpg, as in WebDataset's shards, the number in it is the label.
+    """
+
+    def _scan(self, labelled: bool) -> tuple[list[str], Files]:
+        self._archives = Archives(self.root)
+        pictures = [parts for parts in self._archives.names if _is_picture(parts[-1])]
+        if not pictures:
+            raise ValueError(f"{self.root}: found no pictures, expected {', '.join(SUFFIXES)} in it")
+        if labelled and (labels := self._written_labels(pictures)):
+            return _numbered(self.root, labels)
+        self._above = _shared([parts[:-1] for parts in pictures])
+        return _in_classes(self.root, [parts[len(self._above) :] for parts in pictures], labelled)
+
+    _above: Parts = ()
+
+    def _written_labels(self, pictures: list[Parts]) -> dict[Parts, int]:
+        """Picture -> the number in the .cls beside it, if there are such."""
+        names = {parts for parts in self._archives.names if parts[-1].endswith(".cls")}
+        labels: dict[Parts, int] = {}
+        for parts in pictures if names else ():
+            beside = (*parts[:-1], parts[-1].split(".")[0] + ".cls")
+            word = self._archives.read(beside).strip() if beside in names else b"no .cls beside it"
+            if not word.isdigit():
+                found = word[:20].decode(errors="replace")
+                raise ValueError(f"{self.root}: the label of {'/'.join(parts)} is {found!r}, expected a number")
+            labels[parts] = int(word)
+        return labels
+
+    def _file(self, parts: Parts) -> io.BytesIO:
+        content = self._archives.read((*self._above, *parts))
+        if not content:
+            raise ValueError("an empty file")
+        return io.BytesIO(content)
+
+
+SOURCES = {"digits": Digits, "folder": Folder, "archive": Archive}
 
 
 def open_source(name: str, *, resolution: int, holdout: int, **options: Any) -> Source:
@@ -155,13 +205,17 @@ def _checked_holdout(where: str, holdout: int, count: int) -> int:
     return holdout
 
 
-def _opened(path: Path) -> Image.Image:
-    """The picture in a file, as `upright_rgb` makes it."""
+def _regular(path: Path) -> Path:
     if not path.is_file():  # a pipe or a device would be waited for
         raise ValueError("a link to nothing" if path.is_symlink() and not path.exists() else "not a regular file")
     if not path.stat().st_size:
         raise ValueError("an empty file")
-    with Image.open(path, formats=FORMATS) as image:
+    return path
+
+
+def _opened(file: Path | io.BytesIO) -> Image.Image:
+    """The picture in a file, as `upright_rgb` makes it."""
+    with Image.open(file, formats=FORMATS) as image:
         # A camera's MPO is a JPEG with a preview behind it.
         if image.format != "MPO" and getattr(image, "is_animated", False):
             raise ValueError(f"animated: {getattr(image, 'n_frames', 'several')} pictures, expected one")
@@ -173,7 +227,7 @@ def _reason(error: Exception, path: Path) -> str:
     return str(error).replace(repr(str(path)), "").replace(str(path), "").strip(" :") or type(error).__name__
 
 
-def _scan(root: Path, labelled: bool) -> tuple[list[str], list[tuple[tuple[str, ...], int]]]:
+def _scan(root: Path, labelled: bool) -> tuple[list[str], Files]:
     """Class names, and (path in parts, label) of every picture: classes sorted, and pictures within a class."""
     if not root.is_dir():
         raise ValueError(f"{root}: expected a folder of images, found {'a file' if root.exists() else 'nothing'}")
@@ -182,12 +236,8 @@ def _scan(root: Path, labelled: bool) -> tuple[list[str], list[tuple[tuple[str, 
             raise ValueError(f"{root}: found no pictures, expected {', '.join(SUFFIXES)} anywhere below")
         return [], [(parts, 0) for parts in every]
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    loose: list[tuple[str, ...]] = [(entry.name,) for entry in root.iterdir() if _is_picture(entry.name)]
-    if folders and loose:
-        raise ValueError(
-            f"{root}: found both class folders ({folders[0]!r}) and pictures ({loose[0][0]!r}) beside them; "
-            "expected one of the two, or classes: 0 to train without labels"
-        )
+    loose: list[Parts] = [(entry.name,) for entry in root.iterdir() if _is_picture(entry.name)]
+    _check_either(root, folders, loose)
     if not folders:
         found, classes = [(parts, 0) for parts in sorted(loose)], ["all"]
     else:
@@ -200,6 +250,40 @@ def _scan(root: Path, labelled: bool) -> tuple[list[str], list[tuple[tuple[str, 
     if not found:
         raise ValueError(f"{root}: found no pictures, expected {', '.join(SUFFIXES)} in class folders or directly")
     return classes, found
+
+
+def _check_either(root: Path, folders: list[str], loose: list[Parts]) -> None:
+    if folders and loose:
+        raise ValueError(
+            f"{root}: found both class folders ({folders[0]!r}) and pictures ({loose[0][0]!r}) beside them; "
+            "expected one of the two, or classes: 0 to train without labels"
+        )
+
+
+def _in_classes(root: Path, pictures: list[Parts], labelled: bool) -> tuple[list[str], Files]:
+    """As `_scan`, of pictures that are known by name alone."""
+    if not labelled:
+        return [], [(parts, 0) for parts in sorted(pictures)]
+    folders = sorted({parts[0] for parts in pictures if len(parts) > 1})
+    _check_either(root, folders, [parts for parts in pictures if len(parts) == 1])
+    places = {name: label for label, name in enumerate(folders)}
+    found = [(parts, places[parts[0]] if folders else 0) for parts in pictures]
+    return folders or ["all"], sorted(found, key=lambda one: (one[1], one[0]))
+
+
+def _shared(paths: list[Parts]) -> Parts:
+    """What all of these paths begin with: what the first and the last in order do."""
+    low, high = min(paths), max(paths)
+    equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False))
+    return tuple(part for part, _ in equal)
+
+
+def _numbered(root: Path, labels: Mapping[Parts, int]) -> tuple[list[str], Files]:
+    """As `_scan`, of pictures whose labels are written down as numbers from 0 on."""
+    count = max(labels.values()) + 1
+    if absent := sorted({*range(count)} - {*labels.values()}):
+        raise ValueError(f"{root}: labels up to {count - 1}, but no picture has {absent[0]}, expected some of each")
+    return [str(label) for label in range(count)], sorted(labels.items(), key=lambda one: (one[1], one[0]))
 
 
 def _is_picture(name: str) -> bool:
