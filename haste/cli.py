@@ -85,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("file", type=Path)
     rule("table", _table, "print the result table of a finished report")
     _exchange_commands(command)
-    sharded("images", _images, "prepare the images: a store of uint8 RGB crops")
+    images = sharded("images", _images, "prepare the images: a store of uint8 RGB crops")
+    images.add_argument("--workers", type=int, help="pictures that are decoded at once (runtime.threads)")
     rule("autoencoder", _autoencoder, "train the small autoencoder")
     sharded("latents", _latents, "encode the images: a store of latent means and standard deviations")
     rule("teacher", _teacher, "train a small teacher").add_argument("name")
@@ -249,9 +250,9 @@ def _images(arguments: argparse.Namespace) -> None:
     from haste.data import prepare
 
     plan = _plan_of(arguments)
-    store, workers = plan.images, plan.config.runtime.threads
+    store, workers = plan.images, _workers(plan, arguments.workers)
     if arguments.check:
-        _check_images(plan)
+        _check_images(plan, workers)
         return
     source, skipped = _source(plan)
     common: dict[str, Any] = {"key": store.key, "recipe": store.recipe, "shards": store.shards}
@@ -280,10 +281,17 @@ def _source(plan: Plan, without: Bad | None = None) -> tuple[Source, Bad | None]
     return source, without
 
 
-def _check_images(plan: Plan) -> None:
+def _workers(plan: Plan, asked: int | None) -> int:
+    """How many pictures are decoded at once, which changes nothing but the time it takes."""
+    if asked is not None and asked < 1:
+        raise ValueError(f"--workers {asked}: expected at least 1")
+    return asked or plan.config.runtime.threads
+
+
+def _check_images(plan: Plan, workers: int) -> None:
     from haste.data import prepare
 
-    source, workers = _source(plan, without=[])[0], plan.config.runtime.threads
+    source = _source(plan, without=[])[0]
     if not isinstance(source, prepare.Folder):
         raise ValueError(f"images: {plan.config.images.source} are read as they are, there is nothing to check")
     bad = prepare.check(source, workers, progress=_progress("pictures checked"))
@@ -382,6 +390,7 @@ def _open(made: Artefact) -> Store:
 def _latents(arguments: argparse.Namespace) -> None:
     from haste import artefact
     from haste.data import latents
+    from haste.train.distributed import choose_device
 
     plan = _plan_of(arguments)
     _threads(plan)
@@ -392,7 +401,7 @@ def _latents(arguments: argparse.Namespace) -> None:
         latents.encode_join(store.folder, images, **common)
         return
     spec = plan.config.autoencoder
-    encoder = latents.Autoencoder.load(plan.encoder)
+    encoder = latents.Autoencoder.load(plan.encoder, device=str(choose_device(plan.config.runtime.device, 0)))
     _check_autoencoder(plan, encoder)
     latents.encode_shard(store.folder, images, encoder, **common, shard=arguments.shard, dtype=spec.dtype)
 

@@ -271,10 +271,14 @@ class Plan:
         return self.detector.reference
 
     @property
+    def references(self) -> list[str]:
+        """What the detectors see in the real images."""
+        return [detector.reference.manifest for detector in self.detectors.values()]
+
+    @property
     def references_missing(self) -> list[str]:
-        """The detectors' references that are still to be made; all of them where none is missing."""
-        every = [detector.reference.manifest for detector in self.detectors.values()]
-        return [path for path in every if not Path(path).exists()] or every
+        """The references that are still to be made."""
+        return [path for path in self.references if not Path(path).exists()]
 
     @property
     def floor(self) -> str:

@@ -116,8 +116,8 @@ def draw_shard(
     """Draw one shard into ADM's .npz: `arr_0` uint8 NHWC, `arr_1` labels, and how they were made as `haste`.
 
     Images go to the file as they are drawn, so memory holds one batch of them. Batches are kept aside: after a kill
-    the same call draws only what is missing, to the same bits. `haste.data.drawn.forget` removes them when nothing can
-    ask for the shard again. Beside ADM's arrays the .npz has `nfe`, the evaluations of each sample.
+    the same call draws only what is missing, to the same bits, and nothing where the shard is whole.
+    `haste.data.drawn.forget` removes them. Beside ADM's arrays the .npz has `nfe`, the evaluations of each sample.
 
     Args:
         painter: what draws.
@@ -130,7 +130,11 @@ def draw_shard(
         inputs: identities of state and autoencoder, to be recorded.
     """
     started, indices = time.monotonic(), shard_range(painter.sampling.count, shard, shards)
-    aside, watch = drawn.folder_of(path.parent), _Watch(f"samples, shard {shard} of {shards}", len(indices))
+    name, aside = f"samples, shard {shard} of {shards}", drawn.folder_of(path.parent)
+    if drawn.again(path, aside, lambda file: _is_of(file, key, inputs)):
+        log.info("%s: drawn before, %s", name, path)
+        return
+    watch = _Watch(name, len(indices))
     side, made = painter.autoencoder.factor * painter.model.input_size, [{"label": _NONE, "nfe": _NONE}]
 
     def draw(rows: range) -> dict[str, np.ndarray]:
@@ -149,9 +153,20 @@ def draw_shard(
         header |= {"nfe": float(counts.mean()) if len(counts) else None}
         header |= artefact.provenance(key=key, recipe=recipe, inputs=inputs, seconds=time.monotonic() - started)
         rest = {"arr_1": labels, "nfe": counts, "haste": np.array(artefact.canonical(header))}
-        for name, array in rest.items():
-            with archive.open(f"{name}.npy", "w") as file:
+        for entry, array in rest.items():
+            with archive.open(f"{entry}.npy", "w") as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
+    drawn.keep(path, aside)
+
+
+def _is_of(path: Path, key: str, inputs: dict[str, str]) -> bool:
+    """Whether a finished shard was drawn so, and from the same weights."""
+    try:
+        header = _asked(path)[1]
+        return (header["key"], header["inputs"]) == (key, inputs)
+    except (ValueError, KeyError) as error:
+        log.warning("%s: is drawn again (%s)", path, error)
+        return False
 
 
 def feature_shard(

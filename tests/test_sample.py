@@ -175,6 +175,7 @@ def test_a_shard_that_is_killed_goes_on_from_its_finished_batches_to_the_same_bi
     features = store.read_bytes()
     for path in (file, store):
         path.unlink()
+    drawn.close(drawn.folder_of(file.parent))
 
     def counted(painter, indices, told):
         asked.append(indices)
@@ -192,7 +193,40 @@ def test_a_shard_that_is_killed_goes_on_from_its_finished_batches_to_the_same_bi
     assert [(rows.start, rows.stop) for rows in asked] == [(0, 6), (6, 12), (12, 18), (12, 18), (18, 20)]
     assert (again == whole).all() and (labels_again == labels).all()
     assert features_of(store) == features_of_bytes(features)
-    assert [path for path in file.parent.rglob("*") if path.is_file()] == [file]
+    assert sorted(path.name for path in drawn.folder_of(file.parent).iterdir()) == [file.name]  # no batches
+
+
+def test_a_finished_shard_is_drawn_again_only_where_it_is_damaged_or_of_other_weights(trained, monkeypatch, caplog):
+    plan, evaluation = trained(batch=20)
+    whole, labels = draw(plan, evaluation)
+    file, paint, asked = Path(evaluation.sample_file(0)), Painter.draw, []
+    second = drawn.folder_of(file.parent) / file.name
+    assert second.samefile(file)
+    monkeypatch.setattr(Painter, "draw", lambda *given: asked.append(1) or paint(*given))
+
+    def same(times):
+        found = draw(plan, evaluation)
+        assert (found[0] == whole).all() and (found[1] == labels).all()
+        assert len(asked) == times
+        assert second.samefile(file)
+
+    same(0)
+    file.unlink()
+    same(0)
+    file.write_bytes(file.read_bytes()[:-200])  # both names
+    same(1)
+    data = bytearray(file.read_bytes())
+    data[400] ^= 1  # a pixel
+    file.unlink()
+    second.write_bytes(data)
+    same(2)
+    np.savez(file, arr_0=whole, arr_1=labels)
+    second.unlink()
+    same(3)
+    assert "expected samples" in caplog.text
+    monkeypatch.setattr("haste.train.state.weights_identity", lambda model: "of others")
+    draw(plan, evaluation)
+    assert len(asked) == 4
 
 
 def features_of(path):

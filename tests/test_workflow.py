@@ -52,6 +52,14 @@ class Workshop:
     def snakemake(self, *arguments):
         return subprocess.run(self.command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=280)
 
+    def on_a_node(self, rule, **wildcards):
+        """Run a job as the executor does on the node that it was submitted to."""
+        values = ",".join(f"{name}={value}" for name, value in wildcards.items())
+        job = ["--target-jobs", f"{rule}:{values}", "--allowed-rules", rule, "--mode", "remote", "--force"]
+        job += ["--force-use-threads", "--no-hooks", "--retries", "0", "--latency-wait", "5"]
+        done = self.snakemake(*job)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
     def jobs(self):
         """What a dry run lists: {(rule, what)}, `what` being step for training and the run's state for the rest."""
         done = self.snakemake("-n", "--rerun-triggers", "mtime")
@@ -227,6 +235,29 @@ def test_samples_that_are_lost_are_drawn_and_looked_at_in_one_job(shop):
     for made in (*evaluation.sample_files, *evaluation.features.shard_files, evaluation.score, evaluation.grid):
         Path(made).unlink()
     assert shop.jobs() == shop.evaluated("HASTE", 16)
+
+
+def test_a_requeued_job_ends_well_whatever_is_there_by_then_and_draws_nothing_again(shop):
+    evaluation = shop.evaluation("HASTE", 16)
+    (file,), (features,) = evaluation.sample_files, evaluation.features.shard_files
+    for made in (file, features, evaluation.score):
+        Path(made).unlink()
+    assert cli.main(["sample", evaluation.name, "-c", str(shop.folder / "tiny.yaml")]) == 0
+    inode, drawn = os.stat(file).st_ino, Path(file).read_bytes()
+    log = shop.root / "tiny" / "logs" / f"sample-{evaluation.name}-00000-of-00001.log"
+    for missing in ([], [features], [file], [file, features]):
+        for made in missing:
+            Path(made).unlink()
+        shop.on_a_node("sample", draw=evaluation.name, shard="00000", shards="00001")
+        assert "drawn before" in log.read_text()
+        assert os.stat(file).st_ino == inode and Path(file).read_bytes() == drawn
+        assert Path(features).exists()
+    reference = Path(shop.plan.reference.manifest)
+    made = reference.stat()
+    shop.on_a_node("reference")
+    assert reference.stat() == made
+    assert shop.snakemake().returncode == 0
+    assert not (Path(file).parent / ".batches").exists(), "a second name outlives the score"
 
 
 def test_an_unrelated_key_reruns_nothing(shop):

@@ -1,16 +1,21 @@
 """Batches of samples as they are drawn, kept aside until their shard is whole: a kill costs the batch it falls into.
 
-    SAMPLES/.batches/START.npz, START the place of a batch's first sample
+    SAMPLES/.batches/START.npz          START the place of a batch's first sample
+    SAMPLES/.batches/shard-I-of-N.npz   a second name of a finished shard, which takes no room
 
 Every reader of samples looks for finished shards only. A batch gets its name when it is whole, and says what it was
-drawn from: one of other weights is drawn again.
+drawn from: one of other weights is drawn again. A finished shard has its second name until its score is there, because
+Snakemake removes what a job makes before it runs the job again, and drawing is what costs most.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -57,6 +62,42 @@ def drawn(
 def folder_of(samples: Path) -> Path:
     """Where the batches of a folder of samples are kept: of all its shards, however many they are."""
     return samples / ".batches"
+
+
+def keep(shard: Path, folder: Path) -> None:
+    """Give a finished shard its second name, under which `again` finds it."""
+    name = folder / shard.name
+    with contextlib.suppress(OSError):  # a file system without hard links: it would be drawn again, to the same bits
+        folder.mkdir(exist_ok=True)
+        name.unlink(missing_ok=True)
+        os.link(shard, name)
+
+
+def again(shard: Path, folder: Path, wanted: Callable[[Path], bool]) -> bool:
+    """Whether a finished shard is there, under its own name or its second one; it then has its own (again).
+
+    Args:
+        shard: its own name.
+        folder: where its second name would be; see `folder_of`.
+        wanted: whether a file holds what would be drawn now.
+    """
+    second = folder / shard.name
+    for path in (shard, second):
+        if path.exists() and _whole(path) and wanted(path):
+            if path is second:
+                with artefact.replacing(shard) as aside:
+                    os.link(second, aside)
+            return True
+    return False
+
+
+def _whole(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (OSError, zipfile.BadZipFile) as error:
+        log.warning("%s: cannot be read and is drawn again (%s)", path, error)
+        return False
 
 
 def forget(folder: Path, indices: range) -> None:

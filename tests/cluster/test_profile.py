@@ -37,6 +37,24 @@ def test_training_after_the_stop_asks_for_less_than_before():
     assert after["cpus_per_task"] < before["cpus_per_task"]
 
 
+def test_what_runs_a_large_network_over_all_images_or_samples_asks_for_a_gpu_and_its_share_of_cores():
+    for rule in ("latents", "pca", "targets", "sample", "features", "reference"):
+        asked = PROFILE["set-resources"][rule]
+        assert (asked["gpu"], asked["cpus_per_task"]) == (1, 12), rule
+
+
+def test_what_decodes_pictures_decodes_as_many_at_once_as_it_has_cores():
+    for rule in ("images_check", "images"):
+        assert PROFILE["set-threads"][rule] == PROFILE["set-resources"][rule]["cpus_per_task"]
+
+
+def test_with_arrays_no_other_limit_holds_jobs_back():
+    """The executor never submits the members of an array that it got while others of their rule were held back."""
+    assert PROFILE["slurm-array-jobs"]
+    assert PROFILE["jobs"] == "unlimited"
+    assert int(PROFILE["max-jobs-per-timespan"].split("/")[0]) >= 100_000
+
+
 def test_every_resource_of_training_stands_in_the_document():
     document = (ROOT / "docs" / "slurm.md").read_text().split("## The profile")[1]
     assert set(job.KEYS) <= set(re.findall(r"`(\w+)`", document))

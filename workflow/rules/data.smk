@@ -7,7 +7,7 @@ if plan.checked_images:
         log: log_of("images-check")
         benchmark: time_of("images-check")
         threads: THREADS
-        shell: "haste images -c {CONFIG:q} --check > {log:q} 2>&1"
+        shell: "haste images -c {CONFIG:q} --check --workers {threads} > {log:q} 2>&1"
 
 
 rule images:
@@ -15,7 +15,8 @@ rule images:
     output: f"{plan.images.folder}/shard-{{shard}}-of-{{shards}}.h5"
     log: log_of("images-{shard}-of-{shards}")
     benchmark: time_of("images-{shard}-of-{shards}")
-    shell: "haste images -c {CONFIG:q} --shard $((10#{wildcards.shard})) > {log:q} 2>&1"
+    threads: THREADS
+    shell: "haste images -c {CONFIG:q} --shard $((10#{wildcards.shard})) --workers {threads} > {log:q} 2>&1"
 
 
 rule images_join:

@@ -27,7 +27,7 @@ def floor_of(wildcards):
 # All detectors look in one job; those that have looked before, at the same images, are left out.
 rule reference:
     input: ancient(plan.images.manifest), ancient(PARTS)
-    output: plan.references_missing
+    output: plan.references_missing or (plan.references if HERE else [])
     log: log_of("reference")
     benchmark: time_of("reference")
     threads: THREADS
@@ -35,8 +35,12 @@ rule reference:
 
 
 # Two ways to the same features, so no samples have both: what is to be drawn is looked at in the same job; at samples that
-# are there already a detector that came later looks alone, and nothing is drawn again.
-DRAWN, TO_DRAW = ([re.escape(n) for n, e in plan.evaluations.items() if e.is_drawn == there] for there in (True, False))
+# are there already a detector that came later looks alone, and nothing is drawn again. The job of a node that finds samples
+# there was chosen when they were not: it has the rule that it was submitted for, and that one alone.
+DRAWN, TO_DRAW = (
+    [re.escape(name) for name, one in plan.evaluations.items() if not HERE or one.is_drawn == there]
+    for there in (True, False)
+)
 
 if TO_DRAW:
 
