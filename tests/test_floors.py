@@ -62,7 +62,7 @@ def test_a_room_imports_only_from_lower_floors(path):
     "module",
     [
         *("config", "plan", "status", "live", "prune", "gather", "report.page", "journal", "cli"),
-        *("cluster.waiter", "cluster.queue"),
+        *("cluster.waiter", "cluster.queue", "cluster.check"),
     ],
 )
 def test_what_a_dry_run_needs_imports_no_torch(module):
@@ -70,10 +70,11 @@ def test_what_a_dry_run_needs_imports_no_torch(module):
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_the_workflow_imports_only_the_plan_and_its_ground():
+def test_the_workflow_imports_only_the_plan_its_ground_and_what_asks_the_cluster():
     files = [Path(ROOT.parent, "workflow", "Snakefile"), *Path(ROOT.parent, "workflow", "rules").glob("*.smk")]
     lines = [line for file in files for line in file.read_text().splitlines() if "haste" in line and "import " in line]
-    assert lines == ["from haste import artefact, config as configuration", "from haste.plan import Plan, State"]
+    ground = ["from haste import artefact, config as configuration", "from haste.plan import Plan, State"]
+    assert lines == [*ground, "from haste.cluster import check"]
 
 
 def test_the_snakefile_can_be_read_in_one_look():

@@ -23,7 +23,10 @@ from haste.plan import Plan
 ROOT = Path(__file__).parents[2]
 TINY = yaml.safe_load((ROOT / "tests" / "tiny.yaml").read_text())
 BRAKE = """
-import os, time
+import os, sys, time
+if "snakemake" in sys.orig_argv:  # it waits ever longer between two looks at the queue
+    from snakemake_executor_plugin_slurm import Executor
+    Executor.next_seconds_between_status_checks = property(lambda self: 1, lambda self, seconds: None)
 if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" and "HASTE_BRAKE" in os.environ:
     from haste import journal
     add = journal.Journal.add
@@ -72,15 +75,15 @@ class World:
             "slurm_account": "haste",
         }
         train = {**TRAIN, "runtime": 20, "nodes": 1, "tasks_per_node": 2, "gpus_per_node": 0}
+        gpus = {rule: {"gpu": given["gpu"]} for rule, given in found["set-resources"].items() if "gpu" in given}
         found["set-resources"] = {
+            **gpus,
             "train": {**train, **changes.get("train", {})},
             "train_plain": {**train, **changes.get("plain", {})},
-            "sample": {"gpu": 1},
         }
         found |= {
             "latency-wait": 20,
             "slurm-init-seconds-before-status-checks": 2,
-            "seconds-between-status-checks": 2,
         }
         path = self.folder / "profile" / "config.yaml"
         path.parent.mkdir(exist_ok=True)

@@ -1,6 +1,8 @@
 # A state from the state before it. Every edge is ancient(): nothing is ever trained again because a file was touched.
 import re
 
+from haste.cluster import check
+
 
 def before(wildcards):
     """What a segment starts from: the parent state, the latents and, while it aligns, images and teachers
@@ -33,6 +35,14 @@ def on_cluster(wildcards, resources):
         return []
     ours = (name for name in resources.keys() if not name.startswith("_") and name not in SNAKEMAKES_OWN)
     return ["--terminal=3", "--slurm", *(f"{name}={resources[name]}" for name in ours)]
+
+
+def ask_the_cluster():
+    """Before anything is submitted: would SLURM take it?"""
+    if workflow.executor_plugin.name == "slurm":
+        jobs = [job for job in workflow.dag.needrun_jobs() if job.rule.name.startswith("train") or not job.is_local]
+        for doubt in check.check({job.rule.name: dict(job.resources.items()) for job in jobs}):
+            logger.warning(doubt)
 
 
 # Whether a segment aligns is a matter of its trajectory: two rules, so that a profile can ask for other resources.

@@ -1,0 +1,84 @@
+"""Ask SLURM whether it would take a workflow's jobs, before the first is submitted. No torch.
+
+What is wrong in a profile is so said in the first seconds, and not hours later when the first job of its rule is due.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from haste.cluster import slurm
+
+# What SLURM says, and the keys of the profile that it is about. Of these no time makes an end: submission would fail.
+WRONG = {
+    "invalid account": "slurm_account and slurm_partition",
+    "invalid partition": "slurm_partition",
+    "invalid qos": "qos",
+    "invalid feature": "constraint",
+}
+# These may be different tomorrow, when other nodes are up.
+DOUBTFUL = {
+    "node configuration": "nodes, gpus_per_node or gpu, cpus_per_task, tasks_per_node, mem_mb and constraint",
+    "node count": "nodes",
+    "cpu count": "cpus_per_task and tasks_per_node",
+    "memory": "mem_mb",
+    "time limit": "runtime",
+}
+FLAGS = {
+    "slurm_account": "account",
+    "slurm_partition": "partition",
+    "qos": "qos",
+    "constraint": "constraint",
+    "runtime": "time",
+    "mem_mb": "mem",
+    "cpus_per_task": "cpus-per-task",
+    "nodes": "nodes",
+    "tasks_per_node": "ntasks-per-node",
+    "gpus_per_node": "gpus-per-node",
+    "gpu": "gpus",
+}
+
+
+def check(asked: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Doubts whether SLURM would take jobs with such resources now, in words.
+
+    Args:
+        asked: rule -> the resources of its jobs, named as in the profile.
+
+    Raises:
+        ValueError: there is no SLURM on this machine, or a job could never be submitted; the message names the keys of
+            the profile.
+    """
+    if not shutil.which("sbatch"):
+        raise ValueError(
+            "The profile hands jobs to SLURM, but here is no sbatch. Start this on a login node of the cluster, or "
+            "without --profile, with --cores all, to work on this machine alone"
+        )
+    rules: dict[tuple[str, ...], list[str]] = {}
+    for rule, resources in sorted(asked.items()):
+        rules.setdefault(flags(resources), []).append(rule)
+    for given, named in rules.items():
+        try:
+            slurm.ask("sbatch", "--test-only", *given, "--wrap=true")
+        except slurm.Unanswered as error:
+            yield from _judged(f"jobs of {', '.join(named)} ({' '.join(given)})", str(error))
+
+
+def flags(resources: Mapping[str, Any]) -> tuple[str, ...]:
+    """What sbatch is told for such resources, in the order of `FLAGS`."""
+    given = {**resources}
+    if given.get("gpu"):
+        given.pop("gpus_per_node", None)
+    found = [f"--{flag}={given[key]}" for key, flag in FLAGS.items() if given.get(key)]
+    return (*found, *str(given.get("slurm_extra") or "").split())
+
+
+def _judged(which: str, said: str) -> Iterator[str]:
+    words = " ".join(said.split())
+    for what, keys in WRONG.items():
+        if what in words.lower():
+            raise ValueError(f"SLURM would not take {which}: {words}. Look at {keys} in the profile")
+    about = next((keys for what, keys in DOUBTFUL.items() if what in words.lower()), None)
+    yield f"SLURM would not take {which} now: {words}." + (f" Look at {about} in the profile." if about else "")
