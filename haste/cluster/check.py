@@ -11,20 +11,20 @@ from typing import Any
 
 from haste.cluster import slurm
 
-# What SLURM says, and the keys of the profile that it is about. Of these no time makes an end: submission would fail.
+# What SLURM says, and keys of the profile that it may be about. Of these no time makes an end: submission would fail.
 WRONG = {
-    "invalid account": "slurm_account and slurm_partition",
-    "invalid partition": "slurm_partition",
-    "invalid qos": "qos",
-    "invalid feature": "constraint",
+    "invalid account": ("slurm_account", "slurm_partition"),
+    "invalid partition": ("slurm_partition",),
+    "invalid qos": ("qos",),
+    "invalid feature": ("constraint",),
 }
 # These may be different tomorrow, when other nodes are up.
 DOUBTFUL = {
-    "node configuration": "nodes, gpus_per_node or gpu, cpus_per_task, tasks_per_node, mem_mb and constraint",
-    "node count": "nodes",
-    "cpu count": "cpus_per_task and tasks_per_node",
-    "memory": "mem_mb",
-    "time limit": "runtime",
+    "node configuration": ("gpus_per_node", "gpu", "mem_mb", "cpus_per_task", "tasks_per_node", "nodes", "constraint"),
+    "node count": ("nodes",),
+    "cpu count": ("cpus_per_task", "tasks_per_node"),
+    "memory": ("mem_mb",),
+    "time limit": ("runtime",),
 }
 FLAGS = {
     "slurm_account": "account",
@@ -63,7 +63,8 @@ def check(asked: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         try:
             slurm.ask("sbatch", "--test-only", *given, "--wrap=true")
         except slurm.Unanswered as error:
-            yield from _judged(f"jobs of {', '.join(named)} ({' '.join(given)})", str(error))
+            which = f"jobs of {', '.join(named)} ({' '.join(given)})"
+            yield _doubt(which, [key for key in FLAGS if asked[named[0]].get(key)], str(error))
 
 
 def flags(resources: Mapping[str, Any]) -> tuple[str, ...]:
@@ -75,10 +76,11 @@ def flags(resources: Mapping[str, Any]) -> tuple[str, ...]:
     return (*found, *str(given.get("slurm_extra") or "").split())
 
 
-def _judged(which: str, said: str) -> Iterator[str]:
+def _doubt(which: str, keys: list[str], said: str) -> str:
     words = " ".join(said.split())
-    for what, keys in WRONG.items():
+    for what, about in WRONG.items():
         if what in words.lower():
-            raise ValueError(f"SLURM would not take {which}: {words}. Look at {keys} in the profile")
-    about = next((keys for what, keys in DOUBTFUL.items() if what in words.lower()), None)
-    yield f"SLURM would not take {which} now: {words}." + (f" Look at {about} in the profile." if about else "")
+            raise ValueError(f"SLURM would not take {which}: {words}. Look at {' and '.join(about)} in the profile")
+    about = next((about for what, about in DOUBTFUL.items() if what in words.lower()), ())
+    hint = ", ".join(key for key in about if key in keys)
+    return f"SLURM would not take {which} now: {words}." + (f" Look at {hint} in the profile." if hint else "")

@@ -63,7 +63,7 @@ def test_what_may_be_otherwise_when_other_nodes_are_up_is_a_doubt_and_no_refusal
     sbatch(refusing("--gpus-per-node=8", "allocation failure: Requested node configuration is not available"))
     (doubt,) = check.check({"train": {"gpus_per_node": 8, "nodes": 2}, "sample": {"gpu": 1}})
     assert "jobs of train (--nodes=2 --gpus-per-node=8) now: allocation failure" in doubt
-    assert "gpus_per_node" in doubt.split("Look at")[1]
+    assert doubt.endswith("Look at gpus_per_node, nodes in the profile.")
 
 
 def test_a_slurm_that_gives_no_answer_is_no_refusal(sbatch):
