@@ -21,7 +21,7 @@ from pathlib import Path
 
 from haste import artefact, config
 from haste.cluster import job as jobs
-from haste.cluster import slurm
+from haste.cluster import slurm, staging
 from haste.plan import Plan, State
 
 log = logging.getLogger("haste.cluster")
@@ -56,12 +56,14 @@ class Work:
         state: TRAJECTORY/STEP.
         root: the results folder, absolute.
         folder: where the command was given; paths in the configuration are relative to it.
+        stage_in: whether, and where, stores are copied to the node's own disk; as `haste.cluster.staging.staged`.
     """
 
     resolved: str
     state: str
     root: str
     folder: str
+    stage_in: str = "false"
 
     def __call__(self) -> str:
         """Train; the state's path. Does not return when interrupted."""
@@ -91,8 +93,10 @@ class Work:
 
         if rank == 0:
             _wait_for_the_last_attempt(plan, state)
+        copies = staging.staged(plan, state, self.stage_in, told_to_end=lambda: interruption.reason > 0)
         try:
-            return str(train(plan, state, interrupted=lambda: interruption.reason))
+            with copies as near:
+                return str(train(near, state, interrupted=lambda: interruption.reason))
         except Interrupted as stop:
             log.info(
                 "step %d is saved; %s", stop.step, "back into the queue" if stop.reason == TIME_LIMIT else "ending"

@@ -29,6 +29,7 @@ class Resources:
     slurm_extra: str | None = None
     signal_s: int = 120  # seconds before the time limit at which SLURM says that it is near
     poll_s: int = 20  # seconds between two looks at the queue
+    stage_in: str = "false"  # whether, or where on the node, stores are copied before training reads them
 
     @property
     def processes(self) -> int:
@@ -61,6 +62,10 @@ def resources(settings: Iterable[str]) -> Resources:
     if asked.gpus_per_node and asked.gpus_per_node < asked.tasks_per_node:
         raise ValueError(
             f"resources: {asked.tasks_per_node} processes a node and {asked.gpus_per_node} GPUs: each needs its own"
+        )
+    if asked.stage_in.lower() not in ("true", "false") and not asked.stage_in.startswith(("/", "$")):
+        raise ValueError(
+            f"resource stage_in={asked.stage_in}: expected true, false, or a folder such as /scratch/$USER"
         )
     if asked.runtime * 60 <= asked.signal_s:
         raise ValueError(f"resources: signal_s is {asked.signal_s}, but the job has {asked.runtime} minutes in all")

@@ -47,7 +47,9 @@ def submit(plan: Plan, state: State, asked: Resources) -> str:
     # submitit counts time limits on its own account; ours is another protocol, which never asks it.
     executor = _Executor(folder=jobs.folder(plan, state), max_num_timeout=10**6)
     executor.update_parameters(**jobs.parameters(asked, jobs.name(plan, state)))
-    work = Work(plan.config.model_dump_json(), str(state), str(Path(plan.root).resolve()), str(Path.cwd()))
+    work = Work(
+        plan.config.model_dump_json(), str(state), str(Path(plan.root).resolve()), str(Path.cwd()), asked.stage_in
+    )
     where = {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}
     with clean_env():  # who waits may be in a job itself, whose variables are not for the new one
         os.environ.update(where)  # but where the cluster is stays true

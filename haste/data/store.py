@@ -23,6 +23,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +41,7 @@ _DIGEST_BYTES = 16
 _ENTRY = ("start", "count", "bytes")
 _READ_LIMIT = 2**30  # bytes a pread; Linux reads at most 2 GiB at once
 _VERIFY_ROWS = 256
+_VERIFIERS = 4  # threads
 
 Fields = Mapping[str, tuple[Sequence[int], DTypeLike]]
 Progress = Callable[[int, int], None]
@@ -559,14 +561,19 @@ class Store:
             return self._files[number].fileno()
 
     def _verify(self) -> None:
-        """Compare every sample with its digest."""
-        for low in range(0, self.count, _VERIFY_ROWS):
-            rows = np.arange(low, min(low + _VERIFY_ROWS, self.count))
-            found = _digests({name: self._read(name, rows) for name in self.manifest["fields"]})
-            wrong = np.flatnonzero((found != self._read(DIGEST, rows)).any(axis=1))
-            if len(wrong):
-                sample = int(rows[wrong[0]])
-                raise ValueError(f"{self._file_of(sample)}: sample {sample} is damaged: it does not fit its digest")
+        """Compare every sample with its digest; reading and hashing let other threads run."""
+        with ThreadPoolExecutor(_VERIFIERS) as pool:
+            for sample in pool.map(self._damaged, range(0, self.count, _VERIFY_ROWS)):
+                if sample is not None:
+                    pool.shutdown(cancel_futures=True)
+                    raise ValueError(f"{self._file_of(sample)}: sample {sample} is damaged: it does not fit its digest")
+
+    def _damaged(self, low: int) -> int | None:
+        """The first of the samples from `low` on, as many as are looked at together, that does not fit its digest."""
+        rows = np.arange(low, min(low + _VERIFY_ROWS, self.count))
+        found = _digests({name: self._read(name, rows) for name in self.manifest["fields"]})
+        wrong = np.flatnonzero((found != self._read(DIGEST, rows)).any(axis=1))
+        return int(rows[wrong[0]]) if len(wrong) else None
 
     def _file_of(self, sample: int) -> Path:
         return next(s.path for s in self._shards if sample < s.header["start"] + s.header["count"])

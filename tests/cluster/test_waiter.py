@@ -282,6 +282,7 @@ def test_cancel_ends_the_jobs_of_the_run_and_no_other(cluster, plan, capsys):
         ("nodes", "expected KEY=VALUE"),
         ("nodes=0", "at least 1"),
         ("runtime=1h", "whole number"),
+        ("stage_in=yes", "expected true, false, or a folder"),
         ("runtime=2", "signal_s is 120, but the job has 2 minutes"),
     ],
 )

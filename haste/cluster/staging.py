@@ -1,0 +1,246 @@
+"""The stores that a training job reads, copied to its node's own disk, where a shared file system is slow. No torch.
+
+    SCRATCH/haste-UID/STORE-IDENTITY/      a copy; under this name only when it is whole and every sample is checked
+    SCRATCH/haste-UID/STORE-IDENTITY.lock  held, shared, by every process that reads it
+    SCRATCH/haste-UID/lock                 held by who comes or goes: looks, copies, removes
+
+One copy serves all processes of a node, of several jobs too; who goes last removes it. The kernel lets go of locks when
+a process dies, so what dead jobs left is seen, and the next one to come or go removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy as copying
+import dataclasses
+import fcntl
+import logging
+import os
+import shutil
+import stat
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from haste import artefact
+from haste.data.store import MANIFEST, Store, shard_path
+from haste.plan import Artefact, Plan, State
+
+log = logging.getLogger("haste.cluster")
+
+VARIABLES = ("SLURM_TMPDIR", "TMPDIR")  # where sites name a job's own folder on the node
+WORKERS = 4  # files copied at once: a network file system gives more to several readers
+CHUNK = 16 * 2**20  # bytes between two looks at whether to leave
+LOOK = 0.2  # seconds between two tries for a lock
+LEAVING = 30.0  # seconds that who goes waits for the lock; who holds it longer is copying, and clears up in its turn
+
+Asked = Callable[[], bool]
+
+
+class _Left(Exception):  # noqa: N818 - it was asked for, or need not be
+    """Waiting, or copying, was given up."""
+
+
+@contextlib.contextmanager
+def staged(plan: Plan, state: State, setting: str, told_to_end: Asked = lambda: False) -> Iterator[Plan]:
+    """A plan whose stores lie on this node's disk, for as long as the block lasts.
+
+    Args:
+        plan: what the configuration asks for.
+        state: which state is trained.
+        setting: `true`, `false`, or a folder in which $VARIABLES of the node may stand.
+        told_to_end: asked now and then; if it says so, the copy is given up and the stores are read where they are.
+
+    Raises:
+        ValueError: there is no such folder, too little room, or the copy is not what the manifest says.
+        OSError: a file cannot be read or written.
+    """
+    scratch = scratch_of(setting)
+    if scratch is None or Path(plan.path(state)).exists():
+        yield plan
+        return
+    place = scratch / f"haste-{os.getuid()}"
+    with contextlib.ExitStack() as held:
+        held.callback(_go, place)  # last, after the locks below are let go of
+        try:
+            near = _come(plan, wanted(plan, state), place, held, told_to_end)
+        except _Left:
+            log.info("told to end while copying to %s: the stores are read where they are", place)
+            near = plan
+        yield near
+
+
+def scratch_of(setting: str) -> Path | None:
+    """The folder on this node that a setting means; None for no copies.
+
+    Raises:
+        ValueError: no such folder on this node.
+    """
+    if setting.lower() == "false":
+        return None
+    if setting.lower() == "true":
+        found = next((os.environ[name] for name in VARIABLES if os.environ.get(name)), None)
+        if found is None:
+            raise ValueError(f"stage_in: neither {' nor '.join(VARIABLES)} is set on this node; name a folder instead")
+    else:
+        found = os.path.expandvars(setting)
+    folder = Path(found)
+    if "$" in found or not folder.is_absolute() or not folder.is_dir():
+        raise ValueError(f"stage_in: {setting} is {found} on this node, expected an absolute path to a folder")
+    return folder
+
+
+def wanted(plan: Plan, state: State) -> dict[str, Artefact]:
+    """What the job that makes a state reads, in words: images and targets only while it aligns."""
+    segment = plan.segment(state)
+    images = {"images": plan.images} if segment.teachers else {}
+    return {"latents": plan.latents, **images, **{f"targets of {name}": plan.targets[name] for name in segment.targets}}
+
+
+# -- coming and going --------------------------------------------------------------------------------------------------
+
+
+def _come(
+    plan: Plan, stores: Mapping[str, Artefact], place: Path, held: contextlib.ExitStack, told_to_end: Asked
+) -> Plan:
+    manifests = {what: artefact.read_json(made.manifest, "store") for what, made in stores.items()}
+    copies = {
+        what: place / f"{Path(made.folder).name}-{manifests[what]['identity'][:12]}" for what, made in stores.items()
+    }
+    with _locked(place / "lock", fcntl.LOCK_EX, told_to_end):
+        _clear(place, keep={path.name for path in copies.values()})
+        for path in copies.values():
+            held.enter_context(_locked(_lock_of(path), fcntl.LOCK_SH, told_to_end))
+        missing = [what for what in stores if not _whole(copies[what], manifests[what])]
+        _check_room(place, {what: _bytes(manifests[what]) for what in missing})
+        for what in missing:
+            _copy(what, Path(stores[what].folder), copies[what], manifests[what], told_to_end)
+    return _reading(plan, copies)
+
+
+def _go(place: Path) -> None:
+    limit = time.monotonic() + LEAVING
+    with contextlib.suppress(_Left, OSError), _locked(place / "lock", fcntl.LOCK_EX, lambda: time.monotonic() > limit):
+        _clear(place)
+
+
+def _clear(place: Path, keep: Collection[str] = ()) -> None:
+    """Remove the copies that nobody reads, and, where none is left, the place. Called with its lock held."""
+    artefact.sweep(place)
+    for lock in place.glob("*.lock"):
+        if lock.stem in keep:
+            continue
+        with open(lock, "a") as file, contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+            lock.unlink()
+    if not keep and {path.name for path in place.iterdir()} == {"lock"}:
+        (place / "lock").unlink()
+        place.rmdir()
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
+
+
+@contextlib.contextmanager
+def _locked(path: Path, how: int, give_up: Asked) -> Iterator[None]:
+    """Hold a lock on a file that others may remove while we wait for it.
+
+    Raises:
+        _Left: `give_up` said so first.
+        ValueError: its folder is somebody else's.
+    """
+    said = False
+    while (file := _try(path, how)) is None:
+        if give_up():
+            raise _Left
+        if not said:
+            log.info("waiting for who copies to %s", path.parent)
+        said = True
+        time.sleep(LOOK)
+    with file:
+        yield
+
+
+def _try(path: Path, how: int) -> Any:
+    """The open file that holds a lock; None if somebody else has it, or took it away."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    owner = os.lstat(path.parent)
+    if owner.st_uid != os.getuid() or not stat.S_ISDIR(owner.st_mode):  # scratch is often everybody's
+        raise ValueError(f"stage_in: {path.parent} is of user {owner.st_uid}, expected a folder of our own")
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), contextlib.ExitStack() as opened:
+        file = opened.enter_context(open(path, "a"))
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+        if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
+            opened.pop_all()
+            return file
+    return None
+
+
+# -- copying -----------------------------------------------------------------------------------------------------------
+
+
+def _bytes(manifest: Mapping[str, Any]) -> int:
+    return sum(entry["bytes"] for entry in manifest["shards"])
+
+
+def _check_room(place: Path, sizes: Mapping[str, int]) -> None:
+    free, needed = shutil.disk_usage(place).free, sum(sizes.values())
+    if needed > free:
+        each = " and ".join(f"{what} {size:,}" for what, size in sizes.items())
+        raise ValueError(
+            f"stage_in: {place.parent} has {free:,} bytes free, but {needed:,} are needed ({each}). Name another "
+            "folder, ask for nodes with more (slurm_extra: --tmp=...), or leave stage_in out"
+        )
+
+
+def _whole(path: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a copy is there and fits its source. Its samples were checked before it got its name."""
+    if not path.exists():
+        return False
+    try:
+        with Store.open(path, kind=manifest["store"], key=manifest["key"]) as store:
+            return store.identity == manifest["identity"]
+    except (ValueError, OSError) as error:
+        log.warning("the copy is made again: %s", error)
+        return False
+
+
+def _copy(what: str, source: Path, target: Path, manifest: Mapping[str, Any], told_to_end: Asked) -> None:
+    shards, began = len(manifest["shards"]), time.monotonic()
+    names = [MANIFEST, *(shard_path("", number, shards).name for number in range(shards))]
+    log.info("copying %s, %s bytes, to %s", what, f"{_bytes(manifest):,}", target)
+    with artefact.replacing(target) as aside:
+        aside.mkdir()
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for _ in pool.map(lambda name: _copy_file(source / name, aside / name, told_to_end), names):
+                pass
+        try:
+            Store.open(aside, kind=manifest["store"], key=manifest["key"], verify="full").close()
+        except ValueError as error:
+            raise ValueError(f"stage_in: the copy of {source} is damaged, or its source is: {error}") from error
+    log.info("%s copied and checked in %.0f s", what, time.monotonic() - began)
+
+
+def _copy_file(source: Path, target: Path, told_to_end: Asked) -> None:
+    with open(source, "rb") as have, open(target, "xb") as into:
+        while part := have.read(CHUNK):
+            if told_to_end():
+                raise _Left
+            into.write(part)
+
+
+def _reading(plan: Plan, copies: Mapping[str, Path]) -> Plan:
+    """The plan, with stores read from copies."""
+    near = copying.copy(plan)
+    near.latents = _at(plan.latents, copies.get("latents"))
+    near.images = _at(plan.images, copies.get("images"))
+    near.targets = {name: _at(made, copies.get(f"targets of {name}")) for name, made in plan.targets.items()}
+    return near
+
+
+def _at(made: Artefact, place: Path | None) -> Artefact:
+    return made if place is None else dataclasses.replace(made, folder=str(place))
