@@ -36,6 +36,7 @@ EXTENSIONS = (
     "detectors",
     "teachers",
     "models",
+    "triggers",
 )  # what other packages add to; `haste.extensions`
 LIBRARIES = ("torch", "timm", "diffusers", "torch-fidelity", "torchdiffeq", "numpy", "h5py", "snakemake", "safetensors")
 

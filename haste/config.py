@@ -22,9 +22,11 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PlainValidator,
     SerializeAsAny,
+    Tag,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -32,6 +34,7 @@ from pydantic import (
 )
 
 from haste import extensions
+from haste.align import triggers
 from haste.align.schedule import SHAPES
 from haste.network import Facts, Tap, blocks, sit_facts, sit_taps
 from haste.public import DETECTORS, TEACHERS
@@ -88,7 +91,7 @@ LATER = _Mark()  # younger than results that people have: at its default it stay
 LABEL = _Mark()  # decides nothing by itself
 
 
-def decides(kind: type[Strict], values: Mapping[str, Any]) -> dict[str, Any]:
+def decides(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
     """What of a section enters a recipe, by the marks of its keys.
 
     Args:
@@ -401,11 +404,56 @@ class Alignment(Strict):
 TERMS: dict[str, type[Strict]] = {"features": FeatureTerm, "attention": AttentionTerm}
 
 
-class Stops(Strict):
-    """The stopping step of each term; None is never. In a configuration one number stands for both."""
+class Trigger(Strict):
+    """Stops a term by what is seen while training. Beside these keys it has the parameters of its trigger."""
 
-    features: Annotated[int, Field(ge=0)] | None = None
-    attention: Annotated[int, Field(ge=0)] | None = None
+    model_config = ConfigDict(extra="allow")
+
+    trigger: str
+    after: Annotated[int, Field(ge=0)] = 0
+    every: Positive = 1000
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        """Check the parameters, and write out those that are left to their defaults."""
+        if not isinstance(given, dict) or not isinstance(given.get("trigger"), str):
+            return given
+        kind = triggers.named(given["trigger"])
+        if clash := sorted({*cls.model_fields} & {*kind.model_fields}):
+            raise ValueError(f"{given['trigger']}: its fields have {', '.join(clash)}, which stands for something else")
+        own = {key: value for key, value in given.items() if key not in cls.model_fields}
+        if unknown := [key for key in own if key not in kind.model_fields]:
+            raise ValueError(
+                f"unknown key {unknown[0]!r}{_nearest(unknown[0], {*cls.model_fields, *kind.model_fields})}"
+            )
+        common = {key: value for key, value in given.items() if key not in own}
+        return {**common, **triggers.made(given["trigger"], own).model_dump(mode="json")}
+
+    @property
+    def first(self) -> int:
+        """The first step at which it can stop its term."""
+        return triggers.first_reading(triggers.made(self.trigger, self.model_extra or {}), self.after, self.every)
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """What of it enters a recipe."""
+        return decides(triggers.named(self.trigger), decides(Trigger, self.model_dump()))
+
+
+# What a stop can be, by the word that pydantic puts into the path of a fault within it.
+_STOPS = {"<step>": int, "<trigger>": Trigger}
+Stop = Annotated[
+    Annotated[int, Field(ge=0), Tag("<step>")] | Annotated[Trigger, Tag("<trigger>")],
+    Discriminator(lambda value: "<trigger>" if isinstance(value, dict | Trigger) else "<step>"),
+]
+
+
+class Stops(Strict):
+    """When each term stops: at a step, by a trigger, or never (None). In a configuration one may stand for both."""
+
+    features: Stop | None = None
+    attention: Stop | None = None
 
 
 class Ramps(Strict):
@@ -417,7 +465,12 @@ class Ramps(Strict):
 
 
 def _both(value: Any) -> Any:
-    return value if isinstance(value, (dict, Stops, Ramps)) else {"features": value, "attention": value}
+    return {"features": value, "attention": value} if _for_both(value) else value
+
+
+def _for_both(value: Any) -> bool:
+    """Whether a `stop` or `ramp` is one number, or one trigger, for all terms."""
+    return "trigger" in value if isinstance(value, dict) else not isinstance(value, Stops | Ramps)
 
 
 def _distinct(names: list[Any]) -> list[Any]:
@@ -804,6 +857,7 @@ def _with_presets(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 def _over(defaults: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
     """A row on top of the defaults; sections that both have, such as `training` and `stop`, are joined key by key."""
     both = {key for key in defaults if isinstance(defaults[key], dict) and isinstance(row.get(key), dict)}
+    both -= {key for key in both if _for_both(defaults[key]) or _for_both(row[key])}
     other = {"seed": "seeds", "seeds": "seed"}  # a row's own one or several push the defaults' several or one aside
     hidden = {other[key] for key in other if key in row and other[key] not in row}
     kept = {key: value for key, value in defaults.items() if key not in hidden}
@@ -811,13 +865,13 @@ def _over(defaults: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _spread(row: dict[str, Any], alignments: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a `stop` or `ramp` that is one number as those of the terms that the row's alignment has."""
+    """Write a `stop` or `ramp` that stands for all terms as those of the terms that the row's alignment has."""
     name = row.get("alignment", "vanilla")
     terms = alignments.get(name) if isinstance(name, str) else None
     if not isinstance(terms, dict):
         return row
     for key in ("stop", "ramp"):
-        if isinstance(row.get(key), int):
+        if isinstance(row.get(key), int | dict) and _for_both(row[key]):
             each = {kind: row[key] for kind in TERMS if terms.get(kind) is not None}
             row = {**row, key: each or row[key]}
     return row
@@ -842,7 +896,7 @@ def _nearest(found: Any, known: Any) -> str:
 
 
 def _explain(fault: Any) -> str:
-    where = ".".join(str(part) for part in fault["loc"]) or "the configuration"
+    where = ".".join(str(part) for part in fault["loc"] if part not in _STOPS) or "the configuration"
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown key{_nearest(fault['loc'][-1], _keys_at(fault['loc'][:-1]))}"
     if fault["type"] == "missing":
@@ -857,7 +911,9 @@ def _keys_at(path: tuple[Any, ...]) -> list[str]:
     kind: Any = Config
     for part in path:
         models = _models_in(kind)
-        if isinstance(kind, type) and issubclass(kind, Strict) and part in kind.model_fields:
+        if part in _STOPS:
+            kind = _STOPS[part]
+        elif isinstance(kind, type) and issubclass(kind, Strict) and part in kind.model_fields:
             kind = kind.model_fields[part].annotation
         elif get_origin(kind) is dict:
             kind = get_args(kind)[1]
@@ -1148,22 +1204,31 @@ def _faults_of_model(config: Config, run: Run | Evaluate, where: str) -> list[st
 def _faults_of_stop(config: Config, run: Run, where: str) -> list[str]:
     alignment = alignment_named(config, run.alignment)
     terms = [kind for kind in Stops.model_fields if getattr(alignment, kind) is not None]
-    stops = {kind: step for kind, step in run.stop.model_dump().items() if step is not None}
+    stops = {kind: said for kind in Stops.model_fields if (said := _words_of_stop(getattr(run.stop, kind)))}
     if stops and not terms:
-        step = next(iter(stops.values()))
-        return [f"{where}.stop: {step} given, but {run.alignment!r} aligns nothing that could be stopped"]
+        found = next(iter(stops.values()))
+        return [f"{where}.stop: {found} given, but {run.alignment!r} aligns nothing that could be stopped"]
     return [
-        f"{where}.stop.{kind}: {step} given, but {run.alignment!r} has no {kind} to stop, only {', '.join(terms)}"
-        for kind, step in stops.items()
+        f"{where}.stop.{kind}: {found} given, but {run.alignment!r} has no {kind} to stop, only {', '.join(terms)}"
+        for kind, found in stops.items()
         if kind not in terms
     ]
+
+
+def _words_of_stop(stop: Any) -> str:
+    return f"trigger {stop.trigger}" if isinstance(stop, Trigger) else "" if stop is None else str(stop)
 
 
 def _faults_of_ramp(run: Run, where: str) -> list[str]:
     faults = []
     for kind in TERMS:
         steps, stop = getattr(run.ramp, kind), getattr(run.stop, kind)
-        if steps is not None and (stop is None or steps > stop):
+        if steps is not None and isinstance(stop, Trigger):
+            faults.append(
+                f"{where}.ramp.{kind}: {steps} steps down to the stop, but {kind} stops by {stop.trigger}, at a step "
+                "that nobody knows before; expected a stop at a step, or no ramp"
+            )
+        elif steps is not None and (stop is None or steps > stop):
             found = "never stops" if stop is None else f"stops at step {stop}"
             faults.append(f"{where}.ramp.{kind}: {steps} steps down to the stop, but {kind} {found}")
     return faults
@@ -1209,10 +1274,18 @@ def _heads_of(taps: Mapping[str, Tap], layers: Collection[int]) -> int:
 
 
 def falls_from(config: Config, run: str) -> dict[str, int | None]:
-    """Term -> the first step at which it is not what it would be if it never stopped; None if it never stops."""
-    row = config.runs[run]
-    ends = {kind: (getattr(row.stop, kind), getattr(row.ramp, kind)) for kind in terms_of(config, run)}
-    return {kind: None if stop is None else stop - (ramp or 0) for kind, (stop, ramp) in ends.items()}
+    """Term -> the first step at which it may not be what it would be if it never stopped; None if it never stops."""
+    found: dict[str, int | None] = {}
+    for kind in terms_of(config, run):
+        stop, ramp = getattr(config.runs[run].stop, kind), getattr(config.runs[run].ramp, kind)
+        found[kind] = stop.after if isinstance(stop, Trigger) else None if stop is None else stop - (ramp or 0)
+    return found
+
+
+def triggers_of(config: Config, run: str) -> dict[str, Trigger]:
+    """The terms of a run that a trigger stops, with that."""
+    stops = {kind: getattr(config.runs[run].stop, kind) for kind in terms_of(config, run)}
+    return {kind: stop for kind, stop in stops.items() if isinstance(stop, Trigger)}
 
 
 def terms_of(config: Config, run: str) -> dict[str, dict[str, Any]]:

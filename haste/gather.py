@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from haste import artefact, config, journal
+from haste import artefact, config, journal, termination
 from haste.data.npz import read_npz
 from haste.diagnose import pictures
 from haste.plan import Detector, Evaluation, Plan
@@ -31,14 +31,28 @@ def method(plan: Plan, run: str) -> str:
 
 
 def stop(plan: Plan, run: str) -> str:
-    """When a run's alignment stops, as the table says it."""
+    """When a run's alignment stops, as the table says it: of all its seeds, where a trigger stops it."""
     if run in plan.config.evaluate:
         return NONE
-    terms, stops = config.terms_of(plan.config, run), plan.config.runs[run].stop.model_dump()
-    found = {kind: "never" if stops[kind] is None else str(stops[kind]) for kind in terms}
+    triggers, found = config.triggers_of(plan.config, run), {}
+    for kind in config.terms_of(plan.config, run):
+        step = getattr(plan.config.runs[run].stop, kind)
+        found[kind] = _watched(plan, run, kind) if kind in triggers else "never" if step is None else str(step)
     if not found:
         return NONE
     return found.popitem()[1] if len(set(found.values())) == 1 else ", ".join(f"{k} {s}" for k, s in found.items())
+
+
+def _watched(plan: Plan, run: str, kind: str) -> str:
+    """Where a trigger stopped a term: `300 by plateau`, or `300 to 400 by plateau` over seeds that differ."""
+    name = config.triggers_of(plan.config, run)[kind].trigger
+    seeds = plan.config.runs[run].all_seeds
+    steps = [found[kind].step for seed in seeds if kind in (found := termination.along(plan, run, seed))]
+    if not steps:
+        return f"never by {name}"
+    several = "" if min(steps) == max(steps) else f" to {max(steps)}"
+    some = "" if len(steps) == len(seeds) else f" in {len(steps)} of {len(seeds)} seeds"
+    return f"{min(steps)}{several} by {name}{some}"
 
 
 def records(plan: Plan, run: str, seed: int) -> list[dict[str, Any]]:

@@ -20,11 +20,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from haste import artefact, journal
+from haste import artefact, journal, termination
 from haste.cache import readable
 from haste.cluster import queue as cluster_queue
 from haste.cluster.slurm import Unanswered
 from haste.plan import Evaluation, Piece, Plan, State
+from haste.termination import Stopped
 
 ROOMS = ("states", "stores", "parts", "samples", "features", "scores")
 NOT_LOSSES = {"step", "images_per_s", "seconds", "time", "waiting", "memory_mb", "skipped", "grad_norm"}
@@ -160,7 +161,7 @@ def _line(plan: Plan, run: str, seed: int, queued: Mapping[State, str]) -> Line:
         last if finished else step,
         last,
         _doing(finished, step, holder),
-        "" if finished else _segment(plan, ahead, step),
+        "" if finished else _segment(plan, ahead, step, termination.along(plan, run, seed)),
         rate,
         None if finished or not rate else (last - step) / rate,
         {n: v for n in record if n not in NOT_LOSSES and (v := number(record, n)) is not None},
@@ -179,11 +180,13 @@ def _elsewhere(plan: Plan, name: str) -> Line:
     return Line(name, step, step, doing, "", None, None, {}, None, None, 0)
 
 
-def _segment(plan: Plan, piece: Piece, step: int) -> str:
-    """The stretch of a piece after some steps, to the next state that is asked for there."""
+def _segment(plan: Plan, piece: Piece, step: int, stopped: Mapping[str, Stopped]) -> str:
+    """The stretch of a piece after some steps, to the next state that is asked for there, and what triggers stopped."""
     ends = [end for end in plan.cuts[piece.trajectory] if end > step and piece.holds(end)]
     segment = plan.segment(State(piece.trajectory, min(ends, default=step + 1)))
-    return f"{segment.start} to {segment.state.step}, aligning {' and '.join(segment.terms) or 'nothing'}"
+    left = " and ".join(kind for kind in segment.terms if kind not in stopped) or "nothing"
+    said = [f"; {kind} stopped at {one.step} by {one.trigger}" for kind, one in stopped.items()]
+    return f"{segment.start} to {segment.state.step}, aligning {left}{''.join(said)}"
 
 
 def _rate(plan: Plan, run: str, record: Mapping[str, Any]) -> float | None:

@@ -429,11 +429,12 @@ class Plan:
                 state = self.state(run, step, seed)
                 self.cuts[state.trajectory].add(step)
         self.notes = [
-            f"{run}: stop of {kind} at step {getattr(row.stop, kind)} lies beyond the last milestone "
+            f"{run}: {_stop_words(stop, kind)} lies beyond the last milestone "
             f"{row.milestones[-1]}: it has no effect yet"
             for run, row in self.config.runs.items()
             for kind, step in configuration.falls_from(self.config, run).items()
-            if step is not None and step > row.milestones[-1]
+            if (stop := getattr(row.stop, kind)) is not None
+            and (stop.first if isinstance(stop, configuration.Trigger) else step or 0) > row.milestones[-1]
         ]
         self.notes += [
             f"{file}: is gone; what was made from it stays, and nothing more can be made"
@@ -442,12 +443,14 @@ class Plan:
         ]
 
     def _pieces(self, run: str, seed: int) -> Iterator[Piece]:
-        """A new piece begins where a term's weight begins to fall, and where the term stops.
+        """A new piece begins where a term's weight begins to fall, where a trigger begins to watch it, and where the
+        term stops at a step that the configuration names.
 
         Up to there nothing of the stop is in the recipe: the trunk is that of the run that never stops.
         """
         terms, row = configuration.terms_of(self.config, run), self.config.runs[run]
-        stops, falls = row.stop.model_dump(), configuration.falls_from(self.config, run)
+        triggers, falls = configuration.triggers_of(self.config, run), configuration.falls_from(self.config, run)
+        stops = {kind: None if kind in triggers else getattr(row.stop, kind) for kind in terms}
         # a stop at step 0 starts no piece of its own
         bounds = sorted({step for kind in terms for step in (falls[kind], stops[kind]) if step})
         for low, high in zip([0, *bounds], [*bounds, None], strict=True):
@@ -457,7 +460,11 @@ class Plan:
                 if stop == 0:
                     continue
                 active[kind] = {**term, "active": [0, stop if stop is not None and stop <= low else None]}
-                if begin is not None and begin < stop and begin <= low:
+                if begin is None or begin > low:
+                    continue
+                if kind in triggers:
+                    active[kind]["trigger"] = triggers[kind].decided
+                elif stop is not None and begin < stop:
                     active[kind]["ramp"] = {"from": begin, "to": stop, "shape": row.ramp.shape}
             yield Piece(self._trajectory(run, seed, active).name, low, high)
 
@@ -571,7 +578,7 @@ class Plan:
         terms = configuration.terms_of(self.config, owner[0])
         recipe = self.trajectories[state.trajectory].recipe["terms"]
         active = {
-            kind: {**term, "ramp": recipe[kind].get("ramp")}
+            kind: {**term, "ramp": recipe[kind].get("ramp"), "trigger": recipe[kind].get("trigger")}
             for kind, term in terms.items()
             if kind in recipe and recipe[kind]["active"][1] is None
         }
@@ -733,6 +740,12 @@ def _pretrained(part: Any) -> dict[str, Any]:
     return {**settings, "decode": settings.get("decode") or settings.get("encode")}
 
 
+def _stop_words(stop: Any, kind: str) -> str:
+    if isinstance(stop, configuration.Trigger):
+        return f"step {stop.first}, where {stop.trigger} first decides on {kind},"
+    return f"stop of {kind} at step {stop}"
+
+
 def _slug(model: Model | OtherModel, terms: dict[str, dict[str, Any]], otherwise: str = "vanilla") -> str:
     """A name that people can tell apart, made of nothing but the recipe (labels may differ between configurations)."""
     if isinstance(model, Model):
@@ -741,6 +754,7 @@ def _slug(model: Model | OtherModel, terms: dict[str, dict[str, Any]], otherwise
     else:
         words = [re.sub(r"[^A-Za-z0-9._]", "-", model.architecture)]
     for kind, term in terms.items():
-        end, ramp = term["active"][1], term.get("ramp")
-        words.append(kind + (f"-ramp{ramp['from']}" if ramp else "") + ("" if end is None else f"-to{end}"))
+        end, ramp, trigger = term["active"][1], term.get("ramp"), term.get("trigger")
+        by = "-" + re.sub(r"[^\w.]", "-", trigger["trigger"]) if trigger else ""
+        words.append(kind + by + (f"-ramp{ramp['from']}" if ramp else "") + ("" if end is None else f"-to{end}"))
     return "-".join(words if terms else [*words, otherwise])

@@ -21,11 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from haste import artefact, config, journal
+from haste import artefact, config, journal, termination
 from haste.cache import readable
 from haste.config import Config
 from haste.live import ROOMS, number, size_of
 from haste.plan import STATE_NAME, Artefact, Piece, Plan, State
+from haste.termination import Stopped
 
 _MADE = re.compile(r"[a-z]+-[0-9a-f]{12}$")  # KIND-HASH, as stores and parts are called
 _DRAWN = re.compile(r".+\.[0-9a-f]{8}$")  # TRAJECTORY.STEP.HASH, as sets of samples are called
@@ -71,6 +72,8 @@ def states_needed(plan: Plan) -> set[Path]:
     for file in plan.identities:  # a checkpoint to evaluate or to begin from may be a state of this very folder
         path = Path(file).resolve()
         needed |= {Path(plan.root, path.relative_to(root))} if path.is_relative_to(root) else set()
+    for run, seed in plan.pieces:  # where a trigger stopped a term: its state is kept as those at other stops are
+        needed |= {Path(plan.path(plan.state(run, one.step, seed))) for one in _stops(plan, run, seed)}
     for state in plan.planned():
         needed.add(Path(plan.path(state)))
         if state.step in plan.on_disk(state.trajectory):
@@ -83,6 +86,10 @@ def states_needed(plan: Plan) -> set[Path]:
         rolling = [path for path in folder.glob("rolling/step-*") if (m := STATE_NAME.match(path.name))]
         needed |= {path for path in rolling if (m := STATE_NAME.match(path.name)) and int(m[1]) in way}
     return needed
+
+
+def _stops(plan: Plan, run: str, seed: int) -> Iterable[Stopped]:
+    return termination.along(plan, run, seed).values()
 
 
 @dataclasses.dataclass(frozen=True)

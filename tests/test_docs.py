@@ -14,6 +14,7 @@ from pydantic_core import PydanticUndefined
 
 import haste
 from haste import cli, config
+from haste.align import triggers
 from haste.plan import Plan
 
 ROOT = Path(haste.__file__).parent.parent
@@ -169,6 +170,7 @@ def sections(model: type = config.Config, path: str = "") -> dict[str, type]:
     """Path -> schema of every section of a configuration; "" is the top level."""
     found = {path: model}
     for name, field in model.model_fields.items():
+        name = "TERM" if model is config.Stops else name  # what stops one stops the other
         for more, inner in nested(field.annotation):
             found |= sections(inner, f"{path}.{name}{more}".lstrip("."))
     return found
@@ -185,7 +187,8 @@ def rows_of(section: str) -> dict[str, list[str]]:
     return {cells[0].strip().strip("`"): [cell.strip() for cell in cells[1:]] for cells in lines}
 
 
-SECTIONS = sections()
+# What stands beside the keys that all triggers have.
+SECTIONS = sections() | {f"trigger: {name}": kind for name, kind in triggers.TRIGGERS.items()}
 each_section = pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section or "top")
 FIELDS = [(path, name) for path, model in SECTIONS.items() for name in model.model_fields]
 each_key = pytest.mark.parametrize(("section", "key"), FIELDS, ids=lambda part: part or "top")
@@ -364,9 +367,10 @@ OTHER = {
     "runs.NAME.ramp.features": 3,
     "runs.NAME.ramp.attention": 3,
     "runs.NAME.ramp.shape": "linear",
+    "trigger: plateau.slow": 0.9999,
 }
 # A key with one value, and one that changes only together with another.
-ONE_VALUE = {"images.source", "teachers.NAME.pca", "models.NAME.architecture"}
+ONE_VALUE = {"images.source", "teachers.NAME.pca", "models.NAME.architecture", "runs.NAME.stop.TERM.trigger"}
 # Keys that only go with another.
 NT_XENT = {"similarity": "nt-xent", "negatives": "batch"}
 BESIDE = {
@@ -411,6 +415,11 @@ def changed(section: str, key: str) -> tuple[dict, dict]:
 
 def section_of(raw: dict, section: str) -> dict:
     """A section of a configuration, made where it is not there."""
+    if section.startswith(("trigger: ", "runs.NAME.stop.TERM")):
+        stops = raw["runs"]["run"]["stop"]
+        if not isinstance(stops["features"], dict):
+            stops["features"] = {"trigger": section.removeprefix("trigger: ").replace("runs.NAME.stop.TERM", "plateau")}
+        return stops["features"]
     path = section.split(".") if section else []
     for owner, part in zip(["", *path], path, strict=False):
         raw = raw.setdefault(NAMES[owner] if part == "NAME" else part, {})
@@ -421,7 +430,8 @@ def section_of(raw: dict, section: str) -> dict:
 def test_a_change_of_a_key_renames_what_the_document_says(section, key, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # files from elsewhere are remembered in the results folder
     cell = rows_of(section)[key][2]
-    if nested(SECTIONS[section].model_fields[key].annotation) or key == "defaults":
+    number_or_section = SECTIONS[section] is config.Stops
+    if (nested(SECTIONS[section].model_fields[key].annotation) and not number_or_section) or key == "defaults":
         assert cell == "", "a section renames nothing by itself, its keys do"
         return
     full = f"{section}.{key}".lstrip(".")
@@ -465,7 +475,7 @@ def test_the_published_mappings_in_the_document_are_those_of_the_code():
 
 def test_the_tables_that_extensions_go_into_are_where_the_document_says_and_agree_with_the_schema():
     rows = re.findall(r"^\| \[[\w ]+\]\(#[\w-]+\) \| `([^`]+)` \| `(\w+)` \| (.*?) ?\|$", EXTENDING, re.MULTILINE)
-    assert len(rows) == 7
+    assert len(rows) == 8
     tables = {name: resolved(f"{file.removesuffix('.py').replace('/', '.')}.{name}") for file, name, _ in rows}
     schema = {name: cell.strip("`") for _, name, cell in rows}
     for name in ("SAMPLERS", "SOURCES"):

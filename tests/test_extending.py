@@ -1,5 +1,6 @@
 """The page on extending shows a package that works: its files are installed as they stand, and used from end to end."""
 
+import importlib
 import re
 import sys
 import tomllib
@@ -12,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from haste import artefact, cli, config, exchange, extensions, status
+from haste import artefact, cli, config, exchange, extensions, status, termination
 from haste.data.store import Store
 from haste.diffusion import samplers
 from haste.metrics import detectors, scores
@@ -97,12 +98,19 @@ def test_what_the_page_adds_is_used_from_training_to_scores(world, tables, tmp_p
     network = VisionTransformer(8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=0)
     save_file(network.state_dict(), tmp_path / "small.safetensors")
     changes = yaml.safe_load(block("yaml").replace("small.safetensors", str(tmp_path / "small.safetensors")))
-    world.configure(**changes, defaults={**world.raw["defaults"], "sampling": ["mine"]})
+    stop = {**changes.pop("defaults")["stop"], "every": 4, "level": 9.0}  # at the first reading
+    world.configure(**changes, defaults={**world.raw["defaults"], "sampling": ["mine"], "stop": stop})
     run_haste(world, "plan")
     run_haste(world, "train", world.plan.state("HASTE", 8))
     run_haste(world, "reference")
     run_haste(world, "sample", world.row().name)
     run_haste(world, "evaluate", world.row().name)
+    stopped = termination.read(world.state.parent)
+    assert {kind: (one.step, one.trigger) for kind, one in stopped.items()} == {
+        "features": (4, "below"),
+        "attention": (4, "below"),
+    }
+    assert all(re.fullmatch(r"\d\.\d{3} is left, the level is 9\.0", one.reason) for one in stopped.values())
     score = artefact.read_json(world.row().score, "score")
     assert score["detector"]["name"] == "colours"
     assert score["nfe"] == 4  # two steps, two evaluations each
@@ -150,6 +158,27 @@ def test_what_cannot_be_imported_or_takes_a_name_of_ours_is_refused_by_package(i
     extensions._found.cache_clear()
     with pytest.raises(ValueError, match=r"my_haste:MIDPOINT \(of my-haste\) is called 'heun', which is taken"):
         extensions.loaded("samplers", samplers.SAMPLERS)
+
+
+def test_a_trigger_from_outside_has_its_keys_checked_before_anything_runs(installed, tiny):
+    def refused(**stop):
+        with pytest.raises(ValueError) as refusal:
+            config.resolve({**tiny, "runs": {"HASTE": {"alignment": "HASTE", "stop": {"trigger": "below", **stop}}}})
+        return str(refusal.value).splitlines()[0]
+
+    assert refused(levl=1) == "runs.HASTE.stop.features: unknown key 'levl'; did you mean 'level'?"
+    assert refused() == "runs.HASTE.stop.features.level: missing, and it has no default"
+    assert refused(level="low").startswith("runs.HASTE.stop.features.level: Input should be a valid number")
+    assert refused(trigger="belw") == "runs.HASTE.stop.features: nothing is called 'belw'; did you mean 'below'?"
+    text = (installed / "my_haste.py").read_text()
+    (installed / "my_haste.py").write_text(text.replace("    level: float\n", "    level: float\n    after: int = 0\n"))
+    sys.modules.pop("my_haste")
+    importlib.invalidate_caches()
+    assert refused(level=1) == "runs.HASTE.stop.features: below: its fields have after, which stands for something else"
+    points = next(installed.glob("my_haste-*")) / "entry_points.txt"
+    points.write_text("[haste.triggers]\nbelow = my_haste:small\n")
+    extensions._found.cache_clear()
+    assert "expected a class derived from haste.align.triggers.Trigger" in refused(level=1)
 
 
 # ---- a model

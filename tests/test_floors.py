@@ -15,7 +15,7 @@ FLOORS = [
     {"models", "diffusion", "align", "metrics", "journal", "cache"},
     {"config"},
     {"data", "teachers", "diagnose", "plan", "report"},
-    {"train", "sample", "score", "exchange", "gather", "status", "live", "prune", "cluster"},
+    {"train", "sample", "score", "exchange", "gather", "status", "live", "prune", "cluster", "termination"},
     {"cli"},
 ]
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
@@ -61,7 +61,7 @@ def test_a_room_imports_only_from_lower_floors(path):
 @pytest.mark.parametrize(
     "module",
     [
-        *("config", "plan", "status", "live", "prune", "gather", "report.page", "journal", "cli"),
+        *("config", "plan", "status", "live", "prune", "gather", "report.page", "journal", "termination", "cli"),
         *("cluster.waiter", "cluster.queue", "cluster.check"),
     ],
 )

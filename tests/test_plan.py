@@ -221,6 +221,59 @@ def test_a_ramp_leaves_the_trunk_where_it_begins_and_the_stop_leaves_the_ramp():
     assert cuts[1].terms["attention"]["ramp"] is None and cuts[2].terms == {}
 
 
+PLATEAU = {"trigger": "plateau", "after": 6, "every": 2, "fast": 0.5, "slow": 0.75}
+
+
+def test_a_run_with_a_trigger_leaves_the_trunk_where_it_begins_to_watch_and_aligns_as_far_as_the_plan_can_know():
+    plan = plan_of_runs(
+        never={"alignment": "HASTE"},
+        seen={"alignment": "HASTE", "stop": PLATEAU},
+        one={"alignment": "HASTE", "stop": {"features": PLATEAU, "attention": 10}},
+    )
+    for step in range(1, 7):
+        assert path_of(plan, "seen", step) == path_of(plan, "one", step) == path_of(plan, "never", step)
+    for step in (7, 16):
+        assert len({path_of(plan, run, step) for run in ("seen", "one", "never")}) == 3
+    segments = [plan.segment(plan.state("seen", step)) for step in (6, 8, 16)]
+    assert [(s.start, s.state.step, sorted(s.terms)) for s in segments] == [
+        (0, 6, ["attention", "features"]),
+        (6, 8, ["attention", "features"]),
+        (8, 16, ["attention", "features"]),
+    ]
+    assert [s.terms["features"]["trigger"] for s in segments[:2]] == [None, {**PLATEAU, "margin": 0.02}]
+    assert [sorted(plan.segment(plan.state("one", step)).terms) for step in (10, 16)] == [
+        ["attention", "features"],
+        ["features"],
+    ]
+    mine = {plan.state(run, step).trajectory for run in ("seen", "one") for step in (8, 16)}
+    assert mine <= set(plan.trained(aligned=True))  # whose jobs ask for an aligned job's resources
+
+
+@pytest.mark.parametrize("change", [{"after": 5}, {"every": 3}, {"fast": 0.4}, {"slow": 0.8}, {"margin": 0.5}])
+def test_every_key_of_a_trigger_decides_the_states_it_watches_and_no_others(change):
+    plan = plan_of_runs(
+        a={"alignment": "HASTE", "stop": PLATEAU}, b={"alignment": "HASTE", "stop": {**PLATEAU, **change}}
+    )
+    assert path_of(plan, "a", 5) == path_of(plan, "b", 5)
+    assert path_of(plan, "a", 7) != path_of(plan, "b", 7)
+
+
+def test_one_trigger_stands_for_both_losses_in_defaults_and_a_row_has_its_own():
+    defaults = {**TINY["defaults"], "stop": PLATEAU}
+    rows = {"both": {"alignment": "HASTE"}, "step": {"alignment": "HASTE", "stop": {"features": 3}}, "REPA": {}}
+    found = plan_of(defaults=defaults, runs={**rows, "REPA": {"alignment": "REPA"}}).config.runs
+    assert found["both"].stop.features == found["both"].stop.attention == found["REPA"].stop.features
+    assert (found["step"].stop.features, found["step"].stop.attention) == (3, None)
+    assert found["REPA"].stop.attention is None
+
+
+def test_a_trigger_that_cannot_decide_before_the_end_is_allowed_and_said():
+    plan = plan_of_runs(a={"alignment": "REPA", "stop": {**PLATEAU, "slow": 0.95}})
+    (note,) = plan.notes
+    assert note.startswith("a: step 26, where plateau first decides on features, lies beyond the last milestone 16")
+    assert not plan_of_runs(a={"alignment": "REPA", "stop": PLATEAU}).notes
+
+
 def test_the_time_of_an_adaptive_sampler_is_not_made_up():
     ways = {"quick": {"sampler": "euler", "steps": 2}, "free": {"sampler": "dopri5"}}
     plan = plan_of(sampling=ways, runs={"vanilla": {"sampling": ["quick", "free"]}})

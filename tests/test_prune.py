@@ -22,6 +22,7 @@ DEEPER = {"vit": {"trained": {**TINY["teachers"]["vit"]["trained"], "depth": 3},
 CHANGES = {
     "all": {},
     "stopped": {"runs": {"a": {"alignment": "HASTE", "stop": 12}, "b": {"alignment": "HASTE", "stop": 6}}},
+    "watched": {"runs": {"a": {"alignment": "HASTE", "stop": {"trigger": "plateau", "after": 6}}}},
     "longer": {"runs": {"HASTE": {"alignment": "HASTE", "milestones": [16, 24]}}},
     "cached": {"teachers": DEEPER, "runs": {"HASTE": {"alignment": "HASTE"}}},
     "less": {"teachers": DEEPER, "runs": {"REPA": {"alignment": "REPA"}}},

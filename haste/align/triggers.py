@@ -1,19 +1,20 @@
 """When to stop aligning, decided by what is seen while training: pure functions, so that a log replays. No torch.
 
-A trigger watches one alignment term. Training makes the readings that the trigger needs, from a step on and every so
-many steps (`after` and `every` of the configuration), and asks it after each: stop, or go on. A step is counted by the
+A trigger watches one alignment term. After a step on which it begins (`after` of the configuration) training makes the
+readings that it needs, every so many steps (`every`), and asks it after each: stop, or go on. A step is counted by the
 optimiser steps before it, so a term that is stopped at step tau was aligned on the steps before tau.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any
 
-#: Keys that all triggers have: which one, the step before which it sees nothing, and the steps between readings.
-COMMON = ("trigger", "after", "every")
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from haste import extensions
 
 
 @dataclass(frozen=True)
@@ -55,26 +56,31 @@ class Decision:
     reason: str
 
 
-class Trigger(Protocol):
-    """What an entry of TRIGGERS makes of the parameters in the configuration."""
+class Trigger(BaseModel):
+    """What an entry of TRIGGERS is derived from. Its fields are its parameters in the configuration, all with defaults
+    or all but some; their types and bounds are checked before anything runs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @property
     def needs(self) -> Mapping[str, Measure]:
         """What to measure, by names of the trigger's own choice. A reading has all of them, or is not made."""
-        ...
+        raise NotImplementedError
 
     def decide(self, step: int, history: Sequence[Reading]) -> Decision:
-        """Stop or go on.
+        """Stop or go on: a function of what it is given and of nothing else.
 
         Args:
             step: steps done.
             history: all readings so far, at least one; the last one is of this step.
         """
-        ...
+        raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class Plateau:
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Plateau(Trigger):
     """Stop when the term has stopped improving (RARE, arXiv 2609.34732).
 
     The fast average of the residual is compared with the slow one: while the residual falls, the fast one is below.
@@ -86,9 +92,15 @@ class Plateau:
         margin: the share of the slow average by which the fast one must be lower for the term to go on.
     """
 
-    fast: float = 0.999
-    slow: float = 0.99995
-    margin: float = 0.02
+    fast: Decay = 0.999
+    slow: Decay = 0.99995
+    margin: Annotated[float, Field(ge=0, le=1)] = 0.02
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Plateau:
+        if self.fast >= self.slow:
+            raise ValueError(f"fast {self.fast} is not below slow {self.slow}: it must look back on fewer steps")
+        return self
 
     @property
     def needs(self) -> dict[str, Measure]:
@@ -105,34 +117,56 @@ class Plateau:
         return Decision(stop, f"{found}, {'less' if stop else 'more'} than {self.margin:.2%}")
 
 
-#: Name in the configuration -> what makes the trigger of its own parameters.
-TRIGGERS: dict[str, Callable[..., Trigger]] = {"plateau": Plateau}
+#: Name in the configuration -> the trigger.
+TRIGGERS: dict[str, type[Trigger]] = {"plateau": Plateau}
 
 
-def made(settings: Mapping[str, Any]) -> Trigger:
-    """The trigger of a term's `stop` in the configuration.
-
-    Args:
-        settings: `trigger`, `after`, `every`, and the trigger's own parameters.
+def named(name: str) -> type[Trigger]:
+    """The trigger of a name: one of ours, or of another package, which is imported.
 
     Raises:
-        ValueError: no such trigger, or not its parameters; says which it takes.
+        ValueError: nothing is called so, or what is cannot be imported or is no trigger.
     """
-    name, own = settings["trigger"], {key: value for key, value in settings.items() if key not in COMMON}
-    if name not in TRIGGERS:
-        raise ValueError(f"trigger: nothing is called {name!r}; known: {', '.join(sorted(TRIGGERS))}")
-    try:
-        inspect.signature(TRIGGERS[name]).bind(**own)
-    except TypeError as error:
-        takes = ", ".join(inspect.signature(TRIGGERS[name]).parameters) or "none"
-        raise ValueError(f"trigger {name!r}: {error}; found {own}, expected its parameters: {takes}") from None
-    trigger = TRIGGERS[name](**own)
+    if name in TRIGGERS:
+        return TRIGGERS[name]
+    known = sorted({*TRIGGERS, *extensions.names("triggers")})
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        raise ValueError(
+            f"nothing is called {name!r}"
+            + (f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}")
+        )
+    found = extensions.one("triggers", name, TRIGGERS)
+    if not isinstance(found, type) or not issubclass(found, Trigger):
+        raise ValueError(f"{name} is {found!r}, expected a class derived from haste.align.triggers.Trigger")
+    return found
+
+
+def made(name: str, parameters: Mapping[str, Any]) -> Trigger:
+    """A trigger with its parameters.
+
+    Raises:
+        ValueError: as `named`; or parameters that are not its own, or needs that training cannot measure.
+    """
+    trigger = named(name)(**parameters)
     for key, measure in trigger.needs.items():
         if not isinstance(measure, Average) or measure.of not in AVERAGED:
             raise ValueError(
                 f"trigger {name!r} needs {key} = {measure!r}, expected an Average of {' or '.join(AVERAGED)}"
             )
     return trigger
+
+
+def first_reading(trigger: Trigger, after: int, every: int) -> int:
+    """The first step that has a reading, of those that come `every`, 2 `every`, ... steps after step `after`.
+
+    Args:
+        trigger: says what it needs.
+        after: steps before the first one that it sees.
+        every: steps between readings.
+    """
+    needed = max([1, *(measure.steps for measure in trigger.needs.values())])
+    return after + -(-needed // every) * every
 
 
 def decided(name: str, trigger: Trigger, history: Sequence[Reading]) -> Decision:

@@ -12,7 +12,8 @@ NONE = "–"  # what a cell without a value shows
 
 @dataclass(frozen=True)
 class Row:
-    """One score of one run with one seed. `stop` is "–" (no alignment), "never", or the step alignment stopped at.
+    """One score of one run with one seed. `stop` is "–" (no alignment), "never", the step alignment stopped at, or
+    "300 by plateau" where a trigger stopped it, of all seeds of the run: "300 to 400 by plateau".
 
     `settings` is what an ablation may vary, in words: teacher, layers, weights, ...; `recipe` is what the trained state
     is named by.

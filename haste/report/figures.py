@@ -82,8 +82,12 @@ def styles(report: Report) -> dict[str, Style]:
 
 
 def _stops(text: str) -> dict[str, int]:
-    """Steps from what a table says: `300`, or `features 100, attention 200`, or `never`."""
-    return {"": int(text)} if text.isdigit() else {k: int(step) for k, step in re.findall(r"(\w+) (\d+)", text)}
+    """Steps from what a table says: `300`, or `features 100, attention 200`, or `never`, or `300 by plateau`.
+
+    Seeds that stop at different steps, `300 to 400`, have no one step.
+    """
+    found = re.findall(r"(?:^|(features|attention) )(\d+)(?=$|,| by )", text)
+    return {kind: int(step) for kind, step in found}
 
 
 def score_panels(report: Report) -> list[Panel]:

@@ -5,6 +5,7 @@ A line of a table is one run at one step, over all its seeds. Guided and unguide
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -187,6 +188,8 @@ class _Frame:
         """A cell beside the scores. Evaluations that an adaptive sampler needed on average are no whole numbers."""
         if name == "stop" and value is not None and value.isdigit():
             return Cell(f"{int(value):,}", int(value))
+        if name == "stop" and value is not None:
+            return text_cell(re.sub(r"\d+", lambda digits: f"{int(digits[0]):,}", value))
         mean = name == "NFE" and not self.whole and value is not None
         return number_cell(float(value), 1) if mean else text_cell(value)
 

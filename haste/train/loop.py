@@ -8,6 +8,8 @@ alone, never on what the process did before. Several processes each take their r
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import gc
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from haste import artefact
+from haste import artefact, termination
 from haste.data.batches import Batch, Batches
 from haste.data.store import Store
 from haste.journal import Journal
@@ -26,6 +28,7 @@ from haste.plan import STATE_NAME, Plan, Segment, State
 from haste.teachers.targets import TeacherTargets
 from haste.train import state as states
 from haste.train.distributed import WARM_UPS, Agreement, Group, enough_memory, joined, wrap
+from haste.train.readings import Watch
 from haste.train.step import (
     Objective,
     draws_negatives,
@@ -93,13 +96,51 @@ def _train(plan: Plan, state: State, group: Group, interrupted: Callable[[], int
             header, _ = states.read(path, key=trajectory.key, prefixes=("none",))
             log.info("%s: already trained (%s)", state, header["provenance"]["made"])
             if group.first:
+                termination.write(path.parent, header)
                 _forget(_rolling(segment, path.parent))
             return path
         if group.first:
             artefact.write_json(path.parent / "trajectory.json", _description(trajectory))
-        _Training(plan, segment, group, interrupted).run()
+        _to_the_end(plan, segment, group, interrupted)
         group.wait()
     return path
+
+
+def _to_the_end(plan: Plan, segment: Segment, group: Group, interrupted: Callable[[], int] | None) -> None:
+    """Train a segment. Where a trigger stops a term, all is built anew from the state there, as any later start would:
+    what follows is that of a run which stops at this step by its configuration, to the bit."""
+    while True:
+        found = group.told(lambda: _newest(plan, segment))
+        header = None if found is None else states.read_header(found)
+        if _Training(plan, _left(segment, header), found, group, interrupted).run():
+            return
+        gc.collect()  # teacher, projector and their moments go before what stays is built
+
+
+def _left(segment: Segment, header: Mapping[str, Any] | None) -> Segment:
+    """A segment without the terms that a trigger had stopped before a state was saved."""
+    stopped = {kind for kind, record in _triggers(header).items() if record["stopped"] is not None}
+    terms = {kind: term for kind, term in segment.terms.items() if kind not in stopped}
+    return dataclasses.replace(segment, terms=terms, cached=tuple(kind for kind in segment.cached if kind in terms))
+
+
+def _triggers(header: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """What a state says of triggers: nothing where none watched, and in states that are older than triggers."""
+    return (header or {}).get("triggers", {})
+
+
+def _newest(plan: Plan, segment: Segment) -> Path | None:
+    """The newest state on the way that can be read, else the one that the segment starts from."""
+    folder, key = Path(plan.path(segment.state)).parent, plan.trajectories[segment.state.trajectory].key
+    found = _between(segment, folder) + _between(segment, folder / "rolling")
+    for _, path in sorted(found, reverse=True):
+        try:
+            states.read(path, key=key)
+        except ValueError as error:
+            log.warning("passing over a state that cannot be read: %s", error)
+            continue
+        return path
+    return Path(plan.path(segment.parent)) if segment.parent else None
 
 
 def _description(trajectory: Any) -> dict[str, Any]:
@@ -126,14 +167,32 @@ def _forget(paths: list[Path]) -> None:
 
 
 class _Training:
-    """What one segment's training holds while it runs."""
+    """What one segment's training holds while it runs, up to its end or to where a trigger stops a term."""
 
-    def __init__(self, plan: Plan, segment: Segment, group: Group, interrupted: Callable[[], int] | None):
+    def __init__(
+        self,
+        plan: Plan,
+        segment: Segment,
+        found: Path | None,
+        group: Group,
+        interrupted: Callable[[], int] | None,
+    ):
+        """
+        Args:
+            plan: what the configuration asks for.
+            segment: the job, with the terms that are left.
+            found: the state to go on from; None begins.
+            group: the processes.
+            interrupted: see `train`.
+        """
         self.plan, self.segment, self.group, self.interrupted = plan, segment, group, interrupted
+        self.found = found
         self.trajectory = plan.trajectories[segment.state.trajectory]
         self.recipe, self.runtime = self.trajectory.recipe, plan.config.runtime
         self.settings = self.recipe["training"]
         self.folder = Path(plan.path(segment.state)).parent
+        self.watches = {kind: Watch(kind, term, group) for kind, term in segment.terms.items() if term["trigger"]}
+        self.stopped: dict[str, Any] = {}  # records of triggers that have stopped their term
         self.changes: list[str] = []  # what was done in another way further back, equal but for rounding
         parts = group.rows(self.settings["batch"], self.runtime.accumulate)
         self.own_rows = range(parts[0].start, parts[-1].stop)
@@ -201,8 +260,8 @@ class _Training:
             t_min=t_min_of(self.segment.terms),
         )
 
-    def run(self) -> None:
-        """From the newest valid state to the segment's end."""
+    def run(self) -> bool:
+        """To the segment's end: True; or to where a trigger stops a term, whose state is saved then: False."""
         begin, end = self._resume(), self.segment.state.step
         aligning = ", ".join(self.segment.terms) or "nothing"
         log.info("%s: steps %d to %d, aligning %s", self.trajectory.name, begin, end, aligning)
@@ -214,19 +273,26 @@ class _Training:
             for batch in journal.timing(self.batches.ahead(range(begin, end), own, self.group.device)):
                 journal.add(self._step(batch))
                 done = batch.step + 1
-                if done % self.runtime.log_every == 0 or done == end:
+                stops = [
+                    watch.read(done, self.trajectory.name) for watch in self.watches.values() if watch.is_due(done)
+                ]
+                if done % self.runtime.log_every == 0 or done == end or any(stops):
                     journal.write(done, self.group.peak_memory_mb())
                 if done < end:
                     reason = agreement.largest(self.interrupted()) if self.interrupted else 0
-                    self._save_on_the_way(done, journal, now=bool(reason))
-                    if reason:
+                    self._save_on_the_way(done, journal, now=bool(reason), keep=any(stops))
+                    if reason or any(stops):
                         agreement.settle()
+                    if reason:
                         self.group.wait()  # nobody is done before the state is on disk
                         raise Interrupted(done, reason)
+                    if any(stops):
+                        return False
         agreement.settle()
         self._save(Path(self.plan.path(self.segment.state)), end)
         if self.group.first:
             _forget(_rolling(self.segment, self.folder))
+        return True
 
     def _journal(self, begin: int, end: int) -> Journal:
         path = self.folder / "log.jsonl" if self.group.first else None
@@ -247,6 +313,8 @@ class _Training:
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         found = self._backward(batch)
+        for kind, watch in self.watches.items():
+            watch.add(found, batch.weights.get(kind))
         settings = self.settings
         norm = update(self.learner, clip=settings["clip"], ema=settings["ema"], skip=settings["nonfinite"] == "skip")
         return {**found, "grad_norm": norm}
@@ -295,8 +363,8 @@ class _Training:
 
     # -- states ----------------------------------------------------------------------------------------------------
 
-    def _save_on_the_way(self, done: int, journal: Journal, now: bool) -> None:
-        kept = self.runtime.keep_every and done % self.runtime.keep_every == 0
+    def _save_on_the_way(self, done: int, journal: Journal, now: bool, keep: bool) -> None:
+        kept = keep or (self.runtime.keep_every and done % self.runtime.keep_every == 0)
         if not kept and not now and done % self.runtime.save_every:
             return
         journal.check_finite(done)
@@ -306,13 +374,20 @@ class _Training:
             _forget(_rolling(self.segment, self.folder)[2:])
 
     def _save(self, path: Path, step: int) -> None:
+        """Everybody must call it; the first process writes."""
+        watching = {kind: watch for kind, watch in self.watches.items() if watch.stopped is None}
+        averages = {f"readings/{kind}": watch.gathered() for kind, watch in watching.items()}
         if not self.group.first:
             return
         header = {"key": self.trajectory.key, "trajectory": self.trajectory.name, "recipe": self.recipe, "step": step}
         provenance = artefact.provenance(key=self.trajectory.key, inputs=self.inputs)
         provenance |= {"processes": self.group.size, "accumulate": self.runtime.accumulate}
         provenance |= {"targets": self._sources(), "changes": self.changes}
-        states.save(path, self.learner, {**header, "inputs": self.inputs, "provenance": provenance})
+        header |= {"inputs": self.inputs, "provenance": provenance}
+        if records := {**self.stopped, **{kind: watch.record() for kind, watch in self.watches.items()}}:
+            header["triggers"] = records
+        states.save(path, self.learner, header, averages)
+        termination.write(self.folder, header)
 
     def _sources(self) -> dict[str, str]:
         """Term -> where its targets come from: asked `online`, or the identity of the store that they are read from."""
@@ -323,8 +398,8 @@ class _Training:
         }
 
     def _resume(self) -> int:
-        """Load the newest valid state on the way and return its step; 0 if training begins."""
-        path = self.group.told(self._newest)
+        """Load the state to go on from and return its step; 0 if training begins."""
+        path = self.found
         if path is None:
             if "warm_start" in self.recipe:
                 from haste.exchange import warm_start  # which knows about training, and few runs need it
@@ -336,19 +411,22 @@ class _Training:
         key = self.trajectory.key if own or parent is None else self.plan.trajectories[parent.trajectory].key
         header, tensors = states.read(path, key=key)
         self._restore(header, tensors, path)
+        self._go_on_watching(header, tensors, path)
+        if own and self.group.first:
+            termination.write(self.folder, header)
         return header["step"]
 
-    def _newest(self) -> Path | None:
-        """The newest state on the way that can be read, else the one that the segment starts from."""
-        found = _between(self.segment, self.folder) + _between(self.segment, self.folder / "rolling")
-        for _, path in sorted(found, reverse=True):
-            try:
-                states.read(path, key=self.trajectory.key)
-            except ValueError as error:
-                log.warning("passing over a state that cannot be read: %s", error)
-                continue
-            return path
-        return Path(self.plan.path(self.segment.parent)) if self.segment.parent else None
+    def _go_on_watching(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Triggers continue where they were; a new one begins at its own first step."""
+        self.stopped = {kind: r for kind, r in _triggers(header).items() if kind not in self.watches}
+        for kind, watch in self.watches.items():
+            if kind in _triggers(header):
+                watch.go_on(_triggers(header)[kind], tensors.get(f"readings/{kind}"), path)
+            elif header["step"] != watch.after:
+                raise ValueError(
+                    f"{path}: has no readings of {kind}, which is watched from step {watch.after} on; expected them, "
+                    "or the state of that step"
+                )
 
     def _restore(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
         for name, identity in self.inputs.items():

@@ -2,6 +2,7 @@
 
 A state is one safetensors file: nothing in it can execute. Tensors are named
     model/NAME  ema/NAME  projectors/TERM/NAME  optimizer/{exp_avg,exp_avg_sq,step}/PARAMETER  scaler/{scale,growth}
+    readings/TERM
 and the header (metadata entry "haste", JSON) holds schema, key, recipe, step, input identities and provenance.
 """
 
@@ -123,15 +124,22 @@ def tensors_of(learner: Learner) -> dict[str, Tensor]:
     return {name: value.detach().contiguous() for name, value in tensors.items()}
 
 
-def save(path: Path, learner: Learner, header: Mapping[str, Any]) -> None:
+def save(path: Path, learner: Learner, header: Mapping[str, Any], beside: Mapping[str, Tensor] | None = None) -> None:
     """Write a state, whole or not at all.
+
+    Args:
+        path: the file.
+        learner: what to write.
+        header: the entries of the header, but for schema and kind.
+        beside: tensors that are no learner's.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; what was there before is untouched.
     """
     header = {"schema": artefact.SCHEMA, "kind": KIND, **header}
+    text = json.dumps(header, sort_keys=True)
     with artefact.replacing(path) as aside, artefact.saving_tensors(path):
-        save_file(tensors_of(learner), aside, metadata={"haste": json.dumps(header, sort_keys=True)})
+        save_file(tensors_of(learner) | dict(beside or {}), aside, metadata={"haste": text})
 
 
 def read_header(path: Path | str) -> dict[str, Any]:
@@ -160,6 +168,9 @@ def _header(path: Path | str, file: Any) -> dict[str, Any]:
         header = {}
     artefact.check_header(path, header, KIND)
     artefact.check_entries(path, header, key=str, recipe=dict, step=int, inputs=dict, provenance=dict)
+    artefact.check_entries(path, {"triggers": {}, **header}, triggers=dict)
+    for record in header.get("triggers", {}).values():
+        artefact.check_entries(path, record, trigger=dict, readings=list, seconds=float)
     name = STATE_NAME.match(Path(path).name)
     if name and int(name[1]) != header["step"]:
         raise ValueError(

@@ -1,6 +1,5 @@
 """When to stop, from readings alone: no model, no torch."""
 
-import inspect
 import math
 import subprocess
 import sys
@@ -10,9 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from haste.align import triggers
-from haste.align.triggers import COMMON, TRIGGERS, Average, Plateau, Reading
-
-SETTINGS = {"trigger": "plateau", "after": 0, "every": 10}
+from haste.align.triggers import TRIGGERS, Average, Plateau, Reading, Trigger
 
 
 def averaged(residuals, decay):
@@ -82,27 +79,35 @@ def test_a_larger_margin_never_stops_later(residuals, margins):
 
 def test_nothing_is_decided_before_the_slow_average_has_seen_what_it_looks_back_on():
     assert {need.steps for need in Plateau().needs.values()} == {20_000}
-    assert {need.steps for need in Plateau(slow=0.9).needs.values()} == {10}
+    assert {need.steps for need in Plateau(fast=0.5, slow=0.9).needs.values()} == {10}
 
 
 @pytest.mark.parametrize("name", TRIGGERS)
-def test_every_trigger_is_made_of_its_defaults_and_gives_its_reason(name):
-    trigger = triggers.made({"trigger": name, "after": 0, "every": 10})
+def test_every_trigger_is_made_of_its_defaults_and_decides_by_what_it_is_given(name):
+    trigger = triggers.made(name, {})
     history = [Reading(step, dict.fromkeys(trigger.needs, 0.5)) for step in (10, 20, 30)]
     decision = triggers.decided(name, trigger, history)
     assert isinstance(decision.stop, bool) and decision.reason
-    assert triggers.decided(name, trigger, history) == decision
+    assert triggers.decided(name, triggers.made(name, {}), history) == decision
 
 
 def test_parameters_reach_the_trigger_and_others_are_refused_by_name():
-    assert triggers.made({**SETTINGS, "margin": 0.1}) == Plateau(margin=0.1)
-    with pytest.raises(ValueError, match=r"'plateau'.*'margn'.*expected its parameters: fast, slow, margin"):
-        triggers.made({**SETTINGS, "margn": 0.1})
-    with pytest.raises(ValueError, match="nothing is called 'platau'; known: plateau"):
-        triggers.made({**SETTINGS, "trigger": "platau"})
+    assert triggers.made("plateau", {"margin": 0.1}) == Plateau(margin=0.1)
+    for wrong, said in {"margn": "margn", "margin": "less than or equal to 1"}.items():
+        with pytest.raises(ValueError, match=said):
+            triggers.made("plateau", {wrong: 2})
+    with pytest.raises(ValueError, match=r"fast 0\.9 is not below slow 0\.5"):
+        triggers.made("plateau", {"fast": 0.9, "slow": 0.5})
+    with pytest.raises(ValueError, match="nothing is called 'platau'; did you mean 'plateau'"):
+        triggers.made("platau", {})
 
 
-class Odd:
+def test_readings_come_every_so_many_steps_once_what_is_needed_has_been_seen():
+    trigger = Plateau(fast=0.5, slow=0.9)  # ten steps
+    assert [triggers.first_reading(trigger, 100, every) for every in (1, 4, 10, 25)] == [110, 112, 110, 125]
+
+
+class Odd(Trigger):
     """A trigger that asks for what there is not, and decides in words."""
 
     @property
@@ -116,14 +121,9 @@ class Odd:
 def test_a_trigger_that_needs_or_decides_something_else_is_refused(monkeypatch):
     monkeypatch.setitem(TRIGGERS, "odd", Odd)
     with pytest.raises(ValueError, match="'odd' needs last = .* expected an Average of residual or denoising"):
-        triggers.made({"trigger": "odd", "after": 0, "every": 1})
+        triggers.made("odd", {})
     with pytest.raises(ValueError, match="'odd': decide returned 'stop', expected a Decision"):
         triggers.decided("odd", Odd(), [Reading(1, {"last": 0.0})])
-
-
-def test_no_parameter_is_called_as_a_key_that_all_triggers_have():
-    for name, make in TRIGGERS.items():
-        assert not set(COMMON) & set(inspect.signature(make).parameters), name
 
 
 def test_triggers_import_no_torch():

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from haste import cli, journal
+from haste import cli, journal, termination
+from haste.align.triggers import Decision, Plateau
 from haste.cluster.inside import TIME_LIMIT, Interruption
 from haste.train import distributed, loop
 from haste.train.distributed import Group
@@ -142,6 +143,68 @@ def test_negatives_of_the_whole_batch_and_samples_that_do_not_count_are_the_same
         torch.testing.assert_close(found, value, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
     again = [[record[kind] for kind in ("features", "attention")] for record in journal.read(log)]
     assert again == [pytest.approx(pair, rel=1e-9) for pair in losses]
+
+
+WATCHED = {
+    "low": {
+        "features": {"teacher": "vit", "depth": 1, "hidden": 16, "t_min": 0.3},
+        "attention": {"teacher": "vit", "student_layers": [0], "teacher_layers": [1], "t_min": 0.9},
+    }
+}
+PLATEAU = {"trigger": "plateau", "after": 2, "every": 2, "fast": 0.5, "slow": 0.75, "margin": 0}
+
+
+def watched_by(make_plan, attention, milestones, **runtime):
+    training = {"batch": 4, "lr": 1.0e-3, "ema": 0.9, "precision": "fp64", "timesteps": {"distribution": "lognormal"}}
+    run = {"alignment": "low", "stop": {"features": PLATEAU, "attention": attention}, "milestones": milestones}
+    return make_plan(alignments=WATCHED, training=training, runs={"HASTE-20": run}, runtime={"log_every": 9, **runtime})
+
+
+def readings(plan, step):
+    found = loop.states.read_header(plan.path(state_of(plan, step)))["triggers"]
+    return {
+        kind: [[reading[name] for name in ("step", "fast", "slow")] for reading in record["readings"]]
+        for kind, record in found.items()
+    }
+
+
+def test_readings_are_the_same_in_any_cut_and_to_the_bit_over_a_restart(make_plan, monkeypatch):
+    """Also where a process has no sample that counts, or nobody has one."""
+    monkeypatch.setattr(Plateau, "decide", lambda *_: Decision(False, "only looking"))
+    alone = watched_by(make_plan, PLATEAU, [12])
+    loop.train(alone, state_of(alone, 12))
+    expected = readings(alone, 12)
+    steps = {kind: [reading[0] for reading in found] for kind, found in expected.items()}
+    assert steps == {"features": [6, 8, 10, 12], "attention": [8, 10, 12]}  # for which nothing counted up to step 6
+    remove_states(alone)
+    two = watched_by(make_plan, PLATEAU, [12], processes=2, accumulate=2)
+    train_with(two, state_of(two, 12), 2)
+    for kind, found in readings(two, 12).items():
+        assert found == [pytest.approx(reading, rel=1e-9) for reading in expected[kind]]
+    whole, end = readings(two, 12), bits(two, 12)
+    remove_states(two)
+    cut = watched_by(make_plan, PLATEAU, [5, 9, 12], processes=2, accumulate=2)
+    for step in (5, 9, 12):
+        train_with(cut, state_of(cut, step), 2)
+    assert readings(cut, 12) == whole
+    assert all(torch.equal(bits(cut, 12)[name], value) for name, value in end.items())
+    Path(cut.path(state_of(cut, 12))).unlink()
+    loop.train(watched_by(make_plan, PLATEAU, [5, 9, 12]), state_of(cut, 12))
+    for kind, found in readings(cut, 12).items():
+        assert found == [pytest.approx(reading, rel=1e-9) for reading in expected[kind]]
+
+
+def test_two_processes_stop_at_one_step_and_go_on_as_after_a_stop_by_hand(make_plan):
+    seen = watched_by(make_plan, {**PLATEAU, "margin": 1}, [12], processes=2)  # no average is better by 100 %
+    train_with(seen, state_of(seen, 12), 2)
+    found, folder = bits(seen, 12), Path(seen.path(state_of(seen, 12))).parent
+    stopped = termination.read(folder)["attention"].step
+    assert stopped == 8
+    by_hand = watched_by(make_plan, stopped, [12], processes=2)
+    train_with(by_hand, state_of(by_hand, 12), 2)
+    expected = bits(by_hand, 12)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_going_on_with_another_number_of_processes_is_allowed_and_recorded(make_plan, caplog):

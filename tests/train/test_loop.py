@@ -179,8 +179,8 @@ def test_rolling_states_are_the_newest_two_and_gone_at_the_end(make_plan, monkey
     plan = make_plan(runtime={"save_every": 2, "log_every": 2})
     seen, save = [], loop.states.save
 
-    def watching(path, learner, header):
-        save(path, learner, header)
+    def watching(path, learner, header, beside):
+        save(path, learner, header, beside)
         seen.append(sorted(p.name for p in Path(path).parent.glob("step-*")) if path.parent.name == "rolling" else [])
 
     monkeypatch.setattr(loop.states, "save", watching)

@@ -1,0 +1,80 @@
+"""Where triggers stopped alignment: `termination.json` in a trajectory's folder, and what it says of a run. No torch.
+
+A state's header has, in `triggers`, what each trigger has read and decided so far. The file repeats what led to a stop,
+for people and for the report; it is written after the state at the stop, and again by any later start that misses it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from haste import artefact
+from haste.plan import Plan
+
+FILE, KIND = "termination.json", "termination"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopped:
+    """What stopped a term: after how many steps, by which trigger, and why in words."""
+
+    step: int
+    trigger: str
+    reason: str
+
+
+def write(folder: Path, header: Mapping[str, Any]) -> None:
+    """Write the file where a state's header tells of a stop on its own trajectory that the file does not tell of.
+
+    Args:
+        folder: the trajectory's.
+        header: of a state.
+    """
+    own = {
+        kind: {
+            **record["stopped"],
+            "trigger": record["trigger"],
+            "seconds": record["seconds"],
+            "readings": record["readings"],
+        }
+        for kind, record in header.get("triggers", {}).items()
+        if record["stopped"] is not None and record["stopped"]["trajectory"] == header["trajectory"]
+    }
+    if not own or _terms(folder) == own:
+        return
+    made = artefact.provenance(key=header["key"], recipe=header["recipe"], inputs=header["inputs"])
+    about = {"schema": artefact.SCHEMA, "kind": KIND, "key": header["key"], "trajectory": header["trajectory"]}
+    artefact.write_json(folder / FILE, {**about, "terms": own, "provenance": made})
+
+
+def _terms(folder: Path) -> dict[str, Any]:
+    """What the file says, by term; nothing where there is none or it is damaged: a start of training mends it."""
+    try:
+        found = artefact.read_json(folder / FILE, KIND)["terms"]
+        artefact.check_entries(folder / FILE, {"terms": found}, terms=dict)
+        for term in found.values():
+            artefact.check_entries(folder / FILE, term, step=int, trigger=dict, reason=str)
+    except (ValueError, KeyError):
+        return {}
+    return found
+
+
+def read(folder: Path) -> dict[str, Stopped]:
+    """Term -> what stopped it on a trajectory; nothing where none was stopped there."""
+    return {
+        kind: Stopped(term["step"], str(term["trigger"].get("trigger")), term["reason"])
+        for kind, term in _terms(folder).items()
+    }
+
+
+def along(plan: Plan, run: str, seed: int) -> dict[str, Stopped]:
+    """Term -> what stopped it in a run with one seed, up to its last milestone."""
+    last, found = plan.config.runs[run].milestones[-1], dict[str, Stopped]()
+    for piece in plan.pieces[run, seed]:
+        high = last if piece.high is None else min(last, piece.high)
+        stopped = read(Path(plan.root, "states", piece.trajectory))
+        found |= {kind: one for kind, one in stopped.items() if piece.low <= one.step <= high}
+    return found

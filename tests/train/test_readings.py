@@ -1,0 +1,311 @@
+"""A stop that is decided while training: the same bits as a stop at that step by hand, whatever interrupts it."""
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from haste import artefact, cli, journal, termination
+from haste.align.triggers import TRIGGERS, Average, Decision, Trigger
+from haste.models.sit import SiT
+from haste.plan import State
+from haste.teachers import encoder
+from haste.train import loop, state
+
+FORK = multiprocessing.get_context("fork")
+# The slow average looks back on 2 steps, and 100 % is never bettered: the first reading stops, 6 steps after step 4.
+AT_10 = {"trigger": "plateau", "after": 4, "every": 6, "fast": 0.2, "slow": 0.5, "margin": 1}
+NEVER = {"trigger": "plateau", "after": 4, "every": 3, "fast": 0.2, "slow": 0.95, "margin": 0}
+QUICK = {"save_every": 3, "log_every": 1, "trackers": []}
+
+
+class Counts(Trigger):
+    """Another trigger: it stops at a reading of its own choice, and reads the last step's denoising loss."""
+
+    readings: int
+
+    @property
+    def needs(self):
+        return {"last": Average("denoising", 0.0)}
+
+    def decide(self, step, history):
+        return Decision(len(history) == self.readings, f"{len(history)} readings up to {history[-1].values['last']}")
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """As if it stood in the table."""
+    monkeypatch.setitem(TRIGGERS, "counts", Counts)
+    return {"trigger": "counts", "after": 4, "every": 2}
+
+
+def runs(**stops):
+    return {name: {"alignment": "HASTE", "stop": stop} for name, stop in stops.items()}
+
+
+def train_to(plan, run, *steps):
+    for step in steps:
+        loop.train(plan, plan.state(run, step))
+
+
+def tensors(plan, run, step):
+    return load_file(plan.path(plan.state(run, step)))
+
+
+def assert_same_learner(found, expected):
+    """All of a state but for the averages of triggers."""
+    found = {name: value for name, value in found.items() if not name.startswith("readings/")}
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def folder(plan, run, step=16):
+    return Path(plan.path(plan.state(run, step))).parent
+
+
+def remove_states(plan, run):
+    for path in folder(plan, run).rglob("step-*"):
+        path.unlink()
+    (folder(plan, run) / termination.FILE).unlink(missing_ok=True)
+
+
+def test_what_follows_the_stop_is_to_the_bit_what_follows_a_stop_at_that_step_by_hand(make_plan):
+    plan = make_plan(runs=runs(seen=AT_10, by_hand=10), runtime=QUICK)
+    train_to(plan, "seen", 4, 8, 16)
+    train_to(plan, "by_hand", 8, 10, 16)
+    assert_same_learner(tensors(plan, "seen", 16), tensors(plan, "by_hand", 16))
+    # The state at the stop is kept, and is that of the trunk there: the projector is still in it.
+    kept = folder(plan, "seen") / "step-00000010.safetensors"
+    assert any(name.startswith("projectors/") for name in load_file(kept))
+    assert_same_learner(load_file(kept), tensors(plan, "by_hand", 10))
+    assert_same_learner(tensors(plan, "seen", 8), tensors(plan, "by_hand", 8))
+
+
+def test_the_trunk_is_shared_up_to_the_step_at_which_watching_begins(make_plan):
+    plan = make_plan(runs=runs(seen=AT_10, never=None), runtime=QUICK)
+    assert plan.state("seen", 4) == State(plan.state("never", 4).trajectory, 4)
+    assert plan.state("seen", 5).trajectory != plan.state("never", 5).trajectory
+    train_to(plan, "never", 4, 8)
+    train_to(plan, "seen", 8)
+    assert [r["step"] for r in journal.read(folder(plan, "seen") / "log.jsonl")] == [5, 6, 7, 8]
+
+
+def test_after_the_stop_no_teacher_is_built_no_image_read_and_no_tap_asked(make_plan, monkeypatch):
+    plan = make_plan(runs=runs(seen=AT_10), runtime=QUICK)
+    train_to(plan, "seen", 4, 8)
+    loads, asked, load, forward = [], [], encoder.Teacher.load, SiT.forward
+    monkeypatch.setattr(encoder.Teacher, "load", lambda *args, **more: loads.append(1) or load(*args, **more))
+    monkeypatch.setattr(
+        SiT,
+        "forward",
+        lambda self, x, t, y, taps=(): asked.append(bool(taps)) or forward(self, x, t, y, taps=taps),
+    )
+    train_to(plan, "seen", 16)
+    assert asked == [True] * 2 + [False] * 6
+    assert len(loads) == 1
+    # And where a later job begins behind the stop, images and teacher need not even be there.
+    Path(plan.path(plan.state("seen", 16))).unlink()
+    Path(plan.images.manifest).unlink()
+    train_to(plan, "seen", 16)
+    assert len(loads) == 1
+
+
+def test_each_term_stops_by_its_own_trigger_or_step(make_plan):
+    later = {**AT_10, "every": 8}
+    stops = {"both": {"features": AT_10, "attention": later}, "one": {"features": AT_10, "attention": 12}}
+    hand = {"both by hand": {"features": 10, "attention": 12}}
+    plan = make_plan(runs=runs(**stops, **hand), runtime=QUICK)
+    train_to(plan, "both by hand", 16)
+    for run, steps in {"both": (16,), "one": (12, 16)}.items():
+        train_to(plan, run, *steps)
+        assert_same_learner(tensors(plan, run, 16), tensors(plan, "both by hand", 16))
+    assert {kind: one.step for kind, one in termination.along(plan, "both", 0).items()} == {
+        "features": 10,
+        "attention": 12,
+    }
+    # Of `one` the attention stops by the configuration, on a trajectory of its own, which carries the record on.
+    assert {kind: one.step for kind, one in termination.along(plan, "one", 0).items()} == {"features": 10}
+    header = state.read_header(plan.path(plan.state("one", 16)))
+    assert header["triggers"]["features"]["stopped"]["step"] == 10
+    assert not (folder(plan, "one") / termination.FILE).exists()
+
+
+def averages(losses, decay):
+    """The normalised exponential average of the losses of some steps."""
+    weights = decay ** np.arange(len(losses))[::-1]
+    return float((weights * losses).sum() / weights.sum())
+
+
+def test_readings_are_the_averages_of_what_the_log_says_of_each_step(make_plan):
+    plan = make_plan(runs=runs(seen=NEVER), runtime=QUICK, training={"batch": 8, "precision": "fp64"})
+    train_to(plan, "seen", 8, 16)
+    header = state.read_header(plan.path(plan.state("seen", 16)))
+    lines = {r["step"]: r for r in journal.read(folder(plan, "seen") / "log.jsonl")}
+    # Twenty steps are what 0.95 looks back on: no reading yet, nothing is decided before.
+    assert header["triggers"]["features"]["readings"] == []
+    shorter = {**NEVER, "slow": 0.8, "margin": 0.0001}
+    plan = make_plan(runs=runs(seen=shorter), runtime=QUICK, training={"batch": 8, "precision": "fp64"})
+    train_to(plan, "seen", 8, 16)
+    header = state.read_header(plan.path(plan.state("seen", 16)))
+    lines = {r["step"]: r for r in journal.read(folder(plan, "seen") / "log.jsonl")}
+    for kind, left in {"features": 1.0, "attention": 0.0}.items():  # 1 - cosine, and the cross-entropy
+        readings = header["triggers"][kind]["readings"]
+        assert readings and readings[0]["step"] == 10
+        for reading in readings:
+            seen = [r for s in range(5, reading["step"] + 1) if kind in (r := lines[s])]
+            losses = np.array([left + r[kind] for r in seen])
+            assert len(losses) == reading["step"] - 4
+            assert reading["fast"] == pytest.approx(averages(losses, 0.2), rel=1e-12)
+            assert reading["slow"] == pytest.approx(averages(losses, 0.8), rel=1e-12)
+
+
+def test_the_file_at_the_stop_says_step_trigger_reason_readings_and_cost(make_plan, capsys, caplog):
+    caplog.set_level("INFO")
+    plan = make_plan(runs=runs(seen=AT_10), runtime=QUICK)
+    train_to(plan, "seen", 16)
+    found = artefact.read_json(folder(plan, "seen") / termination.FILE, termination.KIND)
+    for kind in ("features", "attention"):
+        term = found["terms"][kind]
+        assert (term["step"], term["trigger"]) == (10, AT_10)
+        assert [reading["step"] for reading in term["readings"]] == [10]
+        assert term["seconds"] >= 0
+        assert term["reason"] in caplog.text and "less than 100.00%" in term["reason"]
+        assert f"step 10: plateau stops {kind}" in caplog.text
+    assert found["key"] == plan.trajectories[plan.state("seen", 16).trajectory].key
+    assert cli.main(["show", str(folder(plan, "seen") / termination.FILE)]) == 0
+    assert '"reason"' in capsys.readouterr().out
+
+
+def _in_child(plan, target, errors, arm):
+    torch.set_num_threads(1)
+    try:
+        arm()
+        loop.train(plan, target)
+    except BaseException as error:
+        errors.put(repr(error))
+        raise
+
+
+def killed(plan, target, arm):
+    """Train in a child that kills itself where `arm` says. True: it did."""
+    errors = FORK.Queue()
+    child = FORK.Process(target=_in_child, args=(plan, target, errors, arm))
+    child.start()
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL), errors.get(timeout=5)
+    return child.exitcode == -signal.SIGKILL
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner, name, when):
+    """Die before the call of a function for which `when` is true."""
+
+    def arm():
+        whole = getattr(owner, name)
+
+        def dying(*args, **more):
+            if when(*args):
+                die()
+            return whole(*args, **more)
+
+        setattr(owner, name, dying)
+
+    return arm
+
+
+MOMENTS = {
+    "in the step before it": before(loop._Training, "_step", lambda self, batch: batch.step == 9),
+    "when it is decided": before(loop._Training, "_save_on_the_way", lambda self, done, *_: done == 10),
+    "in the save of its state": before(state, "save_file", lambda tensors, path, **_: "00000010" in str(path)),
+    "before its file": before(termination.artefact, "write_json", lambda path, _: Path(path).name == termination.FILE),
+    "in the step after it": before(loop._Training, "_step", lambda self, batch: batch.step == 10),
+    "later": before(loop._Training, "_step", lambda self, batch: batch.step == 14),
+}
+
+
+def test_a_kill_before_at_and_after_the_stop_changes_no_bit_and_no_decision(make_plan, counts):
+    plan = make_plan(runs=runs(seen={**counts, "readings": 3}), runtime={**QUICK, "save_every": 2})
+    train_to(plan, "seen", 4, 8)
+    ends = {}
+    for moment in (None, *MOMENTS):
+        remove = [Path(plan.path(plan.state("seen", 16))), *folder(plan, "seen").glob("step-00000010*")]
+        for path in [*remove, *folder(plan, "seen").glob("rolling/*"), folder(plan, "seen") / termination.FILE]:
+            path.unlink(missing_ok=True)
+        target = plan.state("seen", 16)
+        if moment is not None:
+            assert killed(plan, target, MOMENTS[moment]), moment
+        train_to(plan, "seen", 16)
+        terms = artefact.read_json(folder(plan, "seen") / termination.FILE, termination.KIND)["terms"]
+        told = {kind: {k: v for k, v in term.items() if k != "seconds"} for kind, term in terms.items()}
+        ends[moment] = (tensors(plan, "seen", 16), load_file(folder(plan, "seen") / "step-00000010.safetensors"), told)
+    undisturbed = ends.pop(None)
+    for term in undisturbed[2].values():
+        assert term["step"] == 10 and [reading["step"] for reading in term["readings"]] == [6, 8, 10]
+    for moment, found in ends.items():
+        for mine, expected in zip(found[:2], undisturbed[:2], strict=True):
+            assert mine.keys() == expected.keys(), moment
+            assert all(torch.equal(mine[name], expected[name]) for name in expected), moment
+        assert found[2] == undisturbed[2], moment
+
+
+def test_a_missing_file_is_written_again_by_the_next_start(make_plan):
+    plan = make_plan(runs=runs(seen=AT_10), runtime=QUICK)
+    train_to(plan, "seen", 16)
+    path = folder(plan, "seen") / termination.FILE
+    terms = artefact.read_json(path, termination.KIND)["terms"]
+    for damage in (b"", b"{}", None):
+        path.unlink() if damage is None else path.write_bytes(damage)
+        train_to(plan, "seen", 16)
+        assert artefact.read_json(path, termination.KIND)["terms"] == terms
+
+
+def test_cutting_a_run_elsewhere_changes_neither_readings_nor_bits(make_plan):
+    never = {**NEVER, "slow": 0.8}
+    whole = make_plan(runs={"seen": {"alignment": "HASTE", "stop": never, "milestones": [16]}}, runtime=QUICK)
+    train_to(whole, "seen", 16)
+    expected, header = tensors(whole, "seen", 16), state.read_header(whole.path(whole.state("seen", 16)))
+    remove_states(whole, "seen")
+    cuts = {"seen": {"alignment": "HASTE", "stop": never, "milestones": [5, 11, 16]}}
+    cut = make_plan(runs=cuts, runtime={**QUICK, "save_every": 2})
+    train_to(cut, "seen", 5, 11, 16)
+    found = tensors(cut, "seen", 16)
+    assert found.keys() == expected.keys() and any(name.startswith("readings/") for name in expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    again = state.read_header(cut.path(cut.state("seen", 16)))
+    for kind, record in header["triggers"].items():
+        assert {**again["triggers"][kind], "seconds": 0} == {**record, "seconds": 0}
+
+
+def test_the_last_step_alone_can_be_read_too(make_plan, counts):
+    plan = make_plan(runs=runs(seen={**counts, "readings": 0}), runtime=QUICK)
+    train_to(plan, "seen", 16)
+    readings = state.read_header(plan.path(plan.state("seen", 16)))["triggers"]["features"]["readings"]
+    lines = {r["step"]: r["denoising"] for r in journal.read(folder(plan, "seen") / "log.jsonl")}
+    assert [reading["step"] for reading in readings] == [6, 8, 10, 12, 14, 16]
+    assert [r["last"] for r in readings] == pytest.approx([lines[r["step"]] for r in readings], rel=1e-6)
+
+
+def test_a_state_whose_readings_are_damaged_is_refused_by_name(make_plan):
+    plan = make_plan(runs=runs(seen={**NEVER, "slow": 0.5}), runtime=QUICK)
+    train_to(plan, "seen", 8)
+    path = Path(plan.path(plan.state("seen", 8)))
+    whole = path.read_bytes()
+    for old, new in {rb"\"fast\": ": rb"\"fist\": ", rb"readings/features": rb"readings/featurez"}.items():
+        path.write_bytes(whole.replace(old, new))
+        assert path.read_bytes() != whole
+        with pytest.raises(ValueError, match=str(path)):
+            train_to(plan, "seen", 16)
+    path.write_bytes(whole)
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(json.loads(whole[8 : 8 + length])["__metadata__"]["haste"])
+    assert header["triggers"]["features"]["trigger"]["every"] == 3
