@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from haste import artefact, config, journal, termination
+from haste import artefact, config, journal, status, termination
 from haste.cache import readable
 from haste.config import Config
 from haste.live import ROOMS, number, size_of
@@ -223,7 +223,19 @@ def _seconds(root: Path, path: Path) -> float | None:
         if any(one in bench.stem for one in keys):
             with contextlib.suppress(OSError, ValueError, IndexError):
                 found.append(float(bench.read_text().splitlines()[-1].split("\t")[0]))
-    return sum(found) if found else None
+    return sum(found) if found else _said(path)
+
+
+def _said(path: Path) -> float | None:
+    """What an artefact itself says that making it took, its shards together; None where one of them does not say."""
+    files = [path] if path.is_file() else [*path.glob("part.json"), *path.glob("shard-*.npz")]
+    found: list[float | None] = []
+    for file in files:
+        with contextlib.suppress(ValueError, OSError):
+            header = status.provenance_of(file)
+            found.append(header.get("provenance", header).get("seconds"))
+    known = [seconds for seconds in found if isinstance(seconds, int | float)]
+    return sum(known) if known and len(known) == len(files) else None
 
 
 # -- removal -----------------------------------------------------------------------------------------------------------
@@ -362,6 +374,13 @@ def _refuse_strangers(root: Path, needs: Needs, yes: bool) -> None:
                 pass
 
 
+def _again(items: Sequence[Item]) -> str:
+    known = [item.seconds for item in items if item.seconds is not None]
+    unknown = len(items) - len(known)
+    rest = f"an unknown time for {unknown} of {len(items)} items" if unknown else ""
+    return " and ".join(word for word in (journal.clock(sum(known)) if known else "", rest) if word)
+
+
 def _carry_out(root: Path, items: Sequence[Item], yes: bool, kept: Sequence[str]) -> None:
     console = Console()
     if not console.is_terminal:
@@ -380,6 +399,7 @@ def _carry_out(root: Path, items: Sequence[Item], yes: bool, kept: Sequence[str]
     total = sum(item.size for item in items)
     if not yes:
         console.print(f"{len(items)} items, {readable(total)}: a dry run, nothing was removed. --yes removes them.")
+        console.print(f"To make them again would take {_again(items)}.")
         return
     gone, stayed = remove(root, items)
     for line in stayed:

@@ -65,16 +65,21 @@ class Judge:
 
     made_by: "module:function" that makes a `haste.metrics.detectors.Detector` of a weights file, or of None, which is
     its own download; smallest: side in pixels of the smallest images that it reads; numbers: how many it says of an
-    image.
+    image; flops: floating-point operations for an image, two a multiplication.
     """
 
     made_by: str
     smallest: int
     numbers: int
+    flops: float
 
 
 DETECTORS: dict[str, Judge] = {
-    "inception": Judge("haste.metrics.inception:inception", smallest=32, numbers=2048 + 2023 + 1008),
-    "DINOv2-B": Judge("haste.metrics.dinov2:base", smallest=1, numbers=768),
-    "DINOv2-L": Judge("haste.metrics.dinov2:large", smallest=1, numbers=1024),
+    "inception": Judge("haste.metrics.inception:inception", smallest=32, numbers=2048 + 2023 + 1008, flops=11.4e9),
+    "DINOv2-B": Judge("haste.metrics.dinov2:base", smallest=1, numbers=768, flops=46.4e9),
+    "DINOv2-L": Judge("haste.metrics.dinov2:large", smallest=1, numbers=1024, flops=162e9),
 }
+
+
+#: Autoencoders by the first letters of their hub id: floating-point operations a pixel, of encoding and of decoding.
+AUTOENCODERS = {"stabilityai/sd-vae-ft-": (4.16e6, 9.49e6)}

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from haste import journal
-from haste.cache import flops_per_image
-from haste.config import facts_in
-from haste.plan import Evaluation, Plan, Segment, image_count
+from haste import extensions, journal
+from haste.cache import Shape, flops_per_image
+from haste.config import Sampling, facts_in
+from haste.plan import Artefact, Detector, Evaluation, Plan, Segment, image_count
+from haste.public import AUTOENCODERS, DETECTORS
 
 MB = 1e6
 # Share of bare matrix products that whole networks reach.
@@ -33,13 +35,17 @@ def training_flops(recipe: dict[str, Any]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One line of the plan: jobs of a kind, how many are left, and what those cost."""
+    """One line of the plan: jobs of a kind, how many are left, and what those cost.
+
+    seconds: of the jobs whose time can be told; unknown: whether there are others.
+    """
 
     name: str
     jobs: int
     left: int
-    seconds: float | None
+    seconds: float
     megabytes: float
+    unknown: bool = False
 
 
 def machine_flops() -> float:
@@ -78,13 +84,59 @@ def sampling_seconds(plan: Plan, evaluation: Evaluation, flops: float) -> float 
     None for an adaptive sampler, whose evaluations are known when it has drawn.
     """
     sampling, recipe = evaluation.sampling, plan.trajectories[evaluation.state.trajectory].recipe
-    if sampling.steps is None:
+    evaluations = _evaluations(sampling)
+    if evaluations is None:
         return None
-    evaluations: float = 2 * sampling.steps - 1 if sampling.sampler == "heun" else sampling.steps
     if sampling.guidance > 1:
         evaluations *= 1 + sampling.interval[1] - sampling.interval[0]
-    work = training_flops(recipe) / 3 * evaluations * sampling.count / evaluation.shards
-    return work / (EFFICIENCY * flops * plan.config.runtime.threads)
+    pixels = plan.config.images.resolution**2
+    image = facts_in(recipe).flops * evaluations + (_autoencoder_flops(plan.decoder, 1) or 0.0) * pixels
+    return image * sampling.count / evaluation.shards / _pace(plan, flops)
+
+
+def _evaluations(sampling: Sampling) -> float | None:
+    """Of the model for a sample; None where the sampler itself decides."""
+    if sampling.steps is None:
+        return None
+    if sampling.sampler in extensions.names("samplers"):
+        found = extensions.one("samplers", sampling.sampler, ()).evaluations
+        return None if found is None else found(sampling.steps)
+    return 2 * sampling.steps - 1 if sampling.sampler == "heun" else sampling.steps
+
+
+def _autoencoder_flops(name: str, way: int) -> float | None:
+    """Operations a pixel of a pretrained autoencoder's encoding (way 0) or decoding (1); None where nobody counted."""
+    return next((both[way] for start, both in AUTOENCODERS.items() if name.startswith(start)), None)
+
+
+def _pace(plan: Plan, flops: float) -> float:
+    """Operations a second of a job with the configured threads."""
+    return EFFICIENCY * flops * plan.config.runtime.threads
+
+
+def detector_flops(plan: Plan, detector: Detector) -> float | None:
+    """Operations of what a detector sees in an image; None for one of another package."""
+    spec, public = plan.config.detector[detector.name].trained, DETECTORS.get(detector.kind)
+    if spec is None:
+        return None if public is None else public.flops
+    # Three 3 x 3 convolutions, each on a quarter of the pixels of the one before, and two linear layers.
+    pixels, width, classes = plan.config.images.resolution**2, spec.width, plan.config.images.classes
+    stages = 9 * pixels * (3 * width + 2 * width * width / 4 + 4 * width * width / 16)
+    return 2.0 * (stages + 2 * width * pixels / 16 * 4 * width + 4 * width * classes)
+
+
+def _network_flops(plan: Plan, part: Artefact) -> float | None:
+    """Operations of training a small network; None where nobody counted them."""
+    if part.kind == "teacher":
+        spec = plan.config.teachers[part.name].trained
+        assert spec is not None
+        tokens = (plan.config.images.resolution // spec.patch) ** 2
+        return 3 * spec.steps * spec.batch * flops_per_image(Shape(tokens, spec.width, spec.heads, spec.depth))
+    if part.kind == "detector":
+        judge, small = plan.detectors[part.name], plan.config.detector[part.name].trained
+        assert small is not None
+        return 3 * small.steps * small.batch * (detector_flops(plan, judge) or 0.0)
+    return None
 
 
 def stages(plan: Plan) -> tuple[list[Stage], bool]:
@@ -95,11 +147,11 @@ def stages(plan: Plan) -> tuple[list[Stage], bool]:
     floors = [detector.floor for detector in plan.detectors.values()]
     closing = [plan.report_made, *floors, *(path for path in plan.shown if path.endswith("grid.png"))]
     found = [
-        *_data_stages(plan),
+        *_data_stages(plan, flops),
         *_target_stages(plan, flops),
         *training,
         _sampling_stage(plan, evaluations, flops),
-        _feature_stage(plan, evaluations),
+        _feature_stage(plan, evaluations, flops),
         _stage("scores", [judgement.score for e in evaluations for judgement in e.judgements]),
         _stage("grids, floor, report", closing),
     ]
@@ -107,33 +159,60 @@ def stages(plan: Plan) -> tuple[list[Stage], bool]:
 
 
 def _stage(name: str, files: list[str], megabytes: float = 0.0) -> Stage:
+    """Jobs whose time nobody can tell; megabytes: of all of them."""
     left = sum(not Path(file).exists() for file in files)
-    return Stage(name, len(files), left, None, megabytes * left / max(1, len(files)))
+    return Stage(name, len(files), left, 0.0, megabytes * left / max(1, len(files)), unknown=left > 0)
 
 
-def _feature_stage(plan: Plan, evaluations: list[Evaluation]) -> Stage:
+def _timed(stage: Stage, work: Iterable[float | None], pace: float) -> Stage:
+    """A stage whose jobs that are left take so many operations each, None for what nobody counted."""
+    known = list(work)
+    seconds = sum(one for one in known if one is not None) / pace
+    return dataclasses.replace(stage, seconds=seconds, unknown=None in known)
+
+
+def _feature_stage(plan: Plan, evaluations: list[Evaluation], flops: float) -> Stage:
     """What detectors see in samples: a shard for each shard of samples and each detector."""
     looks = [(e, one, path) for e in evaluations for one in e.judgements for path in one.features.shard_files]
     todo = [(e, one) for e, one, path in looks if not Path(path).exists()]
     size = sum((plan.feature_bytes(one.detector) or 0) * e.sampling.count / e.shards for e, one in todo)
-    return Stage("features", len(looks), len(todo), None, size / MB)
+    work = [_seen(plan, one.detector, e.sampling.count / e.shards) for e, one in todo]
+    return _timed(Stage("features", len(looks), len(todo), 0.0, size / MB), work, _pace(plan, flops))
 
 
-def _data_stages(plan: Plan) -> list[Stage]:
+def _seen(plan: Plan, detector: Detector, images: float | None) -> float | None:
+    each = detector_flops(plan, detector)
+    return None if each is None or images is None else each * images
+
+
+def _data_stages(plan: Plan, flops: float) -> list[Stage]:
     config, count = plan.config, image_count(plan)
     latent = 2 * config.autoencoder.channels * config.latent_size**2
     detectors = plan.detectors.values()
-    joined = [plan.images, *([plan.latents] if config.runs else []), *(detector.reference for detector in detectors)]
+    joined = [plan.images, *([plan.latents] if config.runs else [])]
+    sights = [detector for detector in detectors if not Path(detector.reference.manifest).exists()]
     parts = [p for p in (plan.autoencoder, *plan.teachers.values(), *(detector.part for detector in detectors)) if p]
+    latents = _stage(
+        "latents",
+        plan.latents.shard_files if config.runs else [],  # checkpoints from elsewhere need none
+        latent * (2 if config.autoencoder.dtype == "float16" else 4) * count / MB,
+    )
+    encoding, pace = _autoencoder_flops(plan.encoder, 0), _pace(plan, flops)
+    if encoding is not None and latents.left:
+        work = encoding * config.images.resolution**2 * count * latents.left / latents.jobs
+        latents = _timed(latents, [work], pace)
+    todo = [part for part in parts if not Path(part.manifest).exists()]
+    references = _stage("references", [detector.reference.manifest for detector in detectors])
     return [
         _stage("images", plan.images.shard_files, 3 * config.images.resolution**2 * count / MB),
-        _stage(
-            "latents",
-            plan.latents.shard_files if config.runs else [],  # checkpoints from elsewhere need none
-            latent * (2 if config.autoencoder.dtype == "float16" else 4) * count / MB,
+        latents,
+        _stage("joins", [store.manifest for store in joined]),
+        _timed(references, [_seen(plan, one, None if one.reference_file else count) for one in sights], pace),
+        _timed(
+            _stage("small networks", [part.manifest for part in parts]),
+            [_network_flops(plan, part) for part in todo],
+            pace,
         ),
-        _stage("joins, reference", [store.manifest for store in joined]),
-        _stage("small networks", [part.manifest for part in parts]),
     ]
 
 
@@ -142,19 +221,21 @@ def _target_stages(plan: Plan, flops: float) -> list[Stage]:
 
     A teacher of an unknown size adds neither time nor disk; `unknown_targets` names it.
     """
-    count, left, jobs, megabytes, seconds = image_count(plan) if plan.targets else 0, 0, 0, 0.0, 0.0
+    count, left, jobs, megabytes = image_count(plan) if plan.targets else 0, 0, 0, 0.0
+    work: list[float | None] = []
     for name, made in plan.targets.items():
         todo = sum(not Path(file).exists() for file in made.shard_files)
         shape = plan.teacher_size(name)
         jobs, left = jobs + made.shards, left + todo
         if shape:
             megabytes += (plan.target_bytes(name, count) or 0) / MB * todo / made.shards
-            seconds += flops_per_image(shape) * count * todo / made.shards
-    seconds /= EFFICIENCY * flops * plan.config.runtime.threads
+        if todo:
+            work.append(flops_per_image(shape) * count * todo / made.shards if shape else None)
     closing = [made.manifest for made in (*plan.pca.values(), *plan.targets.values())]
     if not jobs:
         return []
-    return [Stage("targets of teachers", jobs, left, seconds, megabytes), _stage("components, joins", closing)]
+    targets = _timed(Stage("targets of teachers", jobs, left, 0.0, megabytes), work, _pace(plan, flops))
+    return [targets, _stage("components, joins", closing)]
 
 
 def unknown_targets(plan: Plan) -> list[str]:
@@ -186,9 +267,7 @@ def _sampling_stage(plan: Plan, evaluations: list[Evaluation], flops: float) -> 
     todo = [e for path, e in draws if not Path(path).exists()]
     size = sum(3 * plan.config.images.resolution**2 * e.sampling.count / e.shards for e in todo)
     seconds = [sampling_seconds(plan, e, flops) for e in todo]
-    known = [time for time in seconds if time is not None]
-    total = sum(known) if len(known) == len(seconds) else None
-    return Stage("samples", len(draws), len(todo), total, size / MB)
+    return _timed(Stage("samples", len(draws), len(todo), 0.0, size / MB), seconds, 1.0)
 
 
 def state_megabytes(plan: Plan, segment: Segment) -> float:
@@ -217,13 +296,17 @@ def print_plan(plan: Plan) -> None:
     table = Table(title=f"{plan.config.name}: what a run of the workflow would do now")
     for column in ("stage", "jobs", "left", "time, one after another", "disk"):
         table.add_column(column, justify="left" if column == "stage" else "right")
-    known = [stage for stage in found if stage.seconds is not None]
-    left = [sum(stage.jobs for stage in found), sum(stage.left for stage in found)]
-    total = Stage("all", left[0], left[1], sum(s.seconds or 0.0 for s in known), sum(s.megabytes for s in found))
+    total = Stage(
+        "all",
+        jobs=sum(stage.jobs for stage in found),
+        left=sum(stage.left for stage in found),
+        seconds=sum(stage.seconds for stage in found),
+        megabytes=sum(stage.megabytes for stage in found),
+        unknown=any(stage.unknown for stage in found),
+    )
     for stage in [*found, total]:
-        seconds = "" if stage.seconds is None or not stage.left else journal.clock(stage.seconds)
         disk = f"{stage.megabytes:,.1f} MB" if stage.megabytes else ""
-        table.add_row(stage.name, str(stage.jobs), str(stage.left), seconds, disk, end_section=stage is found[-1])
+        table.add_row(stage.name, str(stage.jobs), str(stage.left), _clock(stage), disk, end_section=stage is found[-1])
     console = Console()
     console.print(table)
     if total.left:
@@ -233,10 +316,18 @@ def print_plan(plan: Plan) -> None:
             else ("Training times are computed from operation counts and this machine's matrix products, not measured.")
         )
         console.print(
-            f"{how} Those of samples are computed. Preparing data and training the small networks is not in it."
+            f"{how} Other times are computed. What is unknown is in no sum: preparing data, a small autoencoder, a "
+            "solver that chooses its own steps."
         )
     for line in shared_trunks(plan) + unknown_targets(plan) + plan.notes:
         console.print(line, markup=False, highlight=False)
+
+
+def _clock(stage: Stage) -> str:
+    if not stage.left:
+        return ""
+    known = journal.clock(stage.seconds) if stage.seconds else ""
+    return " + ".join(word for word in (known, "unknown" if stage.unknown else "") if word)
 
 
 def shared_trunks(plan: Plan) -> list[str]:
@@ -328,7 +419,10 @@ def _plain(value: Any) -> Any:
 def _of_samples(path: Path) -> dict[str, Any]:
     from haste.data.npz import read_npz
 
-    found = read_npz(path, "samples")
+    try:
+        found = read_npz(path, "samples", ["haste"])  # the images may be gigabytes
+    except ValueError:
+        found = read_npz(path, "samples")  # what is wrong with it, or nothing of ours
     try:
         return json.loads(str(found.get("haste", "{}")))
     except ValueError as error:

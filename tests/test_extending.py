@@ -139,6 +139,14 @@ def test_the_midpoint_rule_of_the_page_is_of_second_order(tables):
     assert error(20) / error(40) == pytest.approx(4, rel=0.1)
 
 
+def test_the_plan_counts_the_evaluations_of_a_sampler_from_outside(installed, tiny):
+    tiny["sampling"] |= {"mine": {"sampler": "midpoint", "steps": 2, "count": 20}}
+    tiny["defaults"]["sampling"] = ["quick", "mine"]
+    plan = Plan(config.resolve(tiny))
+    seconds = {e.sampling_name: status.sampling_seconds(plan, e, 1e9) for e in plan.evaluations.values()}
+    assert seconds["mine"] == pytest.approx(2 * seconds["quick"])
+
+
 def test_names_are_known_without_importing_what_they_name(installed, tiny):
     tiny["sampling"]["quick"] = {"sampler": "midpoint", "steps": 2}
     assert config.resolve(tiny).sampling["quick"].sampler == "midpoint"

@@ -279,7 +279,9 @@ def test_the_time_of_an_adaptive_sampler_is_not_made_up():
     plan = plan_of(sampling=ways, runs={"vanilla": {"sampling": ["quick", "free"]}})
     seconds = {e.sampling_name: status.sampling_seconds(plan, e, 1e9) for e in plan.evaluations.values()}
     assert seconds["quick"] > 0 and seconds["free"] is None
-    assert status._sampling_stage(plan, list(plan.evaluations.values()), 1e9).seconds is None
+    stage = status._sampling_stage(plan, list(plan.evaluations.values()), 1e9)
+    assert stage.seconds == 2 * seconds["quick"] and stage.unknown  # at two milestones
+    assert status._clock(stage).endswith("+ unknown")
 
 
 def test_labels_are_not_part_of_a_name():

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from haste import artefact, cli, config, prune
+from haste import artefact, cli, config, prune, status
 from haste.plan import Plan
 
 TINY = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
@@ -169,6 +170,20 @@ def test_a_dry_run_says_what_how_much_and_what_it_took_and_removes_nothing(tmp_p
     assert "0:00:48" in next(line for line in said.splitlines() if f" states/{trunk} " in line)
     run_prune(root, "judged")
     assert not Path(plan.detector.part.folder).exists() and not Path(root, "states", trunk).exists()
+
+
+def test_where_no_job_was_timed_an_artefact_says_itself_what_it_took_and_the_sum_is_said(world, capsys):
+    world.configure(runs={"HASTE": {"alignment": "vanilla", "seed": 5}})
+    prune.prune([world.plan.config], yes=False)
+    said = capsys.readouterr().out
+    drawn = next(world.root.glob("samples/*/shard-*.npz"))
+    assert status.provenance_of(drawn)["seconds"] > 0
+    for line in said.splitlines():
+        if " samples/" in line or " scores/" in line:
+            assert "not known" not in line and "0:00:0" in line
+        if " features/" in line:
+            assert "not known" in line
+    assert re.search(r"To make them again would take 0:00:\d\d and an unknown time for \d+ of \d+ items\.", said)
 
 
 def test_what_another_configuration_of_the_folder_needs_stays(tmp_path):

@@ -7,6 +7,7 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from haste import artefact
@@ -133,6 +134,9 @@ def test_the_networks_are_timms_with_this_patch_and_normalisation(name):
     with torch.device("meta"):
         whole = timm.models.create_model(room.TIMM[name])
     assert (DETECTORS[name].smallest, DETECTORS[name].numbers) == (1, whole.embed_dim)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        timm.models.create_model(room.TIMM[name], num_classes=0, img_size=224)(torch.zeros(1, 3, 224, 224))
+    assert counter.get_total_flops() == pytest.approx(DETECTORS[name].flops, rel=0.01)
 
 
 def test_wrong_truncated_and_foreign_weights_are_refused_by_name(network, weights, tmp_path):

@@ -9,6 +9,7 @@ import urllib.error
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from torch_fidelity import feature_extractor_inceptionv3 as port
 
 from haste import artefact
@@ -68,6 +69,12 @@ def witness(weights, pictures):
         outputs = network(pictures.permute(0, 3, 1, 2).contiguous())
     seen |= dict(zip(ALL, outputs, strict=True))
     return seen | {"fc": network.fc}
+
+
+def test_the_plan_reckons_with_the_networks_operations(weights):
+    with FlopCounterMode(display=False) as counter:
+        open_detector("inception", weights)(torch.zeros(1, 299, 299, 3, dtype=torch.uint8))
+    assert counter.get_total_flops() == pytest.approx(DETECTORS["inception"].flops, rel=0.02)
 
 
 def test_the_detector_says_what_it_is(weights):

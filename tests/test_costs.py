@@ -1,0 +1,57 @@
+"""What the plan says a run costs is what the networks compute, and what nobody can tell it calls unknown."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL
+from torch.utils.flop_counter import FlopCounterMode
+
+from haste import config, status
+from haste.metrics.detectors import SmallCNN
+from haste.plan import Plan
+
+TINY = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
+
+
+def plan_of(**changes):
+    return Plan(config.resolve({**copy.deepcopy(TINY), **changes}))
+
+
+def counted(network, *given):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(*given)
+    return counter.get_total_flops()
+
+
+def test_the_operations_of_small_networks_and_of_the_public_autoencoder_are_those_of_the_networks():
+    plan = plan_of()
+    (detector,) = plan.detectors.values()
+    spec, side = plan.config.detector["cnn"].trained, plan.config.images.resolution
+    seen = counted(SmallCNN(side, spec.width, 10), torch.zeros(1, side, side, 3, dtype=torch.uint8))
+    assert status.detector_flops(plan, detector) == pytest.approx(seen, rel=1e-6)
+    with torch.device("meta"):
+        kl_f8 = AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4,
+        )  # fmt: skip
+        ways = counted(kl_f8.encode, torch.zeros(1, 3, 256, 256)), counted(kl_f8.decode, torch.zeros(1, 4, 32, 32))
+    found = [status._autoencoder_flops("stabilityai/sd-vae-ft-ema", way) * 256**2 for way in (0, 1)]
+    assert found == pytest.approx(ways, rel=0.01)
+    assert status._autoencoder_flops(plan.decoder, 1) is None
+
+
+def test_the_plan_says_unknown_where_nobody_can_tell_and_a_time_where_operations_are_known():
+    plan = plan_of(sampling={"quick": {"sampler": "dopri5", "count": 20}})
+    said = {stage.name: status._clock(stage) for stage in status.stages(plan)[0]}
+    unknown = {"images", "latents", "joins", "samples", "scores", "grids, floor, report"}
+    assert {name for name, words in said.items() if words == "unknown"} == unknown
+    assert said["small networks"].endswith(" + unknown")  # the autoencoder
+    assert all(":" in said[name] for name in ("references", "small networks", "features", "training, aligned"))
+    public = {"pretrained": {"encode": "stabilityai/sd-vae-ft-mse", "factor": 8}}
+    images = {"source": "digits", "resolution": 64, "classes": 10, "holdout": 97}
+    known = {stage.name: stage for stage in status.stages(plan_of(autoencoder=public, images=images))[0]}
+    assert known["latents"].seconds > 0 and not known["latents"].unknown
+    assert known["samples"].seconds > 0 and not known["samples"].unknown
