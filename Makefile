@@ -1,6 +1,7 @@
 # make demo    from scikit-learn's digits to a table, in minutes
-# make test    lint and the test suite
-# make test-slurm   training and the workflow on a real SLURM of two nodes, brought up here (root, Debian); not in make test
+# make test    lint and the test suite; as root on Debian also on a real SLURM of two nodes, which it installs and brings up
+# make test-slurm   only what runs on that SLURM
+# make soak    one training on that SLURM, disturbed twenty times at random
 # make lint    ruff (format and lint) and mypy
 # make bench   what a step costs, how fast data comes and how long scores take, on this machine
 # make clean   remove the environment (results stay)
@@ -10,7 +11,7 @@ READY := .venv/ready
 export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-slurm lint bench clean
+.PHONY: demo test test-slurm soak lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -19,9 +20,10 @@ demo: $(READY)
 
 test: lint
 	pytest -n 2 --ignore tests/slurm
+	pytest -n 2 --dist loadfile tests/slurm
 
 test-slurm: $(READY)
-	HASTE_SLURM=1 pytest tests/slurm
+	pytest -n 2 --dist loadfile tests/slurm
 
 lint: $(READY)
 	ruff format --check .

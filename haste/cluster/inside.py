@@ -93,6 +93,7 @@ class Work:
 
         if rank == 0:
             _wait_for_the_last_attempt(plan, state)
+            _refuse_if_futile(plan, state)
         copies = staging.staged(plan, state, self.stage_in, told_to_end=lambda: interruption.reason > 0)
         try:
             with copies as near:
@@ -150,6 +151,22 @@ def _wait_for_the_last_attempt(plan: Plan, state: State) -> None:
                 raise
             log.info("%s", held)
         time.sleep(2)
+
+
+def _refuse_if_futile(plan: Plan, state: State) -> None:
+    """A job that SLURM puts back again and again before anything is saved would burn hours without end."""
+    number = os.environ["SLURM_JOB_ID"]
+    record, now = jobs.starts(plan, state, number), jobs.progress(plan, state)
+    with open(record, "a") as file:
+        file.write(f"{now}\n")
+    last = record.read_text().split()[-1 - jobs.FUTILE :]
+    if last == [str(now)] * (jobs.FUTILE + 1):
+        raise ValueError(
+            f"it was put back into the queue {jobs.FUTILE} times without getting beyond step {now}: it was "
+            "preempted, its node failed, or somebody requeued it, before a step was saved. A smaller "
+            f"runtime.save_every (now {plan.config.runtime.save_every}), a partition with a longer grace time or other "
+            "nodes help. The same command tries again"
+        )
 
 
 def _requeue() -> None:

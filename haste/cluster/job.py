@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from haste.artefact import fingerprint
-from haste.plan import Plan, State
+from haste.plan import STATE_NAME, Plan, State
+
+FUTILE = 2  # attempts without progress after which there is no other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,18 @@ def folder(plan: Plan, state: State) -> Path:
 def refusal(plan: Plan, state: State, job: str) -> Path:
     """The file in which a job says why it cannot be done, whoever does it."""
     return folder(plan, state) / f"{job}-refused.txt"
+
+
+def starts(plan: Plan, state: State, job: str) -> Path:
+    """The file in which each attempt of a job says from which step it goes on."""
+    return folder(plan, state) / f"{job}-starts.txt"
+
+
+def progress(plan: Plan, state: State) -> int:
+    """The newest step of a state's trajectory that is saved and not beyond it; 0 before the first."""
+    place = Path(plan.path(state)).parent
+    names = [STATE_NAME.match(path.name) for path in [*place.glob("step-*"), *place.glob("rolling/step-*")]]
+    return max((step for match in names if match and (step := int(match[1])) <= state.step), default=0)
 
 
 def parameters(asked: Resources, called: str) -> dict[str, Any]:

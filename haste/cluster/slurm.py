@@ -84,13 +84,16 @@ def queue(names: Sequence[str]) -> list[Job]:
 
 
 def ending(job: str) -> str | None:
-    """How a job that left the queue ended, such as COMPLETED or CANCELLED; None if nobody can say (any more)."""
-    for read in (_from_accounting, _from_controller):
+    """How a job that left the queue ended, such as COMPLETED or CANCELLED; None if nobody can say (any more).
+
+    The controller forgets jobs after minutes, but what accounting says may be late, and it is more often away.
+    """
+    for read in (_from_controller, _from_accounting):
         try:
             state = read(job)
         except Unanswered:
             continue
-        if state:
+        if state and state not in LIVE:
             return state
     return None
 

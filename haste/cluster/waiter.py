@@ -20,14 +20,13 @@ from typing import Any
 from haste.cluster import job as jobs
 from haste.cluster import slurm
 from haste.cluster.job import Resources
-from haste.plan import STATE_NAME, Plan, State
+from haste.plan import Plan, State
 
 log = logging.getLogger("haste.cluster")
 
 GONE = 4  # looks at the queue without a job before it is believed: after a node's death it is away for some seconds
 ASKED = 4  # questions without an answer before a submission is refused
 SILENCE = 1800.0  # seconds without an answer after which waiting ends
-FUTILE = 2  # attempts without progress after which there is no other
 HINTS = {
     "account": "slurm_account",
     "partition": "slurm_partition",
@@ -36,6 +35,18 @@ HINTS = {
     "time limit": "runtime",
     "qos": "qos",
     "feature": "constraint",
+}
+# What squeue gives as the reason of a job that will wait until somebody changes what is allowed, and the key for that.
+STUCK = {
+    "PartitionNodeLimit": "nodes",
+    "PartitionTimeLimit": "runtime",
+    "WallDurationPerJob": "runtime",
+    "PerJob": "nodes, gpus_per_node, cpus_per_task and mem_mb",
+    "BadConstraints": "constraint",
+    "InvalidAccount": "slurm_account",
+    "AccountNotAllowed": "slurm_account",
+    "InvalidQOS": "qos",
+    "QOSNotAllowed": "qos",
 }
 
 
@@ -72,9 +83,9 @@ class Waiter:
                 reached, before = before, self.progress()
                 futile = futile + 1 if before <= reached else 0
                 self.tell(f"job {self.job} ended ({ending}) with step {before} saved")
-                if futile >= FUTILE:
+                if futile >= jobs.FUTILE:
                     raise ValueError(
-                        f"{self.state}: {FUTILE} attempts ended ({ending}) without getting beyond step {before}. "
+                        f"{self.state}: {jobs.FUTILE} attempts ended ({ending}) without getting beyond step {before}. "
                         f"Either they fail, or their {self.asked.runtime} minutes are over before a step is saved. "
                         f"Their log: {self._logs()}\n{self._last_words()}"
                     )
@@ -96,10 +107,8 @@ class Waiter:
         return True
 
     def progress(self) -> int:
-        """The newest step of this state's trajectory that is saved and not beyond it; 0 before the first."""
-        folder = self.path.parent
-        names = [STATE_NAME.match(path.name) for path in [*folder.glob("step-*"), *folder.glob("rolling/step-*")]]
-        return max((step for match in names if match and (step := int(match[1])) <= self.state.step), default=0)
+        """The newest step that is saved on the way to the state."""
+        return jobs.progress(self.plan, self.state)
 
     def tell(self, words: str) -> None:
         """Say something once."""
@@ -186,8 +195,7 @@ class Waiter:
         if job.state == "PENDING" and job.reason == "BeginTime":
             slurm.start_now(job.id)
         where = f" on {job.nodes}" if job.nodes else f" ({job.reason})"
-        held = f" (held: `scontrol release {job.id}` lets it go on)" if "Held" in job.reason else ""
-        self.tell(f"job {job.id} {job.state}{where}{held}")
+        self.tell(f"job {job.id} {job.state}{where}{_advice(job)}")
 
     def _still_waiting(self, heard: float, reason: str) -> None:
         self.tell(f"SLURM does not answer ({reason}); job {self.job} may go on, waiting")
@@ -246,6 +254,17 @@ class Waiter:
                 f"{self.state}: a batch of {batch} cannot be cut into {self.asked.processes} processes (nodes * "
                 f"tasks_per_node) times {self.plan.config.runtime.accumulate} accumulated parts"
             )
+
+
+def _advice(job: slurm.Job) -> str:
+    """What a person can do about a job that will not start by itself; empty for all others."""
+    if job.state != "PENDING":
+        return ""
+    if "Held" in job.reason:
+        return f" (held: `scontrol release {job.id}` lets it go on)"
+    key = next((key for what, key in STUCK.items() if what in job.reason), None)
+    advice = f": it will not start like this; look at {key} in the profile, `scancel {job.id}`, then the same command"
+    return advice if key else ""
 
 
 def _header(path: Path) -> dict[str, Any]:

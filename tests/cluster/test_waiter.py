@@ -200,6 +200,36 @@ def test_without_accounting_the_controller_is_asked_how_a_job_ended(cluster, wai
         waiting.make()
 
 
+def test_an_accounting_that_is_late_is_not_believed(cluster, waiting):
+    cluster.says("sbatch", "echo Submitted batch job 12")
+    cluster.says("sacct", "echo RUNNING")
+    cluster.says("scontrol", "echo JobId=12 JobName=x JobState=CANCELLED Reason=None")
+    with pytest.raises(ValueError, match="was cancelled"):
+        waiting.make()
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("PartitionTimeLimit", "it will not start like this; look at runtime in the profile, `scancel 7`"),
+        ("QOSMaxGRESPerJob", "look at nodes, gpus_per_node, cpus_per_task and mem_mb in the profile"),
+        ("JobHeldUser", "held: `scontrol release 7` lets it go on"),
+    ],
+)
+def test_a_job_that_waits_in_vain_is_said_with_what_helps(cluster, waiting, reason, advice):
+    cluster.shows(running(waiting, state="PENDING", nodes="", reason=reason))
+    threading.Timer(1.0, finish, [waiting]).start()
+    waiting.make()
+    assert any(advice in line for line in waiting.told)
+
+
+def test_a_job_that_waits_its_turn_is_left_alone(cluster, waiting):
+    cluster.shows(running(waiting, state="PENDING", nodes="", reason="QOSMaxJobsPerUserLimit"))
+    threading.Timer(1.0, finish, [waiting]).start()
+    waiting.make()
+    assert any(line.endswith("PENDING (QOSMaxJobsPerUserLimit)") for line in waiting.told)
+
+
 def test_a_job_that_refuses_is_not_tried_again_and_its_reason_is_passed_on(cluster, waiting):
     cluster.says("sbatch", "echo Submitted batch job 12")
     cluster.says("sacct", "echo FAILED")

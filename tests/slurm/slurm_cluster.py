@@ -1,20 +1,24 @@
 """A real SLURM of two nodes on this machine's loopback: accounting, preemption and two make-believe GPUs a node.
 
 It lives in a folder of its own with its own ports, keys and sockets, beside any cluster that is already here, and goes
-when the tests end. Its daemons die with the process that started them.
+when the tests end, however they end: a process beside them sees to that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -23,6 +27,7 @@ PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "mariadb-in
 CLIENTS = ("sbatch", "srun", "squeue", "sacct", "scontrol", "scancel", "sinfo", "sacctmgr")
 PACKAGES = ("slurm-wlm", "slurmdbd", "munge", "mariadb-server")
 NODES = ("haste-n1", "haste-n2")
+WATCH = "--sweep-when-the-tests-are-gone"
 
 SLURM_CONF = """
 ClusterName=haste-test
@@ -43,6 +48,7 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
 SwitchType=switch/none
+FirstJobId={first}
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
 SlurmdParameters=config_overrides
@@ -50,9 +56,9 @@ ReturnToService=2
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=10
-SlurmdTimeout=20
-MessageTimeout=30
+KillWait=5
+SlurmdTimeout=60
+MessageTimeout=10
 MinJobAge=300
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 AccountingStorageType=accounting_storage/slurmdbd
@@ -60,11 +66,12 @@ AccountingStorageHost=127.0.0.1
 AccountingStoragePort={dbd}
 AccountingStoragePass={folder}/munge.socket
 AccountingStorageTRES=gres/gpu
+AccountingStorageEnforce=associations
 JobAcctGatherType=jobacct_gather/linux
 GresTypes=gpu
 NodeName=haste-n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n1} CPUs=4 RealMemory={memory} Gres=gpu:2
 NodeName=haste-n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n2} CPUs=4 RealMemory={memory} Gres=gpu:2
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=6
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 DBD_CONF = """
@@ -92,7 +99,10 @@ class Slurm:
         self.folder = folder
         ports = dict(zip(("ctld", "n1", "n2", "dbd", "sql"), free_ports(5), strict=True))
         memory = max(1000, psutil.virtual_memory().total // 2**20 * 9 // 10)
-        self.values = {"folder": folder, "host": socket.gethostname().split(".")[0], "memory": memory, **ports}
+        # Jobs of two clusters here have different numbers, from which their processes' ports follow.
+        first = ports["ctld"] % 10_000 * 100 + 1
+        host = socket.gethostname().split(".")[0]
+        self.values = {"folder": folder, "host": host, "memory": memory, "first": first, **ports}
         # The daemons of Debian live in sbin, which not everybody's PATH has.
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
         self.environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -109,8 +119,7 @@ class Slurm:
         munge += [f"--socket={self.folder}/munge.socket", f"--seed-file={self.folder}/munge.seed"]
         self.start("munged", *munge, f"--log-file={self.folder}/munged.log")
         self._start_database()
-        self.start("slurmdbd", "slurmdbd", "-D")
-        self.until("the accounting answers", lambda: self.tried("sacctmgr", "-n", "show", "cluster"))
+        self.start_accounting()
         self.ask("sacctmgr", "-i", "add", "cluster", "haste-test")
         self.start_controller()
         for node in NODES:
@@ -128,11 +137,8 @@ class Slurm:
         (self.folder / "munge.key").chmod(0o400)
         (self.folder / "state").mkdir()
         (self.folder / "bin").mkdir()
-        for name in CLIENTS:  # Snakemake takes SLURM_CONF out of its jobs' environment
-            real = shutil.which(name, path=self.environment["PATH"])
-            client = self.folder / "bin" / name
-            client.write_text(f'#!/bin/sh\nSLURM_CONF={self.folder}/slurm.conf exec {real} "$@"\n')
-            client.chmod(0o755)
+        for name in CLIENTS:
+            self._write_client(name)
         devices = []
         for node in NODES:
             for number in range(2):
@@ -140,6 +146,20 @@ class Slurm:
                 os.mknod(device, 0o20666, os.makedev(1, 3))  # what /dev/null is
                 devices.append(f"NodeName={node} Name=gpu File={device}\n")
         (self.folder / "gres.conf").write_text("".join(devices))
+
+    def _write_client(self, name: str) -> None:
+        """A program that asks this cluster also where SLURM_CONF is not set: Snakemake takes it from its jobs."""
+        real = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+        write_program(self.folder / "bin" / name, f'SLURM_CONF={self.folder}/slurm.conf exec {real} "$@"')
+
+    @contextlib.contextmanager
+    def instead(self, name: str, script: str) -> Iterator[None]:
+        """Have a shell script in place of a program of SLURM."""
+        write_program(self.folder / "bin" / name, script)
+        try:
+            yield
+        finally:
+            self._write_client(name)
 
     def _start_database(self) -> None:
         data, sock = self.folder / "sql", self.folder / "sql.socket"
@@ -154,6 +174,11 @@ class Slurm:
         make += "create user slurm@localhost identified by 'slurm'; "
         make += "grant all on slurm_acct.* to slurm@'%'; grant all on slurm_acct.* to slurm@localhost;"
         self.ask(*client, "-e", make)
+
+    def start_accounting(self) -> None:
+        """Start slurmdbd, or start it again."""
+        self.start("slurmdbd", "slurmdbd", "-D")
+        self.until("the accounting answers", lambda: self.tried("sacctmgr", "-n", "show", "cluster"))
 
     def start_controller(self) -> None:
         """Start slurmctld, or start it again."""
@@ -177,13 +202,13 @@ class Slurm:
         self.daemons.pop(name).wait(30)
 
     def node_fails(self, node: str) -> None:
-        """A node goes, with everything on it."""
+        """A node goes, with everything on it, and SLURM notices: here it is told, instead of waiting for its timer."""
         self.kill(node)
         for process in self.processes(node):
-            with_children = [*process.children(recursive=True), process]
-            for each in with_children:
-                if each.is_running():
+            for each in [*process.children(recursive=True), process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
                     each.kill()
+        self.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=lost", patience=120)
 
     def processes(self, node: str) -> list[psutil.Process]:
         """The step daemons of a node."""
@@ -194,26 +219,34 @@ class Slurm:
                     found.append(process)
         return found
 
-    def down(self) -> None:
-        """Users, jobs, then daemons, in order; whatever state they are in."""
+    def clean(self) -> None:
+        """Whatever a test left: nobody who waits, no job, every daemon, two idle nodes."""
+        self.end_users()
+        for name, start in (("slurmdbd", self.start_accounting), ("slurmctld", self.start_controller)):
+            if name not in self.daemons:
+                start()
+        for node in NODES:
+            if node not in self.daemons:
+                self.start_node(node)
+        if self.ask("squeue", "--noheader", patience=120):
+            self.ask("scancel", "--user=root", patience=120)
+            self.until("no job is left", lambda: not self.ask("squeue", "--noheader", patience=120))
+        self.until_idle()
+
+    def end_users(self) -> None:
+        """Kill what tests started, with everything that it started."""
         for user in self.users:
-            if user.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(user.pid, signal.SIGKILL)
-                user.wait()
-        self.tried("scancel", "--state=RUNNING,PENDING,SUSPENDED", "--user=root")
-        limit = time.monotonic() + 20
-        while time.monotonic() < limit and self.text("squeue", "--noheader"):
-            time.sleep(0.5)
-        for name in (*NODES, "slurmctld", "slurmdbd", "mariadbd", "munged"):
-            daemon = self.daemons.pop(name, None)
-            if daemon is None:
-                continue
-            daemon.terminate()
-            try:
-                daemon.wait(15)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+            user.wait()
+        self.users.clear()
+
+    def down(self) -> None:
+        """Everything ends at once, whatever state it is in: nothing of it is wanted any more."""
+        self.end_users()
+        sweep(self.folder)
+        for daemon in self.daemons.values():
+            daemon.wait()
 
     # -- ask ---------------------------------------------------------------------------------------------------------
 
@@ -236,11 +269,12 @@ class Slurm:
         return subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=120).stdout
 
     def until(self, what: str, ask: Callable[[], object], seconds: float = 120) -> None:
-        """Wait for something to be so."""
-        limit = time.monotonic() + seconds
+        """Wait for something to be so, and print how long that took."""
+        started = time.monotonic()
         while not ask():
-            assert time.monotonic() < limit, f"not within {seconds:.0f} s: {what}\n{self.state()}"
+            assert time.monotonic() < started + seconds, f"not within {seconds:.0f} s: {what}\n{self.state()}"
             time.sleep(0.3)
+        print(f"{time.strftime('%H:%M:%S')} after {time.monotonic() - started:.1f} s: {what}", flush=True)
 
     def until_idle(self) -> None:
         """Wait until nothing runs and both nodes can take work."""
@@ -275,14 +309,69 @@ def _die_with_parent() -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses now."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+    """Ports that nobody uses now, below those that kernels and jobs choose for themselves."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(range(10_000, 20_000), 1000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
+
+
+def write_program(path: Path, script: str) -> None:
+    """Put a shell script in place, at once also for who is about to start it."""
+    path.parent.mkdir(exist_ok=True)
+    aside = path.with_suffix(".aside")
+    aside.write_text(f"#!/bin/sh\n{script}\n")
+    aside.chmod(0o755)
+    aside.replace(path)
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """Every process of a cluster: daemons, steps, jobs, and those that ask it; not those that only clean up."""
+    found: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and WATCH not in process.cmdline() and _belongs(process, folder):
+                found |= {each.pid: each for each in (process, *process.children(recursive=True))}
+    return list(found.values())
+
+
+def _belongs(process: psutil.Process, folder: Path) -> bool:
+    if process.environ().get("SLURM_CONF") == f"{folder}/slurm.conf":
+        return True
+    return any(path.startswith(f"{folder}/") for path in _open_paths(process))
+
+
+def sweep(folder: Path, seconds: float = 30) -> None:
+    """Kill every process of a cluster."""
+    limit = time.monotonic() + seconds
+    while found := [process for process in processes_of(folder) if process.status() != psutil.STATUS_ZOMBIE]:
+        assert time.monotonic() < limit, f"still there: {found}"
+        for process in found:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        psutil.wait_procs(found, timeout=1)
+
+
+def name_nodes(folder: Path, there: bool) -> None:
+    """Make the nodes' names lead to loopback for a cluster, or no longer; others may do the same at the same time."""
+    mark = f"# for {folder}"
+    with open("/etc/hosts", "r+") as file:  # in place: containers mount this very file
+        fcntl.flock(file, fcntl.LOCK_EX)
+        kept = [line for line in file.read().splitlines(keepends=True) if mark not in line]
+        kept += [f"127.0.0.1 {node} {mark}\n" for node in NODES] if there else []
+        file.seek(0)
+        file.write("".join(kept))
+        file.truncate()
+
+
+def watch(folder: Path) -> subprocess.Popen[bytes]:
+    """A process that sweeps as soon as this one is gone, in whatever way."""
+    command = [sys.executable, __file__, WATCH, str(folder)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def why_not() -> str:
@@ -292,11 +381,23 @@ def why_not() -> str:
     where = os.environ["PATH"] + ":/usr/sbin:/sbin"
     missing = [name for name in PROGRAMS if not shutil.which(name, path=where)]
     if missing and shutil.which("apt-get"):
-        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        subprocess.run(["apt-get", "update", "-q"], capture_output=True, env=quiet, timeout=300)
-        install = ["apt-get", "install", "-q", "-y", "--no-install-recommends", *PACKAGES]
-        done = subprocess.run(install, capture_output=True, text=True, env=quiet, timeout=900)
-        missing = [name for name in PROGRAMS if not shutil.which(name, path=where)]
-        if missing:
-            return f"{', '.join(PACKAGES)} could not be installed: {done.stderr[-500:]}"
+        missing = _install(where)
     return f"{', '.join(missing)} not found; install {', '.join(PACKAGES)}" if missing else ""
+
+
+def _install(where: str) -> list[str]:
+    """Install what is missing, one worker at a time; the programs that are missing still."""
+    with open(Path(tempfile.gettempdir()) / "haste-slurm-packages.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if any(not shutil.which(name, path=where) for name in PROGRAMS):
+            quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+            subprocess.run(["apt-get", "update", "-q"], capture_output=True, env=quiet, timeout=300)
+            install = ["apt-get", "install", "-q", "-y", "--no-install-recommends", *PACKAGES]
+            subprocess.run(install, capture_output=True, env=quiet, timeout=900)
+    return [name for name in PROGRAMS if not shutil.which(name, path=where)]
+
+
+if __name__ == "__main__":
+    sys.stdin.read()  # until the tests' end of it closes
+    sweep(Path(sys.argv[2]))
+    name_nodes(Path(sys.argv[2]), there=False)

@@ -1,7 +1,7 @@
 """What a user has on the cluster of the tests: a results folder, a configuration, a profile, and commands.
 
 Waits are for conditions, with generous limits; nothing here depends on how fast the machine is. A brake slows the
-steps in jobs down, so that there is always a step to disturb.
+steps of jobs down and holds them before the last ones, so that there is always a step to disturb.
 """
 
 import copy
@@ -22,6 +22,7 @@ from haste.plan import Plan
 
 ROOT = Path(__file__).parents[2]
 TINY = yaml.safe_load((ROOT / "tests" / "tiny.yaml").read_text())
+# In every process of a training job: a step takes PACE seconds, and step CEILING is not begun, as a file says.
 BRAKE = """
 import os, sys, time
 if "snakemake" in sys.orig_argv:  # it waits ever longer between two looks at the queue
@@ -30,11 +31,18 @@ if "snakemake" in sys.orig_argv:  # it waits ever longer between two looks at th
 if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" and "HASTE_BRAKE" in os.environ:
     from haste import journal
     add = journal.Journal.add
-    def slowly(self, values):
+    def limits():
         try:
-            time.sleep(float(open(os.environ["HASTE_BRAKE"]).read() or 0))
+            return map(float, open(os.environ["HASTE_BRAKE"]).read().split())
         except FileNotFoundError:
-            pass
+            return 0, float("inf")
+    def slowly(self, values):
+        self.steps = getattr(self, "steps", self.begin) + 1
+        pace, ceiling = limits()
+        time.sleep(pace)
+        while self.steps > ceiling:
+            time.sleep(0.1)
+            _, ceiling = limits()
         add(self, values)
     journal.Journal.add = slowly
 """
@@ -44,16 +52,26 @@ TRAIN = {"cpus_per_task": 1, "mem_mb": 1500, "signal_s": 30, "poll_s": 1}
 class World:
     """A results folder on the cluster's shared file system, a configuration, a profile, and a user's commands."""
 
-    def __init__(self, folder, data, slurm, runs, steps=None, **train):
+    def __init__(self, folder, data, slurm, runs, runtime=None, **train):
         self.folder, self.slurm, self.root = folder, slurm, folder / "results"
         folder.mkdir(parents=True, exist_ok=True)
         if data:
             shutil.copytree(data, self.root)
-        self.brake = folder / "brake"
+        self.brake_file = folder / "brake"
         (folder / "brakes").mkdir()
         (folder / "brakes" / "sitecustomize.py").write_text(BRAKE)
-        self.configure(runs=runs)
+        self.configure(runs=runs, runtime=runtime or {})
         self.profile(**train)
+
+    def brake(self, pace, ceiling):
+        """From now on steps take `pace` seconds, and none beyond `ceiling` is done."""
+        aside = self.brake_file.with_suffix(".aside")
+        aside.write_text(f"{pace} {ceiling}")
+        aside.replace(self.brake_file)
+
+    def release(self):
+        """Steps take what they take."""
+        self.brake_file.unlink()
 
     def configure(self, **changes):
         raw = {**copy.deepcopy(TINY), "results": str(self.root), **changes}
@@ -91,39 +109,59 @@ class World:
 
     @property
     def environment(self):
+        """What a user's commands see."""
         path = f"{Path(sys.executable).parent}:{self.slurm.environment['PATH']}"
-        brakes = f"{self.folder / 'brakes'}:{ROOT}"
         return {
             **self.slurm.environment,
             "PATH": path,
-            "PYTHONPATH": brakes,
-            "HASTE_BRAKE": str(self.brake),
+            "PYTHONPATH": self.python_path(ROOT),
+            "HASTE_BRAKE": str(self.brake_file),
             "OMP_NUM_THREADS": "1",
         }
 
-    def start(self, *arguments):
-        """A user's snakemake, in a terminal's process group of its own."""
-        command = [
-            sys.executable,
-            "-m",
-            "snakemake",
-            *map(str, arguments),
-            "--snakefile",
-            str(ROOT / "workflow" / "Snakefile"),
-        ]
-        command += ["--workflow-profile", str(ROOT / "profiles" / "default"), "--profile", str(self.folder / "profile")]
-        command += ["--directory", str(self.folder), "--configfile", str(self.file)]
-        self.log = self.folder / f"snakemake-{time.monotonic_ns()}.log"
+    def python_path(self, clone):
+        return f"{self.folder / 'brakes'}:{clone}"
+
+    def start(self, *arguments, clone=ROOT):
+        """A user's snakemake, in a terminal's process group of its own; what it says is in `log`."""
+        command = ["-m", "snakemake", *arguments, "--snakefile", clone / "workflow" / "Snakefile"]
+        command += ["--workflow-profile", clone / "profiles" / "default", "--profile", self.folder / "profile"]
+        where = self.folder if clone == ROOT else clone
+        return self._start(*command, "--directory", where, "--configfile", self.file, clone=clone)
+
+    def train(self, run, step, first=None, **asked):
+        """A user's `haste train --slurm`, which Snakemake would call."""
+        asked = {**TRAIN, "runtime": 20, **asked}
+        state, settings = self.plan.state(run, step), (f"{key}={value}" for key, value in asked.items())
+        return self._start("-m", "haste.cli", "train", state, "-c", self.file, "--slurm", *settings, first=first)
+
+    def _start(self, *arguments, clone=ROOT, first=None):
+        """`first`: a folder with programs that are taken before all others of their names."""
+        self.log = self.folder / f"user-{time.monotonic_ns()}.log"
+        environment = {**self.environment, "PYTHONPATH": self.python_path(clone)}
+        if first:
+            environment["PATH"] = f"{first}:{environment['PATH']}"
         with open(self.log, "w") as out:
-            self.snakemake = subprocess.Popen(
-                command, stdout=out, stderr=out, env=self.environment, start_new_session=True
-            )
-        self.slurm.users.append(self.snakemake)
-        return self.snakemake
+            command = [sys.executable, *map(str, arguments)]
+            self.user = subprocess.Popen(command, stdout=out, stderr=out, env=environment, start_new_session=True)
+        self.slurm.users.append(self.user)
+        return self.user
+
+    def clone(self):
+        """Another copy of the code, as a colleague has it."""
+        where = self.folder / "clone"
+        for part in ("haste", "workflow", "profiles"):
+            shutil.copytree(ROOT / part, where / part, ignore=shutil.ignore_patterns("__pycache__"))
+        return where
 
     def finish(self, running, seconds=1200):
         code = running.wait(seconds)
         assert code == 0, self.log.read_text()[-6000:] + self.slurm.state()
+
+    def leaves(self, user, code=None):
+        """Somebody ends, with this exit code (None: any but 0)."""
+        self.until("somebody leaves", lambda: user.poll() is not None)
+        assert user.returncode != 0 if code is None else user.returncode == code, self.log.read_text()
 
     def haste(self, *arguments):
         command = [sys.executable, "-m", "haste.cli", *map(str, arguments)]
@@ -160,8 +198,18 @@ class World:
         try:
             self.slurm.until(what, ask, seconds)
         except AssertionError as error:
-            logs = [self.log, *self.root.glob("tiny/logs/train-*.log")]
+            logs = [self.log, *self.root.glob("tiny/logs/train-*.log"), *self.root.glob("states/*/jobs/*.out")]
             raise AssertionError(f"{error}\n" + "\n".join(f"{p}:\n{p.read_text()[-2500:]}" for p in logs)) from None
+
+    def said(self, run, step):
+        """What all attempts to train a state wrote."""
+        logs = sorted(self.path(run, step).parent.glob("jobs/*-attempt-*.log"))
+        return "".join(path.read_text() for path in logs)
+
+    def told(self, run, step):
+        """What who waits for a state wrote to its log in Snakemake's place."""
+        state = self.plan.state(run, step)
+        return Path(self.plan.folder, "logs", f"train-{state.trajectory}-{Path(state.file).stem[5:]}.log").read_text()
 
     def attempts(self, run, step):
         """How every attempt of every job for a state ended, by accounting."""
@@ -186,17 +234,17 @@ def equal(found, expected):
         assert torch.equal(found[name], value), name
 
 
-def locally(world, tmp_path, *states):
-    """The same states, trained on this machine without a cluster, with the same number of processes."""
+def locally(world, folder, run, step, processes=2):
+    """Begin to train the same state on this machine, without a cluster; its process, and where the state will be."""
     raw = yaml.safe_load(world.file.read_text())
-    raw |= {"results": str(tmp_path / "local")}
-    raw["runtime"]["processes"] = 2
-    shutil.copytree(
-        world.root, tmp_path / "local", ignore=shutil.ignore_patterns("states", "samples", "features", "scores", "tiny")
-    )
-    (tmp_path / "local.yaml").write_text(yaml.safe_dump(raw))
+    raw |= {"results": str(folder / "results")}
+    raw["runtime"]["processes"] = processes
+    left_out = shutil.ignore_patterns("states", "samples", "features", "scores", "tiny", ".lock")
+    shutil.copytree(world.root, folder / "results", ignore=left_out)
+    (folder / "local.yaml").write_text(yaml.safe_dump(raw))
     plan = Plan(config.resolve(raw))
-    for run, step in states:
-        done = world.haste("train", plan.state(run, step), "-c", tmp_path / "local.yaml")
-        assert done.returncode == 0, done.stderr
-    return plan
+    command = [sys.executable, "-m", "haste.cli", "train", str(plan.state(run, step)), "-c", str(folder / "local.yaml")]
+    with open(folder / "local.log", "w") as out:
+        local = subprocess.Popen(command, stdout=out, stderr=out, env=world.environment, start_new_session=True)
+    world.slurm.users.append(local)
+    return local, Path(plan.path(plan.state(run, step)))
