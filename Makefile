@@ -25,6 +25,9 @@ test: lint
 test-slurm: $(READY)
 	pytest -n 2 --dist loadfile tests/slurm
 
+soak: $(READY)
+	pytest -s tests/slurm/soak.py
+
 lint: $(READY)
 	ruff format --check .
 	ruff check .

@@ -104,8 +104,9 @@ class Slurm:
         host = socket.gethostname().split(".")[0]
         self.values = {"folder": folder, "host": host, "memory": memory, "first": first, **ports}
         # The daemons of Debian live in sbin, which not everybody's PATH has.
-        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
-        self.environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}:/usr/sbin:/sbin"
+        path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+        self.own = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": path}
+        self.environment = {**self.own, "PATH": f"{folder / 'bin'}:{path}"}  # what users see
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.users: list[subprocess.Popen[bytes]] = []  # started by tests, each in a group of its own
 
@@ -193,7 +194,7 @@ class Slurm:
         """Start a daemon that dies with us, its output in the cluster's folder."""
         with open(self.folder / f"{name}.out", "ab") as out:
             self.daemons[name] = subprocess.Popen(
-                command, stdout=out, stderr=out, env=self.environment, preexec_fn=_die_with_parent
+                command, stdout=out, stderr=out, env=self.own, preexec_fn=_die_with_parent
             )
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
@@ -254,7 +255,7 @@ class Slurm:
         """What a command prints; it must succeed, within `patience` seconds: a busy controller misses questions."""
         limit = time.monotonic() + patience
         while True:
-            done = subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=120)
+            done = subprocess.run(command, capture_output=True, text=True, env=self.own, timeout=120)
             if done.returncode == 0:
                 return done.stdout
             assert time.monotonic() < limit, f"{' '.join(command)}: {done.stdout}{done.stderr}"
@@ -262,11 +263,11 @@ class Slurm:
 
     def tried(self, *command: str) -> bool:
         """Whether a command succeeds."""
-        return subprocess.run(command, capture_output=True, env=self.environment, timeout=120).returncode == 0
+        return subprocess.run(command, capture_output=True, env=self.own, timeout=120).returncode == 0
 
     def text(self, *command: str) -> str:
         """What a command prints, empty where it fails."""
-        return subprocess.run(command, capture_output=True, text=True, env=self.environment, timeout=120).stdout
+        return subprocess.run(command, capture_output=True, text=True, env=self.own, timeout=120).stdout
 
     def until(self, what: str, ask: Callable[[], object], seconds: float = 120) -> None:
         """Wait for something to be so, and print how long that took."""
@@ -342,7 +343,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 def _belongs(process: psutil.Process, folder: Path) -> bool:
     if process.environ().get("SLURM_CONF") == f"{folder}/slurm.conf":
         return True
-    return any(path.startswith(f"{folder}/") for path in _open_paths(process))
+    return any(f"{path}/".startswith(f"{folder}/") for path in _open_paths(process))
 
 
 def sweep(folder: Path, seconds: float = 30) -> None:

@@ -172,10 +172,10 @@ class World:
     def path(self, run, step):
         return Path(self.plan.path(self.plan.state(run, step)))
 
-    def queue(self, run, step):
+    def queue(self, run, step, patience=120):
         """Live jobs that make a state, as (id, state)."""
         name = jobs.name(self.plan, self.plan.state(run, step))
-        text = self.slurm.ask("squeue", "--noheader", "--name", name, "--format=%A %T", patience=120)
+        text = self.slurm.ask("squeue", "--noheader", "--name", name, "--format=%A %T", patience=patience)
         return [tuple(line.split()) for line in text.splitlines()]
 
     def runs(self, run, step):

@@ -10,18 +10,18 @@ from slurm_world import World, equal, locally
 
 pytestmark = pytest.mark.timeout(3000)
 
-HASTE = {"HASTE": {"alignment": "HASTE", "milestones": [600]}, "vanilla": {"milestones": [8]}}
+HASTE = {"HASTE": {"alignment": "HASTE", "milestones": [300]}, "vanilla": {"milestones": [8]}}
 SHORT = {"vanilla": {"milestones": [20]}}
 
 
 def test_one_training_survives_everything_that_a_cluster_does_to_it(slurm, data, tmp_path):
     two_nodes = {"nodes": 2, "tasks_per_node": 1}
     world = World(tmp_path / "w", data, slurm, HASTE, {"save_every": 2}, train=two_nodes)
-    what, target = ("HASTE", 600), world.path("HASTE", 600)
+    what, target = ("HASTE", 300), world.path("HASTE", 300)
     local, expected = locally(world, tmp_path / "local", *what)
-    write_program(tmp_path / "hangs" / "squeue", "sleep 600")
+    write_program(tmp_path / "hangs" / "squeue", "exec sleep 600")
     unheard, unheard_log = world.train("vanilla", 8, first=tmp_path / "hangs"), world.log
-    world.brake(pace=0.4, ceiling=590)
+    world.brake(pace=0.4, ceiling=290)
     snakemake = world.start(target)
     world.until("a job is there", lambda: world.queue(*what))
 
@@ -66,7 +66,7 @@ def test_one_training_survives_everything_that_a_cluster_does_to_it(slurm, data,
     assert world.gets_on(*what) == second, "a lost node ended the job"
 
     # somebody cancels it, while the accounting hangs: it is not submitted behind their back
-    with slurm.instead("sacct", "sleep 600"):
+    with slurm.instead("sacct", "exec sleep 600"):
         slurm.ask("scancel", second)
         world.leaves(snakemake)
     assert "was cancelled" in world.told(*what)
