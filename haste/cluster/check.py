@@ -6,7 +6,7 @@ What is wrong in a profile is so said in the first seconds, and not hours later 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from haste.cluster import slurm
@@ -41,11 +41,11 @@ FLAGS = {
 }
 
 
-def check(asked: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def check(asked: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
     """Doubts whether SLURM would take jobs with such resources now, in words.
 
     Args:
-        asked: rule -> the resources of its jobs, named as in the profile.
+        asked: of each job its rule and its resources, named as in the profile. What is the same is asked once.
 
     Raises:
         ValueError: there is no SLURM on this machine, or a job could never be submitted; the message names the keys of
@@ -56,15 +56,14 @@ def check(asked: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             "The profile hands jobs to SLURM, but here is no sbatch. Start this on a login node of the cluster, or "
             "without --profile, with --cores all, to work on this machine alone"
         )
-    rules: dict[tuple[str, ...], list[str]] = {}
-    for rule, resources in sorted(asked.items()):
-        rules.setdefault(flags(resources), []).append(rule)
+    rules: dict[tuple[str, ...], set[str]] = {}
+    for rule, resources in asked:
+        rules.setdefault(flags(resources), set()).add(rule)
     for given, named in rules.items():
         try:
             slurm.ask("sbatch", "--test-only", *given, "--wrap=true")
         except slurm.Unanswered as error:
-            which = f"jobs of {', '.join(named)} ({' '.join(given)})"
-            yield _doubt(which, [key for key in FLAGS if asked[named[0]].get(key)], str(error))
+            yield _doubt(f"jobs of {', '.join(sorted(named))} ({' '.join(given)})", given, str(error))
 
 
 def flags(resources: Mapping[str, Any]) -> tuple[str, ...]:
@@ -76,11 +75,11 @@ def flags(resources: Mapping[str, Any]) -> tuple[str, ...]:
     return (*found, *str(given.get("slurm_extra") or "").split())
 
 
-def _doubt(which: str, keys: list[str], said: str) -> str:
+def _doubt(which: str, given: tuple[str, ...], said: str) -> str:
     words = " ".join(said.split())
     for what, about in WRONG.items():
         if what in words.lower():
             raise ValueError(f"SLURM would not take {which}: {words}. Look at {' and '.join(about)} in the profile")
     about = next((about for what, about in DOUBTFUL.items() if what in words.lower()), ())
-    hint = ", ".join(key for key in about if key in keys)
+    hint = ", ".join(key for key in about if any(flag.startswith(f"--{FLAGS[key]}=") for flag in given))
     return f"SLURM would not take {which} now: {words}." + (f" Look at {hint} in the profile." if hint else "")

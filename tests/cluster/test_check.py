@@ -33,8 +33,8 @@ def refusing(flag, words):
 def test_the_resources_of_the_profile_are_asked_for_as_training_and_snakemake_ask_for_them(sbatch):
     calls = sbatch("true")
     default = PROFILE["default-resources"] | {"slurm_account": "mine", "slurm_extra": "--exclude=node7"}
-    asked = {rule: default | given for rule, given in PROFILE["set-resources"].items()}
-    assert list(check.check({**asked, "images_join": default, "latents_join": default})) == []
+    asked = [(rule, default | given) for rule, given in PROFILE["set-resources"].items()]
+    assert list(check.check([*asked, ("images_join", default), ("latents_join", default)])) == []
     assert "--test-only --account=mine --time=60 --mem=16000 --cpus-per-task=4 --exclude=node7 --wrap=true" in calls()
     train = "--time=1440 --mem=400000 --cpus-per-task=12 --nodes=1 --ntasks-per-node=8 --gpus-per-node=8"
     assert any(train in call for call in calls())
@@ -54,25 +54,26 @@ def test_the_resources_of_the_profile_are_asked_for_as_training_and_snakemake_as
 def test_what_no_time_mends_is_refused_with_the_rules_and_the_key(sbatch, flag, words, keys):
     sbatch(refusing(flag, words))
     key, value = {v: k for k, v in check.FLAGS.items()}[flag[2:].split("=")[0]], "lost"
-    asked = {"train": {"nodes": 1}, "sample": {"gpu": 1, key: value}, "score": {"gpu": 1, key: value}}
+    asked = [("train", {"nodes": 1}), ("score", {"gpu": 1, key: value}), ("sample", {"gpu": 1, key: value})]
     with pytest.raises(ValueError, match=f"jobs of sample, score .*{words.split()[-1]}.*Look at {keys}.* in the prof"):
         list(check.check(asked))
 
 
 def test_what_may_be_otherwise_when_other_nodes_are_up_is_a_doubt_and_no_refusal(sbatch):
     sbatch(refusing("--gpus-per-node=8", "allocation failure: Requested node configuration is not available"))
-    (doubt,) = check.check({"train": {"gpus_per_node": 8, "nodes": 2}, "sample": {"gpu": 1}})
+    asked = [("train", {"gpus_per_node": count, "nodes": 2}) for count in (4, 8, 4)]
+    (doubt,) = check.check([*asked, ("sample", {"gpu": 1})])
     assert "jobs of train (--nodes=2 --gpus-per-node=8) now: allocation failure" in doubt
     assert doubt.endswith("Look at gpus_per_node, nodes in the profile.")
 
 
 def test_a_slurm_that_gives_no_answer_is_no_refusal(sbatch):
     sbatch("echo 'Unable to contact slurm controller' >&2; exit 1")
-    (doubt,) = check.check({"sample": {"gpu": 1}})
+    (doubt,) = check.check([("sample", {"gpu": 1})])
     assert "Unable to contact slurm controller" in doubt
 
 
 def test_a_machine_without_slurm_is_told_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="no sbatch.*login node.*--cores all"):
-        list(check.check({"sample": {"gpu": 1}}))
+        list(check.check([("sample", {"gpu": 1})]))

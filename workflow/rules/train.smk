@@ -41,7 +41,7 @@ def ask_the_cluster():
     """Before anything is submitted: would SLURM take it?"""
     if workflow.executor_plugin.name == "slurm":
         jobs = [job for job in workflow.dag.needrun_jobs() if job.rule.name.startswith("train") or not job.is_local]
-        for doubt in check.check({job.rule.name: dict(job.resources.items()) for job in jobs}):
+        for doubt in check.check((job.rule.name, dict(job.resources.items())) for job in jobs):
             logger.warning(doubt)
 
 
