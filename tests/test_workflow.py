@@ -54,6 +54,7 @@ class Workshop:
 
     def on_a_node(self, rule, **wildcards):
         """Run a job as the executor does on the node that it was submitted to."""
+        artefact.write_json(self.plan.config_file, self.plan.config.model_dump(mode="json"))  # whoever submitted it did
         values = ",".join(f"{name}={value}" for name, value in wildcards.items())
         job = ["--target-jobs", f"{rule}:{values}", "--allowed-rules", rule, "--mode", "remote", "--force"]
         job += ["--force-use-threads", "--no-hooks", "--retries", "0", "--latency-wait", "5"]

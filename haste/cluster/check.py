@@ -5,6 +5,8 @@ What is wrong in a profile is so said in the first seconds, and not hours later 
 
 from __future__ import annotations
 
+import getpass
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -57,13 +59,30 @@ def check(asked: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
             "without --profile, with --cores all, to work on this machine alone"
         )
     rules: dict[tuple[str, ...], set[str]] = {}
+    asked = list(asked)
     for rule, resources in asked:
         rules.setdefault(flags(resources), set()).add(rule)
+    _check_accounts({str(account) for _, resources in asked if (account := resources.get("slurm_account"))})
     for given, named in rules.items():
         try:
             slurm.ask("sbatch", "--test-only", *given, "--wrap=true")
         except slurm.Unanswered as error:
             yield _doubt(f"jobs of {', '.join(sorted(named))} ({' '.join(given)})", given, str(error))
+
+
+def _check_accounts(named: set[str]) -> None:
+    """Refuse an account that is not the user's own: not every SLURM does, but Snakemake's executor does, job by job."""
+    try:
+        answer = (
+            slurm.ask("sacctmgr", "-n", "-s", "list", "user", getpass.getuser(), "format=account%256") if named else ""
+        )
+    except slurm.Unanswered:  # then nobody can say
+        return
+    mine = {line.strip() for line in answer.splitlines() if line.strip()}
+    asked = {account for text in named for account in re.split(r"[,\s]+", text) if account}
+    lost = sorted(account for account in asked if account.lower() not in map(str.lower, mine))
+    if mine and lost:
+        raise ValueError(f"slurm_account in the profile: {', '.join(lost)} is none of yours: {', '.join(sorted(mine))}")
 
 
 def flags(resources: Mapping[str, Any]) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ def sbatch(tmp_path, monkeypatch):
     """A function from a script to the calls of the sbatch that runs it."""
     calls = tmp_path / "calls"
     calls.touch()
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    (tmp_path / "sacctmgr").symlink_to("/bin/true")
 
     def says(script):
         path = tmp_path / "sbatch"
@@ -57,6 +58,20 @@ def test_what_no_time_mends_is_refused_with_the_rules_and_the_key(sbatch, flag, 
     asked = [("train", {"nodes": 1}), ("score", {"gpu": 1, key: value}), ("sample", {"gpu": 1, key: value})]
     with pytest.raises(ValueError, match=f"jobs of sample, score .*{words.split()[-1]}.*Look at {keys}.* in the prof"):
         list(check.check(asked))
+
+
+@pytest.mark.parametrize("accounts", ["echo '   root'; echo '   mine'", "true", "echo broken >&2; exit 1"])
+def test_an_account_that_is_not_the_users_own_is_refused_where_somebody_can_say_so(sbatch, tmp_path, accounts):
+    sbatch("true")
+    (tmp_path / "sacctmgr").unlink()
+    (tmp_path / "sacctmgr").write_text(f"#!/bin/sh\n{accounts}\n")
+    (tmp_path / "sacctmgr").chmod(0o755)
+    asked = [("sample", {"slurm_account": "Mine"}), ("train", {"slurm_account": "root, lost"})]
+    if "mine" in accounts:
+        with pytest.raises(ValueError, match="slurm_account in the profile: lost is none of yours: mine, root"):
+            list(check.check(asked))
+        asked.pop()
+    assert list(check.check(asked)) == []
 
 
 def test_what_may_be_otherwise_when_other_nodes_are_up_is_a_doubt_and_no_refusal(sbatch):
