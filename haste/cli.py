@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "matplotlib", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    _mark(arguments)
     try:
         arguments.run(arguments)
     except (ValueError, OSError, FloatingPointError) as error:
@@ -43,6 +44,17 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; the same command goes on from what is saved", file=sys.stderr)
         return 130
     return 0
+
+
+def _mark(arguments: argparse.Namespace) -> None:
+    """Note which job of a cluster works for which stage of a workflow; who only waits for another job does not."""
+    file, command = getattr(arguments, "config", None), arguments.command
+    if "SLURM_JOB_ID" not in os.environ or not isinstance(file, str) or getattr(arguments, "slurm", None) is not None:
+        return
+    from haste.cluster import accounting
+
+    stage = {"evaluate": "score", "targets": "pca" if getattr(arguments, "fit", False) else "targets"}
+    accounting.mark(file, stage.get(command, command))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -692,9 +704,11 @@ def _grid(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from haste import artefact, gather
+    from haste.cluster import accounting
     from haste.report import page
 
     plan = _plan_of(arguments)
+    accounting.update(plan)
     found = gather.report(plan)
     folder = Path(plan.report).parent
     header = {"schema": artefact.SCHEMA, "kind": "report", "configuration": plan.config.model_dump(mode="json")}

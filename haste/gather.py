@@ -10,6 +10,7 @@ import pandas as pd
 import yaml
 
 from haste import artefact, config, journal, termination
+from haste.cluster import accounting
 from haste.data.npz import read_npz
 from haste.diagnose import pictures
 from haste.plan import Detector, Evaluation, Plan
@@ -66,7 +67,8 @@ def records(plan: Plan, run: str, seed: int) -> list[dict[str, Any]]:
 
 
 def stages(plan: Plan) -> list[Stage]:
-    """Jobs and seconds by rule, from the benchmark files of this configuration's own jobs."""
+    """Jobs and seconds by rule, from the benchmark files of this configuration's own jobs, and what a cluster's
+    accounting is on record with."""
     spent: dict[str, list[float]] = {}
     for path in sorted(Path(plan.folder, "benchmarks").glob("*.tsv")):
         try:
@@ -90,7 +92,9 @@ def stages(plan: Plan) -> list[Stage]:
         "floor",
         "grid",
     ]
-    return [Stage(name, len(spent[name]), sum(spent[name])) for name in order if name in spent]
+    taken = accounting.by_stage(accounting.kept(plan))
+    names = [*(name for name in order if name in spent or name in taken), *sorted(set(taken) - set(order))]
+    return [Stage(n, len(spent.get(n, [])), sum(spent.get(n, [])), taken.get(n)) for n in names]
 
 
 def _score(detector: Detector, path: str) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from markupsafe import Markup
 from haste.artefact import replacing
 from haste.report import figures, formats, systems, tables
 from haste.report.compare import Line, guidance_text, lines
-from haste.report.content import NONE, Grid, Part, Report, Row, Stage
+from haste.report.content import NONE, Grid, Part, Report, Row
 from haste.report.finding import context, finding, lead, speedup_table, speedups
-from haste.report.formats import Cell, Entry, Head, Table, text_cell
+from haste.report.formats import Entry, Head, Table, text_cell
+from haste.report.times import duration, duration_cell, time_table
 
 PNG = b"\x89PNG\r\n\x1a\n"
 OURS = re.compile(
@@ -37,7 +38,7 @@ def all_tables(report: Report) -> dict[str, list[Table]]:
         "published": [*tables.published_tables(report), *systems.system_tables(report)],
         "ablations": tables.ablations(report),
         "parts": [_parts(report.parts)] if report.parts else [],
-        "time": [_time(report.stages)] if report.stages else [],
+        "time": [time_table(report.stages)] if report.stages else [],
     }
 
 
@@ -46,24 +47,8 @@ def _parts(parts: Sequence[Part]) -> Table:
     for part in parts:
         quality = ", ".join(f"{_spaced(name)} {value_text(value)}" for name, value in part.quality.items())
         words = [text_cell(word) for word in (part.part, part.name, quality)]
-        entries.append(Entry([*words, _duration_cell(part.provenance.get("seconds"))]))
+        entries.append(Entry([*words, duration_cell(part.provenance.get("seconds"))]))
     return Table("parts", "Parts", [Head("part"), Head("name"), Head("quality"), Head("made in", True)], entries)
-
-
-def _time(stages: Sequence[Stage]) -> Table:
-    total = Stage("total", sum(s.jobs for s in stages), sum(s.seconds for s in stages))
-    heads = [Head("stage"), Head("jobs", True), Head("time, summed", True), Head("share", True)]
-    entries = []
-    for stage in [*stages, total]:
-        share = stage.seconds / total.seconds if total.seconds else None
-        cell = Cell(NONE if share is None else f"{100 * share:.0f} %", share)
-        cells = [text_cell(stage.name), text_cell(stage.jobs), _duration_cell(stage.seconds), cell]
-        entries.append(Entry(cells, kind="floor" if stage is total else ""))
-    return Table("time", "Time", heads, entries)
-
-
-def _duration_cell(seconds: float | None) -> Cell:
-    return Cell(duration(seconds), seconds)
 
 
 def write(report: Report, folder: Path | str) -> Path:
@@ -196,20 +181,6 @@ def value_text(value: Any) -> str:
 
 def _spaced(name: Any) -> str:
     return str(name).replace("_", " ")
-
-
-def duration(seconds: float | None) -> str:
-    """`0.4 s`, `25 s`, `3 min 05 s`, `2 h 10 min`."""
-    if seconds is None:
-        return NONE
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{round(whole / 60) // 60} h {round(whole / 60) % 60:02d} min"
 
 
 def made(score: Mapping[str, Any], row: Row | None = None) -> list[tuple[str, Sequence[tuple[str, str]]]]:
