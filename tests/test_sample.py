@@ -1,5 +1,8 @@
 """Image i depends on (seed, i) alone: not on the batch, not on the shards."""
 
+import itertools
+import multiprocessing
+import os
 import shutil
 from pathlib import Path
 
@@ -7,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from haste import cli, config
+from haste import artefact, cli, config
 from haste.data import drawn
 from haste.data.store import Store, join
 from haste.plan import Plan
@@ -240,6 +243,71 @@ def features_of_bytes(data):
     import io
 
     return features_of(io.BytesIO(data))
+
+
+def sample_in_a_process(plan, evaluation, before_batch):
+    """The command in a process of its own, which calls `before_batch` with the number of each batch that it draws."""
+
+    def work():
+        paint, numbers = Painter.draw, itertools.count()
+        Painter.draw = lambda *given: before_batch(next(numbers)) or paint(*given)
+        os._exit(cli.main(["sample", evaluation.name, "-c", str(plan.file)]))
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def emptied(evaluation):
+    for folder in (Path(evaluation.folder), Path(evaluation.features.folder)):
+        shutil.rmtree(folder)
+
+
+def assert_drawn(plan, evaluation, images, features):
+    with np.load(evaluation.sample_file(0), allow_pickle=False) as file:
+        assert (file["arr_0"] == images).all()
+    assert features_of(evaluation.features.shard_files[0]) == features
+    left = [path.name for path in Path(evaluation.folder).rglob("*") if path.is_file()]
+    assert set(left) == {Path(evaluation.sample_file(0)).name}  # under one name or two, and nothing half
+
+
+def test_two_processes_that_draw_one_shard_in_step_write_what_one_writes(trained):
+    plan, evaluation = trained(batch=6)
+    images, _ = draw(plan, evaluation)
+    features = features_of(evaluation.features.shard_files[0])
+    emptied(evaluation)
+    barrier = multiprocessing.get_context("fork").Barrier(2)
+    both = [sample_in_a_process(plan, evaluation, lambda number: barrier.wait(120) and None) for _ in range(2)]
+    for process in both:
+        process.join(240)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert_drawn(plan, evaluation, images, features)
+
+
+def test_a_process_that_was_overtaken_changes_nothing_of_what_the_other_made(trained):
+    plan, evaluation = trained(batch=6)
+    images, _ = draw(plan, evaluation)
+    features = features_of(evaluation.features.shard_files[0])
+    emptied(evaluation)
+    begun, go = (multiprocessing.get_context("fork").Event() for _ in range(2))
+
+    def before_batch(number):
+        if number == 1:
+            begun.set()
+            go.wait(240)
+
+    late = sample_in_a_process(plan, evaluation, before_batch)
+    assert begun.wait(240)
+    scores = []
+    assert cli.main(["reference", "-c", str(plan.file)]) == 0
+    for _ in range(2):
+        assert cli.main(["sample", evaluation.name, "-c", str(plan.file)]) == 0
+        assert cli.main(["evaluate", evaluation.name, "-c", str(plan.file)]) == 0  # also clears the kept batches away
+        scores.append(artefact.read_json(evaluation.score, "score")["scores"])
+        go.set()
+        late.join(240)
+    assert late.exitcode == 0 and scores[0] == scores[1]
+    assert_drawn(plan, evaluation, images, features)
 
 
 def test_the_score_has_the_evaluations_that_were_counted(trained):

@@ -51,12 +51,17 @@ def drawn(
             beyond = (start for start in starts if start > low)
             rows = range(low, min(low + size, indices.stop, next(beyond, indices.stop)))
             found = draw(rows)
-            with artefact.replacing(_path(folder, low)) as aside, open(aside, "wb") as file:
-                np.savez(file, **found, **{_SOURCE: np.array(artefact.canonical(dict(source)))})  # type: ignore[arg-type]
+            _keep_batch(_path(folder, low), found, source)
         else:
             found = kept
         yield found, kept is None
         low += _length(found)
+
+
+def _keep_batch(path: Path, found: Arrays, source: Mapping[str, str]) -> None:
+    # Another process that drew the same shard may finish first and clear the place away: nothing is lost by that.
+    with contextlib.suppress(FileNotFoundError), artefact.replacing(path) as aside, open(aside, "wb") as file:
+        np.savez(file, **found, **{_SOURCE: np.array(artefact.canonical(dict(source)))})  # type: ignore[arg-type]
 
 
 def folder_of(samples: Path) -> Path:

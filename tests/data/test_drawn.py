@@ -88,3 +88,15 @@ def test_forgotten_batches_are_gone_and_may_be_forgotten_again(tmp_path):
     for _ in range(2):
         drawn.close(folder)
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_another_process_clears_away_meanwhile_costs_nothing(tmp_path, monkeypatch):
+    save = np.savez
+
+    def cleared(file, **arrays):
+        save(file, **arrays)
+        drawn.close(tmp_path / "batches")
+
+    monkeypatch.setattr(np, "savez", cleared)
+    rows, asked = run(tmp_path / "batches", range(10), 4)
+    assert rows == [i % 3 for i in range(10)] and asked == [(0, 4), (4, 8), (8, 10)]
