@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 
 from haste import artefact, cli, config
 from haste.plan import Plan, State
+from haste.train import loop
+from haste.train.state import new_learner
 
 ROOT = Path(__file__).parent.parent
 TINY = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
@@ -116,6 +118,27 @@ def test_the_whole_path_ends_in_a_report_with_every_row(finished):
     for run in RUNS:
         assert run in table
     assert cli.main(["table", "-c", finished.plan.config_file]) == 0
+
+
+def test_training_on_cached_targets_that_the_workflow_made_is_online_training_to_half_precision(make_plan, tmp_path):
+    runs, (vit,) = {"HASTE": {"alignment": "HASTE", "milestones": [8]}}, TINY["teachers"].values()
+    plan = make_plan(runs=runs)
+    path = loop.train(plan, plan.state("HASTE", 8))
+    online = load_file(path)
+    shutil.rmtree(path.parent)
+    shop = Workshop(tmp_path)
+    shop.configure(teachers={"vit": {**vit, "cache": "features+attention"}}, runs=runs)
+    done = shop.snakemake(str(path))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert "rule targets_join" in done.stdout + done.stderr
+    cached = load_file(path)
+    assert cached.keys() == online.keys()
+    recipe = plan.trajectories[path.parent.name].recipe
+    first = {f"model/{name}": value for name, value in new_learner(recipe, {}, {}).model.state_dict().items()}
+    moved, apart = (
+        torch.cat([(online[name] - other[name]).flatten() for name in first]).norm() for other in (first, cached)
+    )
+    assert 0 < apart < 0.03 * moved  # not zero: targets on disk are rounded to float16
 
 
 def test_snakemakes_own_report_has_the_page_and_the_pictures(finished, tmp_path):
