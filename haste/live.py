@@ -23,6 +23,7 @@ from rich.text import Text
 from haste import artefact, journal, termination
 from haste.cache import readable
 from haste.cluster import queue as cluster_queue
+from haste.cluster import slurm
 from haste.cluster.slurm import Unanswered
 from haste.plan import Evaluation, Piece, Plan, State
 from haste.termination import Stopped
@@ -83,6 +84,7 @@ class View:
     next: list[str]
     notes: list[str]
     disk: dict[str, int]
+    queue: list[str]
 
 
 def slurm_queue(plan: Plan) -> dict[State, str]:
@@ -100,16 +102,31 @@ def slurm_queue(plan: Plan) -> dict[State, str]:
     return told
 
 
-def look(plan: Plan, queue: Queue = slurm_queue) -> View:
+def slurm_stages() -> list[str]:
+    """What Snakemake has in SLURM's queue, a line a rule: of all configurations that run in this folder.
+
+    Raises:
+        Unanswered: SLURM is there and does not answer.
+    """
+    if shutil.which("squeue") is None:
+        return []
+    found = slurm.stages(os.getcwd())
+    return [
+        f"{rule}: {', '.join(f'{n} {state}' for state, n in sorted(found[rule].items()))}" for rule in sorted(found)
+    ]
+
+
+def look(plan: Plan, queue: Queue = slurm_queue, stages: Callable[[], list[str]] = slurm_stages) -> View:
     """What is going on now in a configuration. Give a new plan at every look: a plan looks at the disk once.
 
     Args:
         plan: of the configuration.
-        queue: what a cluster's queue says.
+        queue: what a cluster's queue says of training.
+        stages: what it says of all else, in lines.
     """
     holder = artefact.holder(Path(plan.root, ".lock"))
     left = [state for state in plan.planned() if state.step not in plan.on_disk(state.trajectory)]
-    queued, notes = _ask(queue, plan)
+    queued, others, notes = _ask(lambda: queue(plan), stages)
     at_work = holder is not None and holder.at_work is not False
     return View(
         plan.config.name,
@@ -119,15 +136,19 @@ def look(plan: Plan, queue: Queue = slurm_queue) -> View:
         upcoming(plan, left),
         [*notes, *plan.notes],
         {room: size_of(Path(plan.root, room)) for room in ROOMS},
+        others,
     )
 
 
-def _ask(queue: Queue, plan: Plan) -> tuple[Mapping[State, str], list[str]]:
-    """What the queue says, or nothing and a word on why."""
+def _ask(
+    queue: Callable[[], Mapping[State, str]], stages: Callable[[], list[str]]
+) -> tuple[Mapping[State, str], list[str], list[str]]:
+    """What the queue says of training and of all else, or nothing and a word on why."""
     try:
-        return queue(plan), []
+        return queue(), stages(), []
     except Unanswered as error:
-        return {}, [f"the cluster's queue does not answer, so jobs in it are not shown ({str(error).splitlines()[0]})"]
+        reason = str(error).splitlines()[0]
+        return {}, [], [f"the cluster's queue does not answer, so jobs in it are not shown ({reason})"]
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -156,11 +177,12 @@ def _line(plan: Plan, run: str, seed: int, queued: Mapping[State, str]) -> Line:
     ahead = next((p for p in pieces if p.holds(min(step + 1, last))), place)
     holder = None if finished else artefact.holder(Path(plan.root, "states", ahead.trajectory, "lock"))
     rate, age = _rate(plan, run, record), number(record, "time")
+    words = next((words for state, words in queued.items() if state.trajectory == ahead.trajectory), "")
     return Line(
         plan.label(run, seed),
         last if finished else step,
         last,
-        _doing(finished, step, holder),
+        _doing(finished, step, holder, words),
         "" if finished else _segment(plan, ahead, step, termination.along(plan, run, seed)),
         rate,
         None if finished or not rate else (last - step) / rate,
@@ -168,7 +190,7 @@ def _line(plan: Plan, run: str, seed: int, queued: Mapping[State, str]) -> Line:
         number(record, "waiting"),
         None if finished or age is None else max(0.0, time.time() - age),
         sum(size_of(Path(plan.root, "states", piece.trajectory)) for piece in pieces),
-        next((words for state, words in queued.items() if state.trajectory == ahead.trajectory), ""),
+        words,
     )
 
 
@@ -194,9 +216,11 @@ def _rate(plan: Plan, run: str, record: Mapping[str, Any]) -> float | None:
     return images / plan.config.training_of(run).batch if images else None
 
 
-def _doing(finished: bool, step: int, holder: artefact.Holder | None) -> str:
+def _doing(finished: bool, step: int, holder: artefact.Holder | None, queued: str) -> str:
     if finished:
         return "finished"
+    if " PENDING" in queued and not (holder and holder.at_work):  # the lock of a killed job on a node speaks on
+        return "waits in the queue"
     if holder is not None:
         return "training" if holder.at_work else "training, as its lock says"
     return "paused" if step else "not begun"
@@ -312,6 +336,7 @@ def _below(view: View) -> list[str]:
     shown = [*view.next[:MOST_NEXT], *([f"and {len(view.next) - MOST_NEXT} more"] if view.next[MOST_NEXT:] else [])]
     lines += [f"next: {words}" for words in shown] or ["next: nothing is left to train or to score"]
     sizes = ", ".join(f"{room} {readable(size)}" for room, size in view.disk.items() if size)
+    lines += [f"in the queue: {words}" for words in view.queue]
     lines += [f"note: {words}" for words in view.notes]
     return [*lines, f"disk: {sizes or 'nothing yet'} (with all configurations in this results folder)"]
 

@@ -218,7 +218,41 @@ def test_disk_is_counted_by_room_also_while_files_come_and_go(make_plan):
 def test_what_a_clusters_queue_says_stands_beside_the_run_that_waits(make_plan):
     plan = make_plan(runs={"vanilla": {}})
     view = live.look(plan, lambda _: {plan.state("vanilla", 8): "job 7 PENDING (Priority)"})
-    assert view.lines[0].queued == "job 7 PENDING (Priority)"
+    assert (view.lines[0].queued, view.lines[0].doing) == ("job 7 PENDING (Priority)", "waits in the queue")
+
+
+def test_a_run_whose_job_was_put_back_into_the_queue_waits_whatever_its_old_lock_says(make_plan):
+    plan = make_plan(runs={"vanilla": {}})
+    where = folder(plan, "vanilla", 8)
+    write_log(where, record(4, time=time.time()))
+    (where / "lock").write_text("process 12 on node7 since 2026-01-01T00:00:00+00:00: haste train x\n")
+    for queued, doing in (
+        ("PENDING (BeginTime)", "waits in the queue"),
+        ("RUNNING on n2", "training, as its lock says"),
+    ):
+        (line,) = live.look(plan, lambda _, queued=queued: {plan.state("vanilla", 8): f"job 7 {queued}"}).lines
+        assert (line.doing, line.step, line.rate) == (doing, 4, 5.0)
+        assert line.to_go == pytest.approx((16 - 4) / 5)
+
+
+def test_jobs_of_the_other_stages_are_counted_by_rule_and_state(make_plan, monkeypatch, tmp_path, capsys):
+    plan, here = make_plan(runs={"vanilla": {}}), os.getcwd()
+    lines = [
+        f"{state}|{here}|rule_sample_wildcards_x.{n}|0" for n, state in enumerate(["RUNNING", "PENDING", "PENDING"])
+    ]
+    lines += [
+        f"RUNNING|{here}|rule_images_check",
+        f"RUNNING|{here}|(null)",
+        "RUNNING|/elsewhere|rule_sample",
+        "garbled",
+    ]
+    squeue = tmp_path / "squeue"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    said = "; ".join(f"echo '{line}'" for line in lines)
+    squeue.write_text(f'#!/bin/sh\ncase "$*" in *--me*--array*) {said};; esac\n')
+    squeue.chmod(0o755)
+    assert live.look(plan).queue == ["images_check: 1 RUNNING", "sample: 2 PENDING, 1 RUNNING"]
+    assert "in the queue: sample: 2 PENDING, 1 RUNNING" in text(plan, capsys)
 
 
 def test_slurms_own_queue_is_asked_where_there_is_one_and_its_silence_is_said(make_plan, monkeypatch, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 from collections.abc import Sequence
 
@@ -81,6 +82,24 @@ def queue(names: Sequence[str]) -> list[Job]:
         if name in names:
             jobs.append(Job(number, name, state, nodes, reason))
     return sorted(jobs, key=lambda job: (not job.live, -int(job.id)))
+
+
+def stages(folder: str) -> dict[str, dict[str, int]]:
+    """What of the user's live jobs Snakemake submitted from a folder: rule -> state -> how many.
+
+    Snakemake's executor gives all jobs of one start a name that nobody else knows, and the rule as a comment.
+
+    Raises:
+        Unanswered: nothing is known.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for line in ask("squeue", "--me", "--array", "--noheader", "--format", "%T|%Z|%k").splitlines():
+        state, _, rest = line.strip().partition("|")
+        place, _, comment = rest.partition("|")
+        if place == folder and (rule := re.match(r"rule_(.+?)(?=_wildcards_|$)", comment)):
+            counts = found.setdefault(rule[1], {})
+            counts[state] = counts.get(state, 0) + 1
+    return found
 
 
 def ending(job: str) -> str | None:
