@@ -349,6 +349,17 @@ def test_a_job_that_is_refused_takes_back_no_state_that_another_trainer_finishes
     assert target.read_bytes() == good
 
 
+def test_a_state_that_somebody_finished_since_snakemake_looked_is_neither_removed_nor_trained_again(shop):
+    target = Path(shop.plan.path(shop.plan.state("vanilla", 8)))
+    log, (inode, state) = target.parent / "log.jsonl", (target.stat().st_ino, target.read_bytes())
+    lines = log.read_text()
+    done = shop.snakemake("--force", str(target))  # the job runs though its state is there
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"^localrule train", done.stdout + done.stderr, re.MULTILINE)
+    assert (target.stat().st_ino, target.read_bytes()) == (inode, state)
+    assert log.read_text() == lines
+
+
 def test_a_killed_snakemake_leaves_no_lock_and_the_same_command_goes_on(shop):
     expected = {path: load_file(path) for path in shop.root.glob("states/*/step-*.safetensors")}
     shutil.rmtree(shop.root / "states")

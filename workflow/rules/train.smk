@@ -45,6 +45,8 @@ def ask_the_cluster():
             logger.warning(doubt)
 
 
+# A job may wait for hours behind others, and a job of the cluster that an earlier Snakemake submitted finish its state
+# meanwhile. Snakemake removes what a job makes before it runs it, unless it is to be updated.
 # Whether a segment aligns is a matter of its trajectory: two rules, so that a profile can ask for other resources.
 ALIGNED, PLAIN = ("|".join(map(re.escape, plan.trained(aligned))) or "(?!)" for aligned in (True, False))
 SNAKEMAKES_OWN = {"tmpdir", "disk_mb", "disk_mib", "mem_mib", "disk", "mem"}
@@ -52,7 +54,7 @@ SNAKEMAKES_OWN = {"tmpdir", "disk_mb", "disk_mib", "mem_mib", "disk", "mem"}
 
 rule train:
     input: ancient(before)
-    output: f"{plan.root}/states/{{trajectory}}/step-{{step}}.safetensors"
+    output: update(f"{plan.root}/states/{{trajectory}}/step-{{step}}.safetensors")
     log: log_of("train-{trajectory}-{step}")
     benchmark: time_of("train-{trajectory}-{step}")
     wildcard_constraints: trajectory=ALIGNED
