@@ -296,6 +296,61 @@ def test_a_run_that_left_the_table_is_found_in_what_last_worked(tmp_path):
         prune.forget(new, "REPAA", yes=True)
 
 
+def with_rows(root, checkpoint, **changes):
+    """A trained row, and two that evaluate one checkpoint, of which one is also sampled in a way of its own."""
+    row = {"checkpoint": str(checkpoint), "model": "dot", "sampling": ["quick"], "step": 8}
+    return config.resolve(
+        {**copy.deepcopy(TINY), "name": "rows", "results": str(root), "runs": {"vanilla": {"milestones": [8]}}}
+        | {"sampling": {**TINY["sampling"], "more": {**TINY["sampling"]["quick"], "count": 24}}}
+        | {"evaluate": {"theirs": {**row, "sampling": ["quick", "more"]}, "again": row}}
+        | changes
+    )
+
+
+@pytest.mark.parametrize("place", ["outside", "in the results folder"])
+def test_forgetting_a_row_without_training_takes_its_samples_and_scores_and_never_its_checkpoint(
+    tmp_path, place, capsys
+):
+    root = tmp_path / "results"
+    trained = plan_in(root, "all")
+    checkpoint = tmp_path / "theirs.pt"
+    if place == "in the results folder":  # a state of a configuration that nobody gives
+        checkpoint = Path(trained.path(trained.state("REPA", 8)))
+        checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text("weights")
+    given = with_rows(root, checkpoint)
+    finish(Plan(given))
+    checkpoint.write_text("weights")
+    before, rows = contents(root), Plan(given).rows
+    (own,) = (row.evaluation for row in rows if row.evaluation.sampling_name == "more")
+    prune.forget(given, "theirs", yes=False)
+    assert contents(root) == before and own.name in capsys.readouterr().out
+    prune.forget(given, "theirs", yes=True)
+    gone = {path.relative_to(root).parts[0] for path in before - contents(root)}
+    assert gone == {"samples", "features", "scores"}
+    assert all(own.name in str(path) for path in before - contents(root))  # the rest is the other row's too
+    assert checkpoint.read_text() == "weights"
+    assert "theirs is still a row of rows" in capsys.readouterr().out
+    alone = with_rows(root, checkpoint, evaluate={"again": given.evaluate["again"].model_dump()})
+    assert wanted(Plan(alone)) == ([], [])
+    prune.forget(alone, "again", yes=True)
+    assert not list(root.glob("samples/*elsewhere*")) and checkpoint.exists()
+    assert wanted(Plan(with_rows(root, checkpoint, evaluate={}))) == ([], [])
+
+
+def test_a_row_without_training_whose_checkpoint_is_gone_can_be_forgotten(tmp_path):
+    root, checkpoint = tmp_path / "results", tmp_path / "theirs.pt"
+    checkpoint.write_text("weights")
+    given = with_rows(root, checkpoint, runs={})
+    finish(Plan(given))
+    checkpoint.unlink()
+    prune.forget(given, "theirs", yes=True)
+    alone = with_rows(root, checkpoint, runs={}, evaluate={"again": given.evaluate["again"].model_dump()})
+    assert wanted(Plan(alone))[0] == []
+    prune.forget(alone, "again", yes=True)
+    assert not list(root.glob("samples/*")) and not list(root.glob("scores/*elsewhere*"))
+
+
 WAIT = "\n    print(1, flush=True)\n    time.sleep(60)"
 HOLD = f"import sys, time\nfrom haste import artefact\nwith artefact.holding(sys.argv[1], 'x'):{WAIT}"
 OPEN = f"import sys, time\nwith open(sys.argv[1]):{WAIT}"
