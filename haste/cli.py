@@ -63,78 +63,97 @@ def _parser() -> argparse.ArgumentParser:
         description="Diffusion transformers trained with representation alignment that stops at the right moment.",
         epilog="Set HASTE_TRACEBACK=1 to see where a refusal comes from.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    to = _Commands(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
+    _commands_for_people(to)
+    _exchange_commands(to.command)
+    _data_commands(to)
+    _training_commands(to)
+    _judging_commands(to)
+    _score_arguments(to.command("score", _score, "score images from anywhere against a reference"))
+    return parser
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], words: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
+
+class _Commands:
+    """Adds subcommands, each with the function that it runs."""
+
+    def __init__(self, commands: Any):
+        self.commands = commands
+
+    def command(self, name: str, run: Callable[[argparse.Namespace], None], words: str) -> argparse.ArgumentParser:
+        sub = self.commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
         sub.set_defaults(run=run)
         return sub
 
-    def rule(name: str, run: Callable[[argparse.Namespace], None], words: str) -> argparse.ArgumentParser:
-        sub = command(name, run, words)
+    def rule(self, name: str, run: Callable[[argparse.Namespace], None], words: str) -> argparse.ArgumentParser:
+        """A subcommand that works on one configuration."""
+        sub = self.command(name, run, words)
         sub.add_argument("-c", "--config", default=DEFAULT_CONFIG, help=f"configuration file ({DEFAULT_CONFIG})")
         return sub
 
-    def sharded(name: str, run: Callable[[argparse.Namespace], None], words: str) -> argparse.ArgumentParser:
-        sub = rule(name, run, words)
-        part = sub.add_mutually_exclusive_group(required=True)
-        part.add_argument("--shard", type=int, help="make this shard, counted from 0")
-        part.add_argument("--join", action="store_true", help="check all shards and write the manifest")
-        if name == "images":
-            part.add_argument("--check", action="store_true", help="only list the pictures that cannot be used")
-        return sub
 
-    rule("plan", _plan, "say what will run, how long, and how much disk, before anything runs")
-    live = rule("status", _status, "say what every run is doing now")
+def _shards(sub: argparse.ArgumentParser) -> Any:
+    """Ask which part of a store to make; returns the group, for further parts."""
+    part = sub.add_mutually_exclusive_group(required=True)
+    part.add_argument("--shard", type=int, help="make this shard, counted from 0")
+    part.add_argument("--join", action="store_true", help="check all shards and write the manifest")
+    return part
+
+
+def _commands_for_people(to: _Commands) -> None:
+    to.rule("plan", _plan, "say what will run, how long, and how much disk, before anything runs")
+    live = to.rule("status", _status, "say what every run is doing now")
     live.add_argument("-w", "--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="look again and again")
-    forget = rule("forget", _forget, "remove what only one run needs")
+    forget = to.rule("forget", _forget, "remove what only one run needs")
     forget.add_argument("name", metavar="RUN")
-    clear = command("prune", _prune, "remove what no configuration needs")
+    clear = to.command("prune", _prune, "remove what no configuration needs")
     clear.add_argument("-c", "--config", nargs="+", default=[DEFAULT_CONFIG], help="configuration files to keep")
     for sub in (forget, clear):
         sub.add_argument("--yes", action="store_true", help="do it; without this, only say what would go")
-    show = command("show", _show, "say how a file was made: state, store, samples, score, part or report")
-    show.add_argument("file", type=Path)
-    rule("table", _table, "print the result table of a finished report")
-    _exchange_commands(command)
-    images = sharded("images", _images, "prepare the images: a store of uint8 RGB crops")
+    what = "state, store, samples, grid, score, part, report or configuration"
+    to.command("show", _show, f"say how a file was made: {what}").add_argument("file", type=Path)
+    to.rule("table", _table, "print the result table of a finished report")
+
+
+def _data_commands(to: _Commands) -> None:
+    images = to.rule("images", _images, "prepare the images: a store of uint8 RGB crops")
+    _shards(images).add_argument("--check", action="store_true", help="only list the pictures that cannot be used")
     images.add_argument("--workers", type=int, help="pictures that are decoded at once (runtime.threads)")
-    rule("autoencoder", _autoencoder, "train the small autoencoder")
-    sharded("latents", _latents, "encode the images: a store of latent means and standard deviations")
-    rule("teacher", _teacher, "train a small teacher").add_argument("name")
-    targets = rule("targets", _targets, "keep a teacher's targets on disk")
+    to.rule("autoencoder", _autoencoder, "train the small autoencoder")
+    _shards(to.rule("latents", _latents, "encode the images: a store of latent means and standard deviations"))
+    to.rule("teacher", _teacher, "train a small teacher").add_argument("name")
+    targets = to.rule("targets", _targets, "keep a teacher's targets on disk")
     targets.add_argument("name")
-    part = targets.add_mutually_exclusive_group(required=True)
-    part.add_argument("--fit", action="store_true", help="fit the principal components of its features")
-    part.add_argument("--shard", type=int, help="make this shard, counted from 0")
-    part.add_argument("--join", action="store_true", help="check all shards and write the manifest")
-    detector = rule("detector", _detector, "train a small detector that the scores use")
+    _shards(targets).add_argument("--fit", action="store_true", help="fit the principal components of its features")
+    detector = to.rule("detector", _detector, "train a small detector that the scores use")
     detector.add_argument("name", nargs="?", help="which one; the only one that is trained")
-    train = rule("train", _train, "train up to a state, continuing from the newest one on the way")
+
+
+def _training_commands(to: _Commands) -> None:
+    train = to.rule("train", _train, "train up to a state, continuing from the newest one on the way")
     train.add_argument("state", help="TRAJECTORY/STEP")
     slurm = "as a job of the SLURM cluster with these resources (docs/slurm.md): submit it, or attach to the one there"
     train.add_argument("--slurm", nargs="*", metavar="KEY=VALUE", help=slurm)
     train.add_argument("--terminal", type=int, metavar="FD", help="file descriptor to tell a person on what happens")
-    rule("fetch", _fetch, "load weights that the configuration names by hub id into this machine's caches")
-    cancel = rule("cancel", _cancel, "end the cluster's training jobs of a run; what is saved stays")
+    to.rule("fetch", _fetch, "load weights that the configuration names by hub id into this machine's caches")
+    cancel = to.rule("cancel", _cancel, "end the cluster's training jobs of a run; what is saved stays")
     cancel.add_argument("name", help="a run of the configuration, or TRAJECTORY/STEP")
-    rule("reference", _reference, "compute the features of the real images")
-    sample = rule("sample", _sample, "draw one shard of samples, with the features of all detectors")
-    sample.add_argument("draw", help="name of a set of samples")
-    sample.add_argument("--shard", type=int, default=0, help="which shard, counted from 0")
-    evaluate = rule("evaluate", _evaluate, "score a set of samples that the workflow drew")
-    evaluate.add_argument("draw", help="name of a set of samples")
+
+
+def _judging_commands(to: _Commands) -> None:
+    to.rule("reference", _reference, "compute the features of the real images")
+    sample = to.rule("sample", _sample, "draw one shard of samples, with the features of all detectors")
+    evaluate = to.rule("evaluate", _evaluate, "score a set of samples that the workflow drew")
+    features = to.rule("features", _features, "compute a detector's features of one shard of samples that are there")
+    floor = to.rule("floor", _floor, "score real images against real ones")
+    grid = to.rule("grid", _grid, "paint a grid of samples by class")
+    for sub in (sample, evaluate, features, grid):
+        sub.add_argument("draw", help="name of a set of samples")
+    for sub in (sample, features):
+        sub.add_argument("--shard", type=int, default=0, help="which shard, counted from 0")
     evaluate.add_argument("--detector", help="name of a detector; all of the configuration")
-    features = rule("features", _features, "compute a detector's features of one shard of samples that are there")
-    features.add_argument("draw", help="name of a set of samples")
     features.add_argument("--detector", required=True, help="name of a detector of the configuration")
-    features.add_argument("--shard", type=int, default=0, help="which shard, counted from 0")
-    floor = rule("floor", _floor, "score real images against real ones")
     floor.add_argument("--detector", help="name of a detector; the leading one")
-    rule("grid", _grid, "paint a grid of samples by class").add_argument("draw", help="name of a set of samples")
-    rule("report", _report, "write the report page and its tables")
-    _score_arguments(command("score", _score, "score images from anywhere against a reference"))
-    return parser
+    to.rule("report", _report, "write the report page and its tables")
 
 
 def _exchange_commands(command: Callable[..., argparse.ArgumentParser]) -> None:

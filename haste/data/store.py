@@ -327,14 +327,9 @@ def join(
     folder = Path(folder)
     found = [_inspect(shard_path(folder, shard, shards), kind) for shard in range(shards)]
     _check_agreement(found, key, recipe)
-    facts = found[0].header["facts"]
-    wrong = differences({name: facts.get(name) for name in expected_facts or {}}, dict(expected_facts or {}))
-    if wrong:
-        raise ValueError(f"{found[0].path}: made from something else: {'; '.join(wrong[:8])}")
-    count, fields = found[0].header["total"], found[0].fields
-    for name, (start, stop) in splits.items():
-        if not 0 <= start <= stop <= count:
-            raise ValueError(f"{folder}: split {name!r} is [{start}, {stop}), expected it within 0..{count}")
+    facts, count, fields = found[0].header["facts"], found[0].header["total"], found[0].fields
+    _check_facts(found[0], expected_facts or {})
+    _check_splits(folder, splits, count)
     manifest = {
         **facts,
         **(extra or {}),
@@ -354,6 +349,18 @@ def join(
         return found_before
     artefact.write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def _check_facts(shard: _Shard, expected: Mapping[str, Any]) -> None:
+    wrong = differences({name: shard.header["facts"].get(name) for name in expected}, dict(expected))
+    if wrong:
+        raise ValueError(f"{shard.path}: made from something else: {'; '.join(wrong[:8])}")
+
+
+def _check_splits(folder: Path, splits: Mapping[str, Sequence[int]], count: int) -> None:
+    for name, (start, stop) in splits.items():
+        if not 0 <= start <= stop <= count:
+            raise ValueError(f"{folder}: split {name!r} is [{start}, {stop}), expected it within 0..{count}")
 
 
 def _unchanged(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
