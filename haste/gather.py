@@ -16,6 +16,7 @@ from haste.diagnose import pictures
 from haste.plan import Detector, Evaluation, Plan
 from haste.report.content import NONE, Benchmark, Curve, Grid, Part, Report, Row, Stage
 from haste.report.papers import layers_text
+from haste.status import provenance_of
 
 IMAGENET_CLASSES = 1000
 COLUMNS = 10  # classes in a grid
@@ -246,7 +247,7 @@ def shown_classes(plan: Plan) -> range:
 
 def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
     """The first samples of every class, one column a class. Equal seeds: equal noise for every method."""
-    images, labels = [], []
+    images, labels, inputs = [], [], dict[str, str]()
     for path in evaluation.sample_files:
         found = read_npz(path, "samples", ["arr_0", "arr_1"])
         shape, asked_shape = found["arr_0"].shape, found["arr_1"].shape
@@ -256,9 +257,12 @@ def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
             )
         images.append(found["arr_0"])
         labels.append(found["arr_1"])
+        inputs |= provenance_of(Path(path)).get("inputs", {})
     classes = shown_classes(plan)
     pixels, asked = np.concatenate(images), np.concatenate(labels)
     if not plan.config.images.classes:
         asked = np.arange(len(pixels)) % COLUMNS
     grid = pictures.class_grid(pixels, asked, per_class=PER_CLASS, scale=SCALE, classes=classes)
-    pictures.write_png(evaluation.grid, grid)
+    about = {"schema": artefact.SCHEMA, "kind": "grid", "samples": evaluation.name, "classes": list(map(int, classes))}
+    made = artefact.provenance(key=evaluation.key, recipe=evaluation.recipe, inputs=inputs)
+    pictures.write_png(evaluation.grid, grid, {**about, "provenance": made})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import time
 from collections.abc import Iterable
@@ -12,7 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from haste import config as configuration
 from haste import extensions, journal
+from haste.artefact import SCHEMA
 from haste.cache import Shape, flops_per_image
 from haste.config import Sampling, facts_in
 from haste.plan import Artefact, Detector, Evaluation, Plan, Segment, image_count
@@ -373,6 +376,7 @@ def provenance_of(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path}: no such file")
     read = {".safetensors": _of_state, ".h5": _of_shard, ".npz": _of_samples, ".json": _of_json, ".html": _of_page}
+    read[".png"] = _of_picture
     if path.suffix not in read:
         raise ValueError(f"{path}: expected one of {', '.join(read)}")
     header = read[path.suffix](path)
@@ -386,7 +390,30 @@ def _of_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: broken JSON") from error
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return found if "schema" in found else _of_configuration(path, found) or found
+
+
+def _of_configuration(path: Path, found: dict[str, Any]) -> dict[str, Any] | None:
+    """A resolved configuration, which says of itself only what is to be done; None for any other JSON."""
+    try:
+        name = configuration.resolve(found).name
+    except ValueError:
+        return None
+    made = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).isoformat(timespec="seconds")
+    how = "resolved by the workflow when it last started; all of its jobs read it"
+    return {"schema": SCHEMA, "kind": "configuration", "name": name, "how": how, "made": made, "configuration": found}
+
+
+def _of_picture(path: Path) -> dict[str, Any]:
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            return json.loads(image.info.get("haste", "{}"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{path}: truncated, or no PNG ({error})") from error
 
 
 def _of_state(path: Path) -> dict[str, Any]:

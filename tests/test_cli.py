@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from haste import artefact, cli, status
 from haste.train import loop
@@ -31,7 +32,7 @@ def test_every_artefact_says_how_it_was_made(make_plan):
         *(plan.images.folder, plan.images.manifest, plan.images.shard_files[0], plan.latents.manifest),
         *(plan.autoencoder.manifest, plan.teachers["vit"].folder, plan.detector.part.folder),
         *(state, Path(state).parent, row.evaluation.sample_file(0), row.evaluation.features.shard_files[0]),
-        *(row.evaluation.score, plan.floor, plan.report),
+        *(row.evaluation.score, row.evaluation.grid, plan.floor, plan.report),
     ]
     for file in files:
         header = status.provenance_of(Path(file))
@@ -43,14 +44,34 @@ def test_every_artefact_says_how_it_was_made(make_plan):
         assert run("show", file) == 0
 
 
+def test_a_grid_names_its_samples_and_a_resolved_configuration_shows_itself(world, capsys):
+    grid = status.provenance_of(Path(world.row().grid))
+    assert (grid["kind"], grid["samples"], grid["provenance"]["key"]) == ("grid", world.row().name, world.row().key)
+    drawn = status.provenance_of(Path(world.row().sample_file(0)))
+    assert grid["provenance"]["inputs"] == drawn["inputs"] and "weights" in drawn["inputs"]
+    artefact.write_json(world.plan.config_file, world.plan.config.model_dump(mode="json"))
+    assert run("show", world.plan.config_file) == 0
+    shown = status.provenance_of(Path(world.plan.config_file))
+    assert (shown["kind"], shown["name"]) == ("configuration", "tiny")
+    assert "resolved by the workflow" in shown["how"] and shown["configuration"]["runs"]["HASTE"]["milestones"] == [
+        8,
+        16,
+    ]
+    assert "configuration" in capsys.readouterr().out
+    Path(world.row().grid).write_bytes(Path(world.row().grid).read_bytes()[:60])
+    assert run("show", world.row().grid) == 2
+    assert world.row().grid in capsys.readouterr().err
+
+
 def test_show_refuses_what_is_not_ours(tmp_path, capsys):
+    Image.new("RGB", (3, 3)).save(tmp_path / "g.png")
     (tmp_path / "a.json").write_text("{}")
     (tmp_path / "b.json").write_text("{")
     (tmp_path / "c.h5").write_bytes(b"not hdf5")
     (tmp_path / "d.safetensors").write_bytes(b"\xff" * 20)
     (tmp_path / "e.npz").write_bytes(b"PK")
     (tmp_path / "f.txt").write_text("x")
-    for name in ["a.json", "b.json", "c.h5", "d.safetensors", "e.npz", "f.txt", "missing.json", "."]:
+    for name in ["a.json", "b.json", "c.h5", "d.safetensors", "e.npz", "f.txt", "g.png", "missing.json", "."]:
         assert run("show", tmp_path / name) == 2, name
         message = capsys.readouterr().err
         assert str(tmp_path / name).rstrip("/.") in message

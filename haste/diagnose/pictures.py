@@ -5,13 +5,15 @@ Shapes: N images, R pixels a side, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from haste.artefact import replacing
+from haste.artefact import canonical, replacing
 
 GAP = 2  # pixels between neighbouring images, half of it on each side: columns then have equal widths
 
@@ -60,7 +62,9 @@ def _check(images: np.ndarray, labels: np.ndarray, per_class: int, scale: int) -
         raise ValueError(f"class_grid: per_class is {per_class} and scale is {scale}, expected 1 or more of both")
 
 
-def write_png(path: Path | str, image: Image.Image) -> None:
-    """Write an image as PNG, whole or not at all."""
+def write_png(path: Path | str, image: Image.Image, about: Mapping[str, Any]) -> None:
+    """Write an image as PNG, whole or not at all; `about`, how it was made, goes into it as the text `haste`."""
+    words = PngInfo()
+    words.add_text("haste", canonical(dict(about)))
     with replacing(path) as aside:
-        image.save(aside, format="PNG")
+        image.save(aside, format="PNG", pnginfo=words)

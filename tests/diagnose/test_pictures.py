@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,7 @@ def test_what_cannot_be_laid_out_is_refused(images: np.ndarray, changes: dict, f
 
 def test_a_png_comes_back_as_it_was_and_alone(images: np.ndarray, tmp_path: Path):
     grid = pictures.class_grid(images, LABELS, per_class=2, scale=2)
-    pictures.write_png(tmp_path / "new" / "grid.png", grid)
+    pictures.write_png(tmp_path / "new" / "grid.png", grid, {"kind": "grid", "of": "ä"})
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new" / "grid.png")), np.asarray(grid))
+    assert json.loads(Image.open(tmp_path / "new" / "grid.png").info["haste"]) == {"kind": "grid", "of": "ä"}
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["grid.png"]
