@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import stat
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from haste import artefact
+from haste.cache import readable
 from haste.data.store import MANIFEST, Store, shard_path
+from haste.journal import clock
 from haste.plan import Artefact, Plan, State
 
 log = logging.getLogger("haste.cluster")
@@ -34,6 +37,7 @@ VARIABLES = ("SLURM_TMPDIR", "TMPDIR")  # where sites name a job's own folder on
 WORKERS = 4  # files copied at once: a network file system gives more to several readers
 CHUNK = 16 * 2**20  # bytes between two looks at whether to leave
 LOOK = 0.2  # seconds between two tries for a lock
+SHOWN_EVERY = 10.0  # seconds between lines of the log
 LEAVING = 30.0  # seconds that who goes waits for the lock; who holds it longer is copying, and clears up in its turn
 
 Asked = Callable[[], bool]
@@ -212,25 +216,49 @@ def _whole(path: Path, manifest: Mapping[str, Any]) -> bool:
 def _copy(what: str, source: Path, target: Path, manifest: Mapping[str, Any], told_to_end: Asked) -> None:
     shards, began = len(manifest["shards"]), time.monotonic()
     names = [MANIFEST, *(shard_path("", number, shards).name for number in range(shards))]
-    log.info("copying %s, %s bytes, to %s", what, f"{_bytes(manifest):,}", target)
+    log.info("copying %s, %s, to %s", what, readable(_bytes(manifest)), target)
+    shown = _Progress(what, _bytes(manifest) + (source / MANIFEST).stat().st_size)
     with artefact.replacing(target) as aside:
         aside.mkdir()
         with ThreadPoolExecutor(WORKERS) as pool:
-            for _ in pool.map(lambda name: _copy_file(source / name, aside / name, told_to_end), names):
+            for _ in pool.map(lambda name: _copy_file(source / name, aside / name, told_to_end, shown.add), names):
                 pass
+        log.info("%s: copied in %s, comparing every sample with its digest", what, clock(time.monotonic() - began))
         try:
             Store.open(aside, kind=manifest["store"], key=manifest["key"], verify="full").close()
         except ValueError as error:
             raise ValueError(f"stage_in: the copy of {source} is damaged, or its source is: {error}") from error
-    log.info("%s copied and checked in %.0f s", what, time.monotonic() - began)
+    log.info("%s: copied and checked in %s", what, clock(time.monotonic() - began))
 
 
-def _copy_file(source: Path, target: Path, told_to_end: Asked) -> None:
+class _Progress:
+    """Logs now and then how much of a copy is done, and how long the rest will take. For several threads."""
+
+    def __init__(self, what: str, whole: int):
+        self.what, self.whole, self.done = what, whole, 0
+        self.began = self.shown = time.monotonic()
+        self._lock = threading.Lock()
+
+    def add(self, size: int) -> None:
+        """So many bytes more."""
+        with self._lock:
+            self.done += size
+            now = time.monotonic()
+            if now - self.shown < SHOWN_EVERY:
+                return
+            self.shown = now
+            to_go = (now - self.began) / self.done * (self.whole - self.done)
+            done, whole = readable(self.done), readable(self.whole)
+            log.info("%s: %s of %s copied, %s to go", self.what, done, whole, clock(max(0.0, to_go)))
+
+
+def _copy_file(source: Path, target: Path, told_to_end: Asked, copied: Callable[[int], None]) -> None:
     with open(source, "rb") as have, open(target, "xb") as into:
         while part := have.read(CHUNK):
             if told_to_end():
                 raise _Left
             into.write(part)
+            copied(len(part))
 
 
 def _reading(plan: Plan, copies: Mapping[str, Path]) -> Plan:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -85,17 +86,17 @@ def test_a_job_of_several_processes_copies_once_a_node_and_is_the_job_without_co
     assert start_job(plan, state, size=2).ended() == [0, 0]
     for name, value in bits(plan.path(state)).items():
         assert torch.equal(found[name], value), name
-    assert log.count("bytes, to") in (0, 2)  # the first process copied latents and images, or neither
+    assert log.count(": copied and checked in") in (0, 2)  # the first process copied latents and images, or neither
 
 
 def _come_and_go(plan, state, scratch, counted, meet):
     whole = staging._copy_file
 
-    def counting(source, target, told_to_end):
+    def counting(source, target, *more):
         with open(counted, "a") as file:
             file.write(f"{target.name} of {source.parent.name}\n")
         time.sleep(0.05)
-        whole(source, target, told_to_end)
+        whole(source, target, *more)
 
     staging._copy_file = counting
     with staging.staged(plan, state, str(scratch)) as near:
@@ -124,7 +125,7 @@ def _die_in_the_middle(plan, state, scratch):
         raise AssertionError("it should be dead")
 
 
-def _torn(source, target, told_to_end):
+def _torn(source, target, *_):
     target.write_bytes(source.read_bytes()[:1000])
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -173,8 +174,8 @@ def test_a_copy_that_is_not_its_source_is_refused(make_plan, scratch, monkeypatc
     plan = make_plan()
     whole = staging._copy_file
 
-    def flipping(source, target, told_to_end):
-        whole(source, target, told_to_end)
+    def flipping(source, target, *more):
+        whole(source, target, *more)
         if target.suffix == ".h5":
             with open(target, "rb+") as file:  # in the rows, which no header speaks of
                 offset = target.stat().st_size // 2
@@ -205,6 +206,19 @@ def test_too_little_room_is_refused_with_the_bytes_and_what_they_are_of(make_pla
     ):
         pass
     assert not list(scratch.iterdir())
+
+
+def test_a_copy_says_how_far_it_is_and_how_long_it_will_take(make_plan, scratch, monkeypatch, caplog):
+    plan = make_plan()
+    monkeypatch.setattr(staging, "SHOWN_EVERY", 0.0)
+    monkeypatch.setattr(staging, "CHUNK", 100_000)
+    caplog.set_level("INFO", logger="haste.cluster")
+    with staging.staged(plan, plan.state("vanilla", 8), str(scratch)):
+        pass
+    lines = re.findall(r"latents: (\S+ \S+) of (\S+ \S+) copied, 0:\d\d:\d\d to go", caplog.text)
+    assert len(lines) > 3
+    assert lines[-1][0] == lines[-1][1]
+    assert "latents: copied and checked in 0:0" in caplog.text
 
 
 def test_after_a_failure_nothing_is_left(make_plan, scratch):

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import save_file
+from submitit.core.utils import DelayedSubmission
 
 from haste import cli
 from haste.artefact import SCHEMA
@@ -95,7 +96,7 @@ def test_without_a_job_one_is_submitted_as_the_profile_says(cluster, waiting):
         [
             *("nodes=2", "tasks_per_node=4", "gpus_per_node=4", "cpus_per_task=3", "runtime=90", "mem_mb=5000"),
             *("slurm_account=me", "slurm_partition=fast", "qos=high", "constraint=a100", "signal_s=77", "poll_s=1"),
-            "slurm_extra=--exclude=n9 --exclusive",
+            *("slurm_extra=--exclude=n9 --exclusive", "stage_in=/scratch/$USER"),
         ]
     )
     accepts(cluster, waiting, "cp $1 script")
@@ -110,6 +111,8 @@ def test_without_a_job_one_is_submitted_as_the_profile_says(cluster, waiting):
     expected |= {"exclude": "n9", "exclusive": "", "open-mode": "append"}
     assert {name: flags.get(name, "missing").strip("'") for name in expected} == expected
     assert "srun" in script and "--kill-on-bad-exit=1" in script
+    (submitted,) = waiting.folder.glob("*_submitted.pkl")
+    assert DelayedSubmission.load(submitted).function.stage_in == "/scratch/$USER"
 
 
 @pytest.mark.parametrize("trouble", ["exit 1", "echo slurm_load_jobs error >&2; exit 1", "echo garbled"])
