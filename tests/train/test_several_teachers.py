@@ -1,21 +1,28 @@
 """Training with what no two sides have in common: teachers, grids, head widths and counts; and weights that move."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional
 
-from haste import artefact, journal
+from haste import artefact, cli, config, journal
 from haste.data.batches import Batches
 from haste.data.store import Store
+from haste.plan import Plan
+from haste.public import TEACHERS as TEACHERS_KNOWN
 from haste.teachers.encoder import Teacher
 from haste.train import loop, state
 from haste.train.step import total_loss
+from haste.train.targets import load_teacher
 
 # The case of CLIP-B/16, whose 14 x 14 patches meet 16 x 16 tokens of the student, in small: 3 x 3 and 4 x 4.
 COARSE = {"img_size": 12, "patch_size": 4, "embed_dim": 30, "depth": 3, "num_heads": 3, "num_classes": 0}
@@ -72,11 +79,11 @@ def halfway(to: int, size: int) -> np.ndarray:
     return rows
 
 
-def on_grid(tokens: torch.Tensor, side: int) -> torch.Tensor:
-    """(..., 4 x 4, D) -> (..., side x side, D)."""
-    if side == 4:
+def on_grid(tokens: torch.Tensor, side: int, own: int) -> torch.Tensor:
+    """(..., own x own, D) -> (..., side x side, D)."""
+    if side == own:
         return tokens
-    weights = np.kron(halfway(side, 4), halfway(side, 4))
+    weights = np.kron(halfway(side, own), halfway(side, own))
     return torch.from_numpy(weights).to(tokens) @ tokens
 
 
@@ -84,19 +91,21 @@ def first_losses(plan, run):
     """The alignment losses of the first step, from the formulas."""
     segment = plan.segment(plan.state(run, 2))
     recipe, terms = plan.trajectories[segment.state.trajectory].recipe, segment.terms
-    teachers = {name: Teacher.load(plan.teachers[name].folder) for name in segment.teachers}
+    teachers = {name: load_teacher(plan, name) for name in segment.teachers}
     learner = state.new_learner(recipe, terms, {name: teacher.width for name, teacher in teachers.items()})
     latents, images = Store.open(plan.latents.folder), Store.open(plan.images.folder)
-    batch = Batches(latents, images, seed=0, size=8, null_class=10, class_dropout=0.1)(0)
+    size, classes = recipe["training"]["batch"], recipe["classes"]
+    batch = Batches(latents, images, seed=0, size=size, null_class=classes, class_dropout=0.1)(0)
     mean, std = batch.moments.chunk(2, dim=1)
     z = (mean + std * batch.draw - latents.manifest["shift"]) * latents.manifest["scale"]
     t = batch.t.view(-1, 1, 1, 1)
     depth, layers = terms["features"]["depth"], terms["attention"]["student_layers"]
+    side = learner.model.grid[0]
     names = {f"tokens.{depth}", *(f"attention.{i}" for i in layers)}
     with torch.no_grad():
         _, taps = learner.model((1 - t) * z + t * batch.noise, batch.t, batch.labels, taps=names)
         seen = teachers[terms["features"]["teacher"]](batch.images, features=True)
-        projected = learner.projectors["features"](on_grid(taps[f"tokens.{depth}"], seen.grid[0]))
+        projected = learner.projectors["features"](on_grid(taps[f"tokens.{depth}"], seen.grid[0], side))
         similar = functional.cosine_similarity(projected[:, :, None], seen.features[:, None], dim=-1)  # (B, N, N)
         if terms["features"]["similarity"] == "cosine":
             features = -similar.diagonal(dim1=1, dim2=2).mean()
@@ -107,7 +116,7 @@ def first_losses(plan, run):
             told = teachers[terms["attention"]["teacher"]](batch.images, features=False, attention=[theirs])
             heads = min(4, told.attention[theirs][0].shape[1])
             tap = taps[f"attention.{mine}"]
-            q, k = (on_grid(x, told.grid[0])[:, :heads] for x in (tap.q, tap.k))
+            q, k = (on_grid(x, told.grid[0], side)[:, :heads] for x in (tap.q, tap.k))
             q_t, k_t = (x[:, :heads] for x in told.attention[theirs])
             target = (q_t @ k_t.mT / math.sqrt(q_t.shape[-1])).softmax(-1)
             values.append(-(target * (q @ k.mT / math.sqrt(q.shape[-1])).log_softmax(-1)).sum(-1).mean())
@@ -128,6 +137,59 @@ def test_features_of_one_teacher_and_attention_of_another_on_grids_that_differ_a
     assert len(set(own.values())) == 2
     # After the features' stop only the other term's teacher is asked.
     assert plan.segment(plan.state(run, 4)).teachers == [ALIGNMENTS[run]["attention"]["teacher"]]
+
+
+@pytest.fixture
+def clip_plan(tiny, tmp_path, monkeypatch):
+    """CLIP-B/16 itself, but with fewer and narrower blocks of random numbers, and pictures of 256 px."""
+    spec = TEACHERS_KNOWN["CLIP-B/16"]
+    small = {"depth": 3, "embed_dim": 24, "num_heads": 3}
+    network = timm.create_model(spec.timm, num_classes=0, **spec.overrides, **small)
+    save_file(network.state_dict(), tmp_path / "clip.safetensors")
+    spec = replace(spec, depth=3, heads=3, width=24, overrides={**spec.overrides, **small})
+    monkeypatch.setitem(TEACHERS_KNOWN, "CLIP-B/16", spec)
+    (tmp_path / "in").mkdir()
+    for i in range(6):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((256, 256)).save(tmp_path / "in" / f"{i}.png")
+    terms = {
+        "features": {"teacher": "clip", "depth": 1, "hidden": 16},
+        "attention": {"teacher": "clip", "student_layers": [0, 1], "teacher_layers": [2, 1]},
+    }
+    raw = {
+        **{name: tiny[name] for name in ("name", "sampling", "defaults", "detector")},
+        "results": str(tmp_path / "results"),
+        "images": {"path": str(tmp_path / "in"), "resolution": 256, "classes": 1, "holdout": 1},
+        "autoencoder": {"trained": {"steps": 1, "batch": 1, "width": 8, "factor": 8}, "dtype": "float32"},
+        "teachers": {"clip": {"pretrained": {"name": "CLIP-B/16", "weights": str(tmp_path / "clip.safetensors")}}},
+        "models": {"dot": {"depth": 2, "width": 24, "heads": 4, "patch_size": 2}},
+        "alignments": {"HASTE": terms},
+        "training": {"batch": 4, "lr": 0.01, "ema": 0.9},
+        "runtime": {"log_every": 1, "save_every": 100, "trackers": []},
+        "runs": {"HASTE": {"alignment": "HASTE", "milestones": [2, 3]}},
+    }
+    file = tmp_path / "clip.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    for step in (["images", "--shard", "0"], ["images", "--join"], ["autoencoder"], ["latents", "--shard", "0"],
+                 ["latents", "--join"]):  # fmt: skip
+        assert cli.main([*step, "-c", str(file)]) == 0, step
+    return Plan(config.resolve(raw))
+
+
+def test_clips_14_x_14_tokens_are_followed_by_a_students_16_x_16_from_pictures_to_steps(clip_plan):
+    expected = first_losses(clip_plan, "HASTE")
+    path = loop.train(clip_plan, clip_plan.state("HASTE", 3))
+    teacher = load_teacher(clip_plan, "clip")
+    model, _ = state.ema_model(path, key=clip_plan.trajectories[path.parent.name].key)
+    assert (teacher.grid, model.grid) == ((14, 14), (16, 16))
+    log = journal.read(path.parent / "log.jsonl")
+    assert {kind: log[0][kind] for kind in expected} == pytest.approx(expected, rel=1e-5)
+    assert len(log) == 3 and log[2]["features"] < log[0]["features"]  # the projector follows at once
+    trained = load_file(path)
+    moved = [trained[f"optimizer/exp_avg/{name}"].any() for name in (
+        "projectors/features/0.weight", "model/blocks.0.attn.qkv.weight", "model/blocks.1.attn.qkv.weight"
+    )]  # fmt: skip
+    assert all(moved)
 
 
 def test_a_ramp_and_a_warm_up_are_followed_step_by_step_also_through_a_kill(make_plan, monkeypatch):
