@@ -791,6 +791,18 @@ def load(path: str | Path) -> Config:
         raise ValueError(f"{path}: {error}") from error
 
 
+def submitted(raw: Mapping[str, Any]) -> Config:
+    """What a workflow's job was submitted with, though the file may have been edited since.
+
+    Args:
+        raw: what the file says now, of which the name and the results folder are taken.
+
+    Raises:
+        ValueError: the resolved configuration that the workflow's start wrote there cannot be read.
+    """
+    return load(Path(str(raw.get("results", "results")), str(raw.get("name")), "config.json"))
+
+
 def resolve(raw: Mapping[str, Any]) -> Config:
     """Check a configuration and lay its `defaults` under every row of `runs`.
 

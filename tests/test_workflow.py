@@ -268,6 +268,8 @@ def test_a_requeued_job_ends_well_whatever_is_there_by_then_and_draws_nothing_ag
         Path(made).unlink()
     assert cli.main(["sample", evaluation.name, "-c", config_file]) == 0
     inode, drawn = os.stat(file).st_ino, Path(file).read_bytes()
+    edited = yaml.safe_load(Path(config_file).read_text())
+    Path(config_file).write_text(yaml.safe_dump({**edited, "runs": {"vanila": {"milestone": [8]}}}))  # and not finished
     shop.on_a_node("sample", draw=evaluation.name, shard="00000", shards="00001")  # Snakemake removes both files first
     assert "drawn before" in (shop.root / "tiny/logs" / f"sample-{evaluation.name}-00000-of-00001.log").read_text()
     assert os.stat(file).st_ino == inode and Path(file).read_bytes() == drawn
@@ -276,7 +278,7 @@ def test_a_requeued_job_ends_well_whatever_is_there_by_then_and_draws_nothing_ag
     made = reference.stat()
     shop.on_a_node("reference")
     assert reference.stat() == made
-    assert cli.main(["evaluate", evaluation.name, "-c", config_file]) == 0
+    assert cli.main(["evaluate", evaluation.name, "-c", shop.plan.config_file]) == 0
     assert not (Path(file).parent / ".batches").exists(), "a second name outlives the score"
 
 

@@ -1,9 +1,6 @@
 # Samples and their features in one job, then their scores. States are ancient() here too: their names say what they are.
 import re
 
-# Which jobs there are is decided by what is on disk when Snakemake starts. A job on a node reads these lines again, after the
-# node's death once more, when more is on disk: there nothing is decided, and the job is what it was when it was submitted.
-HERE = workflow.is_main_process
 PARTS = [detector.part.manifest for detector in plan.detectors.values() if detector.part]
 
 
@@ -38,7 +35,9 @@ rule reference:
 
 
 # Two ways to the same features, so no samples have both: what is to be drawn is looked at in the same job; at samples that
-# are there already a detector that came later looks alone, and nothing is drawn again.
+# are there already a detector that came later looks alone, and nothing is drawn again. Which it is, is decided by what is on
+# disk when Snakemake starts. A job on a node reads these lines again, after the node's death once more, when more is on disk:
+# there nothing is decided.
 DRAWN, TO_DRAW = (
     [re.escape(name) for name, one in plan.evaluations.items() if not HERE or one.is_drawn == there]
     for there in (True, False)
