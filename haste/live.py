@@ -238,7 +238,7 @@ def upcoming(plan: Plan, left: Sequence[State]) -> list[str]:
         segment, parent = plan.segment(state), plan.segment(state).parent
         ready = parent is None or parent.step in plan.on_disk(parent.trajectory)
         if ready and segment.after is None:
-            aligned = ", ".join(segment.terms) or "nothing"
+            aligned = ", ".join(termination.left(plan, segment)) or "nothing"
             found.append(f"train {state.trajectory} from step {segment.start} to {state.step}, aligning {aligned}")
     draws = [evaluation for evaluation in plan.evaluations.values() if not _scored(evaluation)]
     now = sum(Path(plan.path(evaluation.state)).exists() for evaluation in draws)

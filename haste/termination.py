@@ -7,12 +7,12 @@ for people and for the report; it is written after the state at the stop, and ag
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from haste import artefact
-from haste.plan import Plan
+from haste.plan import Piece, Plan, Segment
 
 FILE, KIND = "termination.json", "termination"
 
@@ -72,8 +72,18 @@ def read(folder: Path) -> dict[str, Stopped]:
 
 def along(plan: Plan, run: str, seed: int) -> dict[str, Stopped]:
     """Term -> what stopped it in a run with one seed, up to its last milestone."""
-    last, found = plan.config.runs[run].milestones[-1], dict[str, Stopped]()
-    for piece in plan.pieces[run, seed]:
+    return _up_to(plan, plan.pieces[run, seed], plan.config.runs[run].milestones[-1])
+
+
+def left(plan: Plan, segment: Segment) -> list[str]:
+    """The terms that are still active where a segment starts, as far as is known now."""
+    stopped = _up_to(plan, segment.pieces, segment.start)
+    return [kind for kind in segment.terms if kind not in stopped]
+
+
+def _up_to(plan: Plan, pieces: Iterable[Piece], last: int) -> dict[str, Stopped]:
+    found = dict[str, Stopped]()
+    for piece in pieces:
         high = last if piece.high is None else min(last, piece.high)
         stopped = read(Path(plan.root, "states", piece.trajectory))
         found |= {kind: one for kind, one in stopped.items() if piece.low <= one.step <= high}

@@ -249,6 +249,50 @@ def test_a_run_with_a_trigger_leaves_the_trunk_where_it_begins_to_watch_and_alig
     assert mine <= set(plan.trained(aligned=True))  # whose jobs ask for an aligned job's resources
 
 
+WATCHES = st.builds(
+    lambda after, every: {**PLATEAU, "after": after, "every": every}, st.integers(0, 9), st.integers(1, 2)
+)
+
+
+def seen_so_far(stops, step):
+    """What decides a state after some steps: of each step and loss whether it is off, on, or watched and by what."""
+    found = []
+    for done in range(step):
+        for stop in stops:
+            watched = isinstance(stop, dict) and done >= stop["after"]
+            off = isinstance(stop, int) and done >= stop
+            found.append(None if off else (stop["after"], stop["every"]) if watched else "on")
+    return tuple(found)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    rows=st.lists(st.tuples(*[st.none() | st.integers(1, 9) | WATCHES] * 2), min_size=1, max_size=4),
+    milestones=st.lists(st.integers(1, 10), min_size=1, max_size=3, unique=True).map(sorted),
+)
+def test_states_have_one_name_exactly_where_what_was_aligned_and_watched_so_far_is_the_same(rows, milestones):
+    runs = {
+        f"run{i}": {"alignment": "HASTE", "milestones": milestones, "stop": dict(zip(KINDS, stops, strict=True))}
+        for i, stops in enumerate(rows)
+    }
+    plan, by_name, by_history = plan_of_runs(**runs), {}, {}
+    for run, stops in zip(runs, rows, strict=True):
+        for step in range(1, milestones[-1] + 1):
+            name, history = path_of(plan, run, step), seen_so_far(stops, step)
+            assert by_name.setdefault(name, history) == history
+            assert by_history.setdefault(history, name) == name
+        state = plan.state(run, milestones[-1])
+        while state is not None:  # of every step, what is watched is known where it is trained
+            segment = plan.segment(state)
+            for step in range(segment.start, state.step):
+                for kind, found in zip(KINDS, seen_so_far(stops, step + 1)[-2:], strict=True):
+                    term = segment.terms.get(kind)
+                    trigger = term and term["trigger"]
+                    assert found == (term and ((trigger["after"], trigger["every"]) if trigger else "on"))
+            state = segment.parent
+        assert segment.start == 0
+
+
 @pytest.mark.parametrize("change", [{"after": 5}, {"every": 3}, {"fast": 0.4}, {"slow": 0.8}, {"margin": 0.5}])
 def test_every_key_of_a_trigger_decides_the_states_it_watches_and_no_others(change):
     plan = plan_of_runs(

@@ -140,6 +140,14 @@ def test_status_says_what_has_stopped_and_what_is_aligned_still(tmp_path):
     assert line.segment == "10 to 16, aligning attention; features stopped at 10 by plateau"
 
 
+def test_what_comes_next_is_told_with_what_is_left(tmp_path):
+    plan = plan_in(tmp_path, a=haste(PLATEAU))
+    folder = stopped(plan, "a", features=10)
+    (folder / "step-00000008.safetensors").write_text("state")
+    said = live.look(Plan(plan.config), queue=lambda _: {}).next
+    assert [line for line in said if line.endswith("from step 10 to 16, aligning attention")]
+
+
 def test_prune_keeps_the_state_at_the_stop_and_forget_takes_all_of_the_run(tmp_path):
     plan = plan_in(tmp_path, a=haste(PLATEAU), never=haste(None))
     folder = stopped(plan, "a", features=10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import gc
 import os
 import resource
 from collections.abc import Callable, Generator, Sequence
@@ -89,6 +90,13 @@ class Group:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e6
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+    def free(self) -> None:
+        """Give back the memory that nothing holds any more, and measure the peak anew."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def wait(self) -> None:
         """Until everybody is here."""

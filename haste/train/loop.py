@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -109,12 +108,16 @@ def _train(plan: Plan, state: State, group: Group, interrupted: Callable[[], int
 def _to_the_end(plan: Plan, segment: Segment, group: Group, interrupted: Callable[[], int] | None) -> None:
     """Train a segment. Where a trigger stops a term, all is built anew from the state there, as any later start would:
     what follows is that of a run which stops at this step by its configuration, to the bit."""
-    while True:
+    end, reached = segment.state.step, -1
+    while reached < end:
         found = group.told(lambda: _newest(plan, segment))
         header = None if found is None else states.read_header(found)
-        if _Training(plan, _left(segment, header), found, group, interrupted).run():
-            return
-        gc.collect()  # teacher, projector and their moments go before what stays is built
+        if reached >= 0 and (header is None or header["step"] != reached):
+            raise ValueError(
+                f"{found}: found as the newest state, expected that of step {reached}, which was just saved"
+            )
+        reached = _Training(plan, _left(segment, header), found, group, interrupted).run()
+        group.free()  # teacher, projector and their moments go before what stays is built
 
 
 def _left(segment: Segment, header: Mapping[str, Any] | None) -> Segment:
@@ -260,8 +263,8 @@ class _Training:
             t_min=t_min_of(self.segment.terms),
         )
 
-    def run(self) -> bool:
-        """To the segment's end: True; or to where a trigger stops a term, whose state is saved then: False."""
+    def run(self) -> int:
+        """To the segment's end, or to where a trigger stops a term, whose state is saved then. Returns the step."""
         begin, end = self._resume(), self.segment.state.step
         aligning = ", ".join(self.segment.terms) or "nothing"
         log.info("%s: steps %d to %d, aligning %s", self.trajectory.name, begin, end, aligning)
@@ -287,12 +290,12 @@ class _Training:
                         self.group.wait()  # nobody is done before the state is on disk
                         raise Interrupted(done, reason)
                     if any(stops):
-                        return False
+                        return done
         agreement.settle()
         self._save(Path(self.plan.path(self.segment.state)), end)
         if self.group.first:
             _forget(_rolling(self.segment, self.folder))
-        return True
+        return end
 
     def _journal(self, begin: int, end: int) -> Journal:
         path = self.folder / "log.jsonl" if self.group.first else None

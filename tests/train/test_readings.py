@@ -1,6 +1,7 @@
 """A stop that is decided while training: the same bits as a stop at that step by hand, whatever interrupts it."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -9,15 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from haste import artefact, cli, journal, termination
 from haste.align.triggers import TRIGGERS, Average, Decision, Trigger
 from haste.models.sit import SiT
 from haste.plan import State
 from haste.teachers import encoder
-from haste.train import loop, state
+from haste.train import loop, readings, state, targets
+from haste.train.distributed import Group
 
+TINY = yaml.safe_load((Path(__file__).parent.parent / "tiny.yaml").read_text())
 FORK = multiprocessing.get_context("fork")
 # The slow average looks back on 2 steps, and 100 % is never bettered: the first reading stops, 6 steps after step 4.
 AT_10 = {"trigger": "plateau", "after": 4, "every": 6, "fast": 0.2, "slow": 0.5, "margin": 1}
@@ -156,9 +161,9 @@ def test_readings_are_the_averages_of_what_the_log_says_of_each_step(make_plan):
     header = state.read_header(plan.path(plan.state("seen", 16)))
     lines = {r["step"]: r for r in journal.read(folder(plan, "seen") / "log.jsonl")}
     for kind, left in {"features": 1.0, "attention": 0.0}.items():  # 1 - cosine, and the cross-entropy
-        readings = header["triggers"][kind]["readings"]
-        assert readings and readings[0]["step"] == 10
-        for reading in readings:
+        found = header["triggers"][kind]["readings"]
+        assert found and found[0]["step"] == 10
+        for reading in found:
             seen = [r for s in range(5, reading["step"] + 1) if kind in (r := lines[s])]
             losses = np.array([left + r[kind] for r in seen])
             assert len(losses) == reading["step"] - 4
@@ -284,6 +289,72 @@ def test_cutting_a_run_elsewhere_changes_neither_readings_nor_bits(make_plan):
     again = state.read_header(cut.path(cut.state("seen", 16)))
     for kind, record in header["triggers"].items():
         assert {**again["triggers"][kind], "seconds": 0} == {**record, "seconds": 0}
+
+
+def test_a_state_at_the_stop_that_is_not_there_afterwards_is_an_error_and_not_another_try(make_plan, monkeypatch):
+    plan = make_plan(runs=runs(seen=AT_10), runtime=QUICK)
+    train_to(plan, "seen", 8)
+    save = state.save
+    monkeypatch.setattr(
+        loop.states, "save", lambda path, *rest: save(Path(path).parent / "elsewhere" / path.name, *rest)
+    )
+    with pytest.raises(ValueError, match="expected that of step 10, which was just saved"):
+        train_to(plan, "seen", 16)
+
+
+def test_who_is_interrupted_at_the_stop_goes_on_behind_it(make_plan):
+    plan = make_plan(runs=runs(seen=AT_10, by_hand=10), runtime=QUICK)
+    train_to(plan, "by_hand", 8, 10, 16)
+    train_to(plan, "seen", 8)
+    asked = iter([0, 3])
+    with pytest.raises(loop.Interrupted) as stop:
+        loop.train(plan, plan.state("seen", 16), lambda: next(asked))
+    assert (stop.value.step, stop.value.reason) == (10, 3)
+    train_to(plan, "seen", 16)
+    assert_same_learner(tensors(plan, "seen", 16), tensors(plan, "by_hand", 16))
+
+
+def test_targets_on_disk_are_read_up_to_the_stop_and_no_more(make_plan, monkeypatch):
+    cached = {"vit": {**TINY["teachers"]["vit"], "cache": "features+attention"}}
+    plan = make_plan(teachers=cached, runs=runs(seen=AT_10, by_hand=10), runtime=QUICK)
+    for shard in range(plan.targets["vit"].shards):
+        targets.make_shard(plan, "vit", shard)
+    targets.join_shards(plan, "vit")
+    train_to(plan, "by_hand", 8, 10, 16)
+    train_to(plan, "seen", 8)
+    opened, read = [], loop.Cached.__init__
+    monkeypatch.setattr(
+        loop.Cached, "__init__", lambda self, *args: (read(self, *args), opened.append(list(self.stores)))[0]
+    )
+    train_to(plan, "seen", 16)
+    assert opened == [["vit"], []]
+    assert_same_learner(tensors(plan, "seen", 16), tensors(plan, "by_hand", 16))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses whatever would make the processor wait for a GPU to say a number."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        assert operation.name() not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal"), operation
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("weights", "share"), [(None, 1.0), (torch.tensor([0.0, 0.5]), 0.25)])
+def test_a_step_asks_the_device_for_no_number_and_a_step_that_overflowed_is_left_out(weights, share):
+    """`share` is that of the samples that count, over those of all processes: a loss is a mean over these."""
+    term = {"trigger": {**NEVER, "slow": 0.5}, "similarity": "cosine"}
+    watch = readings.Watch("features", term, Group(0, 1, torch.device("cpu")))
+    losses = [-0.25, math.inf, -0.5, math.nan, -0.75]
+    with NoWaiting():
+        for loss in losses:
+            watch.add({"features": torch.tensor(loss), "denoising": torch.tensor(1.0)}, weights)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        watch.sums.sum().item()
+    seen = np.array([1 + loss / share for loss in losses if math.isfinite(loss)])
+    watch.read(99, "x")
+    assert watch.history[0].values == pytest.approx(
+        {"fast": averages(seen, 0.2), "slow": averages(seen, 0.5)}, rel=1e-14
+    )
 
 
 def test_the_last_step_alone_can_be_read_too(make_plan, counts):
