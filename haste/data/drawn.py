@@ -125,7 +125,7 @@ def mean_nfe(files: Sequence[str | Path]) -> float | None:
     counts = []
     for path in files:
         try:
-            found = read_npz(path, "samples")
+            found = _counts(path)
         except FileNotFoundError:  # samples may be gone when their features are scored
             return None
         if "nfe" not in found:
@@ -133,6 +133,13 @@ def mean_nfe(files: Sequence[str | Path]) -> float | None:
         counts.append(found["nfe"])
     mean = float(np.concatenate(counts).mean())
     return int(mean) if mean.is_integer() else mean
+
+
+def _counts(path: str | Path) -> Arrays:
+    try:
+        return read_npz(path, "samples", ["nfe"])  # the images beside it may be gigabytes
+    except ValueError:
+        return read_npz(path, "samples")  # what is wrong with it, or samples that have no counts
 
 
 def _path(folder: Path, start: int) -> Path:
