@@ -203,6 +203,18 @@ def test_what_is_not_there_is_refused_by_name(make_plan, arguments, capsys):
     assert "Traceback" not in message
 
 
+@pytest.mark.parametrize("command", ["latents", "targets", "reference"])
+def test_what_runs_a_network_over_all_images_runs_it_on_the_device_that_is_asked_for(
+    make_plan, tiny, command, capsys, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    plan = make_plan(teachers={"vit": {**tiny["teachers"]["vit"], "cache": "features"}}, runtime={"device": "cuda"})
+    shutil.rmtree(plan.reference.folder)
+    which = {"latents": ["--shard", 0], "targets": ["vit", "--shard", 0], "reference": []}[command]
+    assert run(command, *which, "-c", plan.file) == 2
+    assert "runtime.device is cuda: process 0 of this machine needs a GPU" in capsys.readouterr().err
+
+
 def test_a_configuration_that_is_refused_ends_in_exit_code_2_without_a_traceback(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text(json.dumps({"nmae": "x"}))
