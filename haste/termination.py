@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from haste import artefact
+from haste.align.triggers import Reading
 from haste.plan import Piece, Plan, Segment
+from haste.status import provenance_of
 
 FILE, KIND = "termination.json", "termination"
 
@@ -67,6 +69,21 @@ def read(folder: Path) -> dict[str, Stopped]:
     return {
         kind: Stopped(term["step"], str(term["trigger"].get("trigger")), term["reason"])
         for kind, term in _terms(folder).items()
+    }
+
+
+def history(state: Path | str) -> dict[str, list[Reading]]:
+    """Term -> all readings of its trigger, as a state has them: what `haste.align.triggers.replayed` looks at.
+
+    Raises:
+        ValueError: no state.
+    """
+    records = provenance_of(Path(state)).get("triggers", {})
+    return {
+        kind: [
+            Reading(r["step"], {name: value for name, value in r.items() if name != "step"}) for r in record["readings"]
+        ]
+        for kind, record in records.items()
     }
 
 

@@ -132,6 +132,11 @@ def test_the_report_shows_the_step_and_the_trigger():
     assert [entry.cells[place].text for entry in table.entries] == ["81,000 by plateau", "250,000"]
 
 
+def test_ablations_order_stops_by_their_steps_however_they_were_decided():
+    found = sorted(["never", "300", "81 by plateau", "81", "90 to 95 by x", "never by x"], key=tables._order)
+    assert found == ["81", "81 by plateau", "90 to 95 by x", "300", "never", "never by x"]
+
+
 def test_status_says_what_has_stopped_and_what_is_aligned_still(tmp_path):
     plan = plan_in(tmp_path, a=haste(PLATEAU))
     folder = stopped(plan, "a", features=10)

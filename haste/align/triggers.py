@@ -113,8 +113,9 @@ class Plateau(Trigger):
         fast, slow = (history[-1].values[name] for name in ("fast", "slow"))
         stop = fast >= (1 - self.margin) * slow
         better = 1 - fast / slow if slow else 0.0
-        found = f"the residual's fast average {fast:.4g} is {better:.2%} below its slow one {slow:.4g}"
-        return Decision(stop, f"{found}, {'less' if stop else 'more'} than {self.margin:.2%}")
+        where = f"{abs(better):.2%} {'below' if better >= 0 else 'above'}"
+        asked = f"{'not' if stop else 'and so'} more than {self.margin:.2%} below"
+        return Decision(stop, f"the residual's fast average {fast:.4g} is {where} its slow one {slow:.4g}, {asked}")
 
 
 #: Name in the configuration -> the trigger.

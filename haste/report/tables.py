@@ -355,10 +355,12 @@ def axis_value(row: Row, axis: str) -> str | None:
 
 
 def _order(value: str | None) -> tuple[float, str]:
+    value = value or ""
+    step = re.match(r"\d+(?= by | to )", value)  # where a trigger stopped
     try:
-        return float(value or ""), ""
+        return float(step[0] if step else value), value if step else ""
     except ValueError:
-        return float("inf"), value or ""
+        return float("inf"), value
 
 
 def _others(row: Row, axis: str) -> list[Any]:

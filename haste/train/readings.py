@@ -131,7 +131,7 @@ class Watch:
         return {
             "trigger": self.settings,
             "stopped": self.stopped,
-            "seconds": round(self.seconds, 3),
+            "seconds": round(self.seconds, 6),
             "readings": readings,
         }
 

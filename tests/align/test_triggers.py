@@ -39,7 +39,7 @@ def test_plateau_goes_on_while_the_residual_falls_and_stops_once_it_is_flat():
     # when 0.98^n is about 0.04, and the fast one is there already.
     assert 200 + 100 < stop < 200 + 220
     assert triggers.replayed("plateau", trigger, read(trigger, falling)) is None
-    assert decision.reason.endswith("less than 2.00%")
+    assert decision.reason.endswith(", not more than 2.00% below")
 
 
 def test_plateau_is_decided_by_the_last_reading_and_its_margin():
@@ -51,6 +51,8 @@ def test_plateau_is_decided_by_the_last_reading_and_its_margin():
 
     assert [stops(fast, 0.5) for fast in (0.3, 0.489, 0.491, 0.5, 0.7)] == [False, False, True, True, True]
     assert stops(0.0, 0.0)
+    above = trigger.decide(20, [Reading(20, {"fast": 0.51, "slow": 0.5})])
+    assert "fast average 0.51 is 2.00% above its slow one 0.5, not more than 2.00% below" in above.reason
 
 
 @given(

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -181,7 +182,7 @@ def test_the_file_at_the_stop_says_step_trigger_reason_readings_and_cost(make_pl
         assert (term["step"], term["trigger"]) == (10, AT_10)
         assert [reading["step"] for reading in term["readings"]] == [10]
         assert term["seconds"] >= 0
-        assert term["reason"] in caplog.text and "less than 100.00%" in term["reason"]
+        assert term["reason"] in caplog.text and "not more than 100.00% below" in term["reason"]
         assert f"step 10: plateau stops {kind}" in caplog.text
     assert found["key"] == plan.trajectories[plan.state("seen", 16).trajectory].key
     assert cli.main(["show", str(folder(plan, "seen") / termination.FILE)]) == 0
@@ -355,6 +356,18 @@ def test_a_step_asks_the_device_for_no_number_and_a_step_that_overflowed_is_left
     assert watch.history[0].values == pytest.approx(
         {"fast": averages(seen, 0.2), "slow": averages(seen, 0.5)}, rel=1e-14
     )
+
+
+def test_readings_of_a_finished_run_tell_where_another_margin_would_have_stopped_it(make_plan, capsys):
+    """By the code that the page on extending shows."""
+    page = (Path(__file__).parent.parent.parent / "docs" / "extending.md").read_text().split("\n## A trigger\n")[1]
+    (code,) = re.findall(r"```python\n(from .*?)```", page.split("\n## ")[0], re.DOTALL)
+    never = {"trigger": "plateau", "after": 4, "every": 2, "fast": 0.2, "slow": 0.75, "margin": 0}
+    plan = make_plan(runs=runs(seen=never), runtime=QUICK)
+    train_to(plan, "seen", 8)
+    state_file = plan.path(plan.state("seen", 8))
+    exec(code.replace("results/states/TRAJECTORY/step-00400000.safetensors", state_file).replace("0.05", "1.0"), {})
+    assert capsys.readouterr().out.startswith("(8, Decision(stop=True, reason=")
 
 
 def test_the_last_step_alone_can_be_read_too(make_plan, counts):
