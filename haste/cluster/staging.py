@@ -121,6 +121,7 @@ def _come(
         _check_room(place, {what: _bytes(manifests[what]) for what in missing})
         for what in missing:
             _copy(what, Path(stores[what].folder), copies[what], manifests[what], told_to_end)
+    log.info("%s: read from copies in %s", " and ".join(stores), place)
     return _reading(plan, copies)
 
 
@@ -162,7 +163,7 @@ def _locked(path: Path, how: int, give_up: Asked) -> Iterator[None]:
         if give_up():
             raise _Left
         if not said:
-            log.info("waiting for who copies to %s", path.parent)
+            log.info("waiting for another process at work in %s", path.parent)
         said = True
         time.sleep(LOOK)
     with file:

@@ -23,7 +23,7 @@ def time_table(stages: Sequence[Stage]) -> Table:
         cells = [text_cell(stage.name), text_cell(stage.jobs), duration_cell(stage.seconds), _percent_cell(share)]
         cells += _usage_cells(stage.usage, gpus) if known else []
         entries.append(Entry(cells, kind="floor" if stage is total else ""))
-    return Table("time", "Time", heads, entries, _usage_notes(total.usage, gpus) if total.usage else [])
+    return Table("time", "Time", heads, entries, _usage_notes(total.usage) if total.usage else [])
 
 
 def _sum(usages: Sequence[Usage]) -> Usage | None:
@@ -53,21 +53,18 @@ def _attempts_text(usage: Usage) -> str:
     return f"{usage.attempts:,}" + (f" ({', '.join(sorted(others))})" if others else "")
 
 
-def _usage_notes(usage: Usage, gpus: bool) -> list[str]:
-    unit, whole, broken = "CPU", usage.cpu_seconds, usage.broken_cpu_seconds
-    if gpus:
-        unit, whole, broken = "GPU", usage.gpu_seconds, usage.broken_gpu_seconds
+def _usage_notes(usage: Usage) -> list[str]:
     notes = [
         "Cluster jobs to CPU used are what the cluster's accounting says, all attempts together. Hours are what was "
         "allocated, times how long; used is the share of it that was kept busy, a dash where the site does not "
         "measure it.",
         "The summed time of training on a cluster is that of the workflow, which waits for it: the queue is in it.",
     ]
+    taken = (("GPU", usage.broken_gpu_seconds, usage.gpu_seconds), ("CPU", usage.broken_cpu_seconds, usage.cpu_seconds))
+    broken = [f"{_hours(part)} of the {_hours(whole)} {unit}-hours" for unit, part, whole in taken if part]
     if broken:
-        notes.append(
-            f"{_hours(broken)} of the {_hours(whole)} {unit}-hours went into attempts that did not complete; training "
-            "goes on from what they saved."
-        )
+        said = " and ".join(broken)
+        notes.append(f"{said} went into attempts that did not complete; training goes on from what they saved.")
     return notes
 
 

@@ -5,6 +5,7 @@ then a line for each of its steps; with --duplicates, all of that for every atte
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -221,7 +222,10 @@ def test_the_report_joins_the_account_to_its_times(plan, cluster, monkeypatch):
     assert total["GPU-hours"].value == pytest.approx(28.25)
     assert total["cluster jobs"].text == "3"
     words = " ".join(table.notes)
-    assert "12.1 of the 28.2 GPU-hours went into attempts that did not complete" in words
+    assert re.search(r"12.1 of the 28.2 GPU-hours and \S+ of the \S+ CPU-hours went into attempts that did not", words)
+    cpus = accounting.by_stage(accounting.read(RECORDED, {"583805": "train", "40": "sample"}))
+    mixed = time_table([Stage(name, 1, 1.0, usage) for name, usage in cpus.items()])
+    assert "0.024 of the 0.04 CPU-hours went into attempts" in " ".join(mixed.notes), "they had no GPU, others had"
     plain = time_table([Stage("train", 1, 20.0)])
     assert [head.name for head in plain.heads] == ["stage", "jobs", "time, summed", "share"] and not plain.notes
 

@@ -86,6 +86,7 @@ def test_a_job_of_several_processes_copies_once_a_node_and_is_the_job_without_co
     assert start_job(plan, state, size=2).ended() == [0, 0]
     for name, value in bits(plan.path(state)).items():
         assert torch.equal(found[name], value), name
+    assert f"latents and images: read from copies in {scratch}" in log
     assert log.count(": copied and checked in") in (0, 2)  # the first process copied latents and images, or neither
 
 
