@@ -47,9 +47,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _mark(arguments: argparse.Namespace) -> None:
-    """Note which job of a cluster works for which stage of a workflow; who only waits for another job does not."""
+    """Note which job of a cluster works for which stage of a workflow.
+
+    Who only waits for another job, and the report, which Snakemake makes itself, may be in the job that Snakemake runs
+    in: its hours are no stage's.
+    """
     file, command = getattr(arguments, "config", None), arguments.command
-    if "SLURM_JOB_ID" not in os.environ or not isinstance(file, str) or getattr(arguments, "slurm", None) is not None:
+    beside = command == "report" or getattr(arguments, "slurm", None) is not None
+    if "SLURM_JOB_ID" not in os.environ or not isinstance(file, str) or beside:
         return
     from haste.cluster import accounting
 

@@ -153,6 +153,7 @@ def test_commands_of_a_workflow_leave_their_mark_and_those_of_a_person_do_not(pl
     assert cli.main(["evaluate", "nothing", "-c", plan.config_file]) == 2  # what fails costs too
     assert cli.main(["targets", "vit", "--fit", "-c", plan.config_file]) == 2
     assert cli.main(["train", "x/1", "-c", plan.config_file, "--slurm", "runtime=1h"]) == 2  # who only waits
+    assert cli.main(["report", "-c", plan.config_file]) == 2  # what Snakemake makes where it runs itself
     assert cli.main(["evaluate", "nothing", "-c", str(plan.file)]) == 2
     monkeypatch.delenv("SLURM_JOB_ID")
     assert cli.main(["sample", "nothing", "-c", plan.config_file]) == 2
