@@ -68,17 +68,25 @@ def machine_flops() -> float:
 
 
 def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float, bool]:
-    """Seconds that a segment will take, and whether that is measured (by a journal on its lineage) or computed."""
+    """Seconds that a segment will take, and whether that is measured (by a journal on its lineage) or computed.
+
+    What is computed has the forward passes of the teachers in it whose size is known.
+    """
     recipe = plan.trajectories[segment.state.trajectory].recipe
     steps, batch = segment.state.step - segment.start, recipe["training"]["batch"]
     for piece in reversed(segment.pieces):
         lines = journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"))
         if lines:
             return steps * batch / lines[-1]["images_per_s"], True
-    # One more third is the teacher's forward.
-    work = training_flops(recipe) * (4 / 3 if segment.teachers else 1)
+    work = training_flops(recipe) + sum(_teacher_flops(plan, name) or 0.0 for name in segment.teachers)
     runtime = plan.config.runtime
     return steps * batch * work / (EFFICIENCY * flops * runtime.threads * runtime.processes), False
+
+
+def _teacher_flops(plan: Plan, name: str) -> float | None:
+    """Operations of a teacher's forward pass on an image; None where only loading it can tell."""
+    shape = plan.teacher_size(name)
+    return None if shape is None else flops_per_image(shape)
 
 
 def sampling_seconds(plan: Plan, evaluation: Evaluation, flops: float) -> float | None:
@@ -259,9 +267,11 @@ def _training_stages(plan: Plan, flops: float) -> tuple[list[Stage], bool]:
         mine = [segment for segment in left if bool(segment.terms) == aligned]
         times = [training_seconds(plan, segment, flops) for segment in mine]
         measured &= all(known for _, known in times)
+        asked = [segment.teachers for segment, (_, known) in zip(mine, times, strict=True) if not known]
+        unknown = any(_teacher_flops(plan, name) is None for names in asked for name in names)
         size = sum(state_megabytes(plan, segment) for segment in mine)
         jobs = sum(bool(segment.terms) == aligned for segment in segments)
-        found.append(Stage(name, jobs, len(mine), sum(seconds for seconds, _ in times), size))
+        found.append(Stage(name, jobs, len(mine), sum(seconds for seconds, _ in times), size, unknown))
     return found, measured
 
 
@@ -320,7 +330,7 @@ def print_plan(plan: Plan) -> None:
         )
         console.print(
             f"{how} Other times are computed. What is unknown is in no sum: preparing data, a small autoencoder, a "
-            "solver that chooses its own steps."
+            "teacher whose size only loading it can tell, a solver that chooses its own steps."
         )
     for line in shared_trunks(plan) + unknown_targets(plan) + plan.notes:
         console.print(line, markup=False, highlight=False)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL
+from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from haste import config, status
@@ -55,3 +56,21 @@ def test_the_plan_says_unknown_where_nobody_can_tell_and_a_time_where_operations
     known = {stage.name: stage for stage in status.stages(plan_of(autoencoder=public, images=images))[0]}
     assert known["latents"].seconds > 0 and not known["latents"].unknown
     assert known["samples"].seconds > 0 and not known["samples"].unknown
+
+
+def test_training_costs_three_forward_passes_and_one_of_each_teacher_that_is_asked():
+    plan = plan_of(runs={"HASTE": {"alignment": "HASTE", "stop": 8}})
+    aligned, plain = (plan.segment(plan.state("HASTE", step)) for step in (8, 16))
+    forward = status.facts_in(plan.trajectories[plain.state.trajectory].recipe).flops
+    (vit,) = aligned.teachers
+    spec = plan.config.teachers[vit].trained
+    images = torch.zeros(1, 3, 8, 8)
+    network = VisionTransformer(8, patch_size=4, embed_dim=spec.width, depth=2, num_heads=2, num_classes=0)
+    with_teacher, without = (status.training_seconds(plan, segment, 1e9)[0] for segment in (aligned, plain))
+    # the class token, and the first layer, are not in the formula: a quarter for a network this small
+    extra = (with_teacher / without - 1) * 3 * forward
+    assert extra == pytest.approx(counted(network, images), rel=0.3)
+    name = "vit_base_patch16_224.mae"  # known to timm alone
+    plan = plan_of(teachers={"vit": {"pretrained": {"name": name}}}, runs={"HASTE": {"alignment": "REPA"}})
+    said = {stage.name: status._clock(stage) for stage in status.stages(plan)[0]}
+    assert said["training, aligned"].endswith(" + unknown") and "unknown" not in said["training, plain"]
