@@ -694,6 +694,7 @@ def _exactly_one(part: Any, *names: str) -> Any:
     return part
 
 
+MOST_READINGS = 50_000  # of a trigger; some hundred bytes each
 MOST_ENTRIES = 1_000_000  # in a configuration, aliases written out
 
 
@@ -1179,6 +1180,7 @@ def _faults_of_run(config: Config, name: str) -> list[str]:
     if faults:
         return faults
     faults = _faults_of_model(config, run, where) + _faults_of_stop(config, run, where)
+    faults += _faults_of_readings(run, where)
     return faults + _faults_of_ramp(run, where) + _faults_of_fit(config, run)
 
 
@@ -1225,6 +1227,16 @@ def _faults_of_stop(config: Config, run: Run, where: str) -> list[str]:
         for kind, found in stops.items()
         if kind not in terms
     ]
+
+
+def _faults_of_readings(run: Run, where: str) -> list[str]:
+    """Every state keeps all readings so far, in a header that has an end."""
+    last, faults = run.milestones[-1], []
+    for kind, stop in ((kind, getattr(run.stop, kind)) for kind in TERMS):
+        if isinstance(stop, Trigger) and (count := (last - stop.after) // stop.every) > MOST_READINGS:
+            found = f"{stop.every} makes {count:,} readings up to step {last}"
+            faults.append(f"{where}.stop.{kind}.every: {found}, expected at most {MOST_READINGS:,}")
+    return faults
 
 
 def _words_of_stop(stop: Any) -> str:

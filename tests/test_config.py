@@ -47,6 +47,11 @@ REFUSALS = [
     ("runs.HASTE.stop", {"trigger": "plateau", "marign": 1}, ["runs.HASTE.stop.features: unknown key", "'margin'"]),
     ("runs.HASTE.stop", {"trigger": "plateau", "evry": 1}, ["runs.HASTE.stop.attention: unknown key", "'every'"]),
     ("runs.HASTE.stop", {"trigger": "plateau", "every": 0}, ["runs.HASTE.stop.features.every", "found 0"]),
+    (
+        "runs.HASTE",
+        {"alignment": "HASTE", "milestones": [400_000], "stop": {"trigger": "plateau", "after": 9, "every": 7}},
+        ["runs.HASTE.stop.features.every: 7 makes 57,141 readings up to step 400000, expected at most 50,000"],
+    ),
     ("runs.HASTE.stop", {"trigger": "plateau", "fast": 1}, ["runs.HASTE.stop.features.fast", "less than 1", "found 1"]),
     ("runs.HASTE.stop", {"trigger": "plateau", "fast": 0.99999}, ["stop.features: fast 0.99999 is not below slow"]),
     ("runs.HASTE.stop", {"attention": {"every": 3}}, ["runs.HASTE.stop.attention.trigger: missing"]),

@@ -101,6 +101,10 @@ def test_the_trunk_is_shared_up_to_the_step_at_which_watching_begins(make_plan):
     train_to(plan, "never", 4, 8)
     train_to(plan, "seen", 8)
     assert [r["step"] for r in journal.read(folder(plan, "seen") / "log.jsonl")] == [5, 6, 7, 8]
+    # States that nobody watches are as they were before there were triggers, and are gone on from.
+    trunk = plan.path(plan.state("never", 4))
+    assert "triggers" not in state.read_header(trunk)
+    assert not any(name.startswith("readings/") for name in load_file(trunk))
 
 
 def test_after_the_stop_no_teacher_is_built_no_image_read_and_no_tap_asked(make_plan, monkeypatch):
