@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from importlib import metadata
 from typing import Any
 
@@ -36,24 +36,49 @@ def at(where: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def loaded(group: str, taken: Collection[str]) -> dict[str, Any]:
-    """What other packages add to a group, imported.
+class Table(MutableMapping[str, Any]):
+    """What this package has of a group by name, and what other packages add: theirs is imported when it is asked for.
 
-    Args:
-        group: one of GROUPS.
-        taken: names that this package has itself.
-
-    Raises:
-        ValueError: one of them cannot be imported, or has the name of ours; says which package's it is.
+    Not before: whoever's module is being imported may be the one that imports this package.
     """
-    return {name: one(group, name, taken) for name in _found(group)}
+
+    def __init__(self, group: str, own: Mapping[str, Any], taken: Collection[str] = ()):
+        """
+        Args:
+            group: one of GROUPS.
+            own: what this package has.
+            taken: further names that nobody else may have.
+        """
+        self.group, self.own, self.taken = group, dict(own), taken
+
+    def __getitem__(self, name: str) -> Any:
+        """Raises ValueError where it cannot be imported, or has the name of ours; says which package's it is."""
+        return one(self.group, name, {*self.own, *self.taken}) if name in _found(self.group) else self.own[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.own[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.own[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.own
+        yield from (name for name in _found(self.group) if name not in self.own)
+
+    def __len__(self) -> int:
+        return len({*self.own, *_found(self.group)})
 
 
 def one(group: str, name: str, taken: Collection[str]) -> Any:
     """One of what other packages add to a group, imported; the others are left alone.
 
+    Args:
+        group: one of GROUPS.
+        name: one of `names(group)`.
+        taken: names that this package has itself.
+
     Raises:
-        ValueError: as `loaded`.
+        ValueError: it cannot be imported, for whatever reason, or has the name of ours; says which package's it is.
     """
     point = _found(group)[name]
     where = f"{point.value} (of {point.dist.name if point.dist else 'an unknown package'})"
@@ -61,5 +86,7 @@ def one(group: str, name: str, taken: Collection[str]) -> Any:
         raise ValueError(f"haste.{group}: {where} is called {name!r}, which is taken; expected another name")
     try:
         return point.load()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"haste.{group}: {name!r} cannot be had from {where}: {error}") from error
+    except Exception as error:  # somebody else's code, which may fail in any way
+        raise ValueError(
+            f"haste.{group}: {name!r} cannot be had from {where}: {type(error).__name__}: {error}"
+        ) from error

@@ -1,7 +1,9 @@
 """The page on extending shows a package that works: its files are installed as they stand, and used from end to end."""
 
 import importlib
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -16,9 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from haste import artefact, cli, config, exchange, extensions, status, termination
 from haste.data.store import Store
 from haste.diffusion import samplers
-from haste.metrics import detectors, scores
 from haste.plan import Plan
-from haste.teachers import encoder
 from haste.train import loop
 from haste.train.state import new_learner
 
@@ -30,12 +30,6 @@ def section(title):
 
 
 SECTION, MODEL = section("From a package of your own"), section("A model")
-TABLES = {
-    "samplers": samplers.SAMPLERS,
-    "metrics": scores.METRICS,
-    "detectors": detectors.PUBLISHED,
-    "teachers": encoder.ADDED,
-}
 
 
 def block(language, text=SECTION):
@@ -73,14 +67,6 @@ def installed(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-@pytest.fixture
-def tables(installed, monkeypatch):
-    """The tables as a process has them that starts with the package there."""
-    for group, table in TABLES.items():
-        for name, value in extensions.loaded(group, table).items():
-            monkeypatch.setitem(table, name, value)
-
-
 def test_every_group_is_described_and_recorded():
     added = [
         group for text in (SECTION, MODEL) for group in tomllib.loads(block("toml", text))["project"]["entry-points"]
@@ -94,7 +80,7 @@ def run_haste(world, *command):
     assert cli.main([*map(str, command), "-c", str(world.file)]) == 0, command
 
 
-def test_what_the_page_adds_is_used_from_training_to_scores(world, tables, tmp_path):
+def test_what_the_page_adds_is_used_from_training_to_scores(world, installed, tmp_path):
     network = VisionTransformer(8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=0)
     save_file(network.state_dict(), tmp_path / "small.safetensors")
     changes = yaml.safe_load(block("yaml").replace("small.safetensors", str(tmp_path / "small.safetensors")))
@@ -124,7 +110,7 @@ def test_what_the_page_adds_is_used_from_training_to_scores(world, tables, tmp_p
         assert artefact.file_identity(tmp_path / "small.safetensors").encode() in file.read()
 
 
-def test_the_midpoint_rule_of_the_page_is_of_second_order(tables):
+def test_the_midpoint_rule_of_the_page_is_of_second_order(installed):
     class Decay:
         def __call__(self, x, t):
             return x * t
@@ -160,12 +146,47 @@ def test_what_cannot_be_imported_or_takes_a_name_of_ours_is_refused_by_package(i
     points = next(installed.glob("my_haste-*")) / "entry_points.txt"
     points.write_text("[haste.samplers]\nmidpoint = my_haste:NOTHING\n")
     extensions._found.cache_clear()
-    with pytest.raises(ValueError, match=r"'midpoint' cannot be had from my_haste:NOTHING \(of my-haste\)"):
-        extensions.loaded("samplers", {})
+    with pytest.raises(ValueError, match=r"'midpoint' cannot be had from my_haste:NOTHING \(of my-haste\): Attrib"):
+        samplers.SAMPLERS["midpoint"]
+    (installed / "my_haste.py").write_text("import nothing_of_that_name\n")
+    sys.modules.pop("my_haste")
+    importlib.invalidate_caches()
+    for text in ("import nothing_of_that_name", "nothing", "def broken(:", "raise RuntimeError('no')"):
+        (installed / "my_haste.py").write_text(f"{text}\n")
+        with pytest.raises(
+            ValueError, match=r"'midpoint' cannot be had from my_haste:NOTHING \(of my-haste\): \w+Error"
+        ):
+            samplers.SAMPLERS["midpoint"]
     points.write_text("[haste.samplers]\nheun = my_haste:MIDPOINT\n")
     extensions._found.cache_clear()
     with pytest.raises(ValueError, match=r"my_haste:MIDPOINT \(of my-haste\) is called 'heun', which is taken"):
-        extensions.loaded("samplers", samplers.SAMPLERS)
+        samplers.SAMPLERS["heun"]
+
+
+FIRST = [
+    "diffusion.samplers",
+    "metrics.detectors",
+    "metrics.scores",
+    "teachers.encoder",
+    "score.sides",
+    "sample",
+    "cli",
+]
+
+
+@pytest.mark.parametrize("first", [*(f"haste.{name}" for name in FIRST), "my_haste", "my_network"])
+def test_whatever_is_imported_first_the_packages_are_there(installed, first):
+    ask = (
+        f"import {first}, haste.diffusion.samplers as s, haste.metrics.scores as m, haste.metrics.detectors as d; "
+        "import haste.teachers.encoder as t; "
+        "print(s.SAMPLERS['midpoint'].evaluations(2), m.METRICS['gap'].needs, d.PUBLISHED['colours'], t.ADDED['small'])"
+    )
+    path = f"{installed}{os.pathsep}{PAGE.parent.parent}"
+    done = subprocess.run(
+        [sys.executable, "-c", ask], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("4 ('pool',) <function colours")
 
 
 def test_a_trigger_from_outside_has_its_keys_checked_before_anything_runs(installed, tiny):

@@ -166,13 +166,15 @@ class Sampler:
     stochastic: bool = False
 
 
-SAMPLERS: dict[str, Sampler] = {
-    "euler": Sampler(euler, lambda steps: steps),
-    "heun": Sampler(heun, lambda steps: 2 * steps - 1),
-    "euler-maruyama": Sampler(euler_maruyama, lambda steps: steps, stochastic=True),
-    "dopri5": Sampler(dopri5, None),
-}
-SAMPLERS |= extensions.loaded("samplers", SAMPLERS)
+SAMPLERS = extensions.Table(
+    "samplers",
+    {
+        "euler": Sampler(euler, lambda steps: steps),
+        "heun": Sampler(heun, lambda steps: 2 * steps - 1),
+        "euler-maruyama": Sampler(euler_maruyama, lambda steps: steps, stochastic=True),
+        "dopri5": Sampler(dopri5, None),
+    },
+)
 
 
 def nfe(name: str, steps: int | None) -> int | None:

@@ -168,8 +168,7 @@ def _lazily(where: str) -> Callable[[Path | str | None], Detector]:
 
 
 # Detectors of other people, by name: what they make of a weights file (None is their own download).
-PUBLISHED = {name: _lazily(judge.made_by) for name, judge in DETECTORS.items()}
-PUBLISHED |= extensions.loaded("detectors", PUBLISHED)
+PUBLISHED = extensions.Table("detectors", {name: _lazily(judge.made_by) for name, judge in DETECTORS.items()})
 
 
 def weight_file(name: str) -> Path | None:

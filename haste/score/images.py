@@ -19,7 +19,7 @@ from haste.metrics.scores import METRICS, NEIGHBOURS
 from haste.score import comparable
 from haste.score.columns import VALUES, Score, column, compare, refuse, typed
 from haste.score.look import View, check_size, look, probe, view_of
-from haste.score.sides import NEAR, Reference, Side, gather, holds_statistics, read_reference, write_reference
+from haste.score.sides import Reference, Side, gather, holds_statistics, read_reference, write_reference
 
 log = logging.getLogger("haste.score")
 
@@ -178,7 +178,7 @@ class Scorer:
             about = side.about
             who.append(dict(side.detector))
             if real is not None:
-                near = next((len(real.stats[name].index) for name in NEAR if name in real.stats), near)
+                near = next((len(s.index) for name, s in real.stats.items() if METRICS[name].reference_rows), near)
                 # The same reference, but one detector may know its statistics and another only some of its images.
                 who[-1] |= {"reference_moments": real.about["moments"]} if "moments" in real.about else {}
                 reference = {name: fact for name, fact in real.about.items() if name != "moments"}
@@ -306,7 +306,7 @@ class Scorer:
                 side.stats[name] = source.moments[output]
             elif name in metrics:
                 side.absent[name] = f"the reference {source.path} holds no mu_s and sigma_s"
-        near = [name for name in metrics if name in NEAR]
+        near = [name for name in metrics if METRICS[name].reference_rows]
         if near and source.near is not None:
             side.stats |= dict.fromkeys(near, source.near)
         elif near and source.samples is not None:

@@ -29,7 +29,6 @@ from haste.metrics.scores import METRICS
 from haste.score.look import READ, Batch, View
 
 WIDTHS = {"pool": 2048, "spatial": 2023}  # of Inception, whose moments files without a word on their detector hold
-NEAR = [name for name, metric in METRICS.items() if metric.reference_rows]  # made of the pool features themselves
 SUFFIX = {"pool": "", "spatial": "_s"}  # of mu and sigma, in a file
 
 
@@ -65,7 +64,7 @@ def gather(view: View, metrics: Collection[str], *, most: int | None = None, kee
         if name in metrics and (lacking := set(METRICS[name].needs) - set(view.outputs)):
             side.absent[name] = f"{view.detector['name']} gives no {' and '.join(sorted(lacking))}"
     names = [name for name in METRICS if name in metrics and name not in side.absent]
-    near = [name for name in names if name in NEAR]
+    near = [name for name in names if METRICS[name].reference_rows]
     pooled = ("pool",) if near or "pool" in keep else ()
     chosen = _chosen(view.count, most)
     for batch in _blocks(view.batches()):
@@ -229,7 +228,7 @@ def write_reference(path: Path, side: Side) -> None:
             arrays |= {f"mu{SUFFIX[output]}": moments.mean, f"sigma{SUFFIX[output]}": moments.covariance}
     if "frechet" not in side.stats:
         raise ValueError(f"{path}: statistics need the Frechet distance among the metrics")
-    near = [side.stats[name] for name in NEAR if name in side.stats]
+    near = [stats for name, stats in side.stats.items() if METRICS[name].reference_rows]
     if near:
         arrays["pool"] = near[0].ordered
     # Of how many images: not known of statistics that came without a word on it.

@@ -7,7 +7,7 @@ Layers are counted from 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -249,7 +249,7 @@ def known(name: str) -> Encoder:
 
 
 # Teachers of other packages: what makes one of the images' resolution and a file of weights, or None.
-ADDED: dict[str, Callable[[int, str | Path | None], Teacher]] = extensions.loaded("teachers", TEACHERS)
+ADDED = extensions.Table("teachers", {}, taken=TEACHERS)
 
 
 def _from_timm(name: str, resolution: int, weights: str | Path | None) -> Teacher:
