@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from haste import artefact, cli, config
+from haste import artefact, cli, config, termination
 from haste.plan import Plan, State
 from haste.train import loop
 from haste.train.state import new_learner
@@ -160,6 +160,20 @@ def test_a_branch_at_another_stop_trains_its_own_part_and_the_shared_trunk_once(
     trunk, branch = shop.state("HASTE-10", 10), shop.state("HASTE-10", 16)
     # step 8 is shared and scored already; step 10 of the trunk is made from it, and the branch from that
     assert shop.jobs() == {("train", trunk), ("train", branch)} | shop.evaluated("HASTE-10", 16)
+
+
+def test_a_run_that_a_trigger_stops_begins_on_the_finished_trunk_and_its_stop_changes_no_plan(shop):
+    stop = {"trigger": "plateau", "after": 8, "every": 4, "fast": 0.5, "slow": 0.75, "margin": 1}
+    shop.configure(runs={**RUNS, "seen": {"alignment": "HASTE", "stop": stop}})
+    state = shop.plan.state("seen", 16)
+    assert shop.jobs() == {("train", str(state))} | shop.evaluated("seen", 16)
+    done = shop.snakemake(shop.plan.path(state))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^(local)?rule train:", done.stdout + done.stderr, re.MULTILINE)  # the one of aligned jobs
+    assert {one.step for one in termination.along(shop.plan, "seen", 0).values()} == {12}
+    assert shop.jobs() == shop.evaluated("seen", 16)
+    shop.configure(runs={**RUNS, "seen": {"alignment": "HASTE", "stop": stop, "milestones": [16, 24]}})
+    assert shop.jobs() == {("train", shop.state("seen", 24))} | shop.evaluated("seen", 16) | shop.evaluated("seen", 24)
 
 
 def test_an_extension_trains_the_new_part_only(shop):
