@@ -42,7 +42,7 @@ WRITERS: list[tuple[str, Callable[[Any], list[Any]], Callable[[Any], str | Path]
     ("latents", lambda w: ["latents", "--shard", 0], lambda w: w.plan.latents.folder),
     ("reference", lambda w: without(w.reference, "reference"), lambda w: w.reference),
     ("train", lambda w: ["train", w.last], lambda w: w.state.parent),
-    ("sample", lambda w: ["sample", w.row().name], lambda w: w.row().folder),
+    ("sample", lambda w: without(w.row().folder, "sample", w.row().name), lambda w: w.row().folder),
     ("sample, features", lambda w: without(w.row().folder, "sample", w.row().name), lambda w: w.row().features.folder),
     ("evaluate", lambda w: ["evaluate", w.row().name], lambda w: w.root / "scores"),
     ("floor", lambda w: ["floor"], lambda w: w.root / "scores"),
