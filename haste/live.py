@@ -44,9 +44,9 @@ class Line:
     """What one run with one seed is doing.
 
     step: steps done; last: steps of its last milestone; doing: in words; segment: the stretch that it is in or comes
-    to next, and what that aligns; rate: steps a second; to_go: seconds up to `last`; losses: by term; waiting: share of
-    the time spent waiting for data; age: seconds since the log's last line; size: bytes of its states; queued: what the
-    cluster's queue says. None is not known.
+    to next, what that aligns, and what triggers have stopped; rate: steps a second; to_go: seconds up to `last`;
+    losses: by term; waiting: share of the time spent waiting for data; age: seconds since the log's last line; size:
+    bytes of its states; queued: what the cluster's queue says. None is not known.
     """
 
     run: str
@@ -172,7 +172,7 @@ def _line(plan: Plan, run: str, seed: int, queued: Mapping[State, str]) -> Line:
         if reached > step:
             step, place = reached, piece
         record = lines[-1] if lines else record
-    end = plan.state(run, last, seed)
+    end, stopped = plan.state(run, last, seed), termination.along(plan, run, seed)
     finished = last in plan.on_disk(end.trajectory)
     ahead = next((p for p in pieces if p.holds(min(step + 1, last))), place)
     holder = None if finished else artefact.holder(Path(plan.root, "states", ahead.trajectory, "lock"))
@@ -183,7 +183,7 @@ def _line(plan: Plan, run: str, seed: int, queued: Mapping[State, str]) -> Line:
         last if finished else step,
         last,
         _doing(finished, step, holder, words),
-        "" if finished else _segment(plan, ahead, step, termination.along(plan, run, seed)),
+        "; ".join([*([] if finished else [_segment(plan, ahead, step, stopped)]), *_stops(stopped)]),
         rate,
         None if finished or not rate else (last - step) / rate,
         {n: v for n in record if n not in NOT_LOSSES and (v := number(record, n)) is not None},
@@ -203,12 +203,15 @@ def _elsewhere(plan: Plan, name: str) -> Line:
 
 
 def _segment(plan: Plan, piece: Piece, step: int, stopped: Mapping[str, Stopped]) -> str:
-    """The stretch of a piece after some steps, to the next state that is asked for there, and what triggers stopped."""
+    """The stretch of a piece after some steps, to the next state that is asked for there, and what is aligned on it."""
     ends = [end for end in plan.cuts[piece.trajectory] if end > step and piece.holds(end)]
     segment = plan.segment(State(piece.trajectory, min(ends, default=step + 1)))
     left = " and ".join(kind for kind in segment.terms if kind not in stopped) or "nothing"
-    said = [f"; {kind} stopped at {one.step} by {one.trigger}" for kind, one in stopped.items()]
-    return f"{segment.start} to {segment.state.step}, aligning {left}{''.join(said)}"
+    return f"{segment.start} to {segment.state.step}, aligning {left}"
+
+
+def _stops(stopped: Mapping[str, Stopped]) -> list[str]:
+    return [f"{kind} stopped at {one.step} by {one.trigger}" for kind, one in stopped.items()]
 
 
 def _rate(plan: Plan, run: str, record: Mapping[str, Any]) -> float | None:

@@ -429,12 +429,10 @@ class Plan:
                 state = self.state(run, step, seed)
                 self.cuts[state.trajectory].add(step)
         self.notes = [
-            f"{run}: {_stop_words(stop, kind)} lies beyond the last milestone "
-            f"{row.milestones[-1]}: it has no effect yet"
+            f"{run}: {found}"
             for run, row in self.config.runs.items()
-            for kind, step in configuration.falls_from(self.config, run).items()
-            if (stop := getattr(row.stop, kind)) is not None
-            and (stop.first if isinstance(stop, configuration.Trigger) else step or 0) > row.milestones[-1]
+            for kind, begin in configuration.falls_from(self.config, run).items()
+            if (found := _beyond(getattr(row.stop, kind), kind, begin, row.milestones[-1]))
         ]
         self.notes += [
             f"{file}: is gone; what was made from it stays, and nothing more can be made"
@@ -740,10 +738,20 @@ def _pretrained(part: Any) -> dict[str, Any]:
     return {**settings, "decode": settings.get("decode") or settings.get("encode")}
 
 
-def _stop_words(stop: Any, kind: str) -> str:
-    if isinstance(stop, configuration.Trigger):
-        return f"step {stop.first}, where {stop.trigger} first decides on {kind},"
-    return f"stop of {kind} at step {stop}"
+def _beyond(stop: Any, kind: str, begin: int | None, last: int) -> str:
+    """What to say of a stop that cannot come before the last milestone; nothing where it can, or where there is none.
+
+    begin: where the term leaves what it would be without the stop, as `falls_from` says.
+    """
+    if isinstance(stop, configuration.Trigger) and stop.first > last:
+        where = (
+            f"step {stop.first}, where {stop.trigger} first decides on {kind}, lies beyond the last milestone {last}"
+        )
+        own = f"but the last {last - stop.after} steps are trained apart from those without it, which they are equal to"
+        return f"{where}: it {f'stops nothing yet, {own}' if stop.after < last else 'has no effect yet'}"
+    if not isinstance(stop, configuration.Trigger) and begin is not None and begin > last:
+        return f"stop of {kind} at step {stop} lies beyond the last milestone {last}: it has no effect yet"
+    return ""
 
 
 def _slug(model: Model | OtherModel, terms: dict[str, dict[str, Any]], otherwise: str = "vanilla") -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -344,23 +344,26 @@ def _clock(stage: Stage) -> str:
 
 
 def shared_trunks(plan: Plan) -> list[str]:
-    """One line for every stretch of training that several runs share."""
-    users: dict[str, list[tuple[str, int]]] = {}
-    for user, pieces in plan.pieces.items():
+    """One line for every stretch of training that several runs share, with how far each of them shares it."""
+    users: dict[str, dict[str, int]] = {}
+    for (run, seed), pieces in plan.pieces.items():
+        last = plan.config.runs[run].milestones[-1]
         for piece in pieces:
-            users.setdefault(piece.trajectory, []).append(user)
-    lines = []
-    for trajectory, runs in users.items():
-        if len(runs) > 1:
-            ends = [
-                min(plan.config.runs[run].milestones[-1], p.high or 10**18)
-                for run, seed in runs
-                for p in plan.pieces[run, seed]
-                if p.trajectory == trajectory
-            ]
-            names = " and ".join(plan.label(*user) for user in runs)
-            lines.append(f"{names} share {trajectory} up to step {sorted(ends)[-2]}: it is trained once.")
-    return lines
+            if piece.low < last:
+                end = last if piece.high is None else min(last, piece.high)
+                users.setdefault(piece.trajectory, {})[plan.label(run, seed)] = end
+    return [f"{_shares(t, ends)}: it is trained once." for t, ends in users.items() if len(ends) > 1]
+
+
+def _shares(trajectory: str, ends: Mapping[str, int]) -> str:
+    """`A and B share T up to step 12, C up to step 3`, given where each leaves it."""
+    second = sorted(ends.values())[-2]  # beyond it the one that goes furthest is alone
+    groups: dict[int, list[str]] = {}
+    for name, end in ends.items():
+        groups.setdefault(min(end, second), []).append(name)
+    (first, names), *others = sorted(groups.items(), reverse=True)
+    more = "".join(f", {' and '.join(names)} up to step {end}" for end, names in others)
+    return f"{' and '.join(names)} share {trajectory} up to step {first}{more}"
 
 
 def print_provenance(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 A state's header has, in `triggers`, what each trigger has read and decided so far. The file repeats what led to a stop,
 for people and for the report; it is written after the state at the stop, and again by any later start that misses it.
+Until then the newest state is believed beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from haste import artefact
 from haste.align.triggers import Reading
-from haste.plan import Piece, Plan, Segment
+from haste.plan import STATE_NAME, Piece, Plan, Segment
 from haste.status import provenance_of
 
 FILE, KIND = "termination.json", "termination"
@@ -35,7 +36,17 @@ def write(folder: Path, header: Mapping[str, Any]) -> None:
         folder: the trajectory's.
         header: of a state.
     """
-    own = {
+    own = _own(header)
+    if not own or _terms(folder) == own:
+        return
+    made = artefact.provenance(key=header["key"], recipe=header["recipe"], inputs=header["inputs"])
+    about = {"schema": artefact.SCHEMA, "kind": KIND, "key": header["key"], "trajectory": header["trajectory"]}
+    artefact.write_json(folder / FILE, {**about, "terms": own, "provenance": made})
+
+
+def _own(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What stopped terms on the trajectory of a state, as its header tells it."""
+    return {
         kind: {
             **record["stopped"],
             "trigger": record["trigger"],
@@ -45,30 +56,40 @@ def write(folder: Path, header: Mapping[str, Any]) -> None:
         for kind, record in header.get("triggers", {}).items()
         if record["stopped"] is not None and record["stopped"]["trajectory"] == header["trajectory"]
     }
-    if not own or _terms(folder) == own:
-        return
-    made = artefact.provenance(key=header["key"], recipe=header["recipe"], inputs=header["inputs"])
-    about = {"schema": artefact.SCHEMA, "kind": KIND, "key": header["key"], "trajectory": header["trajectory"]}
-    artefact.write_json(folder / FILE, {**about, "terms": own, "provenance": made})
 
 
 def _terms(folder: Path) -> dict[str, Any]:
     """What the file says, by term; nothing where there is none or it is damaged: a start of training mends it."""
     try:
-        found = artefact.read_json(folder / FILE, KIND)["terms"]
-        artefact.check_entries(folder / FILE, {"terms": found}, terms=dict)
-        for term in found.values():
-            artefact.check_entries(folder / FILE, term, step=int, trigger=dict, reason=str)
+        return _checked(folder / FILE, artefact.read_json(folder / FILE, KIND)["terms"])
     except (ValueError, KeyError):
         return {}
-    return found
+
+
+def _checked(path: Path, terms: Any) -> dict[str, Any]:
+    artefact.check_entries(path, {"terms": terms}, terms=dict)
+    for term in terms.values():
+        artefact.check_entries(path, term, step=int, trigger=dict, reason=str)
+    return terms
+
+
+def _in_newest_state(folder: Path) -> dict[str, Any]:
+    """What the newest state that can be read says, by term: a state knows of all stops before it."""
+    paths = [*folder.glob("step-*"), *folder.glob("rolling/step-*")]
+    steps = {path: int(match[1]) for path in paths if (match := STATE_NAME.match(path.name))}
+    for path in sorted(steps, key=steps.__getitem__, reverse=True):
+        try:
+            return _checked(path, _own(provenance_of(path)))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):  # damaged, or gone while we look
+            continue
+    return {}
 
 
 def read(folder: Path) -> dict[str, Stopped]:
-    """Term -> what stopped it on a trajectory; nothing where none was stopped there."""
+    """Term -> what stopped it on a trajectory, as the file and the newest state say; nothing where none was stopped."""
+    terms = _in_newest_state(folder) | _terms(folder)
     return {
-        kind: Stopped(term["step"], str(term["trigger"].get("trigger")), term["reason"])
-        for kind, term in _terms(folder).items()
+        kind: Stopped(term["step"], str(term["trigger"].get("trigger")), term["reason"]) for kind, term in terms.items()
     }
 
 
@@ -101,6 +122,8 @@ def left(plan: Plan, segment: Segment) -> list[str]:
 def _up_to(plan: Plan, pieces: Iterable[Piece], last: int) -> dict[str, Stopped]:
     found = dict[str, Stopped]()
     for piece in pieces:
+        if not any("trigger" in term for term in plan.trajectories[piece.trajectory].recipe["terms"].values()):
+            continue  # and its states need not be opened
         high = last if piece.high is None else min(last, piece.high)
         stopped = read(Path(plan.root, "states", piece.trajectory))
         found |= {kind: one for kind, one in stopped.items() if piece.low <= one.step <= high}

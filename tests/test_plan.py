@@ -315,7 +315,29 @@ def test_a_trigger_that_cannot_decide_before_the_end_is_allowed_and_said():
     plan = plan_of_runs(a={"alignment": "REPA", "stop": {**PLATEAU, "slow": 0.95}})
     (note,) = plan.notes
     assert note.startswith("a: step 26, where plateau first decides on features, lies beyond the last milestone 16")
+    assert note.endswith(
+        "it stops nothing yet, but the last 10 steps are trained apart from those without it, which they are equal to"
+    )
+    plan = plan_of_runs(never={"alignment": "REPA"}, a={"alignment": "REPA", "stop": {**PLATEAU, "slow": 0.95}})
+    assert sum(path_of(plan, "never", step) != path_of(plan, "a", step) for step in range(1, 17)) == 10
+    (note,) = plan_of_runs(a={"alignment": "REPA", "stop": {**PLATEAU, "after": 16}}).notes
+    assert note.endswith("lies beyond the last milestone 16: it has no effect yet")
     assert not plan_of_runs(a={"alignment": "REPA", "stop": PLATEAU}).notes
+
+
+def test_the_plan_says_of_each_run_how_far_it_shares_a_trunk():
+    plan = plan_of_runs(
+        never={"alignment": "HASTE"},
+        late={"alignment": "HASTE", "stop": 12},
+        early={"alignment": "HASTE", "stop": {"features": 3, "attention": 12}},
+        alone={"alignment": "REPA"},
+        short={"alignment": "HASTE", "stop": 12, "milestones": [8]},  # and nothing of the branch behind its stop
+        other={"alignment": "HASTE", "stop": 12, "milestones": [4], "seed": 1},
+    )
+    trunk = plan.state("never", 3).trajectory
+    assert status.shared_trunks(plan) == [
+        f"never and late share {trunk} up to step 12, short up to step 8, early up to step 3: it is trained once."
+    ]
 
 
 def test_the_time_of_an_adaptive_sampler_is_not_made_up():

@@ -4,8 +4,10 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from haste import config, gather, live, prune, termination
 from haste.plan import Plan
@@ -68,6 +70,40 @@ def test_the_file_is_of_the_stops_on_its_own_trajectory_alone(tmp_path):
 def test_a_damaged_file_says_nothing(tmp_path, text):
     (tmp_path / termination.FILE).write_text(text)
     assert termination.read(tmp_path) == {}
+
+
+def saved(folder, header, step, rolling=False):
+    """A state with no more in it than its header."""
+    path = folder / ("rolling" if rolling else "") / f"step-{step:08d}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    about = {"schema": 1, "kind": "state", "step": step, **header}
+    save_file({"x": np.zeros(1)}, path, metadata={"haste": json.dumps(about)})
+
+
+@pytest.mark.parametrize("text", [None, "", '{"schema": 1, "kind": "termination", "terms": {"features": 3}}'])
+def test_a_file_that_is_lost_or_damaged_is_made_up_for_by_the_newest_state_that_can_be_read(tmp_path, text):
+    plan = plan_in(tmp_path, a=haste(PLATEAU))
+    folder = stopped(plan, "a", features=8, attention=12)
+    saved(folder, header(plan, "a", features=8), 8)
+    saved(folder, header(plan, "a", features=8, attention=12), 12)
+    saved(folder, header(plan, "a", features=8, attention=12), 13, rolling=True)
+    (folder / "step-00000016.safetensors").write_text("truncated")
+    (folder / termination.FILE).unlink() if text is None else (folder / termination.FILE).write_text(text)
+    assert {kind: one.step for kind, one in termination.read(folder).items()} == {"features": 8, "attention": 12}
+    assert gather.stop(plan, "a") == "features 8 by plateau, attention 12 by plateau"
+    needed = prune.states_needed(Plan(plan.config))
+    assert {folder / "step-00000008.safetensors", folder / "step-00000012.safetensors"} <= needed
+
+
+def test_a_stop_that_a_state_knows_of_and_the_file_not_yet_is_told(tmp_path):
+    plan = plan_in(tmp_path, a=haste(PLATEAU))
+    folder = stopped(plan, "a", features=8)
+    elsewhere = header(plan, "a", features=8, attention=12)
+    saved(folder, elsewhere, 12)  # and then the machine went down
+    assert sorted(termination.read(folder)) == ["attention", "features"]
+    elsewhere["triggers"]["attention"]["stopped"]["trajectory"] = "another"
+    saved(folder, elsewhere, 12)
+    assert sorted(termination.read(folder)) == ["features"]
 
 
 def test_a_stop_behind_the_last_milestone_is_none_of_this_run(tmp_path):
@@ -143,6 +179,14 @@ def test_status_says_what_has_stopped_and_what_is_aligned_still(tmp_path):
     (folder / "log.jsonl").write_text(json.dumps({"step": 12, "denoising": 1.0, "images_per_s": 3.0}) + "\n")
     (line,) = live.look(Plan(plan.config), queue=lambda _: {}).lines
     assert line.segment == "10 to 16, aligning attention; features stopped at 10 by plateau"
+
+
+def test_status_of_a_finished_run_still_says_what_has_stopped(tmp_path):
+    plan = plan_in(tmp_path, a=haste(PLATEAU))
+    folder = stopped(plan, "a", features=10)
+    (folder / "step-00000016.safetensors").write_text("state")
+    (line,) = live.look(Plan(plan.config), queue=lambda _: {}).lines
+    assert (line.doing, line.segment) == ("finished", "features stopped at 10 by plateau")
 
 
 def test_what_comes_next_is_told_with_what_is_left(tmp_path):

@@ -8,7 +8,9 @@ optimiser steps before it, so a term that is stopped at step tau was aligned on 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -149,13 +151,49 @@ def made(name: str, parameters: Mapping[str, Any]) -> Trigger:
     Raises:
         ValueError: as `named`; or parameters that are not its own, or needs that training cannot measure.
     """
-    trigger = named(name)(**parameters)
-    for key, measure in trigger.needs.items():
-        if not isinstance(measure, Average) or measure.of not in AVERAGED:
-            raise ValueError(
-                f"trigger {name!r} needs {key} = {measure!r}, expected an Average of {' or '.join(AVERAGED)}"
-            )
+    kind = named(name)
+    who = _who(name, kind)
+    for part in ("needs", "decide"):
+        if getattr(kind, part, None) is getattr(Trigger, part):
+            raise ValueError(f"{who} has no {part} of its own, expected one as haste.align.triggers.Trigger tells it")
+    with _blamed(who, "checking its parameters", but=ValueError):
+        trigger = kind(**parameters)
+    with _blamed(who, "needs"):
+        needs = trigger.needs
+    if not isinstance(needs, Mapping):
+        raise ValueError(f"{who}: needs is {needs!r}, expected a mapping from names to what is measured")
+    for key, measure in needs.items():
+        _check_need(who, key, measure)
     return trigger
+
+
+def _check_need(who: str, key: Any, measure: Any) -> None:
+    found = f"{who} needs {key} = {measure!r}, expected"
+    if not isinstance(key, str) or key == "step":  # which a reading has beside what was measured
+        raise ValueError(f"{who} needs {key!r}, expected a name, and another than 'step'")
+    if not isinstance(measure, Average) or measure.of not in AVERAGED:
+        raise ValueError(f"{found} an Average of {' or '.join(AVERAGED)}")
+    if not isinstance(measure.decay, int | float) or not 0 <= measure.decay < 1:
+        raise ValueError(f"{found} a decay of at least 0 and below 1")
+    if type(measure.steps) is not int or measure.steps < 1:
+        raise ValueError(f"{found} steps to be a whole number of at least 1")
+
+
+def _who(name: str, kind: type[Trigger]) -> str:
+    return f"trigger {name!r}" + ("" if TRIGGERS.get(name) is kind else f" ({kind.__module__}:{kind.__qualname__})")
+
+
+@contextmanager
+def _blamed(who: str, part: str, but: tuple[type[Exception], ...] | type[Exception] = ()) -> Iterator[None]:
+    """Whatever a trigger's own code raises is its author's to mend: it is told in a line, with the place."""
+    try:
+        yield
+    except but:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{who}: {part} failed with {what} ({place.filename}, line {place.lineno})") from error
 
 
 def first_reading(trigger: Trigger, after: int, every: int) -> int:
@@ -174,11 +212,13 @@ def decided(name: str, trigger: Trigger, history: Sequence[Reading]) -> Decision
     """What a trigger decides after the last of its readings.
 
     Raises:
-        ValueError: it says something else than a decision.
+        ValueError: it fails, or says something else than a decision.
     """
-    found = trigger.decide(history[-1].step, history)
+    who, step = _who(name, type(trigger)), history[-1].step
+    with _blamed(who, f"decide after step {step}"):
+        found = trigger.decide(step, history)
     if not isinstance(found, Decision):
-        raise ValueError(f"trigger {name!r}: decide returned {found!r}, expected a Decision")
+        raise ValueError(f"{who}: decide returned {found!r}, expected a Decision")
     return found
 
 

@@ -128,6 +128,62 @@ def test_a_trigger_that_needs_or_decides_something_else_is_refused(monkeypatch):
         triggers.decided("odd", Odd(), [Reading(1, {"last": 0.0})])
 
 
+def made_with(monkeypatch, **parts):
+    """What comes of a trigger from elsewhere whose class has these parts."""
+    parts = {"needs": property(lambda self: {}), "decide": lambda *_: None, **parts}
+    monkeypatch.setitem(TRIGGERS, "odd", type("Odd", (Trigger,), {k: v for k, v in parts.items() if v is not None}))
+    return triggers.made("odd", {})
+
+
+@pytest.mark.parametrize(
+    ("measure", "said"),
+    [
+        (Average("residual", 1.0), "decay of at least 0 and below 1"),
+        (Average("residual", -0.1), "decay of at least 0 and below 1"),
+        (Average("residual", math.nan), "decay of at least 0 and below 1"),
+        (Average("residual", "0.9"), "decay of at least 0 and below 1"),
+        (Average("residual", 0.9, 2.5), "whole number of at least 1"),
+        (Average("residual", 0.9, 0), "whole number of at least 1"),
+        (Average("residual", 0.9, True), "whole number of at least 1"),
+    ],
+)
+def test_an_average_that_could_never_be_read_is_refused(monkeypatch, measure, said):
+    with pytest.raises(ValueError, match=rf"^trigger 'odd' needs left = Average\(.*expected .*{said}$"):
+        made_with(monkeypatch, needs=property(lambda self: {"left": measure}))
+
+
+@pytest.mark.parametrize("name", ["step", 3])
+def test_what_a_reading_has_beside_its_values_is_no_name_for_one(monkeypatch, name):
+    with pytest.raises(ValueError, match=rf"'odd' needs {name!r}, expected a name, and another than 'step'"):
+        made_with(monkeypatch, needs=property(lambda self: {name: Average("residual", 0.9)}))
+
+
+@pytest.mark.parametrize("part", ["needs", "decide"])
+def test_a_trigger_that_lacks_a_part_is_refused_before_anything_runs(monkeypatch, part):
+    with pytest.raises(ValueError, match=rf"trigger 'odd' has no {part} of its own"):
+        made_with(monkeypatch, **{part: None})
+
+
+def test_what_a_trigger_of_others_raises_is_told_in_a_line_with_its_place(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no\nluck")
+
+    place = rf"failed with RuntimeError: no luck \({__file__}, line {fails.__code__.co_firstlineno + 1}\)$"
+    with pytest.raises(ValueError, match=f"^trigger 'odd': needs {place}"):
+        made_with(monkeypatch, needs=property(fails))
+    with pytest.raises(ValueError, match=f"^trigger 'odd': checking its parameters {place}"):
+        made_with(monkeypatch, model_post_init=fails)
+    with pytest.raises(ValueError, match=f"^trigger 'odd': decide after step 7 {place}"):
+        triggers.decided("odd", made_with(monkeypatch, decide=fails), [Reading(7, {})])
+    with pytest.raises(ValueError, match=r"^trigger 'odd': needs is \['left'\], expected a mapping"):
+        made_with(monkeypatch, needs=property(lambda self: ["left"]))
+    TRIGGERS.pop("odd")
+    with pytest.raises(ValueError, match=r"^trigger 'odd' \(test_triggers:Odd\): decide after"):
+        triggers.decided(
+            "odd", type("Odd", (Trigger,), {"decide": fails, "__module__": "test_triggers"})(), [Reading(7, {})]
+        )
+
+
 def test_triggers_import_no_torch():
     code = "import sys, haste.align.triggers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
