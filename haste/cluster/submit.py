@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from haste.cluster.job import Resources
 from haste.plan import Plan, State
 
 SUBMITTING = 120.0  # seconds that sbatch may take
+
+# What tells a job to end would kill a Python that is not yet up to listen, and who exits by itself is not requeued.
+PYTHON = f"""sh -c 'trap "" TERM USR2; exec "$@"' sh {shlex.quote(sys.executable)}"""
 
 
 class _Executor(SlurmExecutor):
@@ -45,7 +50,7 @@ def submit(plan: Plan, state: State, asked: Resources) -> str:
 
     logging.getLogger("submitit").setLevel(logging.WARNING)
     # submitit counts time limits on its own account; ours is another protocol, which never asks it.
-    executor = _Executor(folder=jobs.folder(plan, state), max_num_timeout=10**6)
+    executor = _Executor(folder=jobs.folder(plan, state), max_num_timeout=10**6, python=PYTHON)
     executor.update_parameters(**jobs.parameters(asked, jobs.name(plan, state)))
     work = Work(
         plan.config.model_dump_json(), str(state), str(Path(plan.root).resolve()), str(Path.cwd()), asked.stage_in

@@ -216,6 +216,7 @@ def test_random_disturbances_never_make_two_jobs_and_end_in_the_same_bits(slurm,
     witness.join(60)
     world.leaves(local, 0)
     equal(target, expected)
+    world.until("all is accounted", lambda: world.attempts(*WHAT)[-1][1] == "COMPLETED")
     attempts = collections.Counter(state for _, state in world.attempts(*WHAT))
     print(f"{time.monotonic() - started:.0f} s; blows {dict(met)}; attempts by their end {dict(attempts)}")
     print(f"who waited was started {len(ends) + 1} times; {witness.looks} looks, {witness.answers} at the queue")

@@ -41,7 +41,7 @@ def test_one_training_survives_everything_that_a_cluster_does_to_it(slurm, data,
 
     # a job of the higher partition takes both nodes
     slurm.ask("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
-    world.until("it is preempted", lambda: not world.runs(*what))
+    world.until("it is preempted", lambda: (first, "PREEMPTED") in world.attempts(*what))
     world.until("it runs again", lambda: world.runs(*what))
     assert world.gets_on(*what) == first, "preemption ended the job"
     assert re.search(r"step (\d+) is saved; ending", world.said(*what))
@@ -129,6 +129,20 @@ def test_two_results_folders_of_one_user_train_the_same_at_once_and_stay_apart(s
         world.leaves(world.user, 0)
     equal(a.path(*what), b.path(*what))
     assert [len(world.attempts(*what)) for world in worlds] == [2, 1]
+
+
+def test_a_job_that_is_preempted_before_it_can_listen_is_requeued(slurm, data, tmp_path):
+    what = ("vanilla", 20)
+    world = World(tmp_path / "w", data, slurm, SHORT)
+    world.brake(pace=0, ceiling=5)
+    world.train(*what)
+    world.until("it runs", lambda: world.runs(*what))
+    slurm.ask("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    world.until("it is preempted", lambda: "PREEMPTED" in [end for _, end in world.attempts(*what)])
+    world.release()
+    world.leaves(world.user, 0)
+    world.until("all is accounted", lambda: [end for _, end in world.attempts(*what)] == ["PREEMPTED", "COMPLETED"])
+    assert len({number for number, _ in world.attempts(*what)}) == 1
 
 
 def test_a_job_that_is_requeued_without_getting_on_stops_and_says_why(slurm, data, tmp_path):
