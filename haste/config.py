@@ -423,7 +423,12 @@ class Trigger(Strict):
         if clash := sorted({*cls.model_fields} & {*kind.model_fields}):
             raise ValueError(f"{given['trigger']}: its fields have {', '.join(clash)}, which stands for something else")
         own = {key: value for key, value in given.items() if key not in cls.model_fields}
-        if unknown := [key for key in own if key not in kind.model_fields]:
+        unknown = [key for key in own if key not in kind.model_fields]
+        if both := [key for key in unknown if key in TERMS]:
+            raise ValueError(
+                f"found trigger beside {' and '.join(both)}, expected one trigger for all terms, or a stop for each"
+            )
+        if unknown:
             raise ValueError(
                 f"unknown key {unknown[0]!r}{_nearest(unknown[0], {*cls.model_fields, *kind.model_fields})}"
             )
@@ -822,20 +827,24 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     except (TypeError, RecursionError) as error:
         raise ValueError(f"the configuration: {error}") from error  # a date as a key, or lists in lists in lists
     defaults = raw.get("defaults") or {}
+    whole = set[tuple[str, str]]()
     if isinstance(raw.get("runs"), dict) and isinstance(defaults, dict):
         _check_defaults(defaults)
         alignments = raw.get("alignments")
         rows = {
-            name: _seeded(_spread(_over(defaults, row or {}), alignments if isinstance(alignments, dict) else {}))
+            name: _seeded(_over(defaults, row or {}))
             for name, row in raw["runs"].items()
             if isinstance(row or {}, dict)
         }
+        whole = {(name, key) for name, row in rows.items() for key in ("stop", "ramp") if _for_both(row.get(key, {}))}
+        rows = {name: _spread(row, alignments if isinstance(alignments, dict) else {}) for name, row in rows.items()}
         raw = {**raw, "defaults": {}, "runs": {**raw["runs"], **rows}}
     raw = _with_presets(raw)
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(fault) for fault in error.errors())) from None
+        lines = [_explain(fault, whole) for fault in error.errors()]
+        raise ValueError("\n".join(dict.fromkeys(lines))) from None  # what stands for both terms is told once
     if faults := _faults_of_architectures(config):
         raise ValueError("\n".join(faults))  # what the network has decides whether the rest fits it
     faults = (
@@ -908,8 +917,15 @@ def _nearest(found: Any, known: Any) -> str:
     return f"; did you mean {spelt[close[0]]!r}?" if close else f"; known: {', '.join(sorted(known)) or 'none'}"
 
 
-def _explain(fault: Any) -> str:
-    where = ".".join(str(part) for part in fault["loc"] if part not in _STOPS) or "the configuration"
+def _explain(fault: Any, whole: Collection[tuple[str, str]] = ()) -> str:
+    """A fault in a line, by the path that the configuration has.
+
+    whole: run and key of each `stop` and `ramp` that was written once for all terms.
+    """
+    path = list(fault["loc"])
+    if path[:1] == ["runs"] and tuple(path[1:3]) in whole and path[3:4] and path[3] in TERMS:
+        del path[3]
+    where = ".".join(str(part) for part in path if part not in _STOPS) or "the configuration"
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown key{_nearest(fault['loc'][-1], _keys_at(fault['loc'][:-1]))}"
     if fault["type"] == "missing":

@@ -44,16 +44,16 @@ REFUSALS = [
     ("runs.vanilla", {"milestone": [3]}, ["runs.vanilla.milestone: unknown key", "'milestones'"]),
     ("runs.HASTE.stop", {"feature": 3}, ["runs.HASTE.stop.feature: unknown key", "'features'"]),
     ("runs.HASTE.stop", {"features": {"trigger": "platau"}}, ["runs.HASTE.stop.features: nothing", "'plateau'"]),
-    ("runs.HASTE.stop", {"trigger": "plateau", "marign": 1}, ["runs.HASTE.stop.features: unknown key", "'margin'"]),
-    ("runs.HASTE.stop", {"trigger": "plateau", "evry": 1}, ["runs.HASTE.stop.attention: unknown key", "'every'"]),
-    ("runs.HASTE.stop", {"trigger": "plateau", "every": 0}, ["runs.HASTE.stop.features.every", "found 0"]),
+    ("runs.HASTE.stop", {"trigger": "plateau", "marign": 1}, ["runs.HASTE.stop: unknown key", "'margin'"]),
+    ("runs.HASTE.stop", {"trigger": "plateau", "evry": 1}, ["runs.HASTE.stop: unknown key", "'every'"]),
+    ("runs.HASTE.stop", {"trigger": "plateau", "every": 0}, ["runs.HASTE.stop.every", "found 0"]),
     (
         "runs.HASTE",
         {"alignment": "HASTE", "milestones": [400_000], "stop": {"trigger": "plateau", "after": 9, "every": 7}},
         ["runs.HASTE.stop.features.every: 7 makes 57,141 readings up to step 400000, expected at most 50,000"],
     ),
-    ("runs.HASTE.stop", {"trigger": "plateau", "fast": 1}, ["runs.HASTE.stop.features.fast", "less than 1", "found 1"]),
-    ("runs.HASTE.stop", {"trigger": "plateau", "fast": 0.99999}, ["stop.features: fast 0.99999 is not below slow"]),
+    ("runs.HASTE.stop", {"trigger": "plateau", "fast": 1}, ["runs.HASTE.stop.fast", "less than 1", "found 1"]),
+    ("runs.HASTE.stop", {"trigger": "plateau", "fast": 0.99999}, ["stop: fast 0.99999 is not below slow"]),
     ("runs.HASTE.stop", {"attention": {"every": 3}}, ["runs.HASTE.stop.attention.trigger: missing"]),
     ("runs.HASTE.stop", {"attention": {"trigger": 3}}, ["runs.HASTE.stop.attention.trigger", "found 3"]),
     ("runs.HASTE.stop", {"features": "soon"}, ["runs.HASTE.stop.features", "integer", "found 'soon'"]),
@@ -159,7 +159,7 @@ REFUSALS = [
     ("alignments.REPA.features.t_min", 1.5, ["alignments.REPA.features.t_min", "less than or equal to 1"]),
     ("runs.HASTE", {"alignment": "HASTE", "ramp": 3}, ["runs.HASTE.ramp.features: 3", "features never stops"]),
     ("runs.HASTE-12.ramp", 13, ["runs.HASTE-12.ramp.attention: 13", "stops at step 12"]),
-    ("runs.HASTE-12.ramp", 1, ["runs.HASTE-12.ramp.features", "greater than or equal to 2", "found 1"]),
+    ("runs.HASTE-12.ramp", 1, ["runs.HASTE-12.ramp", "greater than or equal to 2", "found 1"]),
     ("runs.HASTE-12.ramp", {"feature": 3}, ["runs.HASTE-12.ramp.feature: unknown key", "'features'"]),
     ("runs.HASTE-12.ramp", {"features": 3, "shape": "cos"}, ["runs.HASTE-12.ramp.shape", "'cosine'", "'cos'"]),
     ("alignments.REPA.features.warmup", -1, ["alignments.REPA.features.warmup", "found -1"]),
@@ -181,6 +181,30 @@ def test_a_bad_entry_is_refused_with_its_path_and_what_was_expected(tiny, path, 
         config.resolve(changed(tiny, path, value))
     for word in words:
         assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("stop", "said"),
+    [
+        ({"trigger": "plateau", "marign": 1}, ["runs.HASTE.stop: unknown key 'marign'; did you mean 'margin'?"]),
+        ("soon", ["runs.HASTE.stop: Input should be a valid integer, found 'soon'"]),
+        (
+            {"features": {"trigger": "plateau"}, "trigger": "plateau"},
+            ["runs.HASTE.stop: found trigger beside features, expected one trigger for all terms, or a stop for each"],
+        ),
+        (
+            {kind: {"trigger": "plateau", "marign": 1} for kind in ("features", "attention")},
+            [
+                f"runs.HASTE.stop.{kind}: unknown key 'marign'; did you mean 'margin'?"
+                for kind in ("features", "attention")
+            ],
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_stop_is_told_where_and_as_often_as_it_was_written(tiny, stop, said):
+    with pytest.raises(ValueError) as refusal:
+        config.resolve({**tiny, "runs": {"HASTE": {"alignment": "HASTE", "stop": stop}}})
+    assert [line.split(", unable to parse")[0] for line in str(refusal.value).splitlines()] == said
 
 
 def test_all_faults_are_told_at_once(tiny):

@@ -195,15 +195,15 @@ def test_a_trigger_from_outside_has_its_keys_checked_before_anything_runs(instal
             config.resolve({**tiny, "runs": {"HASTE": {"alignment": "HASTE", "stop": {"trigger": "below", **stop}}}})
         return str(refusal.value).splitlines()[0]
 
-    assert refused(levl=1) == "runs.HASTE.stop.features: unknown key 'levl'; did you mean 'level'?"
-    assert refused() == "runs.HASTE.stop.features.level: missing, and it has no default"
-    assert refused(level="low").startswith("runs.HASTE.stop.features.level: Input should be a valid number")
-    assert refused(trigger="belw") == "runs.HASTE.stop.features: nothing is called 'belw'; did you mean 'below'?"
+    assert refused(levl=1) == "runs.HASTE.stop: unknown key 'levl'; did you mean 'level'?"
+    assert refused() == "runs.HASTE.stop.level: missing, and it has no default"
+    assert refused(level="low").startswith("runs.HASTE.stop.level: Input should be a valid number")
+    assert refused(trigger="belw") == "runs.HASTE.stop: nothing is called 'belw'; did you mean 'below'?"
     text = (installed / "my_haste.py").read_text()
     (installed / "my_haste.py").write_text(text.replace("    level: float\n", "    level: float\n    after: int = 0\n"))
     sys.modules.pop("my_haste")
     importlib.invalidate_caches()
-    assert refused(level=1) == "runs.HASTE.stop.features: below: its fields have after, which stands for something else"
+    assert refused(level=1) == "runs.HASTE.stop: below: its fields have after, which stands for something else"
     points = next(installed.glob("my_haste-*")) / "entry_points.txt"
     points.write_text("[haste.triggers]\nbelow = my_haste:small\n")
     extensions._found.cache_clear()
