@@ -346,7 +346,7 @@ def forget(given: Config, run: str, yes: bool) -> None:
     plans = [*([Plan(rest)] if rest.runs or rest.evaluate else []), *other_plans([given])]
     items = unneeded(root, Needs.of(plans), Needs.of([Plan(_rows_of(owner, lambda name: name == run))]))
     _carry_out(root, items, yes, [plan.config.name for plan in plans])
-    if owner is given:
+    if owner is given and items:
         Console().print(
             Text(f"{run} is still a row of {given.name}: the next run of the workflow would make it again.")
         )

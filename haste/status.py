@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -375,27 +375,37 @@ def print_provenance(path: Path) -> None:
     Console().print_json(json.dumps(provenance_of(path)))
 
 
-def provenance_of(path: Path) -> dict[str, Any]:
-    """The header of any artefact: kind, key, recipe, inputs, code, versions, hardware, time.
+RECORDS = ("manifest.json", "part.json", "trajectory.json")  # of a folder
+
+
+def provenance_of(given: Path) -> dict[str, Any]:
+    """The header of any artefact, or of its folder: kind, key, recipe, inputs, code, versions, hardware, time.
 
     Raises:
         ValueError: the file is missing, or not one that this package made.
     """
-    if path.is_dir():
-        inner = [path / name for name in ("manifest.json", "part.json", "trajectory.json") if (path / name).exists()]
-        if not inner:
-            raise ValueError(f"{path}: a folder without manifest.json, part.json or trajectory.json")
-        path = inner[0]
+    path = given
+    if given.is_dir():
+        record = _record_in(given)
+        if record is None:
+            raise ValueError(f"{given}: a folder without {', '.join(RECORDS)} or made-*.json")
+        path = record
     if not path.exists():
         raise ValueError(f"{path}: no such file")
-    read = {".safetensors": _of_state, ".h5": _of_shard, ".npz": _of_samples, ".json": _of_json, ".html": _of_page}
-    read[".png"] = _of_picture
-    if path.suffix not in read:
-        raise ValueError(f"{path}: expected one of {', '.join(read)}")
-    header = read[path.suffix](path)
+    read = {".safetensors": _of_state, ".h5": _of_shard, ".npz": _of_samples, ".json": _of_json, ".png": _of_picture}
+    header = read[path.suffix](path) if path.suffix in read else {}
+    if "schema" not in header and (beside := _record_in(path.parent, ("part.json",))):
+        header = _of_json(beside)  # of weights, of a report's tables: states and shards have to speak for themselves
     if "schema" not in header:
-        raise ValueError(f"{path}: not made by this package, or it does not say how")
+        known = f"; expected one of {', '.join(read)}, or a file beside its record" if path.suffix not in read else ""
+        raise ValueError(f"{path}: not made by this package, or it does not say how{known}")
     return header
+
+
+def _record_in(folder: Path, names: Sequence[str] = RECORDS) -> Path | None:
+    """The file that says how a folder was made; a report's is named by what it was made from."""
+    found = [folder / name for name in names if (folder / name).exists()]
+    return next(iter([*found, *sorted(folder.glob("made-*.json"))]), None)
 
 
 def _of_json(path: Path) -> dict[str, Any]:
@@ -467,8 +477,3 @@ def _of_samples(path: Path) -> dict[str, Any]:
         return json.loads(str(found.get("haste", "{}")))
     except ValueError as error:
         raise ValueError(f"{path}: damaged or edited: 'haste' is not JSON") from error
-
-
-def _of_page(path: Path) -> dict[str, Any]:
-    beside = sorted(path.parent.glob("made-*.json"))
-    return _of_json(beside[0]) if beside else {}

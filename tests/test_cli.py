@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from haste import artefact, cli, status
 from haste.train import loop
@@ -32,7 +34,8 @@ def test_every_artefact_says_how_it_was_made(make_plan):
         *(plan.images.folder, plan.images.manifest, plan.images.shard_files[0], plan.latents.manifest),
         *(plan.autoencoder.manifest, plan.teachers["vit"].folder, plan.detector.part.folder),
         *(state, Path(state).parent, row.evaluation.sample_file(0), row.evaluation.features.shard_files[0]),
-        *(row.evaluation.score, row.evaluation.grid, plan.floor, plan.report),
+        *(row.evaluation.score, row.evaluation.grid, plan.floor, plan.report, Path(plan.report).parent),
+        *(Path(plan.report).with_name("results.csv"), next(Path(plan.detector.part.folder).glob("*.safetensors"))),
     ]
     for file in files:
         header = status.provenance_of(Path(file))
@@ -42,6 +45,17 @@ def test_every_artefact_says_how_it_was_made(make_plan):
         assert made["hardware"]["host"], file
         assert made["made"], file
         assert run("show", file) == 0
+
+
+def test_a_state_that_says_nothing_of_itself_is_not_spoken_for_by_its_folder(world, capsys):
+    save_file({"a": np.zeros(1)}, world.state)
+    assert run("show", world.state) == 2
+    assert "does not say how" in capsys.readouterr().err
+    log = Path(world.plan.folder) / "logs" / "x.log"
+    log.parent.mkdir(parents=True)
+    log.touch()
+    assert run("show", log) == 2
+    assert "expected one of .safetensors" in capsys.readouterr().err
 
 
 def test_a_grid_names_its_samples_and_a_resolved_configuration_shows_itself(world, capsys):

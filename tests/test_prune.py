@@ -262,6 +262,11 @@ def test_what_is_not_ours_stays(tmp_path):
     assert (root / "stores" / "latents-0123456789ab" / "manifest.json").exists()
 
 
+def test_where_nothing_is_forgotten_nothing_is_said_to_be_made_again(tmp_path, capsys):
+    prune.forget(plan_in(tmp_path / "results", "stopped").config, "a", yes=True)
+    assert "still a row" not in capsys.readouterr().out
+
+
 def test_forgetting_a_run_takes_what_it_alone_needs(tmp_path, capsys):
     root = tmp_path / "results"
     plan = plan_in(root, "stopped")
