@@ -98,6 +98,7 @@ class _Zip:
                 yield entry.filename, entry
 
     def read(self, entry: zipfile.ZipInfo) -> bytes:
+        """One picture's bytes. Raises ValueError where they cannot be had."""
         _check_size(entry.file_size)
         try:
             return self._archive.read(entry)
@@ -122,6 +123,7 @@ class _Tar:
         return ((entry.name, entry) for entry in self._entries if not entry.isdir())
 
     def read(self, entry: tarfile.TarInfo) -> bytes:
+        """One picture's bytes. Raises ValueError where they cannot be had."""
         if not entry.isreg() or entry.issparse():
             raise ValueError("a link in the archive, or no regular file")
         _check_size(entry.size)
