@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import getpass
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -91,7 +92,7 @@ def flags(resources: Mapping[str, Any]) -> tuple[str, ...]:
     if given.get("gpu"):
         given.pop("gpus_per_node", None)
     found = [f"--{flag}={given[key]}" for key, flag in FLAGS.items() if given.get(key)]
-    return (*found, *str(given.get("slurm_extra") or "").split())
+    return (*found, *shlex.split(str(given.get("slurm_extra") or "")))
 
 
 def _doubt(which: str, given: tuple[str, ...], said: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from haste.cluster import check
+from haste.cluster import check, job
 
 PROFILE = yaml.safe_load((Path(__file__).parents[2] / "profiles" / "slurm" / "config.yaml").read_text())
 
@@ -92,3 +92,10 @@ def test_a_machine_without_slurm_is_told_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="no sbatch.*login node.*--cores all"):
         list(check.check([("sample", {"gpu": 1})]))
+
+
+def test_quoted_flags_are_read_as_training_reads_them():
+    extra = '--comment="two words" --exclusive'
+    assert check.flags({"slurm_extra": extra}) == ("--comment=two words", "--exclusive")
+    asked = job.parameters(job.resources([f"slurm_extra={extra}"]), "name")["additional_parameters"]
+    assert asked == {"requeue": True, "comment": "two words", "exclusive": True}
