@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -59,6 +60,7 @@ PreemptMode=REQUEUE
 KillWait=5
 SlurmdTimeout=60
 MessageTimeout=10
+BatchStartTimeout=60
 MinJobAge=300
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 AccountingStorageType=accounting_storage/slurmdbd
@@ -71,7 +73,7 @@ JobAcctGatherType=jobacct_gather/linux
 GresTypes=gpu
 NodeName=haste-n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n1} CPUs=4 RealMemory={memory} Gres=gpu:2
 NodeName=haste-n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={n2} CPUs=4 RealMemory={memory} Gres=gpu:2
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=6
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=12
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 DBD_CONF = """
@@ -211,6 +213,17 @@ class Slurm:
                     each.kill()
         self.ask("scontrol", "update", f"nodename={node}", "state=down", "reason=lost", patience=120)
 
+    def preempt(self) -> None:
+        """A job of the higher partition takes both nodes, for a moment."""
+        whole = ("--partition=high", "--nodes=2", "--exclusive")
+        self.ask("sbatch", *whole, "--output=/dev/null", "--wrap=true", patience=120)
+
+    def ends_soon(self, job: str) -> None:
+        """Give a running job one to two minutes more in all: limits are in whole minutes from its start."""
+        began = self.ask("squeue", "--noheader", "--jobs", job, "--format=%S", patience=120)
+        minutes = int((datetime.now() - datetime.fromisoformat(began.strip())).total_seconds()) // 60 + 2
+        self.ask("scontrol", "update", f"jobid={job}", f"timelimit={minutes}", patience=120)
+
     def processes(self, node: str) -> list[psutil.Process]:
         """The step daemons of a node."""
         found, own = [], (f"{self.folder}/spool.{node}", f"{self.folder}/slurmd.{node}")
@@ -231,7 +244,7 @@ class Slurm:
                 self.start_node(node)
         if self.ask("squeue", "--noheader", patience=120):
             self.ask("scancel", "--user=root", patience=120)
-            self.until("no job is left", lambda: not self.ask("squeue", "--noheader", patience=120))
+            self.until("no job is left", lambda: not self.ask("squeue", "--noheader", patience=120), 240)
         self.until_idle()
 
     def end_users(self) -> None:
@@ -288,15 +301,15 @@ class Slurm:
                     self.tried("scontrol", "update", f"nodename={node}", "state=resume")
             return states == ["idle"] * 2
 
-        self.until(f"{nodes} are idle", idle)
+        self.until(f"{nodes} are idle", idle, 240)
 
     def state(self) -> str:
         """What a person would look at first."""
         return self.text("sinfo", "--Node", "--long") + self.text("squeue", "--states=all")
 
     def accounted(self, *fields: str) -> list[dict[str, str]]:
-        """Every attempt of every job, as accounting has it, in order."""
-        text = self.ask("sacct", "-X", "-D", "-n", "-P", "-S", "now-1day", f"--format={','.join(fields)}")
+        """Every attempt of every job, as accounting has it, in order; it hears of things seconds later."""
+        text = self.ask("sacct", "-X", "-D", "-n", "-P", "-S", "now-1day", f"--format={','.join(fields)}", patience=60)
         return [dict(zip(fields, line.split("|"), strict=True)) for line in text.splitlines()]
 
 
@@ -346,7 +359,7 @@ def _belongs(process: psutil.Process, folder: Path) -> bool:
     return any(f"{path}/".startswith(f"{folder}/") for path in _open_paths(process))
 
 
-def sweep(folder: Path, seconds: float = 30) -> None:
+def sweep(folder: Path, seconds: float = 120) -> None:
     """Kill every process of a cluster."""
     limit = time.monotonic() + seconds
     while found := [process for process in processes_of(folder) if process.status() != psutil.STATUS_ZOMBIE]:

@@ -190,6 +190,7 @@ class World:
         """Wait until a job trains and has saved something new; its number."""
         before = self.saved(run, step)
         self.until(f"{run} gets beyond step {before}", lambda: self.saved(run, step) > before, seconds)
+        self.until("its job is seen", lambda: self.runs(run, step))
         (number,) = self.runs(run, step)
         return number
 

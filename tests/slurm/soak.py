@@ -93,9 +93,7 @@ class Blows:
     # -- the job
 
     def preempted(self):
-        self.slurm.ask(
-            "sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true", patience=120
-        )
+        self.slurm.preempt()
 
     def a_process_is_killed(self):
         self._to_a_trainer(signal.SIGKILL)

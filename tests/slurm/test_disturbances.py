@@ -40,7 +40,7 @@ def test_one_training_survives_everything_that_a_cluster_does_to_it(slurm, data,
     assert world.gets_on(*what) == first
 
     # a job of the higher partition takes both nodes
-    slurm.ask("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    slurm.preempt()
     world.until("it is preempted", lambda: (first, "PREEMPTED") in world.attempts(*what))
     world.until("it runs again", lambda: world.runs(*what))
     assert world.gets_on(*what) == first, "preemption ended the job"
@@ -67,12 +67,12 @@ def test_one_training_survives_everything_that_a_cluster_does_to_it(slurm, data,
 
     # somebody cancels it, while the accounting hangs: it is not submitted behind their back
     with slurm.instead("sacct", "exec sleep 600"):
-        slurm.ask("scancel", second)
+        slurm.ask("scancel", second, patience=120)
         world.leaves(snakemake)
     assert "was cancelled" in world.told(*what)
 
-    # the same command goes on; its time is short now, and nobody waits for it after Ctrl-C
-    world.profile(train={**two_nodes, "runtime": 2, "signal_s": 75})
+    # the same command goes on, and nobody waits for it after Ctrl-C
+    world.profile(train={**two_nodes, "signal_s": 75})
     snakemake = world.start(target)
     third = world.gets_on(*what)
     os.killpg(snakemake.pid, signal.SIGINT)
@@ -81,9 +81,10 @@ def test_one_training_survives_everything_that_a_cluster_does_to_it(slurm, data,
     assert f"scancel {third}" in world.log.read_text()
 
     # its time is over: back into the queue, by itself; who comes then does not wait for long
+    slurm.ends_soon(third)
     world.until("its time is over", lambda: world.queue(*what) == [(third, "PENDING")])
     assert re.search(r"step (\d+) is saved; back into the queue", world.said(*what))
-    slurm.ask("scontrol", "update", f"jobid={third}", "timelimit=20")  # one such end is enough
+    slurm.ask("scontrol", "update", f"jobid={third}", "timelimit=60", patience=120)
     snakemake = world.start(target)
     world.until("it runs again", lambda: world.runs(*what))
     world.release()
@@ -128,7 +129,7 @@ def test_two_results_folders_of_one_user_train_the_same_at_once_and_stay_apart(s
     for world in worlds:
         world.leaves(world.user, 0)
     equal(a.path(*what), b.path(*what))
-    assert [len(world.attempts(*what)) for world in worlds] == [2, 1]
+    a.until("all is accounted", lambda: [len(world.attempts(*what)) for world in worlds] == [2, 1])
 
 
 def test_a_job_that_is_preempted_before_it_can_listen_is_requeued(slurm, data, tmp_path):
@@ -137,7 +138,7 @@ def test_a_job_that_is_preempted_before_it_can_listen_is_requeued(slurm, data, t
     world.brake(pace=0, ceiling=5)
     world.train(*what)
     world.until("it runs", lambda: world.runs(*what))
-    slurm.ask("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    slurm.preempt()
     world.until("it is preempted", lambda: "PREEMPTED" in [end for _, end in world.attempts(*what)])
     world.release()
     world.leaves(world.user, 0)
@@ -153,7 +154,7 @@ def test_a_job_that_is_requeued_without_getting_on_stops_and_says_why(slurm, dat
     for times in (1, 2):
         world.until(f"attempt {times} trains", lambda: world.said(*what).count("aligning nothing") == times)  # noqa: B023
         (number,) = world.runs(*what)
-        slurm.ask("scontrol", "requeue", number)
+        slurm.ask("scontrol", "requeue", number, patience=120)
     world.leaves(world.user, 2)
     said = world.log.read_text()
     assert f"job {number} refused: it was put back into the queue 2 times without getting beyond step 0" in said

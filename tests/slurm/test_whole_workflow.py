@@ -1,12 +1,14 @@
 """The whole workflow on a real SLURM: the tables of a local run, resources by stage, and only what is new."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from pandas import read_csv
 from slurm_world import TINY, World, equal
 
 from haste import cli, config
@@ -15,6 +17,7 @@ from haste.plan import Plan
 
 pytestmark = pytest.mark.timeout(3000)
 
+FIELDS = ("JobID", "JobName%200", "State", "AllocTRES%200", "NNodes", "ElapsedRaw", "AllocCPUS")
 RUN = {"alignment": "HASTE", "stop": 8, "milestones": [16]}
 MORE = {**TINY["sampling"], "more": {"sampler": "euler", "steps": 3, "count": 20}}
 # What each training process had loaded and opened when it ended.
@@ -62,8 +65,15 @@ class Watched(World):
             values = dict(part.split("=") for part in match[1].split(", ")) if match else {}
             what = f"{values['trajectory']}/{values['step']}" if "trajectory" in values else values.get("draw", "")
             ran.add((rule, what, values.get("shard", "")))
-        found = self.slurm.accounted("JobID", "JobName%200", "State", "AllocTRES%200", "NNodes")
-        return ran, [job for job in found if job["JobID"] not in before]
+        found = []
+
+        def accounted():
+            every = self.slurm.accounted(*FIELDS)
+            found[:] = [job for job in every if job["JobID"] not in before]
+            return not any(job["State"] in ("PENDING", "RUNNING", "COMPLETING") for job in found)
+
+        self.until("all is accounted", accounted)
+        return ran, found
 
     def witnesses(self, job):
         """By process, what a training job loaded and opened."""
@@ -120,7 +130,9 @@ def on_this_machine(world, data, folder):
 
 
 def test_the_whole_workflow_ends_in_the_tables_of_a_local_run_and_does_only_what_is_new(slurm, data, tmp_path):
-    one_node = {"tasks_per_node": 2, "gpus_per_node": 2, "mem_mb": 2000}
+    scratch = tmp_path / "scratch"  # a node's own disk
+    scratch.mkdir()
+    one_node = {"tasks_per_node": 2, "gpus_per_node": 2, "mem_mb": 2000, "stage_in": str(scratch)}
     two_nodes = {"nodes": 2, "tasks_per_node": 1, "mem_mb": 1200}
     world = Watched(tmp_path / "w", None, slurm, {"HASTE-8": RUN}, train=one_node, plain=two_nodes)
     ran, found = world.run()
@@ -143,12 +155,21 @@ def test_the_whole_workflow_ends_in_the_tables_of_a_local_run_and_does_only_what
         processes = world.witnesses(job["JobID"])
         assert len(processes) == 2
         for process in processes:
-            assert any("/stores/latents-" in path for path in process["opened"])
-            assert any("/stores/images-" in path for path in process["opened"]) == teaches
+            stores = f"{scratch}/haste-{os.getuid()}" if teaches else f"{world.root}/stores"
+            assert any(path.startswith(f"{stores}/latents-") for path in process["opened"])
+            assert any(path.startswith(f"{stores}/images-") for path in process["opened"]) == teaches
             assert any("/parts/teacher-" in path for path in process["opened"]) == teaches
             assert ("haste.teachers.encoder" in process["modules"]) == teaches
     log = "".join(path.read_text() for path in world.path("HASTE-8", 16).parent.glob("jobs/*attempt*.log"))
     assert "steps 8 to 16, aligning nothing" in log
+    assert not list(scratch.glob("*/latents-*")) and not list(scratch.glob("*/images-*")), "copies stay behind"
+
+    # what each stage took, by the cluster's own accounting
+    account = read_csv(Path(world.plan.report).parent / "time.csv").set_index("stage")
+    of_training = [job for job in found if job["JobID"] in (aligned["JobID"], plain["JobID"])]
+    hours = sum(int(job["ElapsedRaw"]) * int(job["AllocCPUS"]) for job in of_training) / 3600
+    assert account.loc["train", "attempts"] == 2 and account.loc["train", "CPU-hours"] == pytest.approx(hours)
+    assert account.loc["train", "GPU-hours"] == pytest.approx(2 * int(aligned["ElapsedRaw"]) / 3600)
 
     # the bits and the table of a local run
     plan = on_this_machine(world, data, tmp_path)
