@@ -169,9 +169,18 @@ def _teacher(plan: Plan, name: str) -> str:
 
 
 def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
-    """The rows that have scores, and a note on those that have none yet. Without any, the first one's refusal."""
+    """The rows that have scores, and a note on those that have none yet.
+
+    Raises:
+        ValueError: none has.
+    """
     scores = [(row, judgement) for row in plan.rows for judgement in row.evaluation.judgements]
     there = [pair for pair in scores if Path(pair[1].score).exists()]
+    if not there:
+        raise ValueError(
+            f"{plan.folder}: none of its {len(scores)} scores is there yet, expected one at least; the workflow makes "
+            f"them, and `haste status` says how far it is. The first will be {scores[0][1].score}"
+        )
     several = len(plan.detectors) > 1
     missing = [
         f"{plan.label(row.run, row.seed)} at step {row.step:,}" + (f" by {judgement.detector.name}" if several else "")
@@ -191,7 +200,7 @@ def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
             recipe=plan.trajectories[row.evaluation.state.trajectory].recipe,
             file=judgement.score,
         )
-        for row, judgement in there or scores
+        for row, judgement in there
     ]
     return rows, [f"Not scored yet: {'; '.join(dict.fromkeys(missing))}."] if missing else []
 

@@ -77,10 +77,11 @@ def test_what_is_not_scored_yet_is_named_and_the_rest_is_shown(tiny, tmp_path):
     page.write(found, tmp_path / "page")
 
 
-def test_nothing_scored_is_refused_with_the_first_file(tiny, tmp_path):
+def test_nothing_scored_is_refused_with_what_to_do_and_the_first_file(tiny, tmp_path):
     plan = plan_of(tiny, tmp_path)
-    with pytest.raises(ValueError, match=Path(plan.rows[0].evaluation.score).name):
+    with pytest.raises(ValueError, match="none of its [0-9]+ scores is there yet.* `haste status`") as refusal:
         gather.report(plan)
+    assert str(refusal.value).endswith(plan.rows[0].evaluation.score)
 
 
 def test_a_broken_score_is_refused_by_name(tiny, tmp_path):
