@@ -241,7 +241,7 @@ def test_type_range_and_default_are_those_of_the_schema(section, key):
         assert default == "see below"
     else:
         value = yaml.safe_load(default.strip("`"))
-        assert default.startswith("`") and config._number(value) == field.default
+        assert default.startswith("`") and config.number(value) == field.default
 
 
 def alternatives(kind) -> list:

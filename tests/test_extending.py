@@ -62,7 +62,7 @@ def installed(tmp_path, monkeypatch):
     extensions._found.cache_clear()
     yield site
     extensions._found.cache_clear()
-    config._facts.cache_clear()
+    config.facts_of_other.cache_clear()
     for name in ("my_haste", "my_network"):
         sys.modules.pop(name, None)
 

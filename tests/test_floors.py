@@ -1,6 +1,7 @@
 """Each room imports only from lower floors, and what a dry run needs never imports torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import haste
+from haste import config
 
 ROOT = Path(haste.__file__).parent
 FLOORS = [
@@ -56,6 +58,18 @@ def test_a_room_imports_only_from_lower_floors(path):
         if HEIGHT[other] > height or (HEIGHT[other] == height and height not in TOGETHER)
     }
     assert not too_high, f"{path}: {room} imports {too_high}"
+
+
+def test_the_files_of_the_configuration_import_only_from_those_above_them_in_its_list():
+    order = re.findall(r"^    (\w+) {2,}", config.__doc__, re.MULTILINE)
+    files = {path.stem: path for path in Path(ROOT, "config").glob("*.py") if path.stem != "__init__"}
+    assert sorted(order) == sorted(files)
+    for place, name in enumerate(order):
+        nodes = [node for node in ast.walk(ast.parse(files[name].read_text())) if isinstance(node, ast.ImportFrom)]
+        named = {alias.name for node in nodes if node.module == "haste" for alias in node.names}
+        modules = [node.module or "" for node in nodes]
+        inside = {module.split(".")[2] for module in modules if module.startswith("haste.config.")}
+        assert "config" not in named and inside <= set(order[:place]), name
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import dataclasses
 import pytest
 import yaml
 
-from haste import cli, config
+from haste import cli, extensions
 from haste.data import latents
 from haste.metrics import detectors, dinov2, inception
+from haste.public import DETECTORS
 from haste.teachers import encoder
 
 
@@ -18,8 +19,8 @@ def asked(monkeypatch):
     found = []
     monkeypatch.setattr(latents, "fetch", lambda where: found.append(where) or f"cache of {where}")
     monkeypatch.setattr(encoder, "weight_file", lambda name: found.append(name) or f"cache of {name}")
-    small = {name: dataclasses.replace(known, smallest=1) for name, known in config.DETECTORS.items()}
-    monkeypatch.setattr(config, "DETECTORS", small)  # images here are small
+    for name, known in DETECTORS.items():
+        monkeypatch.setitem(DETECTORS, name, dataclasses.replace(known, smallest=1))  # images here are small
     monkeypatch.setattr(inception, "weight_file", lambda: found.append("inception") or "cache of inception")
     monkeypatch.setattr(dinov2, "weight_file", lambda name: found.append(name) or f"cache of {name}, who judges")
     return found
@@ -64,7 +65,7 @@ def test_detectors_that_the_configuration_names_are_fetched_and_those_with_a_fil
     named = {"fid": "inception", "fdd": "DINOv2-L", "other": "added"}
     judges = {**tiny["detector"], **{name: {"pretrained": {"name": kind}} for name, kind in named.items()}}
     judges["own"] = {"pretrained": {"name": "DINOv2-B", "weights": "here.safetensors"}}
-    monkeypatch.setattr(config.extensions, "names", lambda group: ["added"] if group == "detectors" else [])
+    monkeypatch.setattr(extensions, "names", lambda group: ["added"] if group == "detectors" else [])
     assert cli.main(["fetch", "-c", configured(tiny, tmp_path, detector=judges)]) == 0
     assert sorted(asked) == ["DINOv2-L", "added", "inception"]
     said = capsys.readouterr().out

@@ -1,0 +1,117 @@
+"""The one schema of a configuration, and what the field calls its models and teachers. No torch.
+
+A configuration is a mapping (YAML or JSON). `resolve` checks it whole before anything runs: an unknown key, a layer
+that a model does not have, or a name that nothing defines is a `ValueError` that says where, what was found and what
+was expected. `config/README.md` explains every key.
+
+Each file imports only from those above it:
+
+    keys        what sections are made of: `Strict`, kinds of numbers, and the marks that keep a key out of names
+    parts       sections on images and networks: autoencoder, teachers, detectors, models
+    schema      sections on alignment, training, sampling and runs, and the whole: `Config`
+    published   sizes, layers and depths of the papers, and what a name stands for
+    derived     what follows: terms with their layers, when they fall and stop, taps and cost of models
+    faults      what is wrong with a configuration, in words
+    reading     from a file or a mapping to a `Config`
+"""
+
+from haste.config.derived import facts_in, facts_of_other, falls_from, model_in, taps_of, terms_of, triggers_of
+from haste.config.keys import LABEL, LATER, Float, Positive, Rate, Seed, Share, Strict, decides, number
+from haste.config.parts import (
+    DENOISERS,
+    Autoencoder,
+    Cache,
+    Detector,
+    Images,
+    Model,
+    OtherModel,
+    Teacher,
+    architecture_named,
+)
+from haste.config.published import (
+    ALIGNED_HEADS,
+    MAPPINGS,
+    MODELS,
+    REPA_DEPTH,
+    alignment_named,
+    model_named,
+    teacher_shape,
+    teacher_tokens,
+)
+from haste.config.reading import load, read, resolve, submitted
+from haste.config.schema import (
+    PRESETS,
+    TERMS,
+    Alignment,
+    AttentionTerm,
+    Config,
+    Evaluate,
+    FeatureTerm,
+    Ramps,
+    Run,
+    Runtime,
+    Sampling,
+    Stops,
+    Timesteps,
+    Training,
+    Trigger,
+)
+from haste.public import DETECTORS, TEACHERS
+
+__all__ = [
+    "ALIGNED_HEADS",
+    "DENOISERS",
+    "DETECTORS",
+    "LABEL",
+    "LATER",
+    "MAPPINGS",
+    "MODELS",
+    "PRESETS",
+    "REPA_DEPTH",
+    "TEACHERS",
+    "TERMS",
+    "Alignment",
+    "AttentionTerm",
+    "Autoencoder",
+    "Cache",
+    "Config",
+    "Detector",
+    "Evaluate",
+    "FeatureTerm",
+    "Float",
+    "Images",
+    "Model",
+    "OtherModel",
+    "Positive",
+    "Ramps",
+    "Rate",
+    "Run",
+    "Runtime",
+    "Sampling",
+    "Seed",
+    "Share",
+    "Stops",
+    "Strict",
+    "Teacher",
+    "Timesteps",
+    "Training",
+    "Trigger",
+    "alignment_named",
+    "architecture_named",
+    "decides",
+    "facts_in",
+    "facts_of_other",
+    "falls_from",
+    "load",
+    "model_in",
+    "model_named",
+    "number",
+    "read",
+    "resolve",
+    "submitted",
+    "taps_of",
+    "teacher_shape",
+    "teacher_tokens",
+    "terms_of",
+    "triggers_of",
+]

@@ -1,0 +1,367 @@
+"""What is wrong with a configuration, in words: faults of the schema, and of what must fit together. No torch."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import ValidationError
+
+from haste import extensions
+from haste.config.derived import heads_of, taps_of
+from haste.config.keys import Strict, nearest
+from haste.config.parts import Autoencoder, Detector, Model, OtherModel, Teacher
+from haste.config.published import MAPPINGS, MODELS, alignment_named, model_named, teacher_shape, teacher_tokens
+from haste.config.schema import PRESETS, STOP_TAGS, TERMS, AttentionTerm, Config, Evaluate, Run, Stops, Trigger
+from haste.network import Tap, blocks
+from haste.public import DETECTORS, TEACHERS
+
+# What timm's vision transformers have in their names; only loading one shows whether it is there and plain.
+_TIMM = re.compile(r"deit|.*vit_")
+
+MOST_READINGS = 50_000  # of a trigger; some hundred bytes each
+
+
+def explain(fault: Any, whole: Collection[tuple[str, str]] = ()) -> str:
+    """A fault in a line, by the path that the configuration has.
+
+    whole: run and key of each `stop` and `ramp` that was written once for all terms.
+    """
+    path = list(fault["loc"])
+    if path[:1] == ["runs"] and tuple(path[1:3]) in whole and path[3:4] and path[3] in TERMS:
+        del path[3]
+    where = ".".join(str(part) for part in path if part not in STOP_TAGS) or "the configuration"
+    if fault["type"] == "extra_forbidden":
+        return f"{where}: unknown key{nearest(fault['loc'][-1], _keys_at(fault['loc'][:-1]))}"
+    if fault["type"] == "missing":
+        return f"{where}: missing, and it has no default"
+    message = fault["msg"].removeprefix("Value error, ")
+    found = "" if fault["type"] == "value_error" else f", found {fault['input']!r}"
+    return f"{where}: {message}{found}"
+
+
+def _keys_at(path: tuple[Any, ...]) -> list[str]:
+    """The keys that the schema knows at a path: what the nearest right spelling is looked for among."""
+    kind: Any = Config
+    for part in path:
+        models = _models_in(kind)
+        if part in STOP_TAGS:
+            kind = STOP_TAGS[part]
+        elif isinstance(kind, type) and issubclass(kind, Strict) and part in kind.model_fields:
+            kind = kind.model_fields[part].annotation
+        elif get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        elif models and part in models[0].model_fields:
+            kind = models[0].model_fields[part].annotation
+    models = _models_in(kind)
+    return list(models[0].model_fields) if models else []
+
+
+def _models_in(kind: Any) -> list[type[Strict]]:
+    if isinstance(kind, type) and issubclass(kind, Strict):
+        return [kind]
+    if get_origin(kind) in (Union, types.UnionType, Annotated):
+        return [model for part in get_args(kind) for model in _models_in(part)]
+    return []
+
+
+def faults_of(config: Config) -> list[str]:
+    """What the schema cannot see, a line each: whatever does not fit together, or that nothing is called."""
+    if faults := _faults_of_architectures(config):
+        return faults  # what the network has decides whether the rest fits it
+    faults = (
+        _faults_of_names(config) + _faults_of_data(config) + _faults_of_models(config) + _faults_of_teachers(config)
+    )
+    faults += _faults_of_sampling(config)
+    faults += [fault for name in config.alignments for fault in _faults_of_alignment(config, name)]
+    faults += [fault for name in config.runs for fault in _faults_of_run(config, name)]
+    faults += _faults_of_rows(config)
+    faults += [fault for name in config.evaluate for fault in _faults_of_evaluate(config, name)]
+    return list(dict.fromkeys(faults))  # runs that share a faulty alignment tell it once
+
+
+def _faults_of_names(config: Config) -> list[str]:
+    """Names that no table can show, and paths that no disk can have."""
+    sections = ("runs", "models", "teachers", "alignments", "sampling", "detector")
+    faults = [
+        f"{section}: {name!r} is no name, expected printable characters and at least one"
+        for section in sections
+        for name in getattr(config, section)
+        if not name.strip() or not name.isprintable()
+    ]
+    if not config.results.strip("/") or "\0" in config.results:
+        faults.append(f"results: {config.results!r}, expected a folder, and not the root of the disk")
+    if "\0" in (config.images.path or ""):
+        faults.append(f"images.path: {config.images.path!r}, expected a folder")
+    return faults
+
+
+def _faults_of_data(config: Config) -> list[str]:
+    faults, resolution = [], config.images.resolution
+    if resolution % config.autoencoder.factor:
+        faults.append(
+            f"images.resolution: {resolution} is not divisible by the autoencoder's factor {config.autoencoder.factor}"
+        )
+    if trained := [] if config.images.holdout else _trained_here(config):
+        faults.append(f"images.holdout: 0, but {', '.join(trained)} are trained here and judged on images held out")
+    names = list(config.detector)
+    for place, name in enumerate(names):
+        detector = config.detector[name]
+        faults += [f"detector.{name}: the same as {n}" for n in names[:place] if config.detector[n] == detector]
+        found = detector.pretrained.name if detector.pretrained else None
+        if found is not None and found in extensions.names("detectors"):
+            continue  # what it needs is known when it is loaded
+        if found is not None and found not in DETECTORS:
+            at = f"detector.{name}.pretrained.name"
+            faults.append(f"{at}: nothing is called {found!r}{nearest(found, DETECTORS)}")
+        elif found is not None and resolution < DETECTORS[found].smallest:
+            least = f"images of {DETECTORS[found].smallest} px or more"
+            faults.append(f"images.resolution: {resolution}, but detector {name} ({found}) reads {least}")
+        elif found is None and (resolution < 8 or resolution % 4):  # two halvings, and something left to look at
+            faults.append(f"images.resolution: {resolution}, but detector {name} reads images of 8, 12, 16, ... px")
+    if not config.images.classes:
+        faults += [
+            f"sampling.{name}.guidance: {way.guidance}, but images.classes is 0: without labels there is nothing to "
+            "guide to, expected 1"
+            for name, way in config.sampling.items()
+            if way.guidance > 1
+        ]
+    return faults
+
+
+def _trained_here(config: Config) -> list[str]:
+    """The networks that the pipeline trains on the images, as the configuration names them."""
+    found: dict[str, Autoencoder | Teacher | Detector] = {"autoencoder": config.autoencoder}
+    found |= {f"teachers.{name}": teacher for name, teacher in config.teachers.items()}
+    found |= {f"detector.{name}": detector for name, detector in config.detector.items()}
+    return [name for name, part in found.items() if part.trained is not None]
+
+
+def _faults_of_architectures(config: Config) -> list[str]:
+    """Networks that cannot be built for these latents, or are not what they say they are."""
+    faults = []
+    for name, model in config.models.items():
+        try:
+            if isinstance(model, OtherModel):
+                taps_of(config, name)
+        except ValueError as error:
+            faults.append(f"models.{name}: {error}")
+    return faults
+
+
+def _faults_of_models(config: Config) -> list[str]:
+    return [
+        f"models.{name}: {_size(model)}, but the published {name} has {_size(MODELS[name])}; expected another name"
+        for name, model in config.models.items()
+        if name in MODELS and model != MODELS[name]
+    ]
+
+
+def _size(model: Model | OtherModel) -> str:
+    return ", ".join(f"{key} {value}" for key, value in model.model_dump().items())
+
+
+def _faults_of_sampling(config: Config) -> list[str]:
+    """A preset's name stands for its solver everywhere."""
+    return [
+        f"sampling.{name}.{key}: {getattr(way, key)}, but the preset {name} has {value}; expected another name"
+        for name, way in config.sampling.items()
+        for key, value in PRESETS.get(name, {}).items()
+        if getattr(way, key) != value
+    ]
+
+
+def _faults_of_teachers(config: Config) -> list[str]:
+    faults, resolution = [], config.images.resolution
+    for name, teacher in config.teachers.items():
+        if teacher.trained and resolution % teacher.trained.patch:
+            faults.append(
+                f"teachers.{name}.trained.patch: {teacher.trained.patch} does not divide images.resolution {resolution}"
+            )
+        tokens = teacher_tokens(config, name)
+        if tokens and teacher.pca is not None and teacher.pca > tokens[0]:
+            faults.append(f"teachers.{name}.pca: {teacher.pca}, but its features have a width of {tokens[0]}")
+        found = teacher.pretrained.name if teacher.pretrained else None
+        if found is not None and found not in {*TEACHERS, *extensions.names("teachers")} and not _TIMM.match(found):
+            faults.append(
+                f"teachers.{name}.pretrained.name: nothing is called {found!r}, and timm's vision transformers "
+                f"are called vit_... or deit...{nearest(found, TEACHERS)}"
+            )
+    return faults
+
+
+def _faults_of_alignment(config: Config, name: str) -> list[str]:
+    """What is wrong with an alignment whatever model it is used with, and also if it is not used."""
+    faults = []
+    for kind in Stops.model_fields:
+        term, at = getattr(config.alignments[name], kind), f"alignments.{name}.{kind}"
+        if term is not None and term.teacher not in config.teachers:
+            faults.append(f"{at}.teacher: nothing is called {term.teacher!r}{nearest(term.teacher, config.teachers)}")
+    term, at = config.alignments[name].attention, f"alignments.{name}.attention"
+    if term is None:
+        return faults
+    given = {"student_layers": term.student_layers, "teacher_layers": term.teacher_layers}
+    if (term.student_layers is None) != (term.teacher_layers is None):
+        faults.append(f"{at}: needs both student_layers and teacher_layers or neither, found {given}")
+    elif term.student_layers is not None and len(term.student_layers) != len(term.teacher_layers or []):
+        faults.append(
+            f"{at}: student_layers {term.student_layers} and teacher_layers {term.teacher_layers} "
+            "must pair up one by one"
+        )
+    elif term.student_layers == []:
+        faults.append(f"{at}.student_layers: found none, expected at least one")
+    shape = teacher_shape(config.teachers[term.teacher]) if term.teacher in config.teachers else None
+    if shape is not None:  # without one it is a timm name that is not in TEACHERS: known when it is loaded
+        faults += _beyond(f"{at}.teacher_layers", term.teacher_layers, term.teacher, range(shape[0]))
+        if term.heads is not None and term.heads > shape[1]:
+            faults.append(f"{at}.heads: {term.heads}, but teacher {term.teacher} has {shape[1]}")
+    return faults
+
+
+def _beyond(at: str, layers: list[int] | None, owner: str, known: Collection[int]) -> list[str]:
+    wrong = [layer for layer in layers or [] if layer not in known]
+    return [f"{at}: {wrong}, but {owner} has layers {_span(known)}"] if wrong else []
+
+
+def _span(numbers: Collection[int]) -> str:
+    """0, 1, 2, 3 as "0 to 3"; with gaps, each."""
+    low, high = min(numbers), max(numbers)
+    return f"{low} to {high}" if len(numbers) == high - low + 1 else ", ".join(map(str, sorted(numbers)))
+
+
+def _faults_of_run(config: Config, name: str) -> list[str]:
+    run, where = config.runs[name], f"runs.{name}"
+    known = {
+        "model": {*config.models, *MODELS},
+        "alignment": {"vanilla", *config.alignments},
+    }
+    faults = [
+        f"{where}.{key}: nothing is called {getattr(run, key)!r}{nearest(getattr(run, key), names)}"
+        for key, names in known.items()
+        if getattr(run, key) not in names
+    ]
+    faults += _unknown_sampling(config, run.sampling, where)
+    try:
+        batch, runtime = config.training_of(name).batch, config.runtime
+        if batch % (runtime.processes * runtime.accumulate):
+            faults.append(
+                f"{where}: training.batch {batch} is not divisible by runtime.processes {runtime.processes} "
+                f"times runtime.accumulate {runtime.accumulate}"
+            )
+    except ValidationError as error:
+        faults += [f"{where}.{explain({**fault, 'loc': ('training', *fault['loc'])})}" for fault in error.errors()]
+    if faults:
+        return faults
+    faults = _faults_of_model(config, run, where) + _faults_of_stop(config, run, where)
+    faults += _faults_of_readings(run, where)
+    return faults + _faults_of_ramp(run, where) + _faults_of_fit(config, run)
+
+
+def _unknown_sampling(config: Config, names: list[str], where: str) -> list[str]:
+    return [
+        f"{where}.sampling: nothing is called {name!r}{nearest(name, {*config.sampling, *PRESETS})}"
+        for name in names
+        if name not in config.sampling
+    ]
+
+
+def _faults_of_rows(config: Config) -> list[str]:
+    if not config.runs and not config.evaluate:
+        return ["runs: found no row in runs or evaluate, expected at least one"]
+    twice = sorted({*config.runs} & {*config.evaluate})
+    return [f"evaluate.{name}: runs has a row of this name too, expected another name" for name in twice]
+
+
+def _faults_of_evaluate(config: Config, name: str) -> list[str]:
+    row, where = config.evaluate[name], f"evaluate.{name}"
+    faults, known = _unknown_sampling(config, row.sampling, where), {*config.models, *MODELS}
+    if row.model not in known:
+        return [*faults, f"{where}.model: nothing is called {row.model!r}{nearest(row.model, known)}"]
+    return faults + _faults_of_model(config, row, where)
+
+
+def _faults_of_model(config: Config, run: Run | Evaluate, where: str) -> list[str]:
+    model = model_named(config, run.model)
+    if isinstance(model, Model) and config.latent_size % model.patch_size:
+        cut = f"cannot be cut into patches of {model.patch_size}"
+        return [f"{where}.model: latents of {config.latent_size} cells a side {cut}"]
+    return []
+
+
+def _faults_of_stop(config: Config, run: Run, where: str) -> list[str]:
+    alignment = alignment_named(config, run.alignment)
+    terms = [kind for kind in Stops.model_fields if getattr(alignment, kind) is not None]
+    stops = {kind: said for kind in Stops.model_fields if (said := _words_of_stop(getattr(run.stop, kind)))}
+    if stops and not terms:
+        found = next(iter(stops.values()))
+        return [f"{where}.stop: {found} given, but {run.alignment!r} aligns nothing that could be stopped"]
+    return [
+        f"{where}.stop.{kind}: {found} given, but {run.alignment!r} has no {kind} to stop, only {', '.join(terms)}"
+        for kind, found in stops.items()
+        if kind not in terms
+    ]
+
+
+def _faults_of_readings(run: Run, where: str) -> list[str]:
+    """Every state keeps all readings so far, in a header that has an end."""
+    last, faults = run.milestones[-1], []
+    for kind, stop in ((kind, getattr(run.stop, kind)) for kind in TERMS):
+        if isinstance(stop, Trigger) and (count := (last - stop.after) // stop.every) > MOST_READINGS:
+            found = f"{stop.every} makes {count:,} readings up to step {last}"
+            faults.append(f"{where}.stop.{kind}.every: {found}, expected at most {MOST_READINGS:,}")
+    return faults
+
+
+def _words_of_stop(stop: Any) -> str:
+    return f"trigger {stop.trigger}" if isinstance(stop, Trigger) else "" if stop is None else str(stop)
+
+
+def _faults_of_ramp(run: Run, where: str) -> list[str]:
+    faults = []
+    for kind in TERMS:
+        steps, stop = getattr(run.ramp, kind), getattr(run.stop, kind)
+        if steps is not None and isinstance(stop, Trigger):
+            faults.append(
+                f"{where}.ramp.{kind}: {steps} steps down to the stop, but {kind} stops by {stop.trigger}, at a step "
+                "that nobody knows before; expected a stop at a step, or no ramp"
+            )
+        elif steps is not None and (stop is None or steps > stop):
+            found = "never stops" if stop is None else f"stops at step {stop}"
+            faults.append(f"{where}.ramp.{kind}: {steps} steps down to the stop, but {kind} {found}")
+    return faults
+
+
+def _faults_of_fit(config: Config, run: Run) -> list[str]:
+    """What is wrong with a run's alignment for its model, which must have the layers and heads."""
+    alignment, taps = alignment_named(config, run.alignment), taps_of(config, run.model)
+    at, name, depths = f"alignments.{run.alignment}", run.model, blocks(taps, "tokens")
+    faults = []
+    if (term := alignment.features) is not None:
+        if not depths:
+            faults.append(f"{at}.features: {name} hands out no hidden tokens that features could follow")
+        elif term.depth is None and name not in MAPPINGS:
+            missing = "has no published mapping, so its depth must be named"
+            faults.append(f"{at}.features.depth: {name} {missing} ({_span(depths)})")
+        elif term.depth is not None and term.depth not in depths:
+            faults.append(f"{at}.features.depth: {term.depth}, but {name} has blocks {_span(depths)}")
+    if alignment.attention is not None:
+        faults += _faults_of_attention(config, alignment.attention, taps, name, f"{at}.attention")
+    return faults
+
+
+def _faults_of_attention(config: Config, term: AttentionTerm, taps: Mapping[str, Tap], name: str, at: str) -> list[str]:
+    layers = blocks(taps, "attention")
+    if not layers:
+        return [f"{at}: {name} hands out no attention that could follow a teacher's; align its features alone"]
+    faults = _beyond(f"{at}.student_layers", term.student_layers, name, layers)
+    if term.heads is not None and not faults and term.heads > (heads := heads_of(taps, term.student_layers or layers)):
+        faults.append(f"{at}.heads: {term.heads}, but model {name} has {heads}")
+    if term.student_layers is None and term.teacher_layers is None:
+        if name not in MAPPINGS:
+            return [*faults, f"{at}: {name} has no published mapping, so it needs student_layers and teacher_layers"]
+        shape = teacher_shape(config.teachers[term.teacher]) if term.teacher in config.teachers else None
+        if shape is not None:  # the mapping was published for 12 layers
+            faults += _beyond(f"{at}.teacher_layers", MAPPINGS[name][2], term.teacher, range(shape[0]))
+    return faults

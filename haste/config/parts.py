@@ -1,0 +1,271 @@
+"""The sections on images and networks: autoencoder, teachers, detectors, and the models that are trained. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from haste import extensions
+from haste.config.keys import Float, Positive, Rate, Seed, Strict, decides, nearest, number
+
+
+def _whole(value: Any) -> Any:
+    # 2.0e12 reads better than thirteen digits, and is a whole number all the same.
+    found = number(value)
+    return int(found) if isinstance(found, float) and found.is_integer() else value
+
+
+def _off(value: Any) -> Any:
+    # YAML 1.1 reads `off` as false; users mean the word.
+    return "off" if value is False else value
+
+
+def _exactly_one(part: Any) -> Any:
+    given = [name for name in ("trained", "pretrained") if getattr(part, name) is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of trained and pretrained, found {' and '.join(given) or 'neither'}")
+    return part
+
+
+class Images(Strict):
+    """Where the images come from and how they are prepared."""
+
+    source: Literal["digits", "folder", "archive"] = "folder"
+    path: str | None = None
+    resolution: Positive
+    holdout: Annotated[int, Field(ge=0)]  # the networks that are trained here are judged on these images
+    classes: Annotated[int, Field(ge=0)]
+    on_bad_image: Literal["fail", "skip"] = "fail"
+    shards: Positive = 1
+
+    @model_validator(mode="after")
+    def _has_path(self) -> Images:
+        if (self.source == "digits") != (self.path is None):
+            raise ValueError("sources 'folder' and 'archive' need a path, and only they take one")
+        if self.source == "digits" and self.on_bad_image == "skip":
+            raise ValueError("on_bad_image skip is for sources 'folder' and 'archive', found 'digits'")
+        return self
+
+
+class TrainedAutoencoder(Strict):
+    """A small AutoencoderKL that the pipeline trains on the images themselves."""
+
+    steps: Positive
+    batch: Positive = 64
+    lr: Rate = 2e-3
+    width: Annotated[Positive, Field(multiple_of=8)] = 32  # groups of its normalisation
+    channels: Positive = 4
+    factor: Literal[1, 2, 4, 8] = 2
+    kl_weight: Annotated[Float, Field(ge=0)] = 1e-4
+    seed: Seed = 0
+
+
+class PretrainedAutoencoder(Strict):
+    """A diffusers AutoencoderKL: a hub id or a folder."""
+
+    encode: str
+    decode: str | None = None
+    channels: Positive = 4
+    factor: Positive = 8
+
+
+class Autoencoder(Strict):
+    """Either `trained` here or `pretrained`."""
+
+    trained: TrainedAutoencoder | None = None
+    pretrained: PretrainedAutoencoder | None = None
+    dtype: Literal["float16", "float32"] = "float16"
+    shards: Positive = 1
+
+    @model_validator(mode="after")
+    def _one(self) -> Autoencoder:
+        return _exactly_one(self)
+
+    @property
+    def _chosen(self) -> Any:
+        return self.trained or self.pretrained
+
+    @property
+    def channels(self) -> int:
+        """Latent channels C; the store holds mean and std, 2 C."""
+        return self._chosen.channels
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent cell spans, along each side."""
+        return self._chosen.factor
+
+
+class TrainedTeacher(Strict):
+    """A small timm VisionTransformer that the pipeline trains to classify the images."""
+
+    steps: Positive
+    batch: Positive = 128
+    lr: Rate = 1e-3
+    depth: Positive = 6
+    width: Positive = 64
+    heads: Positive = 4
+    patch: Positive = 4
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainedTeacher:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        return self
+
+
+class PretrainedTeacher(Strict):
+    """A frozen vision encoder by its name in `TEACHERS` or in timm, and its weights if they lie on disk."""
+
+    name: str
+    weights: str | None = None
+
+
+class Teacher(Strict):
+    """Either `trained` here or `pretrained`; what of its targets is kept on disk, and how many components of them."""
+
+    trained: TrainedTeacher | None = None
+    pretrained: PretrainedTeacher | None = None
+    cache: Annotated[Literal["off", "features", "features+attention"], BeforeValidator(_off)] = "off"
+    pca: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Teacher:
+        if self.pca is not None and self.cache == "off":
+            raise ValueError(f"pca {self.pca} is of cached features, and cache is 'off'; expected 'features'")
+        return _exactly_one(self)
+
+    def caches(self, kind: str) -> bool:
+        """Whether the targets of a kind of alignment loss, `features` or `attention`, are kept on disk."""
+        return kind in self.cache.split("+")
+
+
+class Cache(Strict):
+    """How the targets of cached teachers are kept on disk."""
+
+    max_bytes: Annotated[int, Field(ge=1), BeforeValidator(_whole)] = 200_000_000_000
+    shards: Positive = 1
+
+
+class TrainedDetector(Strict):
+    """A small convolutional classifier that the pipeline trains; its features judge the samples."""
+
+    steps: Positive
+    batch: Positive = 128
+    lr: Rate = 1e-3
+    width: Annotated[Positive, Field(multiple_of=4)] = 32  # groups of its normalisation
+    seed: Seed = 0
+
+
+class PretrainedDetector(Strict):
+    """A public network by its name in `DETECTORS`, and its weights if they lie on disk."""
+
+    name: str
+    weights: str | None = None
+
+
+class Detector(Strict):
+    """A network whose features the scores compare: either `trained` here or `pretrained`."""
+
+    trained: TrainedDetector | None = None
+    pretrained: PretrainedDetector | None = None
+    reference: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Detector:
+        if self.reference is not None and (self.pretrained is None or self.pretrained.name != "inception"):
+            raise ValueError("reference: such files hold statistics of inception, which this detector is not")
+        return _exactly_one(self)
+
+
+# Architectures of the denoising network: name -> where its class is, which is imported where it is asked for.
+DENOISERS = {"sit": "haste.models.sit:SiT"}
+
+
+def architecture_named(name: str) -> Any:
+    """The class of an architecture, a `haste.models.Denoiser`: one of ours, or of another package.
+
+    Raises:
+        ValueError: nothing is called so; or what is cannot be imported, or has no settings.
+    """
+    if name in DENOISERS:
+        return extensions.at(DENOISERS[name])
+    added = extensions.names("models")
+    if name not in added:
+        raise ValueError(f"nothing is called {name!r}{nearest(name, {*DENOISERS, *added})}")
+    found = extensions.one("models", name, DENOISERS)
+    if not isinstance(found, type) or not isinstance(getattr(found, "Settings", None), type):
+        raise ValueError(f"{name} is {found!r}, expected a haste.models.Denoiser with Settings")
+    if clash := sorted({"architecture", "input_size", "channels"} & set(found.Settings.model_fields)):  # type: ignore[attr-defined]
+        raise ValueError(f"{name}: its Settings have {', '.join(clash)}, which stands for something else")
+    return found
+
+
+class Model(Strict):
+    """The size of a SiT."""
+
+    architecture: Annotated[Literal["sit"], Field(exclude=True)] = "sit"
+    depth: Positive
+    width: Positive
+    heads: Positive
+    patch_size: Positive
+    mlp_ratio: Rate = 4.0
+
+    @model_validator(mode="after")
+    def _divides(self) -> Model:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is not divisible by 4, which the position embedding needs")
+        return self
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """What of it enters a recipe."""
+        return self.model_dump()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its class is made with, beside what the latents and labels say."""
+        return self.model_dump()
+
+
+class OtherModel(BaseModel):
+    """A network that is no SiT: its keys, and what they may be, are those of its architecture's `Settings`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    architecture: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        """Check the keys, and write out those that are left to their defaults."""
+        schema = architecture_named(given["architecture"]).Settings
+        rest = {name: value for name, value in given.items() if name != "architecture"}
+        if unknown := [name for name in rest if name not in schema.model_fields]:
+            raise ValueError(f"unknown key {unknown[0]!r}{nearest(unknown[0], schema.model_fields)}")
+        return {"architecture": given["architecture"], **schema.model_validate(rest).model_dump(mode="json")}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its class is made with, beside what the latents and labels say."""
+        return dict(self.model_extra or {})
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """What of it enters a recipe."""
+        schema = architecture_named(self.architecture).Settings
+        return {"architecture": self.architecture, **decides(schema, self.settings)}
+
+
+def model_of(given: Any) -> Model | OtherModel:
+    """What an entry of `models` describes: a SiT, unless it names another architecture."""
+    if isinstance(given, Model | OtherModel):
+        return given
+    name = given.get("architecture", "sit") if isinstance(given, dict) else "sit"
+    if name != "sit" and isinstance(name, str):
+        return OtherModel.model_validate(given)
+    return Model.model_validate(given)

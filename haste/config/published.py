@@ -1,0 +1,50 @@
+"""What the field calls its models, teachers and layers, and what a name in a configuration stands for. No torch."""
+
+from __future__ import annotations
+
+from haste.config.parts import Model, OtherModel, Teacher
+from haste.config.schema import Alignment, Config
+from haste.public import TEACHERS
+
+# Published sizes (DiT Table 1; SiT uses the same). L, D, H; the number behind the slash is the patch size.
+_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+MODELS = {
+    f"SiT-{name}/{patch}": Model(depth=depth, width=width, heads=heads, patch_size=patch)
+    for name, (depth, width, heads) in _SIZES.items()
+    for patch in (2, 4, 8)
+}
+
+# HASTE Table 5: feature depth (from 1), student layers (from 0), teacher layers (from 0, a 12-layer ViT-B).
+_DEEP = (8, [4, 5, 6, 7], [8, 9, 10, 11])
+MAPPINGS = {"SiT-B/2": (5, [2, 3, 4], [7, 9, 11]), "SiT-L/2": _DEEP, "SiT-XL/2": _DEEP}
+REPA_DEPTH = {"SiT-B/2": 4, "SiT-L/2": 8, "SiT-XL/2": 8}
+ALIGNED_HEADS = 12
+
+
+def model_named(config: Config, name: str) -> Model | OtherModel:
+    """The size behind a model's name: the configuration's own first, then the published ones."""
+    return config.models.get(name) or MODELS[name]
+
+
+def alignment_named(config: Config, name: str) -> Alignment:
+    """The terms behind an alignment's name; `vanilla` needs no entry."""
+    return config.alignments.get(name) or Alignment()
+
+
+def teacher_shape(teacher: Teacher) -> tuple[int, int] | None:
+    """(blocks, heads) of a teacher, or None for a timm name that is not in `TEACHERS`."""
+    if teacher.trained:
+        return teacher.trained.depth, teacher.trained.heads
+    assert teacher.pretrained
+    found = TEACHERS.get(teacher.pretrained.name)
+    return None if found is None else (found.depth, found.heads)
+
+
+def teacher_tokens(config: Config, name: str) -> tuple[int, int] | None:
+    """(width, tokens an image) of a teacher, or None for a timm name that is not in `TEACHERS`."""
+    teacher, resolution = config.teachers[name], config.images.resolution
+    if teacher.trained:
+        return teacher.trained.width, (resolution // teacher.trained.patch) ** 2
+    assert teacher.pretrained
+    found = TEACHERS.get(teacher.pretrained.name)
+    return None if found is None else (found.width, found.tokens(resolution))

@@ -1,0 +1,225 @@
+"""From a file or a mapping to a `Config`: YAML, defaults and presets laid under rows, every check. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from haste.config.faults import explain, faults_of
+from haste.config.keys import nearest
+from haste.config.schema import PRESETS, TERMS, Config, Run, for_both
+
+MOST_ENTRIES = 1_000_000  # in a configuration, aliases written out
+
+
+class _Once(yaml.SafeLoader):
+    """A loader that refuses a key that stands twice in one mapping; YAML would silently take the last.
+
+    Aliases of aliases, a line each, can stand for more entries than there is memory, and one may refer to itself: these
+    are refused before anything is built from them.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None:
+            self._count(node, {})
+        return node
+
+    def _count(self, node: yaml.Node, known: dict[int, int]) -> int:
+        """The entries of a node, its aliases written out."""
+        if id(node) in known:
+            if not known[id(node)]:
+                raise ValueError(f"line {node.start_mark.line + 1}: what begins here refers to itself")
+            return known[id(node)]
+        known[id(node)], parts = 0, node.value if isinstance(node, yaml.CollectionNode) else []
+        inner = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
+        known[id(node)] = 1 + sum(self._count(one, known) for one in inner)
+        if known[id(node)] > MOST_ENTRIES:
+            found = f"{known[id(node)]:,} entries with its aliases written out"
+            raise ValueError(f"line {node.start_mark.line + 1}: found {found}, expected at most {MOST_ENTRIES:,}")
+        return known[id(node)]
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Looked at as written: later, `<<` mixes in keys that may well be overridden.
+        node = super().compose_mapping_node(anchor)
+        assert node is not None
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name, line = self._name(key), key.start_mark.line + 1
+                if name in lines:
+                    raise ValueError(f"line {line}: key {name!r} is already on line {lines[name]}; expected it once")
+                lines[name] = line
+        return node
+
+    def _name(self, key: yaml.ScalarNode) -> str:
+        """A key as `resolve` sees it, which takes 1 for "1"."""
+        found = key.value if key.tag == "tag:yaml.org,2002:merge" else self.construct_object(key)
+        return found if isinstance(found, str) else json.dumps(found, default=str)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except ValueError:  # not JSON, or a key twice: JSON is YAML, whose loader knows the line
+        return yaml.load(text, _Once)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """What a configuration file (YAML or JSON) says, before `resolve` looks at it.
+
+    Raises:
+        ValueError: the file is missing, not YAML, not a mapping, or has a key twice; the message names the file, and
+            the key with its line.
+    """
+    try:
+        raw = _parsed(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply to be read, expected a few levels") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a mapping of keys, found {type(raw).__name__}")
+    return raw
+
+
+def load(path: str | Path) -> Config:
+    """Read and resolve a configuration file (YAML, or the resolved JSON that a run wrote).
+
+    Raises:
+        ValueError: `read` or `resolve` refuses it; the message names the file.
+    """
+    raw = read(path)
+    try:
+        return resolve(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def submitted(raw: Mapping[str, Any]) -> Config:
+    """What a workflow's job was submitted with, though the file may have been edited since.
+
+    Args:
+        raw: what the file says now, of which the name and the results folder are taken.
+
+    Raises:
+        ValueError: the resolved configuration that the workflow's start wrote there cannot be read.
+    """
+    return load(Path(str(raw.get("results", "results")), str(raw.get("name")), "config.json"))
+
+
+def resolve(raw: Mapping[str, Any]) -> Config:
+    """Check a configuration and lay its `defaults` under every row of `runs`.
+
+    Layers that an alignment leaves out stay open: `terms_of` takes them from the published mapping of the row's model.
+    The result resolves to itself, so it can be written down and read again.
+
+    Raises:
+        ValueError: with one line per fault: its full path, what was found, what was expected.
+    """
+    raw, whole = _with_defaults(_plain(raw))
+    try:
+        config = Config.model_validate(_with_presets(raw))
+    except ValidationError as error:
+        lines = [explain(fault, whole) for fault in error.errors()]
+        raise ValueError("\n".join(dict.fromkeys(lines))) from None  # what stands for both terms is told once
+    if faults := faults_of(config):
+        raise ValueError("\n".join(faults))
+    return config
+
+
+def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data, as a file can hold it: Snakemake hands over subclasses of dict."""
+    try:
+        text = json.dumps(raw, default=str, ensure_ascii=False)
+        text.encode()  # half a surrogate pair is text that no file can hold
+        return json.loads(text)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the configuration: {error}") from error
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"the configuration: {error}") from error  # a date as a key, or lists in lists in lists
+
+
+def _with_defaults(raw: dict[str, Any]) -> tuple[dict[str, Any], set[tuple[str, str]]]:
+    """Lay the defaults under the rows, and write out what stands there for several keys.
+
+    Returns:
+        The configuration, and run and key of each `stop` and `ramp` that was written once for all terms.
+    """
+    defaults = raw.get("defaults") or {}
+    if not (isinstance(raw.get("runs"), dict) and isinstance(defaults, dict)):
+        return raw, set()
+    _check_defaults(defaults)
+    rows = {
+        name: _seeded(_over(defaults, row or {})) for name, row in raw["runs"].items() if isinstance(row or {}, dict)
+    }
+    whole = {(name, key) for name, row in rows.items() for key in ("stop", "ramp") if for_both(row.get(key, {}))}
+    alignments = raw.get("alignments")
+    rows = {name: _spread(row, alignments if isinstance(alignments, dict) else {}) for name, row in rows.items()}
+    return {**raw, "defaults": {}, "runs": {**raw["runs"], **rows}}, whole
+
+
+def _with_presets(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Define the presets that rows name and nothing defines; an entry of a preset's name is laid over it."""
+    sampling = raw.get("sampling", {})
+    rows = [row for kind in ("runs", "evaluate") if isinstance(raw.get(kind), dict) for row in raw[kind].values()]
+    if not isinstance(sampling, dict):
+        return raw
+    lists = [row.get("sampling") for row in rows if isinstance(row, dict)]
+    used = {name for asked in lists if isinstance(asked, list) for name in asked if isinstance(name, str)}
+    found = {name: {"preset": name} for name in PRESETS if name in used}
+    found |= {
+        name: {"preset": name, **(entry or {})} if name in PRESETS and isinstance(entry or {}, dict) else entry
+        for name, entry in sampling.items()
+    }
+    return {**raw, "sampling": found} if found else raw
+
+
+def _over(defaults: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row on top of the defaults; sections that both have, such as `training` and `stop`, are joined key by key."""
+    both = {key for key in defaults if isinstance(defaults[key], dict) and isinstance(row.get(key), dict)}
+    both -= {key for key in both if for_both(defaults[key]) or for_both(row[key])}
+    other = {"seed": "seeds", "seeds": "seed"}  # a row's own one or several push the defaults' several or one aside
+    hidden = {other[key] for key in other if key in row and other[key] not in row}
+    kept = {key: value for key, value in defaults.items() if key not in hidden}
+    return {**kept, **row, **{key: {**defaults[key], **row[key]} for key in both}}
+
+
+def _spread(row: dict[str, Any], alignments: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a `stop` or `ramp` that stands for all terms as those of the terms that the row's alignment has."""
+    name = row.get("alignment", "vanilla")
+    terms = alignments.get(name) if isinstance(name, str) else None
+    if not isinstance(terms, dict):
+        return row
+    for key in ("stop", "ramp"):
+        if isinstance(row.get(key), int | dict) and for_both(row[key]):
+            each = {kind: row[key] for kind in TERMS if terms.get(kind) is not None}
+            row = {**row, key: each or row[key]}
+    return row
+
+
+def _seeded(row: dict[str, Any]) -> dict[str, Any]:
+    """Where only `seeds` is given, `seed` is its first."""
+    seeds = row.get("seeds")
+    return {**row, "seed": seeds[0]} if isinstance(seeds, list) and seeds and "seed" not in row else row
+
+
+def _check_defaults(defaults: Mapping[str, Any]) -> None:
+    for key in defaults:
+        if key not in Run.model_fields:
+            raise ValueError(f"defaults.{key}: unknown key{nearest(key, Run.model_fields)}")

@@ -1,0 +1,348 @@
+"""The sections on alignment, training, sampling and runs, and the whole: `Config`. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    SerializeAsAny,
+    Tag,
+    model_validator,
+)
+
+from haste.align import triggers
+from haste.align.schedule import SHAPES
+from haste.config.keys import LABEL, LATER, Float, Positive, Rate, Seed, Share, Strict, decides, nearest, or_added
+from haste.config.parts import Autoencoder, Cache, Detector, Images, Model, OtherModel, Teacher, model_of
+
+
+class FeatureTerm(Strict):
+    """REPA: hidden tokens after block `depth` (counted from 1) follow the teacher's last patch tokens."""
+
+    teacher: str
+    depth: Positive | None = None
+    weight: Rate = 0.5
+    similarity: Literal["cosine", "nt-xent"] = "cosine"
+    temperature: Annotated[Rate | None, LATER] = None
+    negatives: Annotated[Literal["image", "batch"] | None, LATER] = None
+    negative_count: Annotated[Positive | None, LATER] = None
+    hidden: Positive = 2048
+    t_min: Annotated[Share, LATER] = 0.0
+    warmup: Annotated[int, Field(ge=0), LATER] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        """Fill in what NT-Xent needs."""
+        if not isinstance(given, dict) or given.get("similarity") != "nt-xent":
+            return given
+        full = {"temperature": 0.1, "negatives": "image", **given}
+        return {"negative_count": 1024, **full} if full["negatives"] == "batch" else full
+
+    @model_validator(mode="after")
+    def _belongs(self) -> FeatureTerm:
+        contrast = {"temperature": self.temperature, "negatives": self.negatives}
+        if self.similarity == "cosine" and (given := {k: v for k, v in contrast.items() if v is not None}):
+            raise ValueError(f"similarity cosine takes no {' and no '.join(given)}, only nt-xent does; found {given}")
+        if self.similarity == "nt-xent" and None in contrast.values():
+            raise ValueError(f"similarity nt-xent needs a temperature and negatives, found {contrast}")
+        if (self.negatives == "batch") != (self.negative_count is not None):
+            raise ValueError(
+                f"negative_count goes with negatives: batch and only with it, found {self.negative_count} "
+                f"and negatives {self.negatives}"
+            )
+        return self
+
+
+class AttentionTerm(Strict):
+    """ATTA: attention maps of student layers follow those of teacher layers (both counted from 0), head by head."""
+
+    teacher: str
+    student_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    teacher_layers: list[Annotated[int, Field(ge=0)]] | None = None
+    heads: Positive | None = None
+    weight: Rate = 0.5
+    t_min: Annotated[Share, LATER] = 0.0
+    warmup: Annotated[int, Field(ge=0), LATER] = 0
+
+
+class Alignment(Strict):
+    """Which alignment terms a run adds to its denoising loss; neither is vanilla training."""
+
+    features: FeatureTerm | None = None
+    attention: AttentionTerm | None = None
+
+
+TERMS: dict[str, type[Strict]] = {"features": FeatureTerm, "attention": AttentionTerm}
+
+
+class Trigger(Strict):
+    """Stops a term by what is seen while training. Beside these keys it has the parameters of its trigger."""
+
+    model_config = ConfigDict(extra="allow")
+
+    trigger: str
+    after: Annotated[int, Field(ge=0)] = 0
+    every: Positive = 1000
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        """Check the parameters, and write out those that are left to their defaults."""
+        if not isinstance(given, dict) or not isinstance(given.get("trigger"), str):
+            return given
+        kind = triggers.named(given["trigger"])
+        if clash := sorted({*cls.model_fields} & {*kind.model_fields}):
+            raise ValueError(f"{given['trigger']}: its fields have {', '.join(clash)}, which stands for something else")
+        own = {key: value for key, value in given.items() if key not in cls.model_fields}
+        unknown = [key for key in own if key not in kind.model_fields]
+        if both := [key for key in unknown if key in TERMS]:
+            raise ValueError(
+                f"found trigger beside {' and '.join(both)}, expected one trigger for all terms, or a stop for each"
+            )
+        if unknown:
+            raise ValueError(
+                f"unknown key {unknown[0]!r}{nearest(unknown[0], {*cls.model_fields, *kind.model_fields})}"
+            )
+        common = {key: value for key, value in given.items() if key not in own}
+        return {**common, **triggers.made(given["trigger"], own).model_dump(mode="json")}
+
+    @property
+    def first(self) -> int:
+        """The first step at which it can stop its term."""
+        return triggers.first_reading(triggers.made(self.trigger, self.model_extra or {}), self.after, self.every)
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """What of it enters a recipe."""
+        return decides(triggers.named(self.trigger), decides(Trigger, self.model_dump()))
+
+
+# What a stop can be, by the word that pydantic puts into the path of a fault within it.
+STOP_TAGS = {"<step>": int, "<trigger>": Trigger}
+Stop = Annotated[
+    Annotated[int, Field(ge=0), Tag("<step>")] | Annotated[Trigger, Tag("<trigger>")],
+    Discriminator(lambda value: "<trigger>" if isinstance(value, dict | Trigger) else "<step>"),
+]
+
+
+class Stops(Strict):
+    """When each term stops: at a step, by a trigger, or never (None). In a configuration one may stand for both."""
+
+    features: Stop | None = None
+    attention: Stop | None = None
+
+
+class Ramps(Strict):
+    """Steps before its stop over which the weight of each term falls to 0; None is at once."""
+
+    features: Annotated[int, Field(ge=2)] | None = None
+    attention: Annotated[int, Field(ge=2)] | None = None
+    shape: Literal[*SHAPES] = "cosine"  # type: ignore[valid-type]
+
+
+def _both(value: Any) -> Any:
+    return {"features": value, "attention": value} if for_both(value) else value
+
+
+def for_both(value: Any) -> bool:
+    """Whether a `stop` or `ramp` is one number, or one trigger, for all terms."""
+    return "trigger" in value if isinstance(value, dict) else not isinstance(value, Stops | Ramps)
+
+
+def _distinct(names: list[Any]) -> list[Any]:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{names} has {', '.join(map(repr, twice))} more than once, expected each once")
+    return names
+
+
+class Timesteps(Strict):
+    """How training draws its times t."""
+
+    distribution: Literal["uniform", "lognormal"] = "uniform"
+    mu: Float = 0.0
+    s: Rate = 1.0
+
+    @model_validator(mode="after")
+    def _belongs(self) -> Timesteps:
+        if self.distribution == "uniform" and (self.mu, self.s) != (0.0, 1.0):
+            raise ValueError(f"uniform takes no mu and s, only lognormal does; found mu {self.mu} and s {self.s}")
+        return self
+
+
+class Training(Strict):
+    """What decides the result of training: every key here is part of a trajectory's name."""
+
+    path: Literal["linear", "cosine"] = "linear"
+    timesteps: Annotated[Timesteps, LATER] = Timesteps()
+    batch: Positive = 256
+    lr: Rate = 1e-4
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    eps: Rate = 1e-8
+    weight_decay: Annotated[Float, Field(ge=0)] = 0.0
+    clip: Rate | None = 1.0
+    ema: Annotated[Float, Field(ge=0, lt=1)] = 0.9999
+    class_dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.1
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    nonfinite: Literal["stop", "skip"] = "stop"
+
+
+class Runtime(Strict):
+    """How the work is done. Nothing here is part of a name, because nothing here decides a result."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    processes: Positive = 1
+    accumulate: Positive = 1
+    compile: bool = False
+    checkpoint_blocks: bool = False
+    threads: Positive = 1
+    save_every: Positive = 1000
+    keep_every: Positive | None = None
+    log_every: Positive = 100
+    trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+    sample_shards: Positive = 1
+    sample_batch: Positive = 256
+
+
+# What the papers' tables are sampled with (REPA; HASTE). Keys beside `preset` win.
+PRESETS: dict[str, dict[str, Any]] = {
+    "sde-250": {"sampler": "euler-maruyama", "steps": 250},
+    "ode-50": {"sampler": "euler", "steps": 50},
+    "heun-125": {"sampler": "heun", "steps": 125},
+}
+# dopri5 as SiT runs it.
+_TOLERANCES = {"rtol": 1e-3, "atol": 1e-6}
+
+
+class Sampling(Strict):
+    """One way to draw samples from a state."""
+
+    preset: Annotated[Literal["sde-250", "ode-50", "heun-125"] | None, LABEL] = None
+    sampler: Annotated[Literal["euler", "heun", "euler-maruyama", "dopri5"], or_added("samplers")] = "euler-maruyama"
+    steps: Positive | None = 250
+    rtol: Annotated[Rate | None, LATER] = None
+    atol: Annotated[Rate | None, LATER] = None
+    guidance: Annotated[Float, Field(ge=0)] = 1.0
+    interval: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.0, 1.0]
+    guided_channels: Annotated[Literal["all", 3], LATER] = "all"
+    count: Annotated[int, Field(ge=4)] = 50_000  # precision and recall look at 3 neighbours of each
+    labels: Literal["random", "balanced"] = "random"
+    pixels: Literal["truncate", "round"] = "truncate"
+    seed: Seed = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        """Lay the preset under the keys; dopri5 has tolerances in the place of steps."""
+        if not isinstance(given, dict):
+            return given
+        preset = given.get("preset")
+        known = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        adaptive = {"steps": None, **_TOLERANCES} if given.get("sampler") == "dopri5" else {}
+        return {**known, **adaptive, **given}
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Sampling:
+        if self.interval[0] > self.interval[1]:
+            raise ValueError(f"guidance interval {self.interval} is empty: low is above high")
+        return self
+
+    @model_validator(mode="after")
+    def _enough_steps(self) -> Sampling:
+        if self.sampler == "euler-maruyama" and self.steps is not None and self.steps < 2:
+            raise ValueError(f"steps {self.steps} is too few for euler-maruyama, expected at least 2")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_or_tolerances(self) -> Sampling:
+        tolerances = {"rtol": self.rtol, "atol": self.atol}
+        if self.sampler == "dopri5" and (self.steps is not None or None in tolerances.values()):
+            raise ValueError(
+                f"dopri5 chooses its own steps within rtol and atol, found steps {self.steps} and {tolerances}"
+            )
+        if self.sampler != "dopri5" and (self.steps is None or any(tolerances.values())):
+            raise ValueError(f"{self.sampler} needs steps and takes no tolerances, found {self.steps} and {tolerances}")
+        return self
+
+
+class Run(Strict):
+    """A row of the table: which model, which alignment, when to stop it, how to sample."""
+
+    model: str
+    alignment: str = "vanilla"
+    stop: Annotated[Stops, BeforeValidator(_both)] = Stops()
+    ramp: Annotated[Ramps, BeforeValidator(_both)] = Ramps()
+    seed: Seed = 0
+    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)] | None = None
+    milestones: Annotated[list[Positive], Field(min_length=1)]
+    sampling: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
+    training: dict[str, Any] = {}
+    warm_start: str | None = None
+
+    @model_validator(mode="after")
+    def _one_seed_or_several(self) -> Run:
+        if self.seeds is not None and self.seed != self.seeds[0]:
+            raise ValueError(f"found seed {self.seed} and seeds {self.seeds}, expected one of the two keys")
+        return self
+
+    @property
+    def all_seeds(self) -> list[int]:
+        """The seeds that the row is trained with, each a trajectory of its own."""
+        return self.seeds or [self.seed]
+
+    @model_validator(mode="after")
+    def _increasing(self) -> Run:
+        if any(b <= a for a, b in zip(self.milestones, self.milestones[1:], strict=False)):
+            raise ValueError(f"milestones {self.milestones} are out of order: write them in increasing order")
+        return self
+
+
+class Evaluate(Strict):
+    """A row without training: a checkpoint that was trained elsewhere, and how to sample it."""
+
+    checkpoint: str
+    model: str
+    sampling: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
+    step: Annotated[int, Field(ge=0)]
+    path: Literal["linear", "cosine"] = "linear"
+    weights: Literal["ema", "model"] = "ema"
+    layout: Literal["ours", "REPA", "SiT"] | None = None
+    method: str = "elsewhere"
+    seed: Seed = 0
+
+
+class Config(Strict):
+    """A whole configuration, as `resolve` returns it: defaults merged, names looked up, everything checked."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    title: str = ""
+    description: str = ""
+    results: str = "results"
+    images: Images
+    autoencoder: Autoencoder
+    teachers: dict[str, Teacher] = {}
+    cache: Cache = Cache()
+    detector: Annotated[dict[str, Detector], Field(min_length=1)]
+    models: dict[str, SerializeAsAny[Annotated[Model | OtherModel, PlainValidator(model_of)]]] = {}
+    alignments: dict[str, Alignment] = {}
+    training: Training = Training()
+    runtime: Runtime = Runtime()
+    sampling: dict[str, Sampling] = {}
+    defaults: dict[str, Any] = {}
+    runs: dict[str, Run] = {}
+    evaluate: dict[str, Evaluate] = {}
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latent grid in cells."""
+        return self.images.resolution // self.autoencoder.factor
+
+    def training_of(self, run: str) -> Training:
+        """The training settings of a run: the common ones with the row's own on top."""
+        return Training(**{**self.training.model_dump(), **self.runs[run].training})
