@@ -14,6 +14,7 @@ from haste.cluster import accounting
 from haste.data.npz import read_npz
 from haste.diagnose import pictures
 from haste.plan import Detector, Evaluation, Plan
+from haste.plan import Row as Scored
 from haste.report.content import NONE, Benchmark, Curve, Grid, Part, Report, Row, Stage
 from haste.report.papers import layers_text
 from haste.status import provenance_of
@@ -22,6 +23,7 @@ IMAGENET_CLASSES = 1000
 COLUMNS = 10  # classes in a grid
 PER_CLASS = 4  # samples a class in a grid
 SCALE = 2  # screen pixels a sample's pixel, for small images
+TRAINED = "trained here"  # what to call a decoder that is one of the parts
 METHODS = {(): "vanilla", ("features",): "REPA", ("attention",): "ATTA", ("attention", "features"): "HASTE"}
 
 
@@ -105,6 +107,16 @@ def _score(detector: Detector, path: str) -> dict[str, Any]:
     return {**found, "detector": {**found["detector"], "name": detector.name}}
 
 
+def _score_of(plan: Plan, row: Scored, detector: Detector, path: str) -> dict[str, Any]:
+    """A row's score under this configuration's words: another one may have made it."""
+    found = _score(detector, path)
+    # All samples of a configuration have one decoder, which is in their name.
+    decoder = TRAINED if plan.autoencoder else plan.decoder
+    sampling = {**(found.get("sampling") or {}), "name": row.evaluation.sampling_name, "decoder": decoder}
+    sampling["preset"] = row.evaluation.sampling.preset
+    return {**found, "sampling": sampling, "state": {**(found.get("state") or {}), "step": row.step}}
+
+
 def _parts(plan: Plan) -> list[Part]:
     made = [
         part
@@ -186,7 +198,7 @@ def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
             stop=stop(plan, row.run),
             seed=row.seed,
             step=row.step,
-            score=_score(judgement.detector, judgement.score),
+            score=_score_of(plan, row, judgement.detector, judgement.score),
             settings=settings(plan, row.run),
             recipe=plan.trajectories[row.evaluation.state.trajectory].recipe,
             file=judgement.score,

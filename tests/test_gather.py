@@ -65,6 +65,29 @@ def test_every_seed_is_gathered_and_a_line_is_their_mean(tiny, tmp_path):
     assert {row.score["detector"]["name"] for row in found.rows} == {"cnn"}  # as this configuration calls it
 
 
+def test_a_score_that_another_configuration_made_is_told_in_this_ones_words(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path)
+    write_scores(plan)
+    for row in plan.rows:
+        made = json.loads(Path(row.evaluation.score).read_text())
+        made["sampling"] |= {"name": "theirs", "preset": "sde-250", "decoder": "their words"}
+        Path(row.evaluation.score).write_text(json.dumps({**made, "state": {**made["state"], "step": 999}}))
+    found = gather.report(plan)
+    for shown, row in zip(found.rows, plan.rows, strict=True):
+        sampling = shown.score["sampling"]
+        assert (sampling["name"], sampling["preset"]) == (row.evaluation.sampling_name, None)
+        assert shown.score["state"]["step"] == row.step
+    assert set(tables.results(found)["decoder"]) == {"trained here"}
+
+
+def test_every_row_names_its_decoder(tmp_path):
+    plan = imagenet(tmp_path)
+    write_scores(plan, kind="inception")
+    found = gather.report(plan)
+    assert set(tables.results(found)["decoder"]) == {"stabilityai/sd-vae-ft-ema"}
+    assert all("decoder stabilityai/sd-vae-ft-ema" in " ".join(table.notes) for table in tables.main_tables(found))
+
+
 def test_what_is_not_scored_yet_is_named_and_the_rest_is_shown(tiny, tmp_path):
     plan = plan_of(tiny, tmp_path, runs=ROWS)
     write_scores(plan, skip=[("vanilla", 2, 16), ("HASTE-12", 1, 16)])

@@ -282,6 +282,7 @@ def protocol_text(score: Mapping[str, Any], guided: bool = True) -> str:
         f"{sampling['steps']} steps" if sampling.get("steps") else None,
         ("no guidance" if scale == "none" else f"guidance {scale}") if guided else None,
         f"{sampling['labels']} labels" if "labels" in sampling else None,
+        f"decoder {sampling['decoder']}" if sampling.get("decoder") else None,
         f"{score['samples']:,} samples" if score.get("samples") else None,
     ]
     text = ", ".join(word for word in words if word)

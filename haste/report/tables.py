@@ -35,7 +35,7 @@ from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cel
 from haste.report.papers import SAMPLES, Published, comparable
 
 IDENTITY = ["run", "model", "method", "stop", "seed", "step"]
-PROTOCOL = ["sampler", "NFE", "guidance", "labels", "samples"]
+PROTOCOL = ["sampler", "NFE", "guidance", "labels", "decoder", "samples"]
 NUMBERS = ["seed", "step", "samples"]
 NOISE = "noise seed"  # a column where some run was sampled with several
 FLOOR_NAME = "real against real"
@@ -85,9 +85,9 @@ def _record(line: Line, seed: int, scored: Sequence[Column]) -> dict[str, Any]:
 
 
 def _protocol(row: Row) -> dict[str, Any]:
-    sampling = row.score.get("sampling") or {}
+    sampling, samples = row.score.get("sampling") or {}, row.score.get("samples")
     said = {"sampler": sampling.get("sampler"), "NFE": row.score.get("nfe"), "guidance": guidance_text(row.score)}
-    return said | {"labels": sampling.get("labels"), "samples": row.score.get("samples")}
+    return said | {"labels": sampling.get("labels"), "decoder": sampling.get("decoder"), "samples": samples}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -103,7 +103,8 @@ class Cells(HTMLParser):
 def test_the_table_has_these_columns_in_this_order():
     frame = tables.results(report([row("vanilla", 300, 61.2)]))
     scores = ["FD (digits-cnn)", "precision", "recall", "class accuracy"]
-    assert list(frame.columns) == [*tables.IDENTITY, *scores, "sampler", "NFE", "guidance", "labels", "samples"]
+    assert list(frame.columns) == [*tables.IDENTITY, *scores, *tables.PROTOCOL]
+    assert tables.PROTOCOL == ["sampler", "NFE", "guidance", "labels", "decoder", "samples"]
     assert frame.loc[0, ["run", "step", "FD (digits-cnn)", "NFE", "samples"]].tolist() == [
         "vanilla",
         300,
