@@ -208,6 +208,34 @@ def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
     return rows, [f"Not scored yet: {'; '.join(dict.fromkeys(missing))}."] if missing else []
 
 
+def _older(plan: Plan) -> list[str]:
+    """A note on scores that are older than the state that is there now, under the same name: it was made anew."""
+    found = {}
+    for row in plan.rows:
+        evaluation = row.evaluation
+        if evaluation.state.trajectory in plan.elsewhere:  # its content is in the name
+            continue
+        drawn = [made for path in (evaluation.sample_file(0), evaluation.score) if (made := _made(path))]
+        if drawn and min(drawn) < _made(plan.path(evaluation.state)):
+            found[evaluation.name] = f"{plan.label(row.run, row.seed)} at step {row.step:,} ({evaluation.name})"
+    if not found:
+        return []
+    rooms = ", ".join(f"{plan.root}/{room}/NAME*" for room in ("samples", "features", "scores"))
+    return [
+        f"Older than the states that are there now: {'; '.join(found.values())}. If these are not the same states "
+        f"again, remove {rooms} of each name to draw and score anew."
+    ]
+
+
+def _made(path: str) -> str:
+    """When a file was made, as it says itself; empty where it is gone or does not say. All are UTC, in one format."""
+    try:
+        header = provenance_of(Path(path))
+        return str(header.get("provenance", header).get("made", ""))
+    except (ValueError, OSError, AttributeError):
+        return ""
+
+
 def _grids(plan: Plan) -> list[Grid]:
     labels = [str(c) for c in shown_classes(plan)] if plan.config.images.classes else []
     shown = set(plan.shown)
@@ -246,7 +274,7 @@ def report(plan: Plan) -> Report:
         stages=stages(plan),
         provenance=artefact.provenance(inputs=inputs),
         config_text=yaml.safe_dump(made.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
-        notes=[*plan.notes, *notes],
+        notes=[*plan.notes, *notes, *_older(plan)],
         benchmark=benchmark(plan),
         seeds={run: row.all_seeds for run, row in made.runs.items()},
     )

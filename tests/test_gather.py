@@ -4,7 +4,9 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from haste import config, gather
 from haste.plan import Plan
@@ -98,6 +100,24 @@ def test_what_is_not_scored_yet_is_named_and_the_rest_is_shown(tiny, tmp_path):
     assert table.column("seeds")[-1].text == "2 of 3: 2 missing"
     assert "Not scored yet" in page.text(found)
     page.write(found, tmp_path / "page")
+
+
+def test_scores_that_are_older_than_the_state_of_their_name_are_said(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path, runs=ROWS)
+    write_scores(plan)
+    for row in plan.rows:
+        score, state = Path(row.evaluation.score), Path(plan.path(row.evaluation.state))
+        made = {"made": f"2026-11-{20 if row.run == 'vanilla' else 28}T10:00:00+00:00"}
+        score.write_text(json.dumps({**json.loads(score.read_text()), "provenance": made}))
+        header = {"schema": 1, "kind": "state", "provenance": {"made": "2026-11-24T10:00:00+00:00"}}
+        if (row.seed, row.step) != (2, 8):  # a state that is gone says nothing
+            state.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"x": np.zeros(1)}, state, metadata={"haste": json.dumps(header)})
+    (note,) = gather.report(plan).notes
+    names = [r.evaluation.name for r in plan.rows if r.run == "vanilla" and (r.seed, r.step) != (2, 8)]
+    assert note.startswith("Older than the states that are there now: vanilla (seed 0) at step 8 (")
+    assert [name for name in (r.evaluation.name for r in plan.rows) if name in note] == names
+    assert len(names) == 5 and f"{tmp_path}/samples/NAME*" in note
 
 
 def test_nothing_scored_is_refused_with_the_first_file(tiny, tmp_path):
