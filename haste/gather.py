@@ -65,7 +65,7 @@ def records(plan: Plan, run: str, seed: int) -> list[dict[str, Any]]:
     for piece in plan.pieces[run, seed]:
         high = last if piece.high is None else min(last, piece.high)
         lines = journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"), piece.low, high)
-        found += [{**line, "loss": line["denoising"]} for line in lines]
+        found += [{**line, "loss": line.get("denoising")} for line in lines]
     return found
 
 

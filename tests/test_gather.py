@@ -2,15 +2,16 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from haste import config, gather
+from haste import config, gather, journal
 from haste.plan import Plan
-from haste.report import page, papers, tables
+from haste.report import figures, page, papers, tables
 from haste.report.content import Benchmark
 
 ROOT = Path(__file__).parents[1]
@@ -148,6 +149,22 @@ def test_a_seeds_curve_is_of_its_own_trajectories(tiny, tmp_path):
     for curve in gather.report(plan).curves:
         assert [record["step"] for record in curve.records] == list(range(1, 17))
         assert {record["loss"] for record in curve.records} == {curve.seed + len(curve.run) / 100}
+
+
+def test_a_line_whose_steps_were_all_skipped_has_no_loss_and_is_no_error(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path)
+    write_scores(plan)
+    log = Path(plan.root, "states", plan.pieces["vanilla", 0][0].trajectory, "log.jsonl")
+    log.parent.mkdir(parents=True)
+    with journal.Journal(log, 0, 4, batch=8, may_skip=True) as lines:  # as fp16 begins
+        for step, norm in ((1, math.inf), (2, math.inf), (3, 1.0), (4, 1.0)):
+            lines.add({"denoising": 2.0, "grad_norm": norm})
+            if not step % 2:
+                lines.write(step, memory_mb=1.0)
+    found = gather.report(plan)
+    curve = next(curve for curve in found.curves if curve.run == "vanilla")
+    assert figures.series(curve, "loss")[0].tolist() == [4.0]
+    assert figures.loss_panels(found)
 
 
 def test_what_an_ablation_may_vary_is_told_in_words(tiny, tmp_path):
