@@ -642,9 +642,10 @@ def _judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
     if elsewhere:
         whose |= {"step": elsewhere.step, "sha256": plan.identity_of(elsewhere.checkpoint)}
     weights = elsewhere.weights if elsewhere else "ema"
+    said = {"name": evaluation.sampling_name, "weights": weights, "decoder": evaluation.recipe["decoder"]}
     about = {
         "state": whose,
-        "sampling": {**sampling.model_dump(), "name": evaluation.sampling_name, "weights": weights},
+        "sampling": {**sampling.model_dump(), **said},
         "nfe": nfe(sampling.sampler, sampling.steps) if counted is None else counted,
     }
     path = Path(judgement.score)

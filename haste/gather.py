@@ -14,6 +14,7 @@ from haste.cluster import accounting
 from haste.data.npz import read_npz
 from haste.diagnose import pictures
 from haste.plan import Detector, Evaluation, Plan
+from haste.plan import Row as Scored
 from haste.report.content import NONE, Benchmark, Curve, Grid, Part, Report, Row, Stage
 from haste.report.papers import layers_text
 from haste.status import provenance_of
@@ -22,6 +23,7 @@ IMAGENET_CLASSES = 1000
 COLUMNS = 10  # classes in a grid
 PER_CLASS = 4  # samples a class in a grid
 SCALE = 2  # screen pixels a sample's pixel, for small images
+TRAINED = "trained here"  # what to call a decoder that is one of the parts
 METHODS = {(): "vanilla", ("features",): "REPA", ("attention",): "ATTA", ("attention", "features"): "HASTE"}
 
 
@@ -63,7 +65,7 @@ def records(plan: Plan, run: str, seed: int) -> list[dict[str, Any]]:
     for piece in plan.pieces[run, seed]:
         high = last if piece.high is None else min(last, piece.high)
         lines = journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"), piece.low, high)
-        found += [{**line, "loss": line["denoising"]} for line in lines]
+        found += [{**line, "loss": line.get("denoising")} for line in lines]
     return found
 
 
@@ -103,6 +105,16 @@ def _score(detector: Detector, path: str) -> dict[str, Any]:
     found = artefact.read_json(path, "score")
     artefact.check_entries(path, found, detector=dict, scores=dict, samples=int, reference=dict, provenance=dict)
     return {**found, "detector": {**found["detector"], "name": detector.name}}
+
+
+def _score_of(plan: Plan, row: Scored, detector: Detector, path: str) -> dict[str, Any]:
+    """A row's score under this configuration's words: another one may have made it."""
+    found = _score(detector, path)
+    # All samples of a configuration have one decoder, which is in their name.
+    decoder = TRAINED if plan.autoencoder else plan.decoder
+    sampling = {**(found.get("sampling") or {}), "name": row.evaluation.sampling_name, "decoder": decoder}
+    sampling["preset"] = row.evaluation.sampling.preset
+    return {**found, "sampling": sampling, "state": {**(found.get("state") or {}), "step": row.step}}
 
 
 def _parts(plan: Plan) -> list[Part]:
@@ -195,7 +207,7 @@ def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
             stop=stop(plan, row.run),
             seed=row.seed,
             step=row.step,
-            score=_score(judgement.detector, judgement.score),
+            score=_score_of(plan, row, judgement.detector, judgement.score),
             settings=settings(plan, row.run),
             recipe=plan.trajectories[row.evaluation.state.trajectory].recipe,
             file=judgement.score,
@@ -203,6 +215,34 @@ def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
         for row, judgement in there
     ]
     return rows, [f"Not scored yet: {'; '.join(dict.fromkeys(missing))}."] if missing else []
+
+
+def _older(plan: Plan) -> list[str]:
+    """A note on scores that are older than the state that is there now, under the same name: it was made anew."""
+    found = {}
+    for row in plan.rows:
+        evaluation = row.evaluation
+        if evaluation.state.trajectory in plan.elsewhere:  # its content is in the name
+            continue
+        drawn = [made for path in (evaluation.sample_file(0), evaluation.score) if (made := _made(path))]
+        if drawn and min(drawn) < _made(plan.path(evaluation.state)):
+            found[evaluation.name] = f"{plan.label(row.run, row.seed)} at step {row.step:,} ({evaluation.name})"
+    if not found:
+        return []
+    rooms = ", ".join(f"{plan.root}/{room}/NAME*" for room in ("samples", "features", "scores"))
+    return [
+        f"Older than the states that are there now: {'; '.join(found.values())}. If these are not the same states "
+        f"again, remove {rooms} of each name to draw and score anew."
+    ]
+
+
+def _made(path: str) -> str:
+    """When a file was made, as it says itself; empty where it is gone or does not say. All are UTC, in one format."""
+    try:
+        header = provenance_of(Path(path))
+        return str(header.get("provenance", header).get("made", ""))
+    except (ValueError, OSError, AttributeError):
+        return ""
 
 
 def _grids(plan: Plan) -> list[Grid]:
@@ -243,7 +283,7 @@ def report(plan: Plan) -> Report:
         stages=stages(plan),
         provenance=artefact.provenance(inputs=inputs),
         config_text=yaml.safe_dump(made.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
-        notes=[*plan.notes, *notes],
+        notes=[*plan.notes, *notes, *_older(plan)],
         benchmark=benchmark(plan),
         seeds={run: row.all_seeds for run, row in made.runs.items()},
     )

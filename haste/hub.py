@@ -147,4 +147,27 @@ def timm_transformer(timm_name: str, weights: Path, called: str, **options: Any)
         )
     except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise ValueError(f"{weights}: these are not weights of {called} ({timm_name}): {error}") from error
+    if wrong := _left_over(network, weights):
+        raise ValueError(f"{weights}: these are not weights of {called} ({timm_name}): {wrong}")
     return cast("VisionTransformer", network)
+
+
+def _left_over(network: Any, weights: Path) -> str:
+    """Which weights of a network are not in a file, and which of a file not in the network, in words.
+
+    Where timm knows the network with a classifier, which is not built here, it takes any file and leaves what is
+    missing at random.
+    """
+    from timm.models import load_state_dict
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    known = network.pretrained_cfg
+    if not known.get("num_classes") or weights.suffix in (".npz", ".npy"):
+        return ""
+    found = checkpoint_filter_fn(load_state_dict(str(weights), weights_only=True), network).keys()
+    heads = (f"{known.get('classifier') or 'head'}.{part}" for part in ("weight", "bias"))
+    sides = {
+        "missing": network.state_dict().keys() - found,
+        "not known": found - network.state_dict().keys() - {*heads},
+    }
+    return "; ".join(f"{what}: {', '.join(sorted(names)[:4])}" for what, names in sides.items() if names)

@@ -73,7 +73,8 @@ def test_raw_weights_are_drawn_from_when_asked(exported, make_plan):
     raw = elsewhere(make_plan, path, weights="model")
     assert ema.rows[0].evaluation.name != raw.rows[0].evaluation.name
     assert (samples(raw, raw.rows[0]) != averaged).any()
-    assert artefact.read_json(raw.rows[0].evaluation.score, "score")["sampling"]["weights"] == "model"
+    how = artefact.read_json(raw.rows[0].evaluation.score, "score")["sampling"]
+    assert (how["weights"], how["decoder"]) == ("model", raw.rows[0].evaluation.recipe["decoder"])
 
 
 def test_the_scale_of_the_latents_is_the_autoencoders_where_there_is_no_store_of_latents(exported, make_plan):

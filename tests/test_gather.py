@@ -2,13 +2,16 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from haste import config, gather
+from haste import config, gather, journal
 from haste.plan import Plan
-from haste.report import page, papers, tables
+from haste.report import figures, page, papers, tables
 from haste.report.content import Benchmark
 
 ROOT = Path(__file__).parents[1]
@@ -65,6 +68,29 @@ def test_every_seed_is_gathered_and_a_line_is_their_mean(tiny, tmp_path):
     assert {row.score["detector"]["name"] for row in found.rows} == {"cnn"}  # as this configuration calls it
 
 
+def test_a_score_that_another_configuration_made_is_told_in_this_ones_words(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path)
+    write_scores(plan)
+    for row in plan.rows:
+        made = json.loads(Path(row.evaluation.score).read_text())
+        made["sampling"] |= {"name": "theirs", "preset": "sde-250", "decoder": "their words"}
+        Path(row.evaluation.score).write_text(json.dumps({**made, "state": {**made["state"], "step": 999}}))
+    found = gather.report(plan)
+    for shown, row in zip(found.rows, plan.rows, strict=True):
+        sampling = shown.score["sampling"]
+        assert (sampling["name"], sampling["preset"]) == (row.evaluation.sampling_name, None)
+        assert shown.score["state"]["step"] == row.step
+    assert set(tables.results(found)["decoder"]) == {"trained here"}
+
+
+def test_every_row_names_its_decoder(tmp_path):
+    plan = imagenet(tmp_path)
+    write_scores(plan, kind="inception")
+    found = gather.report(plan)
+    assert set(tables.results(found)["decoder"]) == {"stabilityai/sd-vae-ft-ema"}
+    assert all("decoder stabilityai/sd-vae-ft-ema" in " ".join(table.notes) for table in tables.main_tables(found))
+
+
 def test_what_is_not_scored_yet_is_named_and_the_rest_is_shown(tiny, tmp_path):
     plan = plan_of(tiny, tmp_path, runs=ROWS)
     write_scores(plan, skip=[("vanilla", 2, 16), ("HASTE-12", 1, 16)])
@@ -75,6 +101,24 @@ def test_what_is_not_scored_yet_is_named_and_the_rest_is_shown(tiny, tmp_path):
     assert table.column("seeds")[-1].text == "2 of 3: 2 missing"
     assert "Not scored yet" in page.text(found)
     page.write(found, tmp_path / "page")
+
+
+def test_scores_that_are_older_than_the_state_of_their_name_are_said(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path, runs=ROWS)
+    write_scores(plan)
+    for row in plan.rows:
+        score, state = Path(row.evaluation.score), Path(plan.path(row.evaluation.state))
+        made = {"made": f"2026-11-{20 if row.run == 'vanilla' else 28}T10:00:00+00:00"}
+        score.write_text(json.dumps({**json.loads(score.read_text()), "provenance": made}))
+        header = {"schema": 1, "kind": "state", "provenance": {"made": "2026-11-24T10:00:00+00:00"}}
+        if (row.seed, row.step) != (2, 8):  # a state that is gone says nothing
+            state.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"x": np.zeros(1)}, state, metadata={"haste": json.dumps(header)})
+    (note,) = gather.report(plan).notes
+    names = [r.evaluation.name for r in plan.rows if r.run == "vanilla" and (r.seed, r.step) != (2, 8)]
+    assert note.startswith("Older than the states that are there now: vanilla (seed 0) at step 8 (")
+    assert [name for name in (r.evaluation.name for r in plan.rows) if name in note] == names
+    assert len(names) == 5 and f"{tmp_path}/samples/NAME*" in note
 
 
 def test_nothing_scored_is_refused_with_what_to_do_and_the_first_file(tiny, tmp_path):
@@ -106,6 +150,22 @@ def test_a_seeds_curve_is_of_its_own_trajectories(tiny, tmp_path):
     for curve in gather.report(plan).curves:
         assert [record["step"] for record in curve.records] == list(range(1, 17))
         assert {record["loss"] for record in curve.records} == {curve.seed + len(curve.run) / 100}
+
+
+def test_a_line_whose_steps_were_all_skipped_has_no_loss_and_is_no_error(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path)
+    write_scores(plan)
+    log = Path(plan.root, "states", plan.pieces["vanilla", 0][0].trajectory, "log.jsonl")
+    log.parent.mkdir(parents=True)
+    with journal.Journal(log, 0, 4, batch=8, may_skip=True) as lines:  # as fp16 begins
+        for step, norm in ((1, math.inf), (2, math.inf), (3, 1.0), (4, 1.0)):
+            lines.add({"denoising": 2.0, "grad_norm": norm})
+            if not step % 2:
+                lines.write(step, memory_mb=1.0)
+    found = gather.report(plan)
+    curve = next(curve for curve in found.curves if curve.run == "vanilla")
+    assert figures.series(curve, "loss")[0].tolist() == [4.0]
+    assert figures.loss_panels(found)
 
 
 def test_what_an_ablation_may_vary_is_told_in_words(tiny, tmp_path):

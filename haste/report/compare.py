@@ -89,6 +89,7 @@ class Comparison:
     model: str
     protocol: str
     points: list[Point] = field(default_factory=list)
+    noise: int | None = None  # the seed of the samples' noise, where some run was sampled with several
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,7 @@ def lines(report: Report) -> list[Line]:
     models = list(dict.fromkeys(row.model for row in report.rows))
     found: dict[str, list[Row]] = {}
     for row in sorted(report.rows, key=lambda row: (models.index(row.model), row.step)):
-        samples = row.score.get("samples")
-        found.setdefault(canonical([row.run, row.model, row.step, _sampling(row.score), samples]), []).append(row)
+        found.setdefault(canonical([_drawn(row), noise(row.score)]), []).append(row)
     return [Line(rows, report.seeds.get(rows[0].run) or _seeds(rows)) for rows in found.values()]
 
 
@@ -249,6 +249,24 @@ def _sampling(score: Mapping[str, Any]) -> dict[str, Any]:
     return sampling if guidance(score)[0] > 1.0 else sampling | {"guidance": 1.0, "interval": None}
 
 
+def noise(score: Mapping[str, Any]) -> int | None:
+    """The seed of the samples' noise."""
+    return (score.get("sampling") or {}).get("seed")
+
+
+def several_noises(part: Sequence[Line]) -> bool:
+    """Whether some run was sampled in one way with several noises, so that only these tell its scores apart."""
+    found: dict[str, set[int | None]] = {}
+    for line in part:
+        found.setdefault(_drawn(line.first), set()).add(noise(line.first.score))
+    return any(len(seeds) > 1 for seeds in found.values())
+
+
+def _drawn(row: Row) -> str:
+    """What was drawn and how, but for the noise."""
+    return canonical([row.run, row.model, row.step, _sampling(row.score), row.score.get("samples")])
+
+
 def _protocol_key(score: Mapping[str, Any]) -> str:
     """Two scores may be compared where this is equal."""
     return canonical([_sampling(score), score.get("samples"), score.get("reference"), score.get("detector")])
@@ -264,6 +282,7 @@ def protocol_text(score: Mapping[str, Any], guided: bool = True) -> str:
         f"{sampling['steps']} steps" if sampling.get("steps") else None,
         ("no guidance" if scale == "none" else f"guidance {scale}") if guided else None,
         f"{sampling['labels']} labels" if "labels" in sampling else None,
+        f"decoder {sampling['decoder']}" if sampling.get("decoder") else None,
         f"{score['samples']:,} samples" if score.get("samples") else None,
     ]
     text = ", ".join(word for word in words if word)
@@ -272,14 +291,16 @@ def protocol_text(score: Mapping[str, Any], guided: bool = True) -> str:
 
 def comparisons(report: Report) -> list[Comparison]:
     """Every set of scores that may be compared, in the order of the columns."""
-    order = {column: i for i, column in enumerate(columns(report))}
-    named = {column: column for column in order}
-    found: dict[tuple[Column, str, str], Comparison] = {}
-    for place, line in enumerate(lines(report)):
+    order, table = {column: i for i, column in enumerate(columns(report))}, lines(report)
+    named, apart = {column: column for column in order}, several_noises(table)
+    found: dict[tuple[Column, str, str, int | None], Comparison] = {}
+    for place, line in enumerate(table):
+        seed = noise(line.first.score) if apart else None
         for row in line.rows:
+            said = protocol_text(row.score) + (f", noise of seed {seed}" if apart else "")
             for column, value in row_scores(row).items():
-                key = (column, row.model, _protocol_key(row.score))
-                group = found.setdefault(key, Comparison(named[column], row.model, protocol_text(row.score)))
+                key = (column, row.model, _protocol_key(row.score), seed)
+                group = found.setdefault(key, Comparison(named[column], row.model, said, noise=seed))
                 group.points.append(Point(row.run, row.method, row.seed, row.step, value, place))
     return sorted(found.values(), key=lambda group: order[group.column])
 

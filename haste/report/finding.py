@@ -156,9 +156,10 @@ def speedups(report: Report) -> list[SpeedUp]:
 
 
 def _label(group: Comparison, several: bool) -> str:
-    """`FD`, with its detector where there are several, and with its guidance if any."""
+    """`FD`, with its detector where there are several, with its guidance if any, and with its noise likewise."""
     title, guided = group.column.title, group.column.guidance
-    return (title if several else title.split(" (")[0]) + ("" if guided == "none" else f" at w={guided}")
+    noise = "" if group.noise is None else f" with noise {group.noise}"
+    return (title if several else title.split(" (")[0]) + ("" if guided == "none" else f" at w={guided}") + noise
 
 
 def _timed(report: Report, group: Comparison, label: str) -> Iterator[SpeedUp]:

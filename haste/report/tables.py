@@ -25,16 +25,19 @@ from haste.report.compare import (
     guidance_text,
     lines,
     metric,
+    noise,
     protocol_text,
     row_scores,
+    several_noises,
 )
 from haste.report.content import NONE, Report, Row
 from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell
 from haste.report.papers import SAMPLES, Published, comparable
 
 IDENTITY = ["run", "model", "method", "stop", "seed", "step"]
-PROTOCOL = ["sampler", "NFE", "guidance", "labels", "samples"]
+PROTOCOL = ["sampler", "NFE", "guidance", "labels", "decoder", "samples"]
 NUMBERS = ["seed", "step", "samples"]
+NOISE = "noise seed"  # a column where some run was sampled with several
 FLOOR_NAME = "real against real"
 TITLES = {
     "stop": "termination step",
@@ -62,8 +65,9 @@ def results(report: Report) -> pd.DataFrame:
     names = [
         name for c in scored for name in (c.name, f"{c.name} error") if name == c.name or any(map(_has(name), found))
     ]
-    frame = pd.DataFrame(found, columns=pd.Index([*IDENTITY, *names, *PROTOCOL]))
-    types = {name: "Int64" for name in NUMBERS} | dict.fromkeys([*names, "NFE"], "float64")
+    how = [*PROTOCOL, *([NOISE] if several_noises(lines(report)) else [])]
+    frame = pd.DataFrame(found, columns=pd.Index([*IDENTITY, *names, *how]))
+    types = {name: "Int64" for name in [*NUMBERS, *how[len(PROTOCOL) :]]} | dict.fromkeys([*names, "NFE"], "float64")
     return frame.astype(types)
 
 
@@ -77,13 +81,13 @@ def _record(line: Line, seed: int, scored: Sequence[Column]) -> dict[str, Any]:
     for column in scored:
         summary = own.summary(column)
         record |= {column.name: summary.mean if summary else None, f"{column.name} error": own.error(column)}
-    return record | _protocol(own.first)
+    return record | _protocol(own.first) | {NOISE: noise(own.first.score)}
 
 
 def _protocol(row: Row) -> dict[str, Any]:
-    sampling = row.score.get("sampling") or {}
+    sampling, samples = row.score.get("sampling") or {}, row.score.get("samples")
     said = {"sampler": sampling.get("sampler"), "NFE": row.score.get("nfe"), "guidance": guidance_text(row.score)}
-    return said | {"labels": sampling.get("labels"), "samples": row.score.get("samples")}
+    return said | {"labels": sampling.get("labels"), "decoder": sampling.get("decoder"), "samples": samples}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,19 +158,20 @@ class _Frame:
             for n in PROTOCOL
             if (n != "guidance" and len({record[n] for record in said}) > 1) or (beside and n == "samples")
         ]
-        self.how = [*kept, *([] if hidden["seeds"] else ["seeds"])]
+        drawn = [NOISE] if several_noises(part) else []
+        self.how = [*kept, *drawn, *([] if hidden["seeds"] else ["seeds"])]
         self.notes = _notes(part, self.several, kinds)
 
     @property
     def heads(self) -> list[Head]:
         """The headings."""
         who = [Head(n, number=n in ("step", "w")) for n in self.who]
-        how = [Head(n, number=n in ("NFE", "samples")) for n in self.how]
+        how = [Head(n, number=n in ("NFE", "samples", NOISE)) for n in self.how]
         return [*who, *(Head(c.title, number=True) for c in self.kinds), *how]
 
     def cells(self, place: int, line: Line) -> list[Cell]:
         """One line's cells; numbers link to `made-{place}`."""
-        row, values = line.first, {**_protocol(line.first), "seeds": _seeds_text(line)}
+        row, values = line.first, {**_protocol(line.first), "seeds": _seeds_text(line), NOISE: noise(line.first.score)}
         weight, low, high = guidance(row.score)
         values |= {"w": f"{weight:g}", "interval": f"[{low:g}, {high:g}]", **row.settings}
         who, how = (

@@ -103,7 +103,8 @@ class Cells(HTMLParser):
 def test_the_table_has_these_columns_in_this_order():
     frame = tables.results(report([row("vanilla", 300, 61.2)]))
     scores = ["FD (digits-cnn)", "precision", "recall", "class accuracy"]
-    assert list(frame.columns) == [*tables.IDENTITY, *scores, "sampler", "NFE", "guidance", "labels", "samples"]
+    assert list(frame.columns) == [*tables.IDENTITY, *scores, *tables.PROTOCOL]
+    assert tables.PROTOCOL == ["sampler", "NFE", "guidance", "labels", "decoder", "samples"]
     assert frame.loc[0, ["run", "step", "FD (digits-cnn)", "NFE", "samples"]].tolist() == [
         "vanilla",
         300,
@@ -178,6 +179,21 @@ def test_scores_measured_in_different_ways_are_not_ranked(changes: dict):
 def test_the_seed_of_the_noise_does_not_keep_scores_apart():
     built = report([row("a", 1, 9.0), row("b", 1, 8.0, sampling={"seed": 7})])
     assert len([g for g in compare.comparisons(built) if g.column.metric == "fd"]) == 1
+
+
+def test_one_state_sampled_with_several_noises_keeps_all_of_its_scores():
+    drawn = [("a", 300, 9.0, 0), ("a", 300, 7.0, 1), ("b", 300, 8.0, 0), ("b", 300, 7.5, 1)]
+    built = report([row(run, step, fd, sampling={"seed": noise}) for run, step, fd, noise in drawn])
+    frame = tables.results(built)
+    found = frame[["run", "step", "FD (digits-cnn)", "noise seed"]].itertuples(index=False, name=None)
+    assert list(found) == drawn
+    (table,) = tables.main_tables(built)
+    assert [cell.text for cell in table.column("noise seed")] == ["0", "1", "0", "1"]
+    groups = [group for group in compare.comparisons(built) if group.column.metric == "fd"]
+    assert [[point.value for point in group.points] for group in groups] == [[9.0, 8.0], [7.0, 7.5]]
+    assert Cells(html(built)).bold == {"8.00", "7.00"}  # what shares its noise is compared
+    ways = [row("a", 300, 9.0), row("a", 300, 7.0, sampling={**guided(1.5), "seed": 1})]
+    assert "noise seed" not in tables.results(report(ways)).columns
 
 
 def test_a_csv_read_back_equals_the_table(tmp_path: Path):

@@ -294,6 +294,16 @@ def test_clip_gives_its_tokens_before_the_last_norm_with_its_own_activation(monk
     torch.testing.assert_close(found, x[:, 1:], rtol=1e-4, atol=1e-5)
 
 
+def test_a_file_that_lacks_weights_of_clip_or_has_others_is_refused_though_timm_takes_it(monkeypatch, tmp_path):
+    whole = shrink(monkeypatch, "CLIP-B/16").state_dict()
+    others = {"missing: blocks.1.mlp.fc1.weight": {k: v for k, v in whole.items() if k != "blocks.1.mlp.fc1.weight"}}
+    others["not known: blocks.3.norm1.weight"] = {**whole, "blocks.3.norm1.weight": torch.ones(24)}
+    for what, state in others.items():
+        safetensors.torch.save_file(state, tmp_path / "clip.safetensors")
+        with pytest.raises(ValueError, match=f"these are not weights of teacher CLIP-B/16.*{what}"):
+            Teacher.load("CLIP-B/16", weights=tmp_path / "clip.safetensors")
+
+
 @pytest.mark.parametrize("name", sorted(encoder.TEACHERS))
 def test_every_public_encoder_exists_in_timm_with_this_normalisation_patch_and_grid(name):
     spec = encoder.TEACHERS[name]
