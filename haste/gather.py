@@ -11,8 +11,8 @@ import yaml
 
 from haste import artefact, config, journal, termination
 from haste.cluster import accounting
-from haste.data.npz import read_npz
 from haste.diagnose import pictures
+from haste.npz import read_npz
 from haste.plan import Detector, Evaluation, Plan
 from haste.report.content import NONE, Benchmark, Curve, Grid, Part, Report, Row, Stage
 from haste.report.papers import layers_text

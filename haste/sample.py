@@ -30,7 +30,8 @@ from haste.diffusion.samplers import SAMPLERS, Counted
 from haste.journal import clock
 from haste.metrics.detectors import Detector
 from haste.models.denoiser import Denoiser
-from haste.score.sides import SUFFIX, read_reference
+from haste.npz import SUFFIX, check_reference
+from haste.score.sides import read_reference
 from haste.score.workflow import MOMENTS
 
 log = logging.getLogger("haste.sample")
@@ -324,11 +325,10 @@ def reference_of_file(
     Raises:
         ValueError: the file is missing, truncated, or holds no images or no statistics of Inception.
     """
+    check_reference(path)
     found = read_reference(path)
     images, moments = found.samples, found.moments
-    if images is None or "pool" not in moments:
-        held = " and ".join(found.about["holds"])
-        raise ValueError(f"{path}: expected ADM's mu, sigma and arr_0 (images), found {held}")
+    assert images is not None
     arrays = {f"mu{SUFFIX[name]}": one.mean for name, one in moments.items()}
     arrays |= {f"sigma{SUFFIX[name]}": one.covariance for name, one in moments.items()}
     with artefact.replacing(folder / MOMENTS) as aside, open(aside, "wb") as file:

@@ -260,7 +260,7 @@ CONFIGURATIONS = [
         "no images folder",
         entry("images", {**TINY["images"], "source": "folder", "path": "/nowhere/at all"}),
         plan,
-        ["images.path: /nowhere/at all: no such folder"],
+        ["/nowhere/at all: expected a folder of images, found nothing"],
     ),
 ]
 
