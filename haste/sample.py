@@ -301,20 +301,8 @@ def reference_shard(
             yield _seen(detector, images.read("image", chosen), images.read("label", chosen))
 
     inputs = {"images": images.identity, "detector": detector.identity}
-    write_shard(
-        folder,
-        kind="features",
-        key=key,
-        recipe=recipe,
-        shard=0,
-        shards=1,
-        total=len(rows),
-        fields=_fields(detector),
-        batches=batches(),
-        provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
-        facts={**inputs, "about": _about(detector)},
-        progress=_Watch(f"{detector.name}, real images", len(rows)).reached,
-    )
+    common: dict[str, Any] = {"folder": folder, "key": key, "recipe": recipe}
+    _write_reference(detector, batches(), len(rows), inputs, named="real images", **common)
 
 
 def reference_of_file(
@@ -339,6 +327,24 @@ def reference_of_file(
             yield _seen(detector, pictures, np.full(len(pictures), -1, np.int64))  # of no class that anybody says
 
     inputs = {"detector": detector.identity, "images": images.identity(), "file": found.about["identity"]}
+    facts = {"file_name": path.name, "moments": artefact.file_identity(folder / MOMENTS)}
+    common: dict[str, Any] = {"folder": folder, "key": key, "recipe": recipe}
+    _write_reference(detector, batches(), images.count, inputs, named=path.name, facts=facts, **common)
+
+
+def _write_reference(
+    detector: Detector,
+    batches: Iterator[dict[str, np.ndarray]],
+    total: int,
+    inputs: dict[str, str],
+    *,
+    folder: Path,
+    key: str,
+    recipe: dict,
+    named: str,
+    facts: dict[str, str] | None = None,
+) -> None:
+    """The one shard of a reference; `inputs` are identities, `facts` what is told of it beside them."""
     write_shard(
         folder,
         kind="features",
@@ -346,15 +352,10 @@ def reference_of_file(
         recipe=recipe,
         shard=0,
         shards=1,
-        total=images.count,
+        total=total,
         fields=_fields(detector),
-        batches=batches(),
+        batches=batches,
         provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
-        facts={
-            **inputs,
-            "about": _about(detector),
-            "file_name": path.name,
-            "moments": artefact.file_identity(folder / MOMENTS),
-        },
-        progress=_Watch(f"{detector.name}, {path.name}", images.count).reached,
+        facts={**inputs, "about": _about(detector), **(facts or {})},
+        progress=_Watch(f"{detector.name}, {named}", total).reached,
     )
