@@ -301,6 +301,7 @@ def _images(arguments: argparse.Namespace) -> None:
 
 def _source(plan: Plan, without: Bad | None = None) -> tuple[Source, Bad | None]:
     """The pictures, and those that are left out where this is asked for (after `--check` has found them)."""
+    from haste import listing
     from haste.data import prepare
 
     spec, options = plan.config.images, dict[str, Any]()
@@ -311,9 +312,7 @@ def _source(plan: Plan, without: Bad | None = None) -> tuple[Source, Bad | None]
     source = prepare.open_source(
         spec.source, resolution=spec.resolution, holdout=spec.holdout, labelled=bool(spec.classes), **options
     )
-    if len(source.classes) != spec.classes:
-        found = f"{len(source.classes)} ({', '.join(source.classes[:5])}{', ...' if len(source.classes) > 5 else ''})"
-        raise ValueError(f"images.classes: {spec.classes}, but {spec.path or spec.source} has {found}")
+    listing.check_classes(spec.path or spec.source, source.classes, spec.classes)
     return source, without
 
 

@@ -11,8 +11,8 @@ import yaml
 
 from haste import artefact, config, journal, termination
 from haste.cluster import accounting
-from haste.data.npz import read_npz
 from haste.diagnose import pictures
+from haste.npz import read_npz
 from haste.plan import Detector, Evaluation, Plan
 from haste.plan import Row as Scored
 from haste.report.content import NONE, Benchmark, Curve, Grid, Part, Report, Row, Stage
@@ -246,13 +246,15 @@ def _made(path: str) -> str:
 
 
 def _grids(plan: Plan) -> list[Grid]:
-    labels = [str(c) for c in shown_classes(plan)] if plan.config.images.classes else []
-    shown = set(plan.shown)
-    return [
-        Grid(row.run, row.step, Path(row.evaluation.grid), labels, row.evaluation.sampling_name)
-        for row in plan.rows
-        if row.evaluation.grid in shown and Path(row.evaluation.grid).exists()
-    ]
+    shown, found = set(plan.shown), []
+    for row in plan.rows:
+        path = Path(row.evaluation.grid)
+        if row.evaluation.grid in shown and path.exists():
+            made = provenance_of(path)  # which classes have samples, the picture knows
+            artefact.check_entries(path, made, classes=list)
+            labels = [str(label) for label in made["classes"]] if plan.config.images.classes else []
+            found.append(Grid(row.run, row.step, path, labels, row.evaluation.sampling_name, len(made["classes"])))
+    return found
 
 
 def benchmark(plan: Plan) -> Benchmark | None:
@@ -289,13 +291,11 @@ def report(plan: Plan) -> Report:
     )
 
 
-def shown_classes(plan: Plan) -> range:
-    """The classes that grids show, one column each; without labels, columns of no meaning."""
-    return range(min(COLUMNS, plan.config.images.classes or COLUMNS))
-
-
 def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
-    """The first samples of every class, one column a class. Equal seeds: equal noise for every method."""
+    """The first samples of the first classes that have some, one column a class; without labels, of no meaning.
+
+    Equal seeds: equal classes and equal noise for every method.
+    """
     images, labels, inputs = [], [], dict[str, str]()
     for path in evaluation.sample_files:
         found = read_npz(path, "samples", ["arr_0", "arr_1"])
@@ -307,11 +307,11 @@ def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
         images.append(found["arr_0"])
         labels.append(found["arr_1"])
         inputs |= provenance_of(Path(path)).get("inputs", {})
-    classes = shown_classes(plan)
     pixels, asked = np.concatenate(images), np.concatenate(labels)
     if not plan.config.images.classes:
-        asked = np.arange(len(pixels)) % COLUMNS
+        asked = np.arange(len(pixels)) % pictures.columns_for(len(pixels), most=COLUMNS, rows=PER_CLASS)
+    classes = np.unique(asked)[:COLUMNS].tolist()
     grid = pictures.class_grid(pixels, asked, per_class=PER_CLASS, scale=SCALE, classes=classes)
-    about = {"schema": artefact.SCHEMA, "kind": "grid", "samples": evaluation.name, "classes": list(map(int, classes))}
+    about = {"schema": artefact.SCHEMA, "kind": "grid", "samples": evaluation.name, "classes": classes}
     made = artefact.provenance(key=evaluation.key, recipe=evaluation.recipe, inputs=inputs)
     pictures.write_png(evaluation.grid, grid, {**about, "provenance": made})

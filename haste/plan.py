@@ -20,9 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from haste import artefact, cache
+from haste import artefact, cache, listing
 from haste import config as configuration
-from haste.archives import Archives
 from haste.artefact import fingerprint, remembered_identity
 from haste.cache import Wanted
 from haste.config import Config, Evaluate, Model, OtherModel, Sampling, Training
@@ -382,6 +381,24 @@ class Plan:
     def _held(self, name: str) -> Wanted:
         return Wanted.read(self.targets[name].recipe)
 
+    def check(self) -> None:
+        """Refuse, before anything is submitted, what the first jobs would refuse, and in their words.
+
+        Only what is still to be made needs its source: one that is gone since is no fault. Of pictures the names are
+        looked at, of a reference the headers.
+
+        Raises:
+            ValueError: pictures or a reference that cannot be used, or more disk than the configuration allows itself.
+        """
+        from haste import npz  # numpy takes its time, and few commands come here
+
+        image_count(self)
+        for detector in self.detectors.values():
+            made, file = Path(detector.reference.manifest), detector.reference_file
+            if file is not None and Path(file).is_file() and not made.exists():
+                npz.check_reference(file)
+        self.check_cache()
+
     def check_cache(self, images: int | None = None, shapes: dict[str, cache.Shape] | None = None) -> None:
         """Refuse cached targets that take more disk than they may.
 
@@ -715,22 +732,19 @@ class Plan:
 
 @functools.cache  # a large folder takes minutes to walk
 def image_count(plan: Plan) -> int:
-    """Images of the store, or, before there is one, of its source.
+    """Images of the store, or, before there is one, of its source, which is looked at as the first job will.
 
     Raises:
-        ValueError: the source's folder is missing, or its archive cannot be read.
+        ValueError: the source is missing, has no pictures, fewer than are held out, or other classes.
     """
-    manifest = Path(plan.images.manifest)
+    manifest, spec = Path(plan.images.manifest), plan.config.images
     if manifest.exists():
         return artefact.read_json(manifest, "store")["count"]
-    if plan.config.images.source == "digits":
-        return 1797
-    path, pictures = Path(plan.config.images.path or ""), (".png", ".jpg", ".jpeg", ".webp")
-    if plan.config.images.source == "archive":
-        return sum(parts[-1].lower().endswith(pictures) for parts in Archives(path).names)
-    if not path.is_dir():
-        raise ValueError(f"images.path: {path}: no such folder")
-    return sum(1 for file in path.rglob("*") if file.suffix.lower() in pictures)
+    where, (count, classes) = spec.path or spec.source, listing.survey(spec.source, spec.path, bool(spec.classes))
+    listing.checked_holdout(where, spec.holdout, count)
+    if classes is not None:
+        listing.check_classes(where, classes, spec.classes)
+    return count
 
 
 def _pretrained(part: Any) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from haste.diffusion.samplers import SAMPLERS, Counted
 from haste.journal import clock
 from haste.metrics.detectors import Detector
 from haste.models.denoiser import Denoiser
-from haste.score.sides import SUFFIX, read_reference
+from haste.npz import SUFFIX, check_reference
+from haste.score.sides import read_reference
 from haste.score.workflow import MOMENTS
 
 log = logging.getLogger("haste.sample")
@@ -300,20 +301,8 @@ def reference_shard(
             yield _seen(detector, images.read("image", chosen), images.read("label", chosen))
 
     inputs = {"images": images.identity, "detector": detector.identity}
-    write_shard(
-        folder,
-        kind="features",
-        key=key,
-        recipe=recipe,
-        shard=0,
-        shards=1,
-        total=len(rows),
-        fields=_fields(detector),
-        batches=batches(),
-        provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
-        facts={**inputs, "about": _about(detector)},
-        progress=_Watch(f"{detector.name}, real images", len(rows)).reached,
-    )
+    common: dict[str, Any] = {"folder": folder, "key": key, "recipe": recipe}
+    _write_reference(detector, batches(), len(rows), inputs, named="real images", **common)
 
 
 def reference_of_file(
@@ -324,11 +313,10 @@ def reference_of_file(
     Raises:
         ValueError: the file is missing, truncated, or holds no images or no statistics of Inception.
     """
+    check_reference(path)
     found = read_reference(path)
     images, moments = found.samples, found.moments
-    if images is None or "pool" not in moments:
-        held = " and ".join(found.about["holds"])
-        raise ValueError(f"{path}: expected ADM's mu, sigma and arr_0 (images), found {held}")
+    assert images is not None
     arrays = {f"mu{SUFFIX[name]}": one.mean for name, one in moments.items()}
     arrays |= {f"sigma{SUFFIX[name]}": one.covariance for name, one in moments.items()}
     with artefact.replacing(folder / MOMENTS) as aside, open(aside, "wb") as file:
@@ -339,6 +327,24 @@ def reference_of_file(
             yield _seen(detector, pictures, np.full(len(pictures), -1, np.int64))  # of no class that anybody says
 
     inputs = {"detector": detector.identity, "images": images.identity(), "file": found.about["identity"]}
+    facts = {"file_name": path.name, "moments": artefact.file_identity(folder / MOMENTS)}
+    common: dict[str, Any] = {"folder": folder, "key": key, "recipe": recipe}
+    _write_reference(detector, batches(), images.count, inputs, named=path.name, facts=facts, **common)
+
+
+def _write_reference(
+    detector: Detector,
+    batches: Iterator[dict[str, np.ndarray]],
+    total: int,
+    inputs: dict[str, str],
+    *,
+    folder: Path,
+    key: str,
+    recipe: dict,
+    named: str,
+    facts: dict[str, str] | None = None,
+) -> None:
+    """The one shard of a reference; `inputs` are identities, `facts` what is told of it beside them."""
     write_shard(
         folder,
         kind="features",
@@ -346,15 +352,10 @@ def reference_of_file(
         recipe=recipe,
         shard=0,
         shards=1,
-        total=images.count,
+        total=total,
         fields=_fields(detector),
-        batches=batches(),
+        batches=batches,
         provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
-        facts={
-            **inputs,
-            "about": _about(detector),
-            "file_name": path.name,
-            "moments": artefact.file_identity(folder / MOMENTS),
-        },
-        progress=_Watch(f"{detector.name}, {path.name}", images.count).reached,
+        facts={**inputs, "about": _about(detector), **(facts or {})},
+        progress=_Watch(f"{detector.name}, {named}", total).reached,
     )

@@ -302,9 +302,9 @@ def print_plan(plan: Plan) -> None:
     """Print jobs, time and disk by stage, shared trunks, and what in the configuration has no effect.
 
     Raises:
-        ValueError: more disk than the configuration allows itself.
+        ValueError: `Plan.check` refuses it.
     """
-    plan.check_cache()
+    plan.check()
     found, measured = stages(plan)
     table = Table(title=f"{plan.config.name}: what a run of the workflow would do now")
     for column in ("stage", "jobs", "left", "time, one after another", "disk"):
@@ -467,7 +467,7 @@ def _plain(value: Any) -> Any:
 
 
 def _of_samples(path: Path) -> dict[str, Any]:
-    from haste.data.npz import read_npz
+    from haste.npz import read_npz
 
     try:
         found = read_npz(path, "samples", ["haste"])  # the images may be gigabytes

@@ -311,6 +311,41 @@ def test_what_a_network_from_outside_cannot_be_is_refused_before_anything_runs(t
         config.resolve(tiny)
 
 
+AGAIN = {"checkpoint_blocks": True}
+
+
+def test_blocks_that_a_network_cannot_compute_again_are_refused_by_the_key(tiny, installed):
+    (mine,) = yaml.safe_load(block("yaml", MODEL))["models"].values()
+    dot = tiny["models"]["dot"]
+    tiny["models"] = {"dot": dot, "theirs": mine}
+    tiny["runtime"] |= AGAIN
+    config.resolve(tiny)  # no run trains it
+    tiny["runs"]["vanilla"] = {"model": "theirs"}
+    with pytest.raises(ValueError, match=r"^runtime\.checkpoint_blocks: true, but models\.theirs \(u_vit\) cannot"):
+        config.resolve(tiny)
+
+
+def test_a_network_that_says_so_computes_its_blocks_again_and_its_gradients_are_the_same(tiny, installed):
+    file = installed / "my_network.py"
+    text = file.read_text().replace("class UViT(Denoiser):\n", "class UViT(Denoiser):\n    can_checkpoint = True\n\n")
+    file.write_text(text.replace("q, k = block(tokens)", "q, k = self.through(block, tokens)"))
+    (mine,) = yaml.safe_load(block("yaml", MODEL))["models"].values()
+    tiny["models"]["dot"], tiny["runtime"] = mine, {**tiny["runtime"], **AGAIN}
+    plan = Plan(config.resolve(tiny))
+    model = new_learner(plan.trajectories[plan.state("vanilla", 8).trajectory].recipe, {}, {}).model
+    torch.nn.init.ones_(model.out.weight)
+    calls, found = [], []
+    for each in model.blocks:
+        each.register_forward_pre_hook(lambda *_: calls.append(1))
+    for model.checkpoint_blocks in (False, True):
+        calls.clear()
+        velocity, _ = model(torch.ones(2, 4, 4, 4), torch.tensor([0.2, 0.7]), torch.tensor([1, 2]))
+        gradients = torch.autograd.grad(velocity.square().mean(), list(model.parameters()))
+        found.append((len(calls), gradients))
+    assert [count for count, _ in found] == [4, 8]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
 def test_attention_that_a_network_does_not_hand_out_is_refused_for_haste_and_not_for_repa(tiny, installed):
     file = installed / "my_network.py"
     text = file.read_text()

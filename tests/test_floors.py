@@ -13,8 +13,8 @@ from haste import config
 
 ROOT = Path(haste.__file__).parent
 FLOORS = [
-    {"archives", "artefact", "extensions", "hub", "network", "public"},
-    {"models", "diffusion", "align", "metrics", "journal", "cache"},
+    {"archives", "artefact", "extensions", "hub", "network", "npz", "public"},
+    {"models", "diffusion", "align", "metrics", "journal", "cache", "listing"},
     {"config"},
     {"data", "teachers", "diagnose", "plan", "report"},
     {"train", "sample", "score", "exchange", "gather", "status", "live", "prune", "cluster", "termination"},

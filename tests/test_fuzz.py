@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from haste import artefact, config
-from haste.data.npz import read_npz
 from haste.data.samples import open_samples
+from haste.npz import read_npz
 from haste.train import state
 
 TINY = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())

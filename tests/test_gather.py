@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
-from haste import config, gather, journal
+from haste import artefact, config, gather, journal
+from haste.diagnose.pictures import GAP
 from haste.plan import Plan
 from haste.report import figures, page, papers, tables
 from haste.report.content import Benchmark
@@ -222,3 +224,43 @@ def test_the_digits_have_no_published_numbers(tiny, tmp_path):
     plan = plan_of(tiny, tmp_path)
     write_scores(plan)
     assert tables.published_tables(gather.report(plan)) == []
+
+
+def painted(tiny, folder, classes, labels):
+    """The grid of so many samples with these labels, and its entry in the report."""
+    runs = {"vanilla": {"milestones": [8]}}
+    plan = plan_of(tiny, folder, images={**tiny["images"], "classes": classes}, runs=runs)
+    evaluation = plan.rows[0].evaluation
+    Path(evaluation.folder).mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 8, 8, 3), dtype=np.uint8)
+    header = artefact.canonical({"schema": 1, "kind": "samples", "inputs": {}})
+    np.savez(evaluation.sample_file(0), arr_0=pixels, arr_1=np.array(labels), haste=np.array(header))
+    gather.paint_grid(plan, evaluation)
+    (grid,) = gather._grids(plan)
+    return Image.open(evaluation.grid), grid
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "columns", "rows"),
+    [
+        *((0, [0] * count, *size) for count, size in {1: (1, 1), 3: (3, 1), 10: (10, 1), 11: (6, 2)}.items()),
+        *((0, [0] * count, *size) for count, size in {40: (10, 4), 500: (10, 4)}.items()),
+        (1, [0, 0, 0], 1, 3),
+        (10, [3], 1, 1),
+        (10, [3, 1, 3], 2, 2),
+        (10, list(range(10)), 10, 1),
+        (10, [*range(10)] * 4, 10, 4),
+        (1000, list(range(960, 1000)), 10, 1),
+    ],
+)
+def test_a_grid_is_no_larger_than_what_it_shows(tiny, tmp_path, classes, labels, columns, rows):
+    image, grid = painted(tiny, tmp_path, classes, labels)
+    cell = 8 * gather.SCALE + GAP
+    assert image.size == (columns * cell, rows * cell)
+    filled = np.asarray(image)[..., 3].reshape(rows, cell, columns, cell).any(axis=(1, 3))
+    assert filled.any(axis=0).all() and filled.any(axis=1).all()
+    named = sorted(set(labels))[:10] if classes else []
+    assert filled.sum() == (sum(min(4, labels.count(label)) for label in named) or min(40, len(labels)))
+    assert grid.columns == columns
+    assert grid.labels == list(map(str, named))
+    assert page._grid(grid)["most"] == columns * page.CELL

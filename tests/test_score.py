@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from haste import artefact
+from haste import artefact, npz
 from haste.data.store import Store, join, shard_range, write_shard
 from haste.metrics import inception_score
 from haste.metrics.detectors import Detector, open_detector
 from haste.sample import reference_of_file, reference_shard
-from haste.score import sides
 from haste.score import workflow as score
 from haste.score.look import view_of
 
@@ -274,7 +273,7 @@ def adm_file(path, pictures, **changes):
 @pytest.fixture
 def judged(monkeypatch, tmp_path):
     """A function from a reference file to the score of 20 pictures against it."""
-    monkeypatch.setattr(sides, "WIDTHS", {"pool": 2, "spatial": 3})
+    monkeypatch.setattr(npz, "WIDTHS", {"pool": 2, "spatial": 3})
     outputs = {"pool": 2, "spatial": 3, "logits_unbiased": 3}
     detector = Detector(Outputs(), kind="inception", weights="w", outputs=outputs, preprocessing="none")
     fake = np.random.default_rng(9).integers(0, 256, (20, 4, 4, 3), np.uint8)

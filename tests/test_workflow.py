@@ -10,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from haste import artefact, cli, config, termination
@@ -414,3 +416,24 @@ def test_a_refused_configuration_is_refused_by_the_workflow_too_without_a_traceb
     text = done.stdout + done.stderr
     assert "runs.vanilla.milestone: unknown key; did you mean 'milestones'?" in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("of", ["pictures", "reference"])
+def test_what_the_first_jobs_would_refuse_is_refused_at_the_start_by_the_workflow_too(tmp_path, of):
+    shop = Workshop(tmp_path)
+    if of == "pictures":
+        (tmp_path / "pictures").mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / "pictures" / "0.png")
+        images = {"source": "folder", "path": str(tmp_path / "pictures"), "resolution": 8, "classes": 0, "holdout": 1}
+        shop.configure(images=images)
+        words = f"{tmp_path / 'pictures'}: 1 pictures to hold out of 1, expected 0..0"
+    else:
+        np.savez(tmp_path / "ref.npz", arr_0=np.zeros((3, 32, 32, 3), np.uint8))
+        detector = {"fid": {"pretrained": {"name": "inception"}, "reference": str(tmp_path / "ref.npz")}}
+        shop.configure(images={**TINY["images"], "resolution": 32}, detector=detector)
+        words = f"{tmp_path / 'ref.npz'}: expected ADM's mu, sigma and arr_0 (images), found arr_0"
+    done = shop.snakemake()
+    assert done.returncode != 0
+    text = done.stdout + done.stderr
+    assert words in text and "Traceback" not in text
+    assert not list(shop.root.glob("stores/*")) and not list(tmp_path.rglob("images-*.log"))

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from haste import extensions
 from haste.config.derived import heads_of, taps_of
 from haste.config.keys import Strict, nearest
-from haste.config.parts import Autoencoder, Detector, Model, OtherModel, Teacher
+from haste.config.parts import Autoencoder, Detector, Model, OtherModel, Teacher, architecture_named
 from haste.config.published import MAPPINGS, MODELS, alignment_named, model_named, teacher_shape, teacher_tokens
 from haste.config.schema import PRESETS, STOP_TAGS, TERMS, AttentionTerm, Config, Evaluate, Run, Stops, Trigger
 from haste.network import Tap, blocks
@@ -140,15 +140,22 @@ def _trained_here(config: Config) -> list[str]:
 
 
 def _faults_of_architectures(config: Config) -> list[str]:
-    """Networks that cannot be built for these latents, or are not what they say they are."""
-    faults = []
+    """Networks that cannot be built for these latents, are not what they say, or cannot do what `runtime` asks."""
+    faults, trained = [], {run.model for run in config.runs.values()}
     for name, model in config.models.items():
         try:
             if isinstance(model, OtherModel):
                 taps_of(config, name)
+                if config.runtime.checkpoint_blocks and name in trained and not _can_checkpoint(model):
+                    found = f"true, but models.{name} ({model.architecture}) cannot compute its blocks again"
+                    faults.append(f"runtime.checkpoint_blocks: {found}; expected false")
         except ValueError as error:
             faults.append(f"models.{name}: {error}")
     return faults
+
+
+def _can_checkpoint(model: OtherModel) -> bool:
+    return architecture_named(model.architecture).can_checkpoint
 
 
 def _faults_of_models(config: Config) -> list[str]:

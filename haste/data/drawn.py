@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from haste import artefact
-from haste.data.npz import read_npz
+from haste.npz import read_npz
 
 log = logging.getLogger("haste.data")
 

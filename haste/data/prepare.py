@@ -9,8 +9,6 @@ from __future__ import annotations
 import collections
 import inspect
 import io
-import itertools
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,20 +17,18 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from haste import artefact
+from haste import artefact, listing
 from haste.archives import Archives
 from haste.data import order
 from haste.data.store import Progress, join, shard_range, write_shard
+from haste.listing import Files, Parts
 
 KIND = "images"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 # What is read whatever a file is called. Pillow knows more formats, and some of them start other programs.
 FORMATS = ("PNG", "JPEG", "WEBP")
 _BATCH = 64
 _SHOWN = 10  # pictures named in a message
 Bad = list[tuple[str, str]]  # name and reason
-Parts = tuple[str, ...]  # of a path
-Files = list[tuple[Parts, int]]  # and a label
 
 
 class Source(Protocol):
@@ -73,7 +69,7 @@ class Digits:
         self._levels = np.rint(data.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), 0..16 -> 0..255
         self._labels = data.target if labelled else np.zeros_like(data.target)
         self.count, self.classes = len(self._levels), [str(digit) for digit in range(10)] if labelled else []
-        self.resolution, self.holdout = resolution, _checked_holdout("digits", holdout, self.count)
+        self.resolution, self.holdout = resolution, listing.checked_holdout("digits", holdout, self.count)
         self.listing = artefact.fingerprint(["digits", self.count])
 
     def load(self, i: int) -> tuple[np.ndarray, int]:
@@ -105,7 +101,7 @@ class Folder:
         files = [(parts, label) for parts, label in files if "/".join(parts) not in without]
         if bare := [self.classes[label] for label in sorted({*range(len(self.classes))} - {y for _, y in files})]:
             raise ValueError(f"{path}: class {bare[0]!r} has no picture that can be read, expected at least one")
-        self.count, self.holdout = len(files), _checked_holdout(str(path), holdout, len(files))
+        self.count, self.holdout = len(files), listing.checked_holdout(str(path), holdout, len(files))
         out = np.zeros(self.count, dtype=bool)
         out[order.permutation(seed, 0, self.count)[:holdout]] = True
         self._files = [files[i] for i in [*np.flatnonzero(~out), *np.flatnonzero(out)]]
@@ -128,7 +124,7 @@ class Folder:
         return "/".join(self._files[i][0])
 
     def _scan(self, labelled: bool) -> tuple[list[str], Files]:
-        return _scan(self.root, labelled)
+        return listing.in_folder(self.root, labelled)
 
     def _file(self, parts: Parts) -> Path | io.BytesIO:
         return _regular(self.root.joinpath(*parts))
@@ -143,28 +139,10 @@ class Archive(Folder):
 
     def _scan(self, labelled: bool) -> tuple[list[str], Files]:
         self._archives = Archives(self.root)
-        pictures = [parts for parts in self._archives.names if _is_picture(parts[-1])]
-        if not pictures:
-            raise ValueError(f"{self.root}: found no pictures, expected {', '.join(SUFFIXES)} in it")
-        if labelled and (labels := self._written_labels(pictures)):
-            return _numbered(self.root, labels)
-        self._above = _shared([parts[:-1] for parts in pictures])
-        return _in_classes(self.root, [parts[len(self._above) :] for parts in pictures], labelled)
+        classes, files, self._above = listing.in_archives(self.root, self._archives, labelled)
+        return classes, files
 
     _above: Parts = ()
-
-    def _written_labels(self, pictures: list[Parts]) -> dict[Parts, int]:
-        """Picture -> the number in the .cls beside it, if there are such."""
-        names = {parts for parts in self._archives.names if parts[-1].endswith(".cls")}
-        labels: dict[Parts, int] = {}
-        for parts in pictures if names else ():
-            beside = (*parts[:-1], parts[-1].split(".")[0] + ".cls")
-            word = self._archives.read(beside).strip() if beside in names else b"no .cls beside it"
-            if not word.isdigit():
-                found = word[:20].decode(errors="replace")
-                raise ValueError(f"{self.root}: the label of {'/'.join(parts)} is {found!r}, expected a number")
-            labels[parts] = int(word)
-        return labels
 
     def _file(self, parts: Parts) -> io.BytesIO:
         content = self._archives.read((*self._above, *parts))
@@ -199,12 +177,6 @@ def open_source(name: str, *, resolution: int, holdout: int, **options: Any) -> 
     return SOURCES[name](resolution, holdout, **options)
 
 
-def _checked_holdout(where: str, holdout: int, count: int) -> int:
-    if not 0 <= holdout < count:
-        raise ValueError(f"{where}: {holdout} pictures to hold out of {count}, expected 0..{count - 1}")
-    return holdout
-
-
 def _regular(path: Path) -> Path:
     if not path.is_file():  # a pipe or a device would be waited for
         raise ValueError("a link to nothing" if path.is_symlink() and not path.exists() else "not a regular file")
@@ -225,90 +197,6 @@ def _opened(file: Path | io.BytesIO) -> Image.Image:
 def _reason(error: Exception, path: Path) -> str:
     """What is wrong with a picture, without its path: reasons are compared, counted and kept."""
     return str(error).replace(repr(str(path)), "").replace(str(path), "").strip(" :") or type(error).__name__
-
-
-def _scan(root: Path, labelled: bool) -> tuple[list[str], Files]:
-    """Class names, and (path in parts, label) of every picture: classes sorted, and pictures within a class."""
-    if not root.is_dir():
-        raise ValueError(f"{root}: expected a folder of images, found {'a file' if root.exists() else 'nothing'}")
-    if not labelled:
-        if not (every := sorted(_pictures(root))):
-            raise ValueError(f"{root}: found no pictures, expected {', '.join(SUFFIXES)} anywhere below")
-        return [], [(parts, 0) for parts in every]
-    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    loose: list[Parts] = [(entry.name,) for entry in root.iterdir() if _is_picture(entry.name)]
-    _check_either(root, folders, loose)
-    if not folders:
-        found, classes = [(parts, 0) for parts in sorted(loose)], ["all"]
-    else:
-        found, classes = [], folders
-        for label, name in enumerate(folders):
-            inside = sorted((name, *parts) for parts in _pictures(root / name))
-            if not inside:  # leaving it out would shift all later labels
-                raise ValueError(f"{root / name}: a class folder without pictures, expected {', '.join(SUFFIXES)}")
-            found += [(parts, label) for parts in inside]
-    if not found:
-        raise ValueError(f"{root}: found no pictures, expected {', '.join(SUFFIXES)} in class folders or directly")
-    return classes, found
-
-
-def _check_either(root: Path, folders: list[str], loose: list[Parts]) -> None:
-    if folders and loose:
-        raise ValueError(
-            f"{root}: found both class folders ({folders[0]!r}) and pictures ({loose[0][0]!r}) beside them; "
-            "expected one of the two, or classes: 0 to train without labels"
-        )
-
-
-def _in_classes(root: Path, pictures: list[Parts], labelled: bool) -> tuple[list[str], Files]:
-    """As `_scan`, of pictures that are known by name alone."""
-    if not labelled:
-        return [], [(parts, 0) for parts in sorted(pictures)]
-    folders = sorted({parts[0] for parts in pictures if len(parts) > 1})
-    _check_either(root, folders, [parts for parts in pictures if len(parts) == 1])
-    places = {name: label for label, name in enumerate(folders)}
-    found = [(parts, places[parts[0]] if folders else 0) for parts in pictures]
-    return folders or ["all"], sorted(found, key=lambda one: (one[1], one[0]))
-
-
-def _shared(paths: list[Parts]) -> Parts:
-    """What all of these paths begin with: what the first and the last in order do."""
-    low, high = min(paths), max(paths)
-    equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False))
-    return tuple(part for part, _ in equal)
-
-
-def _numbered(root: Path, labels: Mapping[Parts, int]) -> tuple[list[str], Files]:
-    """As `_scan`, of pictures whose labels are written down as numbers from 0 on."""
-    count = max(labels.values()) + 1
-    if absent := sorted({*range(count)} - {*labels.values()}):
-        raise ValueError(f"{root}: labels up to {count - 1}, but no picture has {absent[0]}, expected some of each")
-    return [str(label) for label in range(count)], sorted(labels.items(), key=lambda one: (one[1], one[0]))
-
-
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
-
-
-def _pictures(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Paths in parts of the pictures anywhere below a folder, through links too, but not into hidden folders.
-
-    Raises:
-        ValueError: a folder that cannot be read, whose pictures would silently be missing, or that contains itself.
-    """
-    try:
-        here = (os.stat(folder).st_dev, os.stat(folder).st_ino)
-        with os.scandir(folder) as found:
-            entries = [(entry.name, entry.is_dir()) for entry in found if not entry.name.startswith(".")]
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be read ({error.strerror})") from error
-    if here in above:
-        raise ValueError(f"{folder}: a link that leads back to a folder above it")
-    for name, is_folder in entries:
-        if is_folder:
-            yield from ((name, *parts) for parts in _pictures(folder / name, (*above, here)))
-        elif _is_picture(name):
-            yield (name,)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -22,11 +22,10 @@ import numpy as np
 from PIL import Image
 
 from haste import artefact
-from haste.data.npz import BROKEN
 from haste.data.store import MANIFEST, Store
+from haste.npz import BROKEN, check_images, foreign, header_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MOST_PIXELS = 178_956_970  # of an image, as Pillow's guard against files that unpack to more than there is memory
 DECODERS = min(8, os.cpu_count() or 1)  # threads that decode pictures
 LOSSY = (".jpg", ".jpeg", ".webp")
 OTHERS = (".tif", ".tiff", ".gif", ".jp2", ".jxl", ".avif", ".heic", ".heif", ".ppm")  # pictures that are not read
@@ -171,34 +170,17 @@ class _array:  # noqa: N801 - used like a function
         try:
             self.archive = zipfile.ZipFile(self.file)
         except BROKEN as error:
-            raise ValueError(f"{self.file}: expected an .npz, found a truncated or foreign file ({error})") from error
+            raise foreign(self.file, error) from error
         if "arr_0.npy" not in (names := self.archive.namelist()):
             held = ", ".join(name.removesuffix(".npy") for name in names) or "nothing"
             raise ValueError(f"{self.file}: expected images under arr_0, found {held}")
         try:
             stream = self.archive.open("arr_0.npy")
-            version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(stream)
+            found = header_of(stream)
         except BROKEN as error:
-            words = " ".join(str(error).split())[:200]
-            raise ValueError(f"{self.file}: expected an .npz, found a truncated or foreign file ({words})") from error
-        self._check(shape, fortran, dtype)
-        return stream, shape
-
-    def _check(self, shape: tuple[int, ...], fortran: bool, dtype: np.dtype) -> None:
-        hint = "; convert floats in [0, 1] with clip(255 x), floats in [-1, 1] with clip(127.5 x + 128)"
-        if dtype.hasobject:
-            raise ValueError(f"{self.file}: arr_0 is pickled, which is never read; expected uint8 0..255 (N, H, W, 3)")
-        if dtype != np.uint8:
-            raise ValueError(
-                f"{self.file}: arr_0 holds {dtype}, expected uint8 0..255{hint if dtype.kind == 'f' else ''}"
-            )
-        if len(shape) != 4 or shape[3] != 3 or fortran:
-            told = " (channels come last: NHWC)" if len(shape) == 4 and shape[1] == 3 else ""
-            raise ValueError(f"{self.file}: arr_0 has shape {shape}, expected (N, H, W, 3){told}")
-        if shape[0] < 0 or min(shape[1:]) < 1 or shape[1] * shape[2] > MOST_PIXELS:
-            raise ValueError(f"{self.file}: arr_0 has shape {shape}, expected images of 1 to {MOST_PIXELS:,} pixels")
+            raise foreign(self.file, error) from error
+        check_images(self.file, found)
+        return stream, found.shape
 
     def __exit__(self, *_: object) -> None:
         self.archive.close()

@@ -28,12 +28,13 @@ def class_grid(
     Args:
         images: (N, R, R, 3) uint8, 0..255.
         labels: (N,) integers.
-        per_class: rows of the grid.
+        per_class: rows of the grid, at most: no column has more samples than the grid has rows.
         scale: how many pixels a side each pixel becomes (nearest neighbour, so that small images stay sharp).
         classes: the label of each column; all labels that occur, ascending, if not given.
 
     Returns:
-        An RGBA image of (C * cell, per_class * cell) pixels. Gaps and missing samples are transparent.
+        An RGBA image of (C * cell, rows * cell) pixels, rows being those that have a sample in some column. Gaps and
+        missing samples are transparent.
 
     Raises:
         ValueError: images or labels of another shape or type, or a grid without rows, columns or size.
@@ -44,12 +45,20 @@ def class_grid(
         raise ValueError("class_grid: found no classes to show, expected at least one label")
     side = images.shape[1] * scale
     cell = side + GAP
-    grid = Image.new("RGBA", (len(columns) * cell, per_class * cell), (0, 0, 0, 0))
-    for column, label in enumerate(columns):
-        for row, index in enumerate(np.flatnonzero(labels == label)[:per_class]):
+    shown = [np.flatnonzero(labels == label)[:per_class] for label in columns]
+    rows = max(1, *map(len, shown))  # an image has at least one
+    grid = Image.new("RGBA", (len(columns) * cell, rows * cell), (0, 0, 0, 0))
+    for column, found in enumerate(shown):
+        for row, index in enumerate(found):
             picture = Image.fromarray(images[index]).resize((side, side), Image.Resampling.NEAREST)
             grid.paste(picture, (column * cell + GAP // 2, row * cell + GAP // 2))
     return grid
+
+
+def columns_for(count: int, *, most: int, rows: int) -> int:
+    """Columns (at most `most`) of a grid without classes that leave the fewest places empty in at most `rows` rows."""
+    shown = min(count, most * rows)
+    return -(-shown // max(1, -(-shown // most)))
 
 
 def _check(images: np.ndarray, labels: np.ndarray, per_class: int, scale: int) -> None:

@@ -5,11 +5,12 @@ Shapes: B batch, C channels, N tokens, D width of the tokens, H heads, K head wi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from haste.models.layers import AttentionTap, fill_normal, fill_xavier
@@ -30,11 +31,13 @@ class Denoiser(nn.Module):
     in_channels         their channels, C; the velocity has as many
     null_class          the label that stands for none: `classes`, the number of labels
     taps                what `forward` hands out when asked, by name
-    checkpoint_blocks   True asks to keep only the blocks' inputs for the backward pass; to follow is up to the network
+    can_checkpoint      whether it follows `checkpoint_blocks`: a configuration that asks others for it is refused
+    checkpoint_blocks   True asks to keep only the blocks' inputs for the backward pass, as `through` does
     own_logsumexp       True asks tapped attention for its logsumexp; to follow is up to the network
     """
 
     Settings: ClassVar[Any] = None
+    can_checkpoint: ClassVar[bool] = False
     taps: Mapping[str, Tap]
 
     def __init__(self, *, input_size: int, in_channels: int, classes: int):
@@ -50,6 +53,12 @@ class Denoiser(nn.Module):
         A tap "tokens.m" is (B, N, D), rows of the grid first; "attention.i" is an `AttentionTap`.
         """
         raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    def through(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        """What a block makes of its inputs; with `checkpoint_blocks` they alone are kept for the backward pass."""
+        if self.checkpoint_blocks and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
 
     def initialise(self, generator: torch.Generator) -> None:
         """First numbers, from `generator` alone: Xavier-uniform weights, N(0, 0.02^2) tables, zero biases.

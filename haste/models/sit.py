@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from haste.models.denoiser import Denoiser
 from haste.models.layers import (
@@ -34,6 +33,7 @@ class SiT(Denoiser):
     ValueError if the patches do not tile the image or the heads do not divide the width.
     """
 
+    can_checkpoint = True
     pos_embed: Tensor
 
     def __init__(
@@ -102,18 +102,7 @@ class SiT(Denoiser):
         condition = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         for index, block in enumerate(self.blocks):
             wants_attention = f"attention.{index}" in taps
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                tokens, inner = checkpoint(
-                    block,
-                    tokens,
-                    condition,
-                    wants_attention,
-                    self.own_logsumexp,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-            else:
-                tokens, inner = block(tokens, condition, wants_attention, self.own_logsumexp)
+            tokens, inner = self.through(block, tokens, condition, wants_attention, self.own_logsumexp)
             if wants_attention:
                 tapped[f"attention.{index}"] = inner
             if f"tokens.{index + 1}" in taps:

@@ -43,13 +43,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Grid:
-    """A PNG of samples, one column a class; `labels` names the columns along its rows."""
+    """A PNG of samples, one column a class; `labels` names the columns, if they are classes."""
 
     run: str
     step: int
     image: Path
     labels: Sequence[str]
     sampling: str = ""
+    columns: int = 0  # 0: as many as there are labels
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from haste import artefact
-from haste.data.npz import BROKEN
+from haste import artefact, npz
 from haste.data.samples import Samples, open_samples
 from haste.metrics import rows
 from haste.metrics.frechet import Moments
 from haste.metrics.scores import METRICS
+from haste.npz import BROKEN, SUFFIX, headers
 from haste.score.look import READ, Batch, View
-
-WIDTHS = {"pool": 2048, "spatial": 2023}  # of Inception, whose moments files without a word on their detector hold
-SUFFIX = {"pool": "", "spatial": "_s"}  # of mu and sigma, in a file
 
 
 @dataclasses.dataclass
@@ -134,15 +130,7 @@ class Reference:
 
 def holds_statistics(path: Path) -> bool:
     """Whether a file is an .npz with statistics in it. Raises ValueError for an .npz that cannot be read."""
-    return path.suffix == ".npz" and path.is_file() and "mu" in _names(path)
-
-
-def _names(path: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except (*BROKEN, ValueError) as error:
-        raise ValueError(f"{path}: expected an .npz, found a truncated or foreign file ({error})") from error
+    return path.suffix == ".npz" and path.is_file() and "mu" in headers(path)
 
 
 def read_reference(path: Path) -> Reference:
@@ -151,12 +139,13 @@ def read_reference(path: Path) -> Reference:
     Raises:
         ValueError: truncated, pickled, of shapes that do not belong together, not finite, or not covariances.
     """
-    names, moments = _names(path), dict[str, Moments]()
+    names, moments = headers(path), dict[str, Moments]()
     header = _header(path) if "haste" in names else {}
     count = header.get("images")
     for output, suffix in SUFFIX.items():
         if f"mu{suffix}" in names:
-            moments[output] = _moments(path, names, suffix, count, None if header else WIDTHS[output])
+            npz.check_moments(path, names, output, None if header else npz.WIDTHS[output])
+            moments[output] = _moments(path, suffix, count)
     near = _near(path, moments["pool"].mean.size) if "pool" in names else None
     samples = open_samples(path) if "arr_0" in names else None
     about = {"path": str(path), "kind": "statistics", "identity": artefact.file_identity(path), "images": count}
@@ -181,16 +170,9 @@ def _header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _moments(path: Path, names: list[str], suffix: str, count: int | None, width: int | None) -> Moments:
+def _moments(path: Path, suffix: str, count: int | None) -> Moments:
     mu, sigma = f"mu{suffix}", f"sigma{suffix}"
-    if sigma not in names:
-        raise ValueError(f"{path}: holds {mu} without {sigma}")
     mean, covariance = (_array(path, name) for name in (mu, sigma))
-    if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
-        raise ValueError(f"{path}: {mu} and {sigma} are {mean.dtype} and {covariance.dtype}, expected real numbers")
-    if mean.ndim != 1 or covariance.shape != (mean.size, mean.size) or (width and mean.size != width):
-        expected = f"({width},) and ({width}, {width})" if width else "(D,) and (D, D)"
-        raise ValueError(f"{path}: {mu} and {sigma} are {mean.shape} and {covariance.shape}, expected {expected}")
     try:
         # ADM's files do not say of how many images; of full rank is all that the distance needs to know.
         found = Moments.of_covariance(mean.size + 1 if count is None else count, mean, covariance)

@@ -41,6 +41,11 @@ def test_a_missing_sample_and_the_gaps_are_blank(images: np.ndarray):
     assert np.count_nonzero(np.asarray(grid)[..., 3]) == 5 * 16
 
 
+def test_a_grid_has_no_more_rows_than_its_fullest_column_has_samples(images: np.ndarray):
+    grid = pictures.class_grid(images, LABELS, per_class=9, scale=1)
+    assert grid.size == (3 * (4 + pictures.GAP), 3 * (4 + pictures.GAP))
+
+
 def test_named_classes_keep_their_columns_though_samples_are_missing(images: np.ndarray):
     grid = pictures.class_grid(images, LABELS, per_class=1, scale=1, classes=[9, 7])
     assert (cell(grid, 0, 0, 4) == 0).all()

@@ -162,6 +162,13 @@ def test_pictures_are_embedded_byte_for_byte(full: Report):
     assert base64.b64decode(source.removeprefix("data:image/png;base64,")) == Path(full.grids[0].image).read_bytes()
 
 
+def test_a_grid_without_classes_is_as_wide_as_its_columns_and_none_is_said_to_be_a_class(full: Report):
+    assert "One column a class" in page.render(full)
+    grids = [dataclasses.replace(grid, labels=[], columns=7) for grid in full.grids]
+    text = page.render(dataclasses.replace(full, grids=grids))
+    assert f"--columns: 7; --most: {7 * page.CELL}px" in text and "column a class" not in text
+
+
 def test_whatever_things_are_called_is_text(full: Report):
     renamed = dataclasses.replace(
         full,

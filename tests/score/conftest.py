@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from haste import npz
 from haste.metrics.detectors import Detector
-from haste.score import sides
 
 SIDE = 8
 WIDTHS = {"pool": 5, "spatial": 4, "logits_unbiased": 6}
@@ -44,7 +44,7 @@ def make_detector():
 @pytest.fixture(autouse=True)
 def few_channels(monkeypatch):
     """Files of statistics hold as many channels as the toy has."""
-    monkeypatch.setattr(sides, "WIDTHS", WIDTHS)
+    monkeypatch.setattr(npz, "WIDTHS", WIDTHS)
 
 
 def drawn(seed, count, low=0, high=256):

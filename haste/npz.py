@@ -1,0 +1,153 @@
+"""Reading .npz files that anybody may have written or damaged: their arrays, or a ValueError with the file's name.
+
+What an .npz of images or of statistics must look like is told by its arrays' headers alone, however large it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+# What numpy and zipfile raise on bytes that are no .npz: of everyday ones, of compressed or encrypted entries, and of
+# headers that promise more than there is memory.
+BROKEN = (
+    *(OSError, ValueError, KeyError, IndexError, EOFError, TypeError, OverflowError, MemoryError),
+    *(RuntimeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
+)
+
+
+WIDTHS = {"pool": 2048, "spatial": 2023}  # of Inception, whose moments files without a word on their detector hold
+SUFFIX = {"pool": "", "spatial": "_s"}  # of mu and sigma, in a file
+MOST_PIXELS = 178_956_970  # of an image, as Pillow's guard against files that unpack to more than there is memory
+
+
+def read_npz(path: Path | str, what: str, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of an .npz by their names; nothing in it is unpickled.
+
+    Args:
+        path: the file.
+        what: what it should be, for the message, such as "samples".
+        names: the arrays to read; None is all.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is truncated or foreign, or lacks one of `names`; the message names the file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("one bare array")
+            found = {name: file[name] for name in names or file.files}
+            if strange := [name for name, value in found.items() if not isinstance(value, np.ndarray)]:
+                raise ValueError(f"{strange[0]} is no array")
+            return found
+    except FileNotFoundError:
+        raise
+    except BROKEN as error:
+        words = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path}: expected {what}, found a truncated or foreign file ({words})") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What an array says of itself. stored: bytes that the file has of it, this header included; start: of it alone."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype
+    start: int = 0
+    stored: int = 0
+
+
+def header_of(stream: IO[bytes], stored: int = 0) -> Header:
+    """The header at the beginning of an array's stream, which is then at the array's first byte."""
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return Header(*read(stream), start=stream.tell(), stored=stored)
+
+
+def foreign(path: Path | str, error: BaseException) -> ValueError:
+    """What to say of a file that cannot be read as an .npz."""
+    words = " ".join(str(error).split())[:200]
+    return ValueError(f"{path}: expected an .npz, found a truncated or foreign file ({words})")
+
+
+def headers(path: Path | str) -> dict[str, Header]:
+    """The headers of all arrays of an .npz; nothing behind them is read.
+
+    Raises:
+        ValueError: it is truncated or foreign; the message names the file.
+    """
+    found = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.filename.endswith(".npy"):
+                    with archive.open(entry) as stream:
+                        found[entry.filename.removesuffix(".npy")] = header_of(stream, entry.file_size)
+    except BROKEN as error:
+        raise foreign(path, error) from error
+    return found
+
+
+def check_images(path: Path | str, found: Header) -> None:
+    """Refuse an array `arr_0` that is no images (N, H, W, 3) uint8."""
+    hint = "; convert floats in [0, 1] with clip(255 x), floats in [-1, 1] with clip(127.5 x + 128)"
+    shape, dtype = found.shape, found.dtype
+    if dtype.hasobject:
+        raise ValueError(f"{path}: arr_0 is pickled, which is never read; expected uint8 0..255 (N, H, W, 3)")
+    if dtype != np.uint8:
+        raise ValueError(f"{path}: arr_0 holds {dtype}, expected uint8 0..255{hint if dtype.kind == 'f' else ''}")
+    if len(shape) != 4 or shape[3] != 3 or found.fortran:
+        told = " (channels come last: NHWC)" if len(shape) == 4 and shape[1] == 3 else ""
+        raise ValueError(f"{path}: arr_0 has shape {shape}, expected (N, H, W, 3){told}")
+    if shape[0] < 0 or min(shape[1:]) < 1 or shape[1] * shape[2] > MOST_PIXELS:
+        raise ValueError(f"{path}: arr_0 has shape {shape}, expected images of 1 to {MOST_PIXELS:,} pixels")
+
+
+def check_moments(path: Path | str, found: Mapping[str, Header], output: str, width: int | None) -> None:
+    """Refuse a `mu` (D,) without its `sigma` (D, D), or of another width than D; None is any."""
+    mu, sigma = f"mu{SUFFIX[output]}", f"sigma{SUFFIX[output]}"
+    if sigma not in found:
+        raise ValueError(f"{path}: holds {mu} without {sigma}")
+    mean, covariance = found[mu], found[sigma]
+    if pickled := [name for name in (mu, sigma) if found[name].dtype.hasobject]:
+        raise ValueError(f"{path}: {pickled[0]} is pickled, which is never read; expected real numbers")
+    if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
+        raise ValueError(f"{path}: {mu} and {sigma} are {mean.dtype} and {covariance.dtype}, expected real numbers")
+    square = len(mean.shape) == 1 and covariance.shape == 2 * mean.shape
+    if not square or (width and mean.shape != (width,)):
+        expected = f"({width},) and ({width}, {width})" if width else "(D,) and (D, D)"
+        raise ValueError(f"{path}: {mu} and {sigma} are {mean.shape} and {covariance.shape}, expected {expected}")
+
+
+def check_reference(path: Path | str) -> None:
+    """Refuse what is no reference as ADM's: `mu`, `sigma` of Inception, and the images that they are of.
+
+    Raises:
+        ValueError: it is truncated or foreign, lacks one of these, or has another shape of one.
+    """
+    found = headers(path)
+    for output, width in WIDTHS.items():
+        if f"mu{SUFFIX[output]}" in found:
+            check_moments(path, found, output, None if "haste" in found else width)
+    if "arr_0" in found:
+        check_images(path, found["arr_0"])
+    if not {"mu", "arr_0"} <= found.keys():
+        held = " and ".join(sorted(found.keys() - {"haste"})) or "nothing"
+        raise ValueError(f"{path}: expected ADM's mu, sigma and arr_0 (images), found {held}")
+    if not found["arr_0"].shape[0]:
+        raise ValueError(f"{path}: found no images under arr_0")
+    for name in sorted(found.keys() & {"mu", "sigma", "mu_s", "sigma_s", "arr_0"}):
+        one = found[name]
+        whole = one.start + math.prod(one.shape) * one.dtype.itemsize
+        if one.stored != whole:
+            raise ValueError(f"{path}: {name} is truncated or damaged: found {one.stored:,} bytes, expected {whole:,}")
