@@ -5,10 +5,8 @@ B batch, C latent channels, h x w latent cells, R pixels a side.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from haste.data import order
+from haste.data.ahead import made_ahead
 from haste.data.store import Store
 
 CPU = torch.device("cpu")
@@ -177,15 +176,4 @@ class Batches:
         def make(step: int) -> Batch:
             return self(step, visits).to(device)
 
-        with ThreadPoolExecutor(WORKERS, thread_name_prefix="batches") as threads:
-            waiting: collections.deque[Future[Batch]] = collections.deque()
-            try:
-                for step in steps:
-                    waiting.append(threads.submit(make, step))
-                    if len(waiting) > depth:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+        return made_ahead(make, steps, threads=WORKERS, depth=depth, name="batches")

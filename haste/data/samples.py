@@ -5,7 +5,6 @@ Streamed, never whole in memory. N images of H x W pixels, uint8 RGB.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import hashlib
 import itertools
@@ -14,7 +13,6 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from haste import artefact
+from haste.data.ahead import made_ahead
 from haste.data.store import MANIFEST, Store
 from haste.npz import BROKEN, check_images, foreign, header_of
 
@@ -250,18 +249,7 @@ def _of_pictures(
 
 def _decoded(pictures: list[tuple[str, Callable[[], Any]]]) -> Iterator[np.ndarray]:
     """The pictures in order, decoded by some threads ahead of use."""
-    with ThreadPoolExecutor(DECODERS, thread_name_prefix="pictures") as threads:
-        waiting: collections.deque[Future[np.ndarray]] = collections.deque()
-        try:
-            for picture in pictures:
-                waiting.append(threads.submit(_picture, *picture))
-                if len(waiting) > 4 * DECODERS:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    return made_ahead(lambda one: _picture(*one), pictures, threads=DECODERS, depth=4 * DECODERS, name="pictures")
 
 
 def _picture(name: str, opened: Callable[[], Any]) -> np.ndarray:
