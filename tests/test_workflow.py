@@ -54,7 +54,7 @@ class Workshop:
         ]
 
     def snakemake(self, *arguments):
-        return subprocess.run(self.command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=280)
+        return subprocess.run(self.command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=800)
 
     def on_a_node(self, rule, **wildcards):
         """Run a job as the executor does on the node that it was submitted to."""
