@@ -855,6 +855,7 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     faults += [fault for name in config.runs for fault in _faults_of_run(config, name)]
     faults += _faults_of_rows(config)
     faults += [fault for name in config.evaluate for fault in _faults_of_evaluate(config, name)]
+    faults = faults or [fault for name in config.runs for fault in _faults_of_angles(config, name)]
     if faults:
         raise ValueError("\n".join(dict.fromkeys(faults)))  # runs that share a faulty alignment tell it once
     return config
@@ -1253,6 +1254,27 @@ def _faults_of_readings(run: Run, where: str) -> list[str]:
             found = f"{stop.every} makes {count:,} readings up to step {last}"
             faults.append(f"{where}.stop.{kind}.every: {found}, expected at most {MOST_READINGS:,}")
     return faults
+
+
+def _faults_of_angles(config: Config, name: str) -> list[str]:
+    """Gradients that nobody could take: while all terms are active, or once those have stopped that stop apart."""
+    terms, stop, faults = terms_of(config, name), config.runs[name].stop, []
+    active = {kind: term for kind, term in terms.items() if getattr(stop, kind) != 0}
+    for kind, watch in triggers_of(config, name).items():
+        lasting = {other: term for other, term in active.items() if getattr(stop, other) in (None, watch)}
+        trigger, blocks = triggers.made(watch.trigger, watch.model_extra or {}), _blocks_of(config, name)
+        found = triggers.faults(trigger, kind, active, blocks) or triggers.faults(trigger, kind, lasting, blocks)
+        faults += [f"runs.{name}.stop.{kind}.{fault}" for fault in found]
+    return faults
+
+
+def _blocks_of(config: Config, run: str) -> int:
+    """Blocks of a run's model that can be told apart."""
+    model = model_named(config, config.runs[run].model)
+    if isinstance(model, Model):
+        return model.depth
+    latents = (config.latent_size, config.autoencoder.channels, config.images.classes)
+    return _facts(model.architecture, json.dumps(model.settings), *latents).blocks
 
 
 def _words_of_stop(stop: Any) -> str:

@@ -5,7 +5,7 @@ Shapes: B batch, C channels, N tokens, D width of the tokens, H heads, K head wi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +30,7 @@ class Denoiser(nn.Module):
     in_channels         their channels, C; the velocity has as many
     null_class          the label that stands for none: `classes`, the number of labels
     taps                what `forward` hands out when asked, by name
+    block_list          its blocks, where they can be told apart
     checkpoint_blocks   True asks to keep only the blocks' inputs for the backward pass; to follow is up to the network
     own_logsumexp       True asks tapped attention for its logsumexp; to follow is up to the network
     """
@@ -50,6 +51,15 @@ class Denoiser(nn.Module):
         A tap "tokens.m" is (B, N, D), rows of the grid first; "attention.i" is an `AttentionTap`.
         """
         raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    @property
+    def block_list(self) -> Sequence[nn.Module]:
+        """Its blocks in order, block 1 first: out of block m comes the tap "tokens.m".
+
+        Those in `blocks`, where that is an `nn.ModuleList`, else none: then no gradient can be taken by block.
+        """
+        found = getattr(self, "blocks", None)
+        return list(found) if isinstance(found, nn.ModuleList) else []
 
     def initialise(self, generator: torch.Generator) -> None:
         """First numbers, from `generator` alone: Xavier-uniform weights, N(0, 0.02^2) tables, zero biases.
@@ -87,7 +97,7 @@ class Denoiser(nn.Module):
         for name, tap in model.taps.items():
             _check_tap(cls.__name__, name, tapped.get(name), tap)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return Facts(dict(model.taps), parameters, float(counter.get_total_flops()))
+        return Facts(dict(model.taps), parameters, float(counter.get_total_flops()), len(model.block_list))
 
 
 def _check_tap(owner: str, name: str, found: Any, tap: Tap) -> None:
