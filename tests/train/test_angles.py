@@ -15,6 +15,7 @@ from haste.config import Positive, Strict
 from haste.data import order
 from haste.data.store import Store
 from haste.models import AttentionTap, Denoiser, Tap
+from haste.teachers import encoder
 from haste.train import loop, state, targets
 from haste.train.angles import Angles
 
@@ -227,7 +228,6 @@ def test_a_reading_that_is_no_number_is_not_made(make_plan, monkeypatch, caplog)
 
 # ---- training knows nothing of it
 
-SIT = {"models": {"dot": {"depth": 2, "width": 16, "heads": 2, "patch_size": 2}}}
 CONTRAST = {
     "teacher": "vit", "depth": 1, "hidden": 16, "similarity": "nt-xent", "negatives": "batch", "negative_count": 13,
 }  # fmt: skip
@@ -235,6 +235,7 @@ WAYS = {
     "plain": {},
     "accumulated, blocks computed again": {"runtime": {**QUICK, "accumulate": 2, "checkpoint_blocks": True}},
     "bf16": {"training": {"batch": 8, "lr": 1.0e-3, "ema": 0.9, "precision": "bf16"}},
+    "fp16": {"training": {"batch": 8, "lr": 1.0e-3, "ema": 0.9, "precision": "fp16"}},
     "negatives of the batch": {"alignments": {"HASTE": {"features": CONTRAST}}},
     "targets on disk": {},
 }
@@ -247,16 +248,13 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_run_that_never_fires_is_the_run_that_never_stops_and_one_that_fires_the_one_that_stops_there(make_plan, way):
+def test_a_run_that_never_fires_is_the_run_that_never_stops_and_one_that_fires_the_one_that_stops_there(
+    make_plan, tiny, way
+):
     runs = {"never": NEVER, "none": None, "fires": AT_ONCE, "by hand": 6}
     changes = {"runtime": QUICK, **WAYS[way]}
     if way == "targets on disk":
-        changes["teachers"] = {
-            "vit": {
-                "trained": {"steps": 2, "batch": 8, "depth": 2, "width": 16, "heads": 2, "patch": 4},
-                "cache": "features+attention",
-            }
-        }
+        changes["teachers"] = {"vit": {**tiny["teachers"]["vit"], "cache": "features+attention"}}
     plan = make_plan(**changes, runs={name: {"alignment": "HASTE", "stop": stop} for name, stop in runs.items()})
     if way == "targets on disk":
         for shard in range(plan.targets["vit"].shards):
@@ -276,17 +274,21 @@ def test_a_run_that_never_fires_is_the_run_that_never_stops_and_one_that_fires_t
     assert records(plan, 16, "fires")[kind]["stopped"]["step"] == 6
 
 
-def test_measuring_leaves_no_gradient_and_draws_no_random_number(make_plan, monkeypatch):
-    products, left = Angles._products, []
+def test_measuring_looks_at_an_image_once_leaves_no_gradient_and_draws_no_random_number(make_plan, monkeypatch):
+    products, look, left, looked = Angles._products, encoder.Teacher.__call__, [], []
 
     def watching(self, asked):
-        before = torch.random.get_rng_state()
+        before, steps = torch.random.get_rng_state(), len(looked)
         found = products(self, asked)
         assert torch.equal(torch.random.get_rng_state(), before)
+        assert sum(looked[steps:]) == 14
         left.append([p.grad for p in self.objective.parameters() if p.grad is not None])
         return found
 
     monkeypatch.setattr(Angles, "_products", watching)
+    monkeypatch.setattr(
+        encoder.Teacher, "__call__", lambda self, x, **more: (looked.append(len(x)), look(self, x, **more))[1]
+    )
     plan = make_plan(runs={"HASTE": {"alignment": "HASTE", "stop": NEVER}}, runtime=QUICK)
     loop.train(plan, plan.state("HASTE", 8))
     assert left == [[], []]
