@@ -29,11 +29,13 @@ class Facts:
         counted from 0.
     parameters: numbers that training changes.
     flops: floating-point operations of one image's forward pass, two a multiplication.
+    blocks: how many blocks it has whose parameters can be told apart, block m of them being the one before "tokens.m".
     """
 
     taps: Mapping[str, Tap]
     parameters: int
     flops: float
+    blocks: int = 0
 
 
 def blocks(taps: Mapping[str, Tap], kind: str) -> list[int]:
@@ -68,4 +70,4 @@ def sit_facts(size: Mapping[str, Any], classes: int) -> Facts:
     conditioning = depth * 6 * width**2  # once an image, not once a token
     tokens = side**2
     flops = 2.0 * (weights * tokens + conditioning) + 4.0 * depth * tokens**2 * width
-    return Facts(sit_taps(depth, width, size["heads"], side), depth * block + embeddings + final, flops)
+    return Facts(sit_taps(depth, width, size["heads"], side), depth * block + embeddings + final, flops, depth)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from haste import config as configuration
 from haste import extensions, journal
+from haste.align import triggers
 from haste.artefact import SCHEMA
 from haste.cache import Shape, flops_per_image
 from haste.config import Sampling, facts_in
@@ -70,7 +71,7 @@ def machine_flops() -> float:
 def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float, bool]:
     """Seconds that a segment will take, and whether that is measured (by a journal on its lineage) or computed.
 
-    What is computed has the forward passes of the teachers in it whose size is known.
+    What is computed has the forward passes of the teachers in it whose size is known, and what triggers measure.
     """
     recipe = plan.trajectories[segment.state.trajectory].recipe
     steps, batch = segment.state.step - segment.start, recipe["training"]["batch"]
@@ -80,7 +81,31 @@ def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float,
             return steps * batch / lines[-1]["images_per_s"], True
     work = training_flops(recipe) + sum(_teacher_flops(plan, name) or 0.0 for name in segment.teachers)
     runtime = plan.config.runtime
-    return steps * batch * work / (EFFICIENCY * flops * runtime.threads * runtime.processes), False
+    work = steps * batch * work + angle_flops(plan, segment)
+    return work / (EFFICIENCY * flops * runtime.threads * runtime.processes), False
+
+
+def angle_flops(plan: Plan, segment: Segment) -> float:
+    """Operations of the angles that triggers measure on a segment, if they stop nothing.
+
+    At most a forward and a backward pass of each image at each time, and a look of each teacher at each image.
+    """
+    times: dict[tuple[Any, ...], set[float]] = {}  # what is measured together, and at which times
+    for kind, term in segment.terms.items():
+        own = dict(term["trigger"] or {"trigger": None})
+        name, after, every = own.pop("trigger"), own.pop("after", 0), own.pop("every", 1)
+        for angle in triggers.made(name, own).needs.values() if name else ():
+            if isinstance(angle, triggers.Angle):
+                whose = kind if angle.of == "own" else ""
+                times.setdefault((after, every, angle.images, angle.shards, whose), set()).update(angle.times)
+    recipe = plan.trajectories[segment.state.trajectory].recipe
+    look = sum(_teacher_flops(plan, name) or 0.0 for name in segment.teachers)
+    return sum(
+        ((segment.state.step - after) // every - (segment.start - after) // every)
+        * images
+        * (len(at) * training_flops(recipe) + look)
+        for (after, every, images, *_), at in times.items()
+    )
 
 
 def _teacher_flops(plan: Plan, name: str) -> float | None:

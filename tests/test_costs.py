@@ -74,3 +74,19 @@ def test_training_costs_three_forward_passes_and_one_of_each_teacher_that_is_ask
     plan = plan_of(teachers={"vit": {"pretrained": {"name": name}}}, runs={"HASTE": {"alignment": "REPA"}})
     said = {stage.name: status._clock(stage) for stage in status.stages(plan)[0]}
     assert said["training, aligned"].endswith(" + unknown") and "unknown" not in said["training, plain"]
+
+
+def test_angles_between_gradients_cost_passes_of_their_images_at_every_reading_and_are_measured_once_for_both_losses():
+    stop = {"trigger": "gradient-angle", "after": 4, "every": 3, "images": 30, "times": [0.1, 0.5]}
+    plan = plan_of(runs={"HASTE": {"alignment": "HASTE", "stop": stop}, "plain": {"alignment": "HASTE"}})
+    first, second = (plan.segment(plan.state("HASTE", step)) for step in (8, 16))  # readings after 7, and 10, 13, 16
+    (vit,) = first.teachers
+    recipe = plan.trajectories[first.state.trajectory].recipe
+    image = 2 * status.training_flops(recipe) + status._teacher_flops(plan, vit)
+    assert [status.angle_flops(plan, segment) for segment in (first, second)] == [30 * image, 90 * image]
+    plain = plan.segment(plan.state("plain", 16))
+    assert status.angle_flops(plan, plain) == 0
+    with_angles, without = (status.training_seconds(plan, segment, 1e9)[0] for segment in (second, plain))
+    assert with_angles - without == pytest.approx(90 * image / status.EFFICIENCY / 1e9)
+    own = plan_of(runs={"HASTE": {"alignment": "HASTE", "stop": {**stop, "of": "own"}}})
+    assert status.angle_flops(own, own.segment(own.state("HASTE", 16))) == 180 * image

@@ -368,6 +368,8 @@ OTHER = {
     "runs.NAME.ramp.attention": 3,
     "runs.NAME.ramp.shape": "linear",
     "trigger: plateau.slow": 0.9999,
+    "trigger: gradient-angle.times": [0.3],
+    "trigger: gradient-angle.of": "own",
 }
 # A key with one value, and one that changes only together with another.
 ONE_VALUE = {"images.source", "teachers.NAME.pca", "models.NAME.architecture", "runs.NAME.stop.TERM.trigger"}

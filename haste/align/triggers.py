@@ -8,15 +8,19 @@ optimiser steps before it, so a term that is stopped at step tau was aligned on 
 from __future__ import annotations
 
 import difflib
+import itertools
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from haste import extensions
+
+#: Kind of an alignment term -> its settings.
+Terms = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,32 @@ class Average:
     steps: int = 1
 
 
+@dataclass(frozen=True)
+class Angle:
+    """A reading that costs passes of its own: the cosine between the gradients of the alignment loss and of the
+    denoising loss with respect to the parameters of a block, or how far that could be off.
+
+    Attributes:
+        times: every image is looked at at each of these t; the cosines there are averaged.
+        block: blocks, counted from 1, over which the cosines are averaged; none stands for `block_of` the terms.
+        images: how many random training images, the same at every reading; all where there are fewer.
+        shards: groups of images over whose jackknife the error is taken.
+        of: `alignment`, the sum of all active terms by their weights; or `own`, the watched term alone.
+        error: whether the standard error of that average is asked for, and not the average itself.
+    """
+
+    times: tuple[float, ...]
+    block: tuple[int, ...] = ()
+    images: int = 2048
+    shards: int = 8
+    of: str = "alignment"
+    error: bool = False
+
+
 #: What a reading may ask for; training knows how to measure each of them (`haste/train/readings.py`).
-Measure = Average
+Measure = Average | Angle
 AVERAGED = ("residual", "denoising")
+ALIGNED = ("alignment", "own")
 
 
 @dataclass(frozen=True)
@@ -120,8 +147,112 @@ class Plateau(Trigger):
         return Decision(stop, f"the residual's fast average {fast:.4g} is {where} its slow one {slow:.4g}, {asked}")
 
 
+Count = Annotated[int, Field(ge=1)]
+Several = Annotated[int, Field(ge=2)]
+Time = Annotated[float, Field(ge=0, le=1)]
+
+
+class GradientAngle(Trigger):
+    """Stop when alignment pulls against denoising (HASTE, arXiv 2505.16792): when the cosine between their gradients,
+    averaged over times, is below a threshold.
+
+    Attributes:
+        threshold: the cosine below which the term stops.
+        times: t at which the cosine is measured.
+        block: the block, or the blocks to average over, counted from 1; None as `Angle`.
+        images: as `Angle`.
+        shards: as `Angle`.
+        of: as `Angle`.
+        patience: at how many readings in a row the cosine must be below.
+        sure: by how many standard errors it must be below.
+    """
+
+    threshold: Annotated[float, Field(le=1)] = -0.05
+    times: Annotated[list[Time], Field(min_length=1)] = [0.02, 0.1, 0.5, 0.8]
+    block: Count | Annotated[list[Count], Field(min_length=1)] | None = None
+    images: Several = 2048
+    shards: Several = 8
+    of: Literal["alignment", "own"] = "alignment"
+    patience: Count = 1
+    sure: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _measurable(self) -> GradientAngle:
+        for name, values in {"times": self.times, "block": self.block}.items():
+            if isinstance(values, list) and len(set(values)) < len(values):
+                raise ValueError(f"{name} {values} has a value more than once, expected each once")
+        if self.shards > self.images:
+            raise ValueError(f"shards {self.shards} are more than images {self.images}: some would be empty")
+        return self
+
+    @property
+    def needs(self) -> dict[str, Measure]:
+        """The cosine at every t and their mean, each with its error: that of the mean is not the errors' mean."""
+        blocks = (self.block,) if isinstance(self.block, int) else tuple(self.block or ())
+        whole = Angle(tuple(self.times), blocks, self.images, self.shards, self.of)
+        found: dict[str, Measure] = {}
+        for t in self.times:
+            at = replace(whole, times=(t,))
+            found |= {f"t={t}": at, f"t={t} error": replace(at, error=True)}
+        return found | {"mean": whole, "error": replace(whole, error=True)}
+
+    def decide(self, step: int, history: Sequence[Reading]) -> Decision:
+        """See `Trigger`."""
+        below = 0
+        for reading in reversed(history):
+            if reading.values["mean"] + self.sure * reading.values["error"] >= self.threshold:
+                break
+            below += 1
+        mean, error = (history[-1].values[name] for name in ("mean", "error"))
+        where = f"{'' if below else 'not '}below {self.threshold:g}"
+        surely = f" by {self.sure:g} standard errors" if self.sure else ""
+        row = f", at {below} of {self.patience} readings in a row" if self.patience > 1 else ""
+        return Decision(
+            below >= self.patience, f"the gradients' cosine {mean:.4f} ± {error:.4f} is {where}{surely}{row}"
+        )
+
+
+def block_of(terms: Terms) -> int:
+    """The block whose parameters the gradients are taken by where none is named: the one after which features are read
+    or, where only attention is aligned, the last one that is; counted from 1."""
+    return terms["features"]["depth"] if "features" in terms else _reached(terms)
+
+
+def _reached(terms: Terms) -> int:
+    """The last block whose parameters get a gradient from these terms, counted from 1."""
+    depths = [terms["features"]["depth"]] if "features" in terms else []
+    return max(depths + [layer + 1 for layer in terms.get("attention", {}).get("student_layers", ())])
+
+
+def faults(trigger: Trigger, kind: str, terms: Terms, blocks: int) -> list[str]:
+    """What of a trigger's angles no step could measure while these terms are active: the attribute of `Angle`, and why.
+
+    Args:
+        trigger: says what it needs.
+        kind: the watched term.
+        terms: the active ones, with that: their layers and `t_min`.
+        blocks: of the network, as far as they can be told apart; 0 where they cannot.
+    """
+    found = []
+    for angle in (measure for measure in trigger.needs.values() if isinstance(measure, Angle)):
+        active = {kind: terms[kind]} if angle.of == "own" else terms
+        for t, block in itertools.product(angle.times, angle.block or (block_of(active),)):
+            counts = {name: term for name, term in active.items() if t >= term.get("t_min", 0)}
+            if not blocks:
+                found.append("block: gradients are taken by block, but the network has no list of its blocks")
+            elif block > blocks:
+                found.append(f"block: {block}, but the network has blocks 1 to {blocks}")
+            elif not counts:
+                found.append(f"times: {t} lies below t_min of {' and '.join(active)}: nothing is aligned there")
+            elif block > (last := _reached(counts)):
+                found.append(
+                    f"block: {block}, but at t={t} the loss of {' and '.join(counts)} reaches no block after {last}"
+                )
+    return list(dict.fromkeys(found))
+
+
 #: Name in the configuration -> the trigger.
-TRIGGERS: dict[str, type[Trigger]] = {"plateau": Plateau}
+TRIGGERS: dict[str, type[Trigger]] = {"plateau": Plateau, "gradient-angle": GradientAngle}
 
 
 def named(name: str) -> type[Trigger]:
@@ -168,15 +299,36 @@ def made(name: str, parameters: Mapping[str, Any]) -> Trigger:
 
 
 def _check_need(who: str, key: Any, measure: Any) -> None:
-    found = f"{who} needs {key} = {measure!r}, expected"
     if not isinstance(key, str) or key == "step":  # which a reading has beside what was measured
         raise ValueError(f"{who} needs {key!r}, expected a name, and another than 'step'")
-    if not isinstance(measure, Average) or measure.of not in AVERAGED:
-        raise ValueError(f"{found} an Average of {' or '.join(AVERAGED)}")
+    check = {Average: _wrong_in_average, Angle: _wrong_in_angle}.get(type(measure))
+    if wrong := check(measure) if check else "an Average or an Angle":
+        raise ValueError(f"{who} needs {key} = {measure!r}, expected {wrong}")
+
+
+def _wrong_in_average(measure: Any) -> str:
+    """What is expected in the place of what cannot be measured; nothing where all can."""
+    if measure.of not in AVERAGED:
+        return f"an Average of {' or '.join(AVERAGED)}"
     if not isinstance(measure.decay, int | float) or not 0 <= measure.decay < 1:
-        raise ValueError(f"{found} a decay of at least 0 and below 1")
-    if type(measure.steps) is not int or measure.steps < 1:
-        raise ValueError(f"{found} steps to be a whole number of at least 1")
+        return "a decay of at least 0 and below 1"
+    return "steps to be a whole number of at least 1" if not _whole(measure.steps, 1) else ""
+
+
+def _wrong_in_angle(measure: Any) -> str:
+    """As `_wrong_in_average`."""
+    times, blocks = measure.times, measure.block
+    if not isinstance(times, tuple) or not times or not all(isinstance(t, int | float) and 0 <= t <= 1 for t in times):
+        return "a tuple of times from 0 to 1"
+    if not isinstance(blocks, tuple) or not all(_whole(block, 1) for block in blocks):
+        return "block to be a tuple of whole numbers of at least 1"
+    if not _whole(measure.shards, 2) or not _whole(measure.images, measure.shards):
+        return "at least 2 shards, and as many images"
+    return f"an Angle of {' or '.join(ALIGNED)}" if measure.of not in ALIGNED else ""
+
+
+def _whole(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least
 
 
 def _who(name: str, kind: type[Trigger]) -> str:
@@ -204,7 +356,7 @@ def first_reading(trigger: Trigger, after: int, every: int) -> int:
         after: steps before the first one that it sees.
         every: steps between readings.
     """
-    needed = max([1, *(measure.steps for measure in trigger.needs.values())])
+    needed = max([1, *(measure.steps for measure in trigger.needs.values() if isinstance(measure, Average))])
     return after + -(-needed // every) * every
 
 

@@ -44,8 +44,20 @@ def taps_of(config: Config, name: str) -> Mapping[str, Tap]:
     model = model_named(config, name)
     if isinstance(model, Model):
         return sit_taps(model.depth, model.width, model.heads, config.latent_size // model.patch_size)
+    return _facts_of(config, model).taps
+
+
+def blocks_of(config: Config, run: str) -> int:
+    """Blocks of a run's model that can be told apart."""
+    model = model_named(config, config.runs[run].model)
+    if isinstance(model, Model):
+        return model.depth
+    return _facts_of(config, model).blocks
+
+
+def _facts_of(config: Config, model: OtherModel) -> Facts:
     latents = (config.latent_size, config.autoencoder.channels, config.images.classes)
-    return facts_of_other(model.architecture, json.dumps(model.settings), *latents).taps
+    return facts_of_other(model.architecture, json.dumps(model.settings), *latents)
 
 
 def heads_of(taps: Mapping[str, Tap], layers: Collection[int]) -> int:

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from haste import extensions
-from haste.config.derived import heads_of, taps_of
+from haste.align import triggers
+from haste.config.derived import blocks_of, heads_of, taps_of, terms_of, triggers_of
 from haste.config.keys import Strict, nearest
 from haste.config.parts import Autoencoder, Detector, Model, OtherModel, Teacher, architecture_named
 from haste.config.published import MAPPINGS, MODELS, alignment_named, model_named, teacher_shape, teacher_tokens
@@ -79,6 +80,7 @@ def faults_of(config: Config) -> list[str]:
     faults += [fault for name in config.runs for fault in _faults_of_run(config, name)]
     faults += _faults_of_rows(config)
     faults += [fault for name in config.evaluate for fault in _faults_of_evaluate(config, name)]
+    faults = faults or [fault for name in config.runs for fault in _faults_of_angles(config, name)]
     return list(dict.fromkeys(faults))  # runs that share a faulty alignment tell it once
 
 
@@ -318,6 +320,18 @@ def _faults_of_readings(run: Run, where: str) -> list[str]:
         if isinstance(stop, Trigger) and (count := (last - stop.after) // stop.every) > MOST_READINGS:
             found = f"{stop.every} makes {count:,} readings up to step {last}"
             faults.append(f"{where}.stop.{kind}.every: {found}, expected at most {MOST_READINGS:,}")
+    return faults
+
+
+def _faults_of_angles(config: Config, name: str) -> list[str]:
+    """Gradients that nobody could take: while all terms are active, or once those have stopped that stop apart."""
+    terms, stop, faults = terms_of(config, name), config.runs[name].stop, []
+    active = {kind: term for kind, term in terms.items() if getattr(stop, kind) != 0}
+    for kind, watch in triggers_of(config, name).items():
+        lasting = {other: term for other, term in active.items() if getattr(stop, other) in (None, watch)}
+        trigger, blocks = triggers.made(watch.trigger, watch.model_extra or {}), blocks_of(config, name)
+        found = triggers.faults(trigger, kind, active, blocks) or triggers.faults(trigger, kind, lasting, blocks)
+        faults += [f"runs.{name}.stop.{kind}.{fault}" for fault in found]
     return faults
 
 

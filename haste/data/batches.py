@@ -116,11 +116,8 @@ class Batches:
         visits = range(self.size) if visits is None else visits
         chosen = self.samples.start + order.batch_indices(self.seed, step, self.size, len(self.samples))
         chosen = chosen[visits.start : visits.stop]
-        moments = torch.from_numpy(self.latents.read("moments", chosen).astype(np.float32))
-        channels, *cells = moments.shape[1:]
-        shape = (channels // 2, *cells)
-        labels = self.latents.read("label", chosen)
-        self._check(chosen, moments, labels)
+        moments, labels = self._encoded(chosen)
+        shape = _shape_of(moments)
         dropped = order.uniforms(self.seed, "class dropout", step, visits) < self.class_dropout
         return Batch(
             step=step,
@@ -129,15 +126,51 @@ class Batches:
             noise=torch.from_numpy(order.normals(self.seed, "noise", step, visits, shape)),
             t=self._times(step, visits),
             labels=torch.from_numpy(np.where(dropped, self.null_class, labels)),
-            images=None if self.images is None else torch.from_numpy(self.images.read("image", chosen)),
-            targets={
-                (name, field): torch.from_numpy(store.read(field, chosen))
-                for name, (store, fields) in self.targets.items()
-                for field in fields
-            },
+            **self._for_teachers(chosen),
             rows=torch.arange(visits.start, visits.stop),
             weights=self._weights(step, visits),
         )
+
+    def held(self, count: int) -> np.ndarray:
+        """`count` random training images to measure with, or all if there are fewer: the same whenever it is asked.
+
+        (M,) int64, places in the stores; those of a smaller count are the first of them.
+        """
+        return self.samples.start + order.choice(self.seed, "measured images", 0, count, len(self.samples))
+
+    def measured(self, held: np.ndarray, rows: range) -> Batch:
+        """Images of `held` in the order there, with labels, without times. Latent draw and noise are each image's own:
+        what is measured twice differs by the weights alone."""
+        chosen = held[rows.start : rows.stop]
+        moments, labels = self._encoded(chosen)
+        shape = _shape_of(moments)
+        return Batch(
+            step=0,
+            moments=moments,
+            draw=torch.from_numpy(order.normals(self.seed, "measured latent draw", 0, chosen.tolist(), shape)),
+            noise=torch.from_numpy(order.normals(self.seed, "measured noise", 0, chosen.tolist(), shape)),
+            t=torch.zeros(len(chosen)),
+            labels=torch.from_numpy(labels),
+            **self._for_teachers(chosen),
+            rows=torch.arange(rows.start, rows.stop),
+        )
+
+    def _encoded(self, chosen: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Moments and labels of some images."""
+        moments = torch.from_numpy(self.latents.read("moments", chosen).astype(np.float32))
+        labels = self.latents.read("label", chosen)
+        self._check(chosen, moments, labels)
+        return moments, labels
+
+    def _for_teachers(self, chosen: np.ndarray) -> dict[str, Any]:
+        """What a batch has for or from teachers."""
+        images = None if self.images is None else torch.from_numpy(self.images.read("image", chosen))
+        stored = {
+            (name, field): torch.from_numpy(store.read(field, chosen))
+            for name, (store, fields) in self.targets.items()
+            for field in fields
+        }
+        return {"images": images, "targets": stored}
 
     def _times(self, step: int, visits: range) -> Tensor:
         """(visits,) float32."""
@@ -177,3 +210,9 @@ class Batches:
             return self(step, visits).to(device)
 
         return made_ahead(make, steps, threads=WORKERS, depth=depth, name="batches")
+
+
+def _shape_of(moments: Tensor) -> tuple[int, ...]:
+    """(C, h, w) of the latents that these are mean and std of."""
+    channels, *cells = moments.shape[1:]
+    return (channels // 2, *cells)

@@ -5,7 +5,7 @@ Shapes: B batch, C channels, N tokens, D width of the tokens, H heads, K head wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +31,7 @@ class Denoiser(nn.Module):
     in_channels         their channels, C; the velocity has as many
     null_class          the label that stands for none: `classes`, the number of labels
     taps                what `forward` hands out when asked, by name
+    block_list          its blocks, where they can be told apart
     can_checkpoint      whether it follows `checkpoint_blocks`: a configuration that asks others for it is refused
     checkpoint_blocks   True asks to keep only the blocks' inputs for the backward pass, as `through` does
     own_logsumexp       True asks tapped attention for its logsumexp; to follow is up to the network
@@ -59,6 +60,15 @@ class Denoiser(nn.Module):
         if self.checkpoint_blocks and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
+
+    @property
+    def block_list(self) -> Sequence[nn.Module]:
+        """Its blocks in order, block 1 first: out of block m comes the tap "tokens.m".
+
+        Those in `blocks`, where that is an `nn.ModuleList`, else none: then no gradient can be taken by block.
+        """
+        found = getattr(self, "blocks", None)
+        return list(found) if isinstance(found, nn.ModuleList) else []
 
     def initialise(self, generator: torch.Generator) -> None:
         """First numbers, from `generator` alone: Xavier-uniform weights, N(0, 0.02^2) tables, zero biases.
@@ -96,7 +106,7 @@ class Denoiser(nn.Module):
         for name, tap in model.taps.items():
             _check_tap(cls.__name__, name, tapped.get(name), tap)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return Facts(dict(model.taps), parameters, float(counter.get_total_flops()))
+        return Facts(dict(model.taps), parameters, float(counter.get_total_flops()), len(model.block_list))
 
 
 def _check_tap(owner: str, name: str, found: Any, tap: Tap) -> None:

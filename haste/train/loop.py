@@ -26,6 +26,7 @@ from haste.models.attention import logsumexp_works
 from haste.plan import STATE_NAME, Plan, Segment, State
 from haste.teachers.targets import TeacherTargets
 from haste.train import state as states
+from haste.train.angles import Angles
 from haste.train.distributed import WARM_UPS, Agreement, Group, enough_memory, joined, wrap
 from haste.train.readings import Watch
 from haste.train.step import (
@@ -226,6 +227,16 @@ class _Training:
             scale=manifest["scale"],
             shift=manifest["shift"],
         )
+        self.angles = Angles(
+            self.objective,
+            self.batches,
+            group,
+            part=len(parts[0]),
+            look=self._targets,
+            precision=self._precision,
+            scale=self.learner.scaler.scale,  # type: ignore[arg-type]
+            compiled=self.runtime.compile,
+        )
         if self.runtime.compile:
             for network in (self.learner.model, *(teacher.network for teacher in self.teachers.values())):
                 network.compile()
@@ -276,9 +287,8 @@ class _Training:
             for batch in journal.timing(self.batches.ahead(range(begin, end), own, self.group.device)):
                 journal.add(self._step(batch))
                 done = batch.step + 1
-                stops = [
-                    watch.read(done, self.trajectory.name) for watch in self.watches.values() if watch.is_due(done)
-                ]
+                due = [watch for watch in self.watches.values() if watch.is_due(done)]
+                stops = [watch.read(done, self.trajectory.name, self.angles) for watch in due]
                 if done % self.runtime.log_every == 0 or done == end or any(stops):
                     journal.write(done, self.group.peak_memory_mb())
                 if done < end:

@@ -1,13 +1,15 @@
 """What triggers see while training, and what they decide.
 
 Each process averages what its own rows give, on its device: nothing in a step waits. At a reading the processes'
-averages are averaged, which is exact since an average is linear; the first process asks the trigger and tells the
-others. A state holds the averages of every process, so that going on with as many ends in the same bits.
+averages are averaged, which is exact since an average is linear; what costs passes of its own is measured then too
+(`haste/train/angles.py`); the first process asks the trigger and tells the others. A state holds the averages of every
+process, so that going on with as many ends in the same bits.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +19,8 @@ import torch
 from torch import Tensor
 
 from haste.align import triggers
-from haste.align.triggers import Decision, Reading
+from haste.align.triggers import Angle, Average, Decision, Reading
+from haste.train.angles import Angles
 from haste.train.distributed import Group
 
 log = logging.getLogger("haste.train")
@@ -63,8 +66,10 @@ class Watch:
         self.trigger = triggers.made(self.settings["trigger"], own)
         self.after, self.every = self.settings["after"], self.settings["every"]
         self.first = triggers.first_reading(self.trigger, self.after, self.every)
-        self.measures = list(self.trigger.needs.values())
-        decays = [measure.decay for measure in self.measures]
+        needs = self.trigger.needs
+        self.averages = {name: measure for name, measure in needs.items() if isinstance(measure, Average)}
+        self.angles = {name: measure for name, measure in needs.items() if isinstance(measure, Angle)}
+        decays = [measure.decay for measure in self.averages.values()]
         self.decay = torch.tensor(decays, dtype=torch.float64, device=group.device)
         self.sums = torch.zeros(2, len(decays), dtype=torch.float64, device=group.device)
         self.history: list[Reading] = []
@@ -79,13 +84,13 @@ class Watch:
             found: `Objective`'s losses.
             weights: (B,) of the samples for this term; None where all count alike.
         """
-        if self.stopped is not None or not self.measures:
+        if self.stopped is not None or not self.averages:
             return
         one = torch.ones((), dtype=torch.float64, device=self.sums.device)
         share = one if weights is None else weights.double().mean()
         left = residual(self.kind, self.term, found[self.kind].double(), share)
         pairs = {"residual": (left, share), "denoising": (found["denoising"].double(), one)}
-        new = torch.stack([torch.stack(pairs[measure.of]) for measure in self.measures], dim=1)  # (2, K)
+        new = torch.stack([torch.stack(pairs[measure.of]) for measure in self.averages.values()], dim=1)  # (2, K)
         updated = self.sums * self.decay + new * (1 - self.decay)
         self.sums = torch.where(new.isfinite().all(dim=0), updated, self.sums)
 
@@ -94,28 +99,47 @@ class Watch:
         fresh = not self.history or self.history[-1].step < done
         return self.stopped is None and fresh and done >= self.first and (done - self.after) % self.every == 0
 
-    def read(self, done: int, trajectory: str) -> bool:
+    def read(self, done: int, trajectory: str, angles: Angles | None = None) -> bool:
         """Make the reading after `done` steps and ask the trigger. Everybody must call it.
 
         Args:
             done: steps done.
             trajectory: the name of the one that is trained, for the record.
+            angles: measures them, where the trigger needs some.
 
         Returns:
             Whether the trigger stops the term.
         """
         started = time.monotonic()
-        agreed = self.group.mean(self.sums.flatten().tolist())
-        values, weights = agreed[: len(self.measures)], agreed[len(self.measures) :]
-        if all(weights):  # else no step was of any use yet
-            named = zip(self.trigger.needs, values, weights, strict=True)
-            self.history.append(Reading(done, {name: value / weight for name, value, weight in named}))
+        found = self._averaged()
+        if found is not None and self.angles:
+            assert angles is not None
+            found |= angles.values(done, self.kind, self.angles)
+        if found is not None and self._is_finite(done, found):
+            self.history.append(Reading(done, {name: found[name] for name in self.trigger.needs}))
             decision = self.group.told(self._ask)
             self._tell(done, decision)
             if decision.stop:
                 self.stopped = {"step": done, "reason": decision.reason, "trajectory": trajectory}
         self.seconds += time.monotonic() - started
         return self.stopped is not None
+
+    def _averaged(self) -> dict[str, float] | None:
+        """The averages over all processes; None if no step was of any use to one of them yet."""
+        if not self.averages:
+            return {}
+        agreed = self.group.mean(self.sums.flatten().tolist())
+        values, weights = agreed[: len(self.averages)], agreed[len(self.averages) :]
+        if not all(weights):
+            return None
+        return {name: value / weight for name, value, weight in zip(self.averages, values, weights, strict=True)}
+
+    def _is_finite(self, done: int, found: Mapping[str, float]) -> bool:
+        """Whether all of it are numbers. The angle with a gradient that is 0, or overflowed, is none."""
+        wrong = [name for name, value in found.items() if not math.isfinite(value)]
+        if wrong and self.group.first:
+            log.warning("step %d: no reading for %s: %s not finite", done, self.kind, ", ".join(wrong))
+        return not wrong
 
     def _ask(self) -> Decision:
         return triggers.decided(self.settings["trigger"], self.trigger, self.history)
@@ -139,7 +163,7 @@ class Watch:
         """(W, 2, K): every process's sums. All must call it."""
         found = torch.zeros(self.group.size, *self.sums.shape, dtype=torch.float64, device=self.sums.device)
         found[self.group.rank] = self.sums
-        return self.group.total(found)
+        return self.group.total(found) if self.averages else found
 
     def go_on(self, record: Mapping[str, Any], sums: Tensor | None, path: Path) -> None:
         """Continue from what a state says.

@@ -174,11 +174,16 @@ class Objective(nn.Module):
         return torch.stack(values).mean()
 
 
+def weight_of(term: Mapping[str, Any], step: int) -> float:
+    """A term's weight as it is after `step` steps."""
+    return term["weight"] * schedule.factor(step, term)
+
+
 def total_loss(found: Mapping[str, Tensor], terms: Terms, step: int) -> Tensor:
     """L = L_denoising + sum of weight * L_term (HASTE, Eq. 7), weights as they are after `step` steps."""
     total = found["denoising"]
     for kind, term in terms.items():
-        total = total + term["weight"] * schedule.factor(step, term) * found[kind]
+        total = total + weight_of(term, step) * found[kind]
     return total
 
 

@@ -1,15 +1,18 @@
 """When to stop, from readings alone: no model, no torch."""
 
+import csv
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import haste
 from haste.align import triggers
-from haste.align.triggers import TRIGGERS, Average, Plateau, Reading, Trigger
+from haste.align.triggers import TRIGGERS, Angle, Average, GradientAngle, Plateau, Reading, Trigger
 
 
 def averaged(residuals, decay):
@@ -84,6 +87,62 @@ def test_nothing_is_decided_before_the_slow_average_has_seen_what_it_looks_back_
     assert {need.steps for need in Plateau(fast=0.5, slow=0.9).needs.values()} == {10}
 
 
+def cosines(*means, error=0.01):
+    """Readings of angles, every 10 steps."""
+    return [Reading(10 * (i + 1), {"mean": mean, "error": error}) for i, mean in enumerate(means)]
+
+
+def stops_at(history, **parameters):
+    found = triggers.replayed("gradient-angle", GradientAngle(threshold=-0.05, **parameters), history)
+    return found and found[0]
+
+
+def test_the_gradients_must_point_apart_by_the_threshold_at_so_many_readings_in_a_row_and_surely():
+    history = cosines(0.1, -0.04, -0.05, -0.06, -0.02, -0.06, -0.051, -0.07, -0.09)
+    assert [stops_at(history, patience=patience) for patience in (1, 2, 3, 4, 5)] == [40, 70, 80, 90, None]
+    assert [stops_at(history, sure=sure) for sure in (0.5, 1.5, 3, 5)] == [40, 80, 90, None]
+    assert stops_at(history, sure=0.5, patience=2) == 90  # -0.051 is not below by half an error
+    assert stops_at(history[:3]) is None
+
+
+def test_the_reason_tells_cosine_error_and_what_was_asked():
+    trigger = GradientAngle(patience=3, sure=2)
+    reasons = [trigger.decide(10 * n, cosines(-0.1, 0.02)[:n]).reason for n in (1, 2)]
+    assert reasons[0] == (
+        "the gradients' cosine -0.1000 ± 0.0100 is below -0.05 by 2 standard errors, at 1 of 3 readings in a row"
+    )
+    assert " 0.0200 ± 0.0100 is not below -0.05 by 2" in reasons[1] and "at 0 of 3" in reasons[1]
+    assert GradientAngle().decide(10, cosines(0.0)).reason.endswith("0.0000 ± 0.0100 is not below -0.05")
+
+
+def test_a_reading_has_the_cosine_at_every_time_their_mean_and_an_error_of_each():
+    needs = GradientAngle(times=[0.5, 0.02], block=3, images=64, shards=4, of="own").needs
+    assert list(needs) == ["t=0.5", "t=0.5 error", "t=0.02", "t=0.02 error", "mean", "error"]
+    assert needs["t=0.02 error"] == Angle((0.02,), (3,), 64, 4, "own", error=True)
+    assert needs["mean"] == Angle((0.5, 0.02), (3,), 64, 4, "own")
+    assert GradientAngle().needs["mean"].block == () and GradientAngle(block=[5, 4]).needs["mean"].block == (5, 4)
+    assert triggers.first_reading(GradientAngle(), 40_000, 10_000) == 50_000
+
+
+def published(model, times):
+    """HASTE's cosines, averaged over these times, as readings."""
+    with open(Path(haste.__file__).parent / "report/published/gradient_cosine_haste.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["model"] == model and row["t"] in times]
+    found = {}
+    for row in rows:
+        found.setdefault(int(row["iteration"]), []).append(float(row["cosine"]))
+    return [Reading(step, {"mean": sum(c) / len(times), "error": 0.0}) for step, c in sorted(found.items())]
+
+
+def test_the_published_readings_stop_the_small_model_where_the_paper_does_and_never_the_large_one():
+    small = published("SiT-B/2", {"0.02", "0.1", "0.5", "0.8"})
+    assert triggers.replayed("gradient-angle", GradientAngle(), small)[0] == 80_000
+    large = published("SiT-XL/2", {"0.02", "0.1", "0.5", "0.9"})
+    assert triggers.replayed("gradient-angle", GradientAngle(), large) is None
+    lowest = sorted((reading.values["mean"], reading.step) for reading in large)[:2]
+    assert lowest == [(pytest.approx(-0.004, abs=5e-4), 250_000), (pytest.approx(-0.0003, abs=1e-4), 200_000)]
+
+
 @pytest.mark.parametrize("name", TRIGGERS)
 def test_every_trigger_is_made_of_its_defaults_and_decides_by_what_it_is_given(name):
     trigger = triggers.made(name, {})
@@ -100,6 +159,19 @@ def test_parameters_reach_the_trigger_and_others_are_refused_by_name():
             triggers.made("plateau", {wrong: 2})
     with pytest.raises(ValueError, match=r"fast 0\.9 is not below slow 0\.5"):
         triggers.made("plateau", {"fast": 0.9, "slow": 0.5})
+    for wrong, said in {
+        "times": ([0.5, 0.5], "more than once"),
+        "block": ([2, 2], "more than once"),
+        "shards": (9, "shards 9 are more than images 8"),
+        "patience": (0, "greater than or equal to 1"),
+        "sure": (-1, "greater than or equal to 0"),
+        "of": ("both", "'alignment' or 'own'"),
+    }.items():
+        with pytest.raises(ValueError, match=said[1]):
+            triggers.made("gradient-angle", {"images": 8, "shards": 2, wrong: said[0]})
+    for nothing in ("times", "block"):
+        with pytest.raises(ValueError, match="at least 1 item"):
+            triggers.made("gradient-angle", {nothing: []})
     with pytest.raises(ValueError, match="nothing is called 'platau'; did you mean 'plateau'"):
         triggers.made("platau", {})
 
@@ -149,6 +221,26 @@ def made_with(monkeypatch, **parts):
 )
 def test_an_average_that_could_never_be_read_is_refused(monkeypatch, measure, said):
     with pytest.raises(ValueError, match=rf"^trigger 'odd' needs left = Average\(.*expected .*{said}$"):
+        made_with(monkeypatch, needs=property(lambda self: {"left": measure}))
+
+
+@pytest.mark.parametrize(
+    ("measure", "said"),
+    [
+        (Angle(()), "a tuple of times from 0 to 1"),
+        (Angle([0.5]), "a tuple of times from 0 to 1"),
+        (Angle((1.5,)), "a tuple of times from 0 to 1"),
+        (Angle((math.nan,)), "a tuple of times from 0 to 1"),
+        (Angle((0.5,), (0,)), "block to be a tuple of whole numbers of at least 1"),
+        (Angle((0.5,), 3), "block to be a tuple of whole numbers of at least 1"),
+        (Angle((0.5,), (), 4, 5), "at least 2 shards, and as many images"),
+        (Angle((0.5,), (), 4, 1), "at least 2 shards, and as many images"),
+        (Angle((0.5,), of="both"), "an Angle of alignment or own"),
+        ("residual", "an Average or an Angle"),
+    ],
+)
+def test_an_angle_that_could_never_be_measured_is_refused(monkeypatch, measure, said):
+    with pytest.raises(ValueError, match=rf"^trigger 'odd' needs left = .*, expected {said}$"):
         made_with(monkeypatch, needs=property(lambda self: {"left": measure}))
 
 

@@ -56,3 +56,25 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_before_and_after_the_stop_
         assert mine.keys() == plain.keys()
         assert list(mine.values()) == pytest.approx(list(plain.values()), rel=1e-3)
     assert {name: x.shape for name, x in compiled_state.items()} == {name: x.shape for name, x in state.items()}
+
+
+@pytest.mark.timeout(600)
+def test_angles_are_measured_uncompiled_and_change_no_bit_of_a_compiled_run(make_plan):
+    """Of other numbers of images: code compiled for any number would serve training too, with other bits."""
+    angle = {"trigger": "gradient-angle", "after": 1, "every": 1, "threshold": -2, "images": 11, "shards": 3}
+    found = {}
+    for name, stop in {"with": angle, "without": None}.items():
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        plan = make_plan(
+            **{**TINIEST, "runs": {"HASTE": {"alignment": "HASTE", "stop": stop, "milestones": [4]}}},
+            runtime={"log_every": 1, "compile": True},
+        )
+        path = loop.train(plan, plan.state("HASTE", 4))
+        found[name] = load_file(path), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        if stop:
+            readings = loop.states.read_header(path)["triggers"]["features"]["readings"]
+            assert [reading["step"] for reading in readings] == [2, 3, 4]
+    assert found["with"][1] == found["without"][1] > 0
+    for name, value in found["without"][0].items():
+        assert torch.equal(found["with"][0][name], value), name

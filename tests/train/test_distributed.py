@@ -207,6 +207,59 @@ def test_two_processes_stop_at_one_step_and_go_on_as_after_a_stop_by_hand(make_p
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+ANGLE = {"trigger": "gradient-angle", "after": 2, "every": 2, "images": 11, "shards": 3, "times": [0.3, 0.9]}
+FAR = {"far": {**CONTRAST["far"], "attention": WATCHED["low"]["attention"] | {"t_min": 0.4}}}
+
+
+def watching_angles(make_plan, threshold, milestones, **runtime):
+    training = {"batch": 4, "lr": 1.0e-3, "ema": 0.9, "precision": "fp64"}
+    run = {"alignment": "far", "stop": {**ANGLE, "threshold": threshold}, "milestones": milestones}
+    return make_plan(alignments=FAR, training=training, runs={"HASTE-20": run}, runtime={"log_every": 9, **runtime})
+
+
+def angles(plan, step):
+    found = loop.states.read_header(plan.path(state_of(plan, step)))["triggers"]
+    assert found["features"]["readings"] == found["attention"]["readings"]
+    return found["features"]["readings"]
+
+
+def test_angles_are_the_same_in_any_cut_and_to_the_bit_over_a_restart(make_plan):
+    """Also with negatives of the whole batch, and where a process has fewer images of a group than another, or none."""
+    alone = watching_angles(make_plan, -2, [8])
+    loop.train(alone, state_of(alone, 8))
+    expected, learnt = angles(alone, 8), bits(alone, 8)
+    assert [reading["step"] for reading in expected] == [4, 6, 8]
+    remove_states(alone)
+    for processes, accumulate in ((2, 2), (4, 1)):
+        several = watching_angles(make_plan, -2, [8], processes=processes, accumulate=accumulate)
+        train_with(several, state_of(several, 8), processes)
+        assert angles(several, 8) == [pytest.approx(reading, rel=1e-7, abs=1e-9) for reading in expected]
+        whole, end = angles(several, 8), bits(several, 8)
+        remove_states(several)
+        cut = watching_angles(make_plan, -2, [5, 8], processes=processes, accumulate=accumulate)
+        for step in (5, 8):
+            train_with(cut, state_of(cut, step), processes)
+        assert angles(cut, 8) == whole
+        assert all(torch.equal(bits(cut, 8)[name], value) for name, value in end.items())
+        assert end.keys() == learnt.keys()
+        remove_states(cut)
+
+
+def test_two_processes_that_measure_angles_train_as_those_that_do_not_up_to_the_stop_and_behind_it(make_plan):
+    found = {}
+    for threshold in (-2, 1):  # at the first reading, or never
+        plan = watching_angles(make_plan, threshold, [8], processes=2)
+        train_with(plan, state_of(plan, 8), 2)
+        found[threshold] = bits(plan, 8)
+    for threshold, stop in {-2: None, 1: 4}.items():
+        run = {"alignment": "far", "stop": stop, "milestones": [8]}
+        training = {"batch": 4, "lr": 1.0e-3, "ema": 0.9, "precision": "fp64"}
+        plan = make_plan(alignments=FAR, training=training, runs={"HASTE-20": run}, runtime={"processes": 2})
+        train_with(plan, state_of(plan, 8), 2)
+        for name, value in bits(plan, 8).items():
+            assert torch.equal(found[threshold][name], value), name
+
+
 def test_going_on_with_another_number_of_processes_is_allowed_and_recorded(make_plan, caplog):
     plan = make_plan(runs=RUNS, runtime={"processes": 2, "log_every": 2})
     train_with(plan, state_of(plan, 20), 2)

@@ -21,6 +21,7 @@ from haste.models.sit import SiT
 from haste.plan import State
 from haste.teachers import encoder
 from haste.train import loop, readings, state, targets
+from haste.train.angles import Angles
 from haste.train.distributed import Group
 
 TINY = yaml.safe_load((Path(__file__).parent.parent / "tiny.yaml").read_text())
@@ -243,17 +244,27 @@ MOMENTS = {
 }
 
 
-def test_a_kill_before_at_and_after_the_stop_changes_no_bit_and_no_decision(make_plan, counts):
-    plan = make_plan(runs=runs(seen={**counts, "readings": 3}), runtime={**QUICK, "save_every": 2})
+# A term stops at its third reading, at step 10.
+ANGLE = {"trigger": "gradient-angle", "after": 4, "every": 2, "threshold": 1, "patience": 3, "images": 12, "shards": 3}
+MEASURING = {"while it is measured": before(Angles, "_negatives", lambda self, held: True)}
+
+
+@pytest.mark.parametrize(
+    ("stop", "moments"),
+    [({"trigger": "counts", "after": 4, "every": 2, "readings": 3}, MOMENTS), (ANGLE, {**MEASURING, **MOMENTS})],
+    ids=["averages", "angles"],
+)
+def test_a_kill_before_at_and_after_the_stop_changes_no_bit_and_no_decision(make_plan, counts, stop, moments):
+    plan = make_plan(runs=runs(seen=stop), runtime={**QUICK, "save_every": 2})
     train_to(plan, "seen", 4, 8)
     ends = {}
-    for moment in (None, *MOMENTS):
+    for moment in (None, *moments):
         remove = [Path(plan.path(plan.state("seen", 16))), *folder(plan, "seen").glob("step-00000010*")]
         for path in [*remove, *folder(plan, "seen").glob("rolling/*"), folder(plan, "seen") / termination.FILE]:
             path.unlink(missing_ok=True)
         target = plan.state("seen", 16)
         if moment is not None:
-            assert killed(plan, target, MOMENTS[moment]), moment
+            assert killed(plan, target, moments[moment]), moment
         train_to(plan, "seen", 16)
         terms = artefact.read_json(folder(plan, "seen") / termination.FILE, termination.KIND)["terms"]
         told = {kind: {k: v for k, v in term.items() if k != "seconds"} for kind, term in terms.items()}

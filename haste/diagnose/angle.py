@@ -1,0 +1,45 @@
+"""The angle between two gradients, and how far it could be off: from sums over groups of images.
+
+A cosine needs no more of two gradients than their inner products, and the cosine of all images but a group no more than
+the inner products of the groups' sums: so a block of any size comes here as a small table. S groups of images.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def cosines(products: Array) -> tuple[Array, Array]:
+    """<a, d> / (|a| |d|) (what HASTE's Tables 1 and 2 show) of all images, and of all but those of each group.
+
+    Args:
+        products: (..., 2, S, 2, S), inner products of the groups' sums: those of gradient a first, those of d second.
+
+    Returns:
+        (...) and (..., S); not a number where a gradient is 0.
+    """
+    whole = products.sum(axis=(-3, -1))[..., None]  # (..., 2, 2, 1)
+    rows = np.moveaxis(products.sum(axis=-1), -2, -1)  # (..., 2, 2, S): a group's sum with the whole
+    columns = products.sum(axis=-3)  # (..., 2, 2, S): the whole with a group's sum
+    own = np.diagonal(products, axis1=-3, axis2=-1)  # (..., 2, 2, S)
+    return _cosine(whole)[..., 0], _cosine(whole - rows - columns + own)
+
+
+def _cosine(products: Array) -> Array:
+    """(..., 2, 2, S) -> (..., S)."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return products[..., 0, 1, :] / np.sqrt(products[..., 0, 0, :] * products[..., 1, 1, :])
+
+
+def jackknife(left_out: Array) -> float:
+    """Standard error of a value from those without each group in turn, (S,) (Efron and Tibshirani 1993, Eq. 11.5).
+
+    The groups count as equally large: they differ by an image at most.
+    """
+    groups = len(left_out)
+    return math.sqrt((groups - 1) / groups * float(np.square(left_out - left_out.mean()).sum()))
