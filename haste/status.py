@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
@@ -77,8 +78,8 @@ def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float,
     steps, batch = segment.state.step - segment.start, recipe["training"]["batch"]
     for piece in reversed(segment.pieces):
         lines = journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"))
-        if lines:
-            return steps * batch / lines[-1]["images_per_s"], True
+        if lines:  # the last may hold a trigger's reading, or a start
+            return steps * batch / median(line["images_per_s"] for line in lines[-9:]), True
     work = training_flops(recipe) + sum(_teacher_flops(plan, name) or 0.0 for name in segment.teachers)
     runtime = plan.config.runtime
     work = steps * batch * work + angle_flops(plan, segment)

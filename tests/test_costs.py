@@ -1,6 +1,7 @@
 """What the plan says a run costs is what the networks compute, and what nobody can tell it calls unknown."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,18 @@ def test_training_costs_three_forward_passes_and_one_of_each_teacher_that_is_ask
     plan = plan_of(teachers={"vit": {"pretrained": {"name": name}}}, runs={"HASTE": {"alignment": "REPA"}})
     said = {stage.name: status._clock(stage) for stage in status.stages(plan)[0]}
     assert said["training, aligned"].endswith(" + unknown") and "unknown" not in said["training, plain"]
+
+
+def test_a_measured_rate_is_that_of_most_lines_and_not_of_one_that_was_slow(tmp_path):
+    plan = plan_of(results=str(tmp_path), runs={"vanilla": {}})
+    segment = plan.segment(plan.state("vanilla", 16))
+    log = tmp_path / "states" / segment.state.trajectory / "log.jsonl"
+    log.parent.mkdir(parents=True)
+    rates = [*[1000.0] * 20, *[40.0] * 8, 2.0]  # images a second; the newest lines count, and the last is no rate
+    lines = [{"step": 1 + i, "denoising": 1.0, "images_per_s": rate} for i, rate in enumerate(rates)]
+    log.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    images = (segment.state.step - segment.start) * plan.config.training.batch
+    assert status.training_seconds(plan, segment, 1e9) == (images / 40.0, True)
 
 
 def test_angles_between_gradients_cost_passes_of_their_images_at_every_reading_and_are_measured_once_for_both_losses():
