@@ -23,7 +23,7 @@ demo: $(READY)
 # Both always run. The larger one is last, so that one sees its summary; what failed on SLURM is said again after it.
 test: lint
 	pytest -n 2 --dist loadfile tests/slurm | tee .venv/slurm.txt; slurm=$$?; \
-	pytest -n 2 --dist loadgroup --ignore tests/slurm; rest=$$?; \
+	pytest -n 2 --ignore tests/slurm; rest=$$?; \
 	test $$slurm = 0 || sed -n '/short test summary/,$$p' .venv/slurm.txt; \
 	test $$slurm = 0 -a $$rest = 0
 

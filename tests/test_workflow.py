@@ -23,7 +23,6 @@ from haste.train import loop
 from haste.train.state import new_learner
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.xdist_group("workflow")  # one process: what they share takes a minute or more to make
 TINY = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
 RUNS = {
     "vanilla": {"milestones": [8]},
