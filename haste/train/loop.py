@@ -227,19 +227,23 @@ class _Training:
             scale=manifest["scale"],
             shift=manifest["shift"],
         )
-        self.angles = Angles(
+        self.angles = self._angles(len(parts[0]))
+        if self.runtime.compile:
+            for network in (self.learner.model, *(teacher.network for teacher in self.teachers.values())):
+                network.compile()
+
+    def _angles(self, part: int) -> Angles:
+        """What triggers ask for of angles, by the losses as they are trained, so many images at once."""
+        return Angles(
             self.objective,
             self.batches,
-            group,
-            part=len(parts[0]),
+            self.group,
+            part=part,
             look=self._targets,
             precision=self._precision,
             scale=self.learner.scaler.scale,  # type: ignore[arg-type]
             compiled=self.runtime.compile,
         )
-        if self.runtime.compile:
-            for network in (self.learner.model, *(teacher.network for teacher in self.teachers.values())):
-                network.compile()
 
     def _logsumexp_works(self) -> bool:
         """Whether the attention that is aligned can give the logsumexp of its logits on this machine."""
