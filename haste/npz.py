@@ -52,8 +52,7 @@ def read_npz(path: Path | str, what: str, names: Sequence[str] | None = None) ->
     except FileNotFoundError:
         raise
     except BROKEN as error:
-        words = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{path}: expected {what}, found a truncated or foreign file ({words})") from error
+        raise foreign(path, error, what) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +73,10 @@ def header_of(stream: IO[bytes], stored: int = 0) -> Header:
     return Header(*read(stream), start=stream.tell(), stored=stored)
 
 
-def foreign(path: Path | str, error: BaseException) -> ValueError:
-    """What to say of a file that cannot be read as an .npz."""
-    words = " ".join(str(error).split())[:200]
-    return ValueError(f"{path}: expected an .npz, found a truncated or foreign file ({words})")
+def foreign(path: Path | str, error: BaseException, what: str = "an .npz") -> ValueError:
+    """What to say of a file that cannot be read as what it should be."""
+    words = " ".join(str(error).split())[:200] or type(error).__name__
+    return ValueError(f"{path}: expected {what}, found a truncated or foreign file ({words})")
 
 
 def headers(path: Path | str) -> dict[str, Header]:

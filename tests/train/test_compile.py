@@ -43,7 +43,6 @@ def _trained(make_plan, **runtime):
     return found
 
 
-@pytest.mark.timeout(600)
 def test_a_compiled_run_has_the_losses_of_a_plain_one_before_and_after_the_stop_and_its_states_have_the_same_names(
     make_plan,
 ):
@@ -58,7 +57,6 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_before_and_after_the_stop_
     assert {name: x.shape for name, x in compiled_state.items()} == {name: x.shape for name, x in state.items()}
 
 
-@pytest.mark.timeout(600)
 def test_angles_are_measured_uncompiled_and_change_no_bit_of_a_compiled_run(make_plan):
     """Of other numbers of images: code compiled for any number would serve training too, with other bits."""
     angle = {"trigger": "gradient-angle", "after": 1, "every": 1, "threshold": -2, "images": 11, "shards": 3}
