@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from haste.data.batches import Batches
-from haste.data.store import Store, join, write_shard
+from haste.files.store import Store, join, write_shard
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from haste.data.store import Store, join, write_shard
+from haste.files.store import Store, join, write_shard
 from haste.metrics.scores import METRICS
 from haste.score import workflow
 

@@ -30,7 +30,7 @@ from haste.data.batches import Batch
 from haste.models.attention import logsumexp_works
 from haste.teachers.encoder import TEACHERS, Teacher
 from haste.train.state import Learner, new_learner, restore, tensors_of
-from haste.train.step import Objective, average, look, total_loss
+from haste.train.step import Objective, average, teacher_targets, total_loss
 
 PARTS = ["data", "teacher", "forward", "losses", "backward", "optimiser", "average"]
 FLOPS = ["teacher, GFLOP/image", "student, GFLOP/image"]
@@ -159,7 +159,7 @@ class Variant:
 
         batch = timed("data", self.batch)
         with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
-            targets = timed("teacher", lambda: look(self.teachers, self.terms, batch.images))
+            targets = timed("teacher", lambda: teacher_targets(self.teachers, self.terms, batch.images))
             found = timed("forward", lambda: self._forward(batch, targets, spent))
         spent["forward"] -= spent.get("losses", 0.0)
         timed("backward", lambda: total_loss(found, self.terms, step=0).backward())
@@ -223,7 +223,7 @@ def gigaflops(variant: Variant) -> tuple[float, float]:
     batch, half = variant.batch(), variant.autocast
     with torch.autocast(variant.device.type, half, enabled=half is not None):
         with FlopCounterMode(display=False) as teacher:
-            targets = look(variant.teachers, variant.terms, batch.images)
+            targets = teacher_targets(variant.teachers, variant.terms, batch.images)
         with FlopCounterMode(display=False) as student:
             total_loss(variant.objective(batch, targets), variant.terms, step=0).backward()
     variant.learner.optimizer.zero_grad(set_to_none=True)

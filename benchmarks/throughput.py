@@ -20,8 +20,9 @@ from step import TERMS, Variant, gigaflops, random_teacher
 from torch.profiler import ProfilerActivity, profile
 
 from haste import config
-from haste.teachers.encoder import PRETRAINED, Teacher
-from haste.train.step import look, total_loss, update
+from haste.networks.registry import TEACHERS
+from haste.teachers.encoder import Teacher
+from haste.train.step import teacher_targets, total_loss, update
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations a second, by the makers' data sheets
 WARM_UP = 5
@@ -55,7 +56,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="SiT-XL/2", choices=sorted(config.MAPPINGS))
-    parser.add_argument("--teacher", default="DINOv2-B", choices=sorted(PRETRAINED))
+    parser.add_argument("--teacher", default="DINOv2-B", choices=sorted(TEACHERS))
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
@@ -82,7 +83,7 @@ class Loop:
         for step in range(steps):
             batch = self.batches[step % AHEAD]
             with torch.autocast(one.device.type, one.autocast, enabled=one.autocast is not None):
-                targets = look(one.teachers, one.terms, batch.images)
+                targets = teacher_targets(one.teachers, one.terms, batch.images)
                 found = one.objective(batch, targets)
             total_loss(found, one.terms, step).backward()
             update(one.learner, clip=1.0, ema=0.9999, skip=False)

@@ -13,8 +13,9 @@ import pytest
 import torch
 import yaml
 
-from haste import cli, config
-from haste.plan import Plan
+from haste import config
+from haste.cli import main as cli
+from haste.plan.plan import Plan
 
 TINY: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
 

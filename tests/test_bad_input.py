@@ -31,8 +31,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from haste import artefact, cli
-from haste.data import store
+from haste.cli import main as cli
+from haste.files import artefact, store
 
 TINY = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
 Damage = Callable[[Any], Any] | None

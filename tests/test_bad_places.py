@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import yaml
 
-from haste import artefact, cli, hub
+from haste.cli import main as cli
+from haste.files import artefact
+from haste.networks import hub
 
 ROOT = Path(__file__).parent.parent
 

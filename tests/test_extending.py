@@ -15,11 +15,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
-from haste import artefact, cli, config, exchange, extensions, status, termination
-from haste.data.store import Store
+from haste import config, extensions
+from haste.cli import main as cli
 from haste.diffusion import samplers
-from haste.plan import Plan
-from haste.train import loop
+from haste.files import artefact, provenance
+from haste.files.store import Store
+from haste.ops import cost
+from haste.plan.plan import Plan
+from haste.train import loop, stops, warm_start
 from haste.train.state import new_learner
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
@@ -91,7 +94,7 @@ def test_what_the_page_adds_is_used_from_training_to_scores(world, installed, tm
     run_haste(world, "reference")
     run_haste(world, "sample", world.row().name)
     run_haste(world, "evaluate", world.row().name)
-    stopped = termination.read(world.state.parent)
+    stopped = stops.read(world.state.parent)
     assert {kind: (one.step, one.trigger) for kind, one in stopped.items()} == {
         "features": (4, "below"),
         "attention": (4, "below"),
@@ -115,7 +118,7 @@ def test_the_midpoint_rule_of_the_page_is_of_second_order(installed):
         def __call__(self, x, t):
             return x * t
 
-        def held(self, t):
+        def freeze_guidance(self, t):
             return self
 
     def error(steps):
@@ -129,7 +132,7 @@ def test_the_plan_counts_the_evaluations_of_a_sampler_from_outside(installed, ti
     tiny["sampling"] |= {"mine": {"sampler": "midpoint", "steps": 2, "count": 20}}
     tiny["defaults"]["sampling"] = ["quick", "mine"]
     plan = Plan(config.resolve(tiny))
-    seconds = {e.sampling_name: status.sampling_seconds(plan, e, 1e9) for e in plan.evaluations.values()}
+    seconds = {e.sampling_name: cost.sampling_seconds(plan, e, 1e9) for e in plan.evaluations.values()}
     assert seconds["mine"] == pytest.approx(2 * seconds["quick"])
 
 
@@ -165,7 +168,7 @@ def test_what_cannot_be_imported_or_takes_a_name_of_ours_is_refused_by_package(i
 
 FIRST = [
     *("haste.diffusion.samplers", "haste.metrics.detectors", "haste.metrics.scores", "haste.teachers.encoder"),
-    *("haste.score.sides", "haste.sample", "haste.cli", "my_haste", "my_network"),
+    *("haste.score.sides", "haste.sampling.painter", "haste.cli", "my_haste", "my_network"),
 ]
 # Each in a Python of its own that has the large libraries already, which take most of a start and know nothing of ours.
 EACH = """
@@ -235,7 +238,7 @@ def test_a_network_from_outside_is_trained_with_its_taps_sampled_and_scored(worl
     run_haste(world, "evaluate", world.row().name)
     score = artefact.read_json(world.row().score, "score")
     assert score["scores"]["fd"] > 0 and "u_vit" in score["state"]["trajectory"]
-    state, header = load_file(world.state), status.provenance_of(world.state)
+    state, header = load_file(world.state), provenance.provenance_of(world.state)
     assert header["recipe"]["model"] == {
         **{"architecture": "u_vit", "half": 1, "width": 16, "heads": 2, "patch": 2},
         **{"input_size": 4, "channels": 4},
@@ -293,7 +296,7 @@ def test_a_checkpoint_of_a_network_from_outside_is_exported_and_judged_elsewhere
     world.configure(models=world.raw["models"], runs={"HASTE": row})
     name = world.plan.state("HASTE", 8).trajectory
     learner = new_learner(world.plan.trajectories[name].recipe, {}, {})
-    exchange.warm_start(world.plan, name, learner)
+    warm_start.warm_start(world.plan, name, learner)
     assert all(torch.equal(value, ema[f"ema/{name}"]) for name, value in learner.model.state_dict().items())
 
 

@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from haste import artefact, config
-from haste.data.samples import open_samples
-from haste.npz import read_npz
+from haste import config
+from haste.files import artefact, provenance
+from haste.files.npz import read_npz
+from haste.sampling.samples import open_samples
 from haste.train import state
 
 TINY = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
@@ -93,7 +94,7 @@ def test_damaged_samples_are_refused_by_name_or_read_as_written(data):
 
 
 KEY = artefact.fingerprint(RECIPE)
-HEADER = {"schema": artefact.SCHEMA, "kind": state.KIND, "key": KEY, "recipe": RECIPE, "step": 8}
+HEADER = {"schema": artefact.SCHEMA, "kind": provenance.STATE, "key": KEY, "recipe": RECIPE, "step": 8}
 STATE = save({"ema/x": torch.arange(4.0)}, metadata={"haste": json.dumps({**HEADER, "inputs": {}, "provenance": {}})})
 
 

@@ -11,12 +11,14 @@ import pytest
 import yaml
 from PIL import Image
 
-from haste import cli, listing
+from haste.cli import main as cli
 from haste.config import resolve
 from haste.data import prepare
-from haste.npz import WIDTHS
-from haste.plan import Plan, image_count
-from haste.sample import reference_of_file
+from haste.files import listing
+from haste.files.npz import WIDTHS
+from haste.plan.data import image_count
+from haste.plan.plan import Plan
+from haste.score.features import reference_of_file
 
 TINY = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
 

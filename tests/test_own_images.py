@@ -11,9 +11,11 @@ import yaml
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 
-from haste import artefact, cli, config
-from haste.data.store import Store
-from haste.plan import Plan
+from haste import config
+from haste.cli import main as cli
+from haste.files import artefact
+from haste.files.store import Store
+from haste.plan.plan import Plan
 from haste.train import loop
 
 CONFIGS = sorted((Path(__file__).parent.parent / "config").glob("*.yaml"))

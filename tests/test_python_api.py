@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from haste import cli
+from haste.cli import main as cli
 from haste.train import loop
 
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"

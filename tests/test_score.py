@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from haste import artefact, npz
-from haste.data.store import Store, join, shard_range, write_shard
+from haste.files import artefact, npz
+from haste.files.store import Store, join, shard_range, write_shard
 from haste.metrics import inception_score
-from haste.metrics.detectors import Detector, open_detector
-from haste.sample import reference_of_file, reference_shard
+from haste.metrics.detector import Detector
+from haste.metrics.detectors import open_detector
 from haste.score import workflow as score
-from haste.score.look import view_of
+from haste.score.features import reference_of_file, reference_shard
+from haste.score.views import view_of
 
 CLASSES = 3
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import yaml
 
-from haste import config, gather
-from haste.plan import Plan
+from haste import config
+from haste.plan.plan import Plan
+from haste.report import gather
 
 TINY = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
 

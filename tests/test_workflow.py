@@ -17,9 +17,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from haste import artefact, cli, config, termination
-from haste.plan import Plan, State
-from haste.train import loop
+from haste import config
+from haste.cli import main as cli
+from haste.files import artefact
+from haste.plan.names import State
+from haste.plan.plan import Plan
+from haste.train import loop, stops
 from haste.train.state import new_learner
 
 ROOT = Path(__file__).parent.parent
@@ -172,7 +175,7 @@ def test_a_run_that_a_trigger_stops_begins_on_the_finished_trunk_and_its_stop_ch
     done = shop.snakemake(shop.plan.path(state))
     assert done.returncode == 0, done.stderr
     assert re.search(r"^(local)?rule train:", done.stdout + done.stderr, re.MULTILINE)  # the one of aligned jobs
-    assert {one.step for one in termination.along(shop.plan, "seen", 0).values()} == {12}
+    assert {one.step for one in stops.along(shop.plan, "seen", 0).values()} == {12}
     assert shop.jobs() == shop.evaluated("seen", 16)
     shop.configure(runs={**RUNS, "seen": {"alignment": "HASTE", "stop": stop, "milestones": [16, 24]}})
     assert shop.jobs() == {("train", shop.state("seen", 24))} | shop.evaluated("seen", 16) | shop.evaluated("seen", 24)

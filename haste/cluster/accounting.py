@@ -16,13 +16,13 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
-from haste import artefact
 from haste.cluster import slurm
-from haste.plan import Plan
-from haste.report.content import Usage
+from haste.files import artefact
+from haste.plan.plan import Plan
 
 log = logging.getLogger("haste.cluster")
 
@@ -255,3 +255,35 @@ def _usage(group: Sequence[Attempt]) -> Usage:
         gpu_used=sum((one.gpu_share or 0.0) * one.seconds * one.gpus for one in watched),
         gpu_measured=sum(one.seconds * one.gpus for one in watched),
     )
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the jobs of a stage took on a cluster, all their attempts together.
+
+    jobs: how many; ended: state -> attempts that ended so; cpu_seconds, gpu_seconds: allocated, times how long; those
+    beginning with broken_: of attempts that did not complete; cpu_used, gpu_used: of what was allocated, in the same
+    unit, where it was measured; cpu_measured, gpu_measured: allocated where it was measured.
+    """
+
+    jobs: int
+    ended: Mapping[str, int]
+    cpu_seconds: float
+    gpu_seconds: float
+    broken_cpu_seconds: float
+    broken_gpu_seconds: float
+    cpu_used: float
+    cpu_measured: float
+    gpu_used: float
+    gpu_measured: float
+
+    @property
+    def attempts(self) -> int:
+        """Attempts in all."""
+        return sum(self.ended.values())
+
+    def __add__(self, other: Usage) -> Usage:
+        """Both together."""
+        ended = {name: self.ended.get(name, 0) + other.ended.get(name, 0) for name in {**self.ended, **other.ended}}
+        names = [field.name for field in fields(self) if field.name != "ended"]
+        return Usage(ended=ended, **{name: getattr(self, name) + getattr(other, name) for name in names})

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 
-from haste.plan import Plan
+from haste.plan.plan import Plan
 
 # What is loaded, the key that a file of one's own goes to, and what loads it and says where it lies.
-Wanted = tuple[str, str, Callable[[], object]]
+TargetSpec = tuple[str, str, Callable[[], object]]
 
 
 def fetch(plan: Plan) -> Iterator[str]:
@@ -27,7 +27,7 @@ def fetch(plan: Plan) -> Iterator[str]:
         raise ValueError("\n".join(missing))
 
 
-def _autoencoders(plan: Plan) -> Iterator[Wanted]:
+def _autoencoders(plan: Plan) -> Iterator[TargetSpec]:
     if plan.config.autoencoder.pretrained is None:
         return
     from haste.data import latents
@@ -37,7 +37,7 @@ def _autoencoders(plan: Plan) -> Iterator[Wanted]:
         yield f"autoencoder {where}", f"autoencoder.pretrained.{key}", functools.partial(latents.fetch, where)
 
 
-def _teachers(plan: Plan) -> Iterator[Wanted]:
+def _teachers(plan: Plan) -> Iterator[TargetSpec]:
     for name, spec in plan.config.teachers.items():
         if (public := spec.pretrained) is not None and public.weights is None:
             from haste.teachers import encoder
@@ -46,7 +46,7 @@ def _teachers(plan: Plan) -> Iterator[Wanted]:
             yield f"teacher {name} ({public.name})", key, functools.partial(encoder.weight_file, public.name)
 
 
-def _detectors(plan: Plan) -> Iterator[Wanted]:
+def _detectors(plan: Plan) -> Iterator[TargetSpec]:
     for name, spec in plan.config.detector.items():
         if (public := spec.pretrained) is not None and public.weights is None:
             from haste.metrics import detectors

@@ -19,10 +19,12 @@ import sys
 import time
 from pathlib import Path
 
-from haste import artefact, config
+from haste import config
 from haste.cluster import job as jobs
 from haste.cluster import slurm, staging
-from haste.plan import Plan, State
+from haste.files import artefact
+from haste.plan.names import State
+from haste.plan.plan import Plan
 
 log = logging.getLogger("haste.cluster")
 

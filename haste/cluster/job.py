@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from haste.artefact import fingerprint
-from haste.plan import STATE_NAME, Plan, State
+from haste.files.artefact import fingerprint
+from haste.files.provenance import STATE_NAME
+from haste.plan.names import State
+from haste.plan.plan import Plan
 
 FUTILE = 2  # attempts without progress after which there is no other
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from haste.cluster import job as jobs
 from haste.cluster import slurm
-from haste.plan import Plan, State
+from haste.plan.names import State
+from haste.plan.plan import Plan
 
 
 def training(plan: Plan) -> dict[State, slurm.Job]:

@@ -25,11 +25,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from haste import artefact
-from haste.cache import readable
-from haste.data.store import MANIFEST, Store, shard_path
-from haste.journal import clock
-from haste.plan import Artefact, Plan, State
+from haste.files import artefact
+from haste.files.store import MANIFEST, Store, shard_path
+from haste.files.units import clock, readable
+from haste.plan.names import Artefact, State
+from haste.plan.plan import Plan
 
 log = logging.getLogger("haste.cluster")
 

@@ -17,7 +17,8 @@ from submitit.slurm.slurm import SlurmExecutor
 from haste.cluster import job as jobs
 from haste.cluster import slurm
 from haste.cluster.job import Resources
-from haste.plan import Plan, State
+from haste.plan.names import State
+from haste.plan.plan import Plan
 
 SUBMITTING = 120.0  # seconds that sbatch may take
 

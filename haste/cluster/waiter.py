@@ -20,7 +20,8 @@ from typing import Any
 from haste.cluster import job as jobs
 from haste.cluster import slurm
 from haste.cluster.job import Resources
-from haste.plan import Plan, State
+from haste.plan.names import State
+from haste.plan.plan import Plan
 
 log = logging.getLogger("haste.cluster")
 
@@ -268,9 +269,9 @@ def _advice(job: slurm.Job) -> str:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    from haste import status
+    from haste.files import provenance
 
-    return status.provenance_of(path)
+    return provenance.provenance_of(path)
 
 
 def make(plan: Plan, state: State, asked: Resources, terminal: int | None = None) -> Path:

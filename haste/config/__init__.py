@@ -15,8 +15,27 @@ Each file imports only from those above it:
     reading     from a file or a mapping to a `Config`
 """
 
-from haste.config.derived import facts_in, facts_of_other, falls_from, model_in, taps_of, terms_of, triggers_of
-from haste.config.keys import LABEL, LATER, Float, Positive, Rate, Seed, Share, Strict, decides, number
+from haste.config.derived import (
+    facts_in,
+    facts_of_other,
+    falls_from,
+    model_in,
+    taps_of,
+    terms_of,
+    triggers_of,
+)
+from haste.config.keys import (
+    LABEL,
+    LATER,
+    Float,
+    Positive,
+    Rate,
+    Seed,
+    Share,
+    Strict,
+    decides,
+    number,
+)
 from haste.config.parts import (
     DENOISERS,
     Autoencoder,
@@ -56,7 +75,7 @@ from haste.config.schema import (
     Training,
     Trigger,
 )
-from haste.public import DETECTORS, TEACHERS
+from haste.networks.registry import DETECTORS, TEACHERS
 
 __all__ = [
     "ALIGNED_HEADS",

@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from haste import extensions
-from haste.config.keys import Float, Positive, Rate, Seed, Strict, decides, nearest, number
+from haste.config.keys import (
+    Float,
+    Positive,
+    Rate,
+    Seed,
+    Strict,
+    decides,
+    nearest,
+    number,
+)
 
 
 def _whole(value: Any) -> Any:
@@ -185,7 +194,7 @@ DENOISERS = {"sit": "haste.models.sit:SiT"}
 
 
 def architecture_named(name: str) -> Any:
-    """The class of an architecture, a `haste.models.Denoiser`: one of ours, or of another package.
+    """The class of an architecture, a `haste.models.denoiser.Denoiser`: one of ours, or of another package.
 
     Raises:
         ValueError: nothing is called so; or what is cannot be imported, or has no settings.
@@ -197,7 +206,7 @@ def architecture_named(name: str) -> Any:
         raise ValueError(f"nothing is called {name!r}{nearest(name, {*DENOISERS, *added})}")
     found = extensions.one("models", name, DENOISERS)
     if not isinstance(found, type) or not isinstance(getattr(found, "Settings", None), type):
-        raise ValueError(f"{name} is {found!r}, expected a haste.models.Denoiser with Settings")
+        raise ValueError(f"{name} is {found!r}, expected a haste.models.denoiser.Denoiser with Settings")
     if clash := sorted({"architecture", "input_size", "channels"} & set(found.Settings.model_fields)):  # type: ignore[attr-defined]
         raise ValueError(f"{name}: its Settings have {', '.join(clash)}, which stands for something else")
     return found

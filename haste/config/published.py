@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from haste.config.parts import Model, OtherModel, Teacher
 from haste.config.schema import Alignment, Config
-from haste.public import TEACHERS
+from haste.networks.registry import TEACHERS
 
 # Published sizes (DiT Table 1; SiT uses the same). L, D, H; the number behind the slash is the patch size.
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from haste.data import order
 from haste.data.ahead import made_ahead
-from haste.data.store import Store
+from haste.files.store import Store
 
 CPU = torch.device("cpu")
 WORKERS = 2  # drawing normal numbers is most of the work, and numpy lets others run meanwhile
@@ -131,17 +131,17 @@ class Batches:
             weights=self._weights(step, visits),
         )
 
-    def held(self, count: int) -> np.ndarray:
+    def reading_indices(self, count: int) -> np.ndarray:
         """`count` random training images to measure with, or all if there are fewer: the same whenever it is asked.
 
         (M,) int64, places in the stores; those of a smaller count are the first of them.
         """
         return self.samples.start + order.choice(self.seed, "measured images", 0, count, len(self.samples))
 
-    def measured(self, held: np.ndarray, rows: range) -> Batch:
-        """Images of `held` in the order there, with labels, without times. Latent draw and noise are each image's own:
+    def measured(self, indices: np.ndarray, rows: range) -> Batch:
+        """Images of `indices` in their order, with labels, without times. Latent draw and noise are each image's own:
         what is measured twice differs by the weights alone."""
-        chosen = held[rows.start : rows.stop]
+        chosen = indices[rows.start : rows.stop]
         moments, labels = self._encoded(chosen)
         shape = _shape_of(moments)
         return Batch(

@@ -17,8 +17,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from haste import artefact, hub
-from haste.data.store import Progress, Store, join, shard_range, write_shard
+from haste.files import artefact
+from haste.files.store import (
+    Progress,
+    Store,
+    join,
+    shard_range,
+    write_shard,
+)
+from haste.networks import hub
 
 KIND = "latents"
 _CONFIG = "config.json"

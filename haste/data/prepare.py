@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps
 
-from haste import artefact, listing
-from haste.archives import Archives
 from haste.data import order
-from haste.data.store import Progress, join, shard_range, write_shard
-from haste.listing import Files, Parts
+from haste.files import artefact, listing
+from haste.files.archives import Archives
+from haste.files.listing import Files, Parts
+from haste.files.store import Progress, join, shard_range, write_shard
 
 KIND = "images"
 # What is read whatever a file is called. Pillow knows more formats, and some of them start other programs.

@@ -1,5 +1,6 @@
 """Classifier-free guidance (Ho and Salimans 2022), on an interval of times (Kynkäänniemi et al. 2024)."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -29,10 +30,17 @@ class Guided:
     def __call__(self, x: Tensor, t: float) -> Tensor:
         return self._evaluate(x, t, self.active(t))
 
-    def held(self, t: float) -> Callable[[Tensor, float], Tensor]:
+    def freeze_guidance(self, t: float) -> Callable[[Tensor, float], Tensor]:
         """This velocity with the decision of time t, whatever time it is asked at."""
         active = self.active(t)
         return lambda x, time: self._evaluate(x, time, active)
+
+    def held(self, t: float) -> Callable[[Tensor, float], Tensor]:
+        """The old name of `freeze_guidance`."""
+        warnings.warn(
+            "velocity.held is velocity.freeze_guidance now; the old name will go", FutureWarning, stacklevel=2
+        )
+        return self.freeze_guidance(t)
 
     def row(self, i: int) -> "Guided":
         """This velocity for sample i of the batch alone."""

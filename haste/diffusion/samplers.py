@@ -4,12 +4,13 @@
 in float64; what the model computes in is the caller's affair. No sampler touches a random state: noise is handed in.
 
 A velocity may know more than its value:
-    held(t)   itself with every decision it takes by time (whether to guide) fixed as at time t
+    freeze_guidance(t)   itself with every decision it takes by time (whether to guide) fixed as at time t
     jumps     the times at which such a decision changes, so that it is not smooth there
     row(i)    itself for sample i of the batch alone
 Heun asks for the first, so that both evaluations of a step have the same guidance; dopri5 for all of them.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -54,7 +55,7 @@ def heun(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
     for t, t_next in pairwise(time_grid(steps)):
         slope = velocity(x, t).double()
         if t_next > 0.0:
-            slope = (slope + _held(velocity, t)(x + (t_next - t) * slope, t_next).double()) / 2
+            slope = (slope + _guidance_frozen(velocity, t)(x + (t_next - t) * slope, t_next).double()) / 2
         x = x + (t_next - t) * slope
     return x
 
@@ -95,7 +96,7 @@ def dopri5(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6
     for i in range(len(x)):
         own, state = velocity.row(i) if hasattr(velocity, "row") else velocity, x[i : i + 1]
         for high, low in pairwise([1.0, *sorted(getattr(velocity, "jumps", ()), reverse=True), 0.0]):
-            slope = _held(own, (high + low) / 2)
+            slope = _guidance_frozen(own, (high + low) / 2)
             state = odeint(
                 # its first guess of a step, which it then corrects, may be longer than the whole stretch
                 lambda t, y, slope=slope, ends=(low, high): slope(y, min(max(float(t), ends[0]), ends[1])).double(),
@@ -110,8 +111,8 @@ def dopri5(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6
     return torch.cat(ends) if ends else x
 
 
-def _held(velocity: Any, t: float) -> Velocity:
-    return velocity.held(t) if hasattr(velocity, "held") else velocity
+def _guidance_frozen(velocity: Any, t: float) -> Velocity:
+    return velocity.freeze_guidance(t) if hasattr(velocity, "freeze_guidance") else velocity
 
 
 class Counted:
@@ -139,9 +140,16 @@ class Counted:
         self.counts += 1
         return self.velocity(x, t)
 
-    def held(self, t: float) -> "Counted":
+    def freeze_guidance(self, t: float) -> "Counted":
         """Counting in the same place; see the top of the file."""
-        return Counted(_held(self.velocity, t), self.counts, self.told, self.share)
+        return Counted(_guidance_frozen(self.velocity, t), self.counts, self.told, self.share)
+
+    def held(self, t: float) -> "Counted":
+        """The old name of `freeze_guidance`."""
+        warnings.warn(
+            "velocity.held is velocity.freeze_guidance now; the old name will go", FutureWarning, stacklevel=2
+        )
+        return self.freeze_guidance(t)
 
     def row(self, i: int) -> "Counted":
         """Counting for sample i; see the top of the file."""

@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from haste import artefact, hub
-from haste.metrics.detectors import Detector
+from haste.files import artefact
+from haste.metrics.detector import Detector
+from haste.networks import hub
 
 TIMM = {"DINOv2-B": "vit_base_patch14_dinov2.lvd142m", "DINOv2-L": "vit_large_patch14_dinov2.lvd142m"}
 SIDE, PATCH, OFFSET = 224, 14, 0.1

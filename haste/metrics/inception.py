@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from haste import artefact, hub
-from haste.metrics.detectors import Detector
+from haste.files import artefact
+from haste.metrics.detector import Detector
+from haste.networks import hub
 
 POOL, SPATIAL, LOGITS = 2048, 17 * 17 * 7, 1008
 CHANNELS = 7  # of Mixed_6d.branch1x1, that sFID reads

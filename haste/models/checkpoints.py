@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from haste import artefact
+from haste.files import artefact
 from haste.models.sit import SiT
 
 KIND = "weights"

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from haste.models.layers import AttentionTap, fill_normal, fill_xavier
-from haste.network import Facts, Tap
+from haste.networks.spec import Facts, Tap
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 

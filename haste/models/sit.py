@@ -19,7 +19,7 @@ from haste.models.layers import (
     TimestepEmbedding,
     sincos_positions,
 )
-from haste.network import sit_taps
+from haste.networks.spec import sit_taps
 
 
 class SiT(Denoiser):

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from haste.artefact import canonical
+from haste.files.artefact import canonical
 from haste.report.content import Report, Row
 
 

@@ -13,11 +13,26 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from haste.artefact import replacing
-from haste.report import figures, formats, systems, tables
+from haste.cluster import accounting
+from haste.files import artefact
+from haste.files.artefact import replacing
+from haste.plan.plan import Plan
+from haste.report import figures, formats, gather, systems, tables
 from haste.report.compare import Line, guidance_text, lines
-from haste.report.content import NONE, Grid, Part, Report, Row
-from haste.report.finding import context, finding, lead, speedup_table, speedups
+from haste.report.content import (
+    NONE,
+    Grid,
+    Part,
+    Report,
+    Row,
+)
+from haste.report.finding import (
+    context,
+    finding,
+    lead,
+    speedup_table,
+    speedups,
+)
 from haste.report.formats import Entry, Head, Table, text_cell
 from haste.report.times import duration, duration_cell, time_table
 
@@ -217,3 +232,19 @@ def _recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def _command(command: Any) -> str | None:
     return " ".join(map(str, command)) if isinstance(command, list | tuple) else command
+
+
+def make(plan: Plan) -> None:
+    """Write a plan's page and tables, and how they were made; first ask a cluster what the jobs took.
+
+    Raises:
+        ValueError: as `haste.report.gather.report`.
+    """
+    accounting.update(plan)
+    found = gather.report(plan)
+    folder = Path(plan.report).parent
+    header = {"schema": artefact.SCHEMA, "kind": "report", "configuration": plan.config.model_dump(mode="json")}
+    write(found, folder)
+    for old in folder.glob("made-*.json"):
+        old.unlink()
+    artefact.write_json(plan.report_made, {**header, "provenance": found.provenance})

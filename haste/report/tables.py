@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from haste.artefact import canonical
+from haste.files.artefact import canonical
 from haste.report import papers
 from haste.report.compare import (
     Column,
@@ -31,7 +31,14 @@ from haste.report.compare import (
     several_noises,
 )
 from haste.report.content import NONE, Report, Row
-from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell
+from haste.report.formats import (
+    Cell,
+    Entry,
+    Head,
+    Table,
+    number_cell,
+    text_cell,
+)
 from haste.report.papers import SAMPLES, Published, comparable
 
 IDENTITY = ["run", "model", "method", "stop", "seed", "step"]

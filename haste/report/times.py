@@ -6,8 +6,15 @@ import functools
 import operator
 from collections.abc import Sequence
 
-from haste.report.content import NONE, Stage, Usage
-from haste.report.formats import Cell, Entry, Head, Table, text_cell
+from haste.cluster.accounting import Usage
+from haste.report.content import NONE, Stage
+from haste.report.formats import (
+    Cell,
+    Entry,
+    Head,
+    Table,
+    text_cell,
+)
 
 
 def time_table(stages: Sequence[Stage]) -> Table:

@@ -1,6 +1,5 @@
 """Scores: of what the workflow draws, from features stores (`workflow`), and of images from anywhere (`images`)."""
 
-from haste.score.images import Scorer, Scores, score_images
-from haste.score.workflow import floor, score, statistics, values
+from haste import moved
 
-__all__ = ["Scorer", "Scores", "floor", "score", "score_images", "statistics", "values"]
+__getattr__ = moved.names(__name__)

@@ -10,16 +10,37 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from haste import artefact
-from haste.data.samples import Samples, open_samples
-from haste.data.store import MANIFEST, Store
+from haste.files import artefact
+from haste.files.store import MANIFEST, Store
 from haste.metrics import inception_score, kid
-from haste.metrics.detectors import Detector, open_detector
+from haste.metrics.detector import Detector
+from haste.metrics.detectors import open_detector
 from haste.metrics.scores import METRICS, NEIGHBOURS
+from haste.sampling.samples import Samples, open_samples
 from haste.score import comparable
-from haste.score.columns import VALUES, Score, column, compare, refuse, typed
-from haste.score.look import View, check_size, look, probe, view_of
-from haste.score.sides import Reference, Side, gather, holds_statistics, read_reference, write_reference
+from haste.score.columns import (
+    VALUES,
+    Score,
+    column,
+    compare,
+    refuse,
+    typed,
+)
+from haste.score.sides import (
+    Reference,
+    Side,
+    gather,
+    holds_statistics,
+    read_reference,
+    write_reference,
+)
+from haste.score.views import (
+    View,
+    check_size,
+    extract_features,
+    probe,
+    view_of,
+)
 
 log = logging.getLogger("haste.score")
 
@@ -260,7 +281,7 @@ class Scorer:
         for one in detectors:
             check_size(source, one)
         for one in detectors:
-            yield one.about, one, partial(look, source, one, batch=self.batch, folder=self.features)
+            yield one.about, one, partial(extract_features, source, one, batch=self.batch, folder=self.features)
 
     def _gather_samples(self, view: View) -> Side:
         outputs = {"frechet": "pool", "sfid": "spatial"}
@@ -291,7 +312,9 @@ class Scorer:
         if detector is None:  # the samples are stored features: whoever made them must be had to look at the reference
             detector = self._inception
             _check_detector(source.path, detector.about, about)
-        return gather(look(source, detector, batch=self.batch, folder=self.features), metrics, most=NEIGHBOURS)
+        return gather(
+            extract_features(source, detector, batch=self.batch, folder=self.features), metrics, most=NEIGHBOURS
+        )
 
     def _of_statistics(
         self, source: Reference, metrics: Sequence[str], about: Mapping[str, Any], detector: Detector | None
@@ -375,3 +398,22 @@ def _check_detector(path: Path, seen: Mapping[str, Any], asked: Mapping[str, Any
         raise ValueError(
             f"{path}: the reference is seen by {who[0]}, the samples by {who[1]}: their scores would compare nothing"
         )
+
+
+def detectors_asked(names: Sequence[str], weights: Path | None, device: str) -> list[Detector] | None:
+    """The detectors that `haste score` is asked for; None where it is asked for none.
+
+    Args:
+        names: NAME or NAME=WEIGHTS of each.
+        weights: the weights file of the only one, if it does not stand beside its name.
+        device: where they look.
+
+    Raises:
+        ValueError: `weights` beside several, or beside others; or as `open_detector`.
+    """
+    asked = [name.partition("=")[::2] for name in names]
+    if weights is not None:
+        if len(asked) > 1 or any(own for _, own in asked):
+            raise ValueError("--weights: is for one detector without weights of its own, see --detector NAME=WEIGHTS")
+        asked = [(asked[0][0] if asked else "inception", str(weights))]
+    return [open_detector(name, own or None, device=device) for name, own in asked] or None

@@ -13,7 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from haste import artefact
+from haste.files import artefact
 
 if TYPE_CHECKING:
     from haste.score.columns import Score

@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from haste import artefact, npz
-from haste.data.samples import Samples, open_samples
+from haste.files import artefact, npz
+from haste.files.npz import BROKEN, SUFFIX, headers
 from haste.metrics import rows
 from haste.metrics.frechet import Moments
 from haste.metrics.scores import METRICS
-from haste.npz import BROKEN, SUFFIX, headers
-from haste.score.look import READ, Batch, View
+from haste.sampling.samples import Samples, open_samples
+from haste.score.views import READ, Batch, View
 
 
 @dataclasses.dataclass

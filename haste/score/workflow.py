@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from haste import artefact
-from haste.data.store import Store
+from haste.files import artefact
+from haste.files.store import Store
 from haste.metrics.scores import METRICS
 from haste.score.sides import read_reference, spaced
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from haste import artefact
-from haste.cache import DTYPE, Shape, Wanted
+from haste.files import artefact
+from haste.plan.target_spec import DTYPE, Shape, TargetSpec
 from haste.teachers.targets import TeacherTargets
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def shape_of(teacher: Teacher) -> Shape:
     return Shape(teacher.grid[0] * teacher.grid[1], teacher.width, teacher.heads, teacher.depth)
 
 
-def layout(teacher: Teacher, wanted: Wanted, pca: PCA | None) -> dict[str, tuple[tuple[int, ...], str]]:
+def layout(teacher: Teacher, wanted: TargetSpec, pca: PCA | None) -> dict[str, tuple[tuple[int, ...], str]]:
     """Field -> (shape of a row, dtype): `features` (N, D or P), `queries.LAYER` and `keys.LAYER` (H, N, K).
 
     Raises:
@@ -138,7 +138,7 @@ def layout(teacher: Teacher, wanted: Wanted, pca: PCA | None) -> dict[str, tuple
     return fields
 
 
-def rows(teacher: Teacher, images: Tensor, wanted: Wanted, pca: PCA | None, first: int) -> dict[str, NDArray]:
+def rows(teacher: Teacher, images: Tensor, wanted: TargetSpec, pca: PCA | None, first: int) -> dict[str, NDArray]:
     """The rows of a batch of images, uint8 NHWC (B, R, R, 3) on the teacher's device; fields as in `layout`.
 
     first: number of the batch's first image, for errors.

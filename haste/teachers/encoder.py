@@ -20,8 +20,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional
 
-from haste import artefact, extensions, hub
-from haste.public import TEACHERS, Encoder
+from haste import extensions
+from haste.files import artefact
+from haste.networks import hub
+from haste.networks.registry import TEACHERS, Encoder
 from haste.teachers.targets import TeacherTargets
 
 DESCRIPTION, WEIGHTS = "part.json", "model.safetensors"

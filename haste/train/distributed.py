@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-Told = TypeVar("Told")
+from haste.networks.devices import choose_device
+
+Value = TypeVar("Value")
 
 # DDP rebuilds its buckets after the first backward; from the second on, a step reduces as every later one does.
 WARM_UPS = 2
@@ -52,7 +54,7 @@ class Group:
         start = self.rank * each * parts
         return [range(start + part * each, start + (part + 1) * each) for part in range(parts)]
 
-    def told(self, ask: Callable[[], Told]) -> Told:
+    def broadcast_from_first(self, ask: Callable[[], Value]) -> Value:
         """What the first process finds, told to all: they look at one disk, but not at one moment.
 
         Raises:
@@ -135,22 +137,6 @@ class Agreement:
         """Hear what is still on its way: before anything else is asked, or the group parts."""
         while self.asked:
             self._heard()
-
-
-def choose_device(asked: str, local_rank: int) -> torch.device:
-    """`auto` is a GPU where there is one, each process its own.
-
-    Raises:
-        ValueError: a GPU is asked for and there is none for this process.
-    """
-    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"runtime.device is {asked}: process {local_rank} of this machine needs a GPU of its own, "
-            f"and {torch.cuda.device_count()} are visible"
-        )
-    return torch.device("cuda", local_rank)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from haste import config
-from haste.plan import Plan, State
+from haste.plan.names import State
+from haste.plan.plan import Plan
 from haste.train.loop import train
 
 # What a process refuses with; the launcher passes it on as a refusal and not as a crash.

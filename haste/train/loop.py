@@ -18,23 +18,33 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from haste import artefact, termination
 from haste.data.batches import Batch, Batches
-from haste.data.store import Store
-from haste.journal import Journal
+from haste.files import artefact
+from haste.files.journal import Journal
+from haste.files.provenance import STATE_NAME, read_header
+from haste.files.store import Store
 from haste.models.attention import logsumexp_works
-from haste.plan import STATE_NAME, Plan, Segment, State
+from haste.plan.names import Segment, State
+from haste.plan.plan import Plan
 from haste.teachers.targets import TeacherTargets
 from haste.train import state as states
-from haste.train.angles import Angles
-from haste.train.distributed import WARM_UPS, Agreement, Group, enough_memory, joined, wrap
+from haste.train import stops
+from haste.train.distributed import (
+    WARM_UPS,
+    Agreement,
+    Group,
+    enough_memory,
+    joined,
+    wrap,
+)
+from haste.train.gradient_angles import Angles
 from haste.train.readings import Watch
 from haste.train.step import (
     Objective,
     draws_negatives,
     gather_negatives,
-    look,
     t_min_of,
+    teacher_targets,
     times_of,
     total_loss,
     update,
@@ -83,20 +93,20 @@ def train(plan: Plan, state: State, interrupted: Callable[[], int] | None = None
 def _train(plan: Plan, state: State, group: Group, interrupted: Callable[[], int] | None) -> Path:
     path, trajectory = Path(plan.path(state)), plan.trajectories[state.trajectory]
     segment = plan.segment(state)
-    exists = group.told(path.exists)
+    exists = group.broadcast_from_first(path.exists)
     before = segment.parent
-    if before and not exists and not group.told(Path(plan.path(before)).exists):
+    if before and not exists and not group.broadcast_from_first(Path(plan.path(before)).exists):
         _train(plan, before, group, interrupted)  # the workflow orders this; a person need not
     lock = artefact.holding(path.parent / "lock", f"trajectory {state.trajectory}")
     with lock if group.first else contextlib.nullcontext():
         if group.first:
             artefact.sweep(path.parent)
             artefact.sweep(path.parent / "rolling")
-        if group.told(path.exists):
+        if group.broadcast_from_first(path.exists):
             header, _ = states.read(path, key=trajectory.key, prefixes=("none",))
             log.info("%s: already trained (%s)", state, header["provenance"]["made"])
             if group.first:
-                termination.write(path.parent, header)
+                stops.write(path.parent, header)
                 _forget(_rolling(segment, path.parent))
             return path
         if group.first:
@@ -111,8 +121,8 @@ def _to_the_end(plan: Plan, segment: Segment, group: Group, interrupted: Callabl
     what follows is that of a run which stops at this step by its configuration, to the bit."""
     end, reached = segment.state.step, -1
     while reached < end:
-        found = group.told(lambda: _newest(plan, segment))
-        header = None if found is None else states.read_header(found)
+        found = group.broadcast_from_first(lambda: _newest(plan, segment))
+        header = None if found is None else read_header(found)
         if reached >= 0 and (header is None or header["step"] != reached):
             raise ValueError(
                 f"{found}: found as the newest state, expected that of step {reached}, which was just saved"
@@ -239,7 +249,7 @@ class _Training:
             self.batches,
             self.group,
             part=part,
-            look=self._targets,
+            teacher_targets=self._targets,
             precision=self._precision,
             scale=self.learner.scaler.scale,  # type: ignore[arg-type]
             compiled=self.runtime.compile,
@@ -262,10 +272,10 @@ class _Training:
 
     def _batches(self) -> Batches:
         plan = self.plan
-        latents = Store.open(plan.latents.folder, kind="latents", key=plan.latents.key, recipe=plan.latents.recipe)
+        latents = Store.of(plan.latents)
         images = None
         if self.teachers:  # after the last stop nobody looks at the images
-            images = Store.open(plan.images.folder, kind="images", key=plan.images.key, recipe=plan.images.recipe)
+            images = Store.of(plan.images)
         return Batches(
             latents,
             images,
@@ -358,7 +368,7 @@ class _Training:
 
     def _targets(self, part: Batch) -> dict[str, TeacherTargets]:
         with self._precision():
-            seen = look(self.teachers, self.online, part.images)
+            seen = teacher_targets(self.teachers, self.online, part.images)
             return self.cached.with_stored(seen, part.targets)
 
     def _negatives(self, seen: list[dict[str, TeacherTargets]], step: int) -> tuple[Tensor, Tensor]:
@@ -404,7 +414,7 @@ class _Training:
         if records := {**self.stopped, **{kind: watch.record() for kind, watch in self.watches.items()}}:
             header["triggers"] = records
         states.save(path, self.learner, header, averages)
-        termination.write(self.folder, header)
+        stops.write(self.folder, header)
 
     def _sources(self) -> dict[str, str]:
         """Term -> where its targets come from: asked `online`, or the identity of the store that they are read from."""
@@ -419,7 +429,7 @@ class _Training:
         path = self.found
         if path is None:
             if "warm_start" in self.recipe:
-                from haste.exchange import warm_start  # which knows about training, and few runs need it
+                from haste.train.warm_start import warm_start  # which knows about training, and few runs need it
 
                 warm_start(self.plan, self.trajectory.name, self.learner)
             return 0
@@ -430,7 +440,7 @@ class _Training:
         self._restore(header, tensors, path)
         self._go_on_watching(header, tensors, path)
         if own and self.group.first:
-            termination.write(self.folder, header)
+            stops.write(self.folder, header)
         return header["step"]
 
     def _go_on_watching(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -2,8 +2,8 @@
 
 Each process averages what its own rows give, on its device: nothing in a step waits. At a reading the processes'
 averages are averaged, which is exact since an average is linear; what costs passes of its own is measured then too
-(`haste/train/angles.py`); the first process asks the trigger and tells the others. A state holds the averages of every
-process, so that going on with as many ends in the same bits.
+(`haste/train/gradient_angles.py`); the first process asks the trigger and tells the others. A state holds the averages
+of every process, so that going on with as many ends in the same bits.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from haste.align import triggers
 from haste.align.triggers import Angle, Average, Decision, Reading
-from haste.train.angles import Angles
 from haste.train.distributed import Group
+from haste.train.gradient_angles import Angles
 
 log = logging.getLogger("haste.train")
 
@@ -117,7 +117,7 @@ class Watch:
             found |= angles.values(done, self.kind, self.angles)
         if found is not None and self._is_finite(done, found):
             self.history.append(Reading(done, {name: found[name] for name in self.trigger.needs}))
-            decision = self.group.told(self._ask)
+            decision = self.group.broadcast_from_first(self._ask)
             self._tell(done, decision)
             if decision.stop:
                 self.stopped = {"step": done, "reason": decision.reason, "trajectory": trajectory}

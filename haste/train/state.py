@@ -21,14 +21,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from haste import artefact
-from haste.config import architecture_named, model_in
 from haste.data import order
+from haste.files import artefact
+from haste.files.provenance import STATE, state_header
+from haste.models.build import build_model
 from haste.models.denoiser import Denoiser
 from haste.models.heads import Projector
-from haste.plan import STATE_NAME
 
-KIND = "state"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -61,13 +60,6 @@ def _named(model: nn.Module, projectors: nn.ModuleDict) -> dict[str, nn.Paramete
 def _seeded(seed: int, purpose: str) -> torch.Generator:
     # Each network has a stream of its own: adding a projector never moves the model's first numbers.
     return torch.Generator().manual_seed(int(order.generator(seed, purpose).integers(2**63)))
-
-
-def build_model(recipe: Mapping[str, Any]) -> Denoiser:
-    """The model of a trajectory's recipe, its parameters not yet initialised to anything in particular."""
-    model, size = model_in(recipe), recipe["model"]
-    shape = {"input_size": size["input_size"], "in_channels": size["channels"], "classes": recipe["classes"]}
-    return architecture_named(model.architecture)(**shape, **model.settings)
 
 
 def new_learner(
@@ -136,20 +128,10 @@ def save(path: Path, learner: Learner, header: Mapping[str, Any], beside: Mappin
     Raises:
         OSError: the disk is full or the folder cannot be written; what was there before is untouched.
     """
-    header = {"schema": artefact.SCHEMA, "kind": KIND, **header}
+    header = {"schema": artefact.SCHEMA, "kind": STATE, **header}
     text = json.dumps(header, sort_keys=True)
     with artefact.replacing(path) as aside, artefact.saving_tensors(path):
         save_file(tensors_of(learner) | dict(beside or {}), aside, metadata={"haste": text})
-
-
-def read_header(path: Path | str) -> dict[str, Any]:
-    """The header of a state file.
-
-    Raises:
-        ValueError: missing, truncated, foreign, or of another schema.
-    """
-    with _opened(path) as file:
-        return _header(path, file)
 
 
 def _opened(path: Path | str) -> Any:
@@ -161,24 +143,6 @@ def _opened(path: Path | str) -> Any:
         raise ValueError(f"{path}: expected a state, found a truncated or foreign file ({error})") from error
 
 
-def _header(path: Path | str, file: Any) -> dict[str, Any]:
-    try:
-        header = json.loads((file.metadata() or {}).get("haste", "{}"))
-    except json.JSONDecodeError:
-        header = {}
-    artefact.check_header(path, header, KIND)
-    artefact.check_entries(path, header, key=str, recipe=dict, step=int, inputs=dict, provenance=dict)
-    artefact.check_entries(path, {"triggers": {}, **header}, triggers=dict)
-    for record in header.get("triggers", {}).values():
-        artefact.check_entries(path, record, trigger=dict, readings=list, seconds=float)
-    name = STATE_NAME.match(Path(path).name)
-    if name and int(name[1]) != header["step"]:
-        raise ValueError(
-            f"{path}: holds the state of step {header['step']}, expected step {int(name[1])}, as its name says"
-        )
-    return header
-
-
 def read(path: Path | str, *, key: str, prefixes: tuple[str, ...] = ("",)) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a state; only tensors whose names begin with one of `prefixes`.
 
@@ -186,7 +150,7 @@ def read(path: Path | str, *, key: str, prefixes: tuple[str, ...] = ("",)) -> tu
         ValueError: missing, truncated, foreign, of another schema, or a state of another trajectory than `key`.
     """
     with _opened(path) as file:
-        header = _header(path, file)
+        header = state_header(path, file.metadata())
         if header.get("key") != key:
             raise ValueError(f"{path}: a state of trajectory {header.get('key')}, expected {key}")
         if artefact.fingerprint(header["recipe"]) != key:

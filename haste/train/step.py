@@ -6,6 +6,7 @@ B batch, N student tokens, D student width, C latent channels.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from haste.align import schedule
-from haste.align.losses import Negatives, attention_loss, contrastive_loss, feature_loss, resize_tokens
+from haste.align.losses import (
+    Negatives,
+    attention_loss,
+    contrastive_loss,
+    feature_loss,
+    resize_tokens,
+)
 from haste.data import order
 from haste.data.batches import Batch
 from haste.data.latents import draw
@@ -84,7 +91,7 @@ def gather_negatives(
     return group.total(torch.where(mine[:, None], found, torch.zeros_like(found))), places
 
 
-def look(teachers: Mapping[str, Teacher], terms: Terms, images: Tensor | None) -> dict[str, TeacherTargets]:
+def teacher_targets(teachers: Mapping[str, Teacher], terms: Terms, images: Tensor | None) -> dict[str, TeacherTargets]:
     """What each teacher says of the clean images, asked once for all of these terms that it serves."""
     seen: dict[str, TeacherTargets] = {}
     if images is None:
@@ -124,7 +131,7 @@ class Objective(nn.Module):
 
         Args:
             batch: see `Batch`.
-            targets: `look` at the batch's images, or what lies on disk of them.
+            targets: `teacher_targets` at the batch's images, or what lies on disk of them.
             negatives: `gather_negatives`, where the features are compared with tokens of the whole batch.
         """
         dtype = next(self.model.parameters()).dtype
@@ -215,3 +222,10 @@ def average(learner: Learner, decay: float) -> None:
     """ema <- decay * ema + (1 - decay) * model, for all parameters at once."""
     into: list[Tensor] = list(learner.ema.parameters())
     torch._foreach_lerp_(into, [p.detach() for p in learner.model.parameters()], 1.0 - decay)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "look":
+        warnings.warn("haste.train.step.look is teacher_targets now; the old name will go", FutureWarning, stacklevel=2)
+        return teacher_targets
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

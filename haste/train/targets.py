@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from haste import artefact
-from haste.cache import Wanted
-from haste.data.store import Store, join, shard_range, write_shard
-from haste.journal import clock
-from haste.plan import Artefact, Plan, Segment
+from haste.files import artefact
+from haste.files.store import Store, join, shard_range, write_shard
+from haste.files.units import clock
+from haste.networks.devices import choose_device
+from haste.plan.names import Artefact, Segment
+from haste.plan.plan import Plan
+from haste.plan.target_spec import TargetSpec
 from haste.teachers import cache
 from haste.teachers.targets import TeacherTargets
-from haste.train.distributed import choose_device
 
 if TYPE_CHECKING:
     from haste.teachers.encoder import Teacher
@@ -63,7 +64,7 @@ def cached(plan: Plan, name: str) -> Artefact:
 
 def _images(plan: Plan) -> Store:
     made = plan.images
-    return Store.open(made.folder, kind="images", key=made.key, recipe=made.recipe)
+    return Store.of(made)
 
 
 def _ready(plan: Plan, name: str) -> Teacher:
@@ -115,7 +116,7 @@ def make_shard(plan: Plan, name: str, shard: int) -> Path:
     """
     made, images = cached(plan, name), _images(plan)
     chosen = shard_range(images.count, shard, made.shards)
-    teacher, wanted = _ready(plan, name), Wanted.read(made.recipe)
+    teacher, wanted = _ready(plan, name), TargetSpec.read(made.recipe)
     plan.check_cache(images.count, {name: cache.shape_of(teacher)})
     pca = cache.PCA.load(plan.pca[name].folder) if name in plan.pca else None
     inputs = {"images": images.identity, "teacher": teacher.identity, **({"pca": pca.identity} if pca else {})}
@@ -191,12 +192,12 @@ class Cached:
         self.fields: dict[str, list[str]] = {}
         for name in segment.targets:
             made = cached(plan, name)
-            store = Store.open(made.folder, kind="targets", key=made.key, recipe=made.recipe)
+            store = Store.of(made)
             _check_teacher(plan, name, store)
-            wanted = Wanted()
+            wanted = TargetSpec()
             for kind in segment.cached:
                 if segment.terms[kind]["teacher"] == name:
-                    wanted |= Wanted.of(kind, segment.terms[kind])
+                    wanted |= TargetSpec.of(kind, segment.terms[kind])
             self.stores[name], self.fields[name] = store, wanted.fields
 
     def inputs(self, name: str, kind: str) -> dict[str, str]:

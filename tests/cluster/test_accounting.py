@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from haste import cli, gather
+from haste.cli import main as cli
 from haste.cluster import accounting, slurm
 from haste.cluster import job as jobs
+from haste.report import gather
 from haste.report.content import Stage
 from haste.report.times import time_table
 

@@ -6,10 +6,11 @@ import dataclasses
 import pytest
 import yaml
 
-from haste import cli, extensions
+from haste import extensions
+from haste.cli import main as cli
 from haste.data import latents
 from haste.metrics import detectors, dinov2, inception
-from haste.public import DETECTORS
+from haste.networks.registry import DETECTORS
 from haste.teachers import encoder
 
 

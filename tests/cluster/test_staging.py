@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from haste.cluster import job as jobs
 from haste.cluster import staging
-from haste.data.store import Store
+from haste.files.store import Store
 from haste.train import loop
 
 FORK = multiprocessing.get_context("fork")

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 from submitit.core.utils import DelayedSubmission
 
-from haste import cli
-from haste.artefact import SCHEMA
+from haste.cli import main as cli
 from haste.cluster import job as jobs
 from haste.cluster import queue, slurm, waiter
 from haste.cluster.job import Resources
 from haste.cluster.waiter import Waiter
+from haste.files.artefact import SCHEMA
 
 
 @pytest.fixture

@@ -11,9 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from haste.artefact import file_identity
-from haste.data.latents import Autoencoder, draw, encode_join, encode_shard, to_pixels
-from haste.data.store import Store, join, shard_range, write_shard
+from haste.data.latents import (
+    Autoencoder,
+    draw,
+    encode_join,
+    encode_shard,
+    to_pixels,
+)
+from haste.files.artefact import file_identity
+from haste.files.store import Store, join, shard_range, write_shard
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from haste.data import prepare
-from haste.data.store import Store
+from haste.files.store import Store
 
 GREY = (120, 120, 120)
 

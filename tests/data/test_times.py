@@ -10,8 +10,8 @@ from scipy import stats
 
 from haste.data import order
 from haste.data.batches import Batches
-from haste.data.store import Store
 from haste.diffusion.paths import COSINE, LINEAR, timestep_lognormal
+from haste.files.store import Store
 from haste.train.step import t_min_of, times_of
 
 SETTINGS = {"path": "linear"}

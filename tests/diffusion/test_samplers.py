@@ -9,7 +9,16 @@ from torch import Tensor
 
 from haste.diffusion.guidance import guided
 from haste.diffusion.paths import COSINE, LINEAR, Path
-from haste.diffusion.samplers import SAMPLERS, Counted, dopri5, euler, euler_maruyama, heun, nfe, time_grid
+from haste.diffusion.samplers import (
+    SAMPLERS,
+    Counted,
+    dopri5,
+    euler,
+    euler_maruyama,
+    heun,
+    nfe,
+    time_grid,
+)
 
 MEAN, STD = 0.8, 0.3
 
@@ -157,7 +166,7 @@ def test_heun_asks_a_velocity_that_decides_by_time_to_keep_its_decision_within_a
         def __call__(self, x, t):
             return torch.zeros_like(x)
 
-        def held(self, t):
+        def freeze_guidance(self, t):
             return lambda x, time: self.held_at.append((t, time)) or torch.zeros_like(x)
 
     velocity = Deciding()

@@ -3,10 +3,11 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from haste.metrics.detector import Detector
 
-from haste import artefact
-from haste.metrics.detectors import PUBLISHED, Detector, SmallCNN, open_detector
-from haste.public import DETECTORS
+from haste.files import artefact
+from haste.metrics.detectors import PUBLISHED, SmallCNN, open_detector
+from haste.networks.registry import DETECTORS
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from haste import artefact
+from haste.files import artefact
 from haste.metrics import dinov2 as room
 from haste.metrics.detectors import open_detector
-from haste.public import DETECTORS
+from haste.networks.registry import DETECTORS
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3}
 

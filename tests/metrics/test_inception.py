@@ -12,9 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from torch_fidelity import feature_extractor_inceptionv3 as port
 
-from haste import artefact
+from haste.files import artefact
 from haste.metrics.detectors import open_detector
-from haste.public import DETECTORS
+from haste.networks.registry import DETECTORS
 
 ALL = ["64", "192", "768", "2048", "logits_unbiased", "logits"]
 

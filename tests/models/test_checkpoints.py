@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from haste import cli, exchange, status
+from haste.cli import main as cli
+from haste.files import provenance
+from haste.models import exchange
 from haste.models.checkpoints import read_checkpoint
 from haste.models.sit import SiT
 from haste.train import loop
@@ -305,7 +307,7 @@ def test_an_imported_file_holds_the_weights_their_source_and_no_optimiser(tmp_pa
         for name in numbers(1):
             assert torch.equal(tensors.pop(f"{which}/{name}"), found[which][name])
     assert {name.replace("projectors/0/", "projectors.0.") for name in tensors} == set(projector(3))
-    header = status.provenance_of(tmp_path / "a.safetensors")
+    header = provenance.provenance_of(tmp_path / "a.safetensors")
     assert header["source"]["file"] == "a.pt" and header["source"]["layout"] == "REPA" and header["step"] == 400_000
     import hashlib
 

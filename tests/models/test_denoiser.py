@@ -6,10 +6,13 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
-from haste import cli, config, status
+from haste import config
+from haste.cli import main as cli
 from haste.config import Positive, Strict
-from haste.models import AttentionTap, Denoiser, Tap
-from haste.models.layers import timestep_features
+from haste.models.denoiser import Denoiser
+from haste.models.layers import AttentionTap, timestep_features
+from haste.networks.spec import Tap
+from haste.ops import cost
 from haste.train import loop
 from haste.train.state import new_learner
 
@@ -60,7 +63,7 @@ def test_a_network_of_this_package_is_a_file_and_a_line_and_its_taps_have_shapes
     assert trained["optimizer/exp_avg/model/first.weight"].any()
     assert path.parent.name.startswith("u_net-features-s0-")
     assert cli.main(["sample", plan.rows[0].evaluation.name, "-c", str(plan.file)]) == 0
-    assert status.parameters(plan.trajectories[path.parent.name].recipe) == sum(
+    assert cost.parameters(plan.trajectories[path.parent.name].recipe) == sum(
         value.numel() for name, value in trained.items() if name.startswith("model/")
     )
     assert cli.main(["plan", "-c", str(plan.file)]) == 0

@@ -3,7 +3,7 @@ import math
 import torch
 from torch import nn
 
-from haste.models import Projector
+from haste.models.heads import Projector
 
 
 def test_projector_is_three_linear_layers_with_silu_between():

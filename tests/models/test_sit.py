@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from haste.config import MODELS
-from haste.models import Projector, SiT
-from haste.network import sit_facts
+from haste.models.heads import Projector
+from haste.models.sit import SiT
+from haste.networks.spec import sit_facts
 
 SMALL: dict[str, Any] = {
     "input_size": 8, "in_channels": 3, "patch_size": 2, "depth": 3, "width": 32, "heads": 4, "classes": 5

@@ -12,7 +12,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from haste.report import compare, finding, formats, page, tables
+from haste.report import (
+    compare,
+    finding,
+    formats,
+    page,
+    tables,
+)
 from haste.report.content import Report, Row
 
 READ = (

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from haste import artefact
-from haste.data.samples import open_samples
-from haste.score import Scorer, score_images
+from haste.files import artefact
+from haste.sampling.samples import open_samples
+from haste.score.images import Scorer, score_images
 
 MU = {"mu": np.zeros(5), "sigma": np.eye(5), "mu_s": np.zeros(4), "sigma_s": np.eye(4)}
 

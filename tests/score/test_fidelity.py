@@ -14,7 +14,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from haste.metrics.detectors import open_detector
-from haste.score import score_images
+from haste.score.images import score_images
 
 COUNT = 12
 

@@ -9,13 +9,14 @@ import scipy.linalg
 import torch
 from PIL import Image
 
-from haste.data.samples import open_samples
-from haste.data.store import join, write_shard
+from haste.files.store import join, write_shard
 from haste.metrics import inception_score, kid
 from haste.metrics.frechet import update
 from haste.metrics.uncertainty import frechet_error
-from haste.score import Scorer, look, score_images, sides
+from haste.sampling.samples import open_samples
+from haste.score import sides, views
 from haste.score.columns import OF_SAMPLES, OVER_SPLITS, OVER_SUBSETS
+from haste.score.images import Scorer, score_images
 
 ALL = ["FID", "sFID", "IS", "precision", "recall", "KID"]
 
@@ -173,7 +174,7 @@ def test_features_that_are_kept_are_found_again_and_nothing_is_looked_at_twice(s
 
 
 def test_an_interrupted_pass_goes_on_from_its_last_whole_shard(sets, pack, tmp_path, monkeypatch, make_detector):
-    monkeypatch.setattr(look, "SHARD", 10)
+    monkeypatch.setattr(views, "SHARD", 10)
     detector, seen_rows = make_detector(), []
 
     def falter(module, given):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from haste import cli
-from haste.score import score_images
+from haste.cli import main as cli
+from haste.score.images import score_images
 
 MU = {"mu": np.zeros(5), "sigma": np.eye(5), "mu_s": np.zeros(4), "sigma_s": np.eye(4)}
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from haste import config
 from haste.cluster import job as jobs
-from haste.plan import Plan
+from haste.plan.plan import Plan
 
 ROOT = Path(__file__).parents[2]
 TINY = yaml.safe_load((ROOT / "tests" / "tiny.yaml").read_text())

@@ -11,9 +11,10 @@ import yaml
 from pandas import read_csv
 from slurm_world import TINY, World, equal
 
-from haste import cli, config
+from haste import config
+from haste.cli import main as cli
 from haste.cluster import job as jobs
-from haste.plan import Plan
+from haste.plan.plan import Plan
 
 pytestmark = pytest.mark.timeout(3000)
 

@@ -9,8 +9,8 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from haste import artefact
-from haste.public import HALF, Encoder
+from haste.files import artefact
+from haste.networks.registry import HALF, Encoder
 from haste.teachers import encoder
 from haste.teachers.encoder import Teacher
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 import yaml
 
-from haste import cli, config, journal
-from haste.plan import Plan
+from haste import config
+from haste.cli import main as cli
+from haste.files import journal
+from haste.plan.plan import Plan
 from haste.train import loop
 
 HERE = Path(__file__).parent

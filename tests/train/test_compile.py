@@ -8,7 +8,8 @@ import torch
 import torch._dynamo
 from safetensors.torch import load_file
 
-from haste import journal
+from haste.files import journal
+from haste.files.provenance import read_header
 from haste.train import loop
 
 TINIEST = {
@@ -71,7 +72,7 @@ def test_angles_are_measured_uncompiled_and_change_no_bit_of_a_compiled_run(make
         path = loop.train(plan, plan.state("HASTE", 4))
         found[name] = load_file(path), torch._dynamo.utils.counters["stats"]["unique_graphs"]
         if stop:
-            readings = loop.states.read_header(path)["triggers"]["features"]["readings"]
+            readings = read_header(path)["triggers"]["features"]["readings"]
             assert [reading["step"] for reading in readings] == [2, 3, 4]
     assert found["with"][1] == found["without"][1] > 0
     for name, value in found["without"][0].items():

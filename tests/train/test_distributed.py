@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from haste import cli, journal, termination
 from haste.align.triggers import Decision, Plateau
+from haste.cli import main as cli
 from haste.cluster.inside import TIME_LIMIT, Interruption
-from haste.train import distributed, loop
+from haste.files import journal
+from haste.files.provenance import read_header
+from haste.train import distributed, loop, stops
 from haste.train.distributed import Group
 
 FORK = multiprocessing.get_context("fork")
@@ -161,7 +163,7 @@ def watched_by(make_plan, attention, milestones, **runtime):
 
 
 def readings(plan, step):
-    found = loop.states.read_header(plan.path(state_of(plan, step)))["triggers"]
+    found = read_header(plan.path(state_of(plan, step)))["triggers"]
     return {
         kind: [[reading[name] for name in ("step", "fast", "slow")] for reading in record["readings"]]
         for kind, record in found.items()
@@ -198,7 +200,7 @@ def test_two_processes_stop_at_one_step_and_go_on_as_after_a_stop_by_hand(make_p
     seen = watched_by(make_plan, {**PLATEAU, "margin": 1}, [12], processes=2)  # no average is better by 100 %
     train_with(seen, state_of(seen, 12), 2)
     found, folder = bits(seen, 12), Path(seen.path(state_of(seen, 12))).parent
-    stopped = termination.read(folder)["attention"].step
+    stopped = stops.read(folder)["attention"].step
     assert stopped == 8
     by_hand = watched_by(make_plan, stopped, [12], processes=2)
     train_with(by_hand, state_of(by_hand, 12), 2)
@@ -218,7 +220,7 @@ def watching_angles(make_plan, threshold, milestones, **runtime):
 
 
 def angles(plan, step):
-    found = loop.states.read_header(plan.path(state_of(plan, step)))["triggers"]
+    found = read_header(plan.path(state_of(plan, step)))["triggers"]
     assert found["features"]["readings"] == found["attention"]["readings"]
     return found["features"]["readings"]
 
@@ -265,7 +267,7 @@ def test_going_on_with_another_number_of_processes_is_allowed_and_recorded(make_
     train_with(plan, state_of(plan, 20), 2)
     loop.train(make_plan(runs=RUNS), state_of(plan, 40))
     assert "was made by 2 processes, going on with 1" in caplog.text
-    headers = [loop.states.read_header(plan.path(state_of(plan, step))) for step in (20, 40)]
+    headers = [read_header(plan.path(state_of(plan, step))) for step in (20, 40)]
     assert [header["provenance"]["processes"] for header in headers] == [2, 1]
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from haste import cli, journal
+from haste.cli import main as cli
+from haste.files import journal
 from haste.train import launch, loop
 
 TRAINING = {"batch": 8, "lr": 1.0e-3, "ema": 0.9}

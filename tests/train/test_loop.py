@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from haste import cli, journal
+from haste.cli import main as cli
 from haste.data.batches import Batches
-from haste.data.store import Store, join, write_shard
+from haste.files import journal
+from haste.files.store import Store, join, write_shard
 from haste.models.sit import SiT
 from haste.teachers import encoder
 from haste.train import loop, state

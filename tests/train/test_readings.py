@@ -15,14 +15,22 @@ import yaml
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from haste import artefact, cli, journal, termination
 from haste.align.triggers import TRIGGERS, Average, Decision, Trigger
+from haste.cli import main as cli
+from haste.files import artefact, journal
+from haste.files.provenance import read_header
 from haste.models.sit import SiT
-from haste.plan import State
+from haste.plan.names import State
 from haste.teachers import encoder
-from haste.train import loop, readings, state, targets
-from haste.train.angles import Angles
+from haste.train import (
+    loop,
+    readings,
+    state,
+    stops,
+    targets,
+)
 from haste.train.distributed import Group
+from haste.train.gradient_angles import Angles
 
 TINY = yaml.safe_load((Path(__file__).parent.parent / "tiny.yaml").read_text())
 FORK = multiprocessing.get_context("fork")
@@ -80,7 +88,7 @@ def folder(plan, run, step=16):
 def remove_states(plan, run):
     for path in folder(plan, run).rglob("step-*"):
         path.unlink()
-    (folder(plan, run) / termination.FILE).unlink(missing_ok=True)
+    (folder(plan, run) / stops.FILE).unlink(missing_ok=True)
 
 
 def test_what_follows_the_stop_is_to_the_bit_what_follows_a_stop_at_that_step_by_hand(make_plan):
@@ -104,7 +112,7 @@ def test_the_trunk_is_shared_up_to_the_step_at_which_watching_begins(make_plan):
     assert [r["step"] for r in journal.read(folder(plan, "seen") / "log.jsonl")] == [5, 6, 7, 8]
     # States that nobody watches are as they were before there were triggers, and are gone on from.
     trunk = plan.path(plan.state("never", 4))
-    assert "triggers" not in state.read_header(trunk)
+    assert "triggers" not in read_header(trunk)
     assert not any(name.startswith("readings/") for name in load_file(trunk))
 
 
@@ -137,15 +145,15 @@ def test_each_term_stops_by_its_own_trigger_or_step(make_plan):
     for run, steps in {"both": (16,), "one": (12, 16)}.items():
         train_to(plan, run, *steps)
         assert_same_learner(tensors(plan, run, 16), tensors(plan, "both by hand", 16))
-    assert {kind: one.step for kind, one in termination.along(plan, "both", 0).items()} == {
+    assert {kind: one.step for kind, one in stops.along(plan, "both", 0).items()} == {
         "features": 10,
         "attention": 12,
     }
     # Of `one` the attention stops by the configuration, on a trajectory of its own, which carries the record on.
-    assert {kind: one.step for kind, one in termination.along(plan, "one", 0).items()} == {"features": 10}
-    header = state.read_header(plan.path(plan.state("one", 16)))
+    assert {kind: one.step for kind, one in stops.along(plan, "one", 0).items()} == {"features": 10}
+    header = read_header(plan.path(plan.state("one", 16)))
     assert header["triggers"]["features"]["stopped"]["step"] == 10
-    assert not (folder(plan, "one") / termination.FILE).exists()
+    assert not (folder(plan, "one") / stops.FILE).exists()
 
 
 def averages(losses, decay):
@@ -157,14 +165,14 @@ def averages(losses, decay):
 def test_readings_are_the_averages_of_what_the_log_says_of_each_step(make_plan):
     plan = make_plan(runs=runs(seen=NEVER), runtime=QUICK, training={"batch": 8, "precision": "fp64"})
     train_to(plan, "seen", 8, 16)
-    header = state.read_header(plan.path(plan.state("seen", 16)))
+    header = read_header(plan.path(plan.state("seen", 16)))
     lines = {r["step"]: r for r in journal.read(folder(plan, "seen") / "log.jsonl")}
     # Twenty steps are what 0.95 looks back on: no reading yet, nothing is decided before.
     assert header["triggers"]["features"]["readings"] == []
     shorter = {**NEVER, "slow": 0.8, "margin": 0.0001}
     plan = make_plan(runs=runs(seen=shorter), runtime=QUICK, training={"batch": 8, "precision": "fp64"})
     train_to(plan, "seen", 8, 16)
-    header = state.read_header(plan.path(plan.state("seen", 16)))
+    header = read_header(plan.path(plan.state("seen", 16)))
     lines = {r["step"]: r for r in journal.read(folder(plan, "seen") / "log.jsonl")}
     for kind, left in {"features": 1.0, "attention": 0.0}.items():  # 1 - cosine, and the cross-entropy
         found = header["triggers"][kind]["readings"]
@@ -181,7 +189,7 @@ def test_the_file_at_the_stop_says_step_trigger_reason_readings_and_cost(make_pl
     caplog.set_level("INFO")
     plan = make_plan(runs=runs(seen=AT_10), runtime=QUICK)
     train_to(plan, "seen", 16)
-    found = artefact.read_json(folder(plan, "seen") / termination.FILE, termination.KIND)
+    found = artefact.read_json(folder(plan, "seen") / stops.FILE, stops.KIND)
     for kind in ("features", "attention"):
         term = found["terms"][kind]
         assert (term["step"], term["trigger"]) == (10, AT_10)
@@ -190,7 +198,7 @@ def test_the_file_at_the_stop_says_step_trigger_reason_readings_and_cost(make_pl
         assert term["reason"] in caplog.text and "not more than 100.00% below" in term["reason"]
         assert f"step 10: plateau stops {kind}" in caplog.text
     assert found["key"] == plan.trajectories[plan.state("seen", 16).trajectory].key
-    assert cli.main(["show", str(folder(plan, "seen") / termination.FILE)]) == 0
+    assert cli.main(["show", str(folder(plan, "seen") / stops.FILE)]) == 0
     assert '"reason"' in capsys.readouterr().out
 
 
@@ -238,7 +246,7 @@ MOMENTS = {
     "in the step before it": before(loop._Training, "_step", lambda self, batch: batch.step == 9),
     "when it is decided": before(loop._Training, "_save_on_the_way", lambda self, done, *_: done == 10),
     "in the save of its state": before(state, "save_file", lambda tensors, path, **_: "00000010" in str(path)),
-    "before its file": before(termination.artefact, "write_json", lambda path, _: Path(path).name == termination.FILE),
+    "before its file": before(stops.artefact, "write_json", lambda path, _: Path(path).name == stops.FILE),
     "in the step after it": before(loop._Training, "_step", lambda self, batch: batch.step == 10),
     "later": before(loop._Training, "_step", lambda self, batch: batch.step == 14),
 }
@@ -260,13 +268,13 @@ def test_a_kill_before_at_and_after_the_stop_changes_no_bit_and_no_decision(make
     ends = {}
     for moment in (None, *moments):
         remove = [Path(plan.path(plan.state("seen", 16))), *folder(plan, "seen").glob("step-00000010*")]
-        for path in [*remove, *folder(plan, "seen").glob("rolling/*"), folder(plan, "seen") / termination.FILE]:
+        for path in [*remove, *folder(plan, "seen").glob("rolling/*"), folder(plan, "seen") / stops.FILE]:
             path.unlink(missing_ok=True)
         target = plan.state("seen", 16)
         if moment is not None:
             assert killed(plan, target, moments[moment]), moment
         train_to(plan, "seen", 16)
-        terms = artefact.read_json(folder(plan, "seen") / termination.FILE, termination.KIND)["terms"]
+        terms = artefact.read_json(folder(plan, "seen") / stops.FILE, stops.KIND)["terms"]
         told = {kind: {k: v for k, v in term.items() if k != "seconds"} for kind, term in terms.items()}
         ends[moment] = (tensors(plan, "seen", 16), load_file(folder(plan, "seen") / "step-00000010.safetensors"), told)
     undisturbed = ends.pop(None)
@@ -282,19 +290,19 @@ def test_a_kill_before_at_and_after_the_stop_changes_no_bit_and_no_decision(make
 def test_a_missing_file_is_written_again_by_the_next_start(make_plan):
     plan = make_plan(runs=runs(seen=AT_10), runtime=QUICK)
     train_to(plan, "seen", 16)
-    path = folder(plan, "seen") / termination.FILE
-    terms = artefact.read_json(path, termination.KIND)["terms"]
+    path = folder(plan, "seen") / stops.FILE
+    terms = artefact.read_json(path, stops.KIND)["terms"]
     for damage in (b"", b"{}", None):
         path.unlink() if damage is None else path.write_bytes(damage)
         train_to(plan, "seen", 16)
-        assert artefact.read_json(path, termination.KIND)["terms"] == terms
+        assert artefact.read_json(path, stops.KIND)["terms"] == terms
 
 
 def test_cutting_a_run_elsewhere_changes_neither_readings_nor_bits(make_plan):
     never = {**NEVER, "slow": 0.8}
     whole = make_plan(runs={"seen": {"alignment": "HASTE", "stop": never, "milestones": [16]}}, runtime=QUICK)
     train_to(whole, "seen", 16)
-    expected, header = tensors(whole, "seen", 16), state.read_header(whole.path(whole.state("seen", 16)))
+    expected, header = tensors(whole, "seen", 16), read_header(whole.path(whole.state("seen", 16)))
     remove_states(whole, "seen")
     cuts = {"seen": {"alignment": "HASTE", "stop": never, "milestones": [5, 11, 16]}}
     cut = make_plan(runs=cuts, runtime={**QUICK, "save_every": 2})
@@ -302,7 +310,7 @@ def test_cutting_a_run_elsewhere_changes_neither_readings_nor_bits(make_plan):
     found = tensors(cut, "seen", 16)
     assert found.keys() == expected.keys() and any(name.startswith("readings/") for name in expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    again = state.read_header(cut.path(cut.state("seen", 16)))
+    again = read_header(cut.path(cut.state("seen", 16)))
     for kind, record in header["triggers"].items():
         assert {**again["triggers"][kind], "seconds": 0} == {**record, "seconds": 0}
 
@@ -388,7 +396,7 @@ def test_readings_of_a_finished_run_tell_where_another_margin_would_have_stopped
 def test_the_last_step_alone_can_be_read_too(make_plan, counts):
     plan = make_plan(runs=runs(seen={**counts, "readings": 0}), runtime=QUICK)
     train_to(plan, "seen", 16)
-    readings = state.read_header(plan.path(plan.state("seen", 16)))["triggers"]["features"]["readings"]
+    readings = read_header(plan.path(plan.state("seen", 16)))["triggers"]["features"]["readings"]
     lines = {r["step"]: r["denoising"] for r in journal.read(folder(plan, "seen") / "log.jsonl")}
     assert [reading["step"] for reading in readings] == [6, 8, 10, 12, 14, 16]
     assert [r["last"] for r in readings] == pytest.approx([lines[r["step"]] for r in readings], rel=1e-6)

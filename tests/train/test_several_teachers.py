@@ -14,11 +14,14 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional
 
-from haste import artefact, cli, config, journal
+from haste import config
+from haste.cli import main as cli
 from haste.data.batches import Batches
-from haste.data.store import Store
-from haste.plan import Plan
-from haste.public import TEACHERS as TEACHERS_KNOWN
+from haste.files import artefact, journal
+from haste.files.provenance import read_header
+from haste.files.store import Store
+from haste.networks.registry import TEACHERS as TEACHERS_KNOWN
+from haste.plan.plan import Plan
 from haste.teachers.encoder import Teacher
 from haste.train import loop, state
 from haste.train.step import total_loss
@@ -131,7 +134,7 @@ def test_features_of_one_teacher_and_attention_of_another_on_grids_that_differ_a
     log = Path(plan.path(plan.state(run, 2))).parent / "log.jsonl"
     first = journal.read(log)[0]
     assert {kind: first[kind] for kind in expected} == pytest.approx(expected, rel=1e-5)
-    header = state.read_header(plan.path(plan.state(run, 2)))
+    header = read_header(plan.path(plan.state(run, 2)))
     own = {kind: Teacher.load(plan.teachers[ALIGNMENTS[run][kind]["teacher"]].folder).identity for kind in expected}
     assert {kind: header["inputs"][f"teacher of {kind}"] for kind in own} == own
     assert len(set(own.values())) == 2

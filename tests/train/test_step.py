@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from haste import journal
+from haste.files import journal
 from haste.train import loop
 from haste.train.state import new_learner, tensors_of
 from haste.train.step import average, taps_of, total_loss, update

@@ -11,8 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from haste import artefact, cli, config, journal, status
-from haste.data.store import Store
+from haste import config
+from haste.cli import main as cli
+from haste.files import artefact, journal, provenance
+from haste.files.provenance import read_header
+from haste.files.store import Store
+from haste.ops import cost
 from haste.teachers import encoder
 from haste.train import loop, state
 
@@ -41,7 +45,7 @@ def bits(plan, step, run="HASTE"):
 
 
 def header(plan, step, run="HASTE"):
-    return state.read_header(plan.path(plan.state(run, step)))
+    return read_header(plan.path(plan.state(run, step)))
 
 
 def remove_states(plan):
@@ -65,7 +69,7 @@ def test_a_store_that_a_run_can_be_trained_from_holds_every_image_and_only_what_
     np.testing.assert_allclose(store.read("features", rows), said.features, rtol=2**-10, atol=1e-6)
     size = sum(path.stat().st_size for path in Path(made.folder).glob("*.h5"))
     assert plan.target_bytes("vit", store.count) == pytest.approx(size, rel=0.1)
-    record = status.provenance_of(Path(made.folder))
+    record = provenance.provenance_of(Path(made.folder))
     assert record["teacher"] == artefact.read_json(plan.teachers["vit"].manifest, "part")["identity"]
 
 
@@ -246,13 +250,13 @@ def test_more_bytes_than_allowed_are_refused_before_anything_runs_with_what_woul
 
 def test_the_plan_counts_the_bytes_and_the_jobs_of_the_cache(make_plan, capsys):
     plan = make_plan(runs=RUNS, teachers=teachers("features", pca=5), cache={"shards": 2})
-    found = {stage.name: stage for stage in status.stages(plan)[0]}
+    found = {stage.name: stage for stage in cost.stages(plan)[0]}
     assert (found["targets of teachers"].jobs, found["targets of teachers"].left) == (2, 2)
     assert found["targets of teachers"].megabytes == pytest.approx(1797 * 4 * 5 * 2 / 1e6)
     assert found["targets of teachers"].seconds > 0
     assert found["components, joins"].left == 2
     make_targets(plan)
-    found = {stage.name: stage for stage in status.stages(plan)[0]}
+    found = {stage.name: stage for stage in cost.stages(plan)[0]}
     assert found["targets of teachers"].left == found["components, joins"].left == 0
 
 

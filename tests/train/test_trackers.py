@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from haste import config, journal
+from haste import config
+from haste.files import journal
 from haste.train import loop
 from haste.train.trackers import TRACKERS, open_tracker
 

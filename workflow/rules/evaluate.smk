@@ -97,3 +97,11 @@ rule floor:
     benchmark: time_of("floor-{key}")
     params: name=lambda wildcards: floor_of(wildcards).name
     shell: "haste floor --detector {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
+
+
+rule grid:
+    input: lambda wildcards: drawn(wildcards).sample_files
+    output: report(f"{plan.root}/samples/{{draw}}/grid.png", category="Samples", labels={"samples": "{draw}"})
+    log: log_of("grid-{draw}")
+    benchmark: time_of("grid-{draw}")
+    shell: "haste grid {wildcards.draw:q} -c {CONFIG:q} > {log:q} 2>&1"

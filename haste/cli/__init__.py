@@ -1,0 +1,1 @@
+"""The command `haste`. Start at `main`."""

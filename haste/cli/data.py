@@ -1,0 +1,68 @@
+"""Commands that make data: images, latents, targets, and the small networks that are trained on the images."""
+
+from __future__ import annotations
+
+import argparse
+
+from haste.cli.shared import Commands, plan_of, plan_to_compute, shards
+
+
+def add(to: Commands) -> None:
+    """Add these commands."""
+    images = to.rule("images", _images, "prepare the images: a store of uint8 RGB crops")
+    shards(images).add_argument("--check", action="store_true", help="only list the pictures that cannot be used")
+    images.add_argument("--workers", type=int, help="pictures that are decoded at once (runtime.threads)")
+    to.rule("autoencoder", _autoencoder, "train the small autoencoder")
+    shards(to.rule("latents", _latents, "encode the images: a store of latent means and standard deviations"))
+    to.rule("teacher", _teacher, "train a small teacher").add_argument("name")
+    targets = to.rule("targets", _targets, "keep a teacher's targets on disk")
+    targets.add_argument("name")
+    shards(targets).add_argument("--fit", action="store_true", help="fit the principal components of its features")
+    detector = to.rule("detector", _detector, "train a small detector that the scores use")
+    detector.add_argument("name", nargs="?", help="which one; the only one that is trained")
+
+
+def _images(arguments: argparse.Namespace) -> None:
+    from haste.data import jobs
+
+    plan = plan_of(arguments)
+    if arguments.check:
+        jobs.check_images(plan, arguments.workers)
+    else:
+        jobs.make_images(plan, None if arguments.join else arguments.shard, arguments.workers)
+
+
+def _latents(arguments: argparse.Namespace) -> None:
+    from haste.data import jobs
+
+    jobs.make_latents(plan_to_compute(arguments), None if arguments.join else arguments.shard)
+
+
+def _autoencoder(arguments: argparse.Namespace) -> None:
+    from haste.train import jobs
+
+    jobs.train_autoencoder(plan_to_compute(arguments))
+
+
+def _teacher(arguments: argparse.Namespace) -> None:
+    from haste.train import jobs
+
+    jobs.train_teacher(plan_to_compute(arguments), arguments.name)
+
+
+def _detector(arguments: argparse.Namespace) -> None:
+    from haste.train import jobs
+
+    jobs.train_detector(plan_to_compute(arguments), arguments.name)
+
+
+def _targets(arguments: argparse.Namespace) -> None:
+    from haste.train import targets
+
+    plan = plan_to_compute(arguments)
+    if arguments.fit:
+        targets.fit(plan, arguments.name)
+    elif arguments.join:
+        targets.join_shards(plan, arguments.name)
+    else:
+        targets.make_shard(plan, arguments.name, arguments.shard)

@@ -1,0 +1,139 @@
+"""Commands that draw samples and judge them, and the report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from haste.cli.shared import Commands, plan_of, plan_to_compute
+
+
+def add(to: Commands) -> None:
+    """Add these commands."""
+    to.rule("reference", _reference, "compute the features of the real images")
+    sample = to.rule("sample", _sample, "draw one shard of samples, with the features of all detectors")
+    evaluate = to.rule("evaluate", _evaluate, "score a set of samples that the workflow drew")
+    features = to.rule("features", _features, "compute a detector's features of one shard of samples that are there")
+    floor = to.rule("floor", _floor, "score real images against real ones")
+    grid = to.rule("grid", _grid, "paint a grid of samples by class")
+    for sub in (sample, evaluate, features, grid):
+        sub.add_argument("draw", help="name of a set of samples")
+    for sub in (sample, features):
+        sub.add_argument("--shard", type=int, default=0, help="which shard, counted from 0")
+    evaluate.add_argument("--detector", help="name of a detector; all of the configuration")
+    features.add_argument("--detector", required=True, help="name of a detector of the configuration")
+    floor.add_argument("--detector", help="name of a detector; the leading one")
+    to.rule("report", _report, "write the report page and its tables")
+    _add_score(to.command("score", _score, "score images from anywhere against a reference"))
+
+
+def _add_score(sub: argparse.ArgumentParser) -> None:
+    images = "an .npz with arr_0, a folder or .zip of pictures, a folder of sample shards, an image or features store"
+    sub.add_argument("samples", nargs="+", type=Path, help=f"images to score: {images}")
+    sub.add_argument(
+        "--reference",
+        type=Path,
+        metavar="REF",
+        help="real images, as samples, or an .npz of statistics, such as ADM's VIRTUAL_imagenet256_labeled.npz; "
+        "without it only scores that need none",
+    )
+    sub.add_argument(
+        "--detector",
+        action="append",
+        metavar="NAME[=WEIGHTS]",
+        help="who looks: a published detector, with its weights file, or the folder of one trained here; again for "
+        "more (inception)",
+    )
+    sub.add_argument("--weights", type=Path, metavar="FILE", help="weights file of the one detector")
+    sub.add_argument("--metrics", metavar="A,B", help="of fid, sfid, is, precision, recall, kid (all that can be had)")
+    sub.add_argument("--features", type=Path, metavar="FOLDER", help="keep features here, and find them again")
+    sub.add_argument("--save-reference", type=Path, metavar="FILE", help="write the reference's statistics, an .npz")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write scores and all that decides comparability")
+    sub.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each set of samples")
+    sub.add_argument("--compare", action="store_true", help="all sets side by side in one table")
+    sub.add_argument("--batch", type=int, default=64, help="images that a detector sees at once (64)")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+    sub.add_argument("--seed", type=int, default=2020, help="of KID's subsets (2020, as torch-fidelity's)")
+
+
+def _reference(arguments: argparse.Namespace) -> None:
+    from haste.score import jobs
+
+    jobs.make_references(plan_to_compute(arguments))
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    from haste.score import jobs
+
+    plan = plan_to_compute(arguments)
+    jobs.sample(plan, plan.evaluation(arguments.draw), arguments.shard)
+
+
+def _features(arguments: argparse.Namespace) -> None:
+    from haste.score import jobs
+
+    plan = plan_to_compute(arguments)
+    jobs.extract_features(
+        plan, plan.evaluation(arguments.draw), plan.detector_named(arguments.detector), arguments.shard
+    )
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from haste.score import jobs
+
+    plan = plan_of(arguments)
+    evaluation = plan.evaluation(arguments.draw)
+    names = [plan.detector_named(arguments.detector).name] if arguments.detector else list(plan.detectors)
+    for name in names:
+        jobs.judge(plan, evaluation, evaluation.judgement(name))
+
+
+def _floor(arguments: argparse.Namespace) -> None:
+    from haste.score import jobs
+
+    plan = plan_of(arguments)
+    jobs.floor_of(plan.detector_named(arguments.detector or plan.detector.name))
+
+
+def _grid(arguments: argparse.Namespace) -> None:
+    from haste.sampling import grids
+
+    plan = plan_of(arguments)
+    grids.paint_grid(plan, plan.evaluation(arguments.draw))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from haste.report import page
+
+    page.make(plan_of(arguments))
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from haste.networks.devices import device_named
+    from haste.score import show
+    from haste.score.images import Scorer, detectors_asked
+
+    device = device_named(arguments.device)
+    scorer = Scorer(
+        arguments.reference,
+        detectors=detectors_asked(arguments.detector or [], arguments.weights, device),
+        metrics=None if arguments.metrics is None else arguments.metrics.split(","),
+        features=arguments.features,
+        batch=arguments.batch,
+        device=device,
+        seed=arguments.seed,
+    )
+    if arguments.save_reference is not None and arguments.reference is None:
+        raise ValueError("--save-reference: there is no --reference whose statistics could be saved")
+    for samples in arguments.samples:
+        scorer.check(samples)  # before the first is looked at
+    found = []
+    for samples in arguments.samples:
+        found.append(scorer(samples))
+        if not arguments.compare:
+            show.table(found[-1:])
+        show.write(found, json=arguments.json, csv_file=arguments.csv)  # what is finished is not lost
+    if arguments.compare:
+        show.table(found)
+    if arguments.save_reference is not None:
+        scorer.save_reference(arguments.save_reference)

@@ -1,0 +1,102 @@
+"""Commands for people: what will run, what runs, what lies on disk, and weights in and out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from haste.cli.shared import DEFAULT_CONFIG, Commands, plan_of
+
+
+def add(to: Commands) -> None:
+    """Add these commands."""
+    to.rule("plan", _plan, "say what will run, how long, and how much disk, before anything runs")
+    live = to.rule("status", _status, "say what every run is doing now")
+    live.add_argument("-w", "--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="look again and again")
+    forget = to.rule("forget", _forget, "remove what only one run needs")
+    forget.add_argument("name", metavar="RUN")
+    clear = to.command("prune", _prune, "remove what no configuration needs")
+    clear.add_argument("-c", "--config", nargs="+", default=[DEFAULT_CONFIG], help="configuration files to keep")
+    for sub in (forget, clear):
+        sub.add_argument("--yes", action="store_true", help="do it; without this, only say what would go")
+    what = "state, store, samples, grid, score, part, report or configuration"
+    to.command("show", _show, f"say how a file was made: {what}").add_argument("file", type=Path)
+    to.rule("table", _table, "print the result table of a finished report")
+    _add_exchange(to)
+
+
+def _add_exchange(to: Commands) -> None:
+    words = "make a checkpoint of REPA, HASTE, SiT or this package a file of weights of ours"
+    took = to.command("import", _import, words)
+    took.add_argument("file", type=Path, help="a .pt of REPA, HASTE or SiT, or a state")
+    took.add_argument("out", type=Path, help="the .safetensors file to write")
+    took.add_argument("--layout", choices=("ours", "REPA", "SiT"), help="whose file it is; SiT's must be told")
+    size = took.add_mutually_exclusive_group()
+    size.add_argument("--model", help="what the weights must be, such as SiT-XL/2")
+    size.add_argument("--heads", type=int, help="attention heads, for sizes that were not published")
+    took.add_argument("--input-size", type=int, help="side of the latent grid, where the file does not show it")
+    gave = to.command("export", _export, "write the weights of a state for other programs")
+    gave.add_argument("file", type=Path, help="a state, or any file that can be imported")
+    gave.add_argument("out", type=Path, help="the file to write")
+    gave.add_argument("--format", choices=("safetensors", "repa"), required=True, help="bare weights, or REPA's .pt")
+    gave.add_argument("--weights", choices=("ema", "model"), default="ema", help="which, for safetensors (ema)")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from haste.ops import cost
+
+    cost.print_plan(plan_of(arguments))
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from haste.ops import status
+
+    status.show(lambda: plan_of(arguments), arguments.watch)
+
+
+def _forget(arguments: argparse.Namespace) -> None:
+    from haste import config
+    from haste.ops import prune
+
+    prune.forget(config.load(arguments.config), arguments.name, arguments.yes)
+
+
+def _prune(arguments: argparse.Namespace) -> None:
+    from haste import config
+    from haste.ops import prune
+
+    prune.prune([config.load(path) for path in arguments.config], arguments.yes)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from haste.ops import show
+
+    show.print_provenance(arguments.file)
+
+
+def _table(arguments: argparse.Namespace) -> None:
+    from haste.report import gather, page
+
+    plan = plan_of(arguments)
+    print(page.text(gather.report(plan)))
+    print(f"Report: {plan.report}")
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from haste.config import MODELS
+    from haste.models import exchange
+
+    if arguments.model is not None and arguments.model not in MODELS:
+        raise ValueError(f"--model {arguments.model!r}: expected one of {', '.join(MODELS)}")
+    model = MODELS.get(arguments.model)
+    options = {"layout": arguments.layout, "heads": arguments.heads, "input_size": arguments.input_size}
+    found = exchange.import_weights(arguments.file, arguments.out, model=model, **options)
+    shape = ", ".join(f"{name} {value:g}" for name, value in found.shape.items())
+    print(f"{arguments.out}: {' and '.join(found.weights)} of {arguments.file} ({found.layout}'s layout; {shape})")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from haste.models import exchange
+
+    exchange.export_weights(arguments.file, arguments.out, form=arguments.format, which=arguments.weights)
+    print(f"{arguments.out}: written")

@@ -1,0 +1,56 @@
+"""What the groups of commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from haste.plan.plan import Plan
+
+DEFAULT_CONFIG = "config/digits.yaml"
+
+
+class Commands:
+    """Adds subcommands, each with the function that it runs."""
+
+    def __init__(self, commands: Any):
+        self.commands = commands
+
+    def command(self, name: str, run: Callable[[argparse.Namespace], None], words: str) -> argparse.ArgumentParser:
+        """A subcommand of this name, described by `words`."""
+        sub = self.commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
+        sub.set_defaults(run=run)
+        return sub
+
+    def rule(self, name: str, run: Callable[[argparse.Namespace], None], words: str) -> argparse.ArgumentParser:
+        """A subcommand that works on one configuration."""
+        sub = self.command(name, run, words)
+        sub.add_argument("-c", "--config", default=DEFAULT_CONFIG, help=f"configuration file ({DEFAULT_CONFIG})")
+        return sub
+
+
+def shards(sub: argparse.ArgumentParser) -> Any:
+    """Ask which part of a store to make; returns the group, for further parts."""
+    part = sub.add_mutually_exclusive_group(required=True)
+    part.add_argument("--shard", type=int, help="make this shard, counted from 0")
+    part.add_argument("--join", action="store_true", help="check all shards and write the manifest")
+    return part
+
+
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    """What the configuration asks for."""
+    from haste import config
+    from haste.plan.plan import Plan
+
+    return Plan(config.load(arguments.config))
+
+
+def plan_to_compute(arguments: argparse.Namespace) -> Plan:
+    """What the configuration asks for; torch computes with as many threads as it says."""
+    import torch
+
+    plan = plan_of(arguments)
+    torch.set_num_threads(plan.config.runtime.threads)
+    return plan

@@ -1,0 +1,109 @@
+"""What the rules on images and latents do for a plan."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from haste.data import latents, prepare
+from haste.data.latents import Autoencoder
+from haste.data.prepare import Bad, Source
+from haste.files import artefact, listing
+from haste.files.store import Store
+from haste.networks.devices import choose_device
+from haste.plan.plan import Plan
+
+
+def make_images(plan: Plan, shard: int | None, workers: int | None = None) -> None:
+    """Write one shard of the images, or, without one, check all shards and write the manifest.
+
+    Args:
+        plan: what the configuration asks for.
+        shard: which one, counted from 0.
+        workers: pictures that are decoded at once; None is `runtime.threads`.
+
+    Raises:
+        ValueError: pictures that cannot be used; or as `haste.data.prepare`.
+    """
+    store, workers = plan.images, _workers(plan, workers)
+    source, skipped = _source(plan)
+    common: dict[str, Any] = {"key": store.key, "recipe": store.recipe, "shards": store.shards}
+    made = artefact.provenance(key=store.key, recipe=store.recipe)
+    if shard is None:
+        prepare.prepare_join(store.folder, source, **common, provenance=made, skipped=skipped)
+    else:
+        prepare.prepare_shard(store.folder, source, **common, shard=shard, provenance=made, workers=workers)
+
+
+def check_images(plan: Plan, workers: int | None = None) -> None:
+    """Print which pictures cannot be used, and write the list where such are left out.
+
+    Raises:
+        ValueError: the source has no pictures to check.
+    """
+    workers, source = _workers(plan, workers), _source(plan, without=[])[0]
+    if not isinstance(source, prepare.Folder):
+        raise ValueError(f"images: {plan.config.images.source} are read as they are, there is nothing to check")
+    bad = prepare.check(source, workers, progress=_progress("pictures checked"))
+    print(prepare.told(bad) if bad else f"all {source.count} pictures can be used")
+    if plan.checked_images:
+        prepare.write_checked(plan.checked_images, source, bad, key=plan.images.key)
+
+
+def _source(plan: Plan, without: Bad | None = None) -> tuple[Source, Bad | None]:
+    """The pictures, and those that are left out where this is asked for (after `--check` has found them)."""
+    spec, options = plan.config.images, dict[str, Any]()
+    if plan.checked_images and without is None:
+        without = prepare.read_checked(plan.checked_images, _source(plan, without=[])[0])
+    if spec.path is not None:
+        options = {"path": spec.path} | ({"without": frozenset(name for name, _ in without)} if without else {})
+    source = prepare.open_source(
+        spec.source, resolution=spec.resolution, holdout=spec.holdout, labelled=bool(spec.classes), **options
+    )
+    listing.check_classes(spec.path or spec.source, source.classes, spec.classes)
+    return source, without
+
+
+def _workers(plan: Plan, asked: int | None) -> int:
+    """How many pictures are decoded at once, which changes nothing but the time it takes."""
+    if asked is not None and asked < 1:
+        raise ValueError(f"--workers {asked}: expected at least 1")
+    return asked or plan.config.runtime.threads
+
+
+def _progress(what: str) -> Callable[[int, int], None]:
+    log = logging.getLogger("haste")
+    return lambda done, count: log.info("%s: %d of %d", what, done, count) if done % 6400 < 64 else None
+
+
+def make_latents(plan: Plan, shard: int | None) -> None:
+    """Encode one shard of the images, or, without one, check all shards and write the manifest.
+
+    Raises:
+        ValueError: the autoencoder is not what the configuration says; or as `haste.data.latents`.
+    """
+    store, images = plan.latents, Store.of(plan.images)
+    made = artefact.provenance(key=store.key, recipe=store.recipe, inputs={"images": images.identity})
+    common: dict[str, Any] = {"key": store.key, "recipe": store.recipe, "shards": store.shards, "provenance": made}
+    if shard is None:
+        latents.encode_join(store.folder, images, **common)
+        return
+    encoder = Autoencoder.load(plan.encoder, device=str(choose_device(plan.config.runtime.device)))
+    check_autoencoder(plan, encoder)
+    dtype = plan.config.autoencoder.dtype
+    latents.encode_shard(store.folder, images, encoder, **common, shard=shard, dtype=dtype)
+
+
+def check_autoencoder(plan: Plan, autoencoder: Autoencoder) -> None:
+    """Refuse an autoencoder of other channels or another factor than the configuration says.
+
+    Raises:
+        ValueError: says both.
+    """
+    spec = plan.config.autoencoder
+    if (autoencoder.channels, autoencoder.factor) != (spec.channels, spec.factor):
+        raise ValueError(
+            f"autoencoder: has {autoencoder.channels} channels and factor {autoencoder.factor}, "
+            f"the configuration says {spec.channels} and {spec.factor}"
+        )

@@ -1,1 +1,0 @@
-"""Looking at what a model does: pictures of its samples, and measurements that are not scores."""

@@ -1,0 +1,664 @@
+"""Stores: many equal-shaped samples in a folder of HDF5 shards, tied together by a manifest.
+
+    folder/shard-00000-of-00002.h5, folder/shard-00001-of-00002.h5, folder/manifest.json
+
+Shards are written by independent jobs, each whole or not at all; `join` checks them and writes the manifest, without
+which nothing is read. (HDF5's own virtual datasets would read a missing shard as zeros.) Every sample carries a digest,
+and the store's identity is the hash of the digests in order: the same content has the same identity in any number of
+shards.
+
+Fields lie in a shard as plain contiguous arrays, so HDF5 is asked only where they begin and rows are then read with
+`pread`: it is safe in threads and after a fork, a failing disk is an error and not a signal, and the kernel's page
+cache serves all processes of a node, where a cache of our own would be held once a process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+import h5py
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
+
+from haste.files import artefact
+
+DIGEST = "digest"
+MANIFEST = "manifest.json"
+_DIGEST_BYTES = 16
+_ENTRY = ("start", "count", "bytes")
+_READ_LIMIT = 2**30  # bytes a pread; Linux reads at most 2 GiB at once
+_VERIFY_ROWS = 256
+_VERIFIERS = 4  # threads
+
+Fields = Mapping[str, tuple[Sequence[int], DTypeLike]]
+Progress = Callable[[int, int], None]
+Span = range  # `Store.range` would hide the built-in's name in annotations
+
+
+def shard_path(folder: Path | str, shard: int, shards: int) -> Path:
+    """The file of one shard, counted from 0."""
+    return Path(folder) / f"shard-{shard:05d}-of-{shards:05d}.h5"
+
+
+def shard_range(total: int, shard: int, shards: int) -> range:
+    """The samples of one shard: contiguous, and sizes differ by one at most.
+
+    Raises:
+        ValueError: the shard is not one of 0..shards-1.
+    """
+    if not 0 <= shard < shards:
+        raise ValueError(f"shard {shard} of {shards}: expected a shard in 0..{shards - 1}")
+    return range(total * shard // shards, total * (shard + 1) // shards)
+
+
+def write_shard(
+    folder: Path | str,
+    *,
+    kind: str,
+    key: str,
+    recipe: Mapping[str, Any],
+    shard: int,
+    shards: int,
+    total: int,
+    fields: Fields,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    provenance: Mapping[str, Any],
+    facts: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the samples of one shard, whole or not at all, replacing what was there.
+
+    Args:
+        folder: the store's folder.
+        kind: what the store holds, such as "images".
+        key: hash of the recipe that the store's path carries.
+        recipe: how the store is made, JSON.
+        shard: which shard, from 0.
+        shards: how many there are.
+        total: samples in all shards together.
+        fields: name -> (shape of one sample, dtype).
+        batches: name -> (B, *shape) of exactly that dtype, in order, from shard_range(total, shard, shards).
+        provenance: how this shard was made, JSON.
+        facts: what the data turned out to be, JSON; all shards must agree, and `join` puts it into the manifest.
+        progress: called with (samples written, samples of this shard) after every batch.
+
+    Raises:
+        ValueError: batches of the wrong fields, shape, dtype or number.
+    """
+    span = shard_range(total, shard, shards)
+    layout = _layout(fields)
+    path = shard_path(folder, shard, shards)
+    header = {"schema": artefact.SCHEMA, "kind": kind, "key": key, "shard": shard, "shards": shards}
+    header |= {"total": total, "start": span.start, "count": len(span)}
+    header |= {name: artefact.canonical(obj) for name, obj in [("recipe", recipe), ("facts", facts or {})]}
+    with artefact.replacing(path) as aside, _written(path, aside, len(span), layout) as file:
+        for name, value in (header | {"provenance": artefact.canonical(provenance)}).items():
+            file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
+        for name, (shape, dtype) in {**layout, DIGEST: ((_DIGEST_BYTES,), np.dtype("u1"))}.items():
+            file.create_dataset(name, shape=(len(span), *shape), dtype=dtype)
+        _fill(file, path, layout, len(span), batches, progress)
+    return path
+
+
+@contextlib.contextmanager
+def _written(path: Path, aside: Path, count: int, layout: Mapping[str, tuple[Any, np.dtype]]) -> Generator[h5py.File]:
+    """An HDF5 file to write `count` samples to.
+
+    Raises:
+        OSError: the disk is full, or another write failed.
+    """
+    size = count * sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout.values())
+    free = shutil.disk_usage(aside.parent).free
+    if size > free:  # said before hours of work, and because HDF5 cannot even close a file on a full disk
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: needs {size:,} bytes, {free:,} are free", str(path))
+    try:
+        # Format v1.10 keeps attributes above 64 KiB, which a resolved recipe can be.
+        with h5py.File(aside, "w", libver="v110", locking=False) as file:
+            yield file
+            file.flush()
+    except RuntimeError as error:  # what h5py raises when a write fails on closing
+        raise OSError(f"{path}: could not be written: {error}") from error
+
+
+def _layout(fields: Fields) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    if not fields or DIGEST in fields:
+        raise ValueError(f"store fields {sorted(fields)}: expected at least one, and none named {DIGEST!r}")
+    return {name: (tuple(shape), np.dtype(dtype).newbyteorder("<")) for name, (shape, dtype) in fields.items()}
+
+
+def _fill(
+    file: h5py.File,
+    path: Path,
+    layout: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    count: int,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    progress: Progress | None,
+) -> None:
+    done = 0
+    for batch in batches:
+        rows = _checked(path, layout, batch)
+        size = len(next(iter(rows.values())))
+        if done + size > count:
+            raise ValueError(f"{path}: found {done + size} samples or more, expected {count}")
+        for name, values in rows.items():
+            _write_rows(file, name, done, values)
+        _write_rows(file, DIGEST, done, _digests(rows))
+        done += size
+        if progress is not None:
+            progress(done, count)
+    if done != count:
+        raise ValueError(f"{path}: found {done} samples, expected {count}")
+
+
+def _write_rows(file: h5py.File, name: str, start: int, values: np.ndarray) -> None:
+    dataset = file[name]
+    assert isinstance(dataset, h5py.Dataset)
+    dataset[start : start + len(values)] = values
+
+
+def _checked(
+    path: Path, layout: Mapping[str, tuple[tuple[int, ...], np.dtype]], batch: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    # Nothing is cast or broadcast: a batch of another dtype or shape is a mistake upstream.
+    if set(batch) != set(layout):
+        raise ValueError(f"{path}: found fields {sorted(batch)}, expected {sorted(layout)}")
+    rows, sizes = {}, {len(values) for values in batch.values()}
+    for name, (shape, dtype) in layout.items():
+        values = np.asarray(batch[name])
+        if values.shape[1:] != shape or values.dtype != dtype.newbyteorder("=") or len(sizes) != 1:
+            found = f"{values.dtype} {values.shape}"
+            raise ValueError(f"{path}: field {name!r}: found {found}, expected {dtype.name} (B, {shape})")
+        rows[name] = values
+    return rows
+
+
+def _digests(rows: Mapping[str, np.ndarray]) -> np.ndarray:
+    """blake2b-128 of each sample's little-endian bytes, fields in sorted order: (B, 16) uint8."""
+    flat = [_bytes(rows[name]) for name in sorted(rows)]
+    digests = np.empty((len(flat[0]), _DIGEST_BYTES), dtype=np.uint8)
+    for row in range(len(digests)):
+        digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+        for values in flat:
+            digest.update(values[row].data)
+        digests[row] = np.frombuffer(digest.digest(), dtype=np.uint8)
+    return digests
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    width = int(np.prod(values.shape[1:], dtype=np.int64))
+    # (B, *shape) -> (B, width) -> (B, bytes of a sample)
+    return np.ascontiguousarray(values, values.dtype.newbyteorder("<")).reshape(len(values), width).view(np.uint8)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What a shard says of itself, and where its fields begin in the file."""
+
+    path: Path
+    header: dict[str, Any]
+    fields: dict[str, tuple[tuple[int, ...], np.dtype]]
+    offsets: dict[str, int]
+
+
+def _inspect(path: Path, kind: str) -> _Shard:
+    """Read a shard's header and layout, refusing what is missing, truncated, foreign, or of another schema or kind."""
+    if not path.is_file():
+        raise ValueError(f"{path}: this shard is missing, expected a {kind} shard")
+    try:
+        # Shards never change, so a lock says nothing, and some cluster file systems refuse it.
+        with h5py.File(path, "r", locking=False) as file:
+            header = {name: _attribute(file, name) for name in file.attrs}
+            artefact.check_header(path, header, kind)
+            fields, offsets = _arrays(path, file, header)
+            header |= {name: json.loads(header[name]) for name in ("recipe", "facts")}
+            return _Shard(path, header, fields, offsets)
+    except (
+        OSError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+    ) as error:  # what h5py raises on broken metadata
+        raise ValueError(
+            f"{path}: expected an HDF5 {kind} shard, found a truncated or foreign file ({error})"
+        ) from error
+
+
+def _attribute(file: h5py.File, name: str) -> Any:
+    # HDF5 keeps text of variable length in a heap without checksums, and can search a damaged one for ever (seen). So
+    # ours has a fixed length, and anything but that and numbers is left unread.
+    if file.attrs.get_id(name).dtype.kind not in "Siu":
+        return None
+    value = file.attrs[name]
+    value = value.item() if isinstance(value, np.generic) else value
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _arrays(
+    path: Path, file: h5py.File, header: Mapping[str, Any]
+) -> tuple[dict[str, tuple[tuple[int, ...], np.dtype]], dict[str, int]]:
+    expected = {"key": str, "recipe": str, "facts": str, "shard": int, "shards": int}
+    expected |= {"total": int, "start": int, "count": int}
+    wrong = _mistyped(header, expected)
+    fields: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    offsets: dict[str, int] = {}
+    size = path.stat().st_size
+    for name in map(str, file):
+        # Only arrays inside this very file: no links to others, no external storage, no compression.
+        data = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+        if (
+            not isinstance(data, h5py.Dataset)
+            or not data.shape
+            or data.chunks
+            or data.external
+            or data.shape[:1] != (header.get("count"),)
+        ):
+            wrong.append(name)
+            continue
+        fields[name], offsets[name] = (data.shape[1:], data.dtype), data.id.get_offset() or 0
+        if data.size and (not offsets[name] or offsets[name] + data.nbytes > size):
+            wrong.append(name)
+    if wrong or fields.get(DIGEST) != ((_DIGEST_BYTES,), np.dtype("u1")) or len(fields) < 2:
+        raise ValueError(f"{path}: not a shard as `write_shard` makes it; wrong or missing: {wrong or sorted(fields)}")
+    return fields, offsets
+
+
+def differences(found: Any, expected: Any, name: str = "") -> list[str]:
+    """The entries in which two recipes differ, as "path: found X, expected Y"."""
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        keys = sorted({*found, *expected})
+        below = [differences(found.get(key), expected.get(key), f"{name}.{key}".lstrip(".")) for key in keys]
+        return [line for lines in below for line in lines]
+    return [] if found == expected else [f"{name or 'recipe'}: found {found!r}, expected {expected!r}"]
+
+
+def _check_key(where: Path, key: Any, recipe: Any, expected_key: str, expected_recipe: Any) -> None:
+    if key != expected_key:
+        lines = [] if expected_recipe is None else differences(recipe, expected_recipe)
+        why = "; ".join(lines[:8]) or "which entries of the recipe differ is not known here"
+        raise ValueError(f"{where}: made by another recipe: found key {key}, expected {expected_key} ({why})")
+
+
+def join(
+    folder: Path | str,
+    *,
+    kind: str,
+    key: str,
+    recipe: Mapping[str, Any],
+    shards: int,
+    splits: Mapping[str, Sequence[int]],
+    provenance: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+    expected_facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Check that every shard is there and fits the others, and write the manifest that makes them a store.
+
+    Args:
+        folder: the store's folder.
+        kind: what the store holds.
+        key: hash of the recipe.
+        recipe: how the store is made, JSON.
+        shards: how many shards there are.
+        splits: name -> [start, stop) within the samples.
+        provenance: how the manifest was made, JSON.
+        extra: more entries for the manifest, beside the facts that the shards carry.
+        expected_facts: what some of the shards' facts must be; None asks only that the shards agree.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: a shard is missing, truncated, foreign, of another key or schema, or disagrees with the others.
+    """
+    folder = Path(folder)
+    found = [_inspect(shard_path(folder, shard, shards), kind) for shard in range(shards)]
+    _check_agreement(found, key, recipe)
+    facts, count, fields = found[0].header["facts"], found[0].header["total"], found[0].fields
+    _check_facts(found[0], expected_facts or {})
+    _check_splits(folder, splits, count)
+    manifest = {
+        **facts,
+        **(extra or {}),
+        "schema": artefact.SCHEMA,
+        "kind": "store",
+        "store": kind,
+        "key": key,
+        "recipe": dict(recipe),
+        "count": count,
+        "fields": _described(fields),
+        "splits": {name: [int(start), int(stop)] for name, (start, stop) in splits.items()},
+        "shards": [_entry(shard) for shard in found],
+        "identity": _identity(_read_rows(shard, DIGEST) for shard in found),
+        "provenance": dict(provenance),
+    }
+    if (found_before := _unchanged(folder / MANIFEST, manifest)) is not None:
+        return found_before
+    artefact.write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _check_facts(shard: _Shard, expected: Mapping[str, Any]) -> None:
+    wrong = differences({name: shard.header["facts"].get(name) for name in expected}, dict(expected))
+    if wrong:
+        raise ValueError(f"{shard.path}: made from something else: {'; '.join(wrong[:8])}")
+
+
+def _check_splits(folder: Path, splits: Mapping[str, Sequence[int]], count: int) -> None:
+    for name, (start, stop) in splits.items():
+        if not 0 <= start <= stop <= count:
+            raise ValueError(f"{folder}: split {name!r} is [{start}, {stop}), expected it within 0..{count}")
+
+
+def _unchanged(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest that is there, if it says the same: it keeps its word on how it was made."""
+    try:
+        found = artefact.read_json(path, "store")
+    except (ValueError, OSError):
+        return None
+    return found if {**found, "provenance": None} == {**manifest, "provenance": None} else None
+
+
+def _described(fields: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, dict[str, Any]]:
+    kept = {name: entry for name, entry in sorted(fields.items()) if name != DIGEST}
+    return {name: {"shape": list(shape), "dtype": dtype.name} for name, (shape, dtype) in kept.items()}
+
+
+def _check_agreement(found: Sequence[_Shard], key: str, recipe: Mapping[str, Any]) -> None:
+    first = found[0]
+    for number, shard in enumerate(found):
+        header = shard.header
+        _check_key(shard.path, header["key"], header["recipe"], key, recipe)
+        span = shard_range(first.header["total"], number, len(found))
+        place = {"shard": number, "shards": len(found), "total": first.header["total"]}
+        place |= {"start": span.start, "count": len(span)}
+        wrong = differences({name: header[name] for name in place}, place)
+        wrong += differences(header["facts"], first.header["facts"])
+        wrong += differences(_names(shard), _names(first))
+        if wrong:
+            raise ValueError(f"{shard.path}: does not fit {first.path.name}: {'; '.join(wrong[:8])}")
+
+
+def _names(shard: _Shard) -> dict[str, str]:
+    return {name: f"{dtype.name} {shape}" for name, (shape, dtype) in shard.fields.items()}
+
+
+def _entry(shard: _Shard) -> dict[str, Any]:
+    header, size = shard.header, shard.path.stat().st_size
+    return {"file": shard.path.name, "start": header["start"], "count": header["count"], "bytes": size}
+
+
+def _identity(digests: Iterable[np.ndarray]) -> str:
+    """sha256 over the per-sample digests in order, so the same in any number of shards."""
+    whole = hashlib.sha256()
+    for part in digests:
+        whole.update(np.ascontiguousarray(part).data)
+    return whole.hexdigest()
+
+
+def _read_rows(shard: _Shard, name: str) -> np.ndarray:
+    shape, dtype = shard.fields[name]
+    out = np.empty((shard.header["count"], *shape), dtype=dtype)
+    with open(shard.path, "rb") as file:
+        _pread(shard, file.fileno(), out.reshape(-1).view(np.uint8), shard.offsets[name])
+    return out
+
+
+def _pread(shard: _Shard, descriptor: int, out: np.ndarray, offset: int) -> None:
+    """Fill `out` (bytes) from a place in the file."""
+    done = 0
+    while done < len(out):
+        part = os.pread(descriptor, min(len(out) - done, _READ_LIMIT), offset + done)
+        if not part:
+            raise ValueError(f"{shard.path}: truncated: found {offset + done} bytes, expected {offset + len(out)}")
+        out[done : done + len(part)] = np.frombuffer(part, dtype=np.uint8)
+        done += len(part)
+
+
+class Made(Protocol):
+    """What names a store: an artefact of a plan."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def recipe(self) -> Mapping[str, Any]: ...
+    @property
+    def folder(self) -> str: ...
+
+
+class Store:
+    """A joined store, opened for reading. Make one with `Store.open`; close it, or use it as a context manager.
+
+    Attributes:
+        folder: where it lies.
+        manifest: all of manifest.json.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], shards: list[_Shard]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._shards = shards
+        self._files: dict[int, io.FileIO] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def of(cls, made: Made) -> Store:
+        """Open the store of a plan's artefact, see `open`: of its kind, its key and its recipe."""
+        return cls.open(made.folder, kind=made.kind, key=made.key, recipe=made.recipe)
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path | str,
+        *,
+        kind: str | None = None,
+        key: str | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        verify: Literal["quick", "full"] = "quick",
+    ) -> Store:
+        """Open a store and check it.
+
+        Args:
+            folder: the store's folder.
+            kind: what it must hold; None takes any.
+            key: the recipe key it must have; None takes any.
+            recipe: the recipe behind `key`, only to say what differs if the key does.
+            verify: "quick" checks the manifest, every shard's presence, size, header and layout, and the digests (16
+                bytes a sample) against the identity; "full" also reads every sample and compares it with its digest.
+
+        Raises:
+            ValueError: something is missing, truncated, foreign, of another kind, schema or key, or damaged; the
+                message names the file, what was found and what was expected.
+        """
+        folder = Path(folder)
+        manifest = artefact.read_json(folder / MANIFEST, "store")
+        _check_manifest(folder / MANIFEST, manifest)
+        if kind is not None and manifest["store"] != kind:
+            raise ValueError(f"{folder / MANIFEST}: a store of {manifest['store']}, expected {kind}")
+        if key is not None:
+            _check_key(folder / MANIFEST, manifest["key"], manifest["recipe"], key, recipe)
+        shards = [_open_shard(folder, manifest, number) for number in range(len(manifest["shards"]))]
+        store = cls(folder, manifest, shards)
+        identity = _identity(_read_rows(shard, DIGEST) for shard in shards)
+        if identity != store.identity:
+            raise ValueError(f"{folder}: the shards' identity is {identity}, expected {store.identity} by the manifest")
+        if verify == "full":
+            store._verify()
+        return store
+
+    @property
+    def count(self) -> int:
+        """Samples in all."""
+        return self.manifest["count"]
+
+    @property
+    def identity(self) -> str:
+        """sha256 of the content, independent of the number of shards."""
+        return self.manifest["identity"]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """How it was made."""
+        return self.manifest["recipe"]
+
+    @property
+    def fields(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Name -> (shape of one sample, dtype)."""
+        entries = self.manifest["fields"].items()
+        return {name: (tuple(entry["shape"]), np.dtype(entry["dtype"])) for name, entry in entries}
+
+    @property
+    def splits(self) -> dict[str, Span]:
+        """Name -> samples of the split."""
+        return {name: range(*bounds) for name, bounds in self.manifest["splits"].items()}
+
+    def range(self, split: str) -> Span:
+        """The samples of a split.
+
+        Raises:
+            ValueError: there is no such split.
+        """
+        if split not in self.splits:
+            raise ValueError(f"{self.folder}: no split {split!r}, expected one of {sorted(self.splits)}")
+        return self.splits[split]
+
+    def read(self, field: str, indices: ArrayLike | Sequence[int]) -> np.ndarray:
+        """Read samples in the order asked, any number of times each: (len(indices), *shape).
+
+        Raises:
+            ValueError: there is no such field or sample, or the file cannot give what its manifest promises.
+        """
+        if field not in self.manifest["fields"]:
+            raise ValueError(f"{self.folder}: no field {field!r}, expected one of {sorted(self.manifest['fields'])}")
+        return self._read(field, indices)
+
+    def _read(self, field: str, indices: ArrayLike | Sequence[int]) -> np.ndarray:
+        asked = np.asarray(indices)
+        if asked.ndim != 1 or (asked.size and asked.dtype.kind not in "iu"):
+            raise ValueError(f"{self.folder}: indices are {asked.dtype} {asked.shape}, expected a row of integers")
+        asked = asked.astype(np.int64)
+        if asked.size and not (asked.min() >= 0 and asked.max() < self.count):
+            raise ValueError(f"{self.folder}: indices {asked.min()}..{asked.max()}, expected 0..{self.count - 1}")
+        shape, dtype = self._shards[0].fields[field]
+        out = np.empty((len(asked), *shape), dtype=dtype)
+        order = np.argsort(asked, kind="stable")  # the disk is read forwards, whatever the order asked
+        ordered = asked[order]
+        for number, shard in enumerate(self._shards):
+            start = shard.header["start"]
+            low, high = np.searchsorted(ordered, [start, start + shard.header["count"]])
+            if low < high:
+                out[order[low:high]] = self._read_sorted(number, field, ordered[low:high] - start)
+        return out.astype(dtype.newbyteorder("="), copy=False)
+
+    def _read_sorted(self, number: int, field: str, rows: np.ndarray) -> np.ndarray:
+        """Rows of one shard, in rising order, duplicates allowed; neighbours are read at once."""
+        shard, descriptor = self._shards[number], self._descriptor(number)
+        shape, dtype = shard.fields[field]
+        width = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        wanted, back = np.unique(rows, return_inverse=True)
+        # (wanted, bytes of a sample)
+        flat = np.empty((len(wanted), width), dtype=np.uint8)
+        cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
+        for low, high in zip([0, *cuts], [*cuts, len(wanted)], strict=True):
+            _pread(shard, descriptor, flat[low:high].reshape(-1), shard.offsets[field] + int(wanted[low]) * width)
+        values = flat.reshape(-1).view(dtype).reshape(len(wanted), *shape)
+        return values if len(wanted) == len(rows) else values[back]
+
+    def _descriptor(self, number: int) -> int:
+        with self._lock:
+            if number not in self._files:  # file objects, which close themselves if the store is dropped
+                self._files[number] = io.FileIO(self._shards[number].path, "rb")
+            return self._files[number].fileno()
+
+    def _verify(self) -> None:
+        """Compare every sample with its digest; reading and hashing let other threads run."""
+        with ThreadPoolExecutor(_VERIFIERS) as pool:
+            for sample in pool.map(self._damaged, range(0, self.count, _VERIFY_ROWS)):
+                if sample is not None:
+                    pool.shutdown(cancel_futures=True)
+                    raise ValueError(f"{self._file_of(sample)}: sample {sample} is damaged: it does not fit its digest")
+
+    def _damaged(self, low: int) -> int | None:
+        """The first of the samples from `low` on, as many as are looked at together, that does not fit its digest."""
+        rows = np.arange(low, min(low + _VERIFY_ROWS, self.count))
+        found = _digests({name: self._read(name, rows) for name in self.manifest["fields"]})
+        wrong = np.flatnonzero((found != self._read(DIGEST, rows)).any(axis=1))
+        return int(rows[wrong[0]]) if len(wrong) else None
+
+    def _file_of(self, sample: int) -> Path:
+        return next(s.path for s in self._shards if sample < s.header["start"] + s.header["count"])
+
+    def close(self) -> None:
+        """Close the files; reading opens them again."""
+        with self._lock:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    expected = {"store": str, "key": str, "recipe": dict, "count": int, "fields": dict, "splits": dict}
+    expected |= {"shards": list, "identity": str}
+    wrong = _mistyped(manifest, expected) or ([] if manifest["shards"] else ["shards"])
+    if not wrong:
+        wrong += [f"splits.{n}" for n, ends in manifest["splits"].items() if not _is_span(ends, manifest["count"])]
+        wrong += [name for name, f in manifest["fields"].items() if _mistyped(f, {"shape": list, "dtype": str})]
+        wrong += [f"shard {n}" for n, s in enumerate(manifest["shards"]) if _mistyped(s, dict.fromkeys(_ENTRY, int))]
+    if wrong:
+        raise ValueError(f"{path}: not a manifest as `join` makes it; wrong or missing: {wrong}")
+
+
+def _is_span(ends: Any, count: int) -> bool:
+    return isinstance(ends, list) and [*map(type, ends)] == [int, int] and 0 <= ends[0] <= ends[1] <= count
+
+
+def _mistyped(found: Any, expected: Mapping[str, type]) -> list[str]:
+    if not isinstance(found, Mapping):
+        return sorted(expected)
+    return sorted(name for name, cls in expected.items() if not isinstance(found.get(name), cls))
+
+
+def _open_shard(folder: Path, manifest: Mapping[str, Any], number: int) -> _Shard:
+    """Check one shard against the manifest: name, size, header and layout."""
+    entry, shards = manifest["shards"][number], len(manifest["shards"])
+    path = shard_path(folder, number, shards)  # never a path out of the manifest, which could lead elsewhere
+    if not path.is_file():
+        raise ValueError(f"{path}: this shard is missing, expected {entry['bytes']} bytes")
+    if path.stat().st_size != entry["bytes"]:
+        raise ValueError(f"{path}: found {path.stat().st_size} bytes, expected {entry['bytes']}: truncated or replaced")
+    shard = _inspect(path, manifest["store"])
+    expected = {"key": manifest["key"], "shard": number, "shards": shards, "total": manifest["count"]}
+    expected |= {"start": entry["start"], "count": entry["count"]}
+    wrong = differences({name: shard.header[name] for name in expected}, expected)
+    described = {name: f"{f['dtype']} {tuple(f['shape'])}" for name, f in manifest["fields"].items()}
+    wrong += differences({name: text for name, text in _names(shard).items() if name != DIGEST}, described)
+    # What the data turned out to be is repeated in the manifest, where an edited entry would pass for true.
+    facts = shard.header["facts"]
+    wrong += differences(facts, {name: manifest.get(name) for name in facts})
+    span = shard_range(manifest["count"], number, shards)
+    if wrong or (entry["start"], entry["count"]) != (span.start, len(span)):
+        raise ValueError(f"{path}: does not fit its manifest: {'; '.join(wrong) or 'its range of samples'}")
+    return shard

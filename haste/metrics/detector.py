@@ -1,0 +1,98 @@
+"""What a detector is: a frozen network that turns images into what scores are made of.
+
+B images, R resolution in pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from haste.files import artefact
+
+
+class Detector:
+    """A frozen network with everything that scores must say about it.
+
+    name: what it is called; kind: what it is: a name in PUBLISHED or in ARCHITECTURES; weights: sha256 of its weights
+    file; published: whether these are known to be the weights behind published scores, None where nobody can know;
+    outputs: name -> width of everything that it gives; width: of the "pool" features; classes: number of classes of
+    the data's own that its "logits" tell apart, None if it has no such logits; preprocessing: what is done to the
+    images, in words; resolution: side in pixels of the images it reads, None for any; smallest: the least side of
+    images of any size.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        kind: str,
+        weights: str,
+        outputs: Mapping[str, int],
+        preprocessing: str,
+        name: str | None = None,
+        resolution: int | None = None,
+        smallest: int = 1,
+        published: bool | None = None,
+    ) -> None:
+        assert "pool" in outputs, outputs
+        self.network = network.eval().requires_grad_(False)
+        self.kind, self.name, self.weights, self.published = kind, name or kind, weights, published
+        self.outputs, self.preprocessing = dict(outputs), preprocessing
+        self.resolution, self.smallest = resolution, smallest
+
+    @property
+    def width(self) -> int:
+        """Width of the "pool" features."""
+        return self.outputs["pool"]
+
+    @property
+    def classes(self) -> int | None:
+        """Classes of the data that the "logits" tell apart; None if it has no such logits."""
+        return self.outputs.get("logits")
+
+    @property
+    def identity(self) -> str:
+        """Hash of weights and preprocessing, not of the name: features of two identities are never compared."""
+        what = {"kind": self.kind, "weights": self.weights, "preprocessing": self.preprocessing}
+        return artefact.fingerprint({**what, "outputs": self.outputs}, length=64)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Everything above that decides whether two scores may be compared, for JSON."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "identity": self.identity,
+            "weights": self.weights,
+            "published": self.published,
+            "preprocessing": self.preprocessing,
+            "outputs": self.outputs,
+        }
+
+    def to(self, device: torch.device | str) -> Detector:
+        """Move the network to a device; returns itself."""
+        self.network.to(device)
+        return self
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Images uint8 NHWC (B, R, R, 3), 0..255 -> `outputs`, such as {"pool": (B, F), "logits": (B, K)}, float32.
+
+        The network may be on another device than the images; what it gives is on theirs.
+
+        Raises:
+            ValueError: not such images, or of another resolution than the detector reads.
+        """
+        size = self.resolution
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"{self.name}: expected uint8 NHWC images, found {images.dtype} {tuple(images.shape)}")
+        if size is not None and images.shape[1:3] != (size, size):
+            raise ValueError(f"{self.name}: expected images of {size} x {size} px, found {tuple(images.shape[1:3])}")
+        if size is None and min(images.shape[1:3]) < self.smallest:
+            least, found = self.smallest, tuple(images.shape[1:3])
+            raise ValueError(f"{self.name}: expected images of {least} x {least} px or more, found {found}")
+        with torch.inference_mode():
+            seen = self.network(images.to(next(self.network.parameters(), images).device))
+        return {name: seen[name].to(images.device) for name in self.outputs}

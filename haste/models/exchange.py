@@ -1,0 +1,135 @@
+"""Checkpoints in and out: other people's weights as a file of ours, and ours as files for other programs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from haste.config import MODELS, Model
+from haste.files import artefact
+from haste.files.provenance import read_header
+from haste.models import checkpoints
+from haste.models.build import build_model
+from haste.models.checkpoints import Checkpoint
+
+log = logging.getLogger("haste.exchange")
+
+FORMATS = ("safetensors", "repa")
+SIZES = {(model.depth, model.width, model.heads) for model in MODELS.values()}
+
+
+def open_weights(path: Path | str, **options: Any) -> Checkpoint:
+    """`haste.models.checkpoints.read_checkpoint`, which then knows the heads of published sizes.
+
+    Raises:
+        ValueError: the file is refused; the message says why.
+    """
+    return checkpoints.read_checkpoint(path, sizes=SIZES, **options)
+
+
+def import_weights(
+    source: Path,
+    out: Path,
+    *,
+    layout: Literal["ours", "REPA", "SiT"] | None = None,
+    model: Model | None = None,
+    heads: int | None = None,
+    input_size: int | None = None,
+) -> Checkpoint:
+    """Read weights of any known layout and write them as ours, without the optimiser.
+
+    Args:
+        source: the file to read.
+        out: the .safetensors file to write.
+        layout: whose file it is; None tells by what is in it.
+        model: what the weights must be; None takes any size.
+        heads: attention heads, for sizes that were not published.
+        input_size: side of the latent grid, where the file does not show it.
+
+    Raises:
+        ValueError: the file is refused, or is not that model; or `out` is there already.
+        OSError: `out` cannot be written.
+    """
+    _check_out(source, out, ".safetensors")
+    told = model.model_dump() if model else {"heads": heads}
+    told = {name: value for name, value in {**told, "input_size": input_size}.items() if value is not None}
+    found = open_weights(source, layout=layout, expected=told)
+    checkpoints.save_imported(out, found, artefact.provenance(inputs={"source": found.sha256}))
+    return found
+
+
+def export_weights(source: Path, out: Path, *, form: str, which: str = "ema") -> Checkpoint:
+    """Write the weights of a state, or of anything that can be imported, for other programs.
+
+    Args:
+        source: a state, or a file of any known layout.
+        out: the file to write.
+        form: "safetensors": one set of weights under bare names; "repa": a .pt with both sets, as REPA reads it.
+        which: "ema" or "model", for safetensors.
+
+    Raises:
+        ValueError: no such form, the source is refused, has no such weights, or `out` is there already.
+        OSError: `out` cannot be written.
+    """
+    if form not in FORMATS:
+        raise ValueError(f"format {form!r}: expected one of {', '.join(FORMATS)}")
+    _check_out(source, out, ".safetensors" if form == "safetensors" else ".pt")
+    found = _of_state(source) or open_weights(source)
+    if form == "repa" and "architecture" in found.shape:
+        raise ValueError(
+            f"{source}: its network is a {found.shape['architecture']}, and REPA's programs know SiT alone"
+        )
+    if form == "repa":
+        checkpoints.save_repa(out, found, _arguments(found))
+    else:
+        checkpoints.save_bare(out, found, which, artefact.provenance(inputs={"source": found.sha256}))
+    return found
+
+
+def _of_state(source: Path) -> Checkpoint | None:
+    """The weights of a state of another architecture than SiT; None for any other file."""
+    try:
+        recipe = read_header(source)["recipe"]
+    except ValueError:
+        return None
+    return weights_by_recipe(source, recipe) if "architecture" in recipe["model"] else None
+
+
+def weights_by_recipe(file: Path | str, recipe: Mapping[str, Any]) -> Checkpoint:
+    """Weights of another architecture than SiT: the recipe says which, the file only holds them."""
+    with torch.device("meta"):
+        model = build_model(recipe)
+    return checkpoints.read_weights_of(file, model, shape_in(recipe))
+
+
+def shape_in(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's model as `Checkpoint.shape` has it."""
+    size = {("in_channels" if name == "channels" else name): value for name, value in recipe["model"].items()}
+    return {**size, "classes": recipe["classes"]}
+
+
+def _check_out(source: Path, out: Path, suffix: str) -> None:
+    if out.suffix != suffix:
+        raise ValueError(f"{out}: expected a name that ends in {suffix}")
+    if out.exists():
+        raise ValueError(f"{out}: is there already; remove it, or give another name for what is made of {source}")
+
+
+def _arguments(found: Checkpoint) -> dict[str, Any]:
+    """The arguments of REPA's training script that say what the weights are."""
+    said: Mapping[str, Any] = found.facts.get("args") or {}
+    name = next((name for name, model in MODELS.items() if model.settings.items() <= found.shape.items()), None)
+    widths = [len(head[max(head)]) for head in found.projectors]  # rows of the last layer
+    return {
+        **said,
+        "model": name,
+        "num_classes": found.shape["classes"],
+        "path_type": found.facts.get("path"),
+        "prediction": "v",
+        "qk_norm": False,
+        "projector_embed_dims": ",".join(map(str, widths)),
+    }

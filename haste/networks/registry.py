@@ -1,0 +1,85 @@
+"""Networks that others have trained, by name, and what of them is known before they are loaded. No torch.
+
+A line here is all that a new teacher needs; a new detector also needs the function that makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A vision transformer that can be a teacher, and how images enter it.
+
+    timm: its name there; patch: side of a patch in pixels; size: side of its input in pixels for images of 256 (it
+    grows with the images); depth, heads, width: its blocks, their heads, and numbers a token; norm: mean and std of
+    each channel on the scale 0..1; final_norm: whether the features pass the last normalisation; resize_first: whether
+    images are resized before they are normalised; overrides: what differs from timm's architecture.
+    """
+
+    timm: str
+    patch: int
+    size: int
+    depth: int
+    heads: int
+    width: int
+    norm: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
+    final_norm: bool = True
+    resize_first: bool = False
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def tokens(self, resolution: int) -> int:
+        """Patch tokens of an image of so many pixels a side."""
+        return (self.size // self.patch * resolution // 256) ** 2
+
+
+BASE, LARGE = (12, 12, 768), (24, 16, 1024)  # blocks, heads, width
+# OpenAI trained CLIP with the sigmoid approximation of GELU, which timm's plain variants replace by the exact one.
+_clip = partial(Encoder, norm=CLIP, final_norm=False, resize_first=True, overrides={"act_layer": "quick_gelu"})
+
+TEACHERS: dict[str, Encoder] = {
+    "DINOv2-B": Encoder("vit_base_patch14_dinov2.lvd142m", 14, 224, *BASE),
+    "DINOv2-L": Encoder("vit_large_patch14_dinov2.lvd142m", 14, 224, *LARGE),
+    "DINOv2-g": Encoder("vit_giant_patch14_dinov2.lvd142m", 14, 224, 40, 24, 1536),
+    "DINOv2-B-reg": Encoder("vit_base_patch14_reg4_dinov2.lvd142m", 14, 224, *BASE),
+    "DINO-B": Encoder("vit_base_patch16_224.dino", 16, 256, *BASE),
+    "MAE-L": Encoder("vit_large_patch16_224.mae", 16, 256, *LARGE, final_norm=False),
+    "I-JEPA-H": Encoder("vit_huge_patch14_gap_224.in1k_ijepa", 14, 224, 32, 16, 1280),
+    "CLIP-L": _clip("vit_large_patch14_clip_224.openai", 14, 224, *LARGE),
+    "CLIP-B/16": _clip("vit_base_patch16_clip_224.openai", 16, 224, *BASE),
+    "SigLIP-L": Encoder("vit_large_patch16_siglip_256.webli", 16, 256, *LARGE, norm=HALF),
+}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A network whose features scores compare.
+
+    made_by: "module:function" that makes a `haste.metrics.detector.Detector` of a weights file, or of None, which is
+    its own download; smallest: side in pixels of the smallest images that it reads; numbers: how many it says of an
+    image; flops: floating-point operations for an image, two a multiplication.
+    """
+
+    made_by: str
+    smallest: int
+    numbers: int
+    flops: float
+
+
+DETECTORS: dict[str, Judge] = {
+    "inception": Judge("haste.metrics.inception:inception", smallest=32, numbers=2048 + 2023 + 1008, flops=11.4e9),
+    "DINOv2-B": Judge("haste.metrics.dinov2:base", smallest=1, numbers=768, flops=46.4e9),
+    "DINOv2-L": Judge("haste.metrics.dinov2:large", smallest=1, numbers=1024, flops=162e9),
+}
+
+
+#: Autoencoders by the first letters of their hub id: floating-point operations a pixel, of encoding and of decoding.
+AUTOENCODERS = {"stabilityai/sd-vae-ft-": (4.16e6, 9.49e6)}

@@ -1,0 +1,391 @@
+"""What will run and what it costs; what a file is and how it was made. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from haste import extensions
+from haste.align import triggers
+from haste.config import Sampling, facts_in
+from haste.files import journal, units
+from haste.networks.registry import AUTOENCODERS, DETECTORS
+from haste.plan.data import image_count
+from haste.plan.names import Artefact, Detector, Evaluation, Segment
+from haste.plan.plan import Plan
+from haste.plan.target_spec import Shape, flops_per_image
+
+MB = 1e6
+# Share of bare matrix products that whole networks reach.
+EFFICIENCY = 0.5
+
+
+def parameters(recipe: dict[str, Any]) -> int:
+    """Parameters of a model without projectors, from a trajectory's recipe."""
+    return facts_in(recipe).parameters
+
+
+def training_flops(recipe: dict[str, Any]) -> float:
+    """Floating-point operations of one image's forward and backward pass, which costs twice the forward."""
+    return 3.0 * facts_in(recipe).flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One line of the plan: jobs of a kind, how many are left, and what those cost.
+
+    seconds: of the jobs whose time can be told; unknown: whether there are others.
+    """
+
+    name: str
+    jobs: int
+    left: int
+    seconds: float
+    megabytes: float
+    unknown: bool = False
+
+
+def machine_flops() -> float:
+    """What one core of this machine sustains in float32 matrix products, measured now in some tenths of a second."""
+    import numpy as np
+    from threadpoolctl import threadpool_limits
+
+    a = np.random.default_rng(0).standard_normal((1024, 512), dtype=np.float32)
+    b = np.ascontiguousarray(a.T)
+    with threadpool_limits(1):
+        a @ b
+        started, count = time.perf_counter(), 0
+        while time.perf_counter() - started < 0.2:
+            a @ b
+            count += 1
+    return count * 2 * 1024 * 1024 * 512 / (time.perf_counter() - started)
+
+
+def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float, bool]:
+    """Seconds that a segment will take, and whether that is measured (by a journal on its lineage) or computed.
+
+    What is computed has the forward passes of the teachers in it whose size is known, and what triggers measure.
+    """
+    recipe = plan.trajectories[segment.state.trajectory].recipe
+    steps, batch = segment.state.step - segment.start, recipe["training"]["batch"]
+    for piece in reversed(segment.pieces):
+        lines = journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"))
+        if lines:  # the last may hold a trigger's reading, or a start
+            return steps * batch / median(line["images_per_s"] for line in lines[-9:]), True
+    work = training_flops(recipe) + sum(_teacher_flops(plan, name) or 0.0 for name in segment.teachers)
+    runtime = plan.config.runtime
+    work = steps * batch * work + angle_flops(plan, segment)
+    return work / (EFFICIENCY * flops * runtime.threads * runtime.processes), False
+
+
+def angle_flops(plan: Plan, segment: Segment) -> float:
+    """Operations of the angles that triggers measure on a segment, if they stop nothing.
+
+    At most a forward and a backward pass of each image at each time, and a look of each teacher at each image.
+    """
+    times: dict[tuple[Any, ...], set[float]] = {}  # what is measured together, and at which times
+    for kind, term in segment.terms.items():
+        own = dict(term["trigger"] or {"trigger": None})
+        name, after, every = own.pop("trigger"), own.pop("after", 0), own.pop("every", 1)
+        for angle in triggers.made(name, own).needs.values() if name else ():
+            if isinstance(angle, triggers.Angle):
+                whose = kind if angle.of == "own" else ""
+                times.setdefault((after, every, angle.images, angle.shards, whose), set()).update(angle.times)
+    recipe = plan.trajectories[segment.state.trajectory].recipe
+    look = sum(_teacher_flops(plan, name) or 0.0 for name in segment.teachers)
+    return sum(
+        ((segment.state.step - after) // every - (segment.start - after) // every)
+        * images
+        * (len(at) * training_flops(recipe) + look)
+        for (after, every, images, *_), at in times.items()
+    )
+
+
+def _teacher_flops(plan: Plan, name: str) -> float | None:
+    """Operations of a teacher's forward pass on an image; None where only loading it can tell."""
+    shape = plan.teacher_size(name)
+    return None if shape is None else flops_per_image(shape)
+
+
+def sampling_seconds(plan: Plan, evaluation: Evaluation, flops: float) -> float | None:
+    """Seconds that one shard of samples will take, computed: a forward pass an evaluation, two where it is guided.
+
+    None for an adaptive sampler, whose evaluations are known when it has drawn.
+    """
+    sampling, recipe = evaluation.sampling, plan.trajectories[evaluation.state.trajectory].recipe
+    evaluations = _evaluations(sampling)
+    if evaluations is None:
+        return None
+    if sampling.guidance > 1:
+        evaluations *= 1 + sampling.interval[1] - sampling.interval[0]
+    pixels = plan.config.images.resolution**2
+    image = facts_in(recipe).flops * evaluations + (_autoencoder_flops(plan.decoder, 1) or 0.0) * pixels
+    return image * sampling.count / evaluation.shards / _pace(plan, flops)
+
+
+def _evaluations(sampling: Sampling) -> float | None:
+    """Of the model for a sample; None where the sampler itself decides."""
+    if sampling.steps is None:
+        return None
+    if sampling.sampler in extensions.names("samplers"):
+        found = extensions.one("samplers", sampling.sampler, ()).evaluations
+        return None if found is None else found(sampling.steps)
+    return 2 * sampling.steps - 1 if sampling.sampler == "heun" else sampling.steps
+
+
+def _autoencoder_flops(name: str, way: int) -> float | None:
+    """Operations a pixel of a pretrained autoencoder's encoding (way 0) or decoding (1); None where nobody counted."""
+    return next((both[way] for start, both in AUTOENCODERS.items() if name.startswith(start)), None)
+
+
+def _pace(plan: Plan, flops: float) -> float:
+    """Operations a second of a job with the configured threads."""
+    return EFFICIENCY * flops * plan.config.runtime.threads
+
+
+def detector_flops(plan: Plan, detector: Detector) -> float | None:
+    """Operations of what a detector sees in an image; None for one of another package."""
+    spec, public = plan.config.detector[detector.name].trained, DETECTORS.get(detector.kind)
+    if spec is None:
+        return None if public is None else public.flops
+    # Three 3 x 3 convolutions, each on a quarter of the pixels of the one before, and two linear layers.
+    pixels, width, classes = plan.config.images.resolution**2, spec.width, plan.config.images.classes
+    stages = 9 * pixels * (3 * width + 2 * width * width / 4 + 4 * width * width / 16)
+    return 2.0 * (stages + 2 * width * pixels / 16 * 4 * width + 4 * width * classes)
+
+
+def _network_flops(plan: Plan, part: Artefact) -> float | None:
+    """Operations of training a small network; None where nobody counted them."""
+    if part.kind == "teacher":
+        spec = plan.config.teachers[part.name].trained
+        assert spec is not None
+        tokens = (plan.config.images.resolution // spec.patch) ** 2
+        return 3 * spec.steps * spec.batch * flops_per_image(Shape(tokens, spec.width, spec.heads, spec.depth))
+    if part.kind == "detector":
+        judge, small = plan.detectors[part.name], plan.config.detector[part.name].trained
+        assert small is not None
+        return 3 * small.steps * small.batch * (detector_flops(plan, judge) or 0.0)
+    return None
+
+
+def stages(plan: Plan) -> tuple[list[Stage], bool]:
+    """The lines of the plan, and whether every training time in them was measured."""
+    flops = machine_flops()
+    training, measured = _training_stages(plan, flops)
+    evaluations = list(plan.evaluations.values())
+    floors = [detector.floor for detector in plan.detectors.values()]
+    closing = [plan.report_made, *floors, *(path for path in plan.shown if path.endswith("grid.png"))]
+    found = [
+        *_data_stages(plan, flops),
+        *_target_stages(plan, flops),
+        *training,
+        _sampling_stage(plan, evaluations, flops),
+        _feature_stage(plan, evaluations, flops),
+        _stage("scores", [judgement.score for e in evaluations for judgement in e.judgements]),
+        _stage("grids, floor, report", closing),
+    ]
+    return found, measured
+
+
+def _stage(name: str, files: list[str], megabytes: float = 0.0) -> Stage:
+    """Jobs whose time nobody can tell; megabytes: of all of them."""
+    left = sum(not Path(file).exists() for file in files)
+    return Stage(name, len(files), left, 0.0, megabytes * left / max(1, len(files)), unknown=left > 0)
+
+
+def _timed(stage: Stage, work: Iterable[float | None], pace: float) -> Stage:
+    """A stage whose jobs that are left take so many operations each, None for what nobody counted."""
+    known = list(work)
+    seconds = sum(one for one in known if one is not None) / pace
+    return dataclasses.replace(stage, seconds=seconds, unknown=None in known)
+
+
+def _feature_stage(plan: Plan, evaluations: list[Evaluation], flops: float) -> Stage:
+    """What detectors see in samples: a shard for each shard of samples and each detector."""
+    looks = [(e, one, path) for e in evaluations for one in e.judgements for path in one.features.shard_files]
+    todo = [(e, one) for e, one, path in looks if not Path(path).exists()]
+    size = sum((plan.feature_bytes(one.detector) or 0) * e.sampling.count / e.shards for e, one in todo)
+    work = [_seen(plan, one.detector, e.sampling.count / e.shards) for e, one in todo]
+    return _timed(Stage("features", len(looks), len(todo), 0.0, size / MB), work, _pace(plan, flops))
+
+
+def _seen(plan: Plan, detector: Detector, images: float | None) -> float | None:
+    each = detector_flops(plan, detector)
+    return None if each is None or images is None else each * images
+
+
+def _data_stages(plan: Plan, flops: float) -> list[Stage]:
+    config, count = plan.config, image_count(plan)
+    latent = 2 * config.autoencoder.channels * config.latent_size**2
+    detectors = plan.detectors.values()
+    joined = [plan.images, *([plan.latents] if config.runs else [])]
+    sights = [detector for detector in detectors if not Path(detector.reference.manifest).exists()]
+    parts = [p for p in (plan.autoencoder, *plan.teachers.values(), *(detector.part for detector in detectors)) if p]
+    latents = _stage(
+        "latents",
+        plan.latents.shard_files if config.runs else [],  # checkpoints from elsewhere need none
+        latent * (2 if config.autoencoder.dtype == "float16" else 4) * count / MB,
+    )
+    encoding, pace = _autoencoder_flops(plan.encoder, 0), _pace(plan, flops)
+    if encoding is not None and latents.left:
+        work = encoding * config.images.resolution**2 * count * latents.left / latents.jobs
+        latents = _timed(latents, [work], pace)
+    todo = [part for part in parts if not Path(part.manifest).exists()]
+    references = _stage("references", [detector.reference.manifest for detector in detectors])
+    return [
+        _stage("images", plan.images.shard_files, 3 * config.images.resolution**2 * count / MB),
+        latents,
+        _stage("joins", [store.manifest for store in joined]),
+        _timed(references, [_seen(plan, one, None if one.reference_file else count) for one in sights], pace),
+        _timed(
+            _stage("small networks", [part.manifest for part in parts]),
+            [_network_flops(plan, part) for part in todo],
+            pace,
+        ),
+    ]
+
+
+def _target_stages(plan: Plan, flops: float) -> list[Stage]:
+    """What keeping targets of teachers on disk takes: the teacher's forward pass on every image, once.
+
+    A teacher of an unknown size adds neither time nor disk; `unknown_targets` names it.
+    """
+    count, left, jobs, megabytes = image_count(plan) if plan.targets else 0, 0, 0, 0.0
+    work: list[float | None] = []
+    for name, made in plan.targets.items():
+        todo = sum(not Path(file).exists() for file in made.shard_files)
+        shape = plan.teacher_size(name)
+        jobs, left = jobs + made.shards, left + todo
+        if shape:
+            megabytes += (plan.target_bytes(name, count) or 0) / MB * todo / made.shards
+        if todo:
+            work.append(flops_per_image(shape) * count * todo / made.shards if shape else None)
+    closing = [made.manifest for made in (*plan.pca.values(), *plan.targets.values())]
+    if not jobs:
+        return []
+    targets = _timed(Stage("targets of teachers", jobs, left, 0.0, megabytes), work, _pace(plan, flops))
+    return [targets, _stage("components, joins", closing)]
+
+
+def unknown_targets(plan: Plan) -> list[str]:
+    """One line for every cached teacher whose size only loading it can tell."""
+    return [
+        f"targets of {name} are not in these figures: how large they are is known when it is loaded. More than "
+        "cache.max_bytes is refused then, before any is written."
+        for name in plan.targets
+        if plan.teacher_size(name) is None
+    ]
+
+
+def _training_stages(plan: Plan, flops: float) -> tuple[list[Stage], bool]:
+    segments = [plan.segment(state) for state in plan.planned()]
+    left = [segment for segment in segments if not Path(plan.path(segment.state)).exists()]
+    found, measured = [], True
+    for name, aligned in (("training, aligned", True), ("training, plain", False)):
+        mine = [segment for segment in left if bool(segment.terms) == aligned]
+        times = [training_seconds(plan, segment, flops) for segment in mine]
+        measured &= all(known for _, known in times)
+        asked = [segment.teachers for segment, (_, known) in zip(mine, times, strict=True) if not known]
+        unknown = any(_teacher_flops(plan, name) is None for names in asked for name in names)
+        size = sum(state_megabytes(plan, segment) for segment in mine)
+        jobs = sum(bool(segment.terms) == aligned for segment in segments)
+        found.append(Stage(name, jobs, len(mine), sum(seconds for seconds, _ in times), size, unknown))
+    return found, measured
+
+
+def _sampling_stage(plan: Plan, evaluations: list[Evaluation], flops: float) -> Stage:
+    draws = [(e.sample_file(i), e) for e in evaluations for i in range(e.shards)]
+    todo = [e for path, e in draws if not Path(path).exists()]
+    size = sum(3 * plan.config.images.resolution**2 * e.sampling.count / e.shards for e in todo)
+    seconds = [sampling_seconds(plan, e, flops) for e in todo]
+    return _timed(Stage("samples", len(draws), len(todo), 0.0, size / MB), seconds, 1.0)
+
+
+def state_megabytes(plan: Plan, segment: Segment) -> float:
+    """Disk that a segment's states take, named and kept on the way: weights, average and two moments in float32."""
+    recipe = plan.trajectories[segment.state.trajectory].recipe
+    every = plan.config.runtime.keep_every
+    kept = 1 + ((segment.state.step - 1) // every - segment.start // every if every else 0)
+    size = 8 if recipe["training"]["precision"] == "fp64" else 4
+    projector = 0
+    if "features" in segment.terms:
+        term = segment.terms["features"]
+        width = facts_in(recipe).taps[f"tokens.{term['depth']}"].width
+        # the teacher's width is known when it is loaded; the middle of the projector is most of it
+        projector = (width + term["hidden"]) * term["hidden"]
+    return kept * size * (4 * parameters(recipe) + 3 * projector) / MB
+
+
+def print_plan(plan: Plan) -> None:
+    """Print jobs, time and disk by stage, shared trunks, and what in the configuration has no effect.
+
+    Raises:
+        ValueError: `Plan.check` refuses it.
+    """
+    plan.check()
+    found, measured = stages(plan)
+    table = Table(title=f"{plan.config.name}: what a run of the workflow would do now")
+    for column in ("stage", "jobs", "left", "time, one after another", "disk"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    total = Stage(
+        "all",
+        jobs=sum(stage.jobs for stage in found),
+        left=sum(stage.left for stage in found),
+        seconds=sum(stage.seconds for stage in found),
+        megabytes=sum(stage.megabytes for stage in found),
+        unknown=any(stage.unknown for stage in found),
+    )
+    for stage in [*found, total]:
+        disk = f"{stage.megabytes:,.1f} MB" if stage.megabytes else ""
+        table.add_row(stage.name, str(stage.jobs), str(stage.left), _clock(stage), disk, end_section=stage is found[-1])
+    console = Console()
+    console.print(table)
+    if total.left:
+        how = (
+            "Training times follow from rates measured here."
+            if measured
+            else ("Training times are computed from operation counts and this machine's matrix products, not measured.")
+        )
+        console.print(
+            f"{how} Other times are computed. What is unknown is in no sum: preparing data, a small autoencoder, a "
+            "teacher whose size only loading it can tell, a solver that chooses its own steps."
+        )
+    for line in shared_trunks(plan) + unknown_targets(plan) + plan.notes:
+        console.print(line, markup=False, highlight=False)
+
+
+def _clock(stage: Stage) -> str:
+    if not stage.left:
+        return ""
+    known = units.clock(stage.seconds) if stage.seconds else ""
+    return " + ".join(word for word in (known, "unknown" if stage.unknown else "") if word)
+
+
+def shared_trunks(plan: Plan) -> list[str]:
+    """One line for every stretch of training that several runs share, with how far each of them shares it."""
+    users: dict[str, dict[str, int]] = {}
+    for (run, seed), pieces in plan.pieces.items():
+        last = plan.config.runs[run].milestones[-1]
+        for piece in pieces:
+            if piece.low < last:
+                end = last if piece.high is None else min(last, piece.high)
+                users.setdefault(piece.trajectory, {})[plan.label(run, seed)] = end
+    return [f"{_shares(t, ends)}: it is trained once." for t, ends in users.items() if len(ends) > 1]
+
+
+def _shares(trajectory: str, ends: Mapping[str, int]) -> str:
+    """`A and B share T up to step 12, C up to step 3`, given where each leaves it."""
+    second = sorted(ends.values())[-2]  # beyond it the one that goes furthest is alone
+    groups: dict[int, list[str]] = {}
+    for name, end in ends.items():
+        groups.setdefault(min(end, second), []).append(name)
+    (first, names), *others = sorted(groups.items(), reverse=True)
+    more = "".join(f", {' and '.join(names)} up to step {end}" for end, names in others)
+    return f"{' and '.join(names)} share {trajectory} up to step {first}{more}"

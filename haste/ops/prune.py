@@ -1,0 +1,411 @@
+"""What on disk no configuration needs, what it would cost to make again, and its removal. No torch.
+
+What a configuration needs is what its plan names, plus what is on the way to a state that it still lacks. Everything
+else of ours in the results folder may go. Names that we did not give are left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from haste import config
+from haste.config import Config
+from haste.files import artefact, journal, provenance, units
+from haste.files.provenance import STATE_NAME
+from haste.files.units import readable
+from haste.ops.status import ROOMS, number, size_of
+from haste.plan.names import Artefact, Piece, State
+from haste.plan.plan import Plan
+from haste.train import stops
+from haste.train.stops import Stopped
+
+_MADE = re.compile(r"[a-z]+-[0-9a-f]{12}$")  # KIND-HASH, as stores and parts are called
+_DRAWN = re.compile(r".+\.[0-9a-f]{8}$")  # TRAJECTORY.STEP.HASH, as sets of samples are called
+_TRAJECTORY = re.compile(r".+-s\d+-[0-9a-f]{12}$")
+_SCORE = re.compile(r".+[.-][0-9a-f]{8,12}\.json$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """Something that may go: a file, or a whole folder; seconds: what making it took, None if nobody wrote it down."""
+
+    path: Path
+    what: str
+    size: int
+    seconds: float | None
+
+
+# -- what is needed ----------------------------------------------------------------------------------------------------
+
+
+def named(plan: Plan) -> set[Path]:
+    """Every file and folder that a plan names, whatever it is for, states apart. A new kind needs no word here."""
+    found: set[Path] = set()
+    stack: list[Any] = [vars(plan), plan.config.model_dump(), plan.shown]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            found |= {Path(value)} if value.startswith(f"{plan.root}/") else set()
+        elif isinstance(value, Artefact):
+            found.add(Path(value.folder))
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            stack += [getattr(value, field.name) for field in dataclasses.fields(value)]
+        elif isinstance(value, dict):
+            stack += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            stack += list(value)
+    return found
+
+
+def states_needed(plan: Plan) -> set[Path]:
+    """States that a plan asks for, starts from or names as files, and the rolling ones on the way to what it lacks."""
+    needed, root = set[Path](), Path(plan.root).resolve()
+    for file in plan.identities:  # a checkpoint to evaluate or to begin from may be a state of this very folder
+        path = Path(file).resolve()
+        needed |= {Path(plan.root, path.relative_to(root))} if path.is_relative_to(root) else set()
+    for run, seed in plan.pieces:  # where a trigger stopped a term: its state is kept as those at other stops are
+        needed |= {Path(plan.path(plan.state(run, one.step, seed))) for one in _stops(plan, run, seed)}
+    for state in plan.planned():
+        needed.add(Path(plan.path(state)))
+        if state.step in plan.on_disk(state.trajectory):
+            continue
+        segment = plan.segment(state)
+        if segment.parent:
+            needed.add(Path(plan.path(segment.parent)))
+        way = range(segment.start + 1, state.step + 1)
+        folder = Path(plan.root, "states", state.trajectory)
+        rolling = [path for path in folder.glob("rolling/step-*") if (m := STATE_NAME.match(path.name))]
+        needed |= {path for path in rolling if (m := STATE_NAME.match(path.name)) and int(m[1]) in way}
+    return needed
+
+
+def _stops(plan: Plan, run: str, seed: int) -> Iterable[Stopped]:
+    return stops.along(plan, run, seed).values()
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What configurations need together: files and folders, states, and trajectories, whose logs their curves show."""
+
+    paths: frozenset[Path]
+    states: frozenset[Path]
+    trajectories: frozenset[str]
+
+    @classmethod
+    def of(cls, plans: Iterable[Plan]) -> Needs:
+        """Of the plans of several configurations over one results folder."""
+        paths, states, trajectories = set[Path](), set[Path](), set[str]()
+        for plan in plans:
+            paths |= named(plan)
+            states |= states_needed(plan)
+            # Of a piece that begins after a run's last milestone nothing is asked.
+            trajectories |= {
+                p.trajectory for owner, ps in plan.pieces.items() for p in ps if _is_used(plan, owner[0], p)
+            }
+        return cls(frozenset(paths), frozenset(states), frozenset(trajectories))
+
+    @functools.cached_property
+    def _above(self) -> frozenset[Path]:
+        return frozenset(parent for path in self.paths for parent in path.parents)
+
+    def has(self, path: Path) -> bool:
+        """Whether a folder or file is needed: itself, what it lies in, or something in it."""
+        return path in self.paths or path in self._above or not self.paths.isdisjoint(path.parents)
+
+
+def _is_used(plan: Plan, run: str, piece: Piece) -> bool:
+    return piece.low < plan.config.runs[run].milestones[-1]
+
+
+def recorded(root: Path) -> dict[str, Plan]:
+    """The plans of the configurations that have worked in a results folder, by name, wherever that folder lies now.
+
+    Raises:
+        ValueError: one that cannot be read: nobody knows what it needs.
+    """
+    found = {}
+    for path in sorted(root.glob("*/config.json")):
+        if path.parent.name in ROOMS:
+            continue
+        try:
+            plan = Plan(config.resolve({**config.read(path), "results": str(root)}))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: cannot be read, so nobody knows what it needs. Mend it, or remove {path.parent} "
+                f"if its results are wanted no more. ({error})"
+            ) from error
+        found[plan.config.name] = plan
+    return found
+
+
+def other_plans(given: Sequence[Config]) -> list[Plan]:
+    """Plans of the configurations that have worked in the given ones' results folder, the given ones apart."""
+    root = Path(given[0].results)
+    names = {one.name for one in given}
+    return [plan for name, plan in recorded(root).items() if name not in names]
+
+
+# -- what may go -------------------------------------------------------------------------------------------------------
+
+
+def unneeded(root: Path, needs: Needs, only: Needs | None = None) -> list[Item]:
+    """What of ours in a results folder is not needed.
+
+    Args:
+        root: the results folder.
+        needs: what stays.
+        only: take nothing but what is in here; None takes all.
+    """
+    found = [path for pattern in ("stores/*", "parts/*", "samples/*", "features/*/*") for path in root.glob(pattern)]
+    ours = [path for path in found if path.is_dir() and _is_ours(path, root)]
+    ours += [path for path in root.glob("scores/*.json") if _SCORE.match(path.name)]
+    gone = [path for path in sorted(ours) if not needs.has(path) and (only is None or only.has(path))]
+    items = [Item(path, path.relative_to(root).parts[0], size_of_any(path), _seconds(root, path)) for path in gone]
+    for folder in sorted(path for path in root.glob("states/*") if path.is_dir()):
+        if not folder.is_symlink() and (only is None or folder.name in only.trajectories):
+            items += _states(folder, needs, only)
+    return items
+
+
+def _is_ours(path: Path, root: Path) -> bool:
+    """Whether a folder is called as we call them. What others put there stays, and links, which lead elsewhere."""
+    room = path.relative_to(root).parts[0]
+    pattern = {"samples": _DRAWN, "features": re.compile(r"[^.].*-")}.get(room, _MADE)
+    return bool(pattern.match(path.name)) and not path.is_symlink()
+
+
+def size_of_any(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return size_of(path) if path.is_dir() else path.stat().st_size
+
+
+def _states(folder: Path, needs: Needs, only: Needs | None) -> list[Item]:
+    """A trajectory: as a whole if no run passes through it, else those of its states that nobody needs.
+
+    Of a trunk that others share, only the states that `only` asks for: those on the way may yet serve the others.
+    """
+    if folder.name not in needs.trajectories and not any(folder in state.parents for state in needs.states):
+        if not _TRAJECTORY.match(folder.name):
+            return []
+        seconds = sum(number(record, "seconds") or 0.0 for record in journal.read(folder / "log.jsonl"))
+        return [Item(folder, "states", size_of(folder), seconds)]
+    files = [path for path in sorted(folder.glob("step-*")) + sorted(folder.glob("rolling/step-*"))]
+    gone = [path for path in files if STATE_NAME.match(path.name) and path not in needs.states]
+    gone = [path for path in gone if only is None or path in only.states]
+    return [Item(path, "states", path.stat().st_size, _training_seconds(folder, path, needs)) for path in gone]
+
+
+def _training_seconds(folder: Path, path: Path, needs: Needs) -> float:
+    """What training took from the nearest state that stays up to this one."""
+    match = STATE_NAME.match(path.name)
+    assert match
+    step = int(match[1])
+    kept = [int(m[1]) for state in needs.states if state.parent == folder and (m := STATE_NAME.match(state.name))]
+    low = max((s for s in kept if s < step and (folder / State(folder.name, s).file).exists()), default=0)
+    return sum(number(record, "seconds") or 0.0 for record in journal.read(folder / "log.jsonl", low, step))
+
+
+def _seconds(root: Path, path: Path) -> float | None:
+    """What the jobs took whose benchmark files carry an artefact's name or key."""
+    key = path.parent.name if path.parent.parent.name == "features" else path.stem if path.is_file() else path.name
+    keys = {key, key.rpartition("-")[2]} if _MADE.search(key) else {key}
+    found = []
+    for bench in root.glob("*/benchmarks/*.tsv"):
+        if any(one in bench.stem for one in keys):
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                found.append(float(bench.read_text().splitlines()[-1].split("\t")[0]))
+    return sum(found) if found else _said(path)
+
+
+def _said(path: Path) -> float | None:
+    """What an artefact itself says that making it took, its shards together; None where one of them does not say."""
+    files = [path] if path.is_file() else [*path.glob("part.json"), *path.glob("shard-*.npz")]
+    found: list[float | None] = []
+    for file in files:
+        with contextlib.suppress(ValueError, OSError):
+            header = provenance.provenance_of(file)
+            found.append(header.get("provenance", header).get("seconds"))
+    known = [seconds for seconds in found if isinstance(seconds, int | float)]
+    return sum(known) if known and len(known) == len(files) else None
+
+
+# -- removal -----------------------------------------------------------------------------------------------------------
+
+
+def in_use(items: Sequence[Item]) -> dict[Path, Path]:
+    """Item -> a file in it that another process of this machine holds open."""
+    where = {item.path.resolve(): item.path for item in items}
+    found: dict[Path, Path] = {}
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        if link.parts[2] == str(os.getpid()):
+            continue
+        with contextlib.suppress(OSError):
+            target = Path(os.readlink(link))
+            found |= {where[path]: target for path in (target, *target.parents) if path in where}
+    return found
+
+
+def remove(root: Path, items: Sequence[Item]) -> tuple[list[Item], list[str]]:
+    """Remove items, holding the results folder's lock, and of a trajectory its own.
+
+    A folder is first given a name that no reader looks at and that the next start of the workflow sweeps away: however
+    far removal comes, nothing half-deleted is ever taken for whole.
+
+    Returns:
+        What is gone, and a line for each item that somebody holds and that therefore stayed.
+
+    Raises:
+        ValueError: a workflow is at work in the results folder.
+    """
+    gone, stayed = [], []
+    with artefact.holding(root / ".lock", f"The results folder {root}"):
+        held = in_use(items)
+        for item in items:
+            if item.path in held:
+                stayed.append(f"{item.path}: left as it is: a process has {held[item.path].name} open")
+                continue
+            try:
+                with _trajectory_lock(root, item.path):
+                    _remove(item.path)
+            except ValueError as error:
+                stayed.append(f"{item.path}: left as it is: {error}")
+                continue
+            gone.append(item)
+        artefact.sweep(root / "states")  # what an earlier removal left; no trainer writes there
+        for folder in root.glob("features/*"):
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+    return gone, stayed
+
+
+@contextlib.contextmanager
+def _trajectory_lock(root: Path, path: Path) -> Iterator[None]:
+    inner = path.relative_to(root).parts
+    if inner[0] != "states":
+        yield
+        return
+    with artefact.holding(Path(root, *inner[:2], "lock"), f"trajectory {inner[1]}"):
+        yield
+
+
+def _remove(path: Path) -> None:
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
+    os.replace(path, aside)
+    for name in ("manifest.json", "part.json", "trajectory.json"):  # first what says that the rest is whole
+        (aside / name).unlink(missing_ok=True)
+    shutil.rmtree(aside)
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def prune(given: Sequence[Config], yes: bool) -> None:
+    """Remove what neither the given configurations nor others in their results folder need; show it first.
+
+    Raises:
+        ValueError: configurations of several results folders; a recorded one that cannot be read; with `yes`, a
+            workflow at work.
+    """
+    roots = {one.results.rstrip("/") for one in given}
+    if len(roots) > 1:
+        raise ValueError(f"results: found {' and '.join(sorted(roots))}, expected one results folder at a time")
+    root = Path(roots.pop())
+    others = other_plans(given)
+    plans = [*(Plan(one) for one in given), *others]
+    items = unneeded(root, Needs.of(plans))
+    _refuse_strangers(root, Needs.of(plans), yes)
+    _carry_out(root, items, yes, [plan.config.name for plan in plans])
+
+
+def forget(given: Config, run: str, yes: bool) -> None:
+    """Remove what only one run of a configuration needs; show it first.
+
+    Raises:
+        ValueError: no such run, in the file or in the configuration that last worked here; otherwise as `prune`.
+    """
+    root = Path(given.results)
+    before = recorded(root).get(given.name)
+    known = [given, *([before.config] if before else [])]
+    owner = next((one for one in known if run in {*one.runs, *one.evaluate}), None)
+    if owner is None:
+        names = sorted({name for one in known for name in (*one.runs, *one.evaluate)})
+        raise ValueError(f"run {run!r}: not in this configuration, which has {', '.join(names)}")
+    rest = _rows_of(given, lambda name: name != run)
+    plans = [*([Plan(rest)] if rest.runs or rest.evaluate else []), *other_plans([given])]
+    items = unneeded(root, Needs.of(plans), Needs.of([Plan(_rows_of(owner, lambda name: name == run))]))
+    _carry_out(root, items, yes, [plan.config.name for plan in plans])
+    if owner is given and items:
+        Console().print(
+            Text(f"{run} is still a row of {given.name}: the next run of the workflow would make it again.")
+        )
+
+
+def _rows_of(one: Config, wanted: Callable[[str], bool]) -> Config:
+    """A configuration with some of its rows."""
+    rows = {kind: {n: row for n, row in getattr(one, kind).items() if wanted(n)} for kind in ("runs", "evaluate")}
+    return one.model_copy(update=rows)
+
+
+def _refuse_strangers(root: Path, needs: Needs, yes: bool) -> None:
+    """Whoever trains what no configuration here knows also reads stores that none of them names."""
+    for lock in root.glob("states/*/lock"):
+        if lock.parent.name in needs.trajectories:
+            continue
+        holder = artefact.holder(lock)
+        if holder is not None and holder.at_work:
+            raise ValueError(
+                f"{lock.parent}: of no configuration given or recorded here, but at work: {holder.who}. "
+                "Name its configuration too, or wait for it."
+            )
+        if yes:  # he may be on another machine, which only the lock itself knows
+            with artefact.holding(lock, f"trajectory {lock.parent.name}, of no configuration given or recorded here,"):
+                pass
+
+
+def _again(items: Sequence[Item]) -> str:
+    known = [item.seconds for item in items if item.seconds is not None]
+    unknown = len(items) - len(known)
+    rest = f"an unknown time for {unknown} of {len(items)} items" if unknown else ""
+    return " and ".join(word for word in (units.clock(sum(known)) if known else "", rest) if word)
+
+
+def _carry_out(root: Path, items: Sequence[Item], yes: bool, kept: Sequence[str]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    table = Table(title=Text(f"In {root}, not needed by {', '.join(kept) or 'anybody'}"), title_justify="left")
+    table.add_column("what", overflow="fold")
+    for column in ("bytes", "making it took"):
+        table.add_column(column, justify="right")
+    for item in items:
+        took = "not known" if item.seconds is None else units.clock(item.seconds)
+        table.add_row(Text(str(item.path.relative_to(root))), readable(item.size), took)
+    if not items:
+        console.print(Text(f"In {root} there is nothing that is not needed by {', '.join(kept) or 'anybody'}."))
+        return
+    console.print(table)
+    total = sum(item.size for item in items)
+    if not yes:
+        console.print(f"{len(items)} items, {readable(total)}: a dry run, nothing was removed. --yes removes them.")
+        console.print(f"To make them again would take {_again(items)}.")
+        return
+    gone, stayed = remove(root, items)
+    for line in stayed:
+        console.print(line, markup=False, highlight=False)
+    console.print(f"{len(gone)} items, {readable(sum(item.size for item in gone))} removed.")

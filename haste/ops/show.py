@@ -1,0 +1,37 @@
+"""`haste show`: how a file was made. No torch."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from haste import config
+from haste.files.artefact import SCHEMA
+from haste.files.provenance import provenance_of
+
+
+def print_provenance(path: Path) -> None:
+    """Print how a file was made.
+
+    Raises:
+        ValueError: the file is missing, or not one that this package made.
+    """
+    Console().print_json(json.dumps(_of_configuration(path) or provenance_of(path)))
+
+
+def _of_configuration(path: Path) -> dict[str, Any] | None:
+    """A resolved configuration, which says of itself only what is to be done; None for any other file."""
+    if path.suffix != ".json" or not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        name = config.resolve(found).name
+    except (ValueError, AttributeError, TypeError):  # another JSON, or none
+        return None
+    made = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).isoformat(timespec="seconds")
+    how = "resolved by the workflow when it last started; all of its jobs read it"
+    return {"schema": SCHEMA, "kind": "configuration", "name": name, "how": how, "made": made, "configuration": found}

@@ -1,0 +1,370 @@
+"""What every run of a configuration is doing now, from the files that it leaves. Nothing is locked and nothing written.
+
+A run's place on its way is the newest line of its log or the newest state on disk. Who is at work is in the lock files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from haste.cluster import queue as cluster_queue
+from haste.cluster import slurm
+from haste.cluster.slurm import Unanswered
+from haste.files import artefact, journal, units
+from haste.files.units import readable
+from haste.plan.names import Evaluation, Piece, State
+from haste.plan.plan import Plan
+from haste.train import stops
+from haste.train.stops import Stopped
+
+ROOMS = ("states", "stores", "parts", "samples", "features", "scores")
+NOT_LOSSES = {"step", "images_per_s", "seconds", "time", "waiting", "memory_mb", "skipped", "grad_norm"}
+TAIL = 20_000  # bytes of a log that are looked at
+MOST_NEXT = 8  # lines of what comes next
+LEFT = ("run", "doing", "segment", "losses", "queue")
+QUIET = 60.0  # seconds without a line after which the silence is shown
+
+# What a cluster's queue says of the jobs that make a plan's states, such as "job 4711 PENDING (Priority)".
+Queue = Callable[[Plan], Mapping[State, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """What one run with one seed is doing.
+
+    step: steps done; last: steps of its last milestone; doing: in words; segment: the stretch that it is in or comes
+    to next, what that aligns, and what triggers have stopped; rate: steps a second; to_go: seconds up to `last`;
+    losses: by term; waiting: share of the time spent waiting for data; age: seconds since the log's last line; size:
+    bytes of its states; queued: what the cluster's queue says. None is not known.
+    """
+
+    run: str
+    step: int
+    last: int
+    doing: str
+    segment: str
+    rate: float | None
+    to_go: float | None
+    losses: dict[str, float]
+    waiting: float | None
+    age: float | None
+    size: int
+    queued: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A job of the workflow by its log: `running`, `failed` (with the log's last line), `interrupted` or `done`."""
+
+    name: str
+    state: str
+    seconds: float
+    words: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """All of it, at one moment."""
+
+    name: str
+    workflow: str
+    lines: list[Line]
+    jobs: list[Job]
+    next: list[str]
+    notes: list[str]
+    disk: dict[str, int]
+    queue: list[str]
+
+
+def slurm_queue(plan: Plan) -> dict[State, str]:
+    """What SLURM's queue says; nothing on a machine without SLURM.
+
+    Raises:
+        Unanswered: it is there and does not answer.
+    """
+    if shutil.which("squeue") is None:
+        return {}
+    told = {}
+    for state, job in cluster_queue.training(plan).items():
+        where = f" on {job.nodes}" if job.nodes else f" ({job.reason})" if job.reason else ""
+        told[state] = f"job {job.id} {job.state}{where}"
+    return told
+
+
+def slurm_stages() -> list[str]:
+    """What Snakemake has in SLURM's queue, a line a rule: of all configurations that run in this folder.
+
+    Raises:
+        Unanswered: SLURM is there and does not answer.
+    """
+    if shutil.which("squeue") is None:
+        return []
+    found = slurm.stages(os.getcwd())
+    return [
+        f"{rule}: {', '.join(f'{n} {state}' for state, n in sorted(found[rule].items()))}" for rule in sorted(found)
+    ]
+
+
+def snapshot(plan: Plan, queue: Queue = slurm_queue, stages: Callable[[], list[str]] = slurm_stages) -> View:
+    """What is going on now in a configuration. Give a new plan at every look: a plan looks at the disk once.
+
+    Args:
+        plan: of the configuration.
+        queue: what a cluster's queue says of training.
+        stages: what it says of all else, in lines.
+    """
+    holder = artefact.holder(Path(plan.root, ".lock"))
+    left = [state for state in plan.planned() if state.step not in plan.on_disk(state.trajectory)]
+    queued, others, notes = _ask(lambda: queue(plan), stages)
+    at_work = holder is not None and holder.at_work is not False
+    return View(
+        plan.config.name,
+        f"at work: {holder.who}" if holder else "not running",
+        [*(_line(plan, *owner, queued) for owner in plan.pieces), *(_elsewhere(plan, n) for n in plan.config.evaluate)],
+        jobs(Path(plan.folder), at_work),
+        upcoming(plan, left),
+        [*notes, *plan.notes],
+        {room: size_of(Path(plan.root, room)) for room in ROOMS},
+        others,
+    )
+
+
+def _ask(
+    queue: Callable[[], Mapping[State, str]], stages: Callable[[], list[str]]
+) -> tuple[Mapping[State, str], list[str], list[str]]:
+    """What the queue says of training and of all else, or nothing and a word on why."""
+    try:
+        return queue(), stages(), []
+    except Unanswered as error:
+        reason = str(error).splitlines()[0]
+        return {}, [], [f"the cluster's queue does not answer, so jobs in it are not shown ({reason})"]
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+def number(record: Mapping[str, Any], name: str) -> float | None:
+    """A number of a record, or None: a log may have been cut, or written by another version."""
+    value = record.get(name)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _line(plan: Plan, run: str, seed: int, queued: Mapping[State, str]) -> Line:
+    last, pieces = plan.config.runs[run].milestones[-1], plan.pieces[run, seed]
+    record: dict[str, Any] = {}
+    step, place = 0, pieces[0]
+    for piece in pieces:
+        high = last if piece.high is None else min(last, piece.high)
+        lines = journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"), piece.low, high)
+        saved = [s for s in plan.on_disk(piece.trajectory) if piece.low < s <= high]
+        reached = max([*saved, *(line["step"] for line in lines[-1:])], default=0)
+        if reached > step:
+            step, place = reached, piece
+        record = lines[-1] if lines else record
+    end, stopped = plan.state(run, last, seed), stops.along(plan, run, seed)
+    finished = last in plan.on_disk(end.trajectory)
+    ahead = next((p for p in pieces if p.holds(min(step + 1, last))), place)
+    holder = None if finished else artefact.holder(Path(plan.root, "states", ahead.trajectory, "lock"))
+    rate, age = _rate(plan, run, record), number(record, "time")
+    words = next((words for state, words in queued.items() if state.trajectory == ahead.trajectory), "")
+    return Line(
+        plan.label(run, seed),
+        last if finished else step,
+        last,
+        _doing(finished, step, holder, words),
+        "; ".join([*([] if finished else [_segment(plan, ahead, step, stopped)]), *_stops(stopped)]),
+        rate,
+        None if finished or not rate else (last - step) / rate,
+        {n: v for n in record if n not in NOT_LOSSES and (v := number(record, n)) is not None},
+        number(record, "waiting"),
+        None if finished or age is None else max(0.0, time.time() - age),
+        sum(size_of(Path(plan.root, "states", piece.trajectory)) for piece in pieces),
+        words,
+    )
+
+
+def _elsewhere(plan: Plan, name: str) -> Line:
+    """A checkpoint that was trained elsewhere: all that is done here is to score it."""
+    mine = [row.evaluation for row in plan.rows if row.run == name]
+    scored, step = sum(_scored(evaluation) for evaluation in mine), plan.config.evaluate[name].step
+    doing = f"trained elsewhere, {scored} of {len(mine)} sets of samples scored"
+    return Line(name, step, step, doing, "", None, None, {}, None, None, 0)
+
+
+def _segment(plan: Plan, piece: Piece, step: int, stopped: Mapping[str, Stopped]) -> str:
+    """The stretch of a piece after some steps, to the next state that is asked for there, and what is aligned on it."""
+    ends = [end for end in plan.cuts[piece.trajectory] if end > step and piece.holds(end)]
+    segment = plan.segment(State(piece.trajectory, min(ends, default=step + 1)))
+    left = " and ".join(kind for kind in segment.terms if kind not in stopped) or "nothing"
+    return f"{segment.start} to {segment.state.step}, aligning {left}"
+
+
+def _stops(stopped: Mapping[str, Stopped]) -> list[str]:
+    return [f"{kind} stopped at {one.step} by {one.trigger}" for kind, one in stopped.items()]
+
+
+def _rate(plan: Plan, run: str, record: Mapping[str, Any]) -> float | None:
+    images = number(record, "images_per_s")
+    return images / plan.config.training_of(run).batch if images else None
+
+
+def _doing(finished: bool, step: int, holder: artefact.Holder | None, queued: str) -> str:
+    if finished:
+        return "finished"
+    if " PENDING" in queued and not (holder and holder.at_work):  # the lock of a killed job on a node speaks on
+        return "waits in the queue"
+    if holder is not None:
+        return "training" if holder.at_work else "training, as its lock says"
+    return "paused" if step else "not begun"
+
+
+def _scored(evaluation: Evaluation) -> bool:
+    return all(Path(judgement.score).exists() for judgement in evaluation.judgements)
+
+
+def upcoming(plan: Plan, left: Sequence[State]) -> list[str]:
+    """The next states that training could make, those whose parent is on disk or that begin; then what is to score."""
+    data = [made.manifest for made in (plan.images, plan.latents) if not Path(made.manifest).exists()]
+    found = [f"make {', '.join(data)}"] if data and left else []
+    for state in left:
+        segment, parent = plan.segment(state), plan.segment(state).parent
+        ready = parent is None or parent.step in plan.on_disk(parent.trajectory)
+        if ready and segment.after is None:
+            aligned = ", ".join(stops.left(plan, segment)) or "nothing"
+            found.append(f"train {state.trajectory} from step {segment.start} to {state.step}, aligning {aligned}")
+    draws = [evaluation for evaluation in plan.evaluations.values() if not _scored(evaluation)]
+    now = sum(Path(plan.path(evaluation.state)).exists() for evaluation in draws)
+    if draws:
+        found.append(f"sample and score {len(draws)} sets of samples, {now} of them of states on disk")
+    return found
+
+
+# -- jobs --------------------------------------------------------------------------------------------------------------
+
+
+def jobs(folder: Path, at_work: bool) -> list[Job]:
+    """The workflow's jobs by their logs, newest first.
+
+    A job's benchmark file is written when it has ended well; a log that is newer belongs to one that runs or failed.
+
+    Args:
+        folder: results/<configuration>.
+        at_work: whether a workflow runs; without one, a job that neither ended nor failed was interrupted.
+    """
+    now, found = time.time(), []
+    for log in folder.glob("logs/*.log"):
+        bench = folder / "benchmarks" / f"{log.stem}.tsv"
+        try:
+            written = log.stat().st_mtime
+            done = bench.exists() and bench.stat().st_mtime >= written
+            words = "" if done else _last_words(log)
+        except OSError:  # taken away while we look: a job begins anew
+            continue
+        failed = words.startswith("!")
+        state = "done" if done else "failed" if failed else "running" if at_work else "interrupted"
+        if state == "interrupted" and log.stem == "report":  # it has no benchmark
+            state = "done"
+        found.append(Job(log.stem, state, now - written, words.removeprefix("!")))
+    return sorted(found, key=lambda job: job.seconds)
+
+
+def _last_words(log: Path) -> str:
+    """The last line of a log; with a "!" before it if the job says there that it failed."""
+    with open(log, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(0, file.tell() - TAIL))
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    if not lines:
+        return ""
+    refused = [line for line in lines if re.match(r"haste [\w-]+: ", line)]
+    crashed = any(line.startswith("Traceback (most recent call last)") for line in lines)
+    return f"!{refused[-1]}" if refused else f"!{lines[-1]}" if crashed else lines[-1]
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder; files may come and go meanwhile."""
+    total, stack = 0, [folder]
+    while stack:
+        try:
+            with os.scandir(stack.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        stack.append(Path(entry.path))
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_size
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue
+    return total
+
+
+# -- showing -----------------------------------------------------------------------------------------------------------
+
+
+def _table(view: View) -> Table:
+    table = Table(title=Text(f"{view.name}: the workflow is {view.workflow}"), title_justify="left")
+    columns = ["run", "doing", "segment", "step", "steps/s", "to go", "losses", "waiting", "states"]
+    queued = any(line.queued for line in view.lines)
+    for column in [*columns, "queue"] if queued else columns:
+        table.add_column(column, justify="left" if column in LEFT else "right")
+    for line in view.lines:
+        doing = line.doing
+        if line.doing.startswith("training") and line.age is not None and line.age > QUIET:
+            doing += f", no word for {units.clock(line.age)}"
+        losses = "  ".join(f"{name} {value:.4f}" for name, value in line.losses.items())
+        waiting = "" if line.waiting is None else f"{100 * line.waiting:.0f} %"
+        to_go = "" if line.to_go is None else units.clock(line.to_go)
+        rate = "" if line.rate is None else f"{line.rate:.3g}"
+        cells = [line.run, doing, line.segment, f"{line.step}/{line.last}", rate, to_go, losses, waiting]
+        cells += [readable(line.size), *([line.queued] if queued else [])]
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _below(view: View) -> list[str]:
+    lines = []
+    for state in ("running", "failed", "interrupted"):
+        for job in [job for job in view.jobs if job.state == state]:
+            lines.append(f"{state}: {job.name}, {units.clock(job.seconds)} since its last word: {job.words[:300]}")
+    shown = [*view.next[:MOST_NEXT], *([f"and {len(view.next) - MOST_NEXT} more"] if view.next[MOST_NEXT:] else [])]
+    lines += [f"next: {words}" for words in shown] or ["next: nothing is left to train or to score"]
+    sizes = ", ".join(f"{room} {readable(size)}" for room, size in view.disk.items() if size)
+    lines += [f"in the queue: {words}" for words in view.queue]
+    lines += [f"note: {words}" for words in view.notes]
+    return [*lines, f"disk: {sizes or 'nothing yet'} (with all configurations in this results folder)"]
+
+
+def rendered(view: View) -> Group:
+    """The view as rich shows it."""
+    return Group(_table(view), *(Text(line) for line in _below(view)))
+
+
+def show(make: Callable[[], Plan], watch: float | None = None) -> None:
+    """Print the view, once, or again and again until Ctrl-C.
+
+    Args:
+        make: gives a new plan; the configuration may change meanwhile.
+        watch: seconds between looks; None looks once.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a file has no width, and 80 columns would break every cell
+    if watch is None:
+        console.print(rendered(snapshot(make())))
+        return
+    with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
+        while True:
+            live.update(rendered(snapshot(make())), refresh=True)
+            sleep(watch)

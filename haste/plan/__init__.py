@@ -1,0 +1,5 @@
+"""From the table of runs to names of files: trajectories, states, samples, scores. No torch. Start at `plan.plan`."""
+
+from haste import moved
+
+__getattr__ = moved.names(__name__)

@@ -1,0 +1,206 @@
+"""What a plan is made of, by name and by path: artefacts, trajectories, states, segments, evaluations. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from haste.config import (
+    Sampling,
+)
+from haste.files.artefact import fingerprint
+
+RECIPE = 1  # raised when the method changes such that equal settings no longer give equal results
+STORES = ("images", "latents", "targets", "features")  # kinds that are shards and a manifest; others are one folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Artefact:
+    """Something on disk that a recipe decides: a store or a trained part."""
+
+    kind: str
+    key: str
+    recipe: dict[str, Any]
+    folder: str
+    shards: int = 1
+    name: str = ""
+
+    @property
+    def manifest(self) -> str:
+        """The file whose presence says that the artefact is whole."""
+        return f"{self.folder}/{'manifest' if self.kind in STORES else 'part'}.json"
+
+    @property
+    def shard_files(self) -> list[str]:
+        """Every shard of a store, in order."""
+        return [f"{self.folder}/shard-{i:05d}-of-{self.shards:05d}.h5" for i in range(self.shards)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """One folder of states: a recipe and the intervals on which its alignment terms were active."""
+
+    name: str
+    key: str
+    recipe: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """The stretch of a run's lineage that lies on one trajectory: its states have low < step <= high."""
+
+    trajectory: str
+    low: int
+    high: int | None
+
+    def holds(self, step: int) -> bool:
+        """Whether the state after `step` steps belongs to this piece."""
+        return self.low < step and (self.high is None or step <= self.high)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class State:
+    """A state's name."""
+
+    trajectory: str
+    step: int
+
+    @property
+    def file(self) -> str:
+        """The file's name inside the trajectory's folder."""
+        return f"step-{self.step:08d}.safetensors"
+
+    def __str__(self) -> str:
+        return f"{self.trajectory}/{self.step:08d}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """One training job: from `parent` (None: from the beginning) to `state`, with the terms active in between.
+
+    `after` is an earlier state of the same trajectory that is still to be made though this job does not start from it
+    (a milestone put in before a finished one): one trajectory has one trainer at a time.
+    """
+
+    state: State
+    parent: State | None
+    after: State | None
+    terms: dict[str, dict[str, Any]]
+    pieces: tuple[Piece, ...]
+    cached: tuple[str, ...] = ()  # the terms whose targets lie on disk
+
+    @property
+    def start(self) -> int:
+        """Steps done before the first one of this segment, if nothing newer is found."""
+        return self.parent.step if self.parent else 0
+
+    @property
+    def teachers(self) -> list[str]:
+        """Names of the teachers that look at images: none after the last stop, none whose targets are cached."""
+        return sorted({term["teacher"] for kind, term in self.terms.items() if kind not in self.cached})
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the teachers whose targets are read from disk."""
+        return sorted({self.terms[kind]["teacher"] for kind in self.cached})
+
+
+@dataclasses.dataclass(frozen=True)
+class Detector:
+    """A network that judges samples, and where what it sees in the real images lies.
+
+    name: in this configuration; kind: `cnn` of one that is trained here, as `part`, or a public one's name; weights: a
+    public one's file, None for the hub's; reference_file: ADM's .npz that the reference is made of, None for the image
+    store; floor: scores of real images against real ones.
+    """
+
+    name: str
+    kind: str
+    weights: str | None
+    key: str
+    part: Artefact | None
+    reference: Artefact
+    reference_file: str | None
+    floor: str
+
+    @property
+    def looks(self) -> str:
+        """Name of the folder that holds what it sees, whatever it looks at."""
+        return f"{self.kind}-{self.key}"
+
+    @property
+    def opens(self) -> str:
+        """What `haste.metrics.detectors.open_detector` opens: a folder or a name."""
+        return self.part.folder if self.part else self.kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What one detector sees in a set of samples, and the score that comes of it."""
+
+    detector: Detector
+    features: Artefact
+    score: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Samples of one state, drawn in one way, and what detectors make of them, the leading one first."""
+
+    name: str
+    state: State
+    sampling_name: str
+    sampling: Sampling
+    folder: str
+    shards: int
+    recipe: dict[str, Any]
+    judgements: tuple[Judgement, ...]
+
+    @property
+    def key(self) -> str:
+        """Hash of how the samples are drawn."""
+        return fingerprint(self.recipe)
+
+    @property
+    def features(self) -> Artefact:
+        """What the leading detector sees."""
+        return self.judgements[0].features
+
+    @property
+    def score(self) -> str:
+        """The leading detector's score."""
+        return self.judgements[0].score
+
+    def judgement(self, detector: str) -> Judgement:
+        """By the detector's name."""
+        return next(one for one in self.judgements if one.detector.name == detector)
+
+    @property
+    def grid(self) -> str:
+        """The picture of its first samples by class."""
+        return f"{self.folder}/grid.png"
+
+    def sample_file(self, shard: int) -> str:
+        """ADM's .npz of one shard."""
+        return f"{self.folder}/shard-{shard:05d}-of-{self.shards:05d}.npz"
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether all samples are there."""
+        return all(Path(path).exists() for path in self.sample_files)
+
+    @property
+    def sample_files(self) -> list[str]:
+        """ADM's .npz of all shards."""
+        return [self.sample_file(shard) for shard in range(self.shards)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the result table."""
+
+    run: str
+    step: int
+    evaluation: Evaluation
+    seed: int

@@ -1,0 +1,96 @@
+"""What a cache of teacher targets holds, how large it is, and what would fit. No torch.
+
+B bytes, N patch tokens, D width of the features, H heads, K head width, P principal components.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from haste.files.units import readable
+
+DTYPE = "float16"
+BYTES = 2  # a number of DTYPE
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetSpec:
+    """The targets of one teacher that some runs ask for: features, and queries and keys of the first heads of layers.
+
+    attention: (layer, heads) pairs in order of layers, which are counted from 0.
+    """
+
+    features: bool = False
+    attention: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, kind: str, term: Mapping[str, Any]) -> TargetSpec:
+        """What one alignment term asks for; kind: `features` or `attention`."""
+        if kind == "features":
+            return cls(features=True)
+        return cls(attention=tuple((layer, term["heads"]) for layer in sorted(set(term["teacher_layers"]))))
+
+    @classmethod
+    def read(cls, recipe: Mapping[str, Any]) -> TargetSpec:
+        """What a store's recipe says that it holds."""
+        pairs = sorted((int(layer), int(heads)) for layer, heads in (recipe.get("attention") or {}).items())
+        return cls(bool(recipe.get("features")), tuple(pairs))
+
+    def recipe(self) -> dict[str, Any]:
+        """The entries of a store's recipe."""
+        return {"features": self.features, "attention": {str(layer): heads for layer, heads in self.attention}}
+
+    def __or__(self, other: TargetSpec) -> TargetSpec:
+        layers = dict(self.attention)
+        for layer, heads in other.attention:
+            layers[layer] = max(heads, layers.get(layer, 0))
+        return TargetSpec(self.features or other.features, tuple(sorted(layers.items())))
+
+    def covers(self, other: TargetSpec) -> bool:
+        """Whether a store of this serves who asks for the other."""
+        return self | other == self
+
+    @property
+    def fields(self) -> list[str]:
+        """The store's fields."""
+        names = [f"{what}.{layer}" for layer, _ in self.attention for what in ("queries", "keys")]
+        return ["features", *names] if self.features else names
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What decides the size of a teacher's targets: tokens N, width D and heads H."""
+
+    tokens: int
+    width: int
+    heads: int
+    depth: int
+
+
+def bytes_per_image(wanted: TargetSpec, shape: Shape, pca: int | None) -> int:
+    """Bytes that one image's targets take: N D numbers of features (N P with components), 2 N K a head and layer."""
+    features = shape.tokens * (pca or shape.width) if wanted.features else 0
+    attention = sum(2 * heads * shape.tokens * (shape.width // shape.heads) for _, heads in wanted.attention)
+    return BYTES * (features + attention)
+
+
+def flops_per_image(shape: Shape) -> float:
+    """Floating-point operations of a teacher's forward pass: 2 a weight and token (12 D^2 weights a block), and
+    attention."""
+    return shape.depth * (24.0 * shape.width**2 * shape.tokens + 4.0 * shape.tokens**2 * shape.width)
+
+
+def fitting(wanted: TargetSpec, shape: Shape, pca: int | None, images: int, room: int) -> Iterator[str]:
+    """What of a teacher's targets would fit in a room of bytes, as settings, the most first."""
+    alone = TargetSpec(features=True)
+    if not wanted.features:
+        return
+    if wanted.attention and (size := images * bytes_per_image(alone, shape, pca)) <= room:
+        yield f"cache: features ({readable(size)})"
+        return
+    components = room // (images * shape.tokens * BYTES)
+    if components and components < (pca or shape.width):
+        size = images * bytes_per_image(alone, shape, components)
+        yield f"cache: features with pca: {components} or less ({readable(size)}; other results)"

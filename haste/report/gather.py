@@ -1,0 +1,297 @@
+"""From a plan's files to what the report shows. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from haste import config
+from haste.cluster import accounting
+from haste.files import artefact, journal
+from haste.files.provenance import provenance_of
+from haste.plan.names import Detector
+from haste.plan.names import Row as Scored
+from haste.plan.plan import Plan
+from haste.report.content import (
+    NONE,
+    Benchmark,
+    Curve,
+    Grid,
+    Part,
+    Report,
+    Row,
+    Stage,
+)
+from haste.report.papers import layers_text
+from haste.train import stops
+
+IMAGENET_CLASSES = 1000
+TRAINED = "trained here"  # what to call a decoder that is one of the parts
+METHODS = {(): "vanilla", ("features",): "REPA", ("attention",): "ATTA", ("attention", "features"): "HASTE"}
+
+
+def method(plan: Plan, run: str) -> str:
+    """The published name of a run's loss, or what a row from elsewhere says of itself."""
+    if run in plan.config.evaluate:
+        return plan.config.evaluate[run].method
+    return METHODS[tuple(sorted(config.terms_of(plan.config, run)))]
+
+
+def stop(plan: Plan, run: str) -> str:
+    """When a run's alignment stops, as the table says it: of all its seeds, where a trigger stops it."""
+    if run in plan.config.evaluate:
+        return NONE
+    triggers, found = config.triggers_of(plan.config, run), {}
+    for kind in config.terms_of(plan.config, run):
+        step = getattr(plan.config.runs[run].stop, kind)
+        found[kind] = _watched(plan, run, kind) if kind in triggers else "never" if step is None else str(step)
+    if not found:
+        return NONE
+    return found.popitem()[1] if len(set(found.values())) == 1 else ", ".join(f"{k} {s}" for k, s in found.items())
+
+
+def _watched(plan: Plan, run: str, kind: str) -> str:
+    """Where a trigger stopped a term: `300 by plateau`, or `300 to 400 by plateau` over seeds that differ."""
+    name = config.triggers_of(plan.config, run)[kind].trigger
+    seeds = plan.config.runs[run].all_seeds
+    steps = [found[kind].step for seed in seeds if kind in (found := stops.along(plan, run, seed))]
+    if not steps:
+        return f"never by {name}"
+    several = "" if min(steps) == max(steps) else f" to {max(steps)}"
+    some = "" if len(steps) == len(seeds) else f" in {len(steps)} of {len(seeds)} seeds"
+    return f"{min(steps)}{several} by {name}{some}"
+
+
+def records(plan: Plan, run: str, seed: int) -> list[dict[str, Any]]:
+    """What a run with one seed logged up to its last milestone, across the trajectories it passes through."""
+    last, found = plan.config.runs[run].milestones[-1], []
+    for piece in plan.pieces[run, seed]:
+        high = last if piece.high is None else min(last, piece.high)
+        lines = journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"), piece.low, high)
+        found += [{**line, "loss": line.get("denoising")} for line in lines]
+    return found
+
+
+def stages(plan: Plan) -> list[Stage]:
+    """Jobs and seconds by rule, from the benchmark files of this configuration's own jobs, and what a cluster's
+    accounting is on record with."""
+    spent: dict[str, list[float]] = {}
+    for path in sorted(Path(plan.folder, "benchmarks").glob("*.tsv")):
+        try:
+            seconds = float(pd.read_csv(path, sep="\t")["s"].iloc[-1])
+        except (ValueError, KeyError, IndexError):  # a job was killed while Snakemake wrote it: no time is known
+            continue
+        spent.setdefault(path.name.split("-")[0].split(".")[0], []).append(seconds)
+    order = [
+        "images",
+        "autoencoder",
+        "teacher",
+        "detector",
+        "latents",
+        "pca",
+        "targets",
+        "train",
+        "reference",
+        "sample",
+        "features",
+        "score",
+        "floor",
+        "grid",
+    ]
+    taken = accounting.by_stage(accounting.kept(plan))
+    names = [*(name for name in order if name in spent or name in taken), *sorted(set(taken) - set(order))]
+    return [Stage(n, len(spent.get(n, [])), sum(spent.get(n, [])), taken.get(n)) for n in names]
+
+
+def _score(detector: Detector, path: str) -> dict[str, Any]:
+    """A score under this configuration's name for the detector: another one may have made it."""
+    found = artefact.read_json(path, "score")
+    artefact.check_entries(path, found, detector=dict, scores=dict, samples=int, reference=dict, provenance=dict)
+    return {**found, "detector": {**found["detector"], "name": detector.name}}
+
+
+def _score_of(plan: Plan, row: Scored, detector: Detector, path: str) -> dict[str, Any]:
+    """A row's score under this configuration's words: another one may have made it."""
+    found = _score(detector, path)
+    # All samples of a configuration have one decoder, which is in their name.
+    decoder = TRAINED if plan.autoencoder else plan.decoder
+    sampling = {**(found.get("sampling") or {}), "name": row.evaluation.sampling_name, "decoder": decoder}
+    sampling["preset"] = row.evaluation.sampling.preset
+    return {**found, "sampling": sampling, "state": {**(found.get("state") or {}), "step": row.step}}
+
+
+def _parts(plan: Plan) -> list[Part]:
+    made = [
+        part
+        for part in (plan.autoencoder, *plan.teachers.values(), *(d.part for d in plan.detectors.values()))
+        if part is not None
+    ]
+    found = [_part(part.manifest) for part in made if Path(part.manifest).exists()]
+    return [Part(part["name"], part["part"], part["quality"], part["provenance"]) for part in found]
+
+
+def _part(path: str) -> dict[str, Any]:
+    found = artefact.read_json(path, "part")
+    artefact.check_entries(path, found, name=str, part=str, quality=dict, provenance=dict)
+    return found
+
+
+def settings(plan: Plan, run: str) -> dict[str, str]:
+    """What an ablation may vary, in words: all of a run's training, and of its alignment what is not a stop.
+
+    Of a row from elsewhere none of it is known.
+    """
+    if run in plan.config.evaluate:
+        return {}
+    row, terms, training = plan.config.runs[run], config.terms_of(plan.config, run), plan.config.training_of(run)
+    found = {name: _words(value) for name, value in training.model_dump().items()}
+    found["timesteps"] = _times(training.timesteps)
+    if row.warm_start:
+        found["warm start"] = row.warm_start
+    teachers = {kind: _teacher(plan, term["teacher"]) for kind, term in terms.items()}
+    if teachers:
+        same = len(set(teachers.values())) == 1
+        found["teacher"] = min(teachers.values()) if same else ", ".join(f"{k} {t}" for k, t in teachers.items())
+        feature, attention = terms.get("features", {}), terms.get("attention", {})
+        found["layers"] = layers_text(
+            feature.get("depth"), attention.get("student_layers"), attention.get("teacher_layers")
+        )
+    for kind, term in terms.items():
+        own = {k: v for k, v in term.items() if k not in ("teacher", "depth", "student_layers", "teacher_layers")}
+        found |= {f"{kind.removesuffix('s')} {name}": _words(value) for name, value in own.items()}
+    ramp = plan.config.runs[run].ramp
+    falling = [f"{kind} over {steps} steps" for kind in terms if (steps := getattr(ramp, kind)) is not None]
+    if falling:
+        found["ramp"] = f"{', '.join(falling)}, {ramp.shape}"
+    return found
+
+
+def _times(times: config.Timesteps) -> str:
+    return "uniform" if times.distribution == "uniform" else f"lognormal({times.mu:g}, {times.s:g})"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_words(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_words, value))
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def _teacher(plan: Plan, name: str) -> str:
+    public = plan.config.teachers[name].pretrained
+    return public.name if public else name
+
+
+def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
+    """The rows that have scores, and a note on those that have none yet.
+
+    Raises:
+        ValueError: none has.
+    """
+    scores = [(row, judgement) for row in plan.rows for judgement in row.evaluation.judgements]
+    there = [pair for pair in scores if Path(pair[1].score).exists()]
+    if not there:
+        raise ValueError(
+            f"{plan.folder}: none of its {len(scores)} scores is there yet, expected one at least; the workflow makes "
+            f"them, and `haste status` says how far it is. The first will be {scores[0][1].score}"
+        )
+    several = len(plan.detectors) > 1
+    missing = [
+        f"{plan.label(row.run, row.seed)} at step {row.step:,}" + (f" by {judgement.detector.name}" if several else "")
+        for row, judgement in scores
+        if (row, judgement) not in there
+    ]
+    rows = [
+        Row(
+            run=row.run,
+            model=(plan.config.evaluate.get(row.run) or plan.config.runs[row.run]).model,
+            method=method(plan, row.run),
+            stop=stop(plan, row.run),
+            seed=row.seed,
+            step=row.step,
+            score=_score_of(plan, row, judgement.detector, judgement.score),
+            settings=settings(plan, row.run),
+            recipe=plan.trajectories[row.evaluation.state.trajectory].recipe,
+            file=judgement.score,
+        )
+        for row, judgement in there
+    ]
+    return rows, [f"Not scored yet: {'; '.join(dict.fromkeys(missing))}."] if missing else []
+
+
+def _older(plan: Plan) -> list[str]:
+    """A note on scores that are older than the state that is there now, under the same name: it was made anew."""
+    found = {}
+    for row in plan.rows:
+        evaluation = row.evaluation
+        if evaluation.state.trajectory in plan.elsewhere:  # its content is in the name
+            continue
+        drawn = [made for path in (evaluation.sample_file(0), evaluation.score) if (made := _made(path))]
+        if drawn and min(drawn) < _made(plan.path(evaluation.state)):
+            found[evaluation.name] = f"{plan.label(row.run, row.seed)} at step {row.step:,} ({evaluation.name})"
+    if not found:
+        return []
+    rooms = ", ".join(f"{plan.root}/{room}/NAME*" for room in ("samples", "features", "scores"))
+    return [
+        f"Older than the states that are there now: {'; '.join(found.values())}. If these are not the same states "
+        f"again, remove {rooms} of each name to draw and score anew."
+    ]
+
+
+def _made(path: str) -> str:
+    """When a file was made, as it says itself; empty where it is gone or does not say. All are UTC, in one format."""
+    try:
+        header = provenance_of(Path(path))
+        return str(header.get("provenance", header).get("made", ""))
+    except (ValueError, OSError, AttributeError):
+        return ""
+
+
+def _grids(plan: Plan) -> list[Grid]:
+    shown, found = set(plan.shown), []
+    for row in plan.rows:
+        path = Path(row.evaluation.grid)
+        if row.evaluation.grid in shown and path.exists():
+            made = provenance_of(path)  # which classes have samples, the picture knows
+            artefact.check_entries(path, made, classes=list)
+            labels = [str(label) for label in made["classes"]] if plan.config.images.classes else []
+            found.append(Grid(row.run, row.step, path, labels, row.evaluation.sampling_name, len(made["classes"])))
+    return found
+
+
+def benchmark(plan: Plan) -> Benchmark | None:
+    """The data set whose published numbers may stand beside these: ImageNet, known by its 1,000 classes."""
+    images = plan.config.images
+    known = images.source != "digits" and images.classes == IMAGENET_CLASSES
+    return Benchmark("ImageNet", images.resolution) if known else None
+
+
+def report(plan: Plan) -> Report:
+    """Everything the page shows, read from finished files; what is not finished is named in its notes.
+
+    Raises:
+        ValueError: nothing is scored yet, or a score or part is broken; names the file.
+    """
+    made = plan.config
+    rows, notes = _rows(plan)
+    inputs = {j.score: plan.label(row.run, row.seed) for row in plan.rows for j in row.evaluation.judgements}
+    return Report(
+        name=made.name,
+        title=made.title or made.name,
+        description=made.description,
+        rows=rows,
+        floors=[_score(d, d.floor) for d in plan.detectors.values() if Path(d.floor).exists()],
+        curves=[Curve(run, seed, records(plan, run, seed)) for run, seed in plan.pieces],
+        grids=_grids(plan),
+        parts=_parts(plan),
+        stages=stages(plan),
+        provenance=artefact.provenance(inputs=inputs),
+        config_text=yaml.safe_dump(made.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
+        notes=[*plan.notes, *notes, *_older(plan)],
+        benchmark=benchmark(plan),
+        seeds={run: row.all_seeds for run, row in made.runs.items()},
+    )

@@ -1,0 +1,1 @@
+"""From a state to samples: seeds in, images out."""

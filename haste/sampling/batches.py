@@ -1,0 +1,167 @@
+"""Batches of samples as they are drawn, kept aside until their shard is whole: a kill costs the batch it falls into.
+
+    SAMPLES/.batches/START.npz          START the place of a batch's first sample
+    SAMPLES/.batches/shard-I-of-N.npz   a second name of a finished shard, which takes no room
+
+Every reader of samples looks for finished shards only. A batch gets its name when it is whole, and says what it was
+drawn from: one of other weights is drawn again. A finished shard has its second name until its score is there, because
+Snakemake removes what a job makes before it runs the job again, and drawing is what costs most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from haste.files import artefact
+from haste.files.npz import read_npz
+
+log = logging.getLogger("haste.data")
+
+_NAME = re.compile(r"(\d{9,})\.npz$")
+_SOURCE = "drawn_from"
+
+Arrays = dict[str, np.ndarray]
+
+
+def drawn(
+    folder: Path, indices: range, size: int, source: Mapping[str, str], draw: Callable[[range], Arrays]
+) -> Iterator[tuple[Arrays, bool]]:
+    """The batches of a range of samples in order, each with whether it was drawn now; kept ones are read.
+
+    Args:
+        folder: where the batches are kept; see `folder_of`.
+        indices: the samples, from the first to the last.
+        size: samples drawn at once. Kept batches may have another size; what is new fits between them.
+        source: identities of what the samples are drawn from.
+        draw: range -> arrays with a row a sample.
+    """
+    starts, low = _starts(folder, indices), indices.start
+    while low < indices.stop:
+        kept = _read(_path(folder, low), source, indices.stop - low) if low in starts else None
+        if kept is None:
+            beyond = (start for start in starts if start > low)
+            rows = range(low, min(low + size, indices.stop, next(beyond, indices.stop)))
+            found = draw(rows)
+            _keep_batch(_path(folder, low), found, source)
+        else:
+            found = kept
+        yield found, kept is None
+        low += _length(found)
+
+
+def _keep_batch(path: Path, found: Arrays, source: Mapping[str, str]) -> None:
+    # Another process that drew the same shard may finish first and clear the place away: nothing is lost by that.
+    with contextlib.suppress(FileNotFoundError), artefact.replacing(path) as aside, open(aside, "wb") as file:
+        np.savez(file, **found, **{_SOURCE: np.array(artefact.canonical(dict(source)))})  # type: ignore[arg-type]
+
+
+def folder_of(samples: Path) -> Path:
+    """Where the batches of a folder of samples are kept: of all its shards, however many they are."""
+    return samples / ".batches"
+
+
+def keep(shard: Path, folder: Path) -> None:
+    """Give a finished shard its second name, under which `again` finds it."""
+    name = folder / shard.name
+    with contextlib.suppress(OSError):  # a file system without hard links: it would be drawn again, to the same bits
+        folder.mkdir(exist_ok=True)
+        name.unlink(missing_ok=True)
+        os.link(shard, name)
+
+
+def again(shard: Path, folder: Path, wanted: Callable[[Path], bool]) -> bool:
+    """Whether a finished shard is there, under its own name or its second one; it then has its own (again).
+
+    Args:
+        shard: its own name.
+        folder: where its second name would be; see `folder_of`.
+        wanted: whether a file holds what would be drawn now.
+    """
+    second = folder / shard.name
+    for path in (shard, second):
+        if path.exists() and _whole(path) and wanted(path):
+            if path is second:
+                with artefact.replacing(shard) as aside:
+                    os.link(second, aside)
+            return True
+    return False
+
+
+def _whole(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (OSError, zipfile.BadZipFile) as error:
+        log.warning("%s: cannot be read and is drawn again (%s)", path, error)
+        return False
+
+
+def forget(folder: Path, indices: range) -> None:
+    """Remove the batches that begin in a range of samples: its shard is whole."""
+    for start in _starts(folder, indices):
+        _path(folder, start).unlink(missing_ok=True)
+
+
+def close(folder: Path) -> None:
+    """Remove the place where batches were kept: all shards are whole, so that nobody draws."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def mean_nfe(files: Sequence[str | Path]) -> float | None:
+    """Function evaluations a sample, counted when they were drawn, averaged over shards; None where one is not known.
+
+    Raises:
+        ValueError: a shard cannot be read.
+    """
+    counts = []
+    for path in files:
+        try:
+            found = _counts(path)
+        except FileNotFoundError:  # samples may be gone when their features are scored
+            return None
+        if "nfe" not in found:
+            return None
+        counts.append(found["nfe"])
+    mean = float(np.concatenate(counts).mean())
+    return int(mean) if mean.is_integer() else mean
+
+
+def _counts(path: str | Path) -> Arrays:
+    try:
+        return read_npz(path, "samples", ["nfe"])  # the images beside it may be gigabytes
+    except ValueError:
+        return read_npz(path, "samples")  # what is wrong with it, or samples that have no counts
+
+
+def _path(folder: Path, start: int) -> Path:
+    return folder / f"{start:09d}.npz"
+
+
+def _starts(folder: Path, indices: range) -> list[int]:
+    names = [_NAME.match(path.name) for path in folder.glob("*.npz")]
+    return sorted(start for match in names if match and (start := int(match[1])) in indices)
+
+
+def _length(found: Arrays) -> int:
+    return len(next(iter(found.values())))
+
+
+def _read(path: Path, source: Mapping[str, str], most: int) -> Arrays | None:
+    """A kept batch; None if it cannot be read, is of another source, or reaches beyond `most` samples."""
+    try:
+        found = read_npz(path, "a batch of samples")
+    except (OSError, ValueError) as error:
+        log.warning("%s: cannot be read and is drawn again (%s)", path, error)
+        return None
+    if str(found.pop(_SOURCE, "")) != artefact.canonical(dict(source)) or not 0 < _length(found) <= most:
+        return None
+    return found

@@ -1,0 +1,116 @@
+"""Grids of samples: one column a class, so that the same column of two grids shows the same class. No torch.
+
+Shapes: N images, R pixels a side, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from haste.files import artefact
+from haste.files.artefact import canonical, replacing
+from haste.files.npz import read_npz
+from haste.files.provenance import provenance_of
+from haste.plan.names import Evaluation
+from haste.plan.plan import Plan
+from haste.sampling import grids
+
+GAP = 2  # pixels between neighbouring images, half of it on each side: columns then have equal widths
+
+
+def class_grid(
+    images: np.ndarray, labels: np.ndarray, *, per_class: int, scale: int, classes: Sequence[int] | None = None
+) -> Image.Image:
+    """Lay out the first `per_class` samples of each label, in index order, one column a class.
+
+    Sample j of column c has its top left corner at (c * cell + GAP / 2, j * cell + GAP / 2), cell = R * scale + GAP.
+
+    Args:
+        images: (N, R, R, 3) uint8, 0..255.
+        labels: (N,) integers.
+        per_class: rows of the grid, at most: no column has more samples than the grid has rows.
+        scale: how many pixels a side each pixel becomes (nearest neighbour, so that small images stay sharp).
+        classes: the label of each column; all labels that occur, ascending, if not given.
+
+    Returns:
+        An RGBA image of (C * cell, rows * cell) pixels, rows being those that have a sample in some column. Gaps and
+        missing samples are transparent.
+
+    Raises:
+        ValueError: images or labels of another shape or type, or a grid without rows, columns or size.
+    """
+    _check(images, labels, per_class, scale)
+    columns = [int(c) for c in (np.unique(labels) if classes is None else classes)]
+    if not columns:
+        raise ValueError("class_grid: found no classes to show, expected at least one label")
+    side = images.shape[1] * scale
+    cell = side + GAP
+    shown = [np.flatnonzero(labels == label)[:per_class] for label in columns]
+    rows = max(1, *map(len, shown))  # an image has at least one
+    grid = Image.new("RGBA", (len(columns) * cell, rows * cell), (0, 0, 0, 0))
+    for column, found in enumerate(shown):
+        for row, index in enumerate(found):
+            picture = Image.fromarray(images[index]).resize((side, side), Image.Resampling.NEAREST)
+            grid.paste(picture, (column * cell + GAP // 2, row * cell + GAP // 2))
+    return grid
+
+
+def columns_for(count: int, *, most: int, rows: int) -> int:
+    """Columns (at most `most`) of a grid without classes that leave the fewest places empty in at most `rows` rows."""
+    shown = min(count, most * rows)
+    return -(-shown // max(1, -(-shown // most)))
+
+
+def _check(images: np.ndarray, labels: np.ndarray, per_class: int, scale: int) -> None:
+    square = images.ndim == 4 and images.shape[1] == images.shape[2] and images.shape[3] == 3
+    if not square or images.dtype != np.uint8:
+        raise ValueError(f"class_grid: images are {images.dtype} {images.shape}, expected uint8 (N, R, R, 3)")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"class_grid: labels have shape {labels.shape}, expected {images.shape[:1]}, one an image")
+    if per_class < 1 or scale < 1:
+        raise ValueError(f"class_grid: per_class is {per_class} and scale is {scale}, expected 1 or more of both")
+
+
+def write_png(path: Path | str, image: Image.Image, about: Mapping[str, Any]) -> None:
+    """Write an image as PNG, whole or not at all; `about`, how it was made, goes into it as the text `haste`."""
+    words = PngInfo()
+    words.add_text("haste", canonical(dict(about)))
+    with replacing(path) as aside:
+        image.save(aside, format="PNG", pnginfo=words)
+
+
+COLUMNS = 10  # classes in a grid
+PER_CLASS = 4  # samples a class in a grid
+SCALE = 2  # screen pixels a sample's pixel, for small images
+
+
+def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
+    """The first samples of the first classes that have some, one column a class; without labels, of no meaning.
+
+    Equal seeds: equal classes and equal noise for every method.
+    """
+    images, labels, inputs = [], [], dict[str, str]()
+    for path in evaluation.sample_files:
+        found = read_npz(path, "samples", ["arr_0", "arr_1"])
+        shape, asked_shape = found["arr_0"].shape, found["arr_1"].shape
+        if len(shape) != 4 or shape[1:] != (shape[1], shape[1], 3) or asked_shape != shape[:1]:
+            raise ValueError(
+                f"{path}: images of shape {shape} and labels of shape {asked_shape}, expected (N, R, R, 3) and (N,)"
+            )
+        images.append(found["arr_0"])
+        labels.append(found["arr_1"])
+        inputs |= provenance_of(Path(path)).get("inputs", {})
+    pixels, asked = np.concatenate(images), np.concatenate(labels)
+    if not plan.config.images.classes:
+        asked = np.arange(len(pixels)) % grids.columns_for(len(pixels), most=COLUMNS, rows=PER_CLASS)
+    classes = np.unique(asked)[:COLUMNS].tolist()
+    grid = grids.class_grid(pixels, asked, per_class=PER_CLASS, scale=SCALE, classes=classes)
+    about = {"schema": artefact.SCHEMA, "kind": "grid", "samples": evaluation.name, "classes": classes}
+    made = artefact.provenance(key=evaluation.key, recipe=evaluation.recipe, inputs=inputs)
+    grids.write_png(evaluation.grid, grid, {**about, "provenance": made})

@@ -1,0 +1,134 @@
+"""Samples in shards: drawn batch by batch, kept on the way, written as ADM's .npz."""
+
+from __future__ import annotations
+
+import json
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from haste.files import artefact
+from haste.files.store import shard_range
+from haste.files.units import clock
+from haste.sampling import batches
+from haste.sampling.painter import Painter, log
+
+_NONE = np.zeros(0, np.int64)
+
+
+def draw_shard(
+    painter: Painter,
+    *,
+    path: Path,
+    key: str,
+    recipe: dict,
+    shard: int,
+    shards: int,
+    batch: int,
+    inputs: dict[str, str],
+) -> None:
+    """Draw one shard into ADM's .npz: `arr_0` uint8 NHWC, `arr_1` labels, and how they were made as `haste`.
+
+    Images go to the file as they are drawn, so memory holds one batch of them. Batches are kept aside: after a kill
+    the same call draws only what is missing, to the same bits, and nothing where the shard is whole.
+    `haste.sampling.batches.forget` removes them. Beside ADM's arrays the .npz has `nfe`, each sample's evaluations.
+
+    Args:
+        painter: what draws.
+        path: the .npz to write.
+        key: the samples' key.
+        recipe: the samples' recipe.
+        shard: which shard, from 0.
+        shards: how many there are.
+        batch: images drawn at once; changes nothing but float rounding.
+        inputs: identities of state and autoencoder, to be recorded.
+    """
+    started, indices = time.monotonic(), shard_range(painter.sampling.count, shard, shards)
+    name, aside = f"samples, shard {shard} of {shards}", batches.folder_of(path.parent)
+    if batches.again(path, aside, lambda file: _is_of(file, key, inputs)):
+        log.info("%s: drawn before, %s", name, path)
+        return
+    watch = _Watch(name, len(indices))
+    side, made = painter.autoencoder.factor * painter.model.input_size, [{"label": _NONE, "nfe": _NONE}]
+
+    def draw(rows: range) -> dict[str, np.ndarray]:
+        return painter.draw(rows, lambda share: watch(share * len(rows)))
+
+    with artefact.replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            shape = {"descr": "|u1", "fortran_order": False, "shape": (len(indices), side, side, 3)}
+            np.lib.format.write_array_header_1_0(file, shape)
+            for found, new in batches.drawn(aside, indices, batch, inputs, draw):
+                file.write(np.ascontiguousarray(found.pop("image")).data)
+                made.append(found)
+                watch.finished(len(found["label"]), new)
+        labels, counts = (np.concatenate([found[name] for found in made]) for name in ("label", "nfe"))
+        header = {"schema": artefact.SCHEMA, "kind": "samples", "classes": painter.model.null_class}
+        header |= {"nfe": float(counts.mean()) if len(counts) else None}
+        header |= artefact.provenance(key=key, recipe=recipe, inputs=inputs, seconds=time.monotonic() - started)
+        rest = {"arr_1": labels, "nfe": counts, "haste": np.array(artefact.canonical(header))}
+        for entry, array in rest.items():
+            with archive.open(f"{entry}.npy", "w") as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+    batches.keep(path, aside)
+
+
+def _is_of(path: Path, key: str, inputs: dict[str, str]) -> bool:
+    """Whether a finished shard was drawn so, and from the same weights."""
+    try:
+        header = _asked(path)[1]
+        return (header["key"], header["inputs"]) == (key, inputs)
+    except (ValueError, KeyError) as error:
+        log.warning("%s: is drawn again (%s)", path, error)
+        return False
+
+
+class _Watch:
+    """Shows how far a shard is, with rate and time to go, at most every `PAUSE` seconds and at its end."""
+
+    PAUSE = 10.0
+
+    def __init__(self, name: str, count: int):
+        self.name, self.count = name, count
+        self.done, self.kept = 0, 0
+        self.started = self.shown = time.monotonic()
+
+    def __call__(self, begun: float) -> None:
+        """So many samples' worth of work is done on the batch that is being drawn."""
+        if time.monotonic() - self.shown >= self.PAUSE:
+            self._show(self.done + begun)
+
+    def finished(self, samples: int, new: bool) -> None:
+        """A batch is drawn, or was found."""
+        self.done += samples
+        self.kept += 0 if new else samples
+        if self.done == self.count:
+            self._show(self.done)
+        else:
+            self(0.0)
+
+    def reached(self, done: int, count: int) -> None:
+        """So many samples are done, of `count`."""
+        self.finished(done - self.done, new=True)
+
+    def _show(self, done: float) -> None:
+        self.shown = time.monotonic()
+        rate = (done - self.kept) / max(self.shown - self.started, 1e-9)
+        to_go = clock((self.count - done) / rate) if rate else "?"
+        kept = f" ({self.kept} kept from before)" if self.kept else ""
+        words = f"{done:.0f}/{self.count} images{kept}  {rate:.1f} images/s  {to_go} to go"
+        log.info("%s: %s", self.name, words)
+
+
+def _asked(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    """The classes asked of a shard's samples, (N,) int64, and the record of how they were made."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            labels, header = file["arr_1"].astype(np.int64), json.loads(str(file["haste"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: expected samples with their labels and record, found others ({error})") from error
+    artefact.check_header(path, header, "samples")
+    return labels, header

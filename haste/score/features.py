@@ -1,0 +1,162 @@
+"""What detectors see in samples and in real images, as features stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from haste.files import artefact
+from haste.files.npz import SUFFIX, check_reference
+from haste.files.store import Store, write_shard
+from haste.metrics.detector import Detector
+from haste.sampling.samples import open_samples
+from haste.sampling.shards import _asked, _Watch
+from haste.score.sides import read_reference
+from haste.score.workflow import MOMENTS
+
+
+def feature_shard(
+    detector: Detector,
+    path: Path,
+    *,
+    folder: Path,
+    key: str,
+    recipe: dict,
+    shard: int,
+    shards: int,
+    total: int,
+    batch: int = 256,
+) -> None:
+    """What a detector sees in one shard of samples, as a shard of a features store.
+
+    Args:
+        detector: what looks at the images.
+        path: the .npz that `draw_shard` wrote.
+        folder: the features store's.
+        key: the features store's key.
+        recipe: the features store's recipe.
+        shard: which shard, from 0.
+        shards: how many there are.
+        total: samples in all shards.
+        batch: images looked at at once; changes nothing but float rounding.
+
+    Raises:
+        ValueError: the samples are missing, truncated, or not such as `draw_shard` writes.
+    """
+    images = open_samples(path)
+    labels, header = _asked(path)
+    made = {name: value for name, value in header["inputs"].items() if name != "detector"}
+    inputs = {**made, "detector": detector.identity}
+    facts = {**inputs, "about": _about(detector)}
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        done = 0
+        for pictures in images.batches(batch):
+            yield _seen(detector, pictures, labels[done : done + len(pictures)])
+            done += len(pictures)
+
+    write_shard(
+        folder,
+        kind="features",
+        key=key,
+        recipe=recipe,
+        shard=shard,
+        shards=shards,
+        total=total,
+        fields=_fields(detector),
+        batches=batches(),
+        provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
+        facts=facts,
+        progress=_Watch(f"{detector.name}, shard {shard} of {shards}", len(labels)).reached,
+    )
+
+
+def _seen(detector: Detector, images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """A batch of a features store: what a detector says of images, beside their labels."""
+    found = detector(torch.from_numpy(images))
+    return {**{name: value.numpy() for name, value in found.items()}, "label": labels}
+
+
+def _about(detector: Detector) -> dict[str, Any]:
+    # Not the configuration's name for it: another one, which shares the store, may call it otherwise.
+    return {**detector.about, "name": detector.kind}
+
+
+def _fields(detector: Detector) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {**{name: ((width,), "float32") for name, width in detector.outputs.items()}, "label": ((), "int64")}
+
+
+def reference_shard(
+    images: Store, detector: Detector, *, folder: Path, key: str, recipe: dict, batch: int = 256
+) -> None:
+    """Features of the real training images: the one-shard store that samples are compared with."""
+    rows = images.range("train")
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        for low in range(0, len(rows), batch):
+            chosen = rows[low : low + batch]
+            yield _seen(detector, images.read("image", chosen), images.read("label", chosen))
+
+    inputs = {"images": images.identity, "detector": detector.identity}
+    common: dict[str, Any] = {"folder": folder, "key": key, "recipe": recipe}
+    _write_reference(detector, batches(), len(rows), inputs, named="real images", **common)
+
+
+def reference_of_file(
+    path: Path, detector: Detector, *, folder: Path, key: str, recipe: dict, batch: int = 256
+) -> None:
+    """As `reference_shard`, of ADM's reference file: features of its images, and beside them its own statistics.
+
+    Raises:
+        ValueError: the file is missing, truncated, or holds no images or no statistics of Inception.
+    """
+    check_reference(path)
+    found = read_reference(path)
+    images, moments = found.samples, found.moments
+    assert images is not None
+    arrays = {f"mu{SUFFIX[name]}": one.mean for name, one in moments.items()}
+    arrays |= {f"sigma{SUFFIX[name]}": one.covariance for name, one in moments.items()}
+    with artefact.replacing(folder / MOMENTS) as aside, open(aside, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        for pictures in images.batches(batch):
+            yield _seen(detector, pictures, np.full(len(pictures), -1, np.int64))  # of no class that anybody says
+
+    inputs = {"detector": detector.identity, "images": images.identity(), "file": found.about["identity"]}
+    facts = {"file_name": path.name, "moments": artefact.file_identity(folder / MOMENTS)}
+    common: dict[str, Any] = {"folder": folder, "key": key, "recipe": recipe}
+    _write_reference(detector, batches(), images.count, inputs, named=path.name, facts=facts, **common)
+
+
+def _write_reference(
+    detector: Detector,
+    batches: Iterator[dict[str, np.ndarray]],
+    total: int,
+    inputs: dict[str, str],
+    *,
+    folder: Path,
+    key: str,
+    recipe: dict,
+    named: str,
+    facts: dict[str, str] | None = None,
+) -> None:
+    """The one shard of a reference; `inputs` are identities, `facts` what is told of it beside them."""
+    write_shard(
+        folder,
+        kind="features",
+        key=key,
+        recipe=recipe,
+        shard=0,
+        shards=1,
+        total=total,
+        fields=_fields(detector),
+        batches=batches,
+        provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
+        facts={**inputs, "about": _about(detector), **(facts or {})},
+        progress=_Watch(f"{detector.name}, {named}", total).reached,
+    )

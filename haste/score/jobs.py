@@ -1,0 +1,117 @@
+"""What the rules on samples, features and scores do for a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from haste.diffusion.samplers import nfe
+from haste.files import artefact, store
+from haste.files.store import Store
+from haste.metrics.detector import Detector
+from haste.metrics.detectors import open_detector
+from haste.networks.devices import choose_device
+from haste.plan import names
+from haste.plan.names import Evaluation, Judgement
+from haste.plan.plan import Plan
+from haste.sampling import batches
+from haste.sampling.painter import painter_of
+from haste.sampling.shards import draw_shard
+from haste.score.features import feature_shard, reference_of_file, reference_shard
+from haste.score.workflow import floor, score
+from haste.train.state import weights_identity
+
+
+def load_detector(plan: Plan, detector: names.Detector) -> Detector:
+    """One of a plan's detectors, on the device that the configuration names."""
+    device = choose_device(plan.config.runtime.device)
+    return open_detector(detector.opens, detector.weights, called=detector.name, device=device)
+
+
+def make_references(plan: Plan) -> None:
+    """What each detector sees in the real images, where that is not there yet."""
+    for detector in plan.detectors.values():
+        made = detector.reference
+        if Path(made.manifest).exists():
+            continue
+        common: dict[str, Any] = {"key": made.key, "recipe": made.recipe}
+        judge, folder = load_detector(plan, detector), Path(made.folder)
+        if detector.reference_file is None:
+            reference_shard(Store.of(plan.images), judge, folder=folder, **common)
+        else:
+            reference_of_file(Path(detector.reference_file), judge, folder=folder, **common)
+        provenance = artefact.provenance(**common)
+        store.join(made.folder, kind="features", shards=1, splits={}, provenance=provenance, **common)
+
+
+def sample(plan: Plan, evaluation: Evaluation, shard: int) -> None:
+    """Draw one shard of samples, and let every detector look at it."""
+    painter = painter_of(plan, evaluation)
+    draw_shard(
+        painter,
+        path=Path(evaluation.sample_file(shard)),
+        key=evaluation.key,
+        recipe=evaluation.recipe,
+        shard=shard,
+        shards=evaluation.shards,
+        batch=plan.config.runtime.sample_batch,
+        inputs={"weights": weights_identity(painter.model), "autoencoder": painter.autoencoder.identity},
+    )
+    for detector in plan.detectors.values():
+        extract_features(plan, evaluation, detector, shard)
+    # Not before: a workflow that is killed between the two throws the shard away and calls this again.
+    mine = store.shard_range(evaluation.sampling.count, shard, evaluation.shards)
+    batches.forget(batches.folder_of(Path(evaluation.folder)), mine)
+
+
+def extract_features(plan: Plan, evaluation: Evaluation, detector: names.Detector, shard: int) -> None:
+    """Let a detector look at one shard of samples."""
+    made = evaluation.judgement(detector.name).features
+    feature_shard(
+        load_detector(plan, detector),
+        Path(evaluation.sample_file(shard)),
+        folder=Path(made.folder),
+        key=made.key,
+        recipe=made.recipe,
+        shard=shard,
+        shards=made.shards,
+        total=evaluation.sampling.count,
+        batch=plan.config.runtime.sample_batch,
+    )
+
+
+def judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
+    """Score a set of samples by what one detector sees in them."""
+    features, detector = judgement.features, judgement.detector
+    common: dict[str, Any] = {"key": features.key, "recipe": features.recipe, "shards": features.shards}
+    provenance = artefact.provenance(key=features.key, recipe=features.recipe)
+    store.join(features.folder, kind="features", splits={}, provenance=provenance, **common)
+    state, sampling = evaluation.state, evaluation.sampling
+    counted = batches.mean_nfe([evaluation.sample_file(shard) for shard in range(features.shards)])
+    batches.close(batches.folder_of(Path(evaluation.folder)))
+    elsewhere = plan.elsewhere.get(state.trajectory)
+    whose: dict[str, Any] = {"trajectory": state.trajectory, "step": state.step, "file": plan.path(state)}
+    if elsewhere:
+        whose |= {"step": elsewhere.step, "sha256": plan.identity_of(elsewhere.checkpoint)}
+    weights = elsewhere.weights if elsewhere else "ema"
+    said = {"name": evaluation.sampling_name, "weights": weights, "decoder": evaluation.recipe["decoder"]}
+    about = {
+        "state": whose,
+        "sampling": {**sampling.model_dump(), **said},
+        "nfe": nfe(sampling.sampler, sampling.steps) if counted is None else counted,
+    }
+    path = Path(judgement.score)
+    reference = Store.of(detector.reference)
+    score(Store.of(features), reference, detector=detector.name, about=about, key=path.stem, path=path)
+
+
+def floor_of(detector: names.Detector) -> None:
+    """Score real images against real ones by one detector."""
+    path, part = Path(detector.floor), detector.part
+    accuracy = None
+    if part:
+        made = artefact.read_json(part.manifest, "part")
+        artefact.check_entries(part.manifest, made, quality=dict)
+        accuracy = made["quality"].get("accuracy")
+    reference = Store.of(detector.reference)
+    floor(reference, detector=detector.name, held_out_accuracy=accuracy, key=path.stem, path=path)

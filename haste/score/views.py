@@ -1,0 +1,295 @@
+"""What a detector sees in a set of images: one pass for all scores, kept in a features store where one is wanted.
+
+N images, B images at once, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from haste.files import artefact
+from haste.files.store import (
+    MANIFEST,
+    Store,
+    join,
+    shard_path,
+    shard_range,
+    write_shard,
+)
+from haste.files.units import clock
+from haste.metrics.detector import Detector
+from haste.sampling.samples import Samples
+
+log = logging.getLogger("haste.score")
+
+SHARD = 4096  # images whose features are written at once: what a kill can cost
+READ = 2048  # rows of features read at once
+PROBE = 256  # images by which floats that were taken for bytes are known
+EVERY = 5.0  # seconds between two lines of progress
+DARK = 1  # an image without a pixel above this is black
+
+Batch = dict[str, NDArray]
+
+
+@dataclass(frozen=True)
+class View:
+    """Features of a set of images, as one detector saw them.
+
+    count: N; outputs: name -> width; detector: what decides comparability, as `Detector.about`; batches: goes through
+    them in order, each batch (B, width) by name with "index" (B,); facts: what is known of the images, after that.
+    """
+
+    count: int
+    outputs: Mapping[str, int]
+    detector: Mapping[str, Any]
+    batches: Callable[[], Iterator[Batch]]
+    facts: Callable[[], dict[str, Any]]
+
+
+class Pixels:
+    """What is learnt of images by the way: their identity, copies among them, and whether they are images at all."""
+
+    def __init__(self, samples: Samples):
+        self.samples = samples
+        self.digest, self.seen = hashlib.sha256(), set[bytes]()
+        self.count = self.copies = self.dark = self.brightness = 0
+        self.values = np.zeros(256, dtype=bool)
+
+    def see(self, images: NDArray[np.uint8]) -> None:
+        """Take note of a batch (B, H, W, 3).
+
+        Raises:
+            ValueError: the first images hold no values but those that floats become when they are taken for bytes.
+        """
+        images = np.ascontiguousarray(images)
+        self.digest.update(images.data)
+        for image in images:
+            self.seen.add(hashlib.blake2b(image.data, digest_size=16).digest())
+        self.count += len(images)
+        self.copies = self.count - len(self.seen)
+        self.dark += int((images.reshape(len(images), -1).max(axis=1) <= DARK).sum())
+        self.brightness += int(images.sum(dtype=np.int64))
+        if self.count <= PROBE or self.count == len(images):
+            self.values |= np.bincount(images.reshape(-1), minlength=256) > 0
+        if self.count >= min(PROBE, self.samples.count):
+            self._check_range()
+
+    def _check_range(self) -> None:
+        # Floats in [0, 1] become 0 and 1, floats in [-1, 1] also 255; black and white drawings have no 1.
+        values = set(np.flatnonzero(self.values).tolist())
+        if values <= {0, 1} or (values <= {0, 1, 255} and 1 in values):
+            what = "nothing but black" if values <= {0} else f"no values but {', '.join(map(str, sorted(values)))}"
+            raise ValueError(
+                f"{self.samples.path}: the first {min(PROBE, self.samples.count)} images hold {what}: expected 0..255. "
+                "Floats in [0, 1] become bytes by clip(255 x), floats in [-1, 1] by clip(127.5 x + 128)"
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """JSON: identity (sha256 of the pixels in order), copies of other images, black ones, mean value."""
+        height, width = self.samples.size
+        return {
+            "path": str(self.samples.path),
+            "kind": self.samples.kind,
+            "images": self.count,
+            "size": [height, width],
+            "identity": self.digest.hexdigest(),
+            "copies": self.copies,
+            "black": self.dark,
+            "brightness": self.brightness / max(1, self.count * height * width * 3),
+            "lossy": self.samples.lossy,
+            "left_out": self.samples.left_out,
+        }
+
+
+def probe(samples: Samples) -> None:
+    """Look at the first images alone, so that a common mistake is said before hours of work.
+
+    Raises:
+        ValueError: they cannot be read, or hold no values but those that floats become when they are taken for bytes.
+    """
+    for images in samples.cut([PROBE]):
+        Pixels(samples).see(images)
+
+
+def extract_features(samples: Samples, detector: Detector, *, batch: int, folder: Path | None = None) -> View:
+    """Look at images, or find what was seen before.
+
+    Args:
+        samples: the images.
+        detector: what looks.
+        batch: images at once; it moves features by float32 rounding alone.
+        folder: where features are kept, a store for each set of images and detector; None keeps none, and going
+            through the view is looking.
+
+    Raises:
+        ValueError: images that the detector cannot read, or that are none.
+    """
+    check_size(samples, detector)
+    if folder is not None:
+        view = view_of(_kept(folder, samples, detector) or _keep(folder, samples, detector, batch))
+        # The same pixels may have been seen in other files: what is said of files is of these.
+        own: dict[str, Any] = {"path": str(samples.path), "kind": samples.kind}
+        own |= {"lossy": samples.lossy, "left_out": samples.left_out}
+        return replace(view, facts=lambda: {**view.facts(), **own})
+    pixels = Pixels(samples)
+
+    def batches() -> Iterator[Batch]:
+        progress, low = _Progress(samples, detector), 0
+        for found in _seen(samples.batches(batch), detector, pixels, progress):
+            high = low + len(found["pool"])
+            yield {**found, "index": np.arange(low, high)}
+            low = high
+
+    return View(samples.count, detector.outputs, detector.about, batches, pixels.facts)
+
+
+def view_of(store: Store) -> View:
+    """The view that a features store holds, whoever made it.
+
+    Raises:
+        ValueError: it does not say which detector saw its images.
+    """
+    identity, fields = store.manifest.get("detector"), store.fields
+    if not isinstance(identity, str) or "pool" not in fields:
+        raise ValueError(f"{store.folder}: a features store that does not name its detector, or holds no pool features")
+    outputs = {name: shape[0] for name, (shape, _) in fields.items() if len(shape) == 1}
+    unknown = {"name": f"detector {identity[:8]}", "kind": None, "identity": identity, "outputs": outputs}
+    about = {**unknown, **(store.manifest.get("about") or {})}
+
+    def batches() -> Iterator[Batch]:
+        for low in range(0, store.count, READ):
+            rows = np.arange(low, min(low + READ, store.count))
+            yield {**{name: store.read(name, rows) for name in outputs}, "index": rows}
+
+    plain = {"path": str(store.folder), "kind": "features store", "images": store.count, "identity": store.identity}
+    return View(store.count, outputs, about, batches, lambda: store.manifest.get("pixels") or plain)
+
+
+def check_size(samples: Samples, detector: Detector) -> None:
+    """Raises ValueError for images of a size that a detector cannot read."""
+    side, (height, width) = detector.resolution, samples.size
+    if side is not None and samples.size != (side, side):
+        raise ValueError(f"{samples.path}: {height} x {width} px, but {detector.name} reads {side} x {side} px")
+    if min(samples.size) < detector.smallest:
+        least = detector.smallest
+        raise ValueError(f"{samples.path}: {height} x {width} px, {detector.name} needs {least} x {least} px or more")
+
+
+def _seen(
+    pieces: Iterator[NDArray[np.uint8]], detector: Detector, pixels: Pixels, progress: _Progress
+) -> Iterator[Batch]:
+    def noted() -> Iterator[NDArray[np.uint8]]:
+        for images in pieces:
+            pixels.see(images)
+            yield images
+
+    for images in _ahead(noted()):
+        yield {name: value.numpy() for name, value in detector(torch.from_numpy(images)).items()}
+        progress.step(len(images))
+
+
+def _ahead(pieces: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+    """The same pieces, the next one read while the detector looks at this one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="images") as thread:
+        waiting = thread.submit(next, pieces, None)
+        while (images := waiting.result()) is not None:
+            waiting = thread.submit(next, pieces, None)
+            yield images
+
+
+class _Progress:
+    """A line now and then with rate and time to go."""
+
+    def __init__(self, samples: Samples, detector: Detector):
+        self.name, self.left, self.done = f"{samples.path} by {detector.name}", samples.count, 0
+        self.started = self.said = time.monotonic()
+
+    def skip(self, images: int) -> None:
+        """These were looked at before."""
+        self.left -= images
+
+    def step(self, images: int) -> None:
+        """These have been looked at now."""
+        self.done += images
+        self.left -= images
+        now = time.monotonic()
+        if now - self.said >= EVERY:
+            rate = self.done / (now - self.started)
+            log.info("%s: %d images to go  %.1f images/s  %s", self.name, self.left, rate, clock(self.left / rate))
+            self.said = now
+
+
+# ---- kept features
+
+
+def _recipe(samples: Samples, detector: Detector) -> dict[str, Any]:
+    return {"detector": detector.identity, "outputs": dict(detector.outputs), "files": samples.stamp()}
+
+
+def _place(folder: Path, samples: Samples, recipe: Mapping[str, Any]) -> Path:
+    stem = re.sub(r"[^\w.-]+", "-", samples.path.resolve().stem)[:60]
+    return folder / f"{stem}-{artefact.fingerprint(recipe)}"
+
+
+def _kept(folder: Path, samples: Samples, detector: Detector) -> Store | None:
+    """Features of these very images by this detector: the same files untouched, or other files with the same pixels."""
+    recipe = _recipe(samples, detector)
+    own = _place(folder, samples, recipe)
+    if (own / MANIFEST).exists():
+        return Store.open(own, kind="features", key=artefact.fingerprint(recipe), recipe=recipe)
+    others = [path.parent for path in sorted(folder.glob(f"*/{MANIFEST}"))]
+    found = [artefact.read_json(path / MANIFEST, "store") for path in others]
+    fitting = {
+        manifest["pixels"]["identity"]: path
+        for path, manifest in zip(others, found, strict=True)
+        if manifest.get("detector") == detector.identity
+        and manifest.get("pixels", {}).get("images") == samples.count
+        and manifest["fields"].keys() >= detector.outputs.keys()
+    }
+    same = fitting.get(samples.identity()) if fitting else None
+    return None if same is None else Store.open(same, kind="features")
+
+
+def _keep(folder: Path, samples: Samples, detector: Detector, batch: int) -> Store:
+    """Look, and keep what is seen: shards that an interrupted pass has finished are not looked at again."""
+    recipe = _recipe(samples, detector)
+    key, place = artefact.fingerprint(recipe), _place(folder, samples, recipe)
+    shards = -(-samples.count // SHARD)
+    spans = [shard_range(samples.count, shard, shards) for shard in range(shards)]
+    pieces = samples.cut(min(batch, len(span) - low) for span in spans for low in range(0, len(span), batch))
+    pixels, progress, started = Pixels(samples), _Progress(samples, detector), time.monotonic()
+    common: dict[str, Any] = {"kind": "features", "key": key, "recipe": recipe, "shards": shards}
+    inputs = {"weights": detector.about["weights"]}
+    for shard, span in enumerate(spans):
+        mine = itertools.islice(pieces, -(-len(span) // batch))
+        if shard_path(place, shard, shards).exists():
+            for images in mine:
+                pixels.see(images)
+            progress.skip(len(span))
+            continue
+        write_shard(
+            place,
+            **common,
+            shard=shard,
+            total=samples.count,
+            fields={name: ((width,), "float32") for name, width in detector.outputs.items()},
+            batches=_seen(mine, detector, pixels, progress),
+            provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
+            facts={"detector": detector.identity, "about": detector.about},
+        )
+    provenance = artefact.provenance(key=key, recipe=recipe, inputs=inputs, seconds=time.monotonic() - started)
+    join(place, **common, splits={}, provenance=provenance, extra={"pixels": pixels.facts()})
+    return Store.open(place, kind="features", key=key, recipe=recipe)

@@ -1,0 +1,202 @@
+"""Cosines between the gradients of alignment and denoising, measured while training and without a trace in it.
+
+The losses are those of training, in its precision, of the weights as they are and not of their average. Images, latent
+draws and noise are the same at every reading, no label is dropped, and each image is seen at every time asked for.
+Parameters get no gradient, and DDP, which waits for those, hears nothing: `torch.autograd.grad` hands them out.
+
+M images, S groups of them, T times, P numbers of a block, W processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from haste.align import angle as angles
+from haste.align.triggers import Angle, block_of
+from haste.data.batches import Batch, Batches
+from haste.train.distributed import Group
+from haste.train.step import Objective, draws_negatives, gather_negatives, weight_of
+
+if TYPE_CHECKING:
+    from haste.teachers.targets import TeacherTargets
+
+CHUNK = 2**18  # numbers of a block whose inner products are taken at once, in float64
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What one pass over the images measures: of these terms together, by each of the blocks, at each of the times."""
+
+    done: int
+    images: int
+    shards: int
+    terms: tuple[str, ...]
+    times: tuple[float, ...]
+    blocks: tuple[int, ...]
+
+
+class Angles:
+    """What triggers ask for of angles. What two of them ask for at one step is measured once."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        batches: Batches,
+        group: Group,
+        *,
+        part: int,
+        teacher_targets: Callable[[Batch], dict[str, TeacherTargets]],
+        precision: Callable[[], AbstractContextManager[Any]],
+        scale: Callable[[Tensor], Tensor],
+        compiled: bool,
+    ):
+        """
+        Args:
+            objective: the losses, not wrapped.
+            batches: of training; its images are measured with.
+            group: the processes; each takes its share of the images.
+            part: images a pass of the networks.
+            teacher_targets: what the teachers say of a batch.
+            precision: what the networks compute in.
+            scale: of a loss, so that small gradients are not lost in fp16. A cosine has no scale.
+            compiled: whether the networks are. Here they run as they are written: other numbers of images would be
+                compiled anew, and training might then run the code that was made for these.
+        """
+        self.objective, self.batches, self.group, self.part = objective, batches, group, part
+        self.teacher_targets, self.precision, self.scale, self.compiled = teacher_targets, precision, scale, compiled
+        self.known: dict[Pass, NDArray[np.float64]] = {}
+
+    def values(self, done: int, kind: str, asked: Mapping[str, Angle]) -> dict[str, float]:
+        """What a trigger needs of angles, by its names. Everybody must call it.
+
+        Args:
+            done: steps done. Terms and weights are those of the last of them.
+            kind: the term that the trigger watches.
+            asked: by name.
+        """
+        found, alike = {}, dict[tuple[int, int, str], dict[str, Angle]]()
+        for name, one in asked.items():
+            alike.setdefault((one.images, one.shards, one.of), {})[name] = one
+        for (images, shards, of), mine in alike.items():
+            terms = (kind,) if of == "own" else tuple(self.objective.terms)
+            default = (block_of({name: self.objective.terms[name] for name in terms}),)
+            times = sorted({t for one in mine.values() for t in one.times})
+            blocks = sorted({block for one in mine.values() for block in one.block or default})
+            products = self._once(Pass(done, images, shards, terms, tuple(times), tuple(blocks)))
+            cosines, left_out = angles.cosines(products)  # (T, blocks) and (T, blocks, S)
+            for name, one in mine.items():
+                at = np.ix_([times.index(t) for t in one.times], [blocks.index(b) for b in one.block or default])
+                error = one.error
+                found[name] = angles.jackknife(left_out[at].mean(axis=(0, 1))) if error else float(cosines[at].mean())
+        return found
+
+    def _once(self, asked: Pass) -> NDArray[np.float64]:
+        if asked not in self.known:
+            self.known = {other: products for other, products in self.known.items() if other.done == asked.done}
+            plainly = torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
+            with plainly:
+                self.known[asked] = self._products(asked)
+        return self.known[asked]
+
+    def _products(self, asked: Pass) -> NDArray[np.float64]:
+        """Inner products of the groups' gradients, (T, blocks, 2, S, 2, S): of alignment first, of denoising second."""
+        indices = self.batches.reading_indices(asked.images)
+        negatives = self._negatives(indices)
+        blocks = [_parameters(self.objective, block) for block in asked.blocks]
+        groups = min(asked.shards, len(indices))
+        kept: list[list[Tensor]] = [[] for _ in blocks]  # by block and group: this process's part of P, (T, 2, P / W)
+        for number in range(groups):
+            rows = _share(range(len(indices)), number, groups)
+            for mine, summed in zip(kept, self._sums(indices, rows, asked, blocks, negatives), strict=True):
+                own = _share(range(summed.shape[-1]), self.group.rank, self.group.size)
+                mine.append(summed[..., own.start : own.stop].to(blocks[0][0].dtype, copy=True))
+        found = torch.stack([_inner(mine) for mine in kept], dim=1)  # (T, blocks, 2 S, 2 S)
+        products = self.group.total(found).cpu().numpy()
+        return products.reshape(*products.shape[:2], 2, groups, 2, groups)
+
+    def _sums(
+        self,
+        indices: NDArray[np.int64],
+        rows: range,
+        asked: Pass,
+        blocks: Sequence[Sequence[Tensor]],
+        negatives: tuple[Tensor, Tensor] | None,
+    ) -> list[Tensor]:
+        """Gradients summed over a group of images and over the processes: for each block (T, 2, P) float64."""
+        parameters = [parameter for block in blocks for parameter in block]
+        sizes = [sum(parameter.numel() for parameter in block) for block in blocks]
+        sums = torch.zeros(len(asked.times), 2, sum(sizes), dtype=torch.float64, device=self.group.device)
+        for batch, seen in self._looked_at(indices, _share(rows, self.group.rank, self.group.size)):
+            for place, t in enumerate(asked.times):
+                now = dataclasses.replace(batch, t=torch.full_like(batch.t, t))
+                losses = self._losses(now, seen, negatives, asked, t)
+                for which in (0, 1):  # the last to ask for one lets go of what its passes kept
+                    sums[place, which] += _gradient(self.scale(losses.pop(0) * len(batch.t)), parameters)
+        return list(self.group.total(sums).split(sizes, dim=-1))
+
+    def _losses(
+        self,
+        batch: Batch,
+        seen: Mapping[str, TeacherTargets],
+        negatives: tuple[Tensor, Tensor] | None,
+        asked: Pass,
+        t: float,
+    ) -> list[Tensor]:
+        """Alignment, by the weights of the last step and without terms for which nothing counts at t; and denoising."""
+        with self.precision():
+            found = self.objective(batch, seen, negatives)
+        terms = {kind: self.objective.terms[kind] for kind in asked.terms}
+        counts = {kind: term for kind, term in terms.items() if t >= term.get("t_min", 0)}
+        losses = [weight_of(term, asked.done - 1) * found[kind] for kind, term in counts.items()]
+        return [torch.stack(losses).sum(), found["denoising"]]
+
+    def _looked_at(self, indices: NDArray[np.int64], rows: range) -> Iterator[tuple[Batch, dict[str, TeacherTargets]]]:
+        """Some of the images in parts, with what the teachers say of them."""
+        for low in range(0, len(rows), self.part):
+            batch = self.batches.measured(indices, rows[low : low + self.part]).to(self.group.device)
+            yield batch, self.teacher_targets(batch)
+
+    def _negatives(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor] | None:
+        """Where training compares with tokens of its whole batch: those of the first images, as many as a batch has."""
+        terms = self.objective.terms
+        if not draws_negatives(terms):
+            return None
+        teacher, size = terms["features"]["teacher"], min(self.batches.size, len(indices))
+        rows = _share(range(size), self.group.rank, self.group.size)
+        looked = self._looked_at(indices, rows or range(1))  # who has none learns how wide they are
+        features = torch.cat([f for _, seen in looked if (f := seen[teacher].features) is not None])[: len(rows)]
+        return gather_negatives(features, rows, terms, seed=self.batches.seed, step=0, size=size, group=self.group)
+
+
+def _share(whole: range, part: int, parts: int) -> range:
+    """One of so many parts, which differ by one at most."""
+    return whole[len(whole) * part // parts : len(whole) * (part + 1) // parts]
+
+
+def _parameters(objective: Objective, block: int) -> list[Tensor]:
+    return [p for p in objective.model.block_list[block - 1].parameters() if p.requires_grad]
+
+
+def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """(P,), 0 where the loss does not depend on a parameter."""
+    found = torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in found])
+
+
+def _inner(groups: Sequence[Tensor]) -> Tensor:
+    """S tensors (T, 2, P) -> their inner products, (T, 2 S, 2 S) float64, a piece of P at a time."""
+    times, _, size = groups[0].shape
+    found = groups[0].new_zeros(times, 2 * len(groups), 2 * len(groups), dtype=torch.float64)
+    for low in range(0, size, CHUNK):
+        piece = torch.stack([one[..., low : low + CHUNK] for one in groups], dim=2).double().flatten(1, 2)
+        found += piece @ piece.mT
+    return found

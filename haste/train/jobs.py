@@ -1,0 +1,77 @@
+"""What the rules on small networks do for a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from haste.files.store import Store
+from haste.plan.names import Artefact
+from haste.plan.plan import Plan
+from haste.train import small_networks
+
+MOST_IMAGES = 50_000  # what a network that trains in minutes looks at
+
+
+def train_autoencoder(plan: Plan) -> None:
+    """Train the small autoencoder.
+
+    Raises:
+        ValueError: the configuration uses a pretrained one.
+    """
+    part, trained = plan.autoencoder, plan.config.autoencoder.trained
+    if part is None or trained is None:
+        raise ValueError("autoencoder: this configuration uses a pretrained one, there is nothing to train")
+    data = _training_images(plan)
+    images = {name: data[name] for name in ("images", "held_out")}
+    small_networks.train_autoencoder(**images, **trained.model_dump(), **_about(part))
+
+
+def train_teacher(plan: Plan, name: str) -> None:
+    """Train one of the small teachers.
+
+    Raises:
+        ValueError: the configuration trains none of this name.
+    """
+    part = plan.teachers.get(name)
+    if part is None:
+        raise ValueError(f"teacher {name!r}: not one that this configuration trains")
+    trained = plan.config.teachers[name].trained
+    assert trained is not None
+    small_networks.train_teacher(**_training_images(plan), **trained.model_dump(), **_about(part))
+
+
+def train_detector(plan: Plan, name: str | None) -> None:
+    """Train one of the small detectors; without a name, the only one.
+
+    Raises:
+        ValueError: the configuration trains none of this name; or several, and there is no name.
+    """
+    mine = {name: detector.part for name, detector in plan.detectors.items() if detector.part}
+    name = name or (next(iter(mine)) if len(mine) == 1 else None)
+    if name not in mine:
+        found = "no name" if name is None else f"{name!r}"
+        raise ValueError(f"detector: {found} given, expected one that is trained here: {', '.join(mine) or 'none is'}")
+    trained = plan.config.detector[name].trained
+    assert trained is not None
+    turns = not plan.config.images.classes
+    small_networks.train_detector(**_training_images(plan), **trained.model_dump(), **_about(mine[name]), turns=turns)
+
+
+def _about(part: Artefact) -> dict[str, Any]:
+    return {"out": Path(part.folder), "name": part.name, "key": part.key, "recipe": part.recipe}
+
+
+def _training_images(plan: Plan) -> dict[str, Any]:
+    """Images in memory for the small networks: all of a small set, evenly spaced ones of a large set."""
+    store, found = Store.of(plan.images), {}
+    for split, images, labels in (("train", "images", "labels"), ("held_out", "held_out", "held_out_labels")):
+        rows = _spread(store.range(split))
+        found[images], found[labels] = store.read("image", rows), store.read("label", rows)
+        if not plan.config.images.classes:  # without labels, a task that needs none
+            found[images], found[labels] = small_networks.quarter_turns(found[images])
+    return found
+
+
+def _spread(rows: range) -> range:
+    return rows[:: -(-len(rows) // MOST_IMAGES) or 1]

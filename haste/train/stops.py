@@ -1,0 +1,131 @@
+"""Where triggers stopped alignment: `termination.json` in a trajectory's folder, and what it says of a run. No torch.
+
+A state's header has, in `triggers`, what each trigger has read and decided so far. The file repeats what led to a stop,
+for people and for the report; it is written after the state at the stop, and again by any later start that misses it.
+Until then the newest state is believed beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from haste.align.triggers import Reading
+from haste.files import artefact
+from haste.files.provenance import STATE_NAME, provenance_of
+from haste.plan.names import Piece, Segment
+from haste.plan.plan import Plan
+
+FILE, KIND = "termination.json", "termination"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopped:
+    """What stopped a term: after how many steps, by which trigger, and why in words."""
+
+    step: int
+    trigger: str
+    reason: str
+
+
+def write(folder: Path, header: Mapping[str, Any]) -> None:
+    """Write the file where a state's header tells of a stop on its own trajectory that the file does not tell of.
+
+    Args:
+        folder: the trajectory's.
+        header: of a state.
+    """
+    own = _own(header)
+    if not own or _terms(folder) == own:
+        return
+    made = artefact.provenance(key=header["key"], recipe=header["recipe"], inputs=header["inputs"])
+    about = {"schema": artefact.SCHEMA, "kind": KIND, "key": header["key"], "trajectory": header["trajectory"]}
+    artefact.write_json(folder / FILE, {**about, "terms": own, "provenance": made})
+
+
+def _own(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What stopped terms on the trajectory of a state, as its header tells it."""
+    return {
+        kind: {
+            **record["stopped"],
+            "trigger": record["trigger"],
+            "seconds": record["seconds"],
+            "readings": record["readings"],
+        }
+        for kind, record in header.get("triggers", {}).items()
+        if record["stopped"] is not None and record["stopped"]["trajectory"] == header["trajectory"]
+    }
+
+
+def _terms(folder: Path) -> dict[str, Any]:
+    """What the file says, by term; nothing where there is none or it is damaged: a start of training mends it."""
+    try:
+        return _checked(folder / FILE, artefact.read_json(folder / FILE, KIND)["terms"])
+    except (ValueError, KeyError):
+        return {}
+
+
+def _checked(path: Path, terms: Any) -> dict[str, Any]:
+    artefact.check_entries(path, {"terms": terms}, terms=dict)
+    for term in terms.values():
+        artefact.check_entries(path, term, step=int, trigger=dict, reason=str)
+    return terms
+
+
+def _in_newest_state(folder: Path) -> dict[str, Any]:
+    """What the newest state that can be read says, by term: a state knows of all stops before it."""
+    paths = [*folder.glob("step-*"), *folder.glob("rolling/step-*")]
+    steps = {path: int(match[1]) for path in paths if (match := STATE_NAME.match(path.name))}
+    for path in sorted(steps, key=steps.__getitem__, reverse=True):
+        try:
+            return _checked(path, _own(provenance_of(path)))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):  # damaged, or gone while we look
+            continue
+    return {}
+
+
+def read(folder: Path) -> dict[str, Stopped]:
+    """Term -> what stopped it on a trajectory, as the file and the newest state say; nothing where none was stopped."""
+    terms = _in_newest_state(folder) | _terms(folder)
+    return {
+        kind: Stopped(term["step"], str(term["trigger"].get("trigger")), term["reason"]) for kind, term in terms.items()
+    }
+
+
+def history(state: Path | str) -> dict[str, list[Reading]]:
+    """Term -> all readings of its trigger, as a state has them: what `haste.align.triggers.replayed` looks at.
+
+    Raises:
+        ValueError: no state.
+    """
+    records = provenance_of(Path(state)).get("triggers", {})
+    return {
+        kind: [
+            Reading(r["step"], {name: value for name, value in r.items() if name != "step"}) for r in record["readings"]
+        ]
+        for kind, record in records.items()
+    }
+
+
+def along(plan: Plan, run: str, seed: int) -> dict[str, Stopped]:
+    """Term -> what stopped it in a run with one seed, up to its last milestone."""
+    return _up_to(plan, plan.pieces[run, seed], plan.config.runs[run].milestones[-1])
+
+
+def left(plan: Plan, segment: Segment) -> list[str]:
+    """The terms that are still active where a segment starts, as far as is known now."""
+    stopped = _up_to(plan, segment.pieces, segment.start)
+    return [kind for kind in segment.terms if kind not in stopped]
+
+
+def _up_to(plan: Plan, pieces: Iterable[Piece], last: int) -> dict[str, Stopped]:
+    found = dict[str, Stopped]()
+    for piece in pieces:
+        if not any("trigger" in term for term in plan.trajectories[piece.trajectory].recipe["terms"].values()):
+            continue  # and its states need not be opened
+        high = last if piece.high is None else min(last, piece.high)
+        stopped = read(Path(plan.root, "states", piece.trajectory))
+        found |= {kind: one for kind, one in stopped.items() if piece.low <= one.step <= high}
+    return found

@@ -1,0 +1,75 @@
+"""Weights from elsewhere in a plan: what training begins from, and rows that were trained elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from haste.models.build import build_model
+from haste.models.checkpoints import Checkpoint
+from haste.models.denoiser import Denoiser
+from haste.models.exchange import open_weights, shape_in, weights_by_recipe
+from haste.plan.plan import Plan
+from haste.train.state import Learner
+
+log = logging.getLogger("haste.exchange")
+
+
+def model_elsewhere(plan: Plan, trajectory: str) -> Denoiser:
+    """The model of a row that was trained elsewhere.
+
+    Raises:
+        ValueError: the file is refused, is not the model that the configuration says, or changed since it was named.
+    """
+    spec, recipe = plan.elsewhere[trajectory], plan.trajectories[trajectory].recipe
+    found = _known(plan, spec.checkpoint, recipe, spec.layout)
+    said = found.facts.get("path")
+    if said not in (None, spec.path):
+        raise ValueError(f"{spec.checkpoint}: was trained on the {said} path, but the row says {spec.path}")
+    model = build_model(recipe)
+    model.load_state_dict(dict(found.chosen(spec.weights)))
+    return model.requires_grad_(False).eval()
+
+
+def warm_start(plan: Plan, trajectory: str, learner: Learner) -> None:
+    """Put weights from elsewhere into a learner that begins; its optimiser is new.
+
+    A file with one set of weights gives both the model and its average. A projector is taken where the file has one
+    of that shape, else it begins anew.
+
+    Raises:
+        ValueError: the file is refused, is not the recipe's model, or changed since it was named.
+    """
+    recipe = plan.trajectories[trajectory].recipe
+    file = next(file for file, identity in plan.identities.items() if identity == recipe["warm_start"])
+    found = _known(plan, file, recipe, None)
+    sets = dict(found.weights)
+    learner.model.load_state_dict(sets.get("model") or sets["ema"])
+    learner.ema.load_state_dict(sets.get("ema") or sets["model"])
+    if found.facts.get("path") not in (None, recipe["training"]["path"]):
+        log.warning("%s was trained on the %s path, going on with another", file, found.facts["path"])
+    if "features" not in learner.projectors:
+        return
+    head = learner.projectors["features"]
+    fits = [
+        weights
+        for weights in found.projectors
+        if {name: value.shape for name, value in weights.items()}
+        == {name: value.shape for name, value in head.state_dict().items()}
+    ]
+    if len(fits) == 1:
+        head.load_state_dict(dict(fits[0]))
+    log.info("%s: the projector %s", file, "is the file's" if len(fits) == 1 else "begins anew")
+
+
+def _known(plan: Plan, file: str, recipe: Mapping[str, Any], layout: Any) -> Checkpoint:
+    """A file that the plan named by its content, checked to be that content and the recipe's model."""
+    other = "architecture" in recipe["model"]
+    found = weights_by_recipe(file, recipe) if other else open_weights(file, layout=layout, expected=shape_in(recipe))
+    if found.sha256 != plan.identity_of(file):
+        raise ValueError(
+            f"{file}: holds {found.sha256[:12]}, but {plan.identity_of(file)[:12]} when it was named. It changed while "
+            "it was in use; start again"
+        )
+    return found

@@ -1,0 +1,223 @@
+"""Pictures in archives are those of the folder, in its order; what cannot be trusted is refused by name."""
+
+import io
+import random
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from haste.cli import main as cli
+from haste.data import prepare
+from haste.files.store import Store
+
+CLASSES = ("cat", "dog", "emu")
+
+
+def picture(level, suffix="png"):
+    file = io.BytesIO()
+    Image.new("RGB", (12, 9), (level, level // 2, 255 - level)).save(file, format="PNG" if suffix == "png" else "JPEG")
+    return file.getvalue()
+
+
+def pictures():
+    """Name -> content, three classes of four, one of them deeper."""
+    found = {f"{name}/{i}.png": picture(60 * place + i) for place, name in enumerate(CLASSES) for i in range(3)}
+    return {**found, **{f"{name}/deep/x.jpg": picture(60 * place + 9, "jpg") for place, name in enumerate(CLASSES)}}
+
+
+def unpacked(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def packed(path, files, seed=0, method=zipfile.ZIP_STORED):
+    """An archive of files in an order that means nothing."""
+    names = list(files)
+    random.Random(seed).shuffle(names)
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for name in names:
+                archive.writestr(name, files[name])
+        return path
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            add(archive, name, files[name])
+    return path
+
+
+def add(archive, name, content):
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    archive.addfile(entry, io.BytesIO(content))
+
+
+def opened(path, source="archive", holdout=4, **options):
+    return prepare.open_source(source, resolution=8, holdout=holdout, path=path, **options)
+
+
+def seen(source):
+    """Classes, and every picture with its label in order."""
+    loaded = [source.load(i) for i in range(source.count)]
+    return source.classes, [(image.tobytes(), label) for image, label in loaded]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("above", ["", "train/", "./"])
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "deflated.zip"])
+def test_an_archive_gives_what_the_folder_gives_in_whatever_order_it_was_packed(tmp_path, name, above, labelled):
+    folder = opened(unpacked(tmp_path / "in", pictures()), "folder", labelled=labelled)
+    method = zipfile.ZIP_DEFLATED if name.startswith("deflated") else zipfile.ZIP_STORED
+    files = {above + name: content for name, content in pictures().items()}
+    files |= {f"__MACOSX/{above}cat/._0.png": b"no picture", f"{above}notes.txt": b"x"}
+    for seed in (1, 2):
+        archive = opened(packed(tmp_path / name, files, seed, method), labelled=labelled)
+        assert seen(archive) == seen(folder)
+        assert (archive.count, archive.holdout) == (12, 4) and archive.listing == folder.listing
+
+
+def test_archives_of_a_folder_are_taken_together(tmp_path):
+    files, shards = pictures(), tmp_path / "shards"
+    shards.mkdir()
+    packed(shards / "0.tar", dict(list(files.items())[::2]))
+    packed(shards / "1.zip", dict(list(files.items())[1::2]))
+    (shards / "README").write_text("x")
+    assert seen(opened(shards)) == seen(opened(unpacked(tmp_path / "in", files), "folder"))
+
+
+def test_numbers_beside_the_pictures_are_their_labels(tmp_path):
+    files = {f"{i:06d}.jpg": picture(10 * i, "jpg") for i in range(8)}
+    packed(tmp_path / "a.tar", {**files, **{f"{i:06d}.cls": str(i % 3).encode() for i in range(8)}})
+    classes, found = seen(opened(tmp_path / "a.tar", holdout=0))
+    assert classes == ["0", "1", "2"] and [label for _, label in found] == [0, 0, 0, 1, 1, 1, 2, 2]
+    expected = seen(opened(unpacked(tmp_path / "in", files), "folder", holdout=0))[1]
+    assert found[3][0] == expected[1][0]  # the first of label 1 is 000001
+    packed(tmp_path / "b.tar", {**files, **{f"{i:06d}.cls": b"1" for i in range(7)}})
+    with pytest.raises(ValueError, match=r"b\.tar: the label of 000007\.jpg is 'no \.cls beside it'"):
+        opened(tmp_path / "b.tar")
+    packed(tmp_path / "c.tar", {**files, **{f"{i:06d}.cls": b"2" for i in range(8)}})
+    with pytest.raises(ValueError, match="labels up to 2, but no picture has 0"):
+        opened(tmp_path / "c.tar")
+
+
+@pytest.mark.parametrize("name", ["../x.png", "a/../../x.png", "/etc/x.png", "C:\\x.png", "..\\x.png"])
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_a_file_that_climbs_out_is_refused_by_name(tmp_path, name, kind):
+    packed(tmp_path / f"a.{kind}", {**pictures(), name: picture(1)})
+    with pytest.raises(ValueError, match="leads out of the archive") as error:
+        opened(tmp_path / f"a.{kind}")
+    assert repr(name) in str(error.value)
+
+
+def test_an_encrypted_file_is_refused_by_name(tmp_path):
+    path = packed(tmp_path / "a.zip", {"cat/0.png": picture(1), "cat/1.png": picture(2)})
+    content = bytearray(path.read_bytes())
+    place = content.rindex(b"PK\x01\x02")  # the last entry of the directory; its flags say that it is encrypted
+    content[place + 8] |= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.zip: 'cat/[01]\.png' is encrypted"):
+        opened(path)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.99])
+def test_a_truncated_archive_is_refused_by_name(tmp_path, kind, share):
+    path = packed(tmp_path / f"a.{kind}", pictures())
+    content = path.read_bytes()
+    if kind == "tar":
+        content = content.rstrip(b"\0")  # what stands behind its end says nothing
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=rf"a\.{kind}: .*truncated"):
+        opened(path)
+
+
+def test_a_tar_that_is_cut_between_two_files_is_refused(tmp_path):
+    path = packed(tmp_path / "a.tar", pictures())
+    with tarfile.open(path) as archive:
+        cut = archive.getmembers()[5].offset
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ValueError, match="truncated after 5 entries, it has no end"):
+        opened(path)
+
+
+def test_what_is_no_archive_is_refused(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"no tar")
+    (tmp_path / "a.zip").write_bytes(b"no zip")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        add(archive, "cat/0.png", picture(1))
+    (tmp_path / "empty").mkdir()
+    packed(tmp_path / "none.tar", {"cat/notes.txt": b"x"})
+    for name, words in [
+        ("a.tar", "expected a .tar, found a truncated or foreign file"),
+        ("a.zip", "expected a .zip, found a truncated or foreign file"),
+        ("a.tar.gz", "compressed as a whole"),
+        ("empty", "a folder without archives"),
+        ("gone.zip", "found nothing"),
+        ("none.tar", "found no pictures"),
+    ]:
+        with pytest.raises(ValueError, match=words) as error:
+            opened(tmp_path / name)
+        assert name in str(error.value)
+
+
+def test_a_name_that_stands_there_twice_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        add(archive, "cat/0.png", picture(1))
+        add(archive, "./cat/0.png", picture(2))
+    with pytest.raises(ValueError, match=r"'\./cat/0\.png' is twice|'cat/0\.png' is twice"):
+        opened(tmp_path / "a.tar")
+
+
+def test_a_damaged_file_or_a_link_is_one_bad_picture_and_the_others_can_be_used(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i in range(3):
+            add(archive, f"cat/{i}.png", picture(i))
+        link = tarfile.TarInfo("cat/3.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+        add(archive, "cat/4.png", b"")
+    bad = prepare.check(opened(tmp_path / "a.tar", holdout=1))
+    assert sorted(bad) == [("3.png", "a link in the archive, or no regular file"), ("4.png", "an empty file")]
+    path = packed(tmp_path / "a.zip", {f"cat/{i}.png": picture(i) for i in range(3)})
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 6] ^= 255  # inside one picture: its checksum is wrong
+    path.write_bytes(content)
+    ((name, reason),) = prepare.check(opened(path, holdout=1))
+    assert name.endswith(".png") and "damaged in the archive (Bad CRC-32" in reason
+
+
+def test_threads_read_the_same_pictures(tmp_path):
+    for kind in ("zip", "tar"):
+        path = packed(tmp_path / f"a.{kind}", {f"cat/{i:03d}.png": picture(i) for i in range(100)})
+        source = opened(path, holdout=0)
+        alone, together = (
+            [image for batch in prepare._attempts(source, range(100), workers) for image, _ in batch]
+            for workers in (1, 4)
+        )
+        assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_a_configuration_with_an_archive_makes_the_latents_of_the_folder(tiny, tmp_path):
+    import yaml
+
+    files = {f"{name}/{i}.png": picture(80 * place + i) for place, name in enumerate("ab") for i in range(20)}
+    unpacked(tmp_path / "in", files)
+    packed(tmp_path / "in.zip", {f"in/{name}": content for name, content in files.items()})
+    found = []
+    for source, path in (("folder", "in"), ("archive", "in.zip")):
+        images = {"source": source, "path": str(tmp_path / path), "resolution": 8, "classes": 2, "holdout": 8}
+        root = tmp_path / f"results-{source}"
+        autoencoder = {**tiny["autoencoder"], "shards": 1}
+        config = {**tiny, "images": images, "autoencoder": autoencoder, "results": str(root)}
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+        for step in (["images", "--shard", "0"], ["images", "--join"], ["autoencoder"], ["latents", "--shard", "0"],
+                     ["latents", "--join"], ["plan"]):  # fmt: skip
+            assert cli.main([*step, "-c", str(tmp_path / "c.yaml")]) == 0, step
+        (folder,) = root.glob("stores/latents-*")
+        with Store.open(folder) as store:
+            found.append({name: store.read(name, range(store.count)).tobytes() for name in store.fields})
+    assert found[0] == found[1] and found[0]

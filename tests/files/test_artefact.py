@@ -1,0 +1,30 @@
+import multiprocessing
+import time
+
+import torch
+from safetensors.torch import save_file
+
+from haste.files import artefact
+
+
+def _write_for_ever(path):
+    big = {"x": torch.zeros(20_000_000)}
+    while True:
+        with artefact.replacing(path) as aside:
+            save_file(big, aside)
+
+
+def test_sweep_removes_all_that_a_killed_writer_leaves_also_what_safetensors_itself_writes_aside(tmp_path):
+    kept = [tmp_path / "log.jsonl", tmp_path / ".lock"]
+    for file in kept:
+        file.write_text("kept")
+    writer = multiprocessing.get_context("fork").Process(target=_write_for_ever, args=(tmp_path / "state",))
+    writer.start()
+    end = time.monotonic() + 60
+    while writer.is_alive() and not list(tmp_path.glob(".tmp*")) and time.monotonic() < end:
+        time.sleep(0.001)
+    writer.kill()
+    writer.join()
+    assert set(tmp_path.iterdir()) - {*kept, tmp_path / "state"}
+    artefact.sweep(tmp_path)
+    assert set(tmp_path.iterdir()) - {tmp_path / "state"} == set(kept)

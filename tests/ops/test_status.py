@@ -1,0 +1,295 @@
+"""`haste status` says what is going on, at any moment, and disturbs nobody."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from haste.cli import main as cli
+from haste.cluster import job
+from haste.files import artefact
+from haste.ops import status
+from haste.plan.plan import Plan
+from haste.train import loop
+
+HOLD = """
+import sys, time
+from haste import artefact
+with artefact.holding(sys.argv[1], "a trajectory"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    """This machine's own SLURM, where it has one, is nobody's business here."""
+    places = [place for place in os.environ["PATH"].split(":") if not Path(place, "squeue").exists()]
+    monkeypatch.setenv("PATH", ":".join(places))
+
+
+@pytest.fixture
+def hold():
+    """A function from a lock's path to a process that holds it."""
+    running = []
+
+    def start(path):
+        process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+        running.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def lines(plan):
+    return {line.run: line for line in status.snapshot(Plan(plan.config)).lines}
+
+
+def folder(plan, run, step):
+    return Path(plan.path(plan.state(run, step))).parent
+
+
+def text(plan, capsys):
+    assert cli.main(["status", "-c", str(plan.file)]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def write_log(where, *records):
+    where.mkdir(parents=True, exist_ok=True)
+    (where / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def record(step, **more):
+    return {"step": step, "denoising": 1.25, "features": -0.5, "grad_norm": 2.0, "images_per_s": 40.0, **more}
+
+
+def test_where_nothing_has_begun_every_run_is_listed_and_nothing_is_written(make_plan, tmp_path, capsys):
+    plan = make_plan(results=str(tmp_path / "nowhere"))
+    said = text(plan, capsys)
+    for run in plan.config.runs:
+        assert run in said
+    assert said.count("not begun") == 4
+    assert f"next: make {plan.images.manifest}, {plan.latents.manifest}" in said
+    assert "0 to 8, aligning nothing" in said
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_in_training_shows_segment_step_rate_time_losses_and_who_works(make_plan, hold, capsys):
+    plan = make_plan(runs={"HASTE": {"alignment": "HASTE", "stop": 12}})
+    where = folder(plan, "HASTE", 8)
+    write_log(where, record(2), record(4, waiting=0.25, time=time.time() - 5, memory_mb=3.0))
+    assert lines(plan)["HASTE"].doing == "paused"
+    holder = hold(where / "lock")
+    line = lines(plan)["HASTE"]
+    assert (line.doing, line.segment) == ("training", "0 to 8, aligning features and attention")
+    assert (line.step, line.last) == (4, 16)
+    assert line.rate == pytest.approx(40 / 8)  # images a second over the batch
+    assert line.to_go == pytest.approx((16 - 4) / 5)
+    assert line.losses == {"denoising": 1.25, "features": -0.5}
+    assert line.waiting == 0.25
+    assert line.age == pytest.approx(5, abs=2)
+    said = text(plan, capsys)
+    assert "4/16" in said and "denoising 1.2500" in said and "25 %" in said
+    holder.kill()
+    holder.wait()
+    assert lines(plan)["HASTE"].doing == "paused"
+
+
+def test_asking_who_holds_a_lock_refuses_nobody_who_wants_it_and_knows_when_it_is_free(tmp_path, hold):
+    path = tmp_path / "lock"
+    assert artefact.holder(path) is None
+    holder = hold(path)
+    found = artefact.holder(path)
+    assert found.at_work and f"process {holder.pid} on " in found.who
+    holder.kill()
+    holder.wait()
+    assert artefact.holder(path) is None  # its text is still there
+    assert path.read_text()
+    with artefact.holding(path, "x"):
+        assert artefact.holder(path).at_work
+
+
+def test_a_lock_of_another_machine_is_told_as_its_file_says(tmp_path):
+    (tmp_path / "lock").write_text("process 12 on node7 since 2026-01-01T00:00:00+00:00: haste train x\n")
+    assert artefact.holder(tmp_path / "lock") == artefact.Holder(
+        "process 12 on node7 since 2026-01-01T00:00:00+00:00: haste train x", None
+    )
+
+
+def test_after_the_stop_the_branch_is_followed_and_a_finished_run_says_so(make_plan):
+    plan = make_plan(runs={"HASTE-12": {"alignment": "HASTE", "stop": 12}})
+    for step in (8, 12):
+        loop.train(plan, plan.state("HASTE-12", step))
+    line = lines(plan)["HASTE-12"]
+    assert (line.step, line.doing, line.segment) == (12, "paused", "12 to 16, aligning nothing")
+    loop.train(plan, plan.state("HASTE-12", 16))
+    line = lines(plan)["HASTE-12"]
+    assert (line.step, line.doing, line.segment, line.to_go) == (16, "finished", "", None)
+    states = [p for p in Path(plan.root, "states").rglob("*") if p.is_file()]
+    assert line.size == sum(path.stat().st_size for path in states)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"step": 6, "denois',
+        b"\xff\xfe\x00 rubbish\n",
+        b'{"step": "six"}\n[1, 2]\nnull\n',
+        b'{"step": 6}\n',
+        b'{"step": 6, "denoising": "low", "images_per_s": null, "time": "noon", "waiting": []}\n',
+        b'{"step": 6, "denoising": NaN, "images_per_s": 0}\n',
+    ],
+)
+def test_a_damaged_log_is_read_as_far_as_it_goes(make_plan, damage, capsys):
+    plan = make_plan(runs={"vanilla": {}})
+    where = folder(plan, "vanilla", 8)
+    write_log(where, record(4))
+    with open(where / "log.jsonl", "ab") as file:
+        file.write(damage)
+    assert "vanilla" in text(plan, capsys)
+    assert lines(plan)["vanilla"].step in (4, 6)
+
+
+def log(plan, name, words, *, age=0.0, done=False):
+    path = Path(plan.folder, "logs", f"{name}.log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(words)
+    os.utime(path, (time.time() - age,) * 2)
+    if done:
+        bench = Path(plan.folder, "benchmarks", f"{name}.tsv")
+        bench.parent.mkdir(parents=True, exist_ok=True)
+        bench.write_text("s\n1.0\n")
+        os.utime(bench, (time.time() - age,) * 2)
+
+
+def test_jobs_are_told_apart_by_their_logs_and_what_failed_by_its_last_words(make_plan, hold, capsys):
+    plan = make_plan()
+    log(plan, "images-00000-of-00002", "all well\n", age=50, done=True)
+    log(plan, "latents-00000-of-00002", "half\n12:00:01 haste.latents: 10/20\n", age=3)
+    log(plan, "detector", "warming up\nhaste detector: the loss is nan at step 3\n", age=9)
+    log(plan, "teacher-abc", "Traceback (most recent call last):\n  File x\nKeyError: 'y'\n", age=20)
+    hold(Path(plan.root, ".lock"))
+    said = text(plan, capsys)
+    assert "the workflow is at work: process " in said
+    since = r"0:00:\d\d since its last word"
+    assert re.search(rf"running: latents-00000-of-00002, {since}: 12:00:01 haste.latents: 10/20", said)
+    assert re.search(rf"failed: detector, {since}: haste detector: the loss is nan at step 3", said)
+    assert "failed: teacher-abc" in said and "KeyError: 'y'" in said
+    assert "images-00000" not in said
+
+
+def test_without_a_workflow_a_job_that_did_not_end_was_interrupted(make_plan):
+    plan = make_plan()
+    log(plan, "latents-00000-of-00002", "10/20\n", age=3)
+    log(plan, "detector", "haste detector: no\n", age=9)
+    log(plan, "detector", "begun again and ended well\n", age=5, done=True)
+    states = {job.name: job.state for job in status.snapshot(plan).jobs}
+    assert states == {"latents-00000-of-00002": "interrupted", "detector": "done"}
+
+
+def test_what_is_next_starts_from_what_is_on_disk(make_plan):
+    plan = make_plan(runs={"vanilla": {}})
+    (train, score) = status.snapshot(plan).next
+    assert train == f"train {plan.state('vanilla', 8).trajectory} from step 0 to 8, aligning nothing"
+    assert score.startswith("sample and score 2 sets of samples, 0 of them")
+    loop.train(plan, plan.state("vanilla", 8))
+    (train, score) = status.snapshot(Plan(plan.config)).next
+    assert "from step 8 to 16" in train and "1 of them of states on disk" in score
+
+
+def test_disk_is_counted_by_room_also_while_files_come_and_go(make_plan):
+    plan = make_plan()
+    disk = status.snapshot(plan).disk
+    stores = sum(path.stat().st_size for path in Path(plan.root, "stores").rglob("*") if path.is_file())
+    assert disk["stores"] == stores > 0
+    assert disk["samples"] == 0
+    shutil.rmtree(plan.root)
+    assert set(status.snapshot(plan).disk.values()) == {0}
+
+
+def test_what_a_clusters_queue_says_stands_beside_the_run_that_waits(make_plan):
+    plan = make_plan(runs={"vanilla": {}})
+    view = status.snapshot(plan, lambda _: {plan.state("vanilla", 8): "job 7 PENDING (Priority)"})
+    assert (view.lines[0].queued, view.lines[0].doing) == ("job 7 PENDING (Priority)", "waits in the queue")
+
+
+def test_a_run_whose_job_was_put_back_into_the_queue_waits_whatever_its_old_lock_says(make_plan):
+    plan = make_plan(runs={"vanilla": {}})
+    where = folder(plan, "vanilla", 8)
+    write_log(where, record(4, time=time.time()))
+    (where / "lock").write_text("process 12 on node7 since 2026-01-01T00:00:00+00:00: haste train x\n")
+    for queued, doing in (
+        ("PENDING (BeginTime)", "waits in the queue"),
+        ("RUNNING on n2", "training, as its lock says"),
+    ):
+        (line,) = status.snapshot(plan, lambda _, queued=queued: {plan.state("vanilla", 8): f"job 7 {queued}"}).lines
+        assert (line.doing, line.step, line.rate) == (doing, 4, 5.0)
+        assert line.to_go == pytest.approx((16 - 4) / 5)
+
+
+def test_jobs_of_the_other_stages_are_counted_by_rule_and_state(make_plan, monkeypatch, tmp_path, capsys):
+    plan, here = make_plan(runs={"vanilla": {}}), os.getcwd()
+    lines = [
+        f"{state}|{here}|rule_sample_wildcards_x.{n}|0" for n, state in enumerate(["RUNNING", "PENDING", "PENDING"])
+    ]
+    lines += [
+        f"RUNNING|{here}|rule_images_check",
+        f"RUNNING|{here}|(null)",
+        "RUNNING|/elsewhere|rule_sample",
+        "garbled",
+    ]
+    squeue = tmp_path / "squeue"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    said = "; ".join(f"echo '{line}'" for line in lines)
+    squeue.write_text(f'#!/bin/sh\ncase "$*" in *--me*--array*) {said};; esac\n')
+    squeue.chmod(0o755)
+    assert status.snapshot(plan).queue == ["images_check: 1 RUNNING", "sample: 2 PENDING, 1 RUNNING"]
+    assert "in the queue: sample: 2 PENDING, 1 RUNNING" in text(plan, capsys)
+
+
+def test_slurms_own_queue_is_asked_where_there_is_one_and_its_silence_is_said(make_plan, monkeypatch, tmp_path, capsys):
+    plan = make_plan(runs={"vanilla": {}})
+    name = job.name(plan, plan.state("vanilla", 8))
+    squeue = tmp_path / "squeue"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    squeue.write_text(f"#!/bin/sh\necho '12|RUNNING|n2|None|{name}'\n")
+    squeue.chmod(0o755)
+    assert status.snapshot(plan).lines[0].queued == "job 12 RUNNING on n2"
+    squeue.write_text(f"#!/bin/sh\necho '13|PENDING||Priority|{name}'\n")
+    assert "job 13 PENDING (Priority)" in text(plan, capsys)
+    squeue.write_text("#!/bin/sh\necho 'slurm_load_jobs error' >&2; exit 1\n")
+    assert "note: the cluster's queue does not answer" in text(plan, capsys)
+
+
+def test_a_checkpoint_from_elsewhere_is_a_line_too(make_plan, tmp_path, capsys):
+    trained = make_plan(runs={"vanilla": {}})
+    loop.train(trained, trained.state("vanilla", 8))
+    file = trained.path(trained.state("vanilla", 8))
+    row = {"checkpoint": file, "model": "dot", "sampling": ["quick"], "step": 8}
+    plan = make_plan(runs={}, evaluate={"public": row})
+    assert "public" in text(plan, capsys)
+    (line,) = status.snapshot(plan).lines
+    assert line.doing == "trained elsewhere, 0 of 1 sets of samples scored"
+
+
+def test_watching_looks_again_until_it_is_interrupted(make_plan, monkeypatch, capsys):
+    plan, naps = make_plan(runs={"vanilla": {}}), []
+
+    def nap(seconds):
+        naps.append(seconds)
+        if len(naps) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(status, "sleep", nap)
+    assert cli.main(["status", "--watch", "2", "-c", str(plan.file)]) == 130
+    assert naps == [2.0, 2.0, 2.0]

@@ -1,0 +1,274 @@
+"""From a plan's finished files to a report: what is there is shown, what is missing is named."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from haste import config
+from haste.files import artefact, journal
+from haste.plan.plan import Plan
+from haste.report import (
+    figures,
+    gather,
+    page,
+    papers,
+    tables,
+)
+from haste.report.content import Benchmark
+from haste.sampling import grids
+from haste.sampling.grids import GAP
+
+ROOT = Path(__file__).parents[2]
+RAMP = "features over 4 steps, attention over 4 steps, cosine"
+
+
+def plan_of(tiny, folder, **changes):
+    return Plan(config.resolve({**tiny, "results": str(folder), **changes}))
+
+
+def imagenet(folder):
+    """The configuration of the papers' tables; the reference lies elsewhere, and its content does not matter here."""
+    raw = config.read(ROOT / "config" / "imagenet256.yaml")
+    (folder / "reference.npz").write_bytes(b"")
+    raw["detector"]["inception"]["reference"] = str(folder / "reference.npz")
+    return Plan(config.resolve({**raw, "results": str(folder)}))
+
+
+def write_scores(plan, skip=(), **detector):
+    """Hand-made scores of every row but some (run, seed, step)."""
+    for place, row in enumerate(plan.rows):
+        if (row.run, row.seed, row.step) in skip:
+            continue
+        path = Path(row.evaluation.score)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        score = {
+            "schema": 1,
+            "kind": "score",
+            "state": {"trajectory": row.evaluation.state.trajectory, "step": row.step},
+            "sampling": row.evaluation.sampling.model_dump(mode="json"),
+            "detector": {"name": "called otherwise", "identity": "d", **detector},
+            "samples": 20,
+            "reference": {"images": 1700, "identity": "r"},
+            "scores": {"fd": 50.0 + place},
+            "provenance": {"made": "by hand"},
+        }
+        path.write_text(json.dumps(score))
+
+
+ROWS = {"vanilla": {"seeds": [0, 1, 2]}, "HASTE-12": {"alignment": "HASTE", "stop": 12, "seed": 1}}
+
+
+def test_every_seed_is_gathered_and_a_line_is_their_mean(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path, runs=ROWS)
+    write_scores(plan)
+    found = gather.report(plan)
+    assert [(r.run, r.seed, r.step) for r in found.rows] == [(r.run, r.seed, r.step) for r in plan.rows]
+    assert found.seeds == {"vanilla": [0, 1, 2], "HASTE-12": [1]}
+    assert not any("Not scored" in note for note in found.notes)
+    (table,) = tables.main_tables(found)
+    # Rows are counted seed by seed, two steps each: vanilla at step 8 has 50, 52 and 54.
+    cell = table.column("FD (cnn)")[0]
+    assert (cell.value, cell.spread) == (52.0, 2.0)
+    assert {row.score["detector"]["name"] for row in found.rows} == {"cnn"}  # as this configuration calls it
+
+
+def test_a_score_that_another_configuration_made_is_told_in_this_ones_words(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path)
+    write_scores(plan)
+    for row in plan.rows:
+        made = json.loads(Path(row.evaluation.score).read_text())
+        made["sampling"] |= {"name": "theirs", "preset": "sde-250", "decoder": "their words"}
+        Path(row.evaluation.score).write_text(json.dumps({**made, "state": {**made["state"], "step": 999}}))
+    found = gather.report(plan)
+    for shown, row in zip(found.rows, plan.rows, strict=True):
+        sampling = shown.score["sampling"]
+        assert (sampling["name"], sampling["preset"]) == (row.evaluation.sampling_name, None)
+        assert shown.score["state"]["step"] == row.step
+    assert set(tables.results(found)["decoder"]) == {"trained here"}
+
+
+def test_every_row_names_its_decoder(tmp_path):
+    plan = imagenet(tmp_path)
+    write_scores(plan, kind="inception")
+    found = gather.report(plan)
+    assert set(tables.results(found)["decoder"]) == {"stabilityai/sd-vae-ft-ema"}
+    assert all("decoder stabilityai/sd-vae-ft-ema" in " ".join(table.notes) for table in tables.main_tables(found))
+
+
+def test_what_is_not_scored_yet_is_named_and_the_rest_is_shown(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path, runs=ROWS)
+    write_scores(plan, skip=[("vanilla", 2, 16), ("HASTE-12", 1, 16)])
+    found = gather.report(plan)
+    assert found.notes == ["Not scored yet: vanilla (seed 2) at step 16; HASTE-12 at step 16."]
+    (table,) = tables.main_tables(found)
+    assert [entry.cells[0].text for entry in table.entries] == ["vanilla", "HASTE-12", "vanilla"]
+    assert table.column("seeds")[-1].text == "2 of 3: 2 missing"
+    assert "Not scored yet" in page.text(found)
+    page.write(found, tmp_path / "page")
+
+
+def test_scores_that_are_older_than_the_state_of_their_name_are_said(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path, runs=ROWS)
+    write_scores(plan)
+    for row in plan.rows:
+        score, state = Path(row.evaluation.score), Path(plan.path(row.evaluation.state))
+        made = {"made": f"2026-11-{20 if row.run == 'vanilla' else 28}T10:00:00+00:00"}
+        score.write_text(json.dumps({**json.loads(score.read_text()), "provenance": made}))
+        header = {"schema": 1, "kind": "state", "provenance": {"made": "2026-11-24T10:00:00+00:00"}}
+        if (row.seed, row.step) != (2, 8):  # a state that is gone says nothing
+            state.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"x": np.zeros(1)}, state, metadata={"haste": json.dumps(header)})
+    (note,) = gather.report(plan).notes
+    names = [r.evaluation.name for r in plan.rows if r.run == "vanilla" and (r.seed, r.step) != (2, 8)]
+    assert note.startswith("Older than the states that are there now: vanilla (seed 0) at step 8 (")
+    assert [name for name in (r.evaluation.name for r in plan.rows) if name in note] == names
+    assert len(names) == 5 and f"{tmp_path}/samples/NAME*" in note
+
+
+def test_nothing_scored_is_refused_with_what_to_do_and_the_first_file(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path)
+    with pytest.raises(ValueError, match="none of its [0-9]+ scores is there yet.* `haste status`") as refusal:
+        gather.report(plan)
+    assert str(refusal.value).endswith(plan.rows[0].evaluation.score)
+
+
+def test_a_broken_score_is_refused_by_name(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path)
+    write_scores(plan)
+    broken = Path(plan.rows[1].evaluation.score)
+    broken.write_text(broken.read_text()[:40])
+    with pytest.raises(ValueError, match=broken.name):
+        gather.report(plan)
+
+
+def test_a_seeds_curve_is_of_its_own_trajectories(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path, runs=ROWS)
+    write_scores(plan)
+    for (run, seed), pieces in plan.pieces.items():
+        for piece in pieces:
+            log = Path(plan.root, "states", piece.trajectory, "log.jsonl")
+            log.parent.mkdir(parents=True, exist_ok=True)
+            steps = [step for step in range(1, 17) if piece.holds(step)]
+            lines = [{"step": step, "denoising": seed + len(run) / 100} for step in steps]
+            log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for curve in gather.report(plan).curves:
+        assert [record["step"] for record in curve.records] == list(range(1, 17))
+        assert {record["loss"] for record in curve.records} == {curve.seed + len(curve.run) / 100}
+
+
+def test_a_line_whose_steps_were_all_skipped_has_no_loss_and_is_no_error(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path)
+    write_scores(plan)
+    log = Path(plan.root, "states", plan.pieces["vanilla", 0][0].trajectory, "log.jsonl")
+    log.parent.mkdir(parents=True)
+    with journal.Journal(log, 0, 4, batch=8, may_skip=True) as lines:  # as fp16 begins
+        for step, norm in ((1, math.inf), (2, math.inf), (3, 1.0), (4, 1.0)):
+            lines.add({"denoising": 2.0, "grad_norm": norm})
+            if not step % 2:
+                lines.write(step, memory_mb=1.0)
+    found = gather.report(plan)
+    curve = next(curve for curve in found.curves if curve.run == "vanilla")
+    assert figures.series(curve, "loss")[0].tolist() == [4.0]
+    assert figures.loss_panels(found)
+
+
+def test_what_an_ablation_may_vary_is_told_in_words(tiny, tmp_path):
+    runs = {
+        "plain": {"training": {"timesteps": {"distribution": "lognormal", "mu": 0, "s": 1}}},
+        "HASTE": {"alignment": "HASTE", "stop": 12, "ramp": 4},
+    }
+    plan = plan_of(tiny, tmp_path, runs=runs)
+    plain, haste = (gather.settings(plan, run) for run in runs)
+    assert (plain["timesteps"], plain["batch"], plain["lr"]) == ("lognormal(0, 1)", "8", "0.001")
+    assert "teacher" not in plain
+    expected = {"teacher": "vit", "layers": "depth 1; 0, 1 to 1, 0", "feature weight": "0.5", "ramp": RAMP}
+    assert expected.items() <= haste.items()
+    assert haste["timesteps"] == "uniform"
+    assert "stop" not in haste  # an axis of its own
+
+
+@pytest.mark.parametrize(("classes", "resolution"), [(1000, 256), (1000, 512), (10, 256)])
+def test_a_folder_of_a_thousand_classes_is_taken_for_imagenet(tiny, tmp_path, classes, resolution):
+    images = {"source": "folder", "path": "x", "classes": classes, "resolution": resolution, "holdout": 3}
+    expected = Benchmark("ImageNet", resolution) if classes == 1000 else None
+    assert gather.benchmark(plan_of(tiny, tmp_path, images=images)) == expected
+
+
+def test_the_configuration_for_imagenet_stands_beside_every_sit_of_the_papers_main_tables_up_to_500k(tmp_path):
+    plan = imagenet(tmp_path)
+    write_scores(plan, kind="inception")
+    plain, guided = tables.published_tables(gather.report(plan))
+    found = {tuple(cell.text for cell in entry.cells) for entry in plain.entries if entry.kind}
+    names = [head.name for head in plain.heads]
+    shown = {tuple(line[names.index(n)] for n in ("model", "method", "step", "FID")) for line in found}
+    with open(papers.FOLDER / "imagenet256_no_cfg.csv", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if int(line["iteration"]) <= 500_000]
+    expected = {
+        (line["model"], line["method"], f"{int(line['iteration']):,}", line["fid"])
+        for line in lines
+        if line["model"].startswith("SiT")
+    }
+    assert len(expected) > 20
+    assert shown == expected
+    assert [cell.text for e in guided.entries if e.kind for cell in e.cells][:1] == ["HASTE Table 4"]
+    assert sum(bool(entry.kind) for entry in guided.entries) == 3
+
+
+def test_the_configuration_for_imagenet_trains_on_all_of_it_and_shares_what_it_can(tmp_path):
+    plan = imagenet(tmp_path)
+    assert plan.config.images.holdout == 0
+    assert plan.pieces["XL HASTE", 0] == plan.pieces["XL HASTE guided", 0]
+    stops = {"B HASTE": 100_000, "L HASTE": 250_000, "XL HASTE": 250_000}  # HASTE, Table 5
+    assert {run: plan.config.runs[run].stop.features for run in stops} == stops
+
+
+def test_the_digits_have_no_published_numbers(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path)
+    write_scores(plan)
+    assert tables.published_tables(gather.report(plan)) == []
+
+
+def painted(tiny, folder, classes, labels):
+    """The grid of so many samples with these labels, and its entry in the report."""
+    runs = {"vanilla": {"milestones": [8]}}
+    plan = plan_of(tiny, folder, images={**tiny["images"], "classes": classes}, runs=runs)
+    evaluation = plan.rows[0].evaluation
+    Path(evaluation.folder).mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (len(labels), 8, 8, 3), dtype=np.uint8)
+    header = artefact.canonical({"schema": 1, "kind": "samples", "inputs": {}})
+    np.savez(evaluation.sample_file(0), arr_0=pixels, arr_1=np.array(labels), haste=np.array(header))
+    grids.paint_grid(plan, evaluation)
+    (grid,) = gather._grids(plan)
+    return Image.open(evaluation.grid), grid
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "columns", "rows"),
+    [
+        *((0, [0] * count, *size) for count, size in {1: (1, 1), 3: (3, 1), 10: (10, 1), 11: (6, 2)}.items()),
+        *((0, [0] * count, *size) for count, size in {40: (10, 4), 500: (10, 4)}.items()),
+        (1, [0, 0, 0], 1, 3),
+        (10, [3], 1, 1),
+        (10, [3, 1, 3], 2, 2),
+        (10, list(range(10)), 10, 1),
+        (10, [*range(10)] * 4, 10, 4),
+        (1000, list(range(960, 1000)), 10, 1),
+    ],
+)
+def test_a_grid_is_no_larger_than_what_it_shows(tiny, tmp_path, classes, labels, columns, rows):
+    image, grid = painted(tiny, tmp_path, classes, labels)
+    cell = 8 * grids.SCALE + GAP
+    assert image.size == (columns * cell, rows * cell)
+    filled = np.asarray(image)[..., 3].reshape(rows, cell, columns, cell).any(axis=(1, 3))
+    assert filled.any(axis=0).all() and filled.any(axis=1).all()
+    named = sorted(set(labels))[:10] if classes else []
+    assert filled.sum() == (sum(min(4, labels.count(label)) for label in named) or min(40, len(labels)))
+    assert grid.columns == columns
+    assert grid.labels == list(map(str, named))
+    assert page._grid(grid)["most"] == columns * page.CELL

@@ -1,0 +1,228 @@
+"""What is painted is what was asked for: guidance and its interval, the path, pixels, the latents' scale."""
+
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from haste.config import Sampling
+from haste.data import order
+from haste.data.latents import Autoencoder
+from haste.sampling.painter import Painter
+
+CLASSES, CHANNELS, SIDE, STEPS = 4, 3, 5, 5
+SCALE, SHIFT = 0.75, -0.125  # the latents' own, unlike any decoder's below
+INDICES = range(3, 11)  # all labels, and not from 0
+
+
+class Field(nn.Module):
+    """A velocity known in closed form: (slope x + push (1 + t)) of its label, or of the null class."""
+
+    null_class, in_channels, input_size = CLASSES, CHANNELS, SIDE
+    slope = np.array([0.5, -0.4, 0.9, 0.1, -0.7])
+    push = np.array([1.0, -2.0, 0.3, 0.6, 0.2])
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))  # a model has parameters, on a device
+        self.seen = []
+
+    def forward(self, x, t, labels):
+        assert t.shape == labels.shape == x.shape[:1]
+        assert (t == t[0]).all()
+        self.seen.append((round(float(t[0]), 6), labels.tolist()))
+        wide = (slice(None), None, None, None)
+        slope, push = torch.from_numpy(self.slope)[labels][wide], torch.from_numpy(self.push)[labels][wide]
+        return (slope * x + push * (1 + t[wide])).to(x.dtype), {}
+
+    @classmethod
+    def velocity(cls, x, t, labels):
+        """The same in numpy."""
+        return cls.slope[labels][:, None, None, None] * x + cls.push[labels][:, None, None, None] * (1 + t)
+
+
+class Decoder:
+    """Images as large as latents, of so few bits that what becomes of them in pixels is exact; some outside [-1, 1]."""
+
+    factor, channels, identity, device = 1, CHANNELS, "decoder", torch.device("cpu")
+    scale, shift = 0.5, 0.5  # a decoder's own numbers, which are not the latents'
+
+    def __init__(self):
+        self.given = []
+
+    def decode(self, z, *, scale, shift):
+        image = torch.round(1.25 * torch.tanh(z) * 256) / 256
+        self.given.append((z.clone(), scale, shift, image))
+        return image
+
+
+def paint(path="linear", indices=INDICES, **sampling):
+    """Images, labels, the latents (float64) and the image that the decoder got and gave, and the model."""
+    settings = {"sampler": "euler", "steps": STEPS, "count": 100, "labels": "balanced", "seed": 5, **sampling}
+    model, decoder = Field(), Decoder()
+    images, labels = Painter(model, Sampling(**settings), decoder, path, SCALE, SHIFT).paint(indices)
+    ((z, scale, shift, decoded),) = decoder.given
+    assert (scale, shift) == (SCALE, SHIFT)
+    return SimpleNamespace(images=images, labels=labels, z=z.double().numpy(), decoded=decoded.numpy(), model=model)
+
+
+def start(indices=INDICES):
+    return order.normals(5, "sample start", 0, indices, (CHANNELS, SIDE, SIDE)).astype(np.float64)
+
+
+def guided_by_hand(x, t, labels, scale, interval):
+    null = np.full_like(labels, CLASSES)
+    if not interval[0] <= round(t, 6) <= interval[1]:
+        return Field.velocity(x, t, labels)
+    return Field.velocity(x, t, null) + scale * (Field.velocity(x, t, labels) - Field.velocity(x, t, null))
+
+
+def euler_by_hand(scale=1.0, interval=(0.0, 1.0)):
+    x, labels = start(), np.array([i % CLASSES for i in INDICES])
+    for step in range(STEPS):  # from t = 1 to t = 0
+        x = x - guided_by_hand(x, 1 - step / STEPS, labels, scale, interval) / STEPS
+    return x
+
+
+def sde_by_hand(path, scale=1.0, interval=(0.0, 1.0)):
+    """dx = (v - sigma s) dt + sqrt(2 sigma) dW, from 1 to 0.04, then one step without noise, which ends at 0."""
+    x, labels, a = start(), np.array([i % CLASSES for i in INDICES]), math.pi / 2
+    times = [1 - 0.96 * step / (STEPS - 1) for step in range(STEPS)] + [0.0]
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        v, dt = guided_by_hand(x, t, labels, scale, interval), t_next - t
+        if path == "linear":
+            sigma, score = t, -(x + (1 - t) * v) / t
+        else:
+            sigma = math.sin(a * t)
+            score = -(math.cos(a * t) * v + a * sigma * x) / (a * sigma)
+        x = x + (v - sigma * score) * dt
+        if step < STEPS - 1:
+            x = x + math.sqrt(-2 * sigma * dt) * order.normals(5, "sample noise", step, INDICES, x.shape[1:])
+    return x
+
+
+def assert_near(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_unguided_ode_is_eulers_from_the_start_of_each_image():
+    found = paint()
+    assert found.labels.tolist() == [i % CLASSES for i in INDICES]
+    assert_near(found.z, euler_by_hand())
+    assert [t for t, _ in found.model.seen] == [1.0, 0.8, 0.6, 0.4, 0.2]
+    assert all(labels == found.labels.tolist() for _, labels in found.model.seen)
+
+
+def test_guidance_moves_the_velocity_away_from_the_null_class():
+    found = paint(guidance=2.5)
+    assert_near(found.z, euler_by_hand(2.5))
+    assert np.abs(euler_by_hand(2.5) - euler_by_hand()).max() > 0.1
+    assert all(labels == found.labels.tolist() + [CLASSES] * len(INDICES) for _, labels in found.model.seen)
+
+
+@pytest.mark.parametrize(("interval", "inside"), [([0.3, 0.7], {0.6, 0.4}), ([0.0, 0.4], {0.4, 0.2})], ids=str)
+def test_guidance_is_on_within_its_interval_alone(interval, inside):
+    found = paint(guidance=2.5, interval=interval)
+    assert_near(found.z, euler_by_hand(2.5, interval))
+    assert {t for t, labels in found.model.seen if len(labels) > len(INDICES)} == inside
+
+
+@pytest.mark.parametrize("guidance", [{}, {"guidance": 2.5, "interval": [0.0, 0.6]}], ids=["plain", "guided"])
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+def test_the_sde_is_that_of_the_path_the_model_was_trained_on(path, guidance):
+    found = paint(path, sampler="euler-maruyama", **guidance)
+    settings = (guidance.get("guidance", 1.0), guidance.get("interval", (0.0, 1.0)))
+    assert_near(found.z, sde_by_hand(path, *settings))
+    other = sde_by_hand({"linear": "cosine", "cosine": "linear"}[path], *settings)
+    assert np.abs(found.z - other).max() > 0.1
+
+
+def test_only_three_channels_are_guided_where_that_is_asked():
+    """A fourth latent channel, as DiT's sampler leaves it: that of the conditional half, all along the way."""
+
+    class Wide(Field):
+        in_channels = 4
+
+    model, decoder = Wide(), Decoder()
+    settings = {"sampler": "euler", "steps": STEPS, "count": 100, "labels": "balanced", "seed": 5, "guidance": 2.5}
+    sampling = Sampling(**settings, guided_channels=3)
+    Painter(model, sampling, decoder, "linear", SCALE, SHIFT).paint(INDICES)
+    x = order.normals(5, "sample start", 0, INDICES, (4, SIDE, SIDE)).astype(np.float64)
+    labels = np.array([i % CLASSES for i in INDICES])
+    for step in range(STEPS):
+        t = 1 - step / STEPS
+        both = guided_by_hand(x, t, labels, 2.5, (0, 1))
+        x = x - np.concatenate([both[:, :3], Field.velocity(x, t, labels)[:, 3:]], axis=1) / STEPS
+    assert_near(decoder.given[0][0].double().numpy(), x)
+
+
+def test_dopri5_reaches_what_many_small_steps_reach_and_counts_what_it_asked():
+    model, decoder = Field(), Decoder()
+    sampling = Sampling(sampler="dopri5", count=100, labels="balanced", seed=5, guidance=2.5, interval=[0.2, 0.6])
+    painter = Painter(model, sampling, decoder, "linear", SCALE, SHIFT)
+    found = painter.draw(INDICES)
+    assert found["nfe"].sum() == len(model.seen)
+    assert found["nfe"].dtype == np.int64 and len(set(found["nfe"].tolist())) > 1
+    fine = Painter(
+        Field(),
+        Sampling(**{**sampling.model_dump(), "sampler": "heun", "steps": 500, "rtol": None, "atol": None}),
+        decoder,
+        "linear",
+        SCALE,
+        SHIFT,
+    )
+    fine.paint(INDICES)
+    np.testing.assert_allclose(decoder.given[0][0], decoder.given[1][0], rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(("sampler", "expected"), [("euler", 5), ("heun", 9), ("euler-maruyama", 5)])
+def test_the_evaluations_of_every_image_are_counted(sampler, expected):
+    sampling = Sampling(sampler=sampler, steps=5, count=100, guidance=2.0, interval=[0.3, 0.7])
+    found = Painter(Field(), sampling, Decoder(), "linear", SCALE, SHIFT).draw(INDICES)
+    assert found["nfe"].tolist() == [expected] * len(INDICES)
+
+
+@pytest.mark.parametrize("pixels", ["truncate", "round"])
+def test_pixels_are_cut_as_asked(pixels):
+    found = paint(pixels=pixels)
+    x = found.decoded.astype(np.float64).transpose(0, 2, 3, 1)
+    assert x.min() < -1
+    assert x.max() > 1
+    levels = {"truncate": 255 * (x + 1) / 2, "round": 127.5 * x + 128}
+    expected = {name: np.floor(np.clip(value, 0, 255)).astype(np.uint8) for name, value in levels.items()}
+    assert found.images.dtype == np.uint8
+    assert (found.images == expected[pixels]).all()
+    assert (expected["truncate"] != expected["round"]).any()
+
+
+def test_the_start_of_every_image_is_standard_normal():
+    """Without a velocity the start arrives at the decoder as it is."""
+    model, decoder = Field(), Decoder()
+    model.slope = model.push = np.zeros(CLASSES + 1)
+    sampling = Sampling(sampler="euler", steps=2, count=400, seed=1)
+    Painter(model, sampling, decoder, "linear", SCALE, SHIFT).paint(range(400))
+    z = decoder.given[0][0].double().numpy()  # (400, 3, 5, 5): 30,000 numbers
+    assert abs(z.mean()) < 5 / math.sqrt(z.size)
+    assert abs(z.var() - 1) < 5 * math.sqrt(2 / z.size)
+    assert len(np.unique(z[:, 0, 0, 0])) == 400
+
+
+class Network(nn.Module):
+    """Where a decoder's network would be: keeps what it is given."""
+
+    def decode(self, latents):
+        self.given = latents
+        return SimpleNamespace(sample=latents.clamp(-1, 1))
+
+
+def test_the_decoders_network_gets_latents_by_the_stores_scale_and_shift():
+    network = Network()
+    numbers = {"latent_channels": CHANNELS, "block_out_channels": [4], "scaling_factor": 0.3, "shift_factor": 0.7}
+    autoencoder = Autoencoder(network, numbers, "decoder", "cpu")
+    sampling = Sampling(sampler="euler", steps=STEPS, count=100, labels="balanced", seed=5)
+    Painter(Field(), sampling, autoencoder, "linear", SCALE, SHIFT).paint(INDICES)
+    assert_near(network.given.double().numpy(), euler_by_hand() / SCALE + SHIFT)
