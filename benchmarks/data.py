@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from haste.data.batches import Batches
+from haste.diffusion.interpolant import Interpolant
 from haste.files.store import Store, join, write_shard
 
 
@@ -32,6 +33,7 @@ def main() -> None:
             size=arguments.batch,
             null_class=1000,
             class_dropout=0.1,
+            process=Interpolant(),
         )
         batches(0)
         started = time.perf_counter()

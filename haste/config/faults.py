@@ -12,8 +12,10 @@ from pydantic import ValidationError
 from haste import extensions
 from haste.align import triggers
 from haste.config.derived import (
+    OF_INTERPOLANT,
     blocks_of,
     heads_of,
+    process_of,
     taps_of,
     terms_of,
     triggers_of,
@@ -37,6 +39,7 @@ from haste.config.published import (
 )
 from haste.config.schema import (
     PRESETS,
+    SAMPLERS,
     STOP_TAGS,
     TERMS,
     AttentionTerm,
@@ -44,6 +47,7 @@ from haste.config.schema import (
     Evaluate,
     Run,
     Stops,
+    Training,
     Trigger,
 )
 from haste.networks.registry import DETECTORS, TEACHERS
@@ -293,7 +297,8 @@ def _faults_of_run(config: Config, name: str) -> list[str]:
         faults += [f"{where}.{explain({**fault, 'loc': ('training', *fault['loc'])})}" for fault in error.errors()]
     if faults:
         return faults
-    faults = _faults_of_model(config, run, where) + _faults_of_stop(config, run, where)
+    faults = _faults_of_model(config, run, where) + _faults_of_process(config, name)
+    faults += _faults_of_stop(config, run, where)
     faults += _faults_of_readings(run, where)
     return faults + _faults_of_ramp(run, where) + _faults_of_fit(config, run)
 
@@ -318,7 +323,43 @@ def _faults_of_evaluate(config: Config, name: str) -> list[str]:
     faults, known = _unknown_sampling(config, row.sampling, where), {*config.models, *MODELS}
     if row.model not in known:
         return [*faults, f"{where}.model: nothing is called {row.model!r}{nearest(row.model, known)}"]
+    process = process_of(model_named(config, row.model))
+    if process != "interpolant" and row.path != Evaluate.model_fields["path"].default:
+        faults.append(f"{where}.path: {row.path} is a path of interpolant, but {row.model} is for {process}")
     return faults + _faults_of_model(config, row, where)
+
+
+def _faults_of_process(config: Config, name: str) -> list[str]:
+    """Keys of `training` that belong to another process than the network's."""
+    model, training = config.runs[name].model, config.training_of(name)
+    process, given = process_of(model_named(config, model)), training.process
+    found = {"process": given.name} if given is not None and given.name != process else {}
+    if process != "interpolant":
+        for key in OF_INTERPOLANT:
+            if getattr(training, key) != Training.model_fields[key].default:
+                found[key] = "interpolant"
+    return [f"runs.{name}: training.{key} is of {owner}, but {model} is for {process}" for key, owner in found.items()]
+
+
+def check_samplers(config: Config) -> None:
+    """Refuse samplers that do not suit the process of the network that they would sample. Those of other packages are
+    imported, which `resolve` does not do.
+
+    Raises:
+        ValueError: a line for every row and sampler.
+    """
+    faults = []
+    for section in ("runs", "evaluate"):
+        for name, row in getattr(config, section).items():
+            process = process_of(model_named(config, row.model))
+            for way in row.sampling:
+                sampler = config.sampling[way].sampler
+                for_ = SAMPLERS.get(sampler) or extensions.one("samplers", sampler, SAMPLERS).process
+                if for_ != process:
+                    where = f"{section}.{name}.sampling: {way} uses {sampler}"
+                    faults.append(f"{where}, which is a sampler for {for_}, but {row.model} is for {process}")
+    if faults:
+        raise ValueError("\n".join(faults))
 
 
 def _faults_of_model(config: Config, run: Run | Evaluate, where: str) -> list[str]:

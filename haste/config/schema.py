@@ -38,6 +38,7 @@ from haste.config.parts import (
     Images,
     Model,
     OtherModel,
+    Process,
     Teacher,
     model_of,
 )
@@ -202,6 +203,7 @@ class Training(Strict):
 
     path: Literal["linear", "cosine"] = "linear"
     timesteps: Annotated[Timesteps, LATER] = Timesteps()
+    process: Annotated[Process | None, LATER] = None
     batch: Positive = 256
     lr: Rate = 1e-4
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
@@ -241,11 +243,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 _TOLERANCES = {"rtol": 1e-3, "atol": 1e-6}
 
 
+# Samplers of this package, and the process that each is for.
+SAMPLERS = {name: "interpolant" for name in ("euler", "heun", "euler-maruyama", "dopri5")}
+
+
 class Sampling(Strict):
     """One way to draw samples from a state."""
 
     preset: Annotated[Literal["sde-250", "ode-50", "heun-125"] | None, LABEL] = None
-    sampler: Annotated[Literal["euler", "heun", "euler-maruyama", "dopri5"], or_added("samplers")] = "euler-maruyama"
+    sampler: Annotated[Literal[*SAMPLERS], or_added("samplers")] = "euler-maruyama"  # type: ignore[valid-type]
     steps: Positive | None = 250
     rtol: Annotated[Rate | None, LATER] = None
     atol: Annotated[Rate | None, LATER] = None

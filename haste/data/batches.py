@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -58,6 +58,16 @@ class Batch:
         return [self.map(lambda x, i=i: x.chunk(count)[i]) for i in range(count)]  # type: ignore[misc]
 
 
+class Times(Protocol):
+    """What batches ask of a process, a `haste.diffusion.process.Process`."""
+
+    def times(self, uniforms: Callable[[str], np.ndarray], normals: Callable[[str], np.ndarray]) -> Tensor:
+        """(B,) float32 in [0, 1]."""
+
+    def place(self, t: float) -> float:
+        """The time nearest to t that it has."""
+
+
 class Batches:
     """Batches of the training split of a latents store, and of the images they were encoded from."""
 
@@ -70,8 +80,8 @@ class Batches:
         size: int,
         null_class: int,
         class_dropout: float,
+        process: Times,
         targets: Mapping[str, tuple[Store, Sequence[str]]] | None = None,
-        timesteps: Callable[[Tensor], Tensor] | None = None,
         t_min: Mapping[str, float] | None = None,
     ):
         """
@@ -82,8 +92,8 @@ class Batches:
             size: samples a batch, B.
             null_class: label that stands for "no label".
             class_dropout: share of the labels that are dropped, in [0, 1).
+            process: draws the times.
             targets: teacher -> its store of targets, a row an image, and the fields to read.
-            timesteps: standard normals -> times in [0, 1]; None draws times uniformly.
             t_min: alignment term -> the time below which a sample does not count for it. A batch then has weights for
                 that term: those of samples that count are equal, the others 0, and over the batch of all processes
                 they add up to B (to 0 where no sample counts). So a mean over samples, each times its weight, is the
@@ -93,7 +103,8 @@ class Batches:
             ValueError: the latents, or the targets, were made from other images.
         """
         self.targets = dict(targets or {})
-        self.timesteps, self.t_min = timesteps, dict(t_min or {})
+        self.process = process
+        self.t_min = {term: process.place(low) for term, low in (t_min or {}).items()}
         others = [(images.identity, images)] if images is not None else []
         others += [(store.manifest["images"], store) for store, _ in self.targets.values()]
         for identity, other in others:
@@ -174,10 +185,10 @@ class Batches:
 
     def _times(self, step: int, visits: range) -> Tensor:
         """(visits,) float32."""
-        if self.timesteps is None:
-            return torch.from_numpy(order.uniforms(self.seed, "time", step, visits).astype(np.float32))
-        normals = torch.from_numpy(order.normals(self.seed, "time of a normal", step, visits, ()))
-        return self.timesteps(normals.double()).float()
+        return self.process.times(
+            lambda purpose: order.uniforms(self.seed, purpose, step, visits),
+            lambda purpose: order.normals(self.seed, purpose, step, visits, ()),
+        )
 
     def _weights(self, step: int, visits: range) -> dict[str, Tensor]:
         """Times are a function of position: every process knows those of the whole batch, and nobody has to ask."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from haste.config import architecture_named, model_in
+from haste.config import architecture_named, model_in, shape_in
 from haste.models.denoiser import Denoiser
 
 
 def build_model(recipe: Mapping[str, Any]) -> Denoiser:
     """The model of a trajectory's recipe, its parameters not yet initialised to anything in particular."""
-    model, size = model_in(recipe), recipe["model"]
-    shape = {"input_size": size["input_size"], "in_channels": size["channels"], "classes": recipe["classes"]}
-    return architecture_named(model.architecture)(**shape, **model.settings)
+    model = model_in(recipe)
+    return architecture_named(model.architecture)(**shape_in(recipe), **model.settings)

@@ -26,7 +26,6 @@ from haste.config import (
     Model,
     OtherModel,
     Sampling,
-    Training,
 )
 from haste.files import artefact, units
 from haste.files.artefact import fingerprint, remembered_identity
@@ -214,11 +213,13 @@ class Plan:
         looked at, of a reference the headers.
 
         Raises:
-            ValueError: pictures or a reference that cannot be used, or more disk than the configuration allows itself.
+            ValueError: pictures or a reference that cannot be used, a sampler that does not suit a network, or more
+                disk than the configuration allows itself.
         """
         from haste.files import npz  # numpy takes its time, and few commands come here
 
         image_count(self)
+        configuration.check_samplers(self.config)
         for detector in self.detectors.values():
             made, file = Path(detector.reference.manifest), detector.reference_file
             if file is not None and Path(file).is_file() and not made.exists():
@@ -326,8 +327,8 @@ class Plan:
             "recipe": RECIPE,
             "latents": self.latents.key,
             "classes": self.config.images.classes,
-            "model": self._size(model),
-            "training": configuration.decides(Training, self.config.training_of(run).model_dump()),
+            "model": configuration.model_entry(self.config, model),
+            "training": configuration.training_entry(self.config, run),
             "seed": seed,
             "terms": named,
         }
@@ -337,11 +338,6 @@ class Plan:
         trajectory = Trajectory(f"{_slug(model, named)}-s{seed}-{key}", key, recipe)
         self.trajectories[trajectory.name] = trajectory
         return trajectory
-
-    def _size(self, model: Model | OtherModel) -> dict[str, Any]:
-        """A model's entry in a recipe."""
-        latents = {"input_size": self.config.latent_size, "channels": self.config.autoencoder.channels}
-        return {**model.decided, **latents}
 
     def label(self, run: str, seed: int) -> str:
         """What to call one seed of a run: by the run's name alone where it has no other."""
@@ -491,8 +487,8 @@ class Plan:
             "checkpoint": self.identity_of(spec.checkpoint),
             "weights": spec.weights,
             "classes": self.config.images.classes,
-            "model": self._size(model),
-            "training": {"path": spec.path},
+            "model": configuration.model_entry(self.config, model),
+            "training": configuration.training_elsewhere(self.config, spec),
         }
         key = fingerprint(recipe)
         trajectory = Trajectory(f"{_slug(model, {}, 'elsewhere')}-{key}", key, recipe)

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haste.config import Sampling
+from haste.config import Sampling, process_in
 from haste.data import order
 from haste.data.jobs import check_autoencoder
 from haste.data.latents import Autoencoder, to_pixels
 from haste.diffusion.guidance import guided
-from haste.diffusion.paths import PATHS
-from haste.diffusion.samplers import SAMPLERS, Counted
+from haste.diffusion.process import Process
+from haste.diffusion.samplers import SAMPLERS, Counted, Sampler
 from haste.files.store import Store
 from haste.models.denoiser import Denoiser
 from haste.networks.devices import choose_device
@@ -39,7 +39,7 @@ class Painter:
     model: Denoiser
     sampling: Sampling
     autoencoder: Autoencoder
-    path: str
+    process: Process
     scale: float
     shift: float
 
@@ -69,32 +69,34 @@ class Painter:
         labels, device = self.labels(indices), next(self.model.parameters()).device
         counts = torch.zeros(len(indices), dtype=torch.int64)
         field = guided(
-            self._velocity,
+            self.process.field(self.model),
             torch.from_numpy(labels).to(device),
             self.model.null_class,
             sampling.guidance,
-            (sampling.interval[0], sampling.interval[1]),
-            None if sampling.guided_channels == "all" else sampling.guided_channels,
+            (self.process.place(sampling.interval[0]), self.process.place(sampling.interval[1])),
+            self._guided_channels(),
         )
-        velocity = Counted(field, counts, told)
 
         def normals(purpose: str, step: int) -> Tensor:
             return torch.from_numpy(order.normals(seed, purpose, step, indices, shape)).to(device)
 
-        x, sampler = normals("sample start", 0), SAMPLERS[sampling.sampler]
-        if sampler.evaluations is None:
-            x = sampler.run(velocity, x, sampling.rtol, sampling.atol)
-        elif sampler.stochastic:
-            x = sampler.run(velocity, x, sampling.steps, lambda i: normals("sample noise", i), PATHS[self.path])
-        else:
-            x = sampler.run(velocity, x, sampling.steps)
+        x, noise = normals("sample start", 0), lambda i: normals("sample noise", i)
+        x = self.process.sample(self._sampler(), Counted(field, counts, told), x, sampling, noise)
         decoded = self.autoencoder.decode(x.float(), scale=self.scale, shift=self.shift)
         image = to_pixels(decoded, sampling.pixels).cpu().numpy()
         return {"image": image, "label": labels, "nfe": counts.numpy()}
 
-    def _velocity(self, x: Tensor, t: float, labels: Tensor) -> Tensor:
-        time = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
-        return self.model(x.float(), time, labels)[0]
+    def _sampler(self) -> Sampler:
+        found, name = SAMPLERS[self.sampling.sampler], self.sampling.sampler
+        if found.process != self.model.process:
+            raise ValueError(f"sampler {name}: is for {found.process}, expected one for {self.model.process}")
+        return found
+
+    def _guided_channels(self) -> int | None:
+        """How many of the outputs guidance extrapolates; None for all."""
+        asked, channels = self.sampling.guided_channels, self.model.in_channels
+        count = self.process.guided(channels) if asked == "all" else asked
+        return None if count == self.process.outputs(channels) else count
 
 
 def painter_of(plan: Plan, evaluation: Evaluation) -> Painter:
@@ -106,15 +108,15 @@ def painter_of(plan: Plan, evaluation: Evaluation) -> Painter:
     device = choose_device(plan.config.runtime.device)
     trajectory = plan.trajectories[evaluation.state.trajectory]
     decoder = Autoencoder.load(plan.decoder, device=str(device))
-    path = trajectory.recipe["training"]["path"]
+    process = process_in(trajectory.recipe)
     if trajectory.name in plan.elsewhere:
         check_autoencoder(plan, decoder)
         model = model_elsewhere(plan, trajectory.name).to(device)
-        return Painter(model, evaluation.sampling, decoder, path, decoder.scale, decoder.shift)
+        return Painter(model, evaluation.sampling, decoder, process, decoder.scale, decoder.shift)
     model, header = ema_model(plan.path(evaluation.state), key=trajectory.key)
     manifest = Store.of(plan.latents).manifest
     _check_same_latents(plan, header, manifest, decoder)
-    return Painter(model.to(device), evaluation.sampling, decoder, path, manifest["scale"], manifest["shift"])
+    return Painter(model.to(device), evaluation.sampling, decoder, process, manifest["scale"], manifest["shift"])
 
 
 def _check_same_latents(plan: Plan, header: dict[str, Any], manifest: dict[str, Any], decoder: Autoencoder) -> None:

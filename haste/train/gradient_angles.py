@@ -155,7 +155,8 @@ class Angles:
         with self.precision():
             found = self.objective(batch, seen, negatives)
         terms = {kind: self.objective.terms[kind] for kind in asked.terms}
-        counts = {kind: term for kind, term in terms.items() if t >= term.get("t_min", 0)}
+        place = self.objective.process.place
+        counts = {kind: term for kind, term in terms.items() if place(t) >= place(term.get("t_min", 0.0))}
         losses = [weight_of(term, asked.done - 1) * found[kind] for kind, term in counts.items()]
         return [torch.stack(losses).sum(), found["denoising"]]
 

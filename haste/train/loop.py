@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from haste.config import process_in
 from haste.data.batches import Batch, Batches
 from haste.files import artefact
 from haste.files.journal import Journal
@@ -45,7 +46,6 @@ from haste.train.step import (
     gather_negatives,
     t_min_of,
     teacher_targets,
-    times_of,
     total_loss,
     update,
 )
@@ -233,7 +233,7 @@ class _Training:
         self.objective = Objective(
             self.learner,
             segment.terms,
-            path=self.settings["path"],
+            process=process_in(self.recipe),
             scale=manifest["scale"],
             shift=manifest["shift"],
         )
@@ -284,7 +284,7 @@ class _Training:
             null_class=self.recipe["classes"],
             class_dropout=self.settings["class_dropout"],
             targets={name: (store, self.cached.fields[name]) for name, store in self.cached.stores.items()},
-            timesteps=times_of(self.settings),
+            process=process_in(self.recipe),
             t_min=t_min_of(self.segment.terms),
         )
 

@@ -9,6 +9,7 @@ from torch.nn import functional
 from haste import config
 from haste.cli import main as cli
 from haste.config import Positive, Strict
+from haste.diffusion.interpolant import Interpolant
 from haste.models.denoiser import Denoiser
 from haste.models.layers import AttentionTap, timestep_features
 from haste.networks.spec import Tap
@@ -109,7 +110,7 @@ def test_what_a_network_says_of_itself_is_compared_with_what_it_gives(change, wo
             return change(*super().forward(x, t, y, taps))
 
     with pytest.raises(ValueError, match=f"Other: {words}"):
-        Other.facts({"width": 8}, input_size=4, in_channels=4, classes=10)
+        Other.facts({"width": 8}, process=Interpolant(), input_size=4, in_channels=4, classes=10)
 
 
 def test_attention_is_compared_too():
@@ -123,7 +124,7 @@ def test_attention_is_compared_too():
         def forward(self, x, t, y, taps=()):
             return x, {"attention.0": self.given}
 
-    shape = {"input_size": 4, "in_channels": 4, "classes": 10}
+    shape = {"process": Interpolant(), "input_size": 4, "in_channels": 4, "classes": 10}
     q = torch.empty(1, 2, 4, 8)
     for given, words in [
         ((q, q), "tap attention.0 is tuple, expected an AttentionTap"),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from haste.data.batches import Batch
+from haste.diffusion.interpolant import Interpolant
 from haste.models.sit import SiT
 from haste.teachers.encoder import TeacherTargets
 from haste.train import loop
@@ -124,7 +125,7 @@ def minus_cosine(a, b):
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 def test_the_terms_of_two_layer_pairs_are_those_of_the_formulas(learner, batch, path, grid):
     targets = targets_on(grid)
-    found = Objective(learner, TERMS, path=path, scale=SCALE, shift=SHIFT)(batch, targets)
+    found = Objective(learner, TERMS, process=Interpolant(path), scale=SCALE, shift=SHIFT)(batch, targets)
 
     x, velocity = noised(batch, path)
     taps = {"tokens.2", "attention.2", "attention.0"}
@@ -150,7 +151,7 @@ def test_the_terms_of_two_layer_pairs_are_those_of_the_formulas(learner, batch, 
 
 
 def test_without_alignment_there_is_only_the_denoising_term(learner, batch):
-    found = Objective(learner, {}, path="linear", scale=SCALE, shift=SHIFT)(batch, {})
+    found = Objective(learner, {}, process=Interpolant(), scale=SCALE, shift=SHIFT)(batch, {})
     x, velocity = noised(batch, "linear")
     with torch.no_grad():
         predicted, _ = learner.model(torch.from_numpy(x), batch.t.double(), batch.labels)

@@ -17,6 +17,7 @@ from torch.nn import functional
 from haste import config
 from haste.cli import main as cli
 from haste.data.batches import Batches
+from haste.diffusion.interpolant import Interpolant
 from haste.files import artefact, journal
 from haste.files.provenance import read_header
 from haste.files.store import Store
@@ -98,7 +99,7 @@ def first_losses(plan, run):
     learner = state.new_learner(recipe, terms, {name: teacher.width for name, teacher in teachers.items()})
     latents, images = Store.open(plan.latents.folder), Store.open(plan.images.folder)
     size, classes = recipe["training"]["batch"], recipe["classes"]
-    batch = Batches(latents, images, seed=0, size=size, null_class=classes, class_dropout=0.1)(0)
+    batch = Batches(latents, images, seed=0, size=size, null_class=classes, class_dropout=0.1, process=Interpolant())(0)
     mean, std = batch.moments.chunk(2, dim=1)
     z = (mean + std * batch.draw - latents.manifest["shift"]) * latents.manifest["scale"]
     t = batch.t.view(-1, 1, 1, 1)
