@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from haste.data.batches import Batches
+from haste.data.condition import Labels
 from haste.diffusion.interpolant import Interpolant
 from haste.files.store import Store, join, write_shard
 
@@ -31,7 +32,7 @@ def main() -> None:
             None,
             seed=0,
             size=arguments.batch,
-            null_class=1000,
+            condition=Labels(classes=1000),
             class_dropout=0.1,
             process=Interpolant(),
         )

@@ -140,7 +140,7 @@ class Variant:
             draw=torch.randn(shape),
             noise=torch.randn(shape),
             t=torch.rand(self.size),
-            labels=torch.randint(0, 1000, (self.size,)),
+            condition=torch.randint(0, 1000, (self.size,)),
             images=images,
         ).to(self.device)
 

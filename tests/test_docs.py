@@ -373,7 +373,14 @@ OTHER = {
     "trigger: gradient-angle.of": "own",
 }
 # A key with one value, and one that changes only together with another.
-ONE_VALUE = {"images.source", "teachers.NAME.pca", "models.NAME.architecture", "runs.NAME.stop.TERM.trigger"}
+ONE_VALUE = {
+    "images.source",
+    "condition",
+    "training.process",
+    "teachers.NAME.pca",
+    "models.NAME.architecture",
+    "runs.NAME.stop.TERM.trigger",
+}
 # Keys that only go with another.
 NT_XENT = {"similarity": "nt-xent", "negatives": "batch"}
 BESIDE = {

@@ -16,13 +16,14 @@ Each file imports only from those above it:
 """
 
 from haste.config.derived import (
+    condition_entry,
+    condition_in,
     facts_in,
     facts_of_other,
     falls_from,
     model_entry,
     model_in,
     process_in,
-    shape_in,
     taps_of,
     terms_of,
     training_elsewhere,
@@ -124,6 +125,8 @@ __all__ = [
     "alignment_named",
     "architecture_named",
     "check_samplers",
+    "condition_entry",
+    "condition_in",
     "decides",
     "facts_in",
     "facts_of_other",
@@ -136,7 +139,6 @@ __all__ = [
     "process_in",
     "read",
     "resolve",
-    "shape_in",
     "submitted",
     "taps_of",
     "teacher_shape",

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from haste.config.keys import decides
-from haste.config.parts import Model, OtherModel, Process, architecture_named, model_of, process_named
+from haste.config.parts import Model, OtherModel, Process, architecture_named, condition_named, model_of, process_named
 from haste.config.published import (
     ALIGNED_HEADS,
     MAPPINGS,
@@ -31,18 +31,12 @@ def model_entry(config: Config, model: Model | OtherModel) -> dict[str, Any]:
     return {**model.decided, "input_size": config.latent_size, "channels": config.autoencoder.channels}
 
 
-def shape_in(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What the class of a recipe's network is made with, beside its settings."""
-    size = recipe["model"]
-    return {"input_size": size["input_size"], "in_channels": size["channels"], "classes": recipe["classes"]}
-
-
 def facts_in(recipe: Mapping[str, Any]) -> Facts:
     """Taps, parameters and operations of the model that a trajectory's recipe names."""
     if isinstance(model_in(recipe), Model):
         return sit_facts(recipe["model"], recipe["classes"])
     process = {"process": recipe["training"].get("process")}
-    kept = {key: recipe[key] for key in ("model", "classes")}
+    kept = {key: recipe[key] for key in ("model", "classes", "condition") if key in recipe}
     return facts_of_other(json.dumps({**kept, "training": process}, sort_keys=True))
 
 
@@ -50,11 +44,17 @@ def facts_in(recipe: Mapping[str, Any]) -> Facts:
 def facts_of_other(recipe: str) -> Facts:
     """Of a network that is no SiT; what of the recipe decides it, as JSON."""
     found = json.loads(recipe)
-    model = model_in(found)
-    return architecture_named(model.architecture).facts(model.settings, process=process_in(found), **shape_in(found))
+    model, size = model_in(found), found["model"]
+    return architecture_named(model.architecture).facts(
+        model.settings,
+        process=process_in(found),
+        condition=condition_in(found),
+        input_size=size["input_size"],
+        in_channels=size["channels"],
+    )
 
 
-# ---- the process
+# ---- process and condition
 
 OF_INTERPOLANT = ("path", "timesteps")  # keys of `training`
 
@@ -70,6 +70,23 @@ def process_in(recipe: Mapping[str, Any]) -> Any:
     given = dict(training.get("process") or {key: training[key] for key in OF_INTERPOLANT if key in training})
     kind = process_named(given.pop("name", "interpolant"))
     return kind(**kind.Settings.model_validate(given).model_dump())
+
+
+def condition_of(model: Model | OtherModel) -> str:
+    """The name of the condition that a network understands."""
+    return "labels" if isinstance(model, Model) else architecture_named(model.architecture).condition
+
+
+def condition_entry(config: Config) -> dict[str, Any]:
+    """What of what samples are told enters a recipe."""
+    return {"classes": config.images.classes, **config.condition.entry}
+
+
+def condition_in(recipe: Mapping[str, Any]) -> Any:
+    """The `haste.data.condition.Condition` of a trajectory's recipe."""
+    given = dict(recipe.get("condition") or {"name": "labels"})
+    kind = condition_named(given.pop("name"))
+    return kind(classes=recipe["classes"], **kind.Settings.model_validate(given).model_dump())
 
 
 def training_entry(config: Config, run: str) -> dict[str, Any]:
@@ -114,7 +131,7 @@ def blocks_of(config: Config, run: str) -> int:
 
 def _facts_of(config: Config, model: OtherModel) -> Facts:
     training = _by_process(process_of(model), config.training.process, {})
-    return facts_in({"model": model_entry(config, model), "classes": config.images.classes, "training": training})
+    return facts_in({"model": model_entry(config, model), **condition_entry(config), "training": training})
 
 
 def heads_of(taps: Mapping[str, Tap], layers: Collection[int]) -> int:

@@ -14,6 +14,7 @@ from haste.align import triggers
 from haste.config.derived import (
     OF_INTERPOLANT,
     blocks_of,
+    condition_of,
     heads_of,
     process_of,
     taps_of,
@@ -157,7 +158,13 @@ def _faults_of_data(config: Config) -> list[str]:
             faults.append(f"images.resolution: {resolution}, but detector {name} ({found}) reads {least}")
         elif found is None and (resolution < 8 or resolution % 4):  # two halvings, and something left to look at
             faults.append(f"images.resolution: {resolution}, but detector {name} reads images of 8, 12, 16, ... px")
-    if not config.images.classes:
+    if config.condition.name != "labels":
+        faults += [
+            f"sampling.{name}.labels: {way.labels}, but samples are told {config.condition.name}, expected random"
+            for name, way in config.sampling.items()
+            if way.labels != "random"
+        ]
+    elif not config.images.classes:
         faults += [
             f"sampling.{name}.guidance: {way.guidance}, but images.classes is 0: without labels there is nothing to "
             "guide to, expected 1"
@@ -176,11 +183,17 @@ def _trained_here(config: Config) -> list[str]:
 
 
 def _faults_of_architectures(config: Config) -> list[str]:
-    """Networks that cannot be built for these latents, are not what they say, or cannot do what `runtime` asks."""
+    """Networks that cannot be built for these latents, are not what they say, do not understand what they are told, or
+    cannot do what `runtime` asks."""
     faults, trained = [], {run.model for run in config.runs.values()}
+    told = config.condition.name
+    rows: list[Run | Evaluate] = [*config.runs.values(), *config.evaluate.values()]
+    for name in dict.fromkeys(row.model for row in rows):
+        if name in {*config.models, *MODELS} and (known := condition_of(model_named(config, name))) != told:
+            faults.append(f"condition: {told}, but {name} is a network that understands {known}")
     for name, model in config.models.items():
         try:
-            if isinstance(model, OtherModel):
+            if isinstance(model, OtherModel) and condition_of(model) == told:
                 taps_of(config, name)
                 if config.runtime.checkpoint_blocks and name in trained and not _can_checkpoint(model):
                     found = f"true, but models.{name} ({model.architecture}) cannot compute its blocks again"

@@ -195,6 +195,8 @@ class Detector(Strict):
 DENOISERS = {"sit": "haste.models.sit:SiT"}
 # What a network is trained to predict, likewise.
 PROCESSES = {"interpolant": "haste.diffusion.interpolant:Interpolant"}
+# What a sample is told beside x and t, likewise.
+CONDITIONS = {"labels": "haste.data.condition:Labels"}
 
 
 def _class_named(group: str, name: str, own: Mapping[str, str], expected: str, *taken: str) -> Any:
@@ -234,28 +236,59 @@ def process_named(name: str) -> Any:
     return _class_named("processes", name, PROCESSES, "haste.diffusion.process.Process", "name")
 
 
-class Process(BaseModel):
-    """Settings of a training objective that is not the interpolant: its name, and the keys that it has."""
+def condition_named(name: str) -> Any:
+    """The class of a `haste.data.condition.Condition`. Raises ValueError as `_class_named`."""
+    return _class_named("conditions", name, CONDITIONS, "haste.data.condition.Condition", "name", "classes")
+
+
+class _Named(BaseModel):
+    """Something by its name, with the keys that it has beside it; without any, the name alone will do."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str
 
+    @classmethod
+    def _schema(cls, name: str) -> type[BaseModel]:
+        raise NotImplementedError
+
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, given: Any) -> Any:
         """Check the keys, and write out those that are left to their defaults."""
+        given = {"name": given} if isinstance(given, str) else given
         if not isinstance(given, dict) or not isinstance(name := given.get("name"), str):
             return given
-        if name == "interpolant":
-            raise ValueError("the keys of interpolant are training.path and training.timesteps, expected no process")
         rest = {key: value for key, value in given.items() if key != "name"}
-        return {"name": name, **completed(process_named(name).Settings, rest)}
+        return {"name": name, **completed(cls._schema(name), rest)}
 
     @property
     def decided(self) -> dict[str, Any]:
         """What of it enters a recipe."""
-        return {"name": self.name, **decides(process_named(self.name).Settings, dict(self.model_extra or {}))}
+        return {"name": self.name, **decides(self._schema(self.name), dict(self.model_extra or {}))}
+
+
+class Process(_Named):
+    """A training objective that is not the interpolant."""
+
+    @classmethod
+    def _schema(cls, name: str) -> type[BaseModel]:
+        if name == "interpolant":
+            raise ValueError("the keys of interpolant are training.path and training.timesteps, expected no process")
+        return process_named(name).Settings
+
+
+class Condition(_Named):
+    """What samples are told."""
+
+    @classmethod
+    def _schema(cls, name: str) -> type[BaseModel]:
+        return Strict if name == "labels" else condition_named(name).Settings  # known without importing numpy
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What of it enters a recipe: nothing for labels, of which a recipe has the number of classes."""
+        return {} if self.name == "labels" else {"condition": self.decided}
 
 
 class Model(Strict):

@@ -34,6 +34,7 @@ from haste.config.keys import (
 from haste.config.parts import (
     Autoencoder,
     Cache,
+    Condition,
     Detector,
     Images,
     Model,
@@ -355,6 +356,7 @@ class Config(Strict):
     autoencoder: Autoencoder
     teachers: dict[str, Teacher] = {}
     cache: Cache = Cache()
+    condition: Annotated[Condition, Field(validate_default=True)] = "labels"  # type: ignore[assignment]
     detector: Annotated[dict[str, Detector], Field(min_length=1)]
     models: dict[str, SerializeAsAny[Annotated[Model | OtherModel, PlainValidator(model_of)]]] = {}
     alignments: dict[str, Alignment] = {}

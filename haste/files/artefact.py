@@ -38,6 +38,7 @@ EXTENSIONS = (
     "models",
     "triggers",
     "processes",
+    "conditions",
 )  # what other packages add to; `haste.extensions`
 LIBRARIES = ("torch", "timm", "diffusers", "torch-fidelity", "torchdiffeq", "numpy", "h5py", "snakemake", "safetensors")
 

@@ -76,6 +76,7 @@ class Plan:
             "images": self.images.key,
             "autoencoder": self.autoencoder.key if self.autoencoder else self.encoder,
             "dtype": config.autoencoder.dtype,
+            **config.condition.entry,
         }
         self.latents = self._store("latents", recipe, config.autoencoder.shards)
         self.teachers: dict[str, Artefact | None] = {
@@ -326,7 +327,7 @@ class Plan:
         recipe = {
             "recipe": RECIPE,
             "latents": self.latents.key,
-            "classes": self.config.images.classes,
+            **configuration.condition_entry(self.config),
             "model": configuration.model_entry(self.config, model),
             "training": configuration.training_entry(self.config, run),
             "seed": seed,
@@ -486,7 +487,7 @@ class Plan:
             "recipe": RECIPE,
             "checkpoint": self.identity_of(spec.checkpoint),
             "weights": spec.weights,
-            "classes": self.config.images.classes,
+            **configuration.condition_entry(self.config),
             "model": configuration.model_entry(self.config, model),
             "training": configuration.training_elsewhere(self.config, spec),
         }

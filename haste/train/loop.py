@@ -272,21 +272,10 @@ class _Training:
 
     def _batches(self) -> Batches:
         plan = self.plan
-        latents = Store.of(plan.latents)
-        images = None
-        if self.teachers:  # after the last stop nobody looks at the images
-            images = Store.of(plan.images)
-        return Batches(
-            latents,
-            images,
-            seed=self.recipe["seed"],
-            size=self.settings["batch"],
-            null_class=self.recipe["classes"],
-            class_dropout=self.settings["class_dropout"],
-            targets={name: (store, self.cached.fields[name]) for name, store in self.cached.stores.items()},
-            process=process_in(self.recipe),
-            t_min=t_min_of(self.segment.terms),
-        )
+        images = Store.of(plan.images) if self.teachers else None  # after the last stop nobody looks at them
+        targets = {name: (store, self.cached.fields[name]) for name, store in self.cached.stores.items()}
+        t_min = t_min_of(self.segment.terms)
+        return Batches.of(self.recipe, Store.of(plan.latents), images, targets=targets, t_min=t_min)
 
     def run(self) -> int:
         """To the segment's end, or to where a trigger stops a term, whose state is saved then. Returns the step."""

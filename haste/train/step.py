@@ -25,6 +25,7 @@ from haste.data import order
 from haste.data.batches import Batch
 from haste.data.latents import draw
 from haste.diffusion.process import Process
+from haste.networks.spec import each
 from haste.train.distributed import Group
 from haste.train.state import Learner
 
@@ -131,7 +132,8 @@ class Objective(nn.Module):
         z = draw(batch.moments, batch.draw, self.scale, self.shift).to(dtype)
         noise, t = batch.noise.to(dtype), batch.t.to(dtype)
         x_t = self.process.noised(z, noise, t)
-        predicted, taps = self.model(x_t, self.process.time(t), batch.labels, taps=self.taps)
+        told = each(lambda piece: piece.to(dtype) if piece.is_floating_point() else piece, batch.condition)
+        predicted, taps = self.model(x_t, self.process.time(t), told, taps=self.taps)
         predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
         found = self._denoising(self.process.losses(predicted, z, noise, t))
         if "features" in self.terms:

@@ -10,6 +10,7 @@ from scipy import stats
 from haste.config import process_in
 from haste.data import order
 from haste.data.batches import Batches
+from haste.data.condition import Labels
 from haste.diffusion.interpolant import Interpolant
 from haste.diffusion.paths import COSINE, LINEAR
 from haste.files.store import Store
@@ -21,7 +22,7 @@ def batches(make_plan):
     plan = make_plan()
 
     def make(size=8, process=None, **more):
-        common = {"seed": 3, "null_class": 10, "class_dropout": 0.1, "process": process or Interpolant()}
+        common = {"seed": 3, "condition": Labels(classes=10), "class_dropout": 0.1, "process": process or Interpolant()}
         return Batches(Store.open(plan.latents.folder), None, size=size, **common, **more)
 
     return make

@@ -65,7 +65,7 @@ def batch():
         draw=sixty_fourths(2, BATCH, CHANNELS, SIDE, SIDE),
         noise=sixty_fourths(3, BATCH, CHANNELS, SIDE, SIDE),
         t=torch.tensor([0.0, 0.125, 0.5, 0.71875, 0.96875]),
-        labels=torch.tensor([0, 3, 1, CLASSES, 2]),
+        condition=torch.tensor([0, 3, 1, CLASSES, 2]),
         images=None,
     )
 
@@ -130,7 +130,7 @@ def test_the_terms_of_two_layer_pairs_are_those_of_the_formulas(learner, batch, 
     x, velocity = noised(batch, path)
     taps = {"tokens.2", "attention.2", "attention.0"}
     with torch.no_grad():
-        predicted, tapped = learner.model(torch.from_numpy(x), batch.t.double(), batch.labels, taps=taps)
+        predicted, tapped = learner.model(torch.from_numpy(x), batch.t.double(), batch.condition, taps=taps)
     head = learner.projectors["features"]
     tokens = coarser(tapped["tokens.2"], grid) @ head.weight.detach().numpy().T + head.bias.detach().numpy()
     pairs = [
@@ -154,7 +154,7 @@ def test_without_alignment_there_is_only_the_denoising_term(learner, batch):
     found = Objective(learner, {}, process=Interpolant(), scale=SCALE, shift=SHIFT)(batch, {})
     x, velocity = noised(batch, "linear")
     with torch.no_grad():
-        predicted, _ = learner.model(torch.from_numpy(x), batch.t.double(), batch.labels)
+        predicted, _ = learner.model(torch.from_numpy(x), batch.t.double(), batch.condition)
     assert set(found) == {"denoising"}
     assert found["denoising"].item() == pytest.approx(((predicted.numpy() - velocity) ** 2).mean(), rel=1e-10)
 
