@@ -103,7 +103,10 @@ def toy(world, installed):
     return world
 
 
-def test_process_and_condition_from_outside_are_trained_resumed_sampled_and_scored(toy, tmp_path):
+def test_process_and_condition_from_outside_are_trained_resumed_sampled_and_scored(toy, tmp_path, capsys, caplog):
+    def said():
+        return capsys.readouterr().err + caplog.text
+
     run_haste(toy, "plan")
     state = toy.plan.state("HASTE", 8)
     run_haste(toy, "train", state)
@@ -148,6 +151,7 @@ def test_process_and_condition_from_outside_are_trained_resumed_sampled_and_scor
     other = {**toy.raw["training"], "process": {"name": "redraw", "steps": 5}}
     toy.configure(**changed(toy.raw, evaluate={"it": row}, training=other))
     assert cli.main(["sample", toy.plan.rows[-1].evaluation.name, "-c", str(toy.file)]) == 2
+    assert "was trained by {'name': 'redraw', 'steps': 8}, but the row says {'name': 'redraw', 'steps': 5}" in said()
 
 
 def test_steps_and_what_is_dropped_are_functions_of_position_at_the_asked_rates(toy):
@@ -166,14 +170,26 @@ def test_steps_and_what_is_dropped_are_functions_of_position_at_the_asked_rates(
     assert torch.equal(whole.weights["features"] > 0, (whole.t * (STEPS - 1)).round() >= 3)
 
 
-# ---- against the closed form: latents of mean m(y) and standard deviation SPREAD, m linear and 0 without a condition
+# ---- against the closed form: latents of mean m(y), linear in y, and of one standard deviation where a sample is told
+# y, of another where it is not
 
 SPREAD = torch.tensor([[0.3, 0.5], [0.8, 1.2]], dtype=torch.float64)
+SPREAD_OF_ALL = torch.tensor([[0.6, 0.9], [1.1, 1.8]], dtype=torch.float64)
 MEANS = torch.tensor([[[1.0, -0.5], [0.25, 2.0]], [[0.0, 1.5], [-1.0, 0.75]]], dtype=torch.float64)  # by direction
 
 
+def mean_of(y):
+    return torch.einsum("bd,dhw->bhw", y, MEANS)
+
+
+def coefficients(alpha, sigma, spread):
+    """Bayes' rule for z of x = alpha z + sigma eps: its mean is a x + b m, and its variance."""
+    total = (alpha * spread) ** 2 + sigma**2
+    return alpha * spread**2 / total, sigma**2 / total, (spread * sigma) ** 2 / total
+
+
 class Exact(torch.nn.Module):
-    """Mean and log-variance of the latents given noisy ones, by Bayes' rule."""
+    """Mean and log-variance of the latents given noisy ones."""
 
     process, in_channels, input_size = "redraw", 1, 2
 
@@ -183,31 +199,29 @@ class Exact(torch.nn.Module):
 
     def forward(self, x, k, y):
         assert k.dtype == torch.long
-        angle = math.pi / 2 * (k.double()[:, None, None, None] + 1) / STEPS
-        alpha, sigma, mean = angle.cos(), angle.sin(), mean_of(y.double())[:, None]
-        total = (alpha * SPREAD) ** 2 + sigma**2
-        found = (sigma**2 * mean + alpha * SPREAD**2 * x) / total, ((SPREAD * sigma) ** 2 / total).log().expand(x.shape)
-        return torch.cat(found, dim=1), {}
+        y, angle = y.double()[:, :, None, None], math.pi / 2 * (k.double()[:, None, None, None] + 1) / STEPS
+        spread = torch.where((y != 0).any(dim=1, keepdim=True), SPREAD, SPREAD_OF_ALL)
+        a, b, variance = coefficients(angle.cos(), angle.sin(), spread)
+        return torch.cat([a * x + b * mean_of(y[:, :, 0, 0])[:, None], variance.log()], dim=1), {}
 
 
-def mean_of(y):
-    return torch.einsum("bd,dhw->bhw", y, MEANS)
-
-
-def shift(ks, guidance, until):
-    """What guidance makes of the mean, as a multiple of it, if it is on at steps up to `until`: the same recursion of
-    x's mean, for each latent cell."""
-    factor = torch.zeros_like(SPREAD)
-    for place, k in enumerate(ks):
+def mean_and_variance(steps, guidance, until):
+    """Of each latent cell of samples that are guided at steps up to `until`: the mean as a multiple of m, and the
+    variance. Both follow from step to step, since all is affine in normal numbers."""
+    factor, variance = torch.zeros_like(SPREAD), torch.ones_like(SPREAD)
+    for place, k in enumerate(steps):
         alpha, sigma = math.cos(math.pi / 2 * (k + 1) / STEPS), math.sin(math.pi / 2 * (k + 1) / STEPS)
-        kept = factor if place else torch.zeros_like(SPREAD)  # pure noise has no mean
-        weight = guidance if k <= until else 1.0
-        factor = (sigma**2 * weight + (alpha * SPREAD) ** 2 * kept) / ((alpha * SPREAD) ** 2 + sigma**2)
-    return factor
+        if place:  # noised to this step; the first one is noise alone
+            factor, variance = alpha * factor, alpha**2 * variance + sigma**2
+        a, b, left = coefficients(alpha, sigma, SPREAD)
+        if k <= until:  # uncond + guidance (cond - uncond), where uncond has no m; the variance is that of cond
+            a, b = guidance * a + (1 - guidance) * coefficients(alpha, sigma, SPREAD_OF_ALL)[0], guidance * b
+        factor, variance = a * factor + b, a**2 * variance + left
+    return factor, variance
 
 
 @pytest.mark.parametrize(
-    ("guidance", "interval", "until"), [(1.0, [0, 1], 7), (2.5, [0, 1], 7), (2.5, [0, 0.5], 4)], ids=str
+    ("guidance", "interval", "until"), [(1.0, [0, 1], -1), (2.0, [0, 1], 7), (2.0, [0, 0.5], 4)], ids=str
 )
 def test_samples_have_mean_and_covariance_of_the_closed_form(installed, guidance, interval, until):
     count = 8000
@@ -219,15 +233,19 @@ def test_samples_have_mean_and_covariance_of_the_closed_form(installed, guidance
     painter = Painter(Exact(), sampling, SimpleNamespace(), *seams, 1.0, 0.0)
     z, asked = painter.latents(range(count), rows)
     assert asked.tolist() == [4] * count
-    expected = shift([7, 5, 2, 0], guidance, until) * mean_of(torch.from_numpy(rows["direction"]).double())
-    left = (z[:, 0] - expected).flatten(1) / SPREAD.flatten()  # standard normal, four to a sample
-    # Means deviate by 1 / sqrt(N), variances by sqrt(2 / N), covariances by 1 / sqrt(N): five of these are allowed.
+    own = mean_of(torch.from_numpy(rows["direction"]).double())
+    factor, variance = mean_and_variance([7, 5, 2, 0], guidance, until)
+    if guidance == 1:  # then they are the data
+        torch.testing.assert_close((factor, variance), (torch.ones_like(SPREAD), SPREAD**2))
+    left = ((z[:, 0] - factor * own) / variance.sqrt()).flatten(1)  # standard normal, four to a sample
+    # A mean deviates by 1 / sqrt(N), a variance by sqrt(2 / N), a covariance by 1 / sqrt(N): five of these are allowed.
     assert left.mean(dim=0).abs().max() < 5 / math.sqrt(count)
     assert (left.T @ left / count - torch.eye(4)).abs().max() < 5 * math.sqrt(2 / count)
-    # Also along the direction, where a mean that is off by a share of itself would hide in the average over a circle.
-    along = left * mean_of(torch.from_numpy(rows["direction"]).double()).flatten(1)
-    assert (along.mean(dim=0).abs() < 5 * along.std(dim=0) / math.sqrt(count)).all()
-    assert torch.equal(painter.latents(range(5, 9), {"direction": rows["direction"][5:9]})[0], z[5:9])
+    # On average over the circle m is 0, so the factor is looked at along m: its estimate deviates by this.
+    along = (left * own.flatten(1)).mean(dim=0) / own.flatten(1).square().mean(dim=0)
+    assert (along.abs() * own.flatten(1).norm(dim=0) < 5).all()
+    again, _ = painter.latents(range(5, 9), {"direction": rows["direction"][5:9]})
+    torch.testing.assert_close(again, z[5:9], rtol=1e-5, atol=1e-6)
 
 
 # ---- what does not go together

@@ -159,6 +159,19 @@ def test_without_alignment_there_is_only_the_denoising_term(learner, batch):
     assert found["denoising"].item() == pytest.approx(((predicted.numpy() - velocity) ** 2).mean(), rel=1e-10)
 
 
+@pytest.mark.parametrize("names", [["mse"], ["denoising", "features"]], ids=" and ".join)
+def test_losses_of_a_process_need_the_one_that_is_trained_and_take_no_name_of_an_alignment(learner, batch, names):
+    class Other(Interpolant):
+        def losses(self, *given):
+            return dict.fromkeys(names, super().losses(*given)["denoising"])
+
+    objective = Objective(learner, {}, process=Other(), scale=SCALE, shift=SHIFT)
+    with pytest.raises(
+        ValueError, match=rf"Other: its losses are {', '.join(names)}; expected denoising, and not feat"
+    ):
+        objective(batch, {})
+
+
 def test_a_loss_that_is_not_finite_is_found_before_a_save_that_no_log_line_precedes(make_plan, monkeypatch):
     plan = make_plan(runtime={"save_every": 2, "log_every": 1000, "trackers": []})
     forward = Objective.forward
