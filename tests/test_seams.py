@@ -97,7 +97,9 @@ def run_haste(world, *command):
 @pytest.fixture
 def toy(world, installed):
     """A world whose latents carry directions."""
+    of_labels = world.latents
     world.configure(**changed(world.raw))
+    assert world.latents != of_labels
     for how in (["--shard", "0"], ["--shard", "1"], ["--join"]):
         run_haste(world, "latents", *how)
     return world
@@ -157,7 +159,7 @@ def test_process_and_condition_from_outside_are_trained_resumed_sampled_and_scor
 def test_steps_and_what_is_dropped_are_functions_of_position_at_the_asked_rates(toy):
     recipe = toy.plan.trajectories[toy.plan.state("HASTE", 8).trajectory].recipe
     store = Store.open(toy.latents)
-    batches = Batches.of({**recipe, "training": {**recipe["training"], "batch": 1600}}, store, t_min={"features": 0.4})
+    batches = Batches.of({**recipe, "training": {**recipe["training"], "batch": 1600}}, store, t_min={"features": 0.45})
     whole, part = batches(3), batches(3, range(40, 60))
     steps, counts = (whole.t * (STEPS - 1)).round().unique(return_counts=True)
     assert steps.tolist() == list(range(STEPS)) and (counts - 200).abs().max() < 5 * 13.3  # 13.2 is a deviation
@@ -166,7 +168,7 @@ def test_steps_and_what_is_dropped_are_functions_of_position_at_the_asked_rates(
     lengths = whole.condition[~none].norm(dim=1)
     torch.testing.assert_close(lengths, torch.full_like(lengths, LENGTH))
     assert torch.equal(part.condition, whole.condition[40:60]) and torch.equal(part.t, whole.t[40:60])
-    # 0.4 is nearest to step 3 of 0 .. 7, whose samples count though their time is 0.4286
+    # 0.45 is nearest to step 3 of 0 .. 7, whose samples count though their time is 0.4286
     assert torch.equal(whole.weights["features"] > 0, (whole.t * (STEPS - 1)).round() >= 3)
 
 
@@ -221,7 +223,7 @@ def mean_and_variance(steps, guidance, until):
 
 
 @pytest.mark.parametrize(
-    ("guidance", "interval", "until"), [(1.0, [0, 1], -1), (2.0, [0, 1], 7), (2.0, [0, 0.5], 4)], ids=str
+    ("guidance", "interval", "until"), [(1.0, [0, 1], -1), (2.0, [0, 1], 7), (2.0, [0, 0.65], 5)], ids=str
 )
 def test_samples_have_mean_and_covariance_of_the_closed_form(installed, guidance, interval, until):
     count = 8000
