@@ -271,7 +271,7 @@ def test_what_all_rows_share_is_said_below_the_table():
     said = " ".join(table.notes)
     assert "Euler, 50 steps, no guidance, balanced labels, 1,000 samples against 1,500 real images." in said
     assert "Model SiT." in said
-    assert "One seed of training a run (0)." in said
+    assert "One training seed per run (0)." in said
 
 
 SEEDS = [row("a", 1, value, seed=seed) for seed, value in enumerate((50.0, 52.0, 57.0))]
