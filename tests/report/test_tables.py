@@ -285,7 +285,7 @@ def test_seeds_are_one_line_of_mean_and_sample_standard_deviation():
     spread = (sum((v - mean) ** 2 for v in values) / 2) ** 0.5
     assert (cell.value, cell.spread) == (pytest.approx(mean), pytest.approx(spread))
     assert cell.text + cell.around == "53.0 ± 3.6"
-    assert "over 3 seeds" in " ".join(table.notes)
+    assert "over 3 training seeds" in " ".join(table.notes)
     assert len(table.entries) == 2
     for text in (html(report(SEEDS)), markdown(report(SEEDS)), page.text(report(SEEDS))):
         assert "± 3.6" in text
