@@ -60,7 +60,7 @@ def from_hub(ask: Callable[..., str], whole: Callable[[Path], bool] = Path.exist
 
     Args:
         ask: the client's function, its other arguments filled in.
-        whole: whether the cache holds everything that is needed.
+        whole: whether what was found in the cache is complete.
 
     Raises:
         OSError, ValueError: the hub does not answer, or does not have it.

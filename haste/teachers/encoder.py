@@ -154,13 +154,13 @@ class Teacher:
             ValueError: nothing is requested, or a layer that the teacher does not have.
         """
         with torch.inference_mode():
-            seen = self._look(images, features, attention)
+            found = self._forward(images, features, attention)
 
-        # Losses save targets for their backward pass, which is not allowed for tensors made in inference mode: copy them.
-        pairs = {layer: (q.clone(), k.clone()) for layer, (q, k) in seen.attention.items()}
-        return TeacherTargets(None if seen.features is None else seen.features.clone(), pairs, self.grid)
+        # Losses save targets for their backward pass, which inference-mode tensors do not allow: copy them.
+        pairs = {layer: (q.clone(), k.clone()) for layer, (q, k) in found.attention.items()}
+        return TeacherTargets(None if found.features is None else found.features.clone(), pairs, self.grid)
 
-    def _look(self, images: Tensor, features: bool, attention: Sequence[int]) -> TeacherTargets:
+    def _forward(self, images: Tensor, features: bool, attention: Sequence[int]) -> TeacherTargets:
         last = self._last_needed(features, attention)
         taps: dict[int, Tensor] = {}
         hooks = [
