@@ -142,7 +142,7 @@ def _check_attention(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, heads: 
     heads = most if heads is None else heads
     if not 1 <= heads <= most:
         raise ValueError(
-            f"attention loss: {heads} heads asked for, the student has {heads_s}, the teacher {heads_t}; "
+            f"attention loss: {heads} heads requested, the student has {heads_s}, the teacher {heads_t}; "
             f"expected 1 to {most}"
         )
     return heads

@@ -108,7 +108,7 @@ class Work:
             if rank == 0 and stop.reason == TIME_LIMIT:
                 _requeue()
             time.sleep(LINGER)
-            raise RuntimeError(f"told to end, but nobody ended this process in {LINGER:.0f} s") from None
+            raise RuntimeError(f"signalled to end, but this process was not ended within {LINGER:.0f} s") from None
 
 
 def _refuse(refused: Path, words: str) -> None:

@@ -71,7 +71,7 @@ def staged(plan: Plan, state: State, setting: str, interrupted: Check = lambda: 
         try:
             near = _acquire(plan, wanted(plan, state), place, held, interrupted)
         except _Interrupted:
-            log.info("told to end while copying to %s: the stores are read where they are", place)
+            log.info("interrupted while copying to %s: the stores are read where they are", place)
             near = plan
         yield near
 
@@ -166,7 +166,7 @@ def _locked(path: Path, how: int, give_up: Check) -> Iterator[None]:
         if give_up():
             raise _Interrupted
         if not said:
-            log.info("waiting for another process at work in %s", path.parent)
+            log.info("waiting for another process in %s", path.parent)
         said = True
         time.sleep(LOOK)
     with file:

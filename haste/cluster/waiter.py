@@ -144,7 +144,7 @@ class Waiter:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    self.tell("somebody else is submitting it; waiting for that")
+                    self.tell("another process is submitting it; waiting for that")
                 self._sleep(1)
             yield
 
@@ -190,7 +190,7 @@ class Waiter:
                     self._follow(found[0])
             if not self.done():
                 self._sleep(self.asked.poll_s)
-        return slurm.ending(self.job or number) or "nobody knows how"
+        return slurm.ending(self.job or number) or "unknown"
 
     def _follow(self, job: slurm.Job) -> None:
         self.job = job.id

@@ -63,7 +63,7 @@ def _files(path: Path) -> list[Path]:
             raise ValueError(f"{path}: a folder without archives, expected {' or '.join(SUFFIXES)}")
         return found
     if path.name.lower().endswith(_COMPRESSED):
-        raise ValueError(f"{path}: compressed as a whole, so no picture in it can be had by itself; expected a .tar")
+        raise ValueError(f"{path}: compressed as a whole, so it has no random access; expected a .tar")
     if path.suffix.lower() not in SUFFIXES or not path.is_file():
         found_instead = path.suffix or "no suffix" if path.is_file() else "nothing"
         raise ValueError(f"{path}: expected {', '.join(SUFFIXES)} or a folder of these, found {found_instead}")

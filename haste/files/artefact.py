@@ -308,7 +308,7 @@ def acquire(path: Path | str, what: str) -> Any:
             file.close()
             raise
         file.seek(0)
-        holder = file.read().strip() or "somebody who left no name"
+        holder = file.read().strip() or "an unknown process"
         file.close()
         raise ValueError(f"{what} is in use (lock {path}) by {holder}. Wait for it, or stop it first.") from None
     file.truncate(0)

@@ -32,5 +32,5 @@ def device_named(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {name!r} is not there: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device: {name!r} is not available: {str(error).splitlines()[0]}") from error
     return name

@@ -144,8 +144,8 @@ def recorded(root: Path) -> dict[str, Plan]:
             plan = Plan(config.resolve({**config.read(path), "results": str(root)}))
         except ValueError as error:
             raise ValueError(
-                f"{path}: cannot be read, so nobody knows what it needs. Mend it, or remove {path.parent} "
-                f"if its results are wanted no more. ({error})"
+                f"{path}: cannot be read, so its needs are unknown. Fix it, or remove {path.parent} "
+                f"if its results are no longer wanted. ({error})"
             ) from error
         found[plan.config.name] = plan
     return found
@@ -370,7 +370,7 @@ def _refuse_strangers(root: Path, needs: Needs, yes: bool) -> None:
         holder = artefact.holder(lock)
         if holder is not None and holder.at_work:
             raise ValueError(
-                f"{lock.parent}: of no configuration given or recorded here, but at work: {holder.who}. "
+                f"{lock.parent}: of no configuration given or recorded here, but being trained: {holder.who}. "
                 "Name its configuration too, or wait for it."
             )
         if yes:  # the trainer may be on another machine; only the lock itself shows it

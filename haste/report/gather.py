@@ -196,7 +196,7 @@ def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
     there = [pair for pair in scores if Path(pair[1].score).exists()]
     if not there:
         raise ValueError(
-            f"{plan.folder}: none of its {len(scores)} scores is there yet, expected one at least; the workflow makes "
+            f"{plan.folder}: none of its {len(scores)} scores exists yet, expected at least one; the workflow makes "
             f"them, and `haste status` says how far it is. The first will be {scores[0][1].score}"
         )
     several = len(plan.detectors) > 1

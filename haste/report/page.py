@@ -157,7 +157,7 @@ def _by_step(report: Report) -> list[tuple[str, list[Grid]]]:
 def _grid(grid: Grid) -> dict[str, Any]:
     what = f"Samples of {grid.run} at step {grid.step:,}"
     columns = grid.columns or max(len(grid.labels), 1)
-    alt = f"{what}, one column a class: {', '.join(map(str, grid.labels))}" if grid.labels else what
+    alt = f"{what}, one column per class: {', '.join(map(str, grid.labels))}" if grid.labels else what
     src = data_uri(grid.image)
     return {"run": grid.run, "labels": grid.labels, "columns": columns, "alt": alt, "src": src, "most": columns * CELL}
 

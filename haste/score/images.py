@@ -204,7 +204,7 @@ class Scorer:
                 who[-1] |= {"reference_moments": real.about["moments"]} if "moments" in real.about else {}
                 reference = {name: fact for name, fact in real.about.items() if name != "moments"}
         if not columns:
-            raise ValueError(f"{_path(source)}: no score can be had: {'; '.join(sorted(set(absent.values())))}")
+            raise ValueError(f"{_path(source)}: no score can be computed: {'; '.join(sorted(set(absent.values())))}")
         self._check_named(columns, absent, who)
         notes = list(dict.fromkeys([*comparable.notes(about, reference, who, columns), *said]))
         seconds = round(time.monotonic() - started, 3)
@@ -271,7 +271,8 @@ class Scorer:
             if self.detectors is not None and len(mine) != len(self.detectors):
                 other = next(one for one in self.detectors if one not in mine)
                 raise ValueError(
-                    f"{source.folder}: seen by detector {view.detector['identity'][:12]}, asked for are scores by "
+                    f"{source.folder}: features by detector {view.detector['identity'][:12]}, but requested are scores "
+                    "by "
                     f"{other.name} {other.identity[:12]}"
                 )
             yield (mine[0].about, mine[0], lambda: view) if mine else (view.detector, None, lambda: view)
@@ -343,8 +344,8 @@ class Scorer:
     ) -> Side:
         if source.samples is None:
             raise ValueError(
-                f"{source.path}: holds mu and sigma of Inception and no images, but the samples were seen by "
-                f"{about['name']}"
+                f"{source.path}: holds mu and sigma of Inception and no images, but the samples' features "
+                f"are by {about['name']}"
             )
         side = self._look(source.samples, metrics, about, detector)
         return dataclasses.replace(side, about={**source.about, "moments": "of its images under arr_0"})
@@ -396,7 +397,7 @@ def _check_detector(path: Path, seen: Mapping[str, Any], asked: Mapping[str, Any
     if seen["identity"] != asked["identity"]:
         who = [f"{one.get('name') or 'a detector'} {one['identity'][:12]}" for one in (seen, asked)]
         raise ValueError(
-            f"{path}: the reference is seen by {who[0]}, the samples by {who[1]}: their scores would compare nothing"
+            f"{path}: features of the reference by {who[0]}, of the samples by {who[1]}: they cannot be compared"
         )
 
 

@@ -184,6 +184,6 @@ def _check_detectors(features: Store, reference: Store) -> None:
     seen, real = features.manifest["detector"], reference.manifest["detector"]
     if seen != real:
         raise ValueError(
-            f"{features.folder}: seen by detector {seen[:12]}, but the reference {reference.folder} by {real[:12]}: "
-            "their scores would compare nothing"
+            f"{features.folder}: features by detector {seen[:12]}, but those of the reference {reference.folder} by "
+            f"{real[:12]}: they cannot be compared"
         )

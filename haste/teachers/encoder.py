@@ -192,11 +192,11 @@ class Teacher:
     def _last_needed(self, features: bool, attention: Sequence[int]) -> int:
         wrong = [layer for layer in attention if not 0 <= layer < self.depth]
         if wrong:
-            raise ValueError(f"teacher: layers {wrong} asked for, it has layers 0..{self.depth - 1}")
+            raise ValueError(f"teacher: layers {wrong} requested, it has layers 0..{self.depth - 1}")
         if features:
             return self.depth - 1
         if not attention:
-            raise ValueError("teacher: asked for neither features nor the attention of any layer")
+            raise ValueError("teacher: neither features nor the attention of any layer requested")
         return max(attention)
 
     def _queries_and_keys(self, layer: int, projected: Tensor) -> tuple[Tensor, Tensor]:
