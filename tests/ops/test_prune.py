@@ -360,7 +360,7 @@ def test_a_row_without_training_whose_checkpoint_is_gone_can_be_forgotten(tmp_pa
 
 
 WAIT = "\n    print(1, flush=True)\n    time.sleep(60)"
-HOLD = f"import sys, time\nfrom haste import artefact\nwith artefact.holding(sys.argv[1], 'x'):{WAIT}"
+HOLD = f"import sys, time\nfrom haste.files import artefact\nwith artefact.holding(sys.argv[1], 'x'):{WAIT}"
 OPEN = f"import sys, time\nwith open(sys.argv[1]):{WAIT}"
 
 
