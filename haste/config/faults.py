@@ -11,41 +11,11 @@ from pydantic import ValidationError
 
 from haste import extensions
 from haste.align import triggers
-from haste.config.derived import (
-    blocks_of,
-    heads_of,
-    taps_of,
-    terms_of,
-    triggers_of,
-)
+from haste.config.derived import blocks_of, heads_of, taps_of, terms_of, triggers_of
 from haste.config.keys import Strict, nearest
-from haste.config.parts import (
-    Autoencoder,
-    Detector,
-    Model,
-    OtherModel,
-    Teacher,
-    architecture_named,
-)
-from haste.config.published import (
-    MAPPINGS,
-    MODELS,
-    alignment_named,
-    model_named,
-    teacher_shape,
-    teacher_tokens,
-)
-from haste.config.schema import (
-    PRESETS,
-    STOP_TAGS,
-    TERMS,
-    AttentionTerm,
-    Config,
-    Evaluate,
-    Run,
-    Stops,
-    Trigger,
-)
+from haste.config.parts import Autoencoder, Detector, Model, OtherModel, Teacher, architecture_named
+from haste.config.published import MAPPINGS, MODELS, alignment_named, model_named, teacher_shape, teacher_tokens
+from haste.config.schema import PRESETS, STOP_TAGS, TERMS, AttentionTerm, Config, Evaluate, Run, Stops, Trigger
 from haste.networks.registry import DETECTORS, TEACHERS
 from haste.networks.spec import Tap, blocks
 

@@ -15,16 +15,7 @@ from haste.files.provenance import provenance_of
 from haste.plan.names import Detector
 from haste.plan.names import Row as Scored
 from haste.plan.plan import Plan
-from haste.report.content import (
-    NONE,
-    Benchmark,
-    Curve,
-    Grid,
-    Part,
-    Report,
-    Row,
-    Stage,
-)
+from haste.report.content import NONE, Benchmark, Curve, Grid, Part, Report, Row, Stage
 from haste.report.papers import layers_text
 from haste.train import stops
 

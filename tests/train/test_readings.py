@@ -22,12 +22,7 @@ from haste.files.provenance import read_header
 from haste.models.sit import SiT
 from haste.plan.names import State
 from haste.teachers import encoder, targets
-from haste.train import (
-    loop,
-    readings,
-    state,
-    stops,
-)
+from haste.train import loop, readings, state, stops
 from haste.train.distributed import Group
 from haste.train.gradient_angles import Angles
 from haste.train.step import Objective
