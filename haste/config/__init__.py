@@ -15,27 +15,8 @@ Each file imports only from those above it:
     reading     from a file or a mapping to a `Config`
 """
 
-from haste.config.derived import (
-    facts_in,
-    facts_of_other,
-    falls_from,
-    model_in,
-    taps_of,
-    terms_of,
-    triggers_of,
-)
-from haste.config.keys import (
-    LABEL,
-    LATER,
-    Float,
-    Positive,
-    Rate,
-    Seed,
-    Share,
-    Strict,
-    decides,
-    number,
-)
+from haste.config.derived import facts_in, facts_of_other, falls_from, model_in, taps_of, terms_of, triggers_of
+from haste.config.keys import LABEL, LATER, Float, Positive, Rate, Seed, Share, Strict, decides, number
 from haste.config.parts import (
     DENOISERS,
     Autoencoder,
