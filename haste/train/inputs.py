@@ -21,11 +21,10 @@ from haste.files.store import Store
 from haste.models.attention import logsumexp_works
 from haste.plan.names import Segment
 from haste.plan.plan import Plan
-from haste.teachers.targets import TeacherTargets
+from haste.teachers.targets import Cached, TeacherTargets, load_teacher
 from haste.train.distributed import Group
 from haste.train.state import Learner, new_learner
 from haste.train.step import Objective, gather_negatives, t_min_of, teacher_targets, times_of
-from haste.train.targets import Cached, load_teacher
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from haste.align.losses import TeacherTargets
 from haste.config import Runtime
 from haste.data.batches import Batch
 from haste.files.journal import Journal
 from haste.files.provenance import read_header
 from haste.plan.names import Segment, State
 from haste.plan.plan import Plan
-from haste.teachers.targets import TeacherTargets
 from haste.train import stops
 from haste.train.checkpoint import Checkpoints
 from haste.train.distributed import WARM_UPS, Agreement, Group, enough_memory, joined, wrap
