@@ -20,11 +20,13 @@ demo: $(READY)
 	snakemake --profile profiles/local --quiet rules host
 	@haste table
 
-# Both always run. The larger one is last, so that one sees its summary; what failed on SLURM is said again after it.
+# Both suites run side by side: jobs of a cluster mostly wait. What SLURM's said comes before the summary of the other.
 test: lint
-	pytest -n 2 --dist loadfile tests/slurm | tee .venv/slurm.txt; slurm=$$?; \
+	trap 'kill $$(jobs -p) 2> /dev/null' EXIT; \
+	pytest -n 2 --dist loadfile tests/slurm > .venv/slurm.txt 2>&1 & slurm=$$!; \
 	pytest -n 2 --ignore tests/slurm; rest=$$?; \
-	test $$slurm = 0 || sed -n '/short test summary/,$$p' .venv/slurm.txt; \
+	wait $$slurm; slurm=$$?; \
+	cat .venv/slurm.txt; \
 	test $$slurm = 0 -a $$rest = 0
 
 test-slurm: $(READY)

@@ -9,14 +9,7 @@ from typing import Any
 
 from haste.config.keys import decides
 from haste.config.parts import Model, OtherModel, Process, architecture_named, condition_named, model_of, process_named
-from haste.config.published import (
-    ALIGNED_HEADS,
-    MAPPINGS,
-    REPA_DEPTH,
-    alignment_named,
-    model_named,
-    teacher_shape,
-)
+from haste.config.published import ALIGNED_HEADS, MAPPINGS, REPA_DEPTH, alignment_named, model_named, teacher_shape
 from haste.config.schema import Config, Evaluate, Training, Trigger
 from haste.networks.spec import Facts, Tap, sit_facts, sit_taps
 

@@ -19,13 +19,7 @@ import torch
 
 from haste.data.condition import Condition
 from haste.files import artefact
-from haste.files.store import (
-    Progress,
-    Store,
-    join,
-    shard_range,
-    write_shard,
-)
+from haste.files.store import Progress, Store, join, shard_range, write_shard
 from haste.networks import hub
 
 KIND = "latents"

@@ -13,13 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from haste.align import schedule
-from haste.align.losses import (
-    Negatives,
-    attention_loss,
-    contrastive_loss,
-    feature_loss,
-    resize_tokens,
-)
+from haste.align.losses import Negatives, TeacherTargets, attention_loss, contrastive_loss, feature_loss, resize_tokens
 from haste.config import TERMS
 from haste.data import order
 from haste.data.batches import Batch
@@ -31,7 +25,6 @@ from haste.train.state import Learner
 
 if TYPE_CHECKING:
     from haste.teachers.encoder import Teacher
-    from haste.teachers.targets import TeacherTargets
 
 Terms = Mapping[str, Mapping[str, Any]]
 

@@ -8,13 +8,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from haste.align import losses
-from haste.align.losses import (
-    attention_loss,
-    cross_entropy_by_sample,
-    cross_entropy_fused,
-    feature_loss,
-    resize_tokens,
-)
+from haste.align.losses import attention_loss, cross_entropy_by_sample, cross_entropy_fused, feature_loss, resize_tokens
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, size: float = 1.0) -> Tensor:
@@ -238,7 +232,7 @@ def test_a_device_without_a_way_of_its_own_takes_the_fused_one(monkeypatch):
 
 @pytest.mark.parametrize("heads", [4, 0, -1])
 def test_more_heads_than_either_side_has_are_refused(heads):
-    with pytest.raises(ValueError, match=f"{heads} heads asked for, the student has 5, the teacher 3; expected 1 to 3"):
+    with pytest.raises(ValueError, match=f"{heads} heads requested, the student has 5, the teacher 3; expected 1 to 3"):
         attention_loss(*sides(heads_s=5, heads_t=3), heads=heads)
 
 

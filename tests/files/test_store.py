@@ -16,14 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from haste.files import artefact
-from haste.files.store import (
-    Store,
-    differences,
-    join,
-    shard_path,
-    shard_range,
-    write_shard,
-)
+from haste.files.store import Store, differences, join, shard_path, shard_range, write_shard
 
 FIELDS = {"image": ((3, 2), "float16"), "label": ((), "int64")}
 RECIPE = {"source": "toy", "crop": {"size": 3}}
@@ -378,7 +371,7 @@ def test_an_interrupted_write_leaves_the_shard_before_it(tmp_path):
 def test_a_killed_writer_leaves_nothing_readable(tmp_path):
     program = """
 import os, sys, numpy as np
-from haste.data.store import write_shard
+from haste.files.store import write_shard
 def batches():
     yield {"x": np.zeros((5, 2))}
     os.kill(os.getpid(), 9)
@@ -396,7 +389,7 @@ def test_a_full_disk_leaves_nothing_readable(tmp_path):
     # A limit on the size of files gives the same failing write as a full disk, without needing one.
     program = """
 import resource, signal, sys, numpy as np
-from haste.data.store import write_shard
+from haste.files.store import write_shard
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:

@@ -20,7 +20,7 @@ from haste.ops import cost
 from haste.plan.plan import Plan
 from haste.sampling.painter import Painter
 from haste.train import loop
-from haste.train.state import ema_model
+from haste.train.state import ema_model, tensors_of
 
 ROW = {"model": "dot", "sampling": ["quick"], "step": 8, "method": "REPA"}
 
@@ -139,7 +139,7 @@ def test_a_file_that_is_gone_keeps_its_name_and_is_said_and_an_unknown_one_is_re
 def test_a_file_that_changes_while_it_is_in_use_is_refused(exported, make_plan, monkeypatch, capsys):
     _, _, path = exported
     plan = elsewhere(make_plan, path)
-    monkeypatch.setattr("haste.plan.remembered_identity", lambda path, memory: "0" * 64)
+    monkeypatch.setattr("haste.plan.data.remembered_identity", lambda path, memory: "0" * 64)
     name = elsewhere(make_plan, path).rows[0].evaluation.name
     assert cli.main(["sample", name, "-c", str(plan.file)]) == 2
     assert "It changed while" in capsys.readouterr().err
@@ -194,21 +194,18 @@ def warm(make_plan, path, **changes):
 def test_a_warm_start_takes_model_average_and_projector_and_a_new_optimiser(exported, make_plan, monkeypatch):
     _, state, path = exported
     plan = warm(make_plan, path)
-    segment = plan.segment(plan.state("warm", 3))
     begun = {}
 
-    def stop(self, *_):
-        begun.update(self.learner.optimizer.state)
-        begun["tensors"] = loop.states.tensors_of(self.learner)
+    def stop(learner, **_):
+        begun.update(tensors_of(learner))
         raise InterruptedError
 
-    monkeypatch.setattr(loop._Training, "_warm_up", stop)
+    monkeypatch.setattr(loop, "update", stop)
     with pytest.raises(InterruptedError):
-        loop.train(plan, segment.state)
-    tensors = begun.pop("tensors")
-    assert not begun  # no moments
+        loop.train(plan, plan.state("warm", 3))
+    assert not any(name.startswith("optimizer/") for name in begun)  # no moments
     kept = {name: value for name, value in load_file(state).items() if not name.startswith("optimizer/")}
-    assert set(kept) <= set(tensors) and all(torch.equal(tensors[name], value) for name, value in kept.items())
+    assert set(kept) <= set(begun) and all(torch.equal(begun[name], value) for name, value in kept.items())
 
 
 def test_a_warm_started_run_goes_on_after_a_kill_to_the_same_bits_and_without_its_file(exported, make_plan):

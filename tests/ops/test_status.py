@@ -20,7 +20,7 @@ from haste.train import loop
 
 HOLD = """
 import sys, time
-from haste import artefact
+from haste.files import artefact
 with artefact.holding(sys.argv[1], "a trajectory"):
     print("held", flush=True)
     time.sleep(60)

@@ -13,13 +13,7 @@ from safetensors.numpy import save_file
 from haste import config
 from haste.files import artefact, journal
 from haste.plan.plan import Plan
-from haste.report import (
-    figures,
-    gather,
-    page,
-    papers,
-    tables,
-)
+from haste.report import figures, gather, page, papers, tables
 from haste.report.content import Benchmark
 from haste.sampling import grids
 from haste.sampling.grids import GAP
@@ -133,7 +127,7 @@ def test_scores_that_are_older_than_the_state_of_their_name_are_said(tiny, tmp_p
 
 def test_nothing_scored_is_refused_with_what_to_do_and_the_first_file(tiny, tmp_path):
     plan = plan_of(tiny, tmp_path)
-    with pytest.raises(ValueError, match="none of its [0-9]+ scores is there yet.* `haste status`") as refusal:
+    with pytest.raises(ValueError, match="none of its [0-9]+ scores exists yet.* `haste status`") as refusal:
         gather.report(plan)
     assert str(refusal.value).endswith(plan.rows[0].evaluation.score)
 

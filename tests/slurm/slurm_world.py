@@ -29,7 +29,7 @@ if "snakemake" in sys.orig_argv:  # it waits ever longer between two looks at th
     from snakemake_executor_plugin_slurm import Executor
     Executor.next_seconds_between_status_checks = property(lambda self: 1, lambda self, seconds: None)
 if os.environ.get("SUBMITIT_EXECUTOR") == "slurm" and "HASTE_BRAKE" in os.environ:
-    from haste import journal
+    from haste.files import journal
     add = journal.Journal.add
     def limits():
         try:
