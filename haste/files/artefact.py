@@ -37,6 +37,7 @@ EXTENSIONS = (
     "teachers",
     "models",
     "triggers",
+    "measures",
 )  # what other packages add to; `haste.extensions`
 LIBRARIES = ("torch", "timm", "diffusers", "torch-fidelity", "torchdiffeq", "numpy", "h5py", "snakemake", "safetensors")
 

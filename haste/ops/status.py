@@ -30,7 +30,7 @@ from haste.plan.plan import Plan
 from haste.train import stops
 from haste.train.stops import Stopped
 
-ROOMS = ("states", "stores", "parts", "samples", "features", "scores")
+ROOMS = ("states", "stores", "parts", "samples", "features", "scores", "measures")
 NOT_LOSSES = {"step", "images_per_s", "seconds", "time", "waiting", "memory_mb", "skipped", "grad_norm"}
 TAIL = 20_000  # bytes of a log that are looked at
 MOST_NEXT = 8  # lines of what comes next
@@ -249,6 +249,8 @@ def upcoming(plan: Plan, left: Sequence[State]) -> list[str]:
     now = sum(Path(plan.path(evaluation.state)).exists() for evaluation in draws)
     if draws:
         found.append(f"sample and score {len(draws)} sets of samples, {now} of them of states on disk")
+    if measures := [path for path in plan.measure_files if not Path(path).exists()]:
+        found.append(f"make {len(measures)} measurements of states")
     return found
 
 
