@@ -16,7 +16,6 @@ from haste.config import resolve
 from haste.data import prepare
 from haste.files import listing
 from haste.files.npz import WIDTHS
-from haste.plan.data import image_count
 from haste.plan.plan import Plan
 from haste.score.features import reference_of_file
 
@@ -127,7 +126,7 @@ def test_a_finished_store_needs_its_source_no_more(make_plan, capsys):
     assert "gone" in said(capsys, "plan", "-c", plan.file)
     shutil.copytree(make_plan().images.folder, plan.images.folder)
     plan = make_plan(images=images)
-    assert image_count(plan) == 1797
+    assert plan.image_count == 1797
     assert cli.main(["plan", "-c", str(plan.file)]) == 0
 
 

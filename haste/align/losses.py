@@ -50,6 +50,19 @@ class Negatives:
     rows: Tensor
 
 
+@dataclass(frozen=True)
+class TeacherTargets:
+    """What a student is aligned with, asked of a teacher now or read from disk.
+
+    features: (B, N, D), or None if not asked for; attention: layer -> (queries, keys), each (B, H, N, K) as they enter
+    the scaled dot product (after their normalisation if there is one, before the scale); grid: (h, w), h x w = N.
+    """
+
+    features: Tensor | None
+    attention: dict[int, tuple[Tensor, Tensor]]
+    grid: tuple[int, int]
+
+
 def contrastive_loss(
     projected: Tensor,
     target: Tensor,

@@ -57,7 +57,7 @@ def _detector(arguments: argparse.Namespace) -> None:
 
 
 def _targets(arguments: argparse.Namespace) -> None:
-    from haste.train import targets
+    from haste.teachers import targets
 
     plan = plan_to_compute(arguments)
     if arguments.fit:

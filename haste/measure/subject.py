@@ -11,7 +11,6 @@ from torch import Tensor
 
 from haste.measure.measure import Measure
 from haste.plan.measures import Measurement
-from haste.plan.names import Segment
 from haste.plan.plan import Plan
 from haste.train import state as states
 from haste.train.distributed import Group
@@ -131,7 +130,7 @@ def _with_terms(
     plan: Plan, what: Measurement, recipe: Mapping[str, Any], terms: Mapping[str, dict[str, Any]], group: Group
 ) -> Subject:
     cached = tuple(kind for kind in what.cached if kind in terms)
-    inputs = Inputs(plan, Segment(what.state, None, None, dict(terms), (), cached), recipe, group)
+    inputs = Inputs(plan, dataclasses.replace(what.segment, terms=dict(terms), cached=cached), recipe, group)
     runtime, batch = plan.config.runtime, recipe["training"]["batch"]
     part = max(1, batch // (runtime.processes * runtime.accumulate))
     return Subject(inputs.learner(), inputs, what.terms, group, part, [])

@@ -17,7 +17,6 @@ from haste.align import triggers
 from haste.config import Sampling, facts_in
 from haste.files import journal, units
 from haste.networks.registry import AUTOENCODERS, DETECTORS
-from haste.plan.data import image_count
 from haste.plan.names import Artefact, Detector, Evaluation, Segment
 from haste.plan.plan import Plan
 from haste.plan.target_spec import Shape, flops_per_image
@@ -237,7 +236,7 @@ def _seen(plan: Plan, detector: Detector, images: float | None) -> float | None:
 
 
 def _data_stages(plan: Plan, flops: float) -> list[Stage]:
-    config, count = plan.config, image_count(plan)
+    config, count = plan.config, plan.image_count
     latent = 2 * config.autoencoder.channels * config.latent_size**2
     detectors = plan.detectors.values()
     encoded = config.runs or plan.measurements  # checkpoints from elsewhere that are only scored need no latents
@@ -273,7 +272,7 @@ def _target_stages(plan: Plan, flops: float) -> list[Stage]:
 
     A teacher of an unknown size adds neither time nor disk; `unknown_targets` names it.
     """
-    count, left, jobs, megabytes = image_count(plan) if plan.targets else 0, 0, 0, 0.0
+    count, left, jobs, megabytes = plan.image_count if plan.targets else 0, 0, 0, 0.0
     work: list[float | None] = []
     for name, made in plan.targets.items():
         todo = sum(not Path(file).exists() for file in made.shard_files)

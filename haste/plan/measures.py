@@ -9,7 +9,7 @@ from typing import Any
 from haste.config import Config, measured_terms
 from haste.files.artefact import fingerprint
 from haste.plan.data import Data
-from haste.plan.names import RECIPE, Row, State
+from haste.plan.names import RECIPE, Row, Segment, State
 from haste.plan.runs import named_terms
 
 
@@ -28,6 +28,11 @@ class Measurement:
     cached: tuple[str, ...]
     recipe: dict[str, Any]
     file: str
+
+    @property
+    def segment(self) -> Segment:
+        """As if a job trained with these terms: what opens its inputs asks for one."""
+        return Segment(self.state, None, None, self.terms, (), self.cached)
 
     @property
     def key(self) -> str:

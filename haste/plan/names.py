@@ -6,9 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from haste.config import (
-    Sampling,
-)
+from haste.config import Sampling
 from haste.files.artefact import fingerprint
 
 RECIPE = 1  # raised when the method changes such that equal settings no longer give equal results
@@ -44,6 +42,12 @@ class Trajectory:
     name: str
     key: str
     recipe: dict[str, Any]
+
+    @classmethod
+    def of(cls, words: str, recipe: dict[str, Any]) -> Trajectory:
+        """What a recipe decides, under a name that begins with words for people."""
+        key = fingerprint(recipe)
+        return cls(f"{words}-{key}", key, recipe)
 
 
 @dataclasses.dataclass(frozen=True)

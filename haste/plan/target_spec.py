@@ -6,6 +6,7 @@ B bytes, N patch tokens, D width of the features, H heads, K head width, P princ
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,16 @@ from haste.files.units import readable
 
 DTYPE = "float16"
 BYTES = 2  # a number of DTYPE
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What decides the size of a teacher's targets: tokens N, width D and heads H."""
+
+    tokens: int
+    width: int
+    heads: int
+    depth: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,22 +69,24 @@ class TargetSpec:
         names = [f"{what}.{layer}" for layer, _ in self.attention for what in ("queries", "keys")]
         return ["features", *names] if self.features else names
 
+    def layout(self, shape: Shape, pca: int | None) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Field -> (shape of an image's row, dtype): features (N, D), or (N, P) with P = pca; queries, keys (H, N, K).
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What decides the size of a teacher's targets: tokens N, width D and heads H."""
-
-    tokens: int
-    width: int
-    heads: int
-    depth: int
+        Raises:
+            ValueError: more heads asked for than the teacher has.
+        """
+        found: dict[str, tuple[int, ...]] = {"features": (shape.tokens, pca or shape.width)} if self.features else {}
+        for layer, heads in self.attention:
+            if heads > shape.heads:
+                raise ValueError(f"cache: {heads} heads of layer {layer} asked for, the teacher has {shape.heads}")
+            for what in ("queries", "keys"):
+                found[f"{what}.{layer}"] = (heads, shape.tokens, shape.width // shape.heads)
+        return {name: (row, DTYPE) for name, row in found.items()}
 
 
 def bytes_per_image(wanted: TargetSpec, shape: Shape, pca: int | None) -> int:
     """Bytes that one image's targets take: N D numbers of features (N P with components), 2 N K a head and layer."""
-    features = shape.tokens * (pca or shape.width) if wanted.features else 0
-    attention = sum(2 * heads * shape.tokens * (shape.width // shape.heads) for _, heads in wanted.attention)
-    return BYTES * (features + attention)
+    return BYTES * sum(math.prod(row) for row, _ in wanted.layout(shape, pca).values())
 
 
 def flops_per_image(shape: Shape) -> float:

@@ -92,7 +92,7 @@ def judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
     elsewhere = plan.elsewhere.get(state.trajectory)
     whose: dict[str, Any] = {"trajectory": state.trajectory, "step": state.step, "file": plan.path(state)}
     if elsewhere:
-        whose |= {"step": elsewhere.step, "sha256": plan.identity_of(elsewhere.checkpoint)}
+        whose |= {"step": elsewhere.step, "sha256": plan.identities[elsewhere.checkpoint]}
     weights = elsewhere.weights if elsewhere else "ema"
     said = {"name": evaluation.sampling_name, "weights": weights, "decoder": evaluation.recipe["decoder"]}
     about = {

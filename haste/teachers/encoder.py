@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from haste import extensions
+from haste.align.losses import TeacherTargets
 from haste.files import artefact
 from haste.networks import hub
 from haste.networks.registry import TEACHERS, Encoder
-from haste.teachers.targets import TeacherTargets
 
 DESCRIPTION, WEIGHTS = "part.json", "model.safetensors"
 

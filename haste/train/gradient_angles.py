@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from haste.align import angle as angles
+from haste.align.losses import TeacherTargets
 from haste.align.triggers import Angle, block_of, counting
 from haste.data.batches import Batch, Batches
 from haste.train.distributed import Group
 from haste.train.step import Objective, draws_negatives, gather_negatives, weight_of
-
-if TYPE_CHECKING:
-    from haste.teachers.targets import TeacherTargets
 
 #: (The objective's terms of a batch, t) -> the losses whose gradients are compared.
 Losses = Callable[[Mapping[str, Tensor], float], list[Tensor]]

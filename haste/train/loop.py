@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from haste.align.losses import TeacherTargets
 from haste.data.batches import Batch, Batches
 from haste.files import artefact
 from haste.files.journal import Journal
@@ -26,7 +27,7 @@ from haste.files.store import Store
 from haste.models.attention import logsumexp_works
 from haste.plan.names import Segment, State
 from haste.plan.plan import Plan
-from haste.teachers.targets import TeacherTargets
+from haste.teachers.targets import Cached, load_teacher
 from haste.train import state as states
 from haste.train import stops
 from haste.train.distributed import (
@@ -49,7 +50,6 @@ from haste.train.step import (
     total_loss,
     update,
 )
-from haste.train.targets import Cached, load_teacher
 from haste.train.trackers import open_tracker
 
 log = logging.getLogger("haste.train")

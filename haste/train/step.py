@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from haste.align import schedule
 from haste.align.losses import (
     Negatives,
+    TeacherTargets,
     attention_loss,
     contrastive_loss,
     feature_loss,
@@ -30,7 +31,6 @@ from haste.train.state import Learner
 
 if TYPE_CHECKING:
     from haste.teachers.encoder import Teacher
-    from haste.teachers.targets import TeacherTargets
 
 Terms = Mapping[str, Mapping[str, Any]]
 

@@ -67,9 +67,9 @@ def _known(plan: Plan, file: str, recipe: Mapping[str, Any], layout: Any) -> Che
     """A file that the plan named by its content, checked to be that content and the recipe's model."""
     other = "architecture" in recipe["model"]
     found = weights_by_recipe(file, recipe) if other else open_weights(file, layout=layout, expected=shape_in(recipe))
-    if found.sha256 != plan.identity_of(file):
+    if found.sha256 != plan.identities[file]:
         raise ValueError(
-            f"{file}: holds {found.sha256[:12]}, but {plan.identity_of(file)[:12]} when it was named. It changed while "
+            f"{file}: holds {found.sha256[:12]}, but {plan.identities[file][:12]} when it was named. It changed while "
             "it was in use; start again"
         )
     return found

@@ -3,9 +3,9 @@ import json
 import pytest
 import safetensors.torch
 import torch
-from haste.metrics.detector import Detector
 
 from haste.files import artefact
+from haste.metrics.detector import Detector
 from haste.metrics.detectors import PUBLISHED, SmallCNN, open_detector
 from haste.networks.registry import DETECTORS
 

@@ -1,8 +1,10 @@
 """States are named by trajectory, never by cuts: what shares a name, and what does not."""
 
 import copy
+import gc
 import itertools
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -385,6 +387,19 @@ def test_the_order_of_the_rows_changes_no_segment(order):
     assert plan.segment(plan.state("never", 16)).parent == plan.state("late", 12)
     assert plan.segment(plan.state("late", 12)).parent == plan.state("early", 6)
     assert plan.segment(plan.state("early", 6)).parent is None
+
+
+def test_a_plan_that_nobody_holds_is_freed_at_once():
+    plan = plan_of()
+    state = plan.state("vanilla", 16)
+    assert plan.segment(state).parent.step == 8 and plan.image_count == 1797
+    held = [weakref.ref(one) for one in (plan, plan.trajectories[state.trajectory], plan.images)]
+    gc.disable()
+    try:
+        del plan
+        assert [one() for one in held] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_two_stretches_of_one_trajectory_are_trained_one_after_the_other(tmp_path):

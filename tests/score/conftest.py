@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from haste.metrics.detector import Detector
 from torch import nn
 
 from haste.files import npz
+from haste.metrics.detector import Detector
 
 SIDE = 8
 WIDTHS = {"pool": 5, "spatial": 4, "logits_unbiased": 6}

@@ -18,8 +18,8 @@ from haste.files.store import Store
 from haste.models.denoiser import Denoiser
 from haste.models.layers import AttentionTap
 from haste.networks.spec import Tap
-from haste.teachers import encoder
-from haste.train import loop, stops, targets
+from haste.teachers import encoder, targets
+from haste.train import loop, stops
 from haste.train.gradient_angles import Angles
 
 # Readings after steps 6, 8, ...; no cosine is below -2.

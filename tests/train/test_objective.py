@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from haste.align.losses import TeacherTargets
 from haste.data.batches import Batch
 from haste.models.sit import SiT
-from haste.teachers.encoder import TeacherTargets
 from haste.train import loop
 from haste.train.state import Learner
 from haste.train.step import Objective

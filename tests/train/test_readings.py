@@ -21,13 +21,12 @@ from haste.files import artefact, journal
 from haste.files.provenance import read_header
 from haste.models.sit import SiT
 from haste.plan.names import State
-from haste.teachers import encoder
+from haste.teachers import encoder, targets
 from haste.train import (
     loop,
     readings,
     state,
     stops,
-    targets,
 )
 from haste.train.distributed import Group
 from haste.train.gradient_angles import Gradients

@@ -23,9 +23,9 @@ from haste.files.store import Store
 from haste.networks.registry import TEACHERS as TEACHERS_KNOWN
 from haste.plan.plan import Plan
 from haste.teachers.encoder import Teacher
+from haste.teachers.targets import load_teacher
 from haste.train import loop, state
 from haste.train.step import total_loss
-from haste.train.targets import load_teacher
 
 # The case of CLIP-B/16, whose 14 x 14 patches meet 16 x 16 tokens of the student, in small: 3 x 3 and 4 x 4.
 COARSE = {"img_size": 12, "patch_size": 4, "embed_dim": 30, "depth": 3, "num_heads": 3, "num_classes": 0}

@@ -8,8 +8,9 @@ from sklearn import decomposition
 from timm.models.vision_transformer import VisionTransformer
 
 from haste import config
+from haste.align.losses import TeacherTargets
 from haste.plan.target_spec import Shape, TargetSpec, bytes_per_image
-from haste.teachers import cache
+from haste.teachers import targets
 from haste.teachers.encoder import TEACHERS, Teacher
 
 TEACHER_LAYERS = TargetSpec(features=True, attention=((0, 1), (2, 3)))
@@ -35,14 +36,15 @@ def features_of(seed, *shape):
 
 
 def test_rows_are_what_the_teacher_says_to_half_precision_and_as_large_as_planned(teacher, images):
-    layout = cache.layout(teacher, TEACHER_LAYERS, None)
-    rows = cache.rows(teacher, images, TEACHER_LAYERS, None, first=0)
+    layout = TEACHER_LAYERS.layout(targets.shape_of(teacher), None)
+    rows = targets.rows(teacher, images, TEACHER_LAYERS, None, first=0)
     assert {name: (value.shape[1:], value.dtype.name) for name, value in rows.items()} == layout
     assert sum(value[0].nbytes for value in rows.values()) == bytes_per_image(
-        TEACHER_LAYERS, cache.shape_of(teacher), None
+        TEACHER_LAYERS, targets.shape_of(teacher), None
     )
     said = teacher(images, features=True, attention=[0, 2])
-    stored = cache.targets({name: torch.from_numpy(value) for name, value in rows.items()}, teacher.grid)
+    nothing = TeacherTargets(None, {}, teacher.grid)
+    stored = targets.merged(nothing, {name: torch.from_numpy(value) for name, value in rows.items()})
     half = {"rtol": 2.0**-11, "atol": 1e-7, "check_dtype": False}
     torch.testing.assert_close(stored.features, said.features, **half)
     for layer, heads in TEACHER_LAYERS.attention:
@@ -62,12 +64,12 @@ def test_a_target_beyond_half_precision_is_refused_with_its_image(teacher, image
 
     loud._look = shout
     with pytest.raises(ValueError, match=r"keys\.2 of image 104 are not finite in float16"):
-        cache.rows(loud, images, TEACHER_LAYERS, None, first=100)
+        targets.rows(loud, images, TEACHER_LAYERS, None, first=100)
 
 
 def test_components_are_those_of_scikit_learn_with_signs_of_our_own():
     features = features_of(1, 40, 5, 7)
-    basis, explained = cache.fit_pca(features.split(9), 3)
+    basis, explained = targets.fit_pca(features.split(9), 3)
     oracle = decomposition.PCA(3, svd_solver="full").fit(features.flatten(0, 1).double().numpy())
     np.testing.assert_allclose(basis.mean, oracle.mean_, rtol=1e-5, atol=1e-6)
     assert explained == pytest.approx(oracle.explained_variance_ratio_.sum(), rel=1e-5)
@@ -80,27 +82,27 @@ def test_components_are_those_of_scikit_learn_with_signs_of_our_own():
 
 def test_components_do_not_depend_on_how_the_images_are_cut_into_batches():
     features = features_of(2, 30, 4, 6)
-    whole, cut = (cache.fit_pca(features.split(size), 4)[0] for size in (30, 7))
+    whole, cut = (targets.fit_pca(features.split(size), 4)[0] for size in (30, 7))
     torch.testing.assert_close(whole.components, cut.components, atol=1e-6, rtol=0)
 
 
 def test_components_are_read_back_and_a_changed_file_is_refused(tmp_path):
-    basis, explained = cache.fit_pca([features_of(3, 9, 4, 6)], 2)
-    cache.write_pca(tmp_path / "pca", basis, explained, {"name": "x"})
-    found = cache.PCA.load(tmp_path / "pca")
+    basis, explained = targets.fit_pca([features_of(3, 9, 4, 6)], 2)
+    basis.save(tmp_path / "pca", explained, {"name": "x"})
+    found = targets.PCA.load(tmp_path / "pca")
     assert torch.equal(found.components, basis.components) and found.identity == basis.identity
-    path = tmp_path / "pca" / cache.BASIS
+    path = tmp_path / "pca" / targets.BASIS
     path.write_bytes(path.read_bytes()[:-4] + b"\1\2\3\4")
     with pytest.raises(ValueError, match=r"basis\.safetensors: found components \w+, expected \w+"):
-        cache.PCA.load(tmp_path / "pca")
+        targets.PCA.load(tmp_path / "pca")
     path.write_bytes(b"rubbish")
     with pytest.raises(ValueError, match=r"basis\.safetensors: expected principal components"):
-        cache.PCA.load(tmp_path / "pca")
+        targets.PCA.load(tmp_path / "pca")
 
 
 def test_more_components_than_features_are_wide_are_refused():
     with pytest.raises(ValueError, match="9 asked for, but features have a width of 6"):
-        cache.fit_pca([features_of(3, 9, 4, 6)], 9)
+        targets.fit_pca([features_of(3, 9, 4, 6)], 9)
 
 
 @pytest.mark.parametrize("name", config.TEACHERS)

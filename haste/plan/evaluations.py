@@ -1,0 +1,80 @@
+"""The evaluations of a plan: samples of states, what detectors see in them, scores; of weights from elsewhere too."""
+
+from __future__ import annotations
+
+import itertools
+
+from haste.config import Config, Evaluate, Sampling, decides, model_named
+from haste.files.artefact import fingerprint
+from haste.plan.data import Data
+from haste.plan.names import RECIPE, Evaluation, Judgement, Row, State, Trajectory
+from haste.plan.runs import Runs, model_entry, readable_name
+
+
+class Evaluations:
+    """What is drawn and scored.
+
+    Attributes:
+        rows: lines of the result table; several may share an evaluation.
+        by_name: the evaluations.
+        elsewhere: trajectory of a checkpoint that nobody trains here -> what the configuration says of it.
+        trajectories: of those checkpoints, by name.
+    """
+
+    def __init__(self, config: Config, data: Data, runs: Runs):
+        self.config, self.data = config, data
+        self.rows: list[Row] = []
+        self.by_name: dict[str, Evaluation] = {}
+        self.elsewhere: dict[str, Evaluate] = {}
+        self.trajectories: dict[str, Trajectory] = {}
+        for run, seed in runs.pieces:
+            row = config.runs[run]
+            for step, sampling in itertools.product(row.milestones, row.sampling):
+                self.rows.append(Row(run, step, self._evaluation(runs.state(run, step, seed), sampling), seed))
+        for name, spec in config.evaluate.items():
+            state = self._state_elsewhere(spec)
+            self.rows += [Row(name, spec.step, self._evaluation(state, way), spec.seed) for way in spec.sampling]
+
+    def _evaluation(self, state: State, name: str) -> Evaluation:
+        root, sampling, shards = self.data.root, self.config.sampling[name], self.config.runtime.sample_shards
+        decoder = self.data.autoencoder.key if self.data.autoencoder else self.data.decoder
+        settings = decides(Sampling, sampling.model_dump())
+        recipe = {"recipe": RECIPE, "state": str(state), "sampling": settings, "decoder": decoder}
+        draw = f"{state.trajectory}.{state.step:08d}.{fingerprint(recipe, 8)}"
+        judgements = []
+        for detector in self.data.detectors.values():
+            features = self.data.features(draw, draw, detector.kind, detector.key, shards)
+            score = f"{root}/scores/{draw}.{fingerprint([features.key, detector.reference.key], 8)}.json"
+            judgements.append(Judgement(detector, features, score))
+        folder = f"{root}/samples/{draw}"
+        found = Evaluation(draw, state, name, sampling, folder, shards, recipe, tuple(judgements))
+        self.by_name[draw] = found
+        return found
+
+    def _state_elsewhere(self, spec: Evaluate) -> State:
+        """A state that nobody trains. Its step says nothing of what it is, so it stands in the row alone."""
+        model = model_named(self.config, spec.model)
+        recipe = {
+            "recipe": RECIPE,
+            "checkpoint": self.data.identities[spec.checkpoint],
+            "weights": spec.weights,
+            "classes": self.config.images.classes,
+            "model": model_entry(self.config, model),
+            "training": {"path": spec.path},
+        }
+        trajectory = Trajectory.of(readable_name(model, {}, "elsewhere"), recipe)
+        self.trajectories[trajectory.name] = trajectory
+        self.elsewhere[trajectory.name] = spec
+        return State(trajectory.name, 0)
+
+    def named(self, name: str) -> Evaluation:
+        """A set of samples by its name.
+
+        Raises:
+            ValueError: this configuration has none of that name.
+        """
+        if name not in self.by_name:
+            raise ValueError(
+                f"samples {name!r}: not in this configuration, which has {', '.join(sorted(self.by_name))}"
+            )
+        return self.by_name[name]

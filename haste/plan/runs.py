@@ -1,0 +1,234 @@
+"""The training of a plan: runs -> trajectories -> states, and the segments that make them.
+
+A *state* is what training has made of a model by some step. Its name follows from what decides it and from nothing
+else: the recipe (data, model, optimiser, seed, ...), which alignment terms were active on which steps so far, and the
+step. So runs that agree up to a step share that trunk, and where training is cut never shows in a name.
+
+A *trajectory* is a folder of states. A term that is still active writes its interval as open, [0, None): the
+trajectory of a run that will stop at tau is, up to tau, the very trajectory of the run that never stops. From tau on
+the interval is closed, [0, tau), which is another name: a branch. A weight that falls before tau is a branch from where
+it begins to fall. A run's way through trajectories is a list of `Piece`s.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from haste import config as configuration
+from haste.config import TERMS, Config, Model, OtherModel, Trigger, decides, terms_of
+from haste.files.provenance import STATE_NAME
+from haste.plan.data import Data
+from haste.plan.names import RECIPE, Piece, Segment, State, Trajectory
+
+
+class Runs:
+    """What training makes.
+
+    Attributes:
+        trajectories: by name.
+        pieces: (run, seed) -> its way through trajectories; every seed of a row is trained on its own.
+        cuts: trajectory -> the steps whose states some run asks for, or from which a branch starts.
+    """
+
+    def __init__(self, config: Config, data: Data):
+        self.config, self.data = config, data
+        self.trajectories: dict[str, Trajectory] = {}
+        self.pieces: dict[tuple[str, int], tuple[Piece, ...]] = {
+            (run, seed): tuple(self._pieces(run, seed)) for run, row in config.runs.items() for seed in row.all_seeds
+        }
+        self.cuts: dict[str, set[int]] = {name: set() for name in self.trajectories}
+        for (run, seed), pieces in self.pieces.items():
+            milestones = config.runs[run].milestones
+            ends = {piece.high for piece in pieces if piece.high is not None and piece.high <= milestones[-1]}
+            for step in {*milestones, *ends}:
+                self.cuts[self.state(run, step, seed).trajectory].add(step)
+        self._on_disk: dict[str, frozenset[int]] = {}
+
+    # -- from runs to trajectories ---------------------------------------------------------------------------------
+
+    def _pieces(self, run: str, seed: int) -> Iterator[Piece]:
+        """A new piece begins where a term's weight begins to fall, where a trigger begins to watch it, and where the
+        term stops at a step that the configuration names.
+
+        Up to there nothing of the stop is in the recipe: the trunk is that of the run that never stops.
+        """
+        terms, row = terms_of(self.config, run), self.config.runs[run]
+        triggers, falls = configuration.triggers_of(self.config, run), configuration.falls_from(self.config, run)
+        stops = {kind: None if kind in triggers else getattr(row.stop, kind) for kind in terms}
+        # a stop at step 0 starts no piece of its own
+        bounds = sorted({step for kind in terms for step in (falls[kind], stops[kind]) if step})
+        for low, high in zip([0, *bounds], [*bounds, None], strict=True):
+            active = {}
+            for kind, term in terms.items():
+                stop, begin = stops[kind], falls[kind]
+                if stop == 0:
+                    continue
+                active[kind] = {**term, "active": [0, stop if stop is not None and stop <= low else None]}
+                if begin is None or begin > low:
+                    continue
+                if kind in triggers:
+                    active[kind]["trigger"] = triggers[kind].decided
+                elif stop is not None and begin < stop:
+                    active[kind]["ramp"] = {"from": begin, "to": stop, "shape": row.ramp.shape}
+            yield Piece(self._trajectory(run, seed, active), low, high)
+
+    def _trajectory(self, run: str, seed: int, terms: dict[str, dict[str, Any]]) -> str:
+        """Put down a trajectory; returns its name."""
+        row, model = self.config.runs[run], configuration.model_named(self.config, self.config.runs[run].model)
+        named = named_terms(self.config, self.data, terms)
+        recipe = {
+            "recipe": RECIPE,
+            "latents": self.data.latents.key,
+            "classes": self.config.images.classes,
+            "model": model_entry(self.config, model),
+            "training": decides(configuration.Training, self.config.training_of(run).model_dump()),
+            "seed": seed,
+            "terms": named,
+        }
+        if row.warm_start is not None:
+            recipe["warm_start"] = self.data.identities[row.warm_start]
+        found = Trajectory.of(f"{readable_name(model, named)}-s{seed}", recipe)
+        self.trajectories[found.name] = found
+        return found.name
+
+    # -- from states to segments -----------------------------------------------------------------------------------
+
+    def state(self, run: str, step: int, seed: int | None = None) -> State:
+        """The state of a run after `step` steps, with one of its seeds; None is the first."""
+        seed = self.config.runs[run].all_seeds[0] if seed is None else seed
+        piece = next(piece for piece in self.pieces[run, seed] if piece.holds(step))
+        return State(piece.trajectory, step)
+
+    def planned(self) -> list[State]:
+        """Every state that some run asks for, or that a branch starts from."""
+        return sorted(State(name, step) for name, steps in self.cuts.items() for step in steps)
+
+    def trained(self, aligned: bool) -> list[str]:
+        """Names of the trajectories on whose own steps an alignment loss is active, or none is."""
+        terms = {name: found.recipe["terms"].values() for name, found in self.trajectories.items()}
+        return [name for name, its in terms.items() if any(term["active"][1] is None for term in its) == aligned]
+
+    def parse(self, name: str) -> State:
+        """The state behind `trajectory/step`, as rules and people write it.
+
+        Raises:
+            ValueError: no run of this configuration passes through it.
+        """
+        trajectory, _, step = name.rpartition("/")
+        if trajectory not in self.trajectories or not step.isdigit():
+            raise ValueError(
+                f"state {name!r}: expected TRAJECTORY/STEP with one of this configuration's trajectories: "
+                f"{', '.join(sorted(name for name, steps in self.cuts.items() if steps))}"
+            )
+        state = State(trajectory, int(step))
+        if self._lineage(state) is None:
+            raise ValueError(f"state {name!r}: this trajectory has no step {state.step} in this configuration")
+        return state
+
+    def on_disk(self, trajectory: str) -> frozenset[int]:
+        """Steps of the finished states that a trajectory's folder holds (looked up once)."""
+        if trajectory not in self._on_disk:
+            folder = Path(self.data.root, "states", trajectory)
+            names = [STATE_NAME.match(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+            self._on_disk[trajectory] = frozenset(int(match[1]) for match in names if match)
+        return self._on_disk[trajectory]
+
+    def segment(self, state: State) -> Segment:
+        """The job that makes a state: from the nearest earlier state that exists on disk or is planned."""
+        found = self._lineage(state)
+        assert found is not None, state
+        run, pieces = found
+        earlier = [
+            State(piece.trajectory, step)
+            for piece in pieces
+            for step in self.cuts[piece.trajectory] | self.on_disk(piece.trajectory)
+            if piece.holds(step) and step < state.step
+        ]
+        parent = max(earlier, key=lambda one: one.step, default=None)
+        missing = {s for s in self.cuts[state.trajectory] if s < state.step} - self.on_disk(state.trajectory)
+        before = State(state.trajectory, max(missing)) if missing else None
+        terms = self._active(run, state.trajectory)
+        cached = tuple(kind for kind, term in terms.items() if self.config.teachers[term["teacher"]].caches(kind))
+        return Segment(state, parent, None if before == parent else before, terms, pieces, cached)
+
+    def _lineage(self, state: State) -> tuple[str, tuple[Piece, ...]] | None:
+        """A run that passes through a state, and its pieces from the beginning up to the one that holds the state.
+
+        Any such run will do, for up to the state they are one.
+        """
+        for (run, _), pieces in self.pieces.items():
+            for number, piece in enumerate(pieces, start=1):
+                if piece.trajectory == state.trajectory and piece.holds(state.step):
+                    return run, pieces[:number]
+        return None
+
+    def _active(self, run: str, trajectory: str) -> dict[str, dict[str, Any]]:
+        """The alignment terms that are active on a trajectory's own steps, with all of their settings."""
+        recipe = self.trajectories[trajectory].recipe["terms"]
+        return {
+            kind: {**term, "ramp": recipe[kind].get("ramp"), "trigger": recipe[kind].get("trigger")}
+            for kind, term in terms_of(self.config, run).items()
+            if kind in recipe and recipe[kind]["active"][1] is None
+        }
+
+    @property
+    def notes(self) -> list[str]:
+        """What in the configuration has no effect."""
+        return [
+            f"{run}: {found}"
+            for run, row in self.config.runs.items()
+            for kind, begin in configuration.falls_from(self.config, run).items()
+            if (found := _beyond(getattr(row.stop, kind), kind, begin, row.milestones[-1]))
+        ]
+
+
+def named_terms(config: Config, data: Data, terms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Alignment terms as recipes have them: what decides them, and the teacher by its key."""
+    named = {
+        kind: {**decides(TERMS[kind], term), "teacher": data.teacher_key(term["teacher"])}
+        for kind, term in terms.items()
+    }
+    # Where targets come from is no part of a name: on disk they are rounded, and that is all. Components are.
+    if "features" in terms and (components := config.teachers[terms["features"]["teacher"]].pca):
+        named["features"]["pca"] = components
+    return named
+
+
+def model_entry(config: Config, model: Model | OtherModel) -> dict[str, Any]:
+    """A model's entry in a recipe."""
+    return {**model.decided, "input_size": config.latent_size, "channels": config.autoencoder.channels}
+
+
+def readable_name(model: Model | OtherModel, terms: dict[str, dict[str, Any]], otherwise: str = "vanilla") -> str:
+    """A name that people can tell apart, made of nothing but the recipe (labels may differ between configurations)."""
+    if isinstance(model, Model):
+        size = next((n.replace("/", "-") for n, m in configuration.MODELS.items() if m == model), None)
+        words = [size or f"SiT-d{model.depth}w{model.width}p{model.patch_size}"]
+    else:
+        words = [re.sub(r"[^A-Za-z0-9._]", "-", model.architecture)]
+    for kind, term in terms.items():
+        end, ramp, trigger = term["active"][1], term.get("ramp"), term.get("trigger")
+        by = "-" + re.sub(r"[^\w.]", "-", trigger["trigger"]) if trigger else ""
+        words.append(kind + by + (f"-ramp{ramp['from']}" if ramp else "") + ("" if end is None else f"-to{end}"))
+    return "-".join(words if terms else [*words, otherwise])
+
+
+def _beyond(stop: Trigger | int | None, kind: str, begin: int | None, last: int) -> str:
+    """What to say of a stop that cannot come before the last milestone; nothing where it can, or where there is none.
+
+    begin: where the term leaves what it would be without the stop, as `falls_from` says.
+    """
+    if isinstance(stop, Trigger):
+        if stop.first <= last:
+            return ""
+        where = (
+            f"step {stop.first}, where {stop.trigger} first decides on {kind}, lies beyond the last milestone {last}"
+        )
+        own = f"but the last {last - stop.after} steps are trained apart from those without it, which they are equal to"
+        return f"{where}: it {f'stops nothing yet, {own}' if stop.after < last else 'has no effect yet'}"
+    if begin is not None and begin > last:
+        return f"stop of {kind} at step {stop} lies beyond the last milestone {last}: it has no effect yet"
+    return ""
