@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from haste import config as configuration
+from haste import extensions
 from haste.config import MEASURES, MODELS, Config
 from haste.files import artefact
 from haste.files.provenance import read_header
@@ -98,11 +99,10 @@ def asked(
     raw = config.model_dump(mode="json")
     _put_measure(raw, name, alignment)
     state = _own_state(plan, file)
-    if state is not None:
-        row = next(run for (run, _), pieces in plan.pieces.items() if any(p.has(state) for p in pieces))
-        kind = "runs"
+    if state is None:
+        kind, row = "evaluate", _put_row(raw, config, file, model, layout)
     else:
-        row, kind = _put_row(raw, config, file, model, layout), "evaluate"
+        kind, row = "runs", _run_through(plan, state)
     raw[kind][row]["measures"] = list(dict.fromkeys([*raw[kind][row].get("measures", ()), name]))
     with_it = Plan(configuration.resolve(raw))
     if state is None:
@@ -113,7 +113,7 @@ def asked(
 
 def _put_measure(raw: dict[str, Any], name: str, alignment: str | None) -> None:
     if name not in raw["measures"]:
-        known = sorted({*raw["measures"], *configuration.measure_names()})
+        known = sorted({*raw["measures"], *MEASURES, *extensions.names("measures")})
         if name not in known:
             raise ValueError(f"measure {name!r}: expected one of the configuration or of {', '.join(known)}")
         raw["measures"][name] = {"measure": name}
@@ -132,6 +132,15 @@ def _own_state(plan: Plan, file: str) -> State | None:
     except (ValueError, IsADirectoryError):  # somebody else's
         return None
     return state if Path(plan.path(state)).exists() and path.samefile(plan.path(state)) else None
+
+
+def _run_through(plan: Plan, state: State) -> str:
+    """A run that passes through a state."""
+    return next(
+        run
+        for (run, _), pieces in plan.pieces.items()
+        if any(piece.trajectory == state.trajectory and piece.holds(state.step) for piece in pieces)
+    )
 
 
 def _put_row(raw: dict[str, Any], config: Config, file: str, model: str | None, layout: str | None) -> str:
