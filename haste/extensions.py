@@ -1,4 +1,5 @@
-"""Samplers, metrics, detectors, teachers, models, triggers and measures of other packages, found by Python's entry points.
+"""What other packages add, found by Python's entry points: samplers, metrics, detectors, teachers, models, triggers and
+measures.
 
 A package that is installed beside this one says in its pyproject.toml what it adds, a line each:
 

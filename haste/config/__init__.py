@@ -39,8 +39,8 @@ from haste.config.keys import (
 )
 from haste.config.parts import (
     DENOISERS,
-    Autoencoder,
     MEASURES,
+    Autoencoder,
     Cache,
     Detector,
     Images,

@@ -93,8 +93,8 @@ def terms_of(config: Config, run: str) -> dict[str, dict[str, Any]]:
 
 
 def measured_terms(config: Config, row: str, measure: str) -> dict[str, dict[str, Any]]:
-    """The alignment terms that a measure compares with on a row of `runs` or `evaluate`: the row's own, or, where it has
-    none, those of `measures.NAME.alignment`; none where the measure asks for none. As `terms_of` gives them."""
+    """The alignment terms that a measure compares with on a row of `runs` or `evaluate`, as `terms_of` gives them: the
+    row's own or, where it has none, those of `measures.NAME.alignment`; none where the measure asks for none."""
     spec, run = config.measures[measure], config.runs.get(row)
     if "alignment" not in spec.made.needs:
         return {}

@@ -365,7 +365,10 @@ def _faults_of_angles(config: Config, name: str) -> list[str]:
     active = {kind: term for kind, term in terms.items() if getattr(stop, kind) != 0}
     for kind, watch in triggers_of(config, name).items():
         lasting = {other: term for other, term in active.items() if getattr(stop, other) in (None, watch)}
-        trigger, blocks = triggers.made(watch.trigger, watch.model_extra or {}), blocks_of(config, config.runs[name].model)
+        trigger, blocks = (
+            triggers.made(watch.trigger, watch.model_extra or {}),
+            blocks_of(config, config.runs[name].model),
+        )
         found = triggers.faults(trigger, kind, active, blocks) or triggers.faults(trigger, kind, lasting, blocks)
         faults += [f"runs.{name}.stop.{kind}.{fault}" for fault in found]
     return faults

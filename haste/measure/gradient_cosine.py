@@ -1,4 +1,4 @@
-"""The cosine between the gradients of alignment and of denoising, by block and t (HASTE, arXiv 2505.16792, Tables 1, 2).
+"""The cosine between the gradients of alignment and denoising, by block and t (HASTE, arXiv 2505.16792, Tables 1, 2).
 
 Where it is positive, a step along one loss is, to first order, also a step down the other; where it is negative,
 alignment pulls against what is trained. What a trigger measures while training is measured here of any network: of
@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
+from haste.align import angle
 from haste.align.triggers import block_of, counting, reached
 from haste.config import Positive, Share
 from haste.measure.measure import Measure, Row
@@ -44,7 +46,7 @@ class GradientCosine(Measure):
 
     images: Several = 256
     shards: Several = 8
-    t: Annotated[list[Share], Field(min_length=1)] = [0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9]
+    t: Annotated[list[Share], Field(min_length=1)] = [0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9]  # noqa: RUF012 - pydantic copies
     blocks: Literal["all"] | Annotated[list[Positive], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
@@ -100,8 +102,6 @@ class GradientCosine(Measure):
         return (len(subject.terms) + 1) * max(sizes) * (8 + 4 * self.shards)
 
     def _rows(self, subject: Subject, times: Sequence[float], blocks: Sequence[int]) -> Iterator[Row]:
-        from haste.align import angle
-
         kinds = list(subject.terms)
         products = subject.gradients().products(
             lambda found, _: [found[kind] for kind in [*kinds, "denoising"]],
@@ -112,12 +112,13 @@ class GradientCosine(Measure):
             blocks=blocks,
         )
         for place, t in enumerate(times):
-            counts = counting(subject.terms, t)
-            for name, one in _sets(counts).items():
-                weights = [[one[kind]["weight"] if kind in one else 0.0 for kind in kinds] + [0.0], [0.0] * len(kinds) + [1.0]]
+            for name, terms in _sets(counting(subject.terms, t)).items():
+                weights = np.zeros((2, len(kinds) + 1))
+                weights[0, :-1] = [terms[kind]["weight"] if kind in terms else 0.0 for kind in kinds]
+                weights[1, -1] = 1.0
                 cosines, left_out = angle.cosines(angle.combined(products[place], weights))
                 for number, block in enumerate(blocks):
-                    if block <= reached(one):
+                    if block <= reached(terms):
                         error = angle.jackknife(left_out[number])
                         yield {"term": name, "t": t, "block": block, "cosine": float(cosines[number]), "error": error}
 
@@ -128,7 +129,9 @@ def _sets(terms: Terms) -> dict[str, Terms]:
     return found | ({TOGETHER: terms} if len(terms) > 1 else {})
 
 
-def _passes(times: Sequence[float], blocks: Sequence[int], size: float) -> Iterator[tuple[Sequence[float], Sequence[int]]]:
+def _passes(
+    times: Sequence[float], blocks: Sequence[int], size: float
+) -> Iterator[tuple[Sequence[float], Sequence[int]]]:
     """Times and blocks in parts whose gradients fit, given the bytes of one block at one t."""
     room = max(1, int(MOST_BYTES // size))
     several = max(1, room // len(times))  # of blocks; then as many times as still fit

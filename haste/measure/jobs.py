@@ -45,10 +45,11 @@ def measure(plan: Plan, what: Measurement, keep: bool, json: Path | None = None)
         torch.set_num_threads(plan.config.runtime.threads)
         with joined(plan.config.runtime.device) as group, enough_memory():
             found = _measured(plan, what, group)
-            found = found if group.first else None
-    for path in [*([what.file] if keep else []), *([json] if json else [])]:
-        if found is not None and not (path == what.file and Path(path).exists()):
-            artefact.write_json(path, found)
+            found = found if group.is_first else None
+    if found is not None and keep and not Path(what.file).exists():
+        artefact.write_json(what.file, found)
+    if found is not None and json is not None:
+        artefact.write_json(json, found)
     return found
 
 
@@ -65,7 +66,7 @@ def _measured(plan: Plan, what: Measurement, group: Group) -> dict[str, Any]:
     return {**header, **about, **columns, "rows": rows, "notes": subject.notes, "provenance": made}
 
 
-# -- what a person asks for ----------------------------------------------------------------------------------------------
+# -- what a person asks for --------------------------------------------------------------------------------------------
 
 
 def asked(
@@ -82,7 +83,7 @@ def asked(
     Args:
         config: the configuration.
         name: one of its measures, or of all measures there are, with default settings.
-        file: a measurement of the configuration by its name; a state as TRAJECTORY/STEP or by its file; or a checkpoint.
+        file: a state as TRAJECTORY/STEP or by its file; a checkpoint; or a measurement by its name.
         model: what a checkpoint holds; None is what a row says that names it, or else what its weights tell.
         layout: whose checkpoint it is; None as `model`, or else tells by its content.
         alignment: what to compare with where the row has none of its own.
@@ -145,9 +146,9 @@ def _run_through(plan: Plan, state: State) -> str:
 
 def _put_row(raw: dict[str, Any], config: Config, file: str, model: str | None, layout: str | None) -> str:
     """A row that evaluates a checkpoint: one that is there, or a new one. Returns its name."""
-    for name, row in config.evaluate.items():
-        if Path(row.checkpoint).exists() and Path(row.checkpoint).samefile(file):
-            return name
+    for known, spec in config.evaluate.items():
+        if Path(spec.checkpoint).exists() and Path(spec.checkpoint).samefile(file):
+            return known
     name = f"{Path(file).name} ({len(config.evaluate)})"
     sampling = next(iter(config.sampling), "ode-50")  # nothing is drawn, but a row has one
     row = {"checkpoint": file, "model": model or _model_of(config, file, layout), "sampling": [sampling], "step": 0}

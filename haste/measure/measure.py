@@ -1,9 +1,9 @@
 """What can be measured of a state beside its scores: the contract of a measure, and the file that one leaves. No torch.
 
-A measure looks at a network as training or somebody else left it, and says what it finds in rows: some columns say where
-it looked (a block, a t), the others what it found there. Its file names its columns, so whatever shows it needs to know
-nothing else of it. The class is imported when a configuration names it, before anything runs: it imports torch only
-where it computes.
+A measure looks at a network as training or somebody else left it, and says what it finds in rows: some columns say
+where it looked (a block, a t), the others what it found there. Its file names its columns, so whatever shows it needs
+to know nothing else of it. The class is imported when a configuration names it, before anything runs: it imports torch
+only where it computes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Row = Mapping[str, str | int | float]
 
 class Measure(Strict):
     """What an entry of MEASURES is derived from. Its fields are its keys in the configuration, beside `measure` and
-    `alignment`: their types, bounds and defaults are those of pydantic and checked before anything runs. All of them are
-    part of the result's name; one that came later is marked `LATER`.
+    `alignment`: their types, bounds and defaults are those of pydantic and checked before anything runs. All of them
+    are part of the result's name; one that came later is marked `LATER`.
 
     Attributes:
         needs: what must be there beside the network and the images: `alignment`, for the losses against teachers.
@@ -49,7 +49,7 @@ class Measure(Strict):
         """What of it no job could measure, before anything runs: each line begins with the key.
 
         Args:
-            terms: the alignment terms that it is to compare with, with their layers; none without `alignment` in `needs`.
+            terms: the alignment terms to compare with, with their layers; none without `alignment` in `needs`.
             blocks: of the network, as far as they can be told apart; 0 where they cannot.
         """
         return []
@@ -91,7 +91,7 @@ def check_rows(measure: Measure, rows: Iterable[Row], of: str) -> list[dict[str,
     for row in found:
         if set(row) != set(columns):
             raise ValueError(f"{of}: {type(measure).__name__} gave a row of {sorted(row)}, expected {sorted(columns)}")
-        broken = [name for name in columns if isinstance(row[name], float) and not math.isfinite(row[name])]
+        broken = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
         if broken:
             where = ", ".join(f"{name} {row[name]}" for name in measure.axes)
             raise FloatingPointError(f"{of}: {broken[0]} at {where} is {row[broken[0]]}, expected a finite number")

@@ -54,22 +54,15 @@ class Subject:
 
     def gradients(self) -> Gradients:
         """Gradients of its losses by its blocks."""
-        return Gradients(
-            self.inputs.objective(self.learner),
-            self.inputs.batches,
-            self.group,
-            part=self.part,
-            teacher_targets=self.inputs.targets,
-            precision=self.inputs.precision,
-            scale=self.learner.scaler.scale,  # type: ignore[arg-type]
-        )
+        scale: Any = self.learner.scaler.scale
+        return Gradients(self.inputs.objective(self.learner), self.inputs, part=self.part, scale=scale)
 
 
 def opened(plan: Plan, what: Measurement, measure: Measure, group: Group) -> tuple[Subject, dict[str, Any]]:
     """The network of a state, own or from elsewhere, ready to be measured; and what to say of it in the result.
 
     Raises:
-        ValueError: the state, its file, a store or a teacher is missing, damaged, or not what the state was trained with.
+        ValueError: the state, a store or a teacher is missing, damaged, or not what the state was trained with.
     """
     source = _elsewhere(plan, what, measure) if what.state.trajectory in plan.elsewhere else _own(plan, what, measure)
     recipe = {**source.recipe, "seed": measure.seed}
@@ -92,8 +85,8 @@ def opened(plan: Plan, what: Measurement, measure: Measure, group: Group) -> tup
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """What a file holds of a network: its recipe, weights and possible projectors, the loss scale of fp16, identities of
-    what it was trained with, and what to say of it."""
+    """What a file holds of a network: its recipe, weights and possible projectors, the loss scale of fp16, identities
+    of what it was trained with, and what to say of it."""
 
     recipe: Mapping[str, Any]
     weights: Mapping[str, Tensor]

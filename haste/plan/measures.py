@@ -17,8 +17,8 @@ from haste.plan.runs import named_terms
 class Measurement:
     """One measure of one state.
 
-    label: of the measure, in the configuration; run: the row; terms: the alignment that it is compared with, teachers as
-    the configuration calls them; cached: those whose targets lie on disk; file: where the result lies.
+    label: of the measure, in the configuration; run: the row; terms: the alignment that it is compared with, teachers
+    as the configuration calls them; cached: those whose targets lie on disk; file: where the result lies.
     """
 
     label: str

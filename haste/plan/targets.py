@@ -104,6 +104,7 @@ def _asked(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     """The alignment terms that training or a measure has targets for, by kind."""
     for run, row in config.runs.items():
         yield from ((kind, term) for kind, term in terms_of(config, run).items() if getattr(row.stop, kind) != 0)
-    for name, row in (config.runs | config.evaluate).items():
-        for measure in row.measures:
+    measures = {name: row.measures for rows in (config.runs, config.evaluate) for name, row in rows.items()}
+    for name, asked in measures.items():
+        for measure in asked:
             yield from measured_terms(config, name, measure).items()

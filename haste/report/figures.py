@@ -79,8 +79,8 @@ def styles(report: Report) -> dict[str, Style]:
     """The style of every run, in the order in which runs appear."""
     known = {row.run: row for row in report.rows}
     found = {}
-    shown = (*report.rows, *report.curves, *report.measures)
-    for place, run in enumerate(dict.fromkeys(one.run for one in shown)):
+    shown = [row.run for row in report.rows] + [one.run for one in [*report.curves, *report.measures]]
+    for place, run in enumerate(dict.fromkeys(shown)):
         row = known.get(run)
         stops = _stops(row.stop if row else "")
         dash = DASHES[(place + place // len(PALETTE)) % len(DASHES)]
@@ -222,7 +222,9 @@ def draw_line(
         line.set_dashes(style.dash)
 
 
-def draw_band(axes: Axes, style: Style, steps: Iterable[float], values: Iterable[float], spread: Iterable[float]) -> None:
+def draw_band(
+    axes: Axes, style: Style, steps: Iterable[float], values: Iterable[float], spread: Iterable[float]
+) -> None:
     """A band of one standard deviation around a line, where there is one."""
     x, middle, half = (np.asarray(list(part), dtype=float) for part in (steps, values, spread))
     if half.any():

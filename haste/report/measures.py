@@ -1,8 +1,8 @@
 """A table and figures of any measure: its file says which columns tell where it looked, and which what it found.
 
-A line of the table is a run at a step, at one place of all axes but the first one of numbers, x, whose places stand side
-by side while they are few. A figure has x along the bottom and a line a run; where there are many places of another axis
-of numbers it is a heat map of that against x, one a run, of the run's last step.
+A line of the table is a run at a step, at one place of all axes but the first one of numbers, x, whose places stand
+side by side while they are few. A figure has x along the bottom and a line a run; where there are many places of
+another axis of numbers it is a heat map of that against x, one a run, of the run's last step.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ class Findings:
     @classmethod
     def of(cls, name: str, ones: Sequence[Measured]) -> Findings:
         """From the files of one measure."""
-        rows = [{**row, "run": one.run, "seed": one.seed, "step": one.step} for one in ones for row in one.found["rows"]]
+        rows = [
+            {**row, "run": one.run, "seed": one.seed, "step": one.step} for one in ones for row in one.found["rows"]
+        ]
         axes, values = ones[0].found["axes"], ones[0].found["values"]
         columns = ["run", "seed", "step", *axes, *values, *filter(None, values.values())]
         frame = pd.DataFrame(rows, columns=pd.Index(columns))
@@ -104,9 +106,7 @@ def measure_tables(report: Report) -> list[Table]:
     return [_table(report.seeds, lambda one: anchor(report, one), found) for found in findings(report)]
 
 
-def _table(
-    seeds_of: Mapping[str, Sequence[int]], link_of: Callable[[Measured], str], found: Findings
-) -> Table:
+def _table(seeds_of: Mapping[str, Sequence[int]], link_of: Callable[[Measured], str], found: Findings) -> Table:
     frame, value = found.frame, next(iter(found.values))
     wide = bool(found.x) and len(found.values) == 1 and frame[found.x].nunique() <= SIDE_BY_SIDE
     across = sorted(frame[found.x].unique()) if wide else []
@@ -137,7 +137,7 @@ def _place(value: Any) -> Cell:
 
 
 def _cell(found: Findings, lines: pd.DataFrame, name: str, seeds: Sequence[int], link: str) -> Cell:
-    """One value: with its standard error, or over several seeds with their spread; without a mean where one is missing."""
+    """One value: with its standard error, or the mean over several seeds with their spread, where none is missing."""
     values, places = list(lines[name]), _places(found.frame[name])
     if len(values) < len(seeds) or not values:
         text = "; ".join(f"{value:.{places}f}" for value in values)
@@ -156,7 +156,9 @@ def _notes(found: Findings, value: str) -> list[str]:
     """What is the same for all lines, and what the files say that was left out."""
     first, constant = found.ones[0].found, found.frame.nunique()
     said = [f"{axis} {found.frame[axis].iloc[0]:g}" for axis in _numbers(found) if constant[axis] == 1]
-    said += [f"{name} {_words(setting)}" for name, setting in first.get("settings", {}).items() if name not in first["axes"]]
+    said += [
+        f"{name} {_words(setting)}" for name, setting in first.get("settings", {}).items() if name not in first["axes"]
+    ]
     notes = [f"{first['measure']}: {', '.join(said)}."]
     if found.values[value]:
         several = any(len(found.seeds(one.run, one.step)) > 1 for one in found.ones)
@@ -199,13 +201,13 @@ def _panels(found: Findings, drawn: Mapping[str, Style]) -> Iterator[Panel]:
         elif found.x or len(found.steps) > 1:
             apart = [*found.words, *found.others]
             for place, part in found.groups(found.frame, apart):
-                where = [f"{name} {at:g}" if name in found.others else str(at) for name, at in zip(apart, place, strict=True)]
+                where = [
+                    f"{name} {at:g}" if name in found.others else str(at) for name, at in zip(apart, place, strict=True)
+                ]
                 yield _lines(found, value, part, ", ".join([value, *where]), drawn, f"{found.slug}-{next(number)}")
 
 
-def _lines(
-    found: Findings, value: str, part: pd.DataFrame, title: str, drawn: Mapping[str, Style], name: str
-) -> Panel:
+def _lines(found: Findings, value: str, part: pd.DataFrame, title: str, drawn: Mapping[str, Style], name: str) -> Panel:
     """A line a run over x, earlier steps fainter; or over steps, where there is no x."""
     x, error = found.x or "step", found.values[value]
     figure, axes = new_figure(title, x)
@@ -225,9 +227,7 @@ def _lines(
     return Panel(title, "", faint, to_svg(figure, name, f"{title} over {x}: {'; '.join(ends)}"))
 
 
-def _heat_map(
-    found: Findings, value: str, y: str, part: pd.DataFrame, place: Sequence[Any], name: str
-) -> Panel:
+def _heat_map(found: Findings, value: str, y: str, part: pd.DataFrame, place: Sequence[Any], name: str) -> Panel:
     """One run's values at its last step, x along the bottom and y upwards, in colours around 0 where signs differ."""
     table = part.pivot_table(index=y, columns=found.x, values=value, aggfunc="mean")
     title = ", ".join([value, *map(str, place)])

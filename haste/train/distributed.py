@@ -35,35 +35,34 @@ class Group:
     device: torch.device
 
     @property
-    def first(self) -> bool:
-        """Whether this process writes states and logs."""
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes states and logs."""
         return self.rank == 0
 
-    def rows(self, batch: int, parts: int) -> list[range]:
-        """The rows of a batch that are this process's own, in `parts` equal parts one after the other.
+    def rows(self, batch: int, microbatches: int) -> range:
+        """The rows of a batch that are this rank's own, which it goes through in so many equal microbatches.
 
         Raises:
-            ValueError: the batch cannot be cut into that many equal parts.
+            ValueError: the batch cannot be cut into that many equal microbatches.
         """
-        if batch % (self.size * parts):
+        if batch % (self.size * microbatches):
             raise ValueError(
-                f"a batch of {batch} cannot be cut into {self.size} processes times {parts} accumulated parts: "
+                f"a batch of {batch} cannot be cut into {self.size} processes times {microbatches} microbatches: "
                 "training.batch must be divisible by runtime.processes * runtime.accumulate"
             )
-        each = batch // (self.size * parts)
-        start = self.rank * each * parts
-        return [range(start + part * each, start + (part + 1) * each) for part in range(parts)]
+        own = batch // self.size
+        return range(self.rank * own, (self.rank + 1) * own)
 
-    def broadcast_from_first(self, ask: Callable[[], Value]) -> Value:
-        """What the first process finds, told to all: they look at one disk, but not at one moment.
+    def broadcast(self, ask: Callable[[], Value]) -> Value:
+        """What rank 0 finds, told to all: they look at one disk, but not at one moment. Everybody must call it.
 
         Raises:
-            ValueError: the first process could not say; everybody then raises the same.
+            ValueError: rank 0 could not say; everybody then raises the same.
         """
         if self.size == 1:
             return ask()
         answer: list[Any] = [None, None]
-        if self.first:
+        if self.is_first:
             try:
                 answer[0] = ask()
             except (ValueError, OSError) as error:

@@ -1,8 +1,9 @@
 """Cosines between the gradients of alignment and denoising: of any network, and while training without a trace in it.
 
-The losses are those of training, in its precision; while training, of the weights as they are and not of their average.
-Images, latent draws and noise are the same at every reading, no label is dropped, and each image is seen at every time
-asked for. Parameters get no gradient, and DDP, which waits for those, hears nothing: `torch.autograd.grad` hands them out.
+The losses are those of training, in its precision; while training, of the weights as they are and not of their
+average. Images, latent draws and noise are the same at every reading, no label is dropped, and each image is seen at
+every time asked for. Parameters get no gradient, and DDP, which waits for those, hears nothing: `torch.autograd.grad`
+hands them out.
 
 M images, S groups of them, T times, L losses, P numbers of a block, W processes.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,8 @@ from torch import Tensor
 from haste.align import angle as angles
 from haste.align.losses import TeacherTargets
 from haste.align.triggers import Angle, block_of, counting
-from haste.data.batches import Batch, Batches
-from haste.train.distributed import Group
+from haste.data.batches import Batch
+from haste.train.inputs import Inputs
 from haste.train.step import Objective, draws_negatives, gather_negatives, weight_of
 
 #: (The objective's terms of a batch, t) -> the losses whose gradients are compared.
@@ -36,29 +36,16 @@ CHUNK = 2**18  # numbers of a block whose inner products are taken at once, in f
 class Gradients:
     """Gradients of losses by blocks of the network, as a table of their inner products."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        batches: Batches,
-        group: Group,
-        *,
-        part: int,
-        teacher_targets: Callable[[Batch], dict[str, TeacherTargets]],
-        precision: Callable[[], AbstractContextManager[Any]],
-        scale: Callable[[Tensor], Tensor],
-    ):
+    def __init__(self, objective: Objective, inputs: Inputs, *, part: int, scale: Callable[[Tensor], Tensor]):
         """
         Args:
             objective: the losses, not wrapped.
-            batches: whose images are measured with.
-            group: the processes; each takes its share of the images.
+            inputs: whose images, teachers and precision are measured with; each process takes its share of the images.
             part: images a pass of the networks.
-            teacher_targets: what the teachers say of a batch.
-            precision: what the networks compute in.
             scale: of a loss, so that small gradients are not lost in fp16. A cosine has no scale.
         """
-        self.objective, self.batches, self.group, self.part = objective, batches, group, part
-        self.teacher_targets, self.precision, self.scale = teacher_targets, precision, scale
+        self.objective, self.inputs, self.part, self.scale = objective, inputs, part, scale
+        self.batches, self.group = inputs.batches, inputs.group
 
     def products(
         self, losses: Losses, count: int, *, images: int, shards: int, times: Sequence[float], blocks: Sequence[int]
@@ -105,7 +92,7 @@ class Gradients:
         for batch, seen in self._looked_at(indices, _share(rows, self.group.rank, self.group.size)):
             for place, t in enumerate(times):
                 now = dataclasses.replace(batch, t=torch.full_like(batch.t, t))
-                with self.precision():
+                with self.inputs.precision():
                     found = self.objective(now, seen, negatives)
                 mine = compared(found, t)
                 for which in range(count):  # the last to ask for one lets go of what its passes kept
@@ -116,7 +103,7 @@ class Gradients:
         """Some of the images in parts, with what the teachers say of them."""
         for low in range(0, len(rows), self.part):
             batch = self.batches.measured(indices, rows[low : low + self.part]).to(self.group.device)
-            yield batch, self.teacher_targets(batch)
+            yield batch, self.inputs.targets(batch)
 
     def _negatives(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor] | None:
         """Where training compares with tokens of its whole batch: those of the first images, as many as a batch has."""
@@ -145,18 +132,17 @@ class Pass:
 class Angles:
     """What triggers ask for of angles. What two of them ask for at one step is measured once."""
 
-    def __init__(self, objective: Objective, batches: Batches, group: Group, *, compiled: bool, **how: Any):
+    def __init__(self, objective: Objective, inputs: Inputs, *, compiled: bool, **how: Any):
         """
         Args:
             objective: the losses, not wrapped.
-            batches: of training; its images are measured with.
-            group: the processes.
+            inputs: of training.
             compiled: whether the networks are. Here they run as they are written: other numbers of images would be
                 compiled anew, and training might then run the code that was made for these.
             how: as `Gradients`.
         """
         self.objective, self.compiled = objective, compiled
-        self.gradients = Gradients(objective, batches, group, **how)
+        self.gradients = Gradients(objective, inputs, **how)
         self.known: dict[Pass, NDArray[np.float64]] = {}
 
     def values(self, done: int, kind: str, asked: Mapping[str, Angle]) -> dict[str, float]:
@@ -200,8 +186,8 @@ class Angles:
             weighed = [weight_of(term, asked.done - 1) * found[kind] for kind, term in counts.items()]
             return [torch.stack(weighed).sum(), found["denoising"]]
 
-        where = {"times": asked.times, "blocks": asked.blocks}
-        return self.gradients.products(losses, 2, images=asked.images, shards=asked.shards, **where)
+        images = {"images": asked.images, "shards": asked.shards}
+        return self.gradients.products(losses, 2, times=asked.times, blocks=asked.blocks, **images)
 
 
 def _share(whole: range, part: int, parts: int) -> range:

@@ -2,7 +2,7 @@
 
 Each process averages what its own rows give, on its device: nothing in a step waits. At a reading the processes'
 averages are averaged, which is exact since an average is linear; what costs passes of its own is measured then too
-(`haste/train/gradient_angles.py`); the first process asks the trigger and tells the others. A state holds the averages
+(`haste/train/gradient_angles.py`); rank 0 asks the trigger and tells the others. A state holds the averages
 of every process, so that going on with as many ends in the same bits.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from haste.align import triggers
 from haste.align.triggers import Angle, Average, Decision, Reading
+from haste.plan.names import Segment
 from haste.train.distributed import Group
 from haste.train.gradient_angles import Angles
 
@@ -117,7 +118,7 @@ class Watch:
             found |= angles.values(done, self.kind, self.angles)
         if found is not None and self._is_finite(done, found):
             self.history.append(Reading(done, {name: found[name] for name in self.trigger.needs}))
-            decision = self.group.broadcast_from_first(self._ask)
+            decision = self.group.broadcast(self._ask)
             self._tell(done, decision)
             if decision.stop:
                 self.stopped = {"step": done, "reason": decision.reason, "trajectory": trajectory}
@@ -137,7 +138,7 @@ class Watch:
     def _is_finite(self, done: int, found: Mapping[str, float]) -> bool:
         """Whether all of it are numbers. The angle with a gradient that is 0, or overflowed, is none."""
         wrong = [name for name, value in found.items() if not math.isfinite(value)]
-        if wrong and self.group.first:
+        if wrong and self.group.is_first:
             log.warning("step %d: no reading for %s: %s not finite", done, self.kind, ", ".join(wrong))
         return not wrong
 
@@ -145,7 +146,7 @@ class Watch:
         return triggers.decided(self.settings["trigger"], self.trigger, self.history)
 
     def _tell(self, done: int, decision: Decision) -> None:
-        if self.group.first:
+        if self.group.is_first:
             does = "stops" if decision.stop else "goes on with"
             log.info("step %d: %s %s %s: %s", done, self.settings["trigger"], does, self.kind, decision.reason)
 
@@ -186,3 +187,61 @@ class Watch:
             raise ValueError(f"{path}: readings/{self.kind} is {found}, expected (processes, {tuple(self.sums.shape)})")
         mine = sums[self.group.rank] if len(sums) == self.group.size else sums.mean(dim=0)
         self.sums = mine.to(self.sums)
+
+
+class Watches:
+    """The triggers of a segment's terms at work, and the records of those that have stopped their term before it."""
+
+    def __init__(self, segment: Segment, group: Group):
+        """
+        Args:
+            segment: its terms; those without a trigger are not watched.
+            group: the processes.
+        """
+        self.trajectory = segment.state.trajectory
+        self.of = {kind: Watch(kind, term, group) for kind, term in segment.terms.items() if term["trigger"]}
+        self.stopped: dict[str, Any] = {}
+
+    def add(self, found: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Take a step's losses, and by term the weights of its samples where they do not count alike; see `Watch`."""
+        for kind, watch in self.of.items():
+            watch.add(found, weights.get(kind))
+
+    def read(self, done: int, angles: Angles) -> bool:
+        """Make the readings that are due after `done` steps. Everybody must call it. Returns whether a term stops."""
+        due = [watch for watch in self.of.values() if watch.is_due(done)]
+        return any(
+            [watch.read(done, self.trajectory, angles) for watch in due]
+        )  # each of them, whatever the others say
+
+    def header(self) -> dict[str, Any]:
+        """What a state's header says of triggers: `triggers`, by term; nothing where none ever watched."""
+        records = {**self.stopped, **{kind: watch.record() for kind, watch in self.of.items()}}
+        return {"triggers": records} if records else {}
+
+    def averages(self) -> dict[str, Tensor]:
+        """Tensors of a state, `readings/TERM`, of the triggers that go on. Everybody must call it."""
+        going = {kind: watch for kind, watch in self.of.items() if watch.stopped is None}
+        return {f"readings/{kind}": watch.gathered() for kind, watch in going.items()}
+
+    def go_on(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Continue from a state; a trigger that it does not know of begins at its own first step.
+
+        Args:
+            header: of the state.
+            tensors: of the state.
+            path: its file, for messages.
+
+        Raises:
+            ValueError: it has no readings of a term that was watched before it, or they do not fit the trigger.
+        """
+        records = header.get("triggers", {})
+        self.stopped = {kind: record for kind, record in records.items() if kind not in self.of}
+        for kind, watch in self.of.items():
+            if kind in records:
+                watch.go_on(records[kind], tensors.get(f"readings/{kind}"), path)
+            elif header["step"] != watch.after:
+                raise ValueError(
+                    f"{path}: has no readings of {kind}, which is watched from step {watch.after} on; expected them, "
+                    "or the state of that step"
+                )

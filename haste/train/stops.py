@@ -120,6 +120,13 @@ def left(plan: Plan, segment: Segment) -> list[str]:
     return [kind for kind in segment.terms if kind not in stopped]
 
 
+def without_stopped(segment: Segment, header: Mapping[str, Any]) -> Segment:
+    """A segment without the terms that triggers had stopped before the state with this header was saved."""
+    stopped = {kind for kind, record in header.get("triggers", {}).items() if record["stopped"] is not None}
+    terms = {kind: term for kind, term in segment.terms.items() if kind not in stopped}
+    return dataclasses.replace(segment, terms=terms, cached=tuple(kind for kind in segment.cached if kind in terms))
+
+
 def _up_to(plan: Plan, pieces: Iterable[Piece], last: int) -> dict[str, Stopped]:
     found = dict[str, Stopped]()
     for piece in pieces:

@@ -283,10 +283,9 @@ def test_the_launcher_trains_and_passes_on_a_refusal_with_exit_code_2(make_plan,
     assert "truncated" in message
 
 
-def test_rows_of_all_processes_and_parts_are_the_batch_in_order():
+def test_rows_of_all_processes_are_the_batch_in_order():
     device = torch.device("cpu")
-    rows = [row for rank in range(3) for part in Group(rank, 3, device).rows(24, 4) for row in part]
-    assert rows == list(range(24))
+    assert [row for rank in range(3) for row in Group(rank, 3, device).rows(24, 4)] == list(range(24))
     with pytest.raises(ValueError, match="a batch of 24 cannot be cut into 5 processes times 1"):
         Group(0, 5, device).rows(24, 1)
 

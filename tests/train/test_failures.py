@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from haste.cli import main as cli
-from haste.files import journal
+from haste.files import artefact, journal
 from haste.train import launch, loop
+from haste.train.step import Objective
 
 TRAINING = {"batch": 8, "lr": 1.0e-3, "ema": 0.9}
 
@@ -55,12 +56,12 @@ def test_half_precision_computes_near_what_single_precision_does(make_plan):
 
 
 def break_step(monkeypatch, step, how):
-    forward = loop.Objective.forward
+    forward = Objective.forward
 
     def broken(self, batch, *more):
         return how(forward(self, batch, *more)) if batch.step == step else forward(self, batch, *more)
 
-    monkeypatch.setattr(loop.Objective, "forward", broken)
+    monkeypatch.setattr(Objective, "forward", broken)
 
 
 def test_a_step_that_is_not_finite_can_be_skipped_and_is_counted(make_plan, monkeypatch):
@@ -135,7 +136,7 @@ def alive(workers):
 
 def free(lock):
     try:
-        with loop.artefact.holding(lock, "x"):
+        with artefact.holding(lock, "x"):
             return True
     except ValueError:
         return False

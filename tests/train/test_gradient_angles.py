@@ -13,6 +13,7 @@ from torch.nn import functional
 from haste import config
 from haste.config import Positive, Strict
 from haste.data import order
+from haste.data.batches import Batches
 from haste.files.provenance import read_header
 from haste.files.store import Store
 from haste.models.denoiser import Denoiser
@@ -210,9 +211,9 @@ def test_there_may_be_fewer_images_than_are_asked_for(make_plan, monkeypatch):
     images = {"source": "digits", "resolution": 8, "classes": 10, "holdout": 97, "shards": 2}
     plan = watched(make_plan, monkeypatch, {**NEVER, "images": 99_999, "every": 4}, images=images)
     rows = []
-    measured = loop.Batches.measured
+    measured = Batches.measured
     monkeypatch.setattr(
-        loop.Batches,
+        Batches,
         "measured",
         lambda self, held, mine: (rows.extend(held[list(mine)]), measured(self, held, mine))[1],
     )

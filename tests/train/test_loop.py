@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 
 from haste.cli import main as cli
 from haste.data.batches import Batches
-from haste.files import journal
+from haste.files import artefact, journal
 from haste.files.store import Store, join, write_shard
 from haste.models.sit import SiT
 from haste.teachers import encoder
 from haste.train import loop, state
+from haste.train.step import Objective
 
 FORK = multiprocessing.get_context("fork")
 
@@ -171,23 +172,22 @@ def test_a_finished_state_is_never_trained_again(make_plan):
 def test_two_trainers_on_one_trajectory_the_second_is_refused(make_plan):
     plan = make_plan()
     target = plan.state("vanilla", 8)
-    with loop.artefact.holding(Path(plan.path(target)).parent / "lock", "x"), pytest.raises(ValueError) as refusal:
+    with artefact.holding(Path(plan.path(target)).parent / "lock", "x"), pytest.raises(ValueError) as refusal:
         loop.train(plan, target)
     assert f"process {os.getpid()}" in str(refusal.value)
 
 
-def test_rolling_states_are_the_newest_two_and_gone_at_the_end(make_plan, monkeypatch):
+def test_rolling_states_are_the_newest_two_and_gone_at_the_end(make_plan):
     plan = make_plan(runtime={"save_every": 2, "log_every": 2})
-    seen, save = [], loop.states.save
+    rolling, seen = Path(plan.path(plan.state("vanilla", 8))).parent / "rolling", []
 
-    def watching(path, learner, header, beside):
-        save(path, learner, header, beside)
-        seen.append(sorted(p.name for p in Path(path).parent.glob("step-*")) if path.parent.name == "rolling" else [])
+    def look():
+        seen.append(sorted(int(path.name[5:13]) for path in rolling.glob("step-*")))
+        return 0
 
-    monkeypatch.setattr(loop.states, "save", watching)
-    train_to(plan, "vanilla", 8)
-    assert [len(names) for names in seen] == [1, 2, 3, 0]  # the third is there before the first goes
-    assert not list(Path(plan.path(plan.state("vanilla", 8))).parent.glob("rolling/*"))
+    loop.train(plan, plan.state("vanilla", 8), interrupted=look)  # asked after steps 1 to 7, before the state is saved
+    assert seen == [[], [], [2], [2], [2, 4], [2, 4], [4, 6]]
+    assert not list(rolling.iterdir())
 
 
 def test_states_are_kept_every_so_often_and_a_later_branch_starts_from_the_nearest(make_plan):
@@ -285,13 +285,13 @@ def test_a_full_disk_stops_with_a_message_and_keeps_the_last_good_state(make_pla
 
 def test_a_loss_that_is_not_finite_stops_training_before_anything_is_saved(make_plan, monkeypatch):
     plan = make_plan()
-    forward = loop.Objective.forward
+    forward = Objective.forward
 
     def broken(self, batch, *more):
         found = forward(self, batch, *more)
         return {**found, "denoising": found["denoising"] * float("nan")} if batch.step == 4 else found
 
-    monkeypatch.setattr(loop.Objective, "forward", broken)
+    monkeypatch.setattr(Objective, "forward", broken)
     with pytest.raises(FloatingPointError, match="denoising and grad_norm not finite at step 5"):
         train_to(plan, "vanilla", 8)
     kept = list(Path(plan.root, "states").rglob("*.safetensors"))

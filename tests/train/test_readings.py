@@ -30,6 +30,7 @@ from haste.train import (
 )
 from haste.train.distributed import Group
 from haste.train.gradient_angles import Gradients
+from haste.train.step import Objective
 
 TINY = yaml.safe_load((Path(__file__).parent.parent / "tiny.yaml").read_text())
 FORK = multiprocessing.get_context("fork")
@@ -242,12 +243,12 @@ def before(owner, name, when):
 
 
 MOMENTS = {
-    "in the step before it": before(loop._Training, "_step", lambda self, batch: batch.step == 9),
-    "when it is decided": before(loop._Training, "_save_on_the_way", lambda self, done, *_: done == 10),
+    "in the step before it": before(Objective, "forward", lambda self, batch, *_: batch.step == 9),
+    "when it is decided": before(state, "save", lambda path, *_: "00000010" in str(path)),
     "in the save of its state": before(state, "save_file", lambda tensors, path, **_: "00000010" in str(path)),
     "before its file": before(stops.artefact, "write_json", lambda path, _: Path(path).name == stops.FILE),
-    "in the step after it": before(loop._Training, "_step", lambda self, batch: batch.step == 10),
-    "later": before(loop._Training, "_step", lambda self, batch: batch.step == 14),
+    "in the step after it": before(Objective, "forward", lambda self, batch, *_: batch.step == 10),
+    "later": before(Objective, "forward", lambda self, batch, *_: batch.step == 14),
 }
 
 
@@ -318,9 +319,7 @@ def test_a_state_at_the_stop_that_is_not_there_afterwards_is_an_error_and_not_an
     plan = make_plan(runs=runs(seen=AT_10), runtime=QUICK)
     train_to(plan, "seen", 8)
     save = state.save
-    monkeypatch.setattr(
-        loop.states, "save", lambda path, *rest: save(Path(path).parent / "elsewhere" / path.name, *rest)
-    )
+    monkeypatch.setattr(state, "save", lambda path, *rest: save(Path(path).parent / "elsewhere" / path.name, *rest))
     with pytest.raises(ValueError, match="expected that of step 10, which was just saved"):
         train_to(plan, "seen", 16)
 
@@ -345,13 +344,19 @@ def test_targets_on_disk_are_read_up_to_the_stop_and_no_more(make_plan, monkeypa
     targets.join_shards(plan, "vit")
     train_to(plan, "by_hand", 8, 10, 16)
     train_to(plan, "seen", 8)
-    opened, read = [], loop.Cached.__init__
+    asked, forward = [], Objective.forward
     monkeypatch.setattr(
-        loop.Cached, "__init__", lambda self, *args: (read(self, *args), opened.append(list(self.stores)))[0]
+        Objective,
+        "forward",
+        lambda self, batch, *args: asked.append(bool(batch.targets)) or forward(self, batch, *args),
     )
     train_to(plan, "seen", 16)
-    assert opened == [["vit"], []]
+    assert asked == [True] * 2 + [False] * 6
     assert_same_learner(tensors(plan, "seen", 16), tensors(plan, "by_hand", 16))
+    # And where a later job begins behind the stop, they need not even be there.
+    Path(plan.path(plan.state("seen", 16))).unlink()
+    Path(plan.targets["vit"].manifest).unlink()
+    train_to(plan, "seen", 16)
 
 
 class NoWaiting(TorchDispatchMode):

@@ -1,0 +1,226 @@
+"""Checkpoints of a segment: which state training goes on from, what is checked and put on record there, and where the
+next ones are saved. What is in the file of a state: `haste/train/state.py`.
+
+    step-00250000.safetensors          kept: the segment's end, every `keep_every` steps, where a trigger stopped a term
+    rolling/step-00251000.safetensors  on the way: the newest two, gone once the segment's end is saved
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from haste.files import artefact
+from haste.files.provenance import STATE_NAME, read_header
+from haste.plan.names import Segment, State
+from haste.plan.plan import Plan
+from haste.train import state as states
+from haste.train import stops
+from haste.train.distributed import Group
+from haste.train.inputs import Inputs
+from haste.train.readings import Watches
+from haste.train.state import Learner
+
+log = logging.getLogger("haste.train")
+
+ROLLING = 2  # the newest may be lost with its disk's cache; then the one before is there
+
+
+class Checkpoints:
+    """The states of one segment on disk. Every process has one; rank 0 alone writes.
+
+    Attributes:
+        folder: the trajectory's.
+    """
+
+    def __init__(self, plan: Plan, segment: Segment, group: Group):
+        """
+        Args:
+            plan: where states lie.
+            segment: the job.
+            group: the processes.
+        """
+        self.segment, self.group = segment, group
+        self.trajectory = plan.trajectories[segment.state.trajectory]
+        self.folder = Path(plan.path(segment.state)).parent
+        before = segment.parent
+        self.parent = Path(plan.path(before)) if before else None
+        self.parent_key = plan.trajectories[before.trajectory].key if before else None
+        self.runtime = plan.config.runtime
+        # On record from here on; see `resume`.
+        self.inputs: dict[str, str] = {}  # name -> identity of all that this lineage was trained with
+        self.sources: dict[str, str] = {}  # term -> where its targets come from
+        self.changes: list[str] = []  # what was done in another way further back, equal but for rounding
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the trajectory's folder, in which one job trains at a time, and remove what killed writers left there.
+
+        Raises:
+            ValueError: somebody else holds it.
+        """
+        if not self.group.is_first:
+            yield
+            return
+        with artefact.holding(self.folder / "lock", f"trajectory {self.trajectory.name}"):
+            artefact.sweep(self.folder)
+            artefact.sweep(self.folder / "rolling")
+            yield
+
+    def describe(self) -> None:
+        """Write what the trajectory is into its folder."""
+        if self.group.is_first:
+            about = {"key": self.trajectory.key, "recipe": self.trajectory.recipe}
+            about |= {"provenance": artefact.provenance(key=self.trajectory.key)}
+            artefact.write_json(
+                self.folder / "trajectory.json", {"schema": artefact.SCHEMA, "kind": "trajectory", **about}
+            )
+
+    # -- going on --------------------------------------------------------------------------------------------------
+
+    def confirm(self) -> None:
+        """Check that the segment's state, which exists, is of this trajectory, and do what a kill behind its save left.
+
+        Raises:
+            ValueError: it cannot be read, or is of another trajectory.
+        """
+        path = self.folder / self.segment.state.file
+        header, _ = states.read(path, key=self.trajectory.key, prefixes=("none",))
+        log.info("%s: already trained (%s)", self.segment.state, header["provenance"]["made"])
+        if self.group.is_first:
+            stops.write(self.folder, header)
+            self._forget_rolling(keep=0)
+
+    def newest(self, reached: int | None = None) -> Path | None:
+        """The newest state on the segment's way that can be read, else the one that it starts from; None: begin.
+
+        All processes must call it, and are told the same.
+
+        Args:
+            reached: the step whose state was just saved, if one was.
+
+        Raises:
+            ValueError: what was just saved is not the newest.
+        """
+        found = self.group.broadcast(self._newest)
+        if reached is not None and (found is None or read_header(found)["step"] != reached):
+            raise ValueError(
+                f"{found}: found as the newest state, expected that of step {reached}, which was just saved"
+            )
+        return found
+
+    def _newest(self) -> Path | None:
+        found = self._on_the_way(self.folder) + self._on_the_way(self.folder / "rolling")
+        for _, path in sorted(found, reverse=True):
+            try:
+                states.read(path, key=self.trajectory.key)
+            except ValueError as error:
+                log.warning("passing over a state that cannot be read: %s", error)
+                continue
+            return path
+        return self.parent
+
+    def _on_the_way(self, folder: Path) -> list[tuple[int, Path]]:
+        """Step and file of a folder's states on the segment's way, newest first; others are of other stretches."""
+        names = [STATE_NAME.match(path.name) for path in folder.glob("step-*")]
+        steps = sorted((int(match[1]) for match in names if match), reverse=True)
+        way = range(self.segment.start + 1, self.segment.state.step + 1)
+        return [(step, folder / State(self.trajectory.name, step).file) for step in steps if step in way]
+
+    def resume(self, path: Path | None, learner: Learner, inputs: Inputs, watches: Watches) -> int:
+        """Go on from a state: put it into learner and watches, and on record what was done in another way before it.
+
+        Args:
+            path: the state's file, as `newest` gives it; None begins.
+            learner: takes its tensors.
+            inputs: what training goes on with.
+            watches: take what triggers have read so far.
+
+        Returns:
+            Its step, 0 without one.
+
+        Raises:
+            ValueError: the state cannot be read or does not fit, or was trained with other inputs.
+        """
+        self.inputs, self.sources, self.changes = dict(inputs.identities), inputs.sources, []
+        if path is None:
+            return 0
+        own = self.folder in (path.parent, path.parent.parent)
+        header, tensors = states.read(path, key=self.trajectory.key if own else str(self.parent_key))
+        self._go_on_with_inputs(header, path)
+        self._note_changes(header, path)
+        states.restore(learner, tensors, path)
+        watches.go_on(header, tensors, path)
+        if own and self.group.is_first:
+            stops.write(self.folder, header)
+        return header["step"]
+
+    def _go_on_with_inputs(self, header: Mapping[str, Any], path: Path) -> None:
+        for name, identity in self.inputs.items():
+            found = header["inputs"].get(name, "none")
+            if found != identity:
+                raise ValueError(
+                    f"{path}: was trained with {name} {found[:12]}, but {name} is now {identity[:12]}. "
+                    "Bring the earlier one back, or remove this trajectory's states to train them anew."
+                )
+        self.inputs = {**header["inputs"], **self.inputs}  # which teacher it once had stays on record
+
+    def _note_changes(self, header: Mapping[str, Any], path: Path) -> None:
+        """Say what is done in another way from here on, and put on record, for good, where targets come from now."""
+        made = header["provenance"]
+        if made["code"] != artefact.code_version():
+            log.warning("%s was made by other code (%s)", path, made["code"])
+        if made.get("processes", 1) != self.group.size:
+            log.warning("%s was made by %d processes, going on with %d", path, made["processes"], self.group.size)
+        self.changes = list(made.get("changes", []))
+        for kind, now in self.sources.items():
+            first = "online" if f"teacher of {kind}" in header["inputs"] else now
+            if (was := made.get("targets", {}).get(kind, first)) != now:
+                was, now = (source[:20] for source in (was, now))
+                self.changes.append(f"step {header['step']}: targets of {kind}: {was} before, {now} from here on")
+                log.warning("%s: its targets of %s were %s, going on with %s", path, kind, was, now)
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    def is_due(self, step: int) -> bool:
+        """Whether the state after `step` steps is saved whatever happens."""
+        return step % self.runtime.save_every == 0 or self._is_kept(step)
+
+    def _is_kept(self, step: int) -> bool:
+        every = self.runtime.keep_every
+        return every is not None and step % every == 0
+
+    def save(self, learner: Learner, watches: Watches, step: int, *, last: bool) -> None:
+        """Save the state after `step` steps, and then let go of rolling ones. All processes must call it.
+
+        Args:
+            learner: its tensors.
+            watches: what triggers have read so far.
+            step: steps done.
+            last: whether training ends here, or goes on without a term; such a state is kept.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written; what was there before is untouched.
+        """
+        averages = watches.averages()
+        if not self.group.is_first:
+            return
+        header = self._header(step) | watches.header()
+        folder = self.folder if last or self._is_kept(step) else self.folder / "rolling"
+        states.save(folder / State(self.trajectory.name, step).file, learner, header, averages)
+        stops.write(self.folder, header)
+        self._forget_rolling(keep=0 if step == self.segment.state.step else ROLLING)
+
+    def _header(self, step: int) -> dict[str, Any]:
+        made = artefact.provenance(key=self.trajectory.key, inputs=self.inputs)
+        made |= {"processes": self.group.size, "accumulate": self.runtime.accumulate}
+        made |= {"targets": self.sources, "changes": self.changes}
+        about = {"key": self.trajectory.key, "trajectory": self.trajectory.name, "recipe": self.trajectory.recipe}
+        return {**about, "step": step, "inputs": self.inputs, "provenance": made}
+
+    def _forget_rolling(self, keep: int) -> None:
+        for _, path in self._on_the_way(self.folder / "rolling")[keep:]:
+            path.unlink(missing_ok=True)
