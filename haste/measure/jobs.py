@@ -104,7 +104,9 @@ def asked(
         kind, row = "evaluate", _put_row(raw, config, file, model, layout)
     else:
         kind, row = "runs", _run_through(plan, state)
-    raw[kind][row]["measures"] = list(dict.fromkeys([*raw[kind][row].get("measures", ()), name]))
+    for every in (*raw["runs"].values(), *raw["evaluate"].values()):  # an alignment for one row need not fit others
+        every["measures"] = []
+    raw[kind][row]["measures"] = [name]
     with_it = Plan(configuration.resolve(raw))
     if state is None:
         state = next(one.evaluation.state for one in with_it.rows if one.run == row)
@@ -125,6 +127,9 @@ def _put_measure(raw: dict[str, Any], name: str, alignment: str | None) -> None:
 def _own_state(plan: Plan, file: str) -> State | None:
     """The state of the plan that a name or a file stands for."""
     path = Path(file)
+    if not path.exists() and file.rpartition("/")[0] not in plan.trajectories:
+        expected = "a state of the configuration, by its file or as TRAJECTORY/STEP, or a checkpoint from elsewhere"
+        raise ValueError(f"{file}: no such file; expected {expected}")
     if not path.exists():
         return plan.parse(file)
     try:
@@ -149,7 +154,9 @@ def _put_row(raw: dict[str, Any], config: Config, file: str, model: str | None, 
     for known, spec in config.evaluate.items():
         if Path(spec.checkpoint).exists() and Path(spec.checkpoint).samefile(file):
             return known
-    name = f"{Path(file).name} ({len(config.evaluate)})"
+    name = Path(file).name
+    while name in raw["runs"] or name in raw["evaluate"]:
+        name += "'"
     sampling = next(iter(config.sampling), "ode-50")  # nothing is drawn, but a row has one
     row = {"checkpoint": file, "model": model or _model_of(config, file, layout), "sampling": [sampling], "step": 0}
     raw["evaluate"][name] = row if layout is None else {**row, "layout": layout}

@@ -77,7 +77,9 @@ class Measures:
             for run, step, seed, state in states
             for label in (config.runs.get(run) or config.evaluate[run]).measures
         ]
-        self.by_name = {row.measurement.name: row.measurement for row in self.rows}
+        self.by_name: dict[str, Measurement] = {}
+        for row in self.rows:  # of runs that share a state, the first one's
+            self.by_name.setdefault(row.measurement.name, row.measurement)
 
     def of(self, run: str, state: State, label: str) -> Measurement:
         """A measure, by its name in the configuration, of a state that a row passes through or evaluates."""

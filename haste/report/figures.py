@@ -79,7 +79,8 @@ def styles(report: Report) -> dict[str, Style]:
     """The style of every run, in the order in which runs appear."""
     known = {row.run: row for row in report.rows}
     found = {}
-    shown = [row.run for row in report.rows] + [one.run for one in [*report.curves, *report.measures]]
+    shown = [row.run for row in report.rows] + [one.run for one in report.curves]
+    shown += [one.run for one in report.measures]
     for place, run in enumerate(dict.fromkeys(shown)):
         row = known.get(run)
         stops = _stops(row.stop if row else "")

@@ -230,12 +230,12 @@ def _measured(plan: Plan) -> tuple[list[Measured], list[str]]:
     """What measures found, and a note on what is not measured yet."""
     rows = [(row, Path(row.measurement.file)) for row in plan.measured]
     found = [
-        Measured(row.measurement.name, row.run, row.seed, row.step, measure.read(path), str(path))
+        Measured(row.measurement.label, row.run, row.seed, row.step, measure.read(path), str(path))
         for row, path in rows
         if path.exists()
     ]
     missing = [
-        f"{row.measurement.name} of {plan.label(row.run, row.seed)} at step {row.step:,}"
+        f"{row.measurement.label} of {plan.label(row.run, row.seed)} at step {row.step:,}"
         for row, path in rows
         if not path.exists()
     ]

@@ -261,4 +261,5 @@ def terminal(name: str, run: str, found: Mapping[str, Any], width: int = 100) ->
     if not found["rows"]:
         return f"{name} of {run}: nothing could be measured\n" + "".join(f"  {note}\n" for note in found["notes"])
     table = _table({}, lambda _: "", Findings.of(name, [one]))
-    return to_text([table], f"{name} of {found['state']['file']}", width)
+    state = f"{found['state']['trajectory']}, step {one.step:,}"
+    return to_text([table], f"{name} of {state}", max(width, len(state) + len(name) + 4))
