@@ -254,7 +254,7 @@ def alternatives(kind) -> list:
     return []
 
 
-# ---- what a change renames
+# ---- what a change recomputes
 
 BASE = {
     "name": "base",
@@ -430,12 +430,12 @@ def section_of(raw: dict, section: str) -> dict:
 
 
 @each_key
-def test_a_change_of_a_key_renames_what_the_document_says(section, key, tmp_path, monkeypatch):
+def test_a_change_of_a_key_recomputes_what_the_document_says(section, key, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # files from elsewhere are remembered in the results folder
     cell = rows_of(section)[key][2]
     number_or_section = SECTIONS[section] is config.Stops
     if (nested(SECTIONS[section].model_fields[key].annotation) and not number_or_section) or key == "defaults":
-        assert cell == "", "a section renames nothing by itself, its keys do"
+        assert cell == "", "a section recomputes nothing by itself, its keys do"
         return
     full = f"{section}.{key}".lstrip(".")
     if full in ONE_VALUE:

@@ -189,7 +189,7 @@ def test_inception_score_is_of_splits_in_the_samples_order_however_they_are_stor
 def test_sides_that_different_detectors_saw_are_refused(tmp_path):
     fake = features(tmp_path / "fake", *drawn(5, 8, (0.0, 0.0), 1.0), detector="a" * 64)
     real = features(tmp_path / "real", *drawn(6, 8, (0.0, 0.0), 1.0), detector="b" * 64)
-    with pytest.raises(ValueError, match=r"seen by detector a{12}, but the reference .* by b{12}"):
+    with pytest.raises(ValueError, match=r"by detector a{12}, but those of the reference .* by b{12}"):
         score.score(fake, real, detector="plane", about={}, key="abc", path=tmp_path / "score.json")
     assert not (tmp_path / "score.json").exists()
 

@@ -1,7 +1,7 @@
-"""The angle between two gradients, and how far it could be off: from sums over groups of images.
+"""The cosine between two gradients and its standard error, from sums over groups of images.
 
-A cosine needs no more of two gradients than their inner products, and the cosine of all images but a group no more than
-the inner products of the groups' sums: so a block of any size comes here as a small table. S groups of images.
+The cosine of two gradients needs only their inner products, and the cosine of all images except one group needs only
+the inner products of the groups' sums. So a block of any size is passed as a small table. S groups of images.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def combined(products: Array, weights: Array) -> Array:
 
 
 def cosines(products: Array) -> tuple[Array, Array]:
-    """<a, d> / (|a| |d|) (what HASTE's Tables 1 and 2 show) of all images, and of all but those of each group.
+    """<a, d> / (|a| |d|) (as in HASTE's Tables 1 and 2) over all images, and with each group left out.
 
     Args:
         products: (..., 2, S, 2, S), inner products of the groups' sums: those of gradient a first, those of d second.
 
     Returns:
-        (...) and (..., S); not a number where a gradient is 0.
+        (...) and (..., S); NaN where a gradient is 0.
     """
     whole = products.sum(axis=(-3, -1))[..., None]  # (..., 2, 2, 1)
     rows = np.moveaxis(products.sum(axis=-1), -2, -1)  # (..., 2, 2, S): a group's sum with the whole
@@ -50,9 +50,9 @@ def _cosine(products: Array) -> Array:
 
 
 def jackknife(left_out: Array) -> float:
-    """Standard error of a value from those without each group in turn, (S,) (Efron and Tibshirani 1993, Eq. 11.5).
+    """Standard error from the leave-one-group-out values (S,) (Efron and Tibshirani 1993, Eq. 11.5).
 
-    The groups count as equally large: they differ by an image at most.
+    The groups count as equally large: their sizes differ by one image at most.
     """
     groups = len(left_out)
     return math.sqrt((groups - 1) / groups * float(np.square(left_out - left_out.mean()).sum()))

@@ -1,10 +1,10 @@
 """Alignment losses: features (REPA) and attention (ATTA, HASTE).
 
 Shapes: B batch, N tokens, D width, H heads, K head width; suffix s student, t teacher. Both sides hold image tokens
-only. Losses are computed in float32 (float64 if given float64) whatever the inputs and autocast say. Teachers get no
-gradient.
+only. Losses are computed in float32 (float64 if given float64) regardless of autocast and the inputs' dtype. Teachers
+get no gradient.
 
-The attention loss never holds the B x H x N x N maps. There are two ways to that, one per kind of device: see `_WAY`.
+The attention loss never holds the B x H x N x N maps. It has two implementations, one per kind of device: see `_WAY`.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-# Logits that the fused way holds at once, over the whole batch: 64 MiB in float32.
+# Logits that the fused implementation holds at once, over the whole batch: 64 MiB in float32.
 _CHUNK_LOGITS = 2**24
 
 
@@ -24,14 +24,14 @@ def _precise(x: Tensor) -> Tensor:
 
 
 def _mean(by_sample: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean of (B,) values, each times its weight (B,): weights are made so that means of parts may be averaged."""
+    """The mean of (B,) values times weights (B,), which are scaled so that microbatches' means may be averaged."""
     return by_sample.mean() if weights is None else (by_sample * weights.to(by_sample.dtype)).mean()
 
 
 def feature_loss(projected: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """Minus the mean cosine between projected student tokens and teacher features (REPA, Eq. 8); scalar in [-1, 1].
 
-    Both (B, N, D); weights (B,) say how much a sample counts. ValueError if the shapes differ.
+    Both (B, N, D); weights (B,) are the samples' weights. ValueError if the shapes differ.
     """
     projected, target = _normalised(projected, target)
     return -_mean((projected * target).sum(dim=-1).mean(dim=-1), weights)
@@ -39,10 +39,10 @@ def feature_loss(projected: Tensor, target: Tensor, weights: Tensor | None = Non
 
 @dataclass(frozen=True)
 class Negatives:
-    """Teacher features of some tokens of a whole batch, over all processes, and where each token is.
+    """Teacher features of some tokens of the whole batch, over all ranks, and their positions.
 
-    features: (M, D), without gradient; places: (M,) int64, row in the whole batch times N plus the token's number, no
-    place twice; rows: (B,) int64, the rows in the whole batch of the samples at hand.
+    features: (M, D), without gradient; places: (M,) int64, row in the whole batch times N plus the token's number,
+    without duplicates; rows: (B,) int64, the rows in the whole batch of the samples of this microbatch.
     """
 
     features: Tensor
@@ -72,12 +72,12 @@ def contrastive_loss(
 ) -> Tensor:
     """NT-Xent (SimCLR, Eq. 1) of projected student tokens against teacher features, in one direction; scalar.
 
-    -log( exp(cos(z, h) / T) / sum over h' of exp(cos(z, h') / T) ), mean over tokens and batch: a student's token z is
-    to find its teacher token h among others h', which are the image's other tokens or, where `negatives` are given,
-    those of a whole batch. A token is never its own negative. Only teacher tokens are negatives, so that no gradient
-    crosses processes. No source names a temperature: 0.1 is ours.
+    -log( exp(cos(z, h) / T) / sum over h' of exp(cos(z, h') / T) ), mean over tokens and batch: a student token z must
+    find its teacher token h among others h', which are the image's other tokens or, if `negatives` are given,
+    those of the whole batch. A token is never its own negative. Only teacher tokens are negatives, so that no gradient
+    crosses ranks. No source states a temperature: 0.1 is our choice.
 
-    Both (B, N, D); weights (B,) say how much a sample counts. ValueError if the shapes differ.
+    Both (B, N, D); weights (B,) are the samples' weights. ValueError if the shapes differ.
     """
     projected, target = _normalised(projected, target)
     with torch.autocast(device_type=projected.device.type, enabled=False):
@@ -90,7 +90,7 @@ def contrastive_loss(
 
 
 def _others(projected: Tensor, negatives: Negatives, temperature: float) -> Tensor:
-    """Logits (B, N, M) of every token with every negative; -inf with itself."""
+    """Logits (B, N, M) of every token with every negative; -inf for the token itself."""
     tokens = projected.shape[1]
     keys = functional.normalize(_precise(negatives.features.detach()).to(projected.dtype), dim=-1)
     place = negatives.rows[:, None] * tokens + torch.arange(tokens, device=projected.device)  # (B, N)
@@ -99,7 +99,7 @@ def _others(projected: Tensor, negatives: Negatives, temperature: float) -> Tens
 
 
 def _normalised(projected: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Both of unit length; the teacher's without gradient."""
+    """Both normalised to unit length; the teacher's without gradient."""
     if projected.shape != target.shape:
         raise ValueError(
             f"feature loss: projected tokens are {tuple(projected.shape)}, teacher features {tuple(target.shape)}; "
@@ -124,8 +124,8 @@ def attention_loss(
 
     q_s, k_s (B, H_s, N, K_s) and q_t, k_t (B, H_t, N, K_t), as they enter scale q k^T. The first `heads` heads of both
     sides are compared, by default as many as both have. Scales default to K^(-1/2) of their side. logsumexp_s
-    (B, H_s, N), of the student's logits over keys, is handed in where its own attention gave it. weights (B,) say
-    how much a sample counts. Returns a scalar.
+    (B, H_s, N), of the student's logits over keys, is passed if the student's attention returned it. weights (B,) are
+    the samples' weights. Returns a scalar.
     ValueError if a side has too few heads, or if batch sizes or token counts differ.
     """
     heads = _check_attention(q_s, k_s, q_t, k_t, heads)
@@ -141,7 +141,7 @@ def attention_loss(
 
 
 def _check_attention(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, heads: int | None) -> int:
-    """The number of heads to compare, if the two sides fit."""
+    """The number of heads to compare, after checking that the two sides fit."""
     assert q_s.shape == k_s.shape and q_t.shape == k_t.shape
     (batch_s, heads_s, tokens_s, _), (batch_t, heads_t, tokens_t, _) = q_s.shape, q_t.shape
     if tokens_s != tokens_t:
@@ -155,7 +155,7 @@ def _check_attention(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, heads: 
     heads = most if heads is None else heads
     if not 1 <= heads <= most:
         raise ValueError(
-            f"attention loss: {heads} heads asked for, the student has {heads_s}, the teacher {heads_t}; "
+            f"attention loss: {heads} heads requested, the student has {heads_s}, the teacher {heads_t}; "
             f"expected 1 to {most}"
         )
     return heads
@@ -167,8 +167,8 @@ def cross_entropy_by_sample(
     """Mean cross-entropy of softmax(q_t k_t^T) against softmax(q_s k_s^T), with its gradient, one sample at a time.
 
     All (B, H, N, K_side), scaled; weights (B,). The loss is a scalar, so its gradient is known up to a factor before
-    backward asks: it is computed in the forward, while the sample's maps are at hand, and only it is kept, as large as
-    q and k.
+    the backward pass: it is computed in the forward pass, while the sample's maps are in memory, and only the gradient
+    is kept, which is as large as q and k.
     """
     if torch.is_grad_enabled() and (q_s.requires_grad or k_s.requires_grad):
         return _LossWithGradient.apply(q_s, k_s, q_t, k_t, weights)  # pyright: ignore[reportReturnType]
@@ -234,8 +234,8 @@ def cross_entropy_fused(
     """The same value and gradient from fused attention: mean(logsumexp(S)) - mean(<P, S>).
 
     All (B, H, N, K_side), scaled; weights (B,); logsumexp_s (B, H, N) if it is known, with its gradient. <P, S> is
-    q_s . (P k_s), and P k_s is attention with the teacher's q and k and the student's keys in the place of values.
-    Fused kernels want one width, a multiple of 8: zeros fill up to it.
+    q_s . (P k_s), and P k_s is attention with the teacher's q and k and the student's keys as values.
+    Fused kernels need one common width, a multiple of 8, reached by padding with zeros.
     """
     width_s = k_s.shape[-1]
     width = -(-max(width_s, k_t.shape[-1]) // 8) * 8
@@ -247,9 +247,9 @@ def cross_entropy_fused(
 
 
 def _logsumexp_totals(q: Tensor, k: Tensor) -> Tensor:
-    """By sample (B,), the sum over all rows of logsumexp(q k^T), some query rows at a time.
+    """For each sample (B,), the sum over all rows of logsumexp(q k^T), some query rows at a time.
 
-    Backward computes their logits again.
+    The backward pass recomputes the logits.
     """
     batch, heads, tokens, _ = q.shape
     rows = max(1, min(_CHUNK_LOGITS // (batch * heads * tokens), -(-tokens // 2)))
@@ -263,12 +263,12 @@ def _logsumexp_sums(q: Tensor, k: Tensor) -> Tensor:
     return torch.logsumexp(q @ k.mT, dim=-1).sum(dim=(1, 2))
 
 
-#: Which way on which device; any that is not named gets the fused one, made for GPUs.
+#: The implementation by kind of device; all others use the fused one, which is made for GPUs.
 _WAY = {"cpu": cross_entropy_by_sample}
 
 
 def resize_tokens(x: Tensor, grid_from: tuple[int, int], grid_to: tuple[int, int]) -> Tensor:
-    """Tokens of one grid on another, bilinearly (half-pixel centres, no antialiasing).
+    """Resize tokens from one grid to another, bilinearly (half-pixel centres, no antialiasing).
 
     (B, N, D) -> (B, M, D), or (B, H, N, K) -> (B, H, M, K) for queries and keys, with N and M the grids' sizes (rows,
     columns), tokens row by row. Resizing q and k resizes the logits, which are linear in each. Equal grids return x

@@ -1,4 +1,4 @@
-"""How much an alignment loss weighs at a step: a pure function, so that a log replays into the same weights. No torch.
+"""The weight of an alignment loss at a step: a pure function, so that a replayed log gives the same weights. No torch.
 
 A step is counted by the optimiser steps before it. A term that stops at step tau is aligned on the steps before tau.
 """
@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-#: Share of the way from a ramp's begin to the stop, in [0, 1] -> factor, from 1 to 0.
+#: Fraction of the way from a ramp's begin to the stop, in [0, 1] -> factor, from 1 to 0.
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1.0 - x,
     "cosine": lambda x: 0.5 * (1.0 + math.cos(math.pi * x)),
@@ -15,18 +15,18 @@ SHAPES: dict[str, Callable[[float], float]] = {
 
 
 def warmed(step: int, steps: int) -> float:
-    """0 at step 0, growing evenly, 1 from step `steps` on."""
+    """0 at step 0, growing linearly, 1 from step `steps` on."""
     return min(1.0, step / steps) if steps else 1.0
 
 
 def ramped(step: int, begin: int, stop: int, shape: str) -> float:
-    """1 up to step `begin`, falling in a shape of SHAPES, 0 from step `stop` on."""
+    """1 up to step `begin`, falling by a shape of SHAPES, 0 from step `stop` on."""
     share = (step - begin) / (stop - begin)
     return SHAPES[shape](min(1.0, max(0.0, share)))
 
 
 def factor(step: int, term: Mapping[str, Any]) -> float:
-    """What a term's weight is multiplied by at a step.
+    """The factor of a term's weight at a step.
 
     Args:
         step: steps done before this one.

@@ -1,7 +1,7 @@
-"""When to stop aligning, decided by what is seen while training: pure functions, so that a log replays. No torch.
+"""When to stop aligning, decided from readings during training: pure functions, so that logs can be replayed. No torch.
 
-A trigger watches one alignment term. After a step on which it begins (`after` of the configuration) training makes the
-readings that it needs, every so many steps (`every`), and asks it after each: stop, or go on. A step is counted by the
+A trigger watches one alignment term. From a start step on (`after` in the configuration) training makes the readings
+that it needs at regular intervals (`every`), and lets it decide after each: stop, or continue. A step is counted by the
 optimiser steps before it, so a term that is stopped at step tau was aligned on the steps before tau.
 """
 
@@ -25,14 +25,15 @@ Terms = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Average:
-    """A reading that costs next to nothing: the exponential average of something that every step computes anyway.
+    """A reading that costs next to nothing: the exponential average of a value that every step computes anyway.
 
-    The average weighs the steps that it saw by decay^age and is normalised, so that it is one from its first step on.
+    The average weights the steps that it saw by decay^age and is normalised, so that it is an average from its first
+    step on.
 
     Attributes:
-        of: `residual`, what is left of the watched term's loss: 1 - cosine of features compared by their angle, in
-            [0, 2], else the loss itself; or `denoising`, the denoising loss.
-        decay: of the weights, a step, in [0, 1); 0 is the last step alone.
+        of: `residual`, the residual of the watched term's loss: 1 - cosine of features compared by their angle, in
+            [0, 2], otherwise the loss itself; or `denoising`, the denoising loss.
+        decay: of the weights, per step, in [0, 1); 0 is the last step alone.
         steps: how many steps it must have seen before it is read.
     """
 
@@ -43,16 +44,16 @@ class Average:
 
 @dataclass(frozen=True)
 class Angle:
-    """A reading that costs passes of its own: the cosine between the gradients of the alignment loss and of the
-    denoising loss with respect to the parameters of a block, or how far that could be off.
+    """A reading that needs passes of its own: the cosine between the gradients of the alignment loss and of the
+    denoising loss with respect to the parameters of a block, or its standard error.
 
     Attributes:
-        times: every image is looked at at each of these t; the cosines there are averaged.
-        block: blocks, counted from 1, over which the cosines are averaged; none stands for `block_of` the terms.
-        images: how many random training images, the same at every reading; all where there are fewer.
-        shards: groups of images over whose jackknife the error is taken.
-        of: `alignment`, the sum of all active terms by their weights; or `own`, the watched term alone.
-        error: whether the standard error of that average is asked for, and not the average itself.
+        times: every image is passed at each of these t; the cosines are averaged over them.
+        block: blocks, counted from 1, over which the cosines are averaged; none means `block_of` the terms.
+        images: how many random training images, the same at every reading; all if there are fewer.
+        shards: groups of images for the jackknife that gives the error.
+        of: `alignment`, the weighted sum of all active terms; or `own`, the watched term alone.
+        error: whether the reading is the standard error of that average instead of the average itself.
     """
 
     times: tuple[float, ...]
@@ -63,7 +64,7 @@ class Angle:
     error: bool = False
 
 
-#: What a reading may ask for; training knows how to measure each of them (`haste/train/readings.py`).
+#: What a trigger may request; training can measure each of them (`haste/train/readings.py`).
 Measure = Average | Angle
 AVERAGED = ("residual", "denoising")
 ALIGNED = ("alignment", "own")
@@ -71,7 +72,7 @@ ALIGNED = ("alignment", "own")
 
 @dataclass(frozen=True)
 class Reading:
-    """What was measured after `step` steps, by the names that the trigger gave in `needs`."""
+    """The measurements after `step` steps, by the names that the trigger gave in `needs`."""
 
     step: int
     values: Mapping[str, float]
@@ -86,22 +87,22 @@ class Decision:
 
 
 class Trigger(BaseModel):
-    """What an entry of TRIGGERS is derived from. Its fields are its parameters in the configuration, all with defaults
-    or all but some; their types and bounds are checked before anything runs."""
+    """The base class of the entries of TRIGGERS. Its fields are its parameters in the configuration, with or without
+    defaults; their types and bounds are checked before anything runs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @property
     def needs(self) -> Mapping[str, Measure]:
-        """What to measure, by names of the trigger's own choice. A reading has all of them, or is not made."""
+        """What to measure, by names that the trigger chooses. A reading has all of them, or is not made."""
         raise NotImplementedError
 
     def decide(self, step: int, history: Sequence[Reading]) -> Decision:
-        """Stop or go on: a function of what it is given and of nothing else.
+        """Stop or continue: a function of its arguments alone.
 
         Args:
             step: steps done.
-            history: all readings so far, at least one; the last one is of this step.
+            history: all readings so far, at least one; the last one is from this step.
         """
         raise NotImplementedError
 
@@ -113,12 +114,12 @@ class Plateau(Trigger):
     """Stop when the term has stopped improving (RARE, arXiv 2609.34732).
 
     The fast average of the residual is compared with the slow one: while the residual falls, the fast one is below.
-    Nothing is decided before the slow average has seen as many steps as it looks back on, 1 / (1 - slow).
+    Nothing is decided before the slow average has seen as many steps as its window, 1 / (1 - slow).
 
     Attributes:
-        fast: decay of the fast average, a step.
-        slow: decay of the slow average, a step.
-        margin: the share of the slow average by which the fast one must be lower for the term to go on.
+        fast: decay of the fast average, per step.
+        slow: decay of the slow average, per step.
+        margin: the fraction of the slow average by which the fast one must be lower for the term to continue.
     """
 
     fast: Decay = 0.999
@@ -153,18 +154,18 @@ Time = Annotated[float, Field(ge=0, le=1)]
 
 
 class GradientAngle(Trigger):
-    """Stop when alignment pulls against denoising (HASTE, arXiv 2505.16792): when the cosine between their gradients,
+    """Stop when alignment works against denoising (HASTE, arXiv 2505.16792): when the cosine between their gradients,
     averaged over times, is below a threshold.
 
     Attributes:
         threshold: the cosine below which the term stops.
         times: t at which the cosine is measured.
-        block: the block, or the blocks to average over, counted from 1; None as `Angle`.
-        images: as `Angle`.
-        shards: as `Angle`.
-        of: as `Angle`.
-        patience: at how many readings in a row the cosine must be below.
-        sure: by how many standard errors it must be below.
+        block: the block, or the blocks to average over, counted from 1; None as in `Angle`.
+        images: as in `Angle`.
+        shards: as in `Angle`.
+        of: as in `Angle`.
+        patience: number of consecutive readings at which the cosine must be below.
+        sure: number of standard errors by which it must be below.
     """
 
     threshold: Annotated[float, Field(le=1)] = -0.05
@@ -187,7 +188,7 @@ class GradientAngle(Trigger):
 
     @property
     def needs(self) -> dict[str, Measure]:
-        """The cosine at every t and their mean, each with its error: that of the mean is not the errors' mean."""
+        """The cosine at every t and their mean, each with its error: the mean's error is not the mean of the errors."""
         blocks = (self.block,) if isinstance(self.block, int) else tuple(self.block or ())
         whole = Angle(tuple(self.times), blocks, self.images, self.shards, self.of)
         found: dict[str, Measure] = {}
@@ -213,8 +214,8 @@ class GradientAngle(Trigger):
 
 
 def block_of(terms: Terms) -> int:
-    """The block whose parameters the gradients are taken by where none is named: the one after which features are read
-    or, where only attention is aligned, the last one that is; counted from 1."""
+    """The block, counted from 1, with respect to whose parameters gradients are taken by default: the one whose
+    features are aligned or, if only attention is aligned, the last aligned one."""
     return terms["features"]["depth"] if "features" in terms else reached(terms)
 
 
@@ -230,13 +231,13 @@ def counting(terms: Terms, t: float) -> Terms:
 
 
 def faults(trigger: Trigger, kind: str, terms: Terms, blocks: int) -> list[str]:
-    """What of a trigger's angles no step could measure while these terms are active: the attribute of `Angle`, and why.
+    """What cannot be measured of a trigger's angles while these terms are active: the attribute of `Angle`, and why.
 
     Args:
-        trigger: says what it needs.
+        trigger: the trigger.
         kind: the watched term.
-        terms: the active ones, with that: their layers and `t_min`.
-        blocks: of the network, as far as they can be told apart; 0 where they cannot.
+        terms: the active terms, including the watched one: their layers and `t_min`.
+        blocks: number of the network's blocks; 0 if its parameters cannot be assigned to blocks.
     """
     found = []
     for angle in (measure for measure in trigger.needs.values() if isinstance(measure, Angle)):
@@ -261,10 +262,10 @@ TRIGGERS: dict[str, type[Trigger]] = {"plateau": Plateau, "gradient-angle": Grad
 
 
 def named(name: str) -> type[Trigger]:
-    """The trigger of a name: one of ours, or of another package, which is imported.
+    """The trigger of this name: a built-in one, or one of another package, which is imported.
 
     Raises:
-        ValueError: nothing is called so, or what is cannot be imported or is no trigger.
+        ValueError: there is no such name, or its module cannot be imported or holds no trigger.
     """
     if name in TRIGGERS:
         return TRIGGERS[name]
@@ -285,7 +286,7 @@ def made(name: str, parameters: Mapping[str, Any]) -> Trigger:
     """A trigger with its parameters.
 
     Raises:
-        ValueError: as `named`; or parameters that are not its own, or needs that training cannot measure.
+        ValueError: as `named`; or unknown parameters, or needs that training cannot measure.
     """
     kind = named(name)
     who = _who(name, kind)
@@ -304,7 +305,7 @@ def made(name: str, parameters: Mapping[str, Any]) -> Trigger:
 
 
 def _check_need(who: str, key: Any, measure: Any) -> None:
-    if not isinstance(key, str) or key == "step":  # which a reading has beside what was measured
+    if not isinstance(key, str) or key == "step":  # every reading has its own `step`
         raise ValueError(f"{who} needs {key!r}, expected a name, and another than 'step'")
     check = {Average: _wrong_in_average, Angle: _wrong_in_angle}.get(type(measure))
     if wrong := check(measure) if check else "an Average or an Angle":
@@ -312,7 +313,7 @@ def _check_need(who: str, key: Any, measure: Any) -> None:
 
 
 def _wrong_in_average(measure: Any) -> str:
-    """What is expected in the place of what cannot be measured; nothing where all can."""
+    """What was expected instead of a measure that is not possible; empty if it is."""
     if measure.of not in AVERAGED:
         return f"an Average of {' or '.join(AVERAGED)}"
     if not isinstance(measure.decay, int | float) or not 0 <= measure.decay < 1:
@@ -342,7 +343,7 @@ def _who(name: str, kind: type[Trigger]) -> str:
 
 @contextmanager
 def _blamed(who: str, part: str, but: tuple[type[Exception], ...] | type[Exception] = ()) -> Iterator[None]:
-    """Whatever a trigger's own code raises is its author's to mend: it is told in a line, with the place."""
+    """An error raised by a trigger's own code, in one line with the place, for its author to fix."""
     try:
         yield
     except but:
@@ -354,10 +355,10 @@ def _blamed(who: str, part: str, but: tuple[type[Exception], ...] | type[Excepti
 
 
 def first_reading(trigger: Trigger, after: int, every: int) -> int:
-    """The first step that has a reading, of those that come `every`, 2 `every`, ... steps after step `after`.
+    """The first step that has a reading, out of `after` + `every`, `after` + 2 `every`, ...
 
     Args:
-        trigger: says what it needs.
+        trigger: the trigger.
         after: steps before the first one that it sees.
         every: steps between readings.
     """
@@ -366,10 +367,10 @@ def first_reading(trigger: Trigger, after: int, every: int) -> int:
 
 
 def decided(name: str, trigger: Trigger, history: Sequence[Reading]) -> Decision:
-    """What a trigger decides after the last of its readings.
+    """A trigger's decision after the last of its readings.
 
     Raises:
-        ValueError: it fails, or says something else than a decision.
+        ValueError: it fails, or returns something other than a decision.
     """
     who, step = _who(name, type(trigger)), history[-1].step
     with _blamed(who, f"decide after step {step}"):
@@ -380,7 +381,7 @@ def decided(name: str, trigger: Trigger, history: Sequence[Reading]) -> Decision
 
 
 def replayed(name: str, trigger: Trigger, history: Sequence[Reading]) -> tuple[int, Decision] | None:
-    """Step and decision at which a trigger stops the term, given all readings of a run; None if it never does."""
+    """The step and decision at which a trigger stops the term, given all readings of a run; None if it never does."""
     for count in range(1, len(history) + 1):
         decision = decided(name, trigger, history[:count])
         if decision.stop:

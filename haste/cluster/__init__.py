@@ -1,1 +1,1 @@
-"""Training as jobs of a SLURM cluster: what to ask for, what SLURM says, who waits, and what runs inside a job."""
+"""Training as SLURM jobs: their resources, queries of SLURM, the waiting process, and what runs inside a job."""

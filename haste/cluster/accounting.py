@@ -1,9 +1,9 @@
 """What a configuration's jobs cost on a cluster, by the cluster's own accounting. No torch.
 
-Which jobs are a configuration's is known from files alone: every command of the workflow that runs inside a job of
-SLURM leaves a mark, `results/NAME/jobs/STAGE-NUMBER`, and the jobs of training leave their logs beside their states.
-What `sacct` says of those numbers, every attempt with its end, is kept beside the report: accounting forgets, and a
-report may be made where there is none.
+The jobs of a configuration are known from files alone: every command of the workflow that runs inside a SLURM job
+leaves a mark, `results/NAME/jobs/STAGE-NUMBER`, and training jobs leave their logs beside their states. The answer of
+`sacct` about these numbers, every attempt with its end, is kept beside the report: accounting databases are purged,
+and a report may be made where there is none.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from haste.plan.plan import Plan
 log = logging.getLogger("haste.cluster")
 
 PATIENCE = 60.0  # seconds that the report waits for all answers together
-AT_ONCE = 500  # jobs a question: a command line has an end
+AT_ONCE = 500  # jobs per query: the length of a command line is limited
 FIELDS = ("JobIDRaw", "State", "Start", "ElapsedRaw", "AllocCPUS", "AllocTRES", "TotalCPU", "TRESUsageInAve", "JobName")
 DONE = "COMPLETED"
-SEVERAL = "several stages"  # of a job in which a whole workflow ran
+SEVERAL = "several stages"  # stage of a job in which a whole workflow ran
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """One attempt at a job: a job that is requeued has several of one number.
+    """One attempt at a job: a requeued job has several with the same number.
 
     start: as SLURM writes it; state: its first word, such as COMPLETED, PREEMPTED or CANCELLED; seconds: how long it
     held its nodes; cpus, gpus: allocated; cpu_seconds: CPU time used; gpu_share: mean utilisation of its GPUs, 0..1.
-    None is what the site does not keep account of.
+    None is a value that the site does not record.
     """
 
     job: str
@@ -54,7 +54,7 @@ class Attempt:
 
 
 def mark(config_file: Path | str, stage: str) -> None:
-    """Note that a stage of a workflow runs in the job of SLURM that this process is in; nothing outside of one.
+    """Record that a stage of a workflow runs in the current SLURM job; does nothing outside of a job.
 
     Args:
         config_file: the resolved configuration that the workflow's jobs read, results/NAME/config.json.
@@ -63,7 +63,7 @@ def mark(config_file: Path | str, stage: str) -> None:
     number, path = os.environ.get("SLURM_JOB_ID", ""), Path(config_file)
     if not number.isdigit() or path.name != "config.json":
         return
-    with contextlib.suppress(OSError):  # no figure is worth a job
+    with contextlib.suppress(OSError):  # accounting must not fail a job
         folder = path.parent / "jobs"
         folder.mkdir(exist_ok=True)
         (folder / f"{stage}-{number}").touch()
@@ -83,12 +83,12 @@ def jobs_of(plan: Plan) -> dict[str, str]:
 
 
 def file_of(plan: Plan) -> Path:
-    """Where a plan's account is kept."""
+    """The file of a plan's accounting."""
     return Path(plan.report).parent / "accounting.json"
 
 
 def kept(plan: Plan) -> list[Attempt]:
-    """The attempts on record; none where no account was kept, or its file cannot be read."""
+    """The recorded attempts; none if there is no record, or its file cannot be read."""
     if not file_of(plan).exists():
         return []
     try:
@@ -109,9 +109,9 @@ def _load(plan: Plan) -> list[Attempt]:
 
 
 def update(plan: Plan) -> None:
-    """Ask the accounting about all jobs whose end is not on record, and keep what it says.
+    """Query the accounting about all jobs whose end is not recorded, and keep the answer.
 
-    What it does not say any more stays as it was; where there is no accounting, or it is slow, so does all.
+    Records that it no longer has stay unchanged; so do all of them if there is no accounting, or if it is slow.
     """
     try:
         before = _load(plan) if file_of(plan).exists() else []
@@ -148,11 +148,11 @@ def _asked(numbers: Sequence[str], owners: Mapping[str, str]) -> Iterator[Attemp
 
 
 def read(text: str, owners: Mapping[str, str]) -> list[Attempt]:
-    """The attempts in what `sacct --duplicates --parsable2` says: a line a job, then a line for each of its steps.
+    """The attempts in the output of `sacct --duplicates --parsable2`: a line per job, then a line per step of it.
 
     Args:
         text: its lines, with FIELDS.
-        owners: number -> stage. Others are left out: asked for a job of an array, sacct may tell of all of them.
+        owners: number -> stage. Others are left out: for one job of an array, sacct may list all of them.
     """
     found: list[Attempt] = []
     steps: list[dict[str, str]] = []
@@ -174,7 +174,7 @@ def _attempt(
 ) -> Attempt | None:
     number, seconds = record["JobIDRaw"], _number(record["ElapsedRaw"])
     if number not in owners or not seconds or not record["State"]:
-        return None  # it waits, or was taken back before it began
+        return None  # pending, or cancelled before it started
     return Attempt(
         job=number,
         start=record["Start"],
@@ -183,7 +183,7 @@ def _attempt(
         seconds=seconds,
         cpus=int(_number(record["AllocCPUS"])),
         gpus=gpus_of(record["AllocTRES"]),
-        cpu_seconds=duration(record["TotalCPU"]) or None,  # a site that does not measure it says 0
+        cpu_seconds=duration(record["TotalCPU"]) or None,  # 0 at a site that does not measure it
         gpu_share=_gpu_share(steps),
     )
 
@@ -201,15 +201,15 @@ def _tres(text: str) -> dict[str, str]:
 
 
 def gpus_of(text: str) -> float:
-    """GPUs in an AllocTRES such as `billing=8,cpu=8,gres/gpu=2,gres/gpu:a100=2,node=1`: kinds are counted where a site
-    keeps account of kinds alone."""
+    """GPUs in an AllocTRES such as `billing=8,cpu=8,gres/gpu=2,gres/gpu:a100=2,node=1`: the sum over kinds if a site
+    records only kinds."""
     found = _tres(text)
     kinds = [_number(count) for name, count in found.items() if name.startswith("gres/gpu:")]
     return _number(found["gres/gpu"]) if "gres/gpu" in found else sum(kinds)
 
 
 def _gpu_share(steps: Iterable[Mapping[str, str]]) -> float | None:
-    """Mean utilisation over the steps that have one, by how long they took."""
+    """Mean utilisation over the steps that have one, weighted by their duration."""
     told = [(_tres(step["TRESUsageInAve"]).get("gres/gpuutil"), _number(step["ElapsedRaw"])) for step in steps]
     known = [(_number(share) / 100, seconds) for share, seconds in told if share is not None and seconds]
     whole = sum(seconds for _, seconds in known)
@@ -217,7 +217,7 @@ def _gpu_share(steps: Iterable[Mapping[str, str]]) -> float | None:
 
 
 def duration(text: str) -> float:
-    """Seconds of `[DD-[HH:]]MM:SS[.mmm]`; 0 of anything else."""
+    """Seconds of `[DD-[HH:]]MM:SS[.mmm]`; 0 for anything else."""
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)", text.strip())
     if found is None:
         return 0.0
@@ -229,7 +229,7 @@ def duration(text: str) -> float:
 
 
 def by_stage(attempts: Iterable[Attempt]) -> dict[str, Usage]:
-    """What each stage took."""
+    """The usage of each stage."""
     groups: dict[str, list[Attempt]] = {}
     for attempt in attempts:
         groups.setdefault(attempt.stage, []).append(attempt)
@@ -259,11 +259,11 @@ def _usage(group: Sequence[Attempt]) -> Usage:
 
 @dataclass(frozen=True)
 class Usage:
-    """What the jobs of a stage took on a cluster, all their attempts together.
+    """The usage of a cluster by the jobs of a stage, summed over all their attempts.
 
-    jobs: how many; ended: state -> attempts that ended so; cpu_seconds, gpu_seconds: allocated, times how long; those
-    beginning with broken_: of attempts that did not complete; cpu_used, gpu_used: of what was allocated, in the same
-    unit, where it was measured; cpu_measured, gpu_measured: allocated where it was measured.
+    jobs: how many; ended: state -> attempts that ended in it; cpu_seconds, gpu_seconds: allocated resources times
+    elapsed time; broken_*: the same for attempts that did not complete; cpu_used, gpu_used: used, in the same unit,
+    where it was measured; cpu_measured, gpu_measured: allocated where usage was measured.
     """
 
     jobs: int
@@ -279,11 +279,11 @@ class Usage:
 
     @property
     def attempts(self) -> int:
-        """Attempts in all."""
+        """Number of attempts."""
         return sum(self.ended.values())
 
     def __add__(self, other: Usage) -> Usage:
-        """Both together."""
+        """The sum of both."""
         ended = {name: self.ended.get(name, 0) + other.ended.get(name, 0) for name in {**self.ended, **other.ended}}
         names = [field.name for field in fields(self) if field.name != "ended"]
         return Usage(ended=ended, **{name: getattr(self, name) + getattr(other, name) for name in names})

@@ -1,6 +1,6 @@
-"""Ask SLURM whether it would take a workflow's jobs, before the first is submitted. No torch.
+"""Ask SLURM whether it would accept a workflow's jobs, before the first is submitted. No torch.
 
-What is wrong in a profile is so said in the first seconds, and not hours later when the first job of its rule is due.
+So mistakes in a profile are reported in the first seconds, and not hours later when the first job of a rule is due.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 from haste.cluster import slurm
 
-# What SLURM says, and keys of the profile that it may be about. Of these no time makes an end: submission would fail.
+# SLURM's messages, and the keys of the profile that may cause them. These are permanent: submission would fail.
 WRONG = {
     "invalid account": ("slurm_account", "slurm_partition"),
     "invalid partition": ("slurm_partition",),
     "invalid qos": ("qos",),
     "invalid feature": ("constraint",),
 }
-# These may be different tomorrow, when other nodes are up.
+# These may change when other nodes are up.
 DOUBTFUL = {
     "node configuration": ("gpus_per_node", "gpu", "mem_mb", "cpus_per_task", "tasks_per_node", "nodes", "constraint"),
     "node count": ("nodes",),
@@ -45,10 +45,10 @@ FLAGS = {
 
 
 def check(asked: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
-    """Doubts whether SLURM would take jobs with such resources now, in words.
+    """Warnings that SLURM would not accept jobs with such resources now, in words.
 
     Args:
-        asked: of each job its rule and its resources, named as in the profile. What is the same is asked once.
+        asked: each job's rule and its resources, named as in the profile. Equal ones are tested once.
 
     Raises:
         ValueError: there is no SLURM on this machine, or a job could never be submitted; the message names the keys of
@@ -72,12 +72,12 @@ def check(asked: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
 
 
 def _check_accounts(named: set[str]) -> None:
-    """Refuse an account that is not the user's own: not every SLURM does, but Snakemake's executor does, job by job."""
+    """Refuse an account that is not the user's: not every SLURM does, but Snakemake's executor does, job by job."""
     try:
         answer = (
             slurm.ask("sacctmgr", "-n", "-s", "list", "user", getpass.getuser(), "format=account%256") if named else ""
         )
-    except slurm.Unanswered:  # then nobody can say
+    except slurm.Unanswered:  # then it cannot be checked
         return
     mine = {line.strip() for line in answer.splitlines() if line.strip()}
     asked = {account for text in named for account in re.split(r"[,\s]+", text) if account}
@@ -87,7 +87,7 @@ def _check_accounts(named: set[str]) -> None:
 
 
 def flags(resources: Mapping[str, Any]) -> tuple[str, ...]:
-    """What sbatch is told for such resources, in the order of `FLAGS`."""
+    """The flags of sbatch for such resources, in the order of `FLAGS`."""
     given = {**resources}
     if given.get("gpu"):
         given.pop("gpus_per_node", None)

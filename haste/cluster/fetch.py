@@ -1,4 +1,4 @@
-"""Weights that a configuration names by hub id, into this machine's caches: compute nodes often have no internet."""
+"""Download the weights that a configuration names by hub id: compute nodes often have no internet."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 
 from haste.plan.plan import Plan
 
-# What is loaded, the key that a file of one's own goes to, and what loads it and says where it lies.
+# What is downloaded, the key that takes a local file instead, and the function that downloads it and returns its path.
 TargetSpec = tuple[str, str, Callable[[], object]]
 
 
 def fetch(plan: Plan) -> Iterator[str]:
-    """Load everything public that a configuration needs, unless it is there; a line for each, saying where it lies.
+    """Download all public weights that a configuration needs and that are missing; one line each, with the path.
 
     Raises:
-        ValueError: something is neither here nor to be had; all else is loaded before that is said.
+        ValueError: some are missing and cannot be downloaded; raised after all others are downloaded.
     """
     missing = []
     for what, key, load in [*_autoencoders(plan), *_teachers(plan), *_detectors(plan)]:
@@ -32,7 +32,7 @@ def _autoencoders(plan: Plan) -> Iterator[TargetSpec]:
         return
     from haste.data import latents
 
-    places = {plan.decoder: "decode", plan.encoder: "encode"}  # one name for both is loaded once
+    places = {plan.decoder: "decode", plan.encoder: "encode"}  # the same name for both is downloaded once
     for where, key in reversed(places.items()):
         yield f"autoencoder {where}", f"autoencoder.pretrained.{key}", functools.partial(latents.fetch, where)
 

@@ -1,11 +1,12 @@
-"""What runs in every process of a training job, and how it ends when SLURM says so.
+"""What runs on every rank of a training job, and how it ends when SLURM signals it.
 
 | signal | why | what happens |
 |---|---|---|
-| USR2 | the time limit is near | stop within two steps, save, back into the queue, wait to be ended |
-| TERM | preempted, or cancelled | stop within two steps, save, wait to be ended: who exits FAILED is not requeued |
+| USR2 | the time limit is near | stop within two steps, save, requeue, wait to be ended |
+| TERM | preempted, or cancelled | stop within two steps, save, wait to be ended |
 
-Nothing is ever returned from an interrupted job: submitit would keep it as the result, also for the next attempt.
+They wait because SLURM does not requeue a job that exits as FAILED. An interrupted job never returns a value: submitit
+would keep it as the result, even for the next attempt.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from haste.plan.plan import Plan
 log = logging.getLogger("haste.cluster")
 
 TIME_LIMIT, ENDING = 1, 2  # reasons to stop, the stronger one larger
-LINGER = 900.0  # seconds until a process that was told to end, and that nobody ends, ends by itself
+LINGER = 900.0  # seconds until a process that was signalled to end, and that SLURM does not end, exits by itself
 ORPHAN = 300.0  # seconds that the last attempt's process on a lost node may still hold its lock
 
 
@@ -40,18 +41,18 @@ class Interruption:
     reason: int = 0
 
     def listen(self) -> None:
-        """Take the place of submitit's own handlers."""
+        """Replace submitit's own handlers."""
         signal.signal(signal.SIGUSR2, lambda *_: self.raise_to(TIME_LIMIT))
         signal.signal(signal.SIGTERM, lambda *_: self.raise_to(ENDING))
 
     def raise_to(self, reason: int) -> None:
-        """A reason to stop, unless there is a stronger one."""
+        """Set a reason to stop, unless there is a stronger one."""
         self.reason = max(self.reason, reason)
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The description of a training job, pickled by submitit and called in each of its processes.
+    """The description of a training job, pickled by submitit and called on each rank.
 
     Args:
         resolved: the configuration as JSON.
@@ -68,16 +69,16 @@ class Work:
     stage_in: str = "false"
 
     def __call__(self) -> str:
-        """Train; the state's path. Does not return when interrupted."""
+        """Train, and return the state's path. Does not return when interrupted."""
         interruption = Interruption()
         interruption.listen()
         os.chdir(self.folder)
-        rank = _join()
+        rank = _join_ranks()
         plan = Plan(config.resolve({**json.loads(self.resolved), "results": self.root}))
         state = plan.parse(self.state)
         _log_to(plan, state, rank)
         refused = jobs.refusal(plan, state, os.environ["SLURM_JOB_ID"])
-        refused.unlink(missing_ok=True)  # of an attempt before
+        refused.unlink(missing_ok=True)  # of an earlier attempt
         try:
             return self._train(plan, state, rank, interruption)
         except (ValueError, FloatingPointError) as refusal:
@@ -96,7 +97,7 @@ class Work:
         if rank == 0:
             _wait_for_the_last_attempt(plan, state)
             _refuse_if_futile(plan, state)
-        copies = staging.staged(plan, state, self.stage_in, told_to_end=lambda: interruption.reason > 0)
+        copies = staging.staged(plan, state, self.stage_in, interrupted=lambda: interruption.reason > 0)
         try:
             with copies as near:
                 return str(train(near, state, interrupted=lambda: interruption.reason))
@@ -107,30 +108,30 @@ class Work:
             if rank == 0 and stop.reason == TIME_LIMIT:
                 _requeue()
             time.sleep(LINGER)
-            raise RuntimeError(f"told to end, but nobody ended this process in {LINGER:.0f} s") from None
+            raise RuntimeError(f"signalled to end, but this process was not ended within {LINGER:.0f} s") from None
 
 
 def _refuse(refused: Path, words: str) -> None:
-    """Another attempt would come to the same end; who waits says it at once."""
+    """Record a refusal: another attempt would end the same way, so the waiting process reports it at once."""
     log.error("refused: %s", words)
     try:
         with artefact.replacing(refused) as aside:
             aside.write_text(f"{words}\n")
-    except OSError as error:  # not even that fits; after two attempts without progress there is no other
-        log.error("who waits cannot be told: %s", error)
+    except OSError as error:  # the disk is full; after two attempts without progress there is no further one
+        log.error("the waiting process cannot be notified: %s", error)
 
 
-def _join() -> int:
+def _join_ranks() -> int:
     """Export what torch.distributed reads; this process's rank."""
     from submitit.helpers import TorchDistributedEnvironment
 
-    # The port follows from the job's number, so it is the same for all processes and after a requeue.
+    # The port follows from the job's number, so it is the same on all ranks and after a requeue.
     found = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     return found.rank
 
 
 def _log_to(plan: Plan, state: State, rank: int) -> None:
-    """To the job's own output, and by the first process to a file of this attempt."""
+    """Log to the job's output, and on rank 0 also to a file of this attempt."""
     number, attempt = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if rank == 0:
@@ -142,7 +143,7 @@ def _log_to(plan: Plan, state: State, rank: int) -> None:
 
 
 def _wait_for_the_last_attempt(plan: Plan, state: State) -> None:
-    """A node that SLURM has lost may still train; until it notices, its lock says so."""
+    """Wait for the lock: a node that SLURM has lost may still train and hold it."""
     limit, lock = time.monotonic() + ORPHAN, Path(plan.path(state)).parent / "lock"
     while True:
         try:
@@ -156,7 +157,7 @@ def _wait_for_the_last_attempt(plan: Plan, state: State) -> None:
 
 
 def _refuse_if_futile(plan: Plan, state: State) -> None:
-    """A job that SLURM puts back again and again before anything is saved would burn hours without end."""
+    """Refuse a job that SLURM requeues again and again before anything is saved: it would burn hours without end."""
     number = os.environ["SLURM_JOB_ID"]
     record, now = jobs.starts(plan, state, number), jobs.progress(plan, state)
     with open(record, "a") as file:

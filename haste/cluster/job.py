@@ -1,4 +1,4 @@
-"""What a training job asks a cluster for, and what it is called there. No torch."""
+"""The resources and the name of a training job on a cluster. No torch."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from haste.files.provenance import STATE_NAME
 from haste.plan.names import State
 from haste.plan.plan import Plan
 
-FUTILE = 2  # attempts without progress after which there is no other
+FUTILE = 2  # attempts without progress after which there is no further one
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """Resources of one training job. The names are those of the Snakemake profile, where each is explained."""
+    """Resources of one training job, named as in the Snakemake profile, where each is explained."""
 
     nodes: int = 1
-    tasks_per_node: int = 1  # processes, one a GPU
+    tasks_per_node: int = 1  # ranks, one per GPU
     gpus_per_node: int = 0
     cpus_per_task: int = 1
-    mem_mb: int | None = None  # a node
+    mem_mb: int | None = None  # per node
     runtime: int = 60  # minutes
     slurm_account: str | None = None
     slurm_partition: str | None = None
     qos: str | None = None
     constraint: str | None = None
     slurm_extra: str | None = None
-    signal_s: int = 120  # seconds before the time limit at which SLURM says that it is near
-    poll_s: int = 20  # seconds between two looks at the queue
+    signal_s: int = 120  # seconds before the time limit at which SLURM sends its signal
+    poll_s: int = 20  # seconds between two queries of the queue
     stage_in: str = "false"  # whether, or where on the node, stores are copied before training reads them
 
     @property
     def processes(self) -> int:
-        """Processes of the whole job."""
+        """Ranks of the whole job."""
         return self.nodes * self.tasks_per_node
 
     @property
     def described(self) -> str:
-        """What is asked for, in words."""
+        """The requested resources, in words."""
         what = f"{self.nodes} node(s) with {self.tasks_per_node} process(es) and {self.gpus_per_node} GPU(s) each"
         return f"{what}, {self.runtime} minutes, partition {self.slurm_partition or 'default'}"
 
@@ -54,7 +54,7 @@ def resources(settings: Iterable[str]) -> Resources:
     """Resources from KEY=VALUE texts.
 
     Raises:
-        ValueError: an unknown key, or a value that is no number where one is expected.
+        ValueError: an unknown key, or a value that is not a number where one is expected.
     """
     found: dict[str, Any] = {}
     for setting in settings:
@@ -84,37 +84,37 @@ def _number(key: str, value: str) -> int:
 
 
 def name(plan: Plan, state: State) -> str:
-    """What the job that makes a state is called: it follows from the state and the results folder alone.
+    """The name of the job that makes a state: it follows from the state and the results folder alone.
 
-    So whoever waits for a state finds the job that makes it, and two results folders of one user stay apart.
+    So any process that waits for a state finds its job, and two results folders of one user stay apart.
     """
     return f"haste-{state.trajectory}-{state.step}-{fingerprint(str(Path(plan.root).resolve()), 8)}"
 
 
 def folder(plan: Plan, state: State) -> Path:
-    """Where a trajectory's jobs keep their logs."""
+    """The folder of the logs of a trajectory's jobs."""
     return Path(plan.path(state)).resolve().parent / "jobs"
 
 
 def refusal(plan: Plan, state: State, job: str) -> Path:
-    """The file in which a job says why it cannot be done, whoever does it."""
+    """The file in which a job records why no attempt can succeed."""
     return folder(plan, state) / f"{job}-refused.txt"
 
 
 def starts(plan: Plan, state: State, job: str) -> Path:
-    """The file in which each attempt of a job says from which step it goes on."""
+    """The file in which each attempt of a job records the step from which it continues."""
     return folder(plan, state) / f"{job}-starts.txt"
 
 
 def progress(plan: Plan, state: State) -> int:
-    """The newest step of a state's trajectory that is saved and not beyond it; 0 before the first."""
+    """The newest saved step of a state's trajectory up to that state; 0 before the first."""
     place = Path(plan.path(state)).parent
     names = [STATE_NAME.match(path.name) for path in [*place.glob("step-*"), *place.glob("rolling/step-*")]]
     return max((step for match in names if match and (step := int(match[1])) <= state.step), default=0)
 
 
 def parameters(asked: Resources, called: str) -> dict[str, Any]:
-    """What submitit is asked for."""
+    """The parameters for submitit."""
     known = {
         "partition": asked.slurm_partition,
         "account": asked.slurm_account,
@@ -130,10 +130,10 @@ def parameters(asked: Resources, called: str) -> dict[str, Any]:
         "ntasks_per_node": asked.tasks_per_node,
         "cpus_per_task": asked.cpus_per_task,
         "signal_delay_s": asked.signal_s,
-        # Two jobs of one name and user never run side by side, also where file systems have no locks.
+        # Two jobs of one name and user never run at the same time, even if file systems have no locks.
         "dependency": "singleton",
         "additional_parameters": {"requeue": True, **_extra(asked.slurm_extra or "")},
-        # One process that dies takes the others with it; they would wait for it for ever.
+        # When one rank dies, kill the others, which would wait for it forever.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={asked.cpus_per_task}"],
         "stderr_to_stdout": True,
         **{key: value for key, value in known.items() if value is not None},
@@ -141,7 +141,7 @@ def parameters(asked: Resources, called: str) -> dict[str, Any]:
 
 
 def _extra(flags: str) -> dict[str, Any]:
-    """`--key=value --flag` as submitit takes them."""
+    """`--key=value --flag` in submitit's form."""
     found: dict[str, Any] = {}
     for flag in shlex.split(flags):
         key, equals, value = flag.removeprefix("--").partition("=")

@@ -1,4 +1,4 @@
-"""What the cluster's queue holds for a plan. No torch."""
+"""A plan's jobs in the cluster's queue. No torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from haste.plan.plan import Plan
 
 
 def training(plan: Plan) -> dict[State, slurm.Job]:
-    """The live job that makes each planned state, where there is one.
+    """The live job of each planned state that has one.
 
     Raises:
-        Unanswered: SLURM did not say, or there is none.
+        Unanswered: SLURM did not answer, or there is none.
     """
     names = {jobs.name(plan, state): state for state in plan.planned()}
     found: dict[State, slurm.Job] = {}
@@ -23,7 +23,7 @@ def training(plan: Plan) -> dict[State, slurm.Job]:
 
 
 def cancel(plan: Plan, name: str) -> list[str]:
-    """End the training jobs of a run, or of one state; what was done, in lines.
+    """End the training jobs of a run, or of one state; returns lines that say what was done.
 
     Raises:
         ValueError: no such run or state, or SLURM does not answer.

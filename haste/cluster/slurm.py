@@ -1,4 +1,4 @@
-"""What SLURM says. Every question has a time limit, and no answer is never taken for "there is no job". No torch."""
+"""Queries of SLURM. Each has a time limit, and a missing answer is never taken for "there is no job". No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 
 TIMEOUT = 30.0  # seconds that a busy controller may take
-# What squeue calls a job that holds, or may still get, a node.
+# squeue's states of a job that holds a node or may still get one.
 LIVE = {
     "PENDING",
     "CONFIGURING",
@@ -26,13 +26,13 @@ LIVE = {
 }
 
 
-class Unanswered(Exception):  # noqa: N818 - nothing is known to be wrong
+class Unanswered(Exception):  # noqa: N818 - not necessarily an error
     """SLURM did not answer, so nothing is known."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A job as squeue shows it. `nodes` is empty and `reason` says why while it waits."""
+    """A job as squeue shows it. While it waits, `nodes` is empty and `reason` says why."""
 
     id: str
     name: str
@@ -47,13 +47,13 @@ class Job:
 
 
 def ask(*command: str, timeout: float = TIMEOUT) -> str:
-    """What a command of SLURM prints.
+    """The output of a SLURM command.
 
     Raises:
-        Unanswered: the command is not there, failed, or took longer than `timeout` seconds.
+        Unanswered: the command does not exist, failed, or took longer than `timeout` seconds.
     """
     try:
-        # In a session of its own: Ctrl-C is for who waits, not for a question on its way.
+        # In a session of its own: Ctrl-C is meant for the waiting process, not for a running query.
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, start_new_session=True)
     except subprocess.TimeoutExpired:
         raise Unanswered(f"{command[0]} gave no answer in {timeout:.0f} s") from None
@@ -85,9 +85,9 @@ def queue(names: Sequence[str]) -> list[Job]:
 
 
 def stages(folder: str) -> dict[str, dict[str, int]]:
-    """What of the user's live jobs Snakemake submitted from a folder: rule -> state -> how many.
+    """The user's live jobs that Snakemake submitted from a folder: rule -> state -> how many.
 
-    Snakemake's executor gives all jobs of one start a name that nobody else knows, and the rule as a comment.
+    Snakemake's executor gives all jobs of one start the same random name, and the rule as a comment.
 
     Raises:
         Unanswered: nothing is known.
@@ -103,9 +103,9 @@ def stages(folder: str) -> dict[str, dict[str, int]]:
 
 
 def ending(job: str) -> str | None:
-    """How a job that left the queue ended, such as COMPLETED or CANCELLED; None if nobody can say (any more).
+    """How a job that left the queue ended, such as COMPLETED or CANCELLED; None if that is not known (any more).
 
-    The controller forgets jobs after minutes, but what accounting says may be late, and it is more often away.
+    The controller forgets jobs after minutes, but the accounting lags behind and is more often unavailable.
     """
     for read in (_from_controller, _from_accounting):
         try:
@@ -128,7 +128,7 @@ def _from_controller(job: str) -> str | None:
 
 
 def start_now(job: str) -> None:
-    """Skip the two minutes that SLURM lets a requeued job wait. What does not work is not missed."""
+    """Skip the two minutes that SLURM lets a requeued job wait. A failure is harmless and ignored."""
     try:
         ask("scontrol", "update", f"jobid={job}", "StartTime=now")
     except Unanswered:
@@ -136,18 +136,18 @@ def start_now(job: str) -> None:
 
 
 def requeue(job: str) -> None:
-    """Put a running job back into the queue; its processes are then told to end.
+    """Requeue a running job; its processes are then signalled to end.
 
     Raises:
-        Unanswered: SLURM did not take it.
+        Unanswered: SLURM did not accept it.
     """
     ask("scontrol", "requeue", job)
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """End jobs for good.
+    """Cancel jobs.
 
     Raises:
-        Unanswered: SLURM did not take it.
+        Unanswered: SLURM did not accept it.
     """
     ask("scancel", *jobs)

@@ -1,11 +1,11 @@
-"""The stores that a training job reads, copied to its node's own disk, where a shared file system is slow. No torch.
+"""Copies of the stores that a training job reads on its node's own disk, for slow shared file systems. No torch.
 
-    SCRATCH/haste-UID/STORE-IDENTITY/      a copy; under this name only when it is whole and every sample is checked
+    SCRATCH/haste-UID/STORE-IDENTITY/      a copy; it gets this name once it is complete and every sample is checked
     SCRATCH/haste-UID/STORE-IDENTITY.lock  held, shared, by every process that reads it
-    SCRATCH/haste-UID/lock                 held by who comes or goes: looks, copies, removes
+    SCRATCH/haste-UID/lock                 held by a process that checks, makes or removes copies
 
-One copy serves all processes of a node, of several jobs too; who goes last removes it. The kernel lets go of locks when
-a process dies, so what dead jobs left is seen, and the next one to come or go removes it.
+All processes of a node share one copy, also those of several jobs; the last user removes it. The kernel releases locks
+when a process dies, so copies of dead jobs are recognised, and the next process that acquires or releases removes them.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ from haste.plan.plan import Plan
 log = logging.getLogger("haste.cluster")
 
 VARIABLES = ("SLURM_TMPDIR", "TMPDIR")  # where sites name a job's own folder on the node
-WORKERS = 4  # files copied at once: a network file system gives more to several readers
-CHUNK = 16 * 2**20  # bytes between two looks at whether to leave
-LOOK = 0.2  # seconds between two tries for a lock
+WORKERS = 4  # files copied at once: a network file system is faster with several readers
+CHUNK = 16 * 2**20  # bytes between two checks for an interruption
+LOOK = 0.2  # seconds between two attempts to lock
 SHOWN_EVERY = 10.0  # seconds between lines of the log
-LEAVING = 30.0  # seconds that who goes waits for the lock; who holds it longer is copying, and clears up in its turn
+LEAVING = 30.0  # seconds that a release waits for the lock; whoever holds it longer is copying, and cleans up later
 
-Asked = Callable[[], bool]
+Check = Callable[[], bool]
 
 
-class _Left(Exception):  # noqa: N818 - it was asked for, or need not be
-    """Waiting, or copying, was given up."""
+class _Interrupted(Exception):  # noqa: N818 - not an error
+    """Waiting, or copying, was abandoned."""
 
 
 @contextlib.contextmanager
-def staged(plan: Plan, state: State, setting: str, told_to_end: Asked = lambda: False) -> Iterator[Plan]:
-    """A plan whose stores lie on this node's disk, for as long as the block lasts.
+def staged(plan: Plan, state: State, setting: str, interrupted: Check = lambda: False) -> Iterator[Plan]:
+    """A plan whose stores are on this node's disk during the block.
 
     Args:
-        plan: what the configuration asks for.
-        state: which state is trained.
-        setting: `true`, `false`, or a folder in which $VARIABLES of the node may stand.
-        told_to_end: asked now and then; if it says so, the copy is given up and the stores are read where they are.
+        plan: the configuration's plan.
+        state: the state that is trained.
+        setting: `true`, `false`, or a folder that may contain $VARIABLES of the node.
+        interrupted: polled while copying; if true, the copy is abandoned and the stores are read where they are.
 
     Raises:
-        ValueError: there is no such folder, too little room, or the copy is not what the manifest says.
+        ValueError: there is no such folder, too little room, or the copy does not match the manifest.
         OSError: a file cannot be read or written.
     """
     scratch = scratch_of(setting)
@@ -67,11 +67,11 @@ def staged(plan: Plan, state: State, setting: str, told_to_end: Asked = lambda: 
         return
     place = scratch / f"haste-{os.getuid()}"
     with contextlib.ExitStack() as held:
-        held.callback(_go, place)  # last, after the locks below are let go of
+        held.callback(_release, place)  # last, after the locks below are released
         try:
-            near = _come(plan, wanted(plan, state), place, held, told_to_end)
-        except _Left:
-            log.info("told to end while copying to %s: the stores are read where they are", place)
+            near = _acquire(plan, wanted(plan, state), place, held, interrupted)
+        except _Interrupted:
+            log.info("interrupted while copying to %s: the stores are read where they are", place)
             near = plan
         yield near
 
@@ -97,42 +97,45 @@ def scratch_of(setting: str) -> Path | None:
 
 
 def wanted(plan: Plan, state: State) -> dict[str, Artefact]:
-    """What the job that makes a state reads, in words: images and targets only while it aligns."""
+    """The stores that the job of a state reads, by their name in messages: images and targets only while it aligns."""
     segment = plan.segment(state)
     images = {"images": plan.images} if segment.teachers else {}
     return {"latents": plan.latents, **images, **{f"targets of {name}": plan.targets[name] for name in segment.targets}}
 
 
-# -- coming and going --------------------------------------------------------------------------------------------------
+# -- acquiring and releasing -------------------------------------------------------------------------------------------
 
 
-def _come(
-    plan: Plan, stores: Mapping[str, Artefact], place: Path, held: contextlib.ExitStack, told_to_end: Asked
+def _acquire(
+    plan: Plan, stores: Mapping[str, Artefact], place: Path, held: contextlib.ExitStack, interrupted: Check
 ) -> Plan:
     manifests = {what: artefact.read_json(made.manifest, "store") for what, made in stores.items()}
     copies = {
         what: place / f"{Path(made.folder).name}-{manifests[what]['identity'][:12]}" for what, made in stores.items()
     }
-    with _locked(place / "lock", fcntl.LOCK_EX, told_to_end):
+    with _locked(place / "lock", fcntl.LOCK_EX, interrupted):
         _clear(place, keep={path.name for path in copies.values()})
         for path in copies.values():
-            held.enter_context(_locked(_lock_of(path), fcntl.LOCK_SH, told_to_end))
+            held.enter_context(_locked(_lock_of(path), fcntl.LOCK_SH, interrupted))
         missing = [what for what in stores if not _whole(copies[what], manifests[what])]
         _check_room(place, {what: _bytes(manifests[what]) for what in missing})
         for what in missing:
-            _copy(what, Path(stores[what].folder), copies[what], manifests[what], told_to_end)
+            _copy(what, Path(stores[what].folder), copies[what], manifests[what], interrupted)
     log.info("%s: read from copies in %s", " and ".join(stores), place)
     return _reading(plan, copies)
 
 
-def _go(place: Path) -> None:
+def _release(place: Path) -> None:
     limit = time.monotonic() + LEAVING
-    with contextlib.suppress(_Left, OSError), _locked(place / "lock", fcntl.LOCK_EX, lambda: time.monotonic() > limit):
+    with (
+        contextlib.suppress(_Interrupted, OSError),
+        _locked(place / "lock", fcntl.LOCK_EX, lambda: time.monotonic() > limit),
+    ):
         _clear(place)
 
 
 def _clear(place: Path, keep: Collection[str] = ()) -> None:
-    """Remove the copies that nobody reads, and, where none is left, the place. Called with its lock held."""
+    """Remove the copies that nobody reads, and the folder if none is left. The caller must hold its lock."""
     artefact.sweep(place)
     for lock in place.glob("*.lock"):
         if lock.stem in keep:
@@ -151,19 +154,19 @@ def _lock_of(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, how: int, give_up: Asked) -> Iterator[None]:
+def _locked(path: Path, how: int, give_up: Check) -> Iterator[None]:
     """Hold a lock on a file that others may remove while we wait for it.
 
     Raises:
-        _Left: `give_up` said so first.
-        ValueError: its folder is somebody else's.
+        _Interrupted: `give_up` became true first.
+        ValueError: its folder belongs to another user.
     """
     said = False
     while (file := _try(path, how)) is None:
         if give_up():
-            raise _Left
+            raise _Interrupted
         if not said:
-            log.info("waiting for another process at work in %s", path.parent)
+            log.info("waiting for another process in %s", path.parent)
         said = True
         time.sleep(LOOK)
     with file:
@@ -171,10 +174,10 @@ def _locked(path: Path, how: int, give_up: Asked) -> Iterator[None]:
 
 
 def _try(path: Path, how: int) -> Any:
-    """The open file that holds a lock; None if somebody else has it, or took it away."""
+    """The open file that holds a lock; None if another process holds or removed it."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     owner = os.lstat(path.parent)
-    if owner.st_uid != os.getuid() or not stat.S_ISDIR(owner.st_mode):  # scratch is often everybody's
+    if owner.st_uid != os.getuid() or not stat.S_ISDIR(owner.st_mode):  # scratch is often shared by all users
         raise ValueError(f"stage_in: {path.parent} is of user {owner.st_uid}, expected a folder of our own")
     with contextlib.suppress(FileNotFoundError, BlockingIOError), contextlib.ExitStack() as opened:
         file = opened.enter_context(open(path, "a"))
@@ -203,7 +206,7 @@ def _check_room(place: Path, sizes: Mapping[str, int]) -> None:
 
 
 def _whole(path: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether a copy is there and fits its source. Its samples were checked before it got its name."""
+    """Whether a copy exists and fits its source. Its samples were checked before it got its name."""
     if not path.exists():
         return False
     try:
@@ -214,7 +217,7 @@ def _whole(path: Path, manifest: Mapping[str, Any]) -> bool:
         return False
 
 
-def _copy(what: str, source: Path, target: Path, manifest: Mapping[str, Any], told_to_end: Asked) -> None:
+def _copy(what: str, source: Path, target: Path, manifest: Mapping[str, Any], interrupted: Check) -> None:
     shards, began = len(manifest["shards"]), time.monotonic()
     names = [MANIFEST, *(shard_path("", number, shards).name for number in range(shards))]
     log.info("copying %s, %s, to %s", what, readable(_bytes(manifest)), target)
@@ -222,7 +225,7 @@ def _copy(what: str, source: Path, target: Path, manifest: Mapping[str, Any], to
     with artefact.replacing(target) as aside:
         aside.mkdir()
         with ThreadPoolExecutor(WORKERS) as pool:
-            for _ in pool.map(lambda name: _copy_file(source / name, aside / name, told_to_end, shown.add), names):
+            for _ in pool.map(lambda name: _copy_file(source / name, aside / name, interrupted, shown.add), names):
                 pass
         log.info("%s: copied in %s, comparing every sample with its digest", what, clock(time.monotonic() - began))
         try:
@@ -233,7 +236,7 @@ def _copy(what: str, source: Path, target: Path, manifest: Mapping[str, Any], to
 
 
 class _Progress:
-    """Logs now and then how much of a copy is done, and how long the rest will take. For several threads."""
+    """Logs now and then how much of a copy is done, and how long the rest will take. Thread-safe."""
 
     def __init__(self, what: str, whole: int):
         self.what, self.whole, self.done = what, whole, 0
@@ -241,7 +244,7 @@ class _Progress:
         self._lock = threading.Lock()
 
     def add(self, size: int) -> None:
-        """So many bytes more."""
+        """Count copied bytes."""
         with self._lock:
             self.done += size
             now = time.monotonic()
@@ -253,11 +256,11 @@ class _Progress:
             log.info("%s: %s of %s copied, %s to go", self.what, done, whole, clock(max(0.0, to_go)))
 
 
-def _copy_file(source: Path, target: Path, told_to_end: Asked, copied: Callable[[int], None]) -> None:
+def _copy_file(source: Path, target: Path, interrupted: Check, copied: Callable[[int], None]) -> None:
     with open(source, "rb") as have, open(target, "xb") as into:
         while part := have.read(CHUNK):
-            if told_to_end():
-                raise _Left
+            if interrupted():
+                raise _Interrupted
             into.write(part)
             copied(len(part))
 

@@ -1,4 +1,4 @@
-"""Hand a training job to SLURM through submitit. What is submitted is a description, never weights."""
+"""Submit a training job to SLURM through submitit: a description of the work, never weights."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from haste.plan.plan import Plan
 
 SUBMITTING = 120.0  # seconds that sbatch may take
 
-# What tells a job to end would kill a Python that is not yet up to listen, and who exits by itself is not requeued.
+# The signal to end would kill a Python that has no handlers yet, and a job that exits by itself is not requeued.
 PYTHON = f"""sh -c 'trap "" TERM USR2; exec "$@"' sh {shlex.quote(sys.executable)}"""
 
 
 class _Executor(SlurmExecutor):
-    """submitit's own, whose sbatch may not take for ever."""
+    """submitit's executor with a time limit for sbatch."""
 
     def _submit_command(self, command: str) -> core.Job[Any]:
         file = Path(self.folder) / "submitted.sh"
@@ -42,21 +42,21 @@ class _Executor(SlurmExecutor):
 
 
 def submit(plan: Plan, state: State, asked: Resources) -> str:
-    """Submit the job that makes a state; its number.
+    """Submit the job that makes a state; returns its number.
 
     Raises:
-        Unanswered: sbatch refused, and says why, or gave no answer.
+        Unanswered: sbatch refused, with the reason, or did not answer.
     """
     from haste.cluster.inside import Work
 
     logging.getLogger("submitit").setLevel(logging.WARNING)
-    # submitit counts time limits on its own account; ours is another protocol, which never asks it.
+    # submitit counts time limits itself; our own protocol does not use its count.
     executor = _Executor(folder=jobs.folder(plan, state), max_num_timeout=10**6, python=PYTHON)
     executor.update_parameters(**jobs.parameters(asked, jobs.name(plan, state)))
     work = Work(
         plan.config.model_dump_json(), str(state), str(Path(plan.root).resolve()), str(Path.cwd()), asked.stage_in
     )
     where = {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}
-    with clean_env():  # who waits may be in a job itself, whose variables are not for the new one
-        os.environ.update(where)  # but where the cluster is stays true
+    with clean_env():  # the waiting process may be in a job itself, whose variables must not reach the new one
+        os.environ.update(where)  # except those that say where the cluster is
         return str(executor.submit(work).job_id)

@@ -1,7 +1,8 @@
-"""Make a state by a job of the cluster: submit it, or attach to the one that is there, and wait. No torch.
+"""Make a state by a job of the cluster: submit it, or attach to the existing one, and wait. No torch.
 
-The state itself, written whole by the job, is the only sign that it is done. Everything else may die and be started
-again: who waits, Snakemake, the login node. Names of jobs follow from what they make, so whoever comes next finds them.
+The only sign that the job is done is the state itself, which it writes atomically. Everything else may die and be
+started again: the waiting process, Snakemake, the login node. A job's name follows from the state that it makes, so
+the next waiting process finds it.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from haste.plan.plan import Plan
 
 log = logging.getLogger("haste.cluster")
 
-GONE = 4  # looks at the queue without a job before it is believed: after a node's death it is away for some seconds
-ASKED = 4  # questions without an answer before a submission is refused
+GONE = 4  # queries in a row without a job before it counts as gone: after a node's death it vanishes for seconds
+ASKED = 4  # queries without an answer before a submission is refused
 SILENCE = 1800.0  # seconds without an answer after which waiting ends
 HINTS = {
     "account": "slurm_account",
@@ -37,7 +38,7 @@ HINTS = {
     "qos": "qos",
     "feature": "constraint",
 }
-# What squeue gives as the reason of a job that will wait until somebody changes what is allowed, and the key for that.
+# squeue's reasons of a job that will wait until limits are changed, and the key of the profile for it.
 STUCK = {
     "PartitionNodeLimit": "nodes",
     "PartitionTimeLimit": "runtime",
@@ -51,8 +52,8 @@ STUCK = {
 }
 
 
-class Detached(Exception):  # noqa: N818 - it was asked for
-    """Who waits was told to go. The job was not."""
+class Detached(Exception):  # noqa: N818 - requested by the user
+    """The waiting process was signalled to end. The job continues."""
 
 
 class Waiter:
@@ -62,19 +63,19 @@ class Waiter:
         self.plan, self.state, self.asked, self._tell = plan, state, asked, tell
         self.name, self.folder = jobs.name(plan, state), jobs.folder(plan, state)
         self.path = Path(plan.path(state))
-        self.leave = threading.Event()
+        self.detach = threading.Event()
         self.job: str | None = None
         self.said = ""
 
     def make(self) -> Path:
-        """Until the state is there.
+        """Wait until the state exists.
 
         Raises:
             ValueError: the cluster or the job refuses, the job was cancelled, or attempts make no progress.
-            Detached: INT, TERM or HUP came; the job goes on.
+            Detached: INT, TERM or HUP was received; the job continues.
         """
         self._check_batch()
-        with self._told_to_leave():
+        with self._catching_signals():
             futile, before = 0, self.progress()
             while not self.done():
                 ending = self._wait(self._submit_or_attach())
@@ -93,13 +94,13 @@ class Waiter:
         return self.path
 
     def done(self) -> bool:
-        """Whether the state is there and is the one that is asked for.
+        """Whether the state exists and is the requested one.
 
         Raises:
-            ValueError: there is a file in its place that is something else.
+            ValueError: another file is in its place.
         """
         with contextlib.suppress(OSError):
-            os.listdir(self.path.parent)  # makes a network file system look again
+            os.listdir(self.path.parent)  # makes a network file system refresh its cache
         if not self.path.exists():
             return False
         header, key = _header(self.path), self.plan.trajectories[self.state.trajectory].key
@@ -108,11 +109,11 @@ class Waiter:
         return True
 
     def progress(self) -> int:
-        """The newest step that is saved on the way to the state."""
+        """The newest saved step on the way to the state."""
         return jobs.progress(self.plan, self.state)
 
     def tell(self, words: str) -> None:
-        """Say something once."""
+        """Report something, unless it was the last report."""
         if words != self.said:
             self.said = words
             self._tell(f"{self.state}: {words}")
@@ -120,14 +121,14 @@ class Waiter:
     # -- submit or attach ------------------------------------------------------------------------------------------
 
     def _submit_or_attach(self) -> str:
-        """The job that makes the state: one that is there already, or a new one."""
+        """The job that makes the state: an existing or a new one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._alone():
             found = [job for job in self._must_answer() if job.live]
             if found:
                 self.job = found[0].id
                 self.tell(f"attached to job {self.job} ({found[0].state})")
-            elif self.done():  # it ended between two looks
+            elif self.done():  # it ended between two queries
                 self.job = self.job or ""
             else:
                 self.job = self._submit()
@@ -136,14 +137,14 @@ class Waiter:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Nobody else submits for this trajectory meanwhile. The kernel lets go when the process dies."""
+        """Exclude other submissions for this trajectory. The kernel releases the lock when the process dies."""
         with open(self.folder / "submit.lock", "a") as file:
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    self.tell("somebody else is submitting it; waiting for that")
+                    self.tell("another process is submitting it; waiting for that")
                 self._sleep(1)
             yield
 
@@ -175,7 +176,7 @@ class Waiter:
     # -- wait ------------------------------------------------------------------------------------------------------
 
     def _wait(self, number: str) -> str:
-        """Until the job is over for good, or the state is there; how it ended."""
+        """Wait until the job is over for good, or the state exists; returns how the job ended."""
         gone, heard = 0, time.monotonic()
         while gone < GONE and not self.done():
             try:
@@ -189,7 +190,7 @@ class Waiter:
                     self._follow(found[0])
             if not self.done():
                 self._sleep(self.asked.poll_s)
-        return slurm.ending(self.job or number) or "nobody knows how"
+        return slurm.ending(self.job or number) or "unknown"
 
     def _follow(self, job: slurm.Job) -> None:
         self.job = job.id
@@ -207,7 +208,7 @@ class Waiter:
             )
 
     def _give_up_on(self, ending: str) -> None:
-        """Raise if another attempt would be no use, or was not wished."""
+        """Raise if another attempt would be useless or unwanted."""
         refused = jobs.refusal(self.plan, self.state, self.job or "")
         if refused.exists():
             raise ValueError(f"{self.state}: job {self.job} refused: {refused.read_text().strip()}")
@@ -229,13 +230,13 @@ class Waiter:
     # -- signals ---------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _told_to_leave(self) -> Iterator[None]:
-        """INT, TERM and HUP are for who waits. They set a flag, which the next sleep sees."""
+    def _catching_signals(self) -> Iterator[None]:
+        """INT, TERM and HUP are for the waiting process. They set a flag, which the next sleep checks."""
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before: dict[Any, Any] = {number: signal.signal(number, lambda *_: self.leave.set()) for number in numbers}
+        before: dict[Any, Any] = {number: signal.signal(number, lambda *_: self.detach.set()) for number in numbers}
         try:
             yield
         finally:
@@ -243,7 +244,7 @@ class Waiter:
                 signal.signal(number, handler)
 
     def _sleep(self, seconds: float) -> None:
-        if self.leave.wait(seconds):
+        if self.detach.wait(seconds):
             about = f"job {self.job} goes on; the same command attaches to it, `scancel {self.job}` ends it"
             raise Detached(f"{self.state}: {about if self.job else 'no job was submitted'}")
 
@@ -258,7 +259,7 @@ class Waiter:
 
 
 def _advice(job: slurm.Job) -> str:
-    """What a person can do about a job that will not start by itself; empty for all others."""
+    """What a user can do about a job that will not start by itself; empty for all others."""
     if job.state != "PENDING":
         return ""
     if "Held" in job.reason:
@@ -275,13 +276,13 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def make(plan: Plan, state: State, asked: Resources, terminal: int | None = None) -> Path:
-    """Make a state by a job of the cluster, and say what happens in the log and to a person's terminal.
+    """Make a state by a job of the cluster, and report progress in the log and on the user's terminal.
 
     Args:
-        plan: what the configuration asks for.
-        state: which state.
+        plan: the configuration's plan.
+        state: the state to make.
         asked: the job's resources.
-        terminal: a file descriptor that a person reads, if that is not where the log goes.
+        terminal: a file descriptor of the user's terminal, if the log does not go there.
     """
 
     def tell(words: str) -> None:

@@ -1,1 +1,1 @@
-"""Files: artefacts that are whole or not there, locks, stores, archives, and what each says of itself. No torch."""
+"""Files: atomic artefacts, locks, stores, archives, and their provenance. No torch."""

@@ -1,7 +1,7 @@
-"""Files in archives, read where they lie: nothing is unpacked. No torch.
+"""Files in archives, read without unpacking. No torch.
 
-An archive is a .zip or a .tar, or a folder of such, as WebDataset's shards, whose files are taken together. A .tar that
-is compressed as a whole is refused: its last file can only be had by reading all before it.
+An archive is a .zip or a .tar, or a folder of them, such as WebDataset shards, whose files are taken together. A .tar
+that is compressed as a whole is refused: it has no random access.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from pathlib import Path
 
 SUFFIXES = (".zip", ".tar")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
-_END = bytes(512)  # what stands behind the last file of a whole .tar
-_MOST = 1 << 30  # bytes of one file; more is no picture
+_END = bytes(512)  # follows the last file of a complete .tar
+_MOST = 1 << 30  # most bytes of one file; more is not a picture
 Parts = tuple[str, ...]
 
 
 class Archives:
-    """The files of an archive, or of a folder of archives, by their path in parts.
+    """The files of an archive, or of a folder of archives, by their path as a tuple of parts.
 
     Attributes:
-        names: every file's path in parts, hidden ones left out, in no order that means anything.
+        names: every file's path in parts, without hidden ones, in arbitrary order.
     """
 
     def __init__(self, path: Path | str):
         """
         Raises:
-            ValueError: no archive, one that is truncated, encrypted or compressed as a whole, a file whose path leads
-                out of it or stands there twice; says which.
+            ValueError: not an archive, or one that is truncated, encrypted or compressed as a whole, or in which a
+                file's path leads out of it or occurs twice; the message says which.
         """
         self._found: dict[Parts, tuple[_Zip | _Tar, zipfile.ZipInfo | tarfile.TarInfo]] = {}
         for file in _files(Path(path)):
@@ -42,15 +42,15 @@ class Archives:
                     first = self._found[parts][0].path
                     again = "twice" if first == file else f"here and in {first.name}"
                     raise ValueError(f"{file}: {name!r} is {again}, expected every name once")
-                if not any(part.startswith(".") for part in parts):  # ._NAME is what macOS keeps beside NAME
+                if not any(part.startswith(".") for part in parts):  # macOS keeps ._NAME beside NAME
                     self._found[parts] = (opened, entry)
         self.names = list(self._found)
 
     def read(self, parts: Parts) -> bytes:
-        """A file's content; threads may ask at once.
+        """A file's content. Thread-safe.
 
         Raises:
-            ValueError: it is damaged, or no regular file.
+            ValueError: it is damaged, or not a regular file.
         """
         archive, entry = self._found[parts]
         return archive.read(entry)  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ def _files(path: Path) -> list[Path]:
             raise ValueError(f"{path}: a folder without archives, expected {' or '.join(SUFFIXES)}")
         return found
     if path.name.lower().endswith(_COMPRESSED):
-        raise ValueError(f"{path}: compressed as a whole, so no picture in it can be had by itself; expected a .tar")
+        raise ValueError(f"{path}: compressed as a whole, so it has no random access; expected a .tar")
     if path.suffix.lower() not in SUFFIXES or not path.is_file():
         found_instead = path.suffix or "no suffix" if path.is_file() else "nothing"
         raise ValueError(f"{path}: expected {', '.join(SUFFIXES)} or a folder of these, found {found_instead}")
@@ -110,7 +110,7 @@ class _Tar:
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._file = open(path, "rb")  # noqa: SIM115 - kept for as long as the pictures are read
+            self._file = open(path, "rb")  # noqa: SIM115 - kept open while pictures are read
             with tarfile.open(fileobj=self._file, mode="r:") as archive:
                 self._entries = archive.getmembers()
                 end = archive.offset
@@ -127,7 +127,7 @@ class _Tar:
         if not entry.isreg() or entry.issparse():
             raise ValueError("a link in the archive, or no regular file")
         _check_size(entry.size)
-        found = os.pread(self._file.fileno(), entry.size, entry.offset_data)  # no position, so threads do not disturb
+        found = os.pread(self._file.fileno(), entry.size, entry.offset_data)  # no shared file position, so thread-safe
         if len(found) != entry.size:
             raise ValueError("the archive was truncated since it was opened")
         return found

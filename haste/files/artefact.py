@@ -1,6 +1,6 @@
-"""What every file of the project has in common: a key, an atomic birth, and a word on how it was made.
+"""What all files of the project have in common: a key, an atomic write, and provenance.
 
-Nothing here knows what the files contain, and nothing here imports torch.
+Nothing here depends on the files' content, and nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-FULL = (errno.ENOSPC, errno.EDQUOT)  # what the system says where nothing more can be written
-# Ours, and the file of six random characters that safetensors writes to before it renames it to ours.
+FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a full disk or quota
+# Our temporary names, and the file of six random characters that safetensors writes before it renames it to ours.
 _LEFT_BEHIND = (".*.part", ".tmp??????")
 EXTENSIONS = (
     "samplers",
@@ -38,7 +38,7 @@ EXTENSIONS = (
     "models",
     "triggers",
     "measures",
-)  # what other packages add to; `haste.extensions`
+)  # entry-point groups, see `haste.extensions`
 LIBRARIES = ("torch", "timm", "diffusers", "torch-fidelity", "torchdiffeq", "numpy", "h5py", "snakemake", "safetensors")
 
 
@@ -59,17 +59,17 @@ def file_identity(path: Path | str) -> str:
 
 
 def remembered_identity(path: Path | str, memory: Path | str) -> str:
-    """`file_identity`, which reads a file again only after it changed.
+    """`file_identity`, cached: a file is read again only after it changed.
 
-    A file's size, times and inode tell whether it changed; the kernel, not the writer, sets the time of the last
-    change. A file that is gone keeps the identity that it had last: what was made from it stays valid.
+    A file's size, times and inode show whether it changed; the time of the last change is set by the kernel and not by
+    the writer. A deleted file keeps its last identity: what was made from it stays valid.
 
     Args:
         path: the file.
-        memory: the JSON file in which identities are kept; one that cannot be written is done without.
+        memory: the JSON file in which identities are kept; not required to be writable.
 
     Raises:
-        ValueError: there is no such file, and none was seen before.
+        ValueError: there is no such file, and none was recorded before.
     """
     place, known = os.path.abspath(path), _remembered(memory)
     if not os.path.isfile(place):
@@ -88,12 +88,12 @@ def remembered_identity(path: Path | str, memory: Path | str) -> str:
 def _remembered(memory: Path | str) -> dict[str, dict[str, Any]]:
     try:
         return read_json(memory, "identities")["files"]
-    except (ValueError, KeyError):  # not there, or broken: everything is read again
+    except (ValueError, KeyError):  # missing or broken: everything is read again
         return {}
 
 
 def _sync_folder(folder: Path) -> None:
-    # A rename is durable only once the folder that holds the name is.
+    # A rename is durable only once its folder is flushed.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -108,13 +108,13 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """Yield a path beside `path` to write a file or a folder to, and give it the final name only when all is on disk.
+    """Yield a temporary path beside `path` for a file or a folder, and rename it to `path` once everything is on disk.
 
-    If the block raises, what was written is removed and `path` is as before. A process that is killed leaves
-    a `.name.XXXX.part` behind, which no reader looks at and `sweep` removes.
+    If the block raises, what was written is removed and `path` is unchanged. A killed process leaves a
+    `.name.XXXX.part` behind, which no reader opens and `sweep` removes.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full; `path` is then untouched.
+        OSError: the folder cannot be written, or the disk is full; `path` is then unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
             _sync(file)
         if aside.is_dir():
             _sync_folder(aside)
-        if aside.is_dir() and path.is_dir():  # os.replace cannot replace a folder that has something in it
+        if aside.is_dir() and path.is_dir():  # os.replace cannot replace a folder that is not empty
             old = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
             os.replace(path, old)
             os.replace(aside, path)
@@ -133,7 +133,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         else:
             os.replace(aside, path)
         _sync_folder(path.parent)
-    except OSError as error:  # of a full disk, Python tells neither the file nor the folder
+    except OSError as error:  # for a full disk, Python names neither the file nor the folder
         if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
@@ -146,7 +146,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def saving_tensors(path: Path | str) -> Iterator[None]:
-    """Turn what safetensors raises where a file cannot be written into an OSError that names `path`, with its errno."""
+    """Turn safetensors' error for a failed write into an OSError that names `path`, with its errno."""
     from safetensors import SafetensorError
 
     try:
@@ -158,7 +158,7 @@ def saving_tensors(path: Path | str) -> Iterator[None]:
 
 
 def sweep(folder: Path | str, *, below: bool = False) -> None:
-    """Remove what killed writers left in a folder, or anywhere below it. Call it only while holding its lock."""
+    """Remove temporary files of killed writers from a folder, or from all below it. The caller must hold its lock."""
     find = Path(folder).rglob if below else Path(folder).glob
     for left in [left for pattern in _LEFT_BEHIND for left in find(pattern)]:
         if left.is_dir():
@@ -168,8 +168,8 @@ def sweep(folder: Path | str, *, below: bool = False) -> None:
 
 
 def write_json(path: Path | str, obj: Mapping[str, Any]) -> None:
-    """Write an object as indented JSON, atomically, keys in their own order."""
-    text = json.dumps(obj, indent=1, allow_nan=False)  # in the order given: a table has one
+    """Write an object as indented JSON, atomically, keeping the order of keys."""
+    text = json.dumps(obj, indent=1, allow_nan=False)  # keys unsorted: the order of a table matters
     with replacing(path) as aside:
         aside.write_text(text + "\n")
 
@@ -204,15 +204,15 @@ def check_header(path: Path | str, header: Any, kind: str) -> None:
 
 
 def check_entries(path: Path | str, found: Any, **expected: type) -> None:
-    """Refuse what lacks an entry that every file of ours has, or has one of another type.
+    """Refuse a file that lacks a required entry, or has one of another type.
 
     Args:
         path: the file, for the message.
-        found: what it says.
+        found: its content.
         expected: entry -> its type.
 
     Raises:
-        ValueError: names the first such entry, what was found and what was expected.
+        ValueError: the message names the first such entry, what was found and what was expected.
     """
     for name, kind in expected.items():
         value = found.get(name) if isinstance(found, Mapping) else None
@@ -223,7 +223,7 @@ def check_entries(path: Path | str, found: Any, **expected: type) -> None:
 
 @functools.cache
 def code_version() -> dict[str, str]:
-    """The package's version and a hash over its sources, so that an edited checkout is told from a release."""
+    """The package's version and a hash of its sources, which distinguishes an edited checkout from a release."""
     digest = hashlib.sha256()
     root = Path(__file__).parent
     for source in sorted(root.rglob("*.py")):
@@ -246,7 +246,7 @@ def _versions() -> dict[str, str]:
 
 def _hardware() -> dict[str, Any]:
     found: dict[str, Any] = {"host": socket.gethostname(), "machine": platform.machine(), "cpus": os.cpu_count()}
-    torch = sys.modules.get("torch")  # asked only where it is loaded already
+    torch = sys.modules.get("torch")  # only if it is already loaded
     if torch is not None:
         found["threads"] = torch.get_num_threads()
         if torch.cuda.is_available():
@@ -261,13 +261,13 @@ def provenance(
     inputs: Mapping[str, str] | None = None,
     seconds: float | None = None,
 ) -> dict[str, Any]:
-    """How an artefact was made: code, versions, hardware, command, time, and the identities of what it was made from.
+    """How an artefact was made: code, versions, hardware, command, time, and the identities of its inputs.
 
     Args:
         key: the hash that names the artefact.
-        recipe: what the key is the hash of.
+        recipe: the object whose hash is the key.
         inputs: name of each input -> its content identity.
-        seconds: wall time that making it took.
+        seconds: wall time of making it.
     """
     return {
         "code": code_version(),
@@ -285,10 +285,10 @@ def provenance(
 
 @contextlib.contextmanager
 def holding(path: Path | str, what: str) -> Iterator[None]:
-    """Hold an exclusive lock on a file for the length of a block; the kernel lets go when the process dies.
+    """Hold an exclusive lock on a file during a block; the kernel releases it when the process dies.
 
     Raises:
-        ValueError: somebody else holds it; the message says who, since when, and on which host.
+        ValueError: another process holds it; the message says which, since when, and on which host.
     """
     file = acquire(path, what)
     try:
@@ -301,7 +301,7 @@ def acquire(path: Path | str, what: str) -> Any:
     """Take the lock of `holding` and return the open file that holds it until it is closed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+")  # noqa: SIM115 - the caller keeps it open for as long as it holds the lock
+    file = open(path, "a+")  # noqa: SIM115 - the caller keeps it open while it holds the lock
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -309,7 +309,7 @@ def acquire(path: Path | str, what: str) -> Any:
             file.close()
             raise
         file.seek(0)
-        holder = file.read().strip() or "somebody who left no name"
+        holder = file.read().strip() or "an unknown process"
         file.close()
         raise ValueError(f"{what} is in use (lock {path}) by {holder}. Wait for it, or stop it first.") from None
     file.truncate(0)
@@ -321,17 +321,17 @@ def acquire(path: Path | str, what: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds a lock, as its file says; at_work: whether that process is still there, None if it is elsewhere."""
+    """Who holds a lock, by its file; at_work: whether that process still runs, None if it is on another machine."""
 
     who: str
     at_work: bool | None
 
 
 def holder(path: Path | str) -> Holder | None:
-    """Who holds a lock, without touching it: asking the kernel for it would refuse somebody who wants it meanwhile.
+    """Who holds a lock, without acquiring it: an attempt to acquire it could make another process's attempt fail.
 
     Returns:
-        None where nobody ever held it, or where he let go (on this machine; of another one only the file speaks).
+        None if nobody ever held it, or if the holder released it (detected only for holders on this machine).
     """
     try:
         who = Path(path).read_text().strip()
@@ -343,7 +343,7 @@ def holder(path: Path | str) -> Holder | None:
             return Holder(who, None)
         # Lines as "1: FLOCK  ADVISORY  WRITE 4711 fe:00:2146314 0 EOF"; one that waits has an arrow in it.
         held = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" not in line]
-    except (OSError, UnicodeDecodeError):  # no such lock, or no such list of the kernel's
+    except (OSError, UnicodeDecodeError):  # no such lock, or the kernel has no such list
         return None
     mine = any(words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(place.st_ino) for words in held)
     return Holder(who, True) if mine else None

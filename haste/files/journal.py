@@ -1,4 +1,4 @@
-"""A trajectory's journal: what training logged, one JSON line at a time. No torch."""
+"""A trajectory's journal: the log of training, one JSON object per line. No torch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from haste.files.units import clock
 log = logging.getLogger("haste.train")
 
 Item = TypeVar("Item")
-MOST_SKIPPED = 50  # a loss scale needs some twenty halvings to come down from its start
+MOST_SKIPPED = 50  # a loss scale needs about twenty halvings to come down from its initial value
 
 
 class Journal:
-    """The trajectory's journal: one JSON line per `log_every` steps with the means since the line before.
+    """The trajectory's journal: one JSON line per `log_every` steps with the means since the previous line.
 
-    Every process of a group keeps one; the first process's has a file.
+    Every rank keeps one; only rank 0 has a file.
     """
 
     def __init__(
@@ -37,25 +37,25 @@ class Journal:
     ):
         """
         Args:
-            path: the file to go on with, or None.
+            path: the file to append to, or None.
             begin: steps done before the first one.
             end: steps done after the last one.
-            batch: images a step, over all processes.
-            mean: averages numbers over the processes.
-            may_skip: a step whose `grad_norm` is not finite is counted and no error: the parameters were left alone.
+            batch: images per step, over all ranks.
+            mean: averages numbers over the ranks.
+            may_skip: a step whose `grad_norm` is not finite is counted instead of an error: its update was skipped.
         """
         self.path, self.begin, self.end, self.batch = path, begin, end, batch
         self.mean, self.may_skip = mean, may_skip
         self.waiting: list[Mapping[str, SupportsFloat]] = []
         self.started = self.before = time.monotonic()
         self.file: IO[bytes] | None = None
-        self.skipped = 0  # steps skipped without one between them that was not, as far as lines tell
+        self.skipped = 0  # consecutive skipped steps, as far as lines show
         self.waited = 0.0  # seconds spent waiting for data since the last line
         self.on_record: list[Callable[[dict[str, Any]], None]] = []  # trackers, called with every record
 
     def __enter__(self) -> Journal:
         if self.path is not None:
-            self.file = open(self.path, "a+b", buffering=0)  # what does not fit is said at once, and by whom
+            self.file = open(self.path, "a+b", buffering=0)  # a full disk raises at once, naming the file
             if self.file.tell():
                 self.file.seek(-1, os.SEEK_END)
                 if self.file.read(1) != b"\n":  # a kill in the middle of a line
@@ -67,11 +67,11 @@ class Journal:
             self.file.close()
 
     def add(self, values: Mapping[str, SupportsFloat]) -> None:
-        """Take a step's values; they are looked at only when a line is written or a state saved."""
+        """Add a step's values; they are read from the device only when a line is written or a state saved."""
         self.waiting.append(values)
 
     def timing(self, feed: Iterable[Item]) -> Iterator[Item]:
-        """The items of a feed, with the time that waiting for them takes on record."""
+        """The items of a feed, recording the time spent waiting for them."""
         items = iter(feed)
         while True:
             started = time.monotonic()
@@ -83,7 +83,7 @@ class Journal:
             yield item
 
     def check_finite(self, step: int) -> None:
-        """Raise FloatingPointError if a value since the last line is not finite."""
+        """Raise FloatingPointError if a value added since the last line is not finite."""
         first = step - len(self.waiting) + 1
         for at, values in enumerate(self.waiting, start=first):
             wrong = [name for name, value in values.items() if not math.isfinite(value)]
@@ -95,11 +95,11 @@ class Journal:
                 )
 
     def write(self, step: int, memory_mb: float) -> None:
-        """Write the line of this step and show it, with rate and time to go. Everybody must call it.
+        """Write the line of this step and show it, with rate and time to go. All ranks must call it.
 
         Args:
             step: steps done.
-            memory_mb: peak memory of this process, for the record.
+            memory_mb: peak memory of this rank, for the record.
         """
         self.check_finite(step)
         count, names = len(self.waiting), list(self.waiting[0])
@@ -132,7 +132,7 @@ class Journal:
 
     def _append(self, file: IO[bytes], line: bytes) -> None:
         try:
-            if file.write(line) < len(line):  # a full disk takes what fits; readers pass over the torn line
+            if file.write(line) < len(line):  # a full disk takes what fits; readers skip the torn line
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from error
@@ -145,7 +145,7 @@ class Journal:
 def read(path: Path | str, low: int = 0, high: int | None = None) -> list[dict[str, Any]]:
     """The records of a journal with low < step <= high, in order of steps; the last line of a step counts.
 
-    A stretch that was interrupted is repeated from the state before, so steps can come twice, and a line can be torn.
+    An interrupted stretch is repeated from the last state, so steps can occur twice, and a line can be torn.
     """
     records = {}
     if not Path(path).exists():

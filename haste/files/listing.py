@@ -1,4 +1,4 @@
-"""Which pictures a folder or archives have, and of which classes, by their names: no picture is opened. No torch."""
+"""The pictures of a folder or of archives and their classes, by names alone: no picture is opened. No torch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 from haste.files.archives import Archives
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-DIGITS = 1797  # of scikit-learn
+DIGITS = 1797  # images in scikit-learn's dataset
 Parts = tuple[str, ...]  # of a path
-Files = list[tuple[Parts, int]]  # and a label
+Files = list[tuple[Parts, int]]  # paths and labels
 
 
 def survey(source: str, path: str | None, labelled: bool) -> tuple[int, list[str] | None]:
-    """How many pictures a source has, and its classes; None where only what stands beside the pictures can tell.
+    """The number of pictures of a source, and its classes; None if only files beside the pictures state them.
 
     Raises:
-        ValueError: there is no such source, or no picture in it, as reading it would say.
+        ValueError: there is no such source, or it has no pictures; the same message as when reading it.
     """
     if source == "digits":
         return DIGITS, [str(digit) for digit in range(10)] if labelled else []
@@ -35,24 +35,24 @@ def survey(source: str, path: str | None, labelled: bool) -> tuple[int, list[str
 
 
 def checked_holdout(where: str, holdout: int, count: int) -> int:
-    """Refuse to hold out all pictures of a source, or more."""
+    """Refuse a holdout of all pictures of a source, or more."""
     if not 0 <= holdout < count:
         raise ValueError(f"{where}: {holdout} pictures to hold out of {count}, expected 0..{count - 1}")
     return holdout
 
 
 def check_classes(where: str, classes: list[str], expected: int) -> None:
-    """Refuse a source with another number of classes than the configuration says."""
+    """Refuse a source whose number of classes differs from the configuration's."""
     if len(classes) != expected:
         found = f"{len(classes)} ({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})"
         raise ValueError(f"images.classes: {expected}, but {where} has {found}")
 
 
 def in_archives(root: Path, archives: Archives, labelled: bool) -> tuple[list[str], Files, Parts]:
-    """As `in_folder`, of the files of archives; and the folders that all pictures lie in, which their paths leave out.
+    """As `in_folder`, for files in archives; and the folders that all pictures share, which their paths leave out.
 
     Raises:
-        ValueError: no pictures, or labels beside them that are none.
+        ValueError: no pictures, or invalid labels beside them.
     """
     pictures = _pictures_among(root, archives)
     if labelled and (labels := _written_labels(root, archives, pictures)):
@@ -73,7 +73,7 @@ def _is_label(parts: Parts) -> bool:
 
 
 def _written_labels(root: Path, archives: Archives, pictures: list[Parts]) -> dict[Parts, int]:
-    """Picture -> the number in the .cls beside it, if there are such."""
+    """Picture -> the number in the .cls beside it, if there are any."""
     names = {parts for parts in archives.names if _is_label(parts)}
     labels: dict[Parts, int] = {}
     for parts in pictures if names else ():
@@ -89,10 +89,10 @@ def _written_labels(root: Path, archives: Archives, pictures: list[Parts]) -> di
 def in_folder(root: Path, labelled: bool) -> tuple[list[str], Files]:
     """Class names, and (path in parts, label) of every picture: classes sorted, and pictures within a class.
 
-    Without labels, any pictures anywhere below the folder, of no class and the label 0.
+    Without labels, all pictures below the folder, without classes and with the label 0.
 
     Raises:
-        ValueError: no folder, one that cannot be read, or one without such pictures; says which.
+        ValueError: no folder, one that cannot be read, or one without pictures; the message says which.
     """
     if not root.is_dir():
         raise ValueError(f"{root}: expected a folder of images, found {'a file' if root.exists() else 'nothing'}")
@@ -113,7 +113,7 @@ def in_folder(root: Path, labelled: bool) -> tuple[list[str], Files]:
         found, classes = [], folders
         for label, name in enumerate(folders):
             inside = sorted((name, *parts) for parts in _pictures(root / name))
-            if not inside:  # leaving it out would shift all later labels
+            if not inside:  # skipping it would shift all later labels
                 raise ValueError(f"{root / name}: a class folder without pictures, expected {', '.join(SUFFIXES)}")
             found += [(parts, label) for parts in inside]
     if not found:
@@ -130,7 +130,7 @@ def _check_either(root: Path, folders: list[str], loose: list[Parts]) -> None:
 
 
 def _in_classes(root: Path, pictures: list[Parts], labelled: bool) -> tuple[list[str], Files]:
-    """As `in_folder`, of pictures that are known by name alone."""
+    """As `in_folder`, for pictures given by name alone."""
     if not labelled:
         return [], [(parts, 0) for parts in sorted(pictures)]
     folders = sorted({parts[0] for parts in pictures if len(parts) > 1})
@@ -141,14 +141,14 @@ def _in_classes(root: Path, pictures: list[Parts], labelled: bool) -> tuple[list
 
 
 def _shared(paths: list[Parts]) -> Parts:
-    """What all of these paths begin with: what the first and the last in order do."""
+    """The longest common prefix of these paths: that of the first and the last in order."""
     low, high = min(paths), max(paths)
     equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False))
     return tuple(part for part, _ in equal)
 
 
 def _numbered(root: Path, labels: Mapping[Parts, int]) -> tuple[list[str], Files]:
-    """As `in_folder`, of pictures whose labels are written down as numbers from 0 on."""
+    """As `in_folder`, for pictures whose labels are given as numbers from 0."""
     count = max(labels.values()) + 1
     if absent := sorted({*range(count)} - {*labels.values()}):
         raise ValueError(f"{root}: labels up to {count - 1}, but no picture has {absent[0]}, expected some of each")
@@ -160,10 +160,10 @@ def _is_picture(name: str) -> bool:
 
 
 def _pictures(folder: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Paths in parts of the pictures anywhere below a folder, through links too, but not into hidden folders.
+    """Paths in parts of all pictures below a folder, following links, but not into hidden folders.
 
     Raises:
-        ValueError: a folder that cannot be read, whose pictures would silently be missing, or that contains itself.
+        ValueError: a folder cannot be read, so that its pictures would silently be missing, or contains itself.
     """
     try:
         here = (os.stat(folder).st_dev, os.stat(folder).st_ino)

@@ -1,6 +1,6 @@
-"""Reading .npz files that anybody may have written or damaged: their arrays, or a ValueError with the file's name.
+"""Reading untrusted .npz files: their arrays, or a ValueError with the file's name.
 
-What an .npz of images or of statistics must look like is told by its arrays' headers alone, however large it is.
+The arrays' headers alone show whether a file has the layout of images or of statistics, however large it is.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import IO
 
 import numpy as np
 
-# What numpy and zipfile raise on bytes that are no .npz: of everyday ones, of compressed or encrypted entries, and of
-# headers that promise more than there is memory.
+# What numpy and zipfile raise for bytes that are not an .npz, for compressed or encrypted entries, and for headers
+# that claim more than the memory.
 BROKEN = (
     *(OSError, ValueError, KeyError, IndexError, EOFError, TypeError, OverflowError, MemoryError),
     *(RuntimeError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
 )
 
 
-WIDTHS = {"pool": 2048, "spatial": 2023}  # of Inception, whose moments files without a word on their detector hold
+WIDTHS = {"pool": 2048, "spatial": 2023}  # of Inception, which files that do not state their detector are taken for
 SUFFIX = {"pool": "", "spatial": "_s"}  # of mu and sigma, in a file
-MOST_PIXELS = 178_956_970  # of an image, as Pillow's guard against files that unpack to more than there is memory
+MOST_PIXELS = 178_956_970  # of an image: Pillow's guard against decompression bombs
 
 
 def read_npz(path: Path | str, what: str, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -34,7 +34,7 @@ def read_npz(path: Path | str, what: str, names: Sequence[str] | None = None) ->
 
     Args:
         path: the file.
-        what: what it should be, for the message, such as "samples".
+        what: its expected content, for the message, such as "samples".
         names: the arrays to read; None is all.
 
     Raises:
@@ -57,7 +57,7 @@ def read_npz(path: Path | str, what: str, names: Sequence[str] | None = None) ->
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What an array says of itself. stored: bytes that the file has of it, this header included; start: of it alone."""
+    """The header of an array. stored: bytes of the array in the file, header included; start: bytes of the header."""
 
     shape: tuple[int, ...]
     fortran: bool
@@ -67,20 +67,20 @@ class Header:
 
 
 def header_of(stream: IO[bytes], stored: int = 0) -> Header:
-    """The header at the beginning of an array's stream, which is then at the array's first byte."""
+    """The header at the beginning of an array's stream, which is then positioned at the array's first byte."""
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     return Header(*read(stream), start=stream.tell(), stored=stored)
 
 
 def foreign(path: Path | str, error: BaseException, what: str = "an .npz") -> ValueError:
-    """What to say of a file that cannot be read as what it should be."""
+    """The error for a file that cannot be read as expected."""
     words = " ".join(str(error).split())[:200] or type(error).__name__
     return ValueError(f"{path}: expected {what}, found a truncated or foreign file ({words})")
 
 
 def headers(path: Path | str) -> dict[str, Header]:
-    """The headers of all arrays of an .npz; nothing behind them is read.
+    """The headers of all arrays of an .npz; the arrays themselves are not read.
 
     Raises:
         ValueError: it is truncated or foreign; the message names the file.
@@ -98,7 +98,7 @@ def headers(path: Path | str) -> dict[str, Header]:
 
 
 def check_images(path: Path | str, found: Header) -> None:
-    """Refuse an array `arr_0` that is no images (N, H, W, 3) uint8."""
+    """Refuse an array `arr_0` that is not images (N, H, W, 3) uint8."""
     hint = "; convert floats in [0, 1] with clip(255 x), floats in [-1, 1] with clip(127.5 x + 128)"
     shape, dtype = found.shape, found.dtype
     if dtype.hasobject:
@@ -113,7 +113,7 @@ def check_images(path: Path | str, found: Header) -> None:
 
 
 def check_moments(path: Path | str, found: Mapping[str, Header], output: str, width: int | None) -> None:
-    """Refuse a `mu` (D,) without its `sigma` (D, D), or of another width than D; None is any."""
+    """Refuse a `mu` (D,) without its `sigma` (D, D), or with another D than `width`; None is any."""
     mu, sigma = f"mu{SUFFIX[output]}", f"sigma{SUFFIX[output]}"
     if sigma not in found:
         raise ValueError(f"{path}: holds {mu} without {sigma}")
@@ -129,10 +129,10 @@ def check_moments(path: Path | str, found: Mapping[str, Header], output: str, wi
 
 
 def check_reference(path: Path | str) -> None:
-    """Refuse what is no reference as ADM's: `mu`, `sigma` of Inception, and the images that they are of.
+    """Refuse a file that is not a reference like ADM's: `mu`, `sigma` of Inception, and images.
 
     Raises:
-        ValueError: it is truncated or foreign, lacks one of these, or has another shape of one.
+        ValueError: it is truncated or foreign, or one of these is missing or of another shape.
     """
     found = headers(path)
     for output, width in WIDTHS.items():

@@ -1,4 +1,4 @@
-"""What a file is and how it was made, as it says itself. No torch."""
+"""What a file is and how it was made, by its own record. No torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def provenance_of(given: Path) -> dict[str, Any]:
     read = {".safetensors": _of_state, ".h5": _of_shard, ".npz": _of_samples, ".json": _of_json, ".png": _of_picture}
     header = read[path.suffix](path) if path.suffix in read else {}
     if "schema" not in header and (beside := _record_in(path.parent, ("part.json",))):
-        header = _of_json(beside)  # of weights, of a report's tables: states and shards have to speak for themselves
+        header = _of_json(beside)  # of weights, of a report's tables: states and shards must have their own
     if "schema" not in header:
         known = f"; expected one of {', '.join(read)}, or a file beside its record" if path.suffix not in read else ""
         raise ValueError(f"{path}: not made by this package, or it does not say how{known}")
@@ -40,7 +40,7 @@ def provenance_of(given: Path) -> dict[str, Any]:
 
 
 def _record_in(folder: Path, names: Sequence[str] = RECORDS) -> Path | None:
-    """The file that says how a folder was made; a report's is named by what it was made from."""
+    """The file that records how a folder was made; a report's record is named by its inputs."""
     found = [folder / name for name in names if (folder / name).exists()]
     return next(iter([*found, *sorted(folder.glob("made-*.json"))]), None)
 
@@ -73,11 +73,11 @@ def _of_state(path: Path) -> dict[str, Any]:
 
 
 def _safetensors(path: Path | str) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file (names, types and places of the tensors, and "__metadata__"), and where in
-    the file the tensors begin.
+    """The JSON header of a safetensors file (names, types and offsets of the tensors, and "__metadata__"), and the
+    offset at which the tensors begin.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has no such header.
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
@@ -107,7 +107,7 @@ def state_header(path: Path | str, metadata: Mapping[str, str] | None) -> dict[s
     """The header in the metadata of a state file, checked.
 
     Raises:
-        ValueError: foreign, or of another schema; or it is of another step than the file's name says.
+        ValueError: foreign, of another schema, or of another step than the file's name states.
     """
     try:
         header = json.loads((metadata or {}).get("haste", "{}"))
@@ -148,7 +148,7 @@ def _of_samples(path: Path) -> dict[str, Any]:
     try:
         found = read_npz(path, "samples", ["haste"])  # the images may be gigabytes
     except ValueError:
-        found = read_npz(path, "samples")  # what is wrong with it, or nothing of ours
+        found = read_npz(path, "samples")  # it is damaged, or not one of ours
     try:
         return json.loads(str(found.get("haste", "{}")))
     except ValueError as error:

@@ -1,15 +1,14 @@
-"""Stores: many equal-shaped samples in a folder of HDF5 shards, tied together by a manifest.
+"""Stores: many samples of equal shape in a folder of HDF5 shards with a manifest.
 
     folder/shard-00000-of-00002.h5, folder/shard-00001-of-00002.h5, folder/manifest.json
 
-Shards are written by independent jobs, each whole or not at all; `join` checks them and writes the manifest, without
-which nothing is read. (HDF5's own virtual datasets would read a missing shard as zeros.) Every sample carries a digest,
-and the store's identity is the hash of the digests in order: the same content has the same identity in any number of
-shards.
+Shards are written atomically by independent jobs; `join` checks them and writes the manifest, without which nothing is
+read. (HDF5's own virtual datasets would read a missing shard as zeros.) Every sample has a digest, and the store's
+identity is the hash of the digests in order: the same content has the same identity in any number of shards.
 
-Fields lie in a shard as plain contiguous arrays, so HDF5 is asked only where they begin and rows are then read with
-`pread`: it is safe in threads and after a fork, a failing disk is an error and not a signal, and the kernel's page
-cache serves all processes of a node, where a cache of our own would be held once a process.
+Fields are plain contiguous arrays in a shard, so HDF5 only gives their offsets and rows are then read with `pread`: it
+is safe in threads and after a fork, a failing disk is an error and not a signal, and the kernel's page cache serves all
+processes of a node, while a cache of our own would exist once per process.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ DIGEST = "digest"
 MANIFEST = "manifest.json"
 _DIGEST_BYTES = 16
 _ENTRY = ("start", "count", "bytes")
-_READ_LIMIT = 2**30  # bytes a pread; Linux reads at most 2 GiB at once
+_READ_LIMIT = 2**30  # bytes per pread; Linux reads at most 2 GiB at once
 _VERIFY_ROWS = 256
 _VERIFIERS = 4  # threads
 
 Fields = Mapping[str, tuple[Sequence[int], DTypeLike]]
 Progress = Callable[[int, int], None]
-Span = range  # `Store.range` would hide the built-in's name in annotations
+Span = range  # `Store.range` would shadow the built-in in annotations
 
 
 def shard_path(folder: Path | str, shard: int, shards: int) -> Path:
@@ -79,24 +78,24 @@ def write_shard(
     facts: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the samples of one shard, whole or not at all, replacing what was there.
+    """Write the samples of one shard atomically, replacing any existing one.
 
     Args:
         folder: the store's folder.
         kind: what the store holds, such as "images".
         key: hash of the recipe that the store's path carries.
         recipe: how the store is made, JSON.
-        shard: which shard, from 0.
+        shard: number of the shard, from 0.
         shards: how many there are.
         total: samples in all shards together.
         fields: name -> (shape of one sample, dtype).
         batches: name -> (B, *shape) of exactly that dtype, in order, from shard_range(total, shard, shards).
         provenance: how this shard was made, JSON.
-        facts: what the data turned out to be, JSON; all shards must agree, and `join` puts it into the manifest.
+        facts: properties found in the data, JSON; all shards must agree, and `join` puts them into the manifest.
         progress: called with (samples written, samples of this shard) after every batch.
 
     Raises:
-        ValueError: batches of the wrong fields, shape, dtype or number.
+        ValueError: batches of wrong fields, shape, dtype or number.
     """
     span = shard_range(total, shard, shards)
     layout = _layout(fields)
@@ -122,14 +121,14 @@ def _written(path: Path, aside: Path, count: int, layout: Mapping[str, tuple[Any
     """
     size = count * sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout.values())
     free = shutil.disk_usage(aside.parent).free
-    if size > free:  # said before hours of work, and because HDF5 cannot even close a file on a full disk
+    if size > free:  # report it before hours of work; and HDF5 cannot even close a file on a full disk
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: needs {size:,} bytes, {free:,} are free", str(path))
     try:
-        # Format v1.10 keeps attributes above 64 KiB, which a resolved recipe can be.
+        # Format v1.10 allows attributes above 64 KiB, which a resolved recipe can need.
         with h5py.File(aside, "w", libver="v110", locking=False) as file:
             yield file
             file.flush()
-    except RuntimeError as error:  # what h5py raises when a write fails on closing
+    except RuntimeError as error:  # h5py raises it when a write fails on closing
         raise OSError(f"{path}: could not be written: {error}") from error
 
 
@@ -172,7 +171,7 @@ def _write_rows(file: h5py.File, name: str, start: int, values: np.ndarray) -> N
 def _checked(
     path: Path, layout: Mapping[str, tuple[tuple[int, ...], np.dtype]], batch: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    # Nothing is cast or broadcast: a batch of another dtype or shape is a mistake upstream.
+    # No casting or broadcasting: a batch of another dtype or shape is a mistake upstream.
     if set(batch) != set(layout):
         raise ValueError(f"{path}: found fields {sorted(batch)}, expected {sorted(layout)}")
     rows, sizes = {}, {len(values) for values in batch.values()}
@@ -205,7 +204,7 @@ def _bytes(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Shard:
-    """What a shard says of itself, and where its fields begin in the file."""
+    """The header of a shard, and the offsets of its fields in the file."""
 
     path: Path
     header: dict[str, Any]
@@ -214,11 +213,11 @@ class _Shard:
 
 
 def _inspect(path: Path, kind: str) -> _Shard:
-    """Read a shard's header and layout, refusing what is missing, truncated, foreign, or of another schema or kind."""
+    """Read a shard's header and layout; refuse what is missing, truncated, foreign, or of another schema or kind."""
     if not path.is_file():
         raise ValueError(f"{path}: this shard is missing, expected a {kind} shard")
     try:
-        # Shards never change, so a lock says nothing, and some cluster file systems refuse it.
+        # Shards never change, so a lock is useless, and some cluster file systems refuse it.
         with h5py.File(path, "r", locking=False) as file:
             header = {name: _attribute(file, name) for name in file.attrs}
             artefact.check_header(path, header, kind)
@@ -232,15 +231,15 @@ def _inspect(path: Path, kind: str) -> _Shard:
         TypeError,
         UnicodeDecodeError,
         json.JSONDecodeError,
-    ) as error:  # what h5py raises on broken metadata
+    ) as error:  # h5py raises these on broken metadata
         raise ValueError(
             f"{path}: expected an HDF5 {kind} shard, found a truncated or foreign file ({error})"
         ) from error
 
 
 def _attribute(file: h5py.File, name: str) -> Any:
-    # HDF5 keeps text of variable length in a heap without checksums, and can search a damaged one for ever (seen). So
-    # ours has a fixed length, and anything but that and numbers is left unread.
+    # HDF5 keeps text of variable length in a heap without checksums, and can search a damaged one forever (observed).
+    # So ours has a fixed length, and only such text and numbers are read.
     if file.attrs.get_id(name).dtype.kind not in "Siu":
         return None
     value = file.attrs[name]
@@ -258,7 +257,7 @@ def _arrays(
     offsets: dict[str, int] = {}
     size = path.stat().st_size
     for name in map(str, file):
-        # Only arrays inside this very file: no links to others, no external storage, no compression.
+        # Only arrays inside this file: no links to others, no external storage, no compression.
         data = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
         if (
             not isinstance(data, h5py.Dataset)
@@ -305,7 +304,7 @@ def join(
     extra: Mapping[str, Any] | None = None,
     expected_facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Check that every shard is there and fits the others, and write the manifest that makes them a store.
+    """Check that every shard exists and fits the others, and write the manifest that makes them a store.
 
     Args:
         folder: the store's folder.
@@ -315,8 +314,8 @@ def join(
         shards: how many shards there are.
         splits: name -> [start, stop) within the samples.
         provenance: how the manifest was made, JSON.
-        extra: more entries for the manifest, beside the facts that the shards carry.
-        expected_facts: what some of the shards' facts must be; None asks only that the shards agree.
+        extra: more entries for the manifest, in addition to the shards' facts.
+        expected_facts: required values of some facts; None only requires that the shards agree.
 
     Returns:
         The manifest.
@@ -364,7 +363,7 @@ def _check_splits(folder: Path, splits: Mapping[str, Sequence[int]], count: int)
 
 
 def _unchanged(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest that is there, if it says the same: it keeps its word on how it was made."""
+    """The existing manifest, if its content is the same: it then keeps its provenance."""
     try:
         found = artefact.read_json(path, "store")
     except (ValueError, OSError):
@@ -402,7 +401,7 @@ def _entry(shard: _Shard) -> dict[str, Any]:
 
 
 def _identity(digests: Iterable[np.ndarray]) -> str:
-    """sha256 over the per-sample digests in order, so the same in any number of shards."""
+    """sha256 over the per-sample digests in order, independent of the number of shards."""
     whole = hashlib.sha256()
     for part in digests:
         whole.update(np.ascontiguousarray(part).data)
@@ -418,7 +417,7 @@ def _read_rows(shard: _Shard, name: str) -> np.ndarray:
 
 
 def _pread(shard: _Shard, descriptor: int, out: np.ndarray, offset: int) -> None:
-    """Fill `out` (bytes) from a place in the file."""
+    """Fill `out` (bytes) from an offset in the file."""
     done = 0
     while done < len(out):
         part = os.pread(descriptor, min(len(out) - done, _READ_LIMIT), offset + done)
@@ -429,7 +428,7 @@ def _pread(shard: _Shard, descriptor: int, out: np.ndarray, offset: int) -> None
 
 
 class Made(Protocol):
-    """What names a store: an artefact of a plan."""
+    """An artefact of a plan that is a store."""
 
     @property
     def kind(self) -> str: ...
@@ -442,10 +441,10 @@ class Made(Protocol):
 
 
 class Store:
-    """A joined store, opened for reading. Make one with `Store.open`; close it, or use it as a context manager.
+    """A joined store, opened for reading. Open one with `Store.open`; close it, or use it as a context manager.
 
     Attributes:
-        folder: where it lies.
+        folder: its folder.
         manifest: all of manifest.json.
     """
 
@@ -458,7 +457,7 @@ class Store:
 
     @classmethod
     def of(cls, made: Made) -> Store:
-        """Open the store of a plan's artefact, see `open`: of its kind, its key and its recipe."""
+        """Open the store of a plan's artefact, with its kind, key and recipe; see `open`."""
         return cls.open(made.folder, kind=made.kind, key=made.key, recipe=made.recipe)
 
     @classmethod
@@ -475,11 +474,11 @@ class Store:
 
         Args:
             folder: the store's folder.
-            kind: what it must hold; None takes any.
-            key: the recipe key it must have; None takes any.
-            recipe: the recipe behind `key`, only to say what differs if the key does.
+            kind: required kind; None accepts any.
+            key: required key; None accepts any.
+            recipe: the recipe behind `key`, only to report the differences if the key differs.
             verify: "quick" checks the manifest, every shard's presence, size, header and layout, and the digests (16
-                bytes a sample) against the identity; "full" also reads every sample and compares it with its digest.
+                bytes per sample) against the identity; "full" also reads every sample and compares it with its digest.
 
         Raises:
             ValueError: something is missing, truncated, foreign, of another kind, schema or key, or damaged; the
@@ -503,7 +502,7 @@ class Store:
 
     @property
     def count(self) -> int:
-        """Samples in all."""
+        """Number of samples."""
         return self.manifest["count"]
 
     @property
@@ -538,10 +537,10 @@ class Store:
         return self.splits[split]
 
     def read(self, field: str, indices: ArrayLike | Sequence[int]) -> np.ndarray:
-        """Read samples in the order asked, any number of times each: (len(indices), *shape).
+        """Read samples in the given order, with repetitions: (len(indices), *shape).
 
         Raises:
-            ValueError: there is no such field or sample, or the file cannot give what its manifest promises.
+            ValueError: there is no such field or sample, or the file lacks what its manifest promises.
         """
         if field not in self.manifest["fields"]:
             raise ValueError(f"{self.folder}: no field {field!r}, expected one of {sorted(self.manifest['fields'])}")
@@ -556,7 +555,7 @@ class Store:
             raise ValueError(f"{self.folder}: indices {asked.min()}..{asked.max()}, expected 0..{self.count - 1}")
         shape, dtype = self._shards[0].fields[field]
         out = np.empty((len(asked), *shape), dtype=dtype)
-        order = np.argsort(asked, kind="stable")  # the disk is read forwards, whatever the order asked
+        order = np.argsort(asked, kind="stable")  # the disk is read forwards, whatever the given order
         ordered = asked[order]
         for number, shard in enumerate(self._shards):
             start = shard.header["start"]
@@ -566,7 +565,7 @@ class Store:
         return out.astype(dtype.newbyteorder("="), copy=False)
 
     def _read_sorted(self, number: int, field: str, rows: np.ndarray) -> np.ndarray:
-        """Rows of one shard, in rising order, duplicates allowed; neighbours are read at once."""
+        """Rows of one shard, in ascending order, duplicates allowed; adjacent rows are read at once."""
         shard, descriptor = self._shards[number], self._descriptor(number)
         shape, dtype = shard.fields[field]
         width = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -581,12 +580,12 @@ class Store:
 
     def _descriptor(self, number: int) -> int:
         with self._lock:
-            if number not in self._files:  # file objects, which close themselves if the store is dropped
+            if number not in self._files:  # file objects, which close when the store is garbage-collected
                 self._files[number] = io.FileIO(self._shards[number].path, "rb")
             return self._files[number].fileno()
 
     def _verify(self) -> None:
-        """Compare every sample with its digest; reading and hashing let other threads run."""
+        """Compare every sample with its digest; reading and hashing release the GIL."""
         with ThreadPoolExecutor(_VERIFIERS) as pool:
             for sample in pool.map(self._damaged, range(0, self.count, _VERIFY_ROWS)):
                 if sample is not None:
@@ -594,7 +593,7 @@ class Store:
                     raise ValueError(f"{self._file_of(sample)}: sample {sample} is damaged: it does not fit its digest")
 
     def _damaged(self, low: int) -> int | None:
-        """The first of the samples from `low` on, as many as are looked at together, that does not fit its digest."""
+        """The first sample of the block from `low` on that does not fit its digest."""
         rows = np.arange(low, min(low + _VERIFY_ROWS, self.count))
         found = _digests({name: self._read(name, rows) for name in self.manifest["fields"]})
         wrong = np.flatnonzero((found != self._read(DIGEST, rows)).any(axis=1))
@@ -644,7 +643,7 @@ def _mistyped(found: Any, expected: Mapping[str, type]) -> list[str]:
 def _open_shard(folder: Path, manifest: Mapping[str, Any], number: int) -> _Shard:
     """Check one shard against the manifest: name, size, header and layout."""
     entry, shards = manifest["shards"][number], len(manifest["shards"])
-    path = shard_path(folder, number, shards)  # never a path out of the manifest, which could lead elsewhere
+    path = shard_path(folder, number, shards)  # never a path from the manifest, which could lead elsewhere
     if not path.is_file():
         raise ValueError(f"{path}: this shard is missing, expected {entry['bytes']} bytes")
     if path.stat().st_size != entry["bytes"]:
@@ -655,7 +654,7 @@ def _open_shard(folder: Path, manifest: Mapping[str, Any], number: int) -> _Shar
     wrong = differences({name: shard.header[name] for name in expected}, expected)
     described = {name: f"{f['dtype']} {tuple(f['shape'])}" for name, f in manifest["fields"].items()}
     wrong += differences({name: text for name, text in _names(shard).items() if name != DIGEST}, described)
-    # What the data turned out to be is repeated in the manifest, where an edited entry would pass for true.
+    # The manifest repeats the shards' facts; an edited entry there must not pass for true.
     facts = shard.header["facts"]
     wrong += differences(facts, {name: manifest.get(name) for name in facts})
     span = shard_range(manifest["count"], number, shards)

@@ -1,10 +1,10 @@
-"""Numbers for people: bytes and seconds."""
+"""Human-readable bytes and seconds."""
 
 from __future__ import annotations
 
 
 def readable(count: float) -> str:
-    """Bytes for people, in powers of 1000."""
+    """Human-readable bytes, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -1,1 +1,1 @@
-"""Detectors that look at images, and numbers computed from what they saw."""
+"""Detectors, which extract features from images, and metrics computed from these features."""

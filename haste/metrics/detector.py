@@ -1,4 +1,4 @@
-"""What a detector is: a frozen network that turns images into what scores are made of.
+"""What a detector is: a frozen network whose outputs for images are scored.
 
 B images, R resolution in pixels."""
 
@@ -14,14 +14,13 @@ from haste.files import artefact
 
 
 class Detector:
-    """A frozen network with everything that scores must say about it.
+    """A frozen network with everything that scores must record about it.
 
-    name: what it is called; kind: what it is: a name in PUBLISHED or in ARCHITECTURES; weights: sha256 of its weights
-    file; published: whether these are known to be the weights behind published scores, None where nobody can know;
-    outputs: name -> width of everything that it gives; width: of the "pool" features; classes: number of classes of
-    the data's own that its "logits" tell apart, None if it has no such logits; preprocessing: what is done to the
-    images, in words; resolution: side in pixels of the images it reads, None for any; smallest: the least side of
-    images of any size.
+    name: its name; kind: its name in PUBLISHED or in ARCHITECTURES; weights: sha256 of its weights file; published:
+    whether these are known to be the weights behind published scores, None if that cannot be known; outputs: name ->
+    width of each output; width: of the "pool" features; classes: number of the dataset's own classes that its "logits"
+    distinguish, None if it has no such logits; preprocessing: of the images, in words; resolution: side in pixels of
+    the images that it reads, None for any; smallest: the smallest side, if it reads any.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class Detector:
 
     @property
     def classes(self) -> int | None:
-        """Classes of the data that the "logits" tell apart; None if it has no such logits."""
+        """Number of classes of the dataset that the "logits" distinguish; None if it has no such logits."""
         return self.outputs.get("logits")
 
     @property
@@ -61,7 +60,7 @@ class Detector:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Everything above that decides whether two scores may be compared, for JSON."""
+        """Everything above that determines whether two scores may be compared, for JSON."""
         return {
             "name": self.name,
             "kind": self.kind,
@@ -80,7 +79,7 @@ class Detector:
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Images uint8 NHWC (B, R, R, 3), 0..255 -> `outputs`, such as {"pool": (B, F), "logits": (B, K)}, float32.
 
-        The network may be on another device than the images; what it gives is on theirs.
+        The network may be on another device than the images; its outputs are on the images' device.
 
         Raises:
             ValueError: not such images, or of another resolution than the detector reads.

@@ -1,10 +1,9 @@
-"""Detectors: frozen networks that turn images into what scores are made of. `open_detector` opens any of them.
+"""Detectors: frozen networks whose outputs for images are scored. `open_detector` opens any of them.
 
 B images, R resolution in pixels, F feature width, K classes.
-A detector is one that others have trained, by its name in PUBLISHED and its weights' file, or one trained here, by
-its folder: `part.json` says what it is, `model.safetensors` holds its weights. A new detector is a file with a
-function that makes a `Detector`, and a line in `haste.networks.registry.DETECTORS` (or, for a kind that is trained
-here, in ARCHITECTURES).
+A detector is either public, given by its name in PUBLISHED and its weights file, or trained here, given by its folder:
+`part.json` describes it, `model.safetensors` holds its weights. A new detector is a file with a function that makes a
+`Detector`, and a line in `haste.networks.registry.DETECTORS` (or, for a kind that is trained here, in ARCHITECTURES).
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class SmallCNN(nn.Module):
 
 
 def _stage(inner: int, outer: int) -> nn.Module:
-    # Group normalisation: the features of an image must not depend on the images beside it, also in training.
+    # Group normalisation: the features of an image must not depend on the rest of the batch, in training either.
     return nn.Sequential(nn.Conv2d(inner, outer, 3, padding=1), nn.GroupNorm(4, outer), nn.ReLU())
 
 
@@ -67,7 +66,7 @@ def _small_cnn(architecture: dict, name: str, weights: str) -> Detector:
     network = SmallCNN(architecture["resolution"], architecture["width"], architecture["classes"])
     outputs = {"pool": network.features, "logits": network.classes}
     if architecture.get("turns"):
-        del outputs["logits"]  # they tell quarter turns apart, which are no classes of the data
+        del outputs["logits"]  # they distinguish quarter turns, which are not classes of the dataset
     return Detector(
         network,
         kind="cnn",
@@ -80,25 +79,25 @@ def _small_cnn(architecture: dict, name: str, weights: str) -> Detector:
 
 
 def _lazily(where: str) -> Callable[[Path | str | None], Detector]:
-    """What makes a detector, imported when it is asked: their libraries are slow, and not everybody has all of them."""
+    """A function that makes a detector, imported when called: its library is slow to import and may be missing."""
     return lambda weights: extensions.at(where)(weights)
 
 
-# Detectors of other people, by name: what they make of a weights file (None is their own download).
+# Public detectors by name: functions of a weights file (None is their own download).
 PUBLISHED = extensions.Table("detectors", {name: _lazily(judge.made_by) for name, judge in DETECTORS.items()})
 
 
 def weight_file(name: str) -> Path | None:
-    """Where the weights of a published detector lie on this machine, downloaded if they are not there.
+    """The weights file of a published detector on this machine, downloaded if it is missing.
 
     Args:
         name: a name in PUBLISHED.
 
     Returns:
-        The file; None of a detector that another package adds, which has loaded whatever it needs.
+        The file; None for a detector of another package, which has loaded whatever it needs.
 
     Raises:
-        ValueError: they are not here and cannot be had.
+        ValueError: it is missing and cannot be downloaded.
     """
     if name == "inception":
         from haste.metrics import inception
@@ -129,8 +128,8 @@ def open_detector(
 
     Args:
         what: a name in PUBLISHED, or the folder of a detector that was trained here.
-        weights: a published detector's weights file; None is its own download, or where that was kept.
-        called: its name, which columns of scores carry; None is its own.
+        weights: a published detector's weights file; None is its own download or its cached copy.
+        called: its name in columns of scores; None is its own.
         device: where to compute.
 
     Raises:

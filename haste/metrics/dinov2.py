@@ -2,7 +2,7 @@
 
 Stein et al. 2023 ("Exposing flaws of generative model evaluation metrics"): ViT-L/14, images resized to 224 px, the
 class token after the last norm. DINOv2's authors resample their position embedding without antialiasing and with an
-offset; so do we here, since published distances are of such features.
+offset; so does this file, since published distances use such features.
 
 B images, H x W pixels, D width (768 and 1,024), S = 224 px, a grid of 16 x 16 patches of 14 px.
 Weights are timm's file or the authors'.
@@ -34,7 +34,7 @@ PREPROCESSING = (
 
 
 class ClassToken(nn.Module):
-    """A vision transformer of DINOv2 that reads uint8 images and gives its class token.
+    """A vision transformer of DINOv2 that reads uint8 images and returns its class token.
 
     Args:
         transformer: timm's, for inputs of 224 px.
@@ -72,10 +72,10 @@ def dinov2(name: str, weights: Path | str | None = None) -> Detector:
 
     Args:
         name: a name in TIMM.
-        weights: its weights file; None takes it from the hub's cache, after a download if it is not there.
+        weights: its weights file; None takes it from the hub's cache, downloading it if it is missing.
 
     Raises:
-        ValueError: the weights are missing, truncated, foreign or cannot be had.
+        ValueError: the weights are missing, truncated, foreign or cannot be downloaded.
     """
     path = weight_file(name) if weights is None else Path(weights)
     transformer = hub.timm_transformer(TIMM[name], path, f"detector {name}")
@@ -95,10 +95,10 @@ def dinov2(name: str, weights: Path | str | None = None) -> Detector:
 
 
 def weight_file(name: str) -> Path:
-    """The weights of a detector in the hub's cache, fetched there if they are not.
+    """The weights of a detector in the hub's cache, downloaded if they are missing.
 
     Raises:
-        ValueError: they are not there and cannot be had.
+        ValueError: they are missing and cannot be downloaded.
     """
     return hub.timm_weights(TIMM[name], f"detector {name}")
 
@@ -106,7 +106,7 @@ def weight_file(name: str) -> Path:
 def with_grid(positions: Tensor, side: int) -> Tensor:
     """A position embedding (1, 1 + M * M, D) for a grid of side x side patches: (1, 1 + side * side, D).
 
-    As DINOv2's authors resample it: bicubic, not antialiased, for a grid of side + 0.1 of which `side` are taken.
+    Resampled as DINOv2's authors do: bicubic, not antialiased, for a grid of side + 0.1 of which `side` are used.
     """
     own, patches = positions[:, :1], positions[:, 1:]
     before = round(patches.shape[1] ** 0.5)

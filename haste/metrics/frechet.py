@@ -1,4 +1,4 @@
-"""Frechet distance between two sets of features, from moments that merge.
+"""Frechet distance between two sets of features, from moments that can be merged.
 
 Heusel et al. 2017 (TTUR), Eq. 6: |mu - mu'|^2 + tr(S + S' - 2 (S S')^(1/2)), with covariances of ddof 1, in float64.
 
@@ -18,7 +18,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Moments:
-    """What a Frechet distance needs to know of a set of features.
+    """The moments of a set of features that a Frechet distance needs.
 
     count: number of images; mean: (D,) float64; scatter: (D, D) float64, the sum over images of the outer products of
     their deviations from the mean (so that the covariance is scatter / (count - 1)).
@@ -100,9 +100,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """Frechet distance of two Gaussians with these moments, in squared units of the features; 0 or more.
 
     The square root of the product is never formed: with S = V L V^T and R = L^(1/2) V^T, S S' has the eigenvalues of
-    the symmetric R S' R^T, and the trace is the sum of their roots. N images span N - 1 dimensions; the eigenvalues
-    beyond, which are 0 but for rounding, are left out, for the root of a rounding error is not small. (A general matrix
-    square root gives NaN there with some BLAS.)
+    the symmetric R S' R^T, and the trace is the sum of their roots. N images span N - 1 dimensions; the remaining
+    eigenvalues, which are 0 except for rounding, are left out, because the root of a rounding error is not small. (A
+    general matrix square root gives NaN there with some BLAS.)
 
     Raises:
         ValueError: fewer than 2 images on a side, or features of different widths.
@@ -120,7 +120,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def _spanned(values: NDArray[np.floating], rank: int) -> NDArray[np.bool_]:
-    """Which eigenvalues (D,), ascending, are above 0, less those beyond the rank that are no more than rounding."""
+    """Which eigenvalues (D,), ascending, are above 0, without those beyond the rank that are only rounding."""
     beyond = np.arange(values.size) < values.size - rank
     noise = 16 * values.size * np.finfo(np.float64).eps * max(0.0, values.max(initial=0.0))
     return (values > 0) & ~(beyond & (values < noise))

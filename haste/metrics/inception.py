@@ -1,7 +1,7 @@
 """The detector "inception": the Inception v3 of 2015 by which ADM's scores are defined, in torch-fidelity's port.
 
 B images, H x W pixels.
-Its weights file is torch-fidelity's (a state dict in torch's own format); a file is read without running code from it.
+Its weights file is torch-fidelity's (a state dict in torch's own format); it is read without running code from it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from haste.metrics.detector import Detector
 from haste.networks import hub
 
 POOL, SPATIAL, LOGITS = 2048, 17 * 17 * 7, 1008
-CHANNELS = 7  # of Mixed_6d.branch1x1, that sFID reads
+CHANNELS = 7  # channels of Mixed_6d.branch1x1 that sFID reads
 PREPROCESSING = (
     "uint8 RGB 0..255, bilinear to 299 x 299 px as TensorFlow 1 resizes (corners not aligned, no half-pixel centres, "
     "no antialiasing), (x - 128) / 128"
@@ -32,7 +32,7 @@ class Inception(nn.Module):
     """torch-fidelity's network (its `FeatureExtractorInceptionV3`), with the layer that sFID reads.
 
     Args:
-        extractor: torch-fidelity's, that gives "2048".
+        extractor: torch-fidelity's, which returns "2048".
     """
 
     def __init__(self, extractor: nn.Module) -> None:
@@ -46,7 +46,7 @@ class Inception(nn.Module):
         """Images uint8 NHWC (B, H, W, 3) -> float32 {"pool": (B, 2048), "spatial": (B, 2023), "logits_unbiased":
         (B, 1008)}. Spatial is flattened as (17, 17, 7); the logits are the product with the weights, without bias."""
         self._seen.clear()
-        # TF32, torch's default for convolutions on a GPU, would move the scores in their third digit.
+        # TF32, torch's default for convolutions on a GPU, would change the scores in their third digit.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             (pool,) = self.extractor(images.permute(0, 3, 1, 2))
         spatial = self._seen.pop().permute(0, 2, 3, 1).flatten(1)
@@ -59,17 +59,17 @@ def inception(weights: Path | str | None = None) -> Detector:
     """The detector, on the CPU.
 
     Args:
-        weights: torch-fidelity's weights file; None takes it from torch's cache, after a download if it is not there.
+        weights: torch-fidelity's weights file; None takes it from torch's cache, downloading it if it is missing.
 
     Raises:
-        ValueError: torch-fidelity is not installed; the weights are missing, truncated, foreign or cannot be had.
+        ValueError: torch-fidelity is not installed; the weights are missing, truncated, foreign or not downloadable.
     """
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as port
     except ImportError as error:
         raise ValueError(f"the detector inception needs torch-fidelity, which cannot be imported: {error}") from error
     path = weight_file() if weights is None else Path(weights)
-    # torch-fidelity unpickles whatever it is given, so it is given what has been read safely.
+    # torch-fidelity unpickles whatever it is given, so it gets weights that have been read safely.
     buffer = io.BytesIO()
     torch.save(_read(path), buffer)
     buffer.seek(0)
@@ -96,10 +96,10 @@ def _hash_prefix(url: str) -> str:
 
 
 def weight_file() -> Path:
-    """torch-fidelity's file in torch's cache, where torch-fidelity itself would put it, downloaded if it is not there.
+    """torch-fidelity's file in torch's cache, where torch-fidelity itself would put it, downloaded if it is missing.
 
     Raises:
-        ValueError: it cannot be had.
+        ValueError: it cannot be downloaded.
     """
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3 as URL
 

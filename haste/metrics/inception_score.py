@@ -1,8 +1,8 @@
-"""Inception Score, from sums that merge.
+"""Inception Score, from sums that can be merged.
 
 Salimans et al. 2016, section 4: exp of the mean over images of KL(p(y|x) || p(y)). Its usual form, which is that of
-ADM's evaluator, takes splits of 5,000 images in their order and the mean over the splits; a rest that fills no split
-is a split of its own. The probabilities are the softmax of Inception's 1,008 logits without their bias.
+ADM's evaluator, takes splits of 5,000 images in their order and the mean over the splits; a remainder is a split of its
+own. The probabilities are the softmax of Inception's 1,008 logits without their bias.
 
 N images, K classes.
 """
@@ -31,7 +31,7 @@ class Split:
 
     @property
     def score(self) -> float:
-        """exp(mean KL) of the split: mean of p log p, less q log q of the mean q."""
+        """exp(mean KL) of the split: mean of p log p, minus q log q of the mean q."""
         mean = self.mass / self.count
         certain = mean > 0
         entropy = (mean[certain] * np.log(mean[certain])).sum()
@@ -40,7 +40,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Splits:
-    """The statistic: the splits by their number, and the places (N,) of the images in them."""
+    """The statistic: the splits by their number, and the positions (N,) of their images."""
 
     index: rows.Places
     splits: Mapping[int, Split]
@@ -49,7 +49,7 @@ class Splits:
 def update(stats: Splits | None, batch: Mapping[str, NDArray], name: str) -> Splits:
     """Splits so far (None for none) and the images of a batch: logits under `name` (N, K), any float type.
 
-    Where a batch has no "index" (N,), its rows follow those seen so far.
+    If a batch has no "index" (N,), its rows follow those seen so far.
 
     Raises:
         ValueError: logits that are not finite or of another width, or images counted twice.
@@ -94,7 +94,7 @@ def value(stats: Splits) -> dict[str, float]:
 
 
 def notes(stats: Splits) -> list[str]:
-    """What keeps this score from being read beside published ones, which are of 50,000 images."""
+    """Why this score is not comparable with published ones, which use 50,000 images."""
     counts = [stats.splits[number].count for number in sorted(stats.splits)]
     if len(counts) == 1 and counts[0] < SPLIT:
         return [f"IS: {counts[0]:,} images make one split of their own, not splits of {SPLIT:,}; fewer score lower"]

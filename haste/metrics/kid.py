@@ -1,7 +1,7 @@
 """Kernel Inception Distance: the unbiased squared maximum mean discrepancy with a cubic kernel.
 
-Binkowski et al. 2018, section 4 and Eq. 4 (unbiased estimator): k(x, y) = (x.y / D + 1)^3. All in float64, on a GPU
-if there is one.
+Binkowski et al. 2018, section 4 and Eq. 4 (unbiased estimator): k(x, y) = (x.y / D + 1)^3. Everything is computed in
+float64, on a GPU if there is one.
 
 N images, D feature width.
 """
@@ -28,8 +28,8 @@ def kid(
 ) -> tuple[float, float]:
     """Mean and standard deviation (ddof 0) of the distance over random subsets; can be slightly below 0.
 
-    The subsets are drawn as torch-fidelity draws them with the fakes as its first input: from one legacy generator,
-    without replacement, first of the fakes (N, D), then of the reals (M, D). So they follow from seed and order.
+    The subsets are drawn as in torch-fidelity with the fakes as its first input: from one legacy generator, without
+    replacement, first of the fakes (N, D), then of the reals (M, D). So they follow from seed and order.
 
     Raises:
         ValueError: fewer than `size` images on a side, size < 2, subsets < 1, different widths, or values that are not
@@ -52,7 +52,7 @@ def kid(
 
 
 def kid_of_all(real: NDArray, fake: NDArray) -> float:
-    """The distance over all pairs of all images (N, D) and (M, D): no seed, no order. It takes (N + M)^2 D steps.
+    """The distance over all pairs of images (N, D) and (M, D), independent of seed and order, in O((N + M)^2 D).
 
     Raises:
         ValueError: fewer than 2 images on a side, different widths, or values that are not finite.
@@ -77,7 +77,7 @@ def _discrepancy(real: Array, fake: Array) -> float:
 
 
 def _placed(features: Array) -> Array | Tensor:
-    """Where products are taken: on a GPU as a tensor, else as they are. What follows is said alike of both."""
+    """The features as a tensor on a GPU, or the array itself without one; both have the same operators."""
     return torch.from_numpy(np.ascontiguousarray(features)).cuda() if torch.cuda.is_available() else features
 
 
@@ -89,7 +89,7 @@ def _kernel(x: Any, y: Any) -> Any:
 
 
 def _within(x: Array | Tensor) -> float:
-    """Sum of the kernel over pairs of different rows; each pair of blocks is taken once."""
+    """Sum of the kernel over pairs of different rows; each pair of blocks is computed once."""
     total = 0.0
     for low in range(0, len(x), BLOCK):
         block = x[low : low + BLOCK]
@@ -104,7 +104,7 @@ def _between(x: Array | Tensor, y: Array | Tensor) -> float:
 
 
 def value(real: NDArray, fake: NDArray, seed: int = SEED) -> dict[str, float]:
-    """{"kid": mean over the subsets, "kid_std": their standard deviation}; over all pairs, without std, if fewer."""
+    """{"kid": mean over subsets, "kid_std": standard deviation}; over all pairs, without std, if images are too few."""
     if min(len(real), len(fake)) <= SIZE:
         return {"kid": kid_of_all(real, fake)}
     mean, std = kid(real, fake, subsets=SUBSETS, size=SIZE, seed=seed)
@@ -112,7 +112,7 @@ def value(real: NDArray, fake: NDArray, seed: int = SEED) -> dict[str, float]:
 
 
 def notes(real: int, fake: int) -> list[str]:
-    """How the distance of so many images was taken, where that is not the usual way."""
+    """How the distance of this many images was computed, if not in the usual way."""
     if min(real, fake) <= SIZE:
         return [f"KID: over all pairs; {min(real, fake):,} images are too few for {SUBSETS} subsets of {SIZE:,}"]
     return []

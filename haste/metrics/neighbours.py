@@ -1,7 +1,7 @@
 """Improved precision and recall (Kynkäänniemi et al. 2019, Eq. 1 to 3): balls around images in feature space.
 
-A float32 product finds what could decide, float64 decides. Every float32 distance is lowered by its largest possible
-rounding error, so that it is a bound from below; only pairs whose bound lets them matter are measured again, in
+A float32 product finds candidate pairs, float64 decides. Every float32 distance is lowered by its largest possible
+rounding error, so that it is a lower bound; only pairs that could matter by this bound are computed again in
 float64. The results are those of float64 throughout, at half the time and less memory. The float32 part is in torch, on
 a GPU if there is one; the float64 part is little work, in numpy on the CPU.
 
@@ -23,8 +23,8 @@ from haste.metrics.frechet import checked_features
 from haste.metrics.progress import Progress
 
 BLOCK = 2048  # points of a block of distances
-SPARE = 4  # neighbours kept beyond the k-th, so that float64 can set their order right
-SLACK = 1e-12  # of the squared norms: gaps to a sphere below the rounding error of float64 count as none
+SPARE = 4  # neighbours kept beyond the k-th, so that float64 can correct their order
+SLACK = 1e-12  # relative to the squared norms: gaps to a sphere below float64's rounding error count as none
 UNIT = 2.0**-24  # rounding unit of float32
 
 Array = NDArray[np.float64]
@@ -44,10 +44,10 @@ class _Points:
 
     @property
     def lowered(self) -> Tensor:
-        """Squared norms (N,), float32, less the largest rounding error of a float32 squared distance.
+        """Squared norms (N,), float32, minus the largest rounding error of a float32 squared distance.
 
-        The error of |a|^2 + |b|^2 - 2ab is at most (D + 10) u (|a|^2 + |b|^2): D u of the product in whatever order
-        of summation (Higham 2002, Eq. 3.5), the rest of rounding inputs, norms and sums. 64 leave room to spare.
+        The error of |a|^2 + |b|^2 - 2ab is at most (D + 10) u (|a|^2 + |b|^2): D u from the product in any order
+        of summation (Higham 2002, Eq. 3.5), the rest from rounding inputs, norms and sums. 64 leaves a margin.
         """
         error = (self.exact.shape[1] + 64) * UNIT
         return torch.from_numpy((self.norms * (1 - error) - 1e-30).astype(np.float32)).to(self.quick.device)
@@ -64,8 +64,8 @@ def precision_recall(
 
     Args:
         real, fake: features, any float type.
-        k: which neighbour's distance is the radius.
-        device: where to take the float32 products; None is the GPU if there is one.
+        k: the radius is the distance to the k-th neighbour.
+        device: where to compute the float32 products; None is the GPU if there is one.
 
     Raises:
         ValueError: k or fewer rows on a side, different widths, or values that are not finite.
@@ -86,7 +86,7 @@ def precision_recall(
 
 
 def radii(features: NDArray, k: int = 3, device: torch.device | str | None = None) -> NDArray[np.float64]:
-    """Distance (N,) of each row of features (N, D) to its k-th nearest other row (itself excluded; twins count).
+    """Distance (N,) of each row of features (N, D) to its k-th nearest other row (itself excluded; duplicates count).
 
     Raises:
         ValueError: k < 1, or not more than k rows.
@@ -106,7 +106,7 @@ def _check_k(k: int, count: int) -> None:
 
 
 def _scale(largest: float) -> float:
-    """A power of two that brings values near 1, so that no square overflows a float32. It rounds nothing."""
+    """A power of two that scales values to about 1 without rounding, so that no square overflows a float32."""
     return 2.0 ** -int(np.frexp(largest)[1]) if largest > 0 else 1.0
 
 
@@ -119,7 +119,7 @@ def _points(centred: NDArray[np.float64], scale: float, device: torch.device | s
 
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
-    """Float32 products in float32: TF32 and bfloat16, which a process may have allowed, would break the bound."""
+    """Full-precision float32 products: TF32 and bfloat16, which a process may have enabled, would break the bound."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -129,7 +129,7 @@ def _full_precision() -> Iterator[None]:
 
 
 def _bounds(a: Tensor, a_norms: Tensor, b: Tensor, b_norms: Tensor) -> Tensor:
-    """Bounds (N, M) from below, float32, of the squared distances of rows (N, D) and (M, D)."""
+    """Lower bounds (N, M), float32, of the squared distances of rows (N, D) and (M, D)."""
     return torch.addmm(b_norms, a, b.T, alpha=-2).add_(a_norms[:, None])
 
 
@@ -156,7 +156,7 @@ def _squared_radii(points: _Points, k: int, progress: Progress) -> Array:
     found = _kth(points, np.arange(len(points)), who, k)
     if who.shape[1] == len(points) - 1:
         return found
-    # Whatever was not kept is at least as far as the largest bound that was; twins of one another are at 0.
+    # Whatever was not kept is at least as far as the largest bound that was; duplicates are at 0.
     unsure = np.flatnonzero(found > bounds[:, -1].clip(min=0))
     for rows in _blocks(unsure, 256):
         far = _distances(points, rows, points)
@@ -177,7 +177,7 @@ def _kth(points: _Points, rows: Places, who: Places, k: int) -> Array:
 
 
 def _near(points: _Points, keep: int, progress: Progress) -> tuple[NDArray[np.float32], Places]:
-    """The lowest bounds (N, keep), ascending, and whose they are (N, keep). A pair of blocks serves both."""
+    """The lowest bounds (N, keep), ascending, and their points (N, keep). A pair of blocks serves both its sides."""
     count, norms = len(points), points.lowered
     bounds = torch.full((count, keep), torch.inf, device=norms.device)
     who = torch.zeros((count, keep), dtype=torch.long, device=norms.device)
@@ -195,7 +195,7 @@ def _near(points: _Points, keep: int, progress: Progress) -> tuple[NDArray[np.fl
 
 
 def _keep_lowest(bounds: Tensor, who: Tensor, mine: slice, found: Tensor, start: int) -> None:
-    """Put what is lowest of bounds (n, M), to points from number `start` on, among those kept for the rows `mine`."""
+    """Merge the lowest of bounds (n, M), to points from number `start` on, into those kept for the rows `mine`."""
     values, places = found.topk(min(bounds.shape[1], found.shape[1]), dim=1, largest=False)
     both, whose = torch.cat([bounds[mine], values], 1), torch.cat([who[mine], places + start], 1)
     bounds[mine], order = both.topk(bounds.shape[1], dim=1, largest=False, sorted=True)
@@ -208,7 +208,7 @@ def _keep_lowest(bounds: Tensor, who: Tensor, mine: slice, found: Tensor, start:
 def _shares(
     fake: _Points, real: _Points, fake_radii: Array, real_radii: Array, progress: Progress
 ) -> tuple[float, float]:
-    """Share of the fakes inside a real's ball, and of the reals inside a fake's; each distance is taken once."""
+    """Share of the fakes inside a real's ball, and of the reals inside a fake's; each distance is computed once."""
     norms, others = fake.lowered, real.lowered
     # Squared radii are rounded up, so that no ball loses a point to it.
     fake_balls, real_balls = (
@@ -233,11 +233,11 @@ def _shares(
 def _inside(
     points: _Points, rows: Places, centres: _Points, radii: Array, depth: Tensor, centre: Tensor
 ) -> NDArray[np.bool_]:
-    """Which of the points `rows` (n,) lie in a ball, in float64: bool (n,).
+    """Which of the points `rows` (n,) are inside a ball, in float64: bool (n,).
 
-    radii: squared, of all centres. depth: the lowest bound less squared radius (n,); above 0, no ball holds the point.
-    centre: in which ball that is (n,); if the point does lie in it, that settles it. The few that are left are measured
-    against every ball.
+    radii: squared, of all centres. depth: the lowest bound minus the squared radius (n,); above 0, no ball holds the
+    point. centre: the ball where that is (n,), which is tested first. The few points outside it are tested against
+    every ball.
     """
     maybe, likeliest = np.flatnonzero((depth <= 0).cpu().numpy()), centre.cpu().numpy()
     found = np.zeros(len(rows), dtype=bool)

@@ -1,4 +1,4 @@
-"""How far a long metric is: a line of the log every now and then, with an estimate, which also reads well in a file."""
+"""Progress of a long metric: a line in the log now and then, with an estimate of the time left."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Progress:
     """Work of a known amount, reported as it is done.
 
     Args:
-        what: what is done, in words.
-        total: how much there is, in any unit.
+        what: the work, in words.
+        total: its amount, in any unit.
     """
 
     def __init__(self, what: str, total: float) -> None:
@@ -22,7 +22,7 @@ class Progress:
         self.started = self.shown = time.monotonic()
 
     def add(self, amount: float) -> None:
-        """So much more is done. A line is logged if the last one is some time ago; work of a moment logs nothing."""
+        """Add finished work. A line is logged if the last one is PAUSE ago; short work logs nothing."""
         self.done += amount
         now = time.monotonic()
         if now - self.shown >= PAUSE:

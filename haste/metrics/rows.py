@@ -1,4 +1,4 @@
-"""Which row of the whole a row of a batch is, for statistics that the order of the images enters.
+"""The position of a batch's rows in the whole set, for statistics that depend on the order of the images.
 
 N images, D feature width.
 """
@@ -17,15 +17,15 @@ Places = NDArray[np.int64]
 
 
 def places(batch: Mapping[str, NDArray], count: int, before: Places | None) -> Places:
-    """Places (N,) of a batch's rows in the order of the images: its "index" if it has one, else those that follow.
+    """Positions (N,) of a batch's rows in the order of the images: its "index" if it has one, else the next ones.
 
     Args:
         batch: may hold "index" (N,), integers from 0.
         count: rows of the batch.
-        before: places seen so far, None for none.
+        before: positions seen so far, None for none.
 
     Raises:
-        ValueError: an index that is not one integer from 0 for each row, or a place that was seen before.
+        ValueError: an index that is not one integer from 0 for each row, or a position that was seen before.
     """
     if "index" not in batch:
         start = 0 if before is None or not before.size else int(before.max()) + 1
@@ -37,10 +37,10 @@ def places(batch: Mapping[str, NDArray], count: int, before: Places | None) -> P
 
 
 def joined(a: Places, b: Places) -> Places:
-    """The places of two disjoint sets, one after the other.
+    """The positions of two disjoint sets, concatenated.
 
     Raises:
-        ValueError: a place is in both, or twice in one.
+        ValueError: a position is in both, or twice in one.
     """
     found = np.concatenate([a, b])
     ordered = np.sort(found)
@@ -55,9 +55,9 @@ def joined(a: Places, b: Places) -> Places:
 
 @dataclass(frozen=True)
 class Rows:
-    """Features of images with their places. Blocks are joined only when asked: many small updates stay cheap.
+    """Features of images with their positions. Blocks are concatenated only on request: small updates stay cheap.
 
-    index: places (N,); blocks: features, float32, together (N, D).
+    index: positions (N,); blocks: features, float32, together (N, D).
     """
 
     index: Places
@@ -65,7 +65,7 @@ class Rows:
 
     @property
     def ordered(self) -> NDArray[np.float32]:
-        """Features (N, D) in the order of their places."""
+        """Features (N, D) in the order of their positions."""
         order = np.argsort(self.index)
         whole = np.concatenate(self.blocks)
         return whole if (order[:-1] < order[1:]).all() else whole[order]
@@ -75,7 +75,7 @@ def collect(stats: Rows | None, batch: Mapping[str, NDArray], name: str) -> Rows
     """Rows so far (None for none) and those of a batch, under `name` (N, D).
 
     Raises:
-        ValueError: features that are not finite or of another width, or places seen before.
+        ValueError: features that are not finite or of another width, or positions seen before.
     """
     features = checked_features(batch[name], name).astype(np.float32)
     more = Rows(places(batch, len(features), None if stats is None else stats.index), (features,))
@@ -83,7 +83,7 @@ def collect(stats: Rows | None, batch: Mapping[str, NDArray], name: str) -> Rows
 
 
 def merge(a: Rows, b: Rows) -> Rows:
-    """Rows of two disjoint sets. Raises ValueError for different widths or a place that is in both."""
+    """Rows of two disjoint sets. Raises ValueError for different widths or a position that is in both."""
     if a.blocks[0].shape[1:] != b.blocks[0].shape[1:]:
         raise ValueError(f"features of width {a.blocks[0].shape[1]} and {b.blocks[0].shape[1]} cannot be put together")
     return Rows(joined(a.index, b.index), a.blocks + b.blocks)

@@ -1,12 +1,12 @@
-"""The metrics, each as three functions: `update` a statistic, `merge` two, and take the `value`.
+"""The metrics, each as three functions: `update` a statistic, `merge` two, and compute the `value`.
 
-Any split of the images, merged, gives what one pass gives. A batch is a dictionary of numpy arrays, one row an image,
-under the names of the detector's outputs, "labels" (N,), the classes asked for, and "index" (N,), the images' places in
-their order (without it, rows follow those seen before; shards that are to be merged need it).
+Any split of the images, merged, gives the result of one pass. A batch is a dictionary of numpy arrays, one row per
+image: the detector's outputs by name, "labels" (N,), the requested classes, and "index" (N,), the images' positions in
+their order (without it, rows follow those seen before; shards that will be merged need it).
 
-Which metrics there are follows from the detector's outputs: "pool" (N, D) of any; "spatial" (N, 2023) and
+The available metrics follow from the detector's outputs: "pool" (N, D) of any detector; "spatial" (N, 2023) and
 "logits_unbiased" (N, 1008) of Inception alone, so that sFID and IS are never those of another network; "logits" (N, K)
-of a classifier of the data's own classes, so that Inception's 1,008 are never read as labels.
+of a classifier of the dataset's own classes, so that Inception's 1,008 are never read as labels.
 
 A new metric is a function and a line in METRICS.
 """
@@ -26,7 +26,7 @@ from haste.metrics.frechet import checked_features
 from haste.metrics.neighbours import precision_recall
 
 Batch = Mapping[str, NDArray]
-NEIGHBOURS = 10_000  # real images that ADM's precision and recall, and here KID, are measured against
+NEIGHBOURS = 10_000  # real images that ADM's precision and recall, and here KID, use
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Metric:
     update: (stats or None, batch) -> stats.
     merge: (stats, stats) -> stats, of disjoint sets of images.
     value: (stats of the samples, stats of the reference or None) -> name -> number.
-    reference: whether `value` asks for the statistic of real images.
-    reference_rows: how many real images that statistic takes at most, evenly spaced ones; None is all.
-    better: name -> "lower" or "higher", of what has a direction; an error bar, "NAME_std", has none.
-    notes: as `value`, what must be said beside the numbers, such as too few images; a sentence each.
+    reference: whether `value` needs the statistic of real images.
+    reference_rows: most real images in that statistic, evenly spaced; None is all.
+    better: name -> "lower" or "higher", for values with a direction; an error bar, "NAME_std", has none.
+    notes: arguments as `value`; remarks on the numbers, such as too few images, a sentence each.
     """
 
     needs: tuple[str, ...]
@@ -55,14 +55,14 @@ class Metric:
 
 @dataclass(frozen=True)
 class Hits:
-    """How many images a detector read as the class they were asked to show, of how many."""
+    """Number of images that a detector classified as their requested class, and number of all images."""
 
     right: int
     count: int
 
 
 def hits(stats: Hits | None, logits: NDArray, labels: NDArray) -> Hits:
-    """Count the rows of logits (N, K) whose largest entry is at the label (N,), onto the counts so far.
+    """Count the rows of logits (N, K) whose largest entry is at the label (N,), added to the counts so far.
 
     Raises:
         ValueError: different numbers of rows, labels outside 0..K-1, or logits that are not finite.
@@ -82,7 +82,7 @@ def merge_hits(a: Hits, b: Hits) -> Hits:
 
 
 def class_accuracy(logits: NDArray, labels: NDArray) -> float:
-    """Share in [0, 1] of the images that a detector's logits (N, K) read as their labels (N,)."""
+    """Share in [0, 1] of the images whose largest logit (N, K) is at their label (N,)."""
     return _accuracy(hits(None, logits, labels))
 
 

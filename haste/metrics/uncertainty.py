@@ -1,12 +1,12 @@
-"""How far a Frechet distance could be off because the samples are finitely many: its standard error, in one more pass.
+"""The standard error of a Frechet distance due to the finite number of samples, in one more pass.
 
-The bootstrap would take the distance again a hundred times, an eigen-decomposition each. To first order it gives the
-same as the infinitesimal jackknife (Jaeckel 1972; Efron 1982, chapter 6): the spread of each sample's influence on the
+The bootstrap would compute the distance a hundred times, with an eigen-decomposition each. To first order it equals
+the infinitesimal jackknife (Jaeckel 1972; Efron 1982, chapter 6): the spread of the samples' influences on the
 distance. With samples of mean m and covariance S and a reference of m' and S', the distance has the derivatives
 2 (m - m') and I - T, where T = S^(-1/2) (S^(1/2) S' S^(1/2))^(1/2) S^(-1/2) is the map that carries one Gaussian to the
-other. So a sample x, with y = x - m, has the influence 2 (m - m') . y + |y|^2 - y T y, less its mean over the samples.
+other. So a sample x, with y = x - m, has the influence 2 (m - m') . y + |y|^2 - y T y, minus its mean over the samples.
 
-The reference is held fixed, and the bias of a distance of few samples (always upwards) is not in it.
+The reference is held fixed, and the bias of a distance of few samples (always upwards) is not included.
 N images, D feature width, R rank of the samples' covariance.
 """
 
@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from haste.metrics.frechet import Moments
 
 Array = NDArray[np.float64]
-LEAST = 2  # samples for each dimension; below that every sample stands out in a direction of its own
+LEAST = 2  # samples per dimension; with fewer, every sample is an outlier in some direction
 
 
 @dataclass(frozen=True)
 class Influence:
-    """What a sample of features x (D,) adds to a Frechet distance, to first order and but for a constant.
+    """The influence of a sample of features x (D,) on a Frechet distance, to first order and up to a constant.
 
     centre, slope: (D,) float64; root: (D, R) float32, such that y T y = |root^T y|^2.
     """
@@ -38,7 +38,7 @@ class Influence:
 
     def __call__(self, features: NDArray) -> Array:
         """Features (N, D) -> influences (N,), float64."""
-        # float32 suffices: what comes of it is an error bar.
+        # float32 suffices for an error bar.
         gaps = (features - self.centre).astype(np.float32)
         spread = np.einsum("nd,nd->n", gaps, gaps) - np.square(gaps @ self.root).sum(axis=1)
         return gaps @ self.slope + spread.astype(np.float64)
@@ -65,7 +65,7 @@ def frechet_error(samples: Moments, reference: Moments, blocks: Iterable[NDArray
         blocks: the samples' features (N, D) in any number of pieces, in any order.
 
     Returns:
-        None for fewer than 2 samples a dimension.
+        None for fewer than 2 samples per dimension.
     """
     if samples.count < LEAST * samples.mean.size:
         return None

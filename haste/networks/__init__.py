@@ -1,1 +1,1 @@
-"""Networks that others have trained, by name, and what is known of a network before it is built."""
+"""Public networks by name, and what is known of a network before it is built."""

@@ -1,4 +1,4 @@
-"""Which device the networks run on."""
+"""The device that networks run on."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 def choose_device(asked: str, local_rank: int = 0) -> torch.device:
-    """`auto` is a GPU where there is one, each process its own.
+    """`auto` is a GPU if there is one, a separate one for each rank.
 
     Raises:
-        ValueError: a GPU is asked for and there is none for this process.
+        ValueError: a GPU is requested and there is none for this rank.
     """
     if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -22,15 +22,15 @@ def choose_device(asked: str, local_rank: int = 0) -> torch.device:
 
 
 def device_named(name: str) -> str:
-    """A device that is there, by what `--device` says; `auto` is a GPU where there is one.
+    """The device that `--device` names; `auto` is a GPU if there is one.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: there is no such device.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: {name!r} is not there: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device: {name!r} is not available: {str(error).splitlines()[0]}") from error
     return name

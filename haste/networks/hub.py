@@ -1,6 +1,6 @@
-"""Networks that others have trained: their weights files, from the hub or its cache, and timm's vision transformers.
+"""Weights files of public networks, from the hub or its cache, and timm's vision transformers.
 
-A file is read without running code from it. timm is imported only where it is needed: that takes seconds.
+Files are read without running code from them. timm is imported only when it is needed, because that takes seconds.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from safetensors import SafetensorError
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
 
-SECONDS = 10.0  # of silence after which a download is given up
+SECONDS = 10.0  # of silence before a download is abandoned
 
 
 def cached(url: str, hash_prefix: str | None = None) -> Path:
-    """A file of torch's cache (`torch.hub`), downloaded if it is not there.
+    """A file of torch's cache (`torch.hub`), downloaded if it is missing.
 
     Args:
-        url: where it is; the last part names it in the cache.
-        hash_prefix: first digits of its sha256, to be checked after a download.
+        url: its address; the last part names it in the cache.
+        hash_prefix: first digits of its sha256, checked after a download.
 
     Raises:
-        OSError, RuntimeError: it cannot be fetched, or is not the file expected.
+        OSError, RuntimeError: it cannot be fetched, or is not the expected file.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1])
     if not path.is_file():
@@ -44,7 +44,7 @@ def cached(url: str, hash_prefix: str | None = None) -> Path:
 
 @contextlib.contextmanager
 def _patience(seconds: float) -> Iterator[None]:
-    """Let connections be given up that say nothing for so long: by itself, torch's download waits for ever."""
+    """Time out connections that are silent for this long: torch's download itself has no timeout."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -54,13 +54,13 @@ def _patience(seconds: float) -> Iterator[None]:
 
 
 def from_hub(ask: Callable[..., str], whole: Callable[[Path], bool] = Path.exists) -> Path:
-    """What the hub's cache has, else what the hub gives, if it answers at all.
+    """A file from the hub's cache, otherwise from the hub, if it answers at all.
 
-    The hub's own client asks again and again, minutes in all, where a network swallows what is sent.
+    Where a network drops packets, the hub's own client retries for minutes.
 
     Args:
         ask: the client's function, its other arguments filled in.
-        whole: whether what the cache has is all there is.
+        whole: whether what was found in the cache is complete.
 
     Raises:
         OSError, ValueError: the hub does not answer, or does not have it.
@@ -83,10 +83,10 @@ def _answers(url: str) -> None:
 
 
 def finite(path: Path, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of a file, if they all are numbers.
+    """The weights of a file, checked to be finite.
 
     Raises:
-        ValueError: NaN or infinity; names the file and the weight.
+        ValueError: NaN or infinity; the message names the file and the weight.
     """
     for name, value in weights.items():
         if value.is_floating_point() and not value.isfinite().all():
@@ -95,11 +95,11 @@ def finite(path: Path, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def timm_weights(timm_name: str, called: str) -> Path:
-    """The weights of one of timm's networks in the hub's local cache, fetched there if they are not.
+    """The weights of one of timm's networks in the hub's local cache, fetched if they are missing.
 
     Args:
-        timm_name: its name there.
-        called: what messages call it, such as "teacher DINOv2-B".
+        timm_name: its name in timm.
+        called: its name in messages, such as "teacher DINOv2-B".
 
     Raises:
         ValueError: the weights are not in the cache and cannot be fetched.
@@ -125,14 +125,14 @@ def timm_weights(timm_name: str, called: str) -> Path:
 def timm_transformer(timm_name: str, weights: Path, called: str, **options: Any) -> VisionTransformer:
     """One of timm's vision transformers with the weights of a file.
 
-    timm's own loader reads its layout and the authors', and resamples positions (antialiased bicubic) where the input's
-    size is not that of the file.
+    timm's own loader reads its layout and the authors', and resamples the position embedding (antialiased bicubic) if
+    the input size differs from the file's.
 
     Args:
-        timm_name: its name there.
-        weights: a file, safetensors or torch's own.
-        called: what messages call it.
-        options: what differs from timm's architecture.
+        timm_name: its name in timm.
+        weights: a file, safetensors or torch's own format.
+        called: its name in messages.
+        options: differences from timm's architecture.
 
     Raises:
         ValueError: no such file, or it does not hold these weights.
@@ -153,10 +153,10 @@ def timm_transformer(timm_name: str, weights: Path, called: str, **options: Any)
 
 
 def _left_over(network: Any, weights: Path) -> str:
-    """Which weights of a network are not in a file, and which of a file not in the network, in words.
+    """Weights of a network that a file lacks, and of the file that the network lacks, in words.
 
-    Where timm knows the network with a classifier, which is not built here, it takes any file and leaves what is
-    missing at random.
+    If timm defines the network with a classifier, which is not built here, its loader accepts any file and leaves
+    missing weights random.
     """
     from timm.models import load_state_dict
     from timm.models.vision_transformer import checkpoint_filter_fn

@@ -1,6 +1,6 @@
-"""Networks that others have trained, by name, and what of them is known before they are loaded. No torch.
+"""Public networks by name, and what is known of them before they are loaded. No torch.
 
-A line here is all that a new teacher needs; a new detector also needs the function that makes it.
+A new teacher needs only a line here; a new detector also needs the function that makes it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 class Encoder:
     """A vision transformer that can be a teacher, and how images enter it.
 
-    timm: its name there; patch: side of a patch in pixels; size: side of its input in pixels for images of 256 (it
-    grows with the images); depth, heads, width: its blocks, their heads, and numbers a token; norm: mean and std of
-    each channel on the scale 0..1; final_norm: whether the features pass the last normalisation; resize_first: whether
-    images are resized before they are normalised; overrides: what differs from timm's architecture.
+    timm: its name in timm; patch: side of a patch in pixels; size: side of its input in pixels for images of 256 px (it
+    scales with the images); depth, heads, width: its blocks, their heads, and the width of its tokens; norm: mean and
+    std of each channel on the scale 0..1; final_norm: whether the features pass the last normalisation; resize_first:
+    whether images are resized before they are normalised; overrides: differences from timm's architecture.
     """
 
     timm: str
@@ -37,12 +37,12 @@ class Encoder:
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def tokens(self, resolution: int) -> int:
-        """Patch tokens of an image of so many pixels a side."""
+        """Patch tokens of an image of this side in pixels."""
         return (self.size // self.patch * resolution // 256) ** 2
 
 
 BASE, LARGE = (12, 12, 768), (24, 16, 1024)  # blocks, heads, width
-# OpenAI trained CLIP with the sigmoid approximation of GELU, which timm's plain variants replace by the exact one.
+# OpenAI trained CLIP with the sigmoid approximation of GELU; timm's plain variants use the exact one instead.
 _clip = partial(Encoder, norm=CLIP, final_norm=False, resize_first=True, overrides={"act_layer": "quick_gelu"})
 
 TEACHERS: dict[str, Encoder] = {
@@ -61,11 +61,11 @@ TEACHERS: dict[str, Encoder] = {
 
 @dataclass(frozen=True)
 class Judge:
-    """A network whose features scores compare.
+    """A public detector: a network whose features scores compare.
 
-    made_by: "module:function" that makes a `haste.metrics.detector.Detector` of a weights file, or of None, which is
-    its own download; smallest: side in pixels of the smallest images that it reads; numbers: how many it says of an
-    image; flops: floating-point operations for an image, two a multiplication.
+    made_by: "module:function" that makes a `haste.metrics.detector.Detector` from a weights file, or from its own
+    download if that is None; smallest: side in pixels of the smallest images that it reads; numbers: numbers that it
+    returns per image; flops: floating-point operations per image, two per multiplication.
     """
 
     made_by: str
@@ -81,5 +81,5 @@ DETECTORS: dict[str, Judge] = {
 }
 
 
-#: Autoencoders by the first letters of their hub id: floating-point operations a pixel, of encoding and of decoding.
+#: Autoencoders by the prefix of their hub id: floating-point operations per pixel, for encoding and for decoding.
 AUTOENCODERS = {"stabilityai/sd-vae-ft-": (4.16e6, 9.49e6)}

@@ -1,4 +1,4 @@
-"""What is known of a denoising network before it is built: what it lets others see, its size and its cost. No torch."""
+"""What is known of a denoising network before it is built: its taps, its size and its cost. No torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
-    """Inner values that a network hands out when they are asked for by name.
+    """Activations that a network returns when they are requested by name.
 
     grid: rows and columns of its tokens; N is their product.
-    width: numbers a token, D.
+    width: width of a token, D.
     heads: of attention, whose queries and keys are (B, heads, N, width / heads); None for hidden tokens, (B, N, width).
     """
 
@@ -27,9 +27,9 @@ class Facts:
 
     taps: by name; "tokens.m" are hidden tokens after block m, counted from 1, "attention.i" is attention of block i,
         counted from 0.
-    parameters: numbers that training changes.
-    flops: floating-point operations of one image's forward pass, two a multiplication.
-    blocks: how many blocks it has whose parameters can be told apart, block m of them being the one before "tokens.m".
+    parameters: trainable parameters.
+    flops: floating-point operations of one image's forward pass, two per multiplication.
+    blocks: number of blocks with parameters of their own; block m is the one before "tokens.m".
     """
 
     taps: Mapping[str, Tap]
@@ -52,11 +52,11 @@ def sit_taps(depth: int, width: int, heads: int, side: int) -> dict[str, Tap]:
 
 
 def sit_facts(size: Mapping[str, Any], classes: int) -> Facts:
-    """Of a SiT without projectors, by formulas: nothing is built.
+    """Facts of a SiT without projectors, by formulas: nothing is built.
 
     Args:
-        size: depth, width, heads, patch_size, mlp_ratio, and of the latents input_size and channels.
-        classes: labels that it knows beside the null class.
+        size: depth, width, heads, patch_size, mlp_ratio, and input_size and channels of the latents.
+        classes: labels that it knows, the null class excluded.
     """
     depth, width, side = size["depth"], size["width"], size["input_size"] // size["patch_size"]
     hidden, patch = int(width * size["mlp_ratio"]), size["patch_size"] ** 2 * size["channels"]
@@ -67,7 +67,7 @@ def sit_facts(size: Mapping[str, Any], classes: int) -> Facts:
     embeddings = patch * width + width + 256 * width + width + width * width + width + (classes + 1) * width
     final = 2 * width * modulation + width * patch + patch
     weights = depth * (4 * width**2 + 2 * width**2 * size["mlp_ratio"])
-    conditioning = depth * 6 * width**2  # once an image, not once a token
+    conditioning = depth * 6 * width**2  # once per image, not per token
     tokens = side**2
     flops = 2.0 * (weights * tokens + conditioning) + 4.0 * depth * tokens**2 * width
     return Facts(sit_taps(depth, width, size["heads"], side), depth * block + embeddings + final, flops, depth)

@@ -1,1 +1,1 @@
-"""What people ask of a results folder: what will run and what it costs, what runs, what can go. No torch."""
+"""Operations on a results folder: what will run and its cost, what is running, what can be removed. No torch."""

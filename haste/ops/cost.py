@@ -1,4 +1,4 @@
-"""What will run and what it costs; what a file is and how it was made. No torch."""
+"""What will run and its cost: `haste plan`. No torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from haste.plan.plan import Plan
 from haste.plan.target_spec import Shape, flops_per_image
 
 MB = 1e6
-# Share of bare matrix products that whole networks reach.
+# Fraction of the speed of bare matrix products that whole networks reach.
 EFFICIENCY = 0.5
 
 
@@ -32,15 +32,15 @@ def parameters(recipe: dict[str, Any]) -> int:
 
 
 def training_flops(recipe: dict[str, Any]) -> float:
-    """Floating-point operations of one image's forward and backward pass, which costs twice the forward."""
+    """Floating-point operations of one image's forward and backward pass; backward costs twice the forward."""
     return 3.0 * facts_in(recipe).flops
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One line of the plan: jobs of a kind, how many are left, and what those cost.
+    """One line of the plan: jobs of a kind, how many are left, and their cost.
 
-    seconds: of the jobs whose time can be told; unknown: whether there are others.
+    seconds: of the jobs whose time can be estimated; unknown: whether there are others.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Stage:
 
 
 def machine_flops() -> float:
-    """What one core of this machine sustains in float32 matrix products, measured now in some tenths of a second."""
+    """The FLOP/s of one core of this machine in float32 matrix products, measured in some tenths of a second."""
     import numpy as np
     from threadpoolctl import threadpool_limits
 
@@ -70,13 +70,13 @@ def machine_flops() -> float:
 def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float, bool]:
     """Seconds that a segment will take, and whether that is measured (by a journal on its lineage) or computed.
 
-    What is computed has the forward passes of the teachers in it whose size is known, and what triggers measure.
+    A computed time includes the forward passes of teachers of known size, and the triggers' measurements.
     """
     recipe = plan.trajectories[segment.state.trajectory].recipe
     steps, batch = segment.state.step - segment.start, recipe["training"]["batch"]
     for piece in reversed(segment.pieces):
         lines = journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"))
-        if lines:  # the last may hold a trigger's reading, or a start
+        if lines:  # the last may include a trigger's reading, or a start
             return steps * batch / median(line["images_per_s"] for line in lines[-9:]), True
     work = training_flops(recipe) + sum(_teacher_flops(plan, name) or 0.0 for name in segment.teachers)
     runtime = plan.config.runtime
@@ -87,9 +87,9 @@ def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float,
 def angle_flops(plan: Plan, segment: Segment) -> float:
     """Operations of the angles that triggers measure on a segment, if they stop nothing.
 
-    At most a forward and a backward pass of each image at each time, and a look of each teacher at each image.
+    At most a forward and a backward pass of each image at each time, and a forward pass of each teacher for each image.
     """
-    times: dict[tuple[Any, ...], set[float]] = {}  # what is measured together, and at which times
+    times: dict[tuple[Any, ...], set[float]] = {}  # measured together -> at which times
     for kind, term in segment.terms.items():
         own = dict(term["trigger"] or {"trigger": None})
         name, after, every = own.pop("trigger"), own.pop("after", 0), own.pop("every", 1)
@@ -108,15 +108,15 @@ def angle_flops(plan: Plan, segment: Segment) -> float:
 
 
 def _teacher_flops(plan: Plan, name: str) -> float | None:
-    """Operations of a teacher's forward pass on an image; None where only loading it can tell."""
+    """Operations of a teacher's forward pass on an image; None if they are unknown until it is loaded."""
     shape = plan.teacher_size(name)
     return None if shape is None else flops_per_image(shape)
 
 
 def sampling_seconds(plan: Plan, evaluation: Evaluation, flops: float) -> float | None:
-    """Seconds that one shard of samples will take, computed: a forward pass an evaluation, two where it is guided.
+    """Seconds that one shard of samples will take, computed: one forward pass per evaluation, two with guidance.
 
-    None for an adaptive sampler, whose evaluations are known when it has drawn.
+    None for an adaptive sampler, whose NFE is known only afterwards.
     """
     sampling, recipe = evaluation.sampling, plan.trajectories[evaluation.state.trajectory].recipe
     evaluations = _evaluations(sampling)
@@ -130,7 +130,7 @@ def sampling_seconds(plan: Plan, evaluation: Evaluation, flops: float) -> float 
 
 
 def _evaluations(sampling: Sampling) -> float | None:
-    """Of the model for a sample; None where the sampler itself decides."""
+    """NFE of a sample; None for an adaptive sampler."""
     if sampling.steps is None:
         return None
     if sampling.sampler in extensions.names("samplers"):
@@ -140,28 +140,28 @@ def _evaluations(sampling: Sampling) -> float | None:
 
 
 def _autoencoder_flops(name: str, way: int) -> float | None:
-    """Operations a pixel of a pretrained autoencoder's encoding (way 0) or decoding (1); None where nobody counted."""
+    """Operations per pixel of a pretrained autoencoder's encoding (way 0) or decoding (1); None if unknown."""
     return next((both[way] for start, both in AUTOENCODERS.items() if name.startswith(start)), None)
 
 
 def _pace(plan: Plan, flops: float) -> float:
-    """Operations a second of a job with the configured threads."""
+    """Operations per second of a job with the configured threads."""
     return EFFICIENCY * flops * plan.config.runtime.threads
 
 
 def detector_flops(plan: Plan, detector: Detector) -> float | None:
-    """Operations of what a detector sees in an image; None for one of another package."""
+    """Operations of a detector's forward pass on an image; None for a detector of another package."""
     spec, public = plan.config.detector[detector.name].trained, DETECTORS.get(detector.kind)
     if spec is None:
         return None if public is None else public.flops
-    # Three 3 x 3 convolutions, each on a quarter of the pixels of the one before, and two linear layers.
+    # Three 3 x 3 convolutions, each on a quarter of the previous one's pixels, and two linear layers.
     pixels, width, classes = plan.config.images.resolution**2, spec.width, plan.config.images.classes
     stages = 9 * pixels * (3 * width + 2 * width * width / 4 + 4 * width * width / 16)
     return 2.0 * (stages + 2 * width * pixels / 16 * 4 * width + 4 * width * classes)
 
 
 def _network_flops(plan: Plan, part: Artefact) -> float | None:
-    """Operations of training a small network; None where nobody counted them."""
+    """Operations of training a small network; None if unknown."""
     if part.kind == "teacher":
         spec = plan.config.teachers[part.name].trained
         assert spec is not None
@@ -195,20 +195,20 @@ def stages(plan: Plan) -> tuple[list[Stage], bool]:
 
 
 def _stage(name: str, files: list[str], megabytes: float = 0.0) -> Stage:
-    """Jobs whose time nobody can tell; megabytes: of all of them."""
+    """Jobs whose time cannot be estimated; megabytes: of all of them."""
     left = sum(not Path(file).exists() for file in files)
     return Stage(name, len(files), left, 0.0, megabytes * left / max(1, len(files)), unknown=left > 0)
 
 
 def _timed(stage: Stage, work: Iterable[float | None], pace: float) -> Stage:
-    """A stage whose jobs that are left take so many operations each, None for what nobody counted."""
+    """A stage with the operations of each job that is left, None if unknown."""
     known = list(work)
     seconds = sum(one for one in known if one is not None) / pace
     return dataclasses.replace(stage, seconds=seconds, unknown=None in known)
 
 
 def _feature_stage(plan: Plan, evaluations: list[Evaluation], flops: float) -> Stage:
-    """What detectors see in samples: a shard for each shard of samples and each detector."""
+    """Features of samples: a shard for each shard of samples and each detector."""
     looks = [(e, one, path) for e in evaluations for one in e.judgements for path in one.features.shard_files]
     todo = [(e, one) for e, one, path in looks if not Path(path).exists()]
     size = sum((plan.feature_bytes(one.detector) or 0) * e.sampling.count / e.shards for e, one in todo)
@@ -239,7 +239,7 @@ def _data_stages(plan: Plan, flops: float) -> list[Stage]:
     config, count = plan.config, plan.image_count
     latent = 2 * config.autoencoder.channels * config.latent_size**2
     detectors = plan.detectors.values()
-    encoded = config.runs or plan.measurements  # checkpoints from elsewhere that are only scored need no latents
+    encoded = config.runs or plan.measurements  # imported checkpoints that are only scored need no latents
     joined = [plan.images, *([plan.latents] if encoded else [])]
     sights = [detector for detector in detectors if not Path(detector.reference.manifest).exists()]
     parts = [p for p in (plan.autoencoder, *plan.teachers.values(), *(detector.part for detector in detectors)) if p]
@@ -268,9 +268,9 @@ def _data_stages(plan: Plan, flops: float) -> list[Stage]:
 
 
 def _target_stages(plan: Plan, flops: float) -> list[Stage]:
-    """What keeping targets of teachers on disk takes: the teacher's forward pass on every image, once.
+    """The cost of teachers' targets on disk: the teacher's forward pass on every image, once.
 
-    A teacher of an unknown size adds neither time nor disk; `unknown_targets` names it.
+    A teacher of unknown size adds neither time nor disk; `unknown_targets` names it.
     """
     count, left, jobs, megabytes = plan.image_count if plan.targets else 0, 0, 0, 0.0
     work: list[float | None] = []
@@ -290,7 +290,7 @@ def _target_stages(plan: Plan, flops: float) -> list[Stage]:
 
 
 def unknown_targets(plan: Plan) -> list[str]:
-    """One line for every cached teacher whose size only loading it can tell."""
+    """One line for every cached teacher whose size is unknown until it is loaded."""
     return [
         f"targets of {name} are not in these figures: how large they are is known when it is loaded. More than "
         "cache.max_bytes is refused then, before any is written."
@@ -324,7 +324,7 @@ def _sampling_stage(plan: Plan, evaluations: list[Evaluation], flops: float) -> 
 
 
 def state_megabytes(plan: Plan, segment: Segment) -> float:
-    """Disk that a segment's states take, named and kept on the way: weights, average and two moments in float32."""
+    """Disk that a segment's states take, including those kept on the way: weights, EMA and two moments in float32."""
     recipe = plan.trajectories[segment.state.trajectory].recipe
     every = plan.config.runtime.keep_every
     kept = 1 + ((segment.state.step - 1) // every - segment.start // every if every else 0)
@@ -333,13 +333,13 @@ def state_megabytes(plan: Plan, segment: Segment) -> float:
     if "features" in segment.terms:
         term = segment.terms["features"]
         width = facts_in(recipe).taps[f"tokens.{term['depth']}"].width
-        # the teacher's width is known when it is loaded; the middle of the projector is most of it
+        # the teacher's width is unknown until it is loaded; the projector's middle layer dominates
         projector = (width + term["hidden"]) * term["hidden"]
     return kept * size * (4 * parameters(recipe) + 3 * projector) / MB
 
 
 def print_plan(plan: Plan) -> None:
-    """Print jobs, time and disk by stage, shared trunks, and what in the configuration has no effect.
+    """Print jobs, time and disk by stage, shared trunks, and settings that have no effect.
 
     Raises:
         ValueError: `Plan.check` refuses it.
@@ -384,7 +384,7 @@ def _clock(stage: Stage) -> str:
 
 
 def shared_trunks(plan: Plan) -> list[str]:
-    """One line for every stretch of training that several runs share, with how far each of them shares it."""
+    """One line for every stretch of training that several runs share, with the step up to which each shares it."""
     users: dict[str, dict[str, int]] = {}
     for (run, seed), pieces in plan.pieces.items():
         last = plan.config.runs[run].milestones[-1]
@@ -397,7 +397,7 @@ def shared_trunks(plan: Plan) -> list[str]:
 
 def _shares(trajectory: str, ends: Mapping[str, int]) -> str:
     """`A and B share T up to step 12, C up to step 3`, given where each leaves it."""
-    second = sorted(ends.values())[-2]  # beyond it the one that goes furthest is alone
+    second = sorted(ends.values())[-2]  # beyond it only the longest run continues
     groups: dict[int, list[str]] = {}
     for name, end in ends.items():
         groups.setdefault(min(end, second), []).append(name)

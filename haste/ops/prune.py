@@ -1,7 +1,7 @@
-"""What on disk no configuration needs, what it would cost to make again, and its removal. No torch.
+"""Files that no configuration needs, the cost of making them again, and their removal. No torch.
 
-What a configuration needs is what its plan names, plus what is on the way to a state that it still lacks. Everything
-else of ours in the results folder may go. Names that we did not give are left alone.
+A configuration needs what its plan names, plus the rolling states on the way to a state that it still lacks. All other
+files of the workflow in the results folder may be removed. Files with foreign names are left alone.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from haste.plan.plan import Plan
 from haste.train import stops
 from haste.train.stops import Stopped
 
-_MADE = re.compile(r"[a-z]+-[0-9a-f]{12}$")  # KIND-HASH, as stores and parts are called
-_DRAWN = re.compile(r".+\.[0-9a-f]{8}$")  # TRAJECTORY.STEP.HASH, as sets of samples are called
+_MADE = re.compile(r"[a-z]+-[0-9a-f]{12}$")  # KIND-HASH, names of stores and parts
+_DRAWN = re.compile(r".+\.[0-9a-f]{8}$")  # TRAJECTORY.STEP.HASH, names of sets of samples
 _TRAJECTORY = re.compile(r".+-s\d+-[0-9a-f]{12}$")
 _SCORE = re.compile(r".+[.-][0-9a-f]{8,12}\.json$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """Something that may go: a file, or a whole folder; seconds: what making it took, None if nobody wrote it down."""
+    """A file or a whole folder that may be removed; seconds: the time of making it, None if it was not recorded."""
 
     path: Path
     what: str
@@ -52,7 +52,7 @@ class Item:
 
 
 def named(plan: Plan) -> set[Path]:
-    """Every file and folder that a plan names, whatever it is for, states apart. A new kind needs no word here."""
+    """Every file and folder that a plan names, except states. New kinds are found without a change here."""
     found: set[Path] = set()
     stack: list[Any] = [vars(plan), plan.config.model_dump(), plan.shown]
     while stack:
@@ -71,12 +71,12 @@ def named(plan: Plan) -> set[Path]:
 
 
 def states_needed(plan: Plan) -> set[Path]:
-    """States that a plan asks for, starts from or names as files, and the rolling ones on the way to what it lacks."""
+    """States that a plan requests, starts from or names as files, and rolling ones on the way to missing states."""
     needed, root = set[Path](), Path(plan.root).resolve()
-    for file in plan.identities:  # a checkpoint to evaluate or to begin from may be a state of this very folder
+    for file in plan.identities:  # a checkpoint to evaluate or to start from may be a state of this folder
         path = Path(file).resolve()
         needed |= {Path(plan.root, path.relative_to(root))} if path.is_relative_to(root) else set()
-    for run, seed in plan.pieces:  # where a trigger stopped a term: its state is kept as those at other stops are
+    for run, seed in plan.pieces:  # where a trigger stopped a term, the state is kept like those at other stops
         needed |= {Path(plan.path(plan.state(run, one.step, seed))) for one in _stops(plan, run, seed)}
     for state in plan.planned():
         needed.add(Path(plan.path(state)))
@@ -98,7 +98,7 @@ def _stops(plan: Plan, run: str, seed: int) -> Iterable[Stopped]:
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What configurations need together: files and folders, states, and trajectories, whose logs their curves show."""
+    """What several configurations need: files and folders, states, and trajectories, whose logs their curves show."""
 
     paths: frozenset[Path]
     states: frozenset[Path]
@@ -106,12 +106,12 @@ class Needs:
 
     @classmethod
     def of(cls, plans: Iterable[Plan]) -> Needs:
-        """Of the plans of several configurations over one results folder."""
+        """The needs of several configurations' plans over one results folder."""
         paths, states, trajectories = set[Path](), set[Path](), set[str]()
         for plan in plans:
             paths |= named(plan)
             states |= states_needed(plan)
-            # Of a piece that begins after a run's last milestone nothing is asked.
+            # A piece that begins after a run's last milestone needs nothing.
             trajectories |= {
                 p.trajectory for owner, ps in plan.pieces.items() for p in ps if _is_used(plan, owner[0], p)
             }
@@ -122,7 +122,7 @@ class Needs:
         return frozenset(parent for path in self.paths for parent in path.parents)
 
     def has(self, path: Path) -> bool:
-        """Whether a folder or file is needed: itself, what it lies in, or something in it."""
+        """Whether a folder or file is needed: itself, a folder that contains it, or something in it."""
         return path in self.paths or path in self._above or not self.paths.isdisjoint(path.parents)
 
 
@@ -131,10 +131,10 @@ def _is_used(plan: Plan, run: str, piece: Piece) -> bool:
 
 
 def recorded(root: Path) -> dict[str, Plan]:
-    """The plans of the configurations that have worked in a results folder, by name, wherever that folder lies now.
+    """The plans of the configurations that were run in a results folder, by name, even if the folder was moved.
 
     Raises:
-        ValueError: one that cannot be read: nobody knows what it needs.
+        ValueError: one cannot be read, so that its needs are unknown.
     """
     found = {}
     for path in sorted(root.glob("*/config.json")):
@@ -144,30 +144,30 @@ def recorded(root: Path) -> dict[str, Plan]:
             plan = Plan(config.resolve({**config.read(path), "results": str(root)}))
         except ValueError as error:
             raise ValueError(
-                f"{path}: cannot be read, so nobody knows what it needs. Mend it, or remove {path.parent} "
-                f"if its results are wanted no more. ({error})"
+                f"{path}: cannot be read, so its needs are unknown. Fix it, or remove {path.parent} "
+                f"if its results are no longer wanted. ({error})"
             ) from error
         found[plan.config.name] = plan
     return found
 
 
 def other_plans(given: Sequence[Config]) -> list[Plan]:
-    """Plans of the configurations that have worked in the given ones' results folder, the given ones apart."""
+    """Plans of the configurations that were run in the given ones' results folder, except the given ones."""
     root = Path(given[0].results)
     names = {one.name for one in given}
     return [plan for name, plan in recorded(root).items() if name not in names]
 
 
-# -- what may go -------------------------------------------------------------------------------------------------------
+# -- what may be removed -----------------------------------------------------------------------------------------------
 
 
 def unneeded(root: Path, needs: Needs, only: Needs | None = None) -> list[Item]:
-    """What of ours in a results folder is not needed.
+    """The workflow's files in a results folder that are not needed.
 
     Args:
         root: the results folder.
         needs: what stays.
-        only: take nothing but what is in here; None takes all.
+        only: restricts the result to what is in here; None does not.
     """
     found = [path for pattern in ("stores/*", "parts/*", "samples/*", "features/*/*") for path in root.glob(pattern)]
     ours = [path for path in found if path.is_dir() and _is_ours(path, root)]
@@ -182,7 +182,7 @@ def unneeded(root: Path, needs: Needs, only: Needs | None = None) -> list[Item]:
 
 
 def _is_ours(path: Path, root: Path) -> bool:
-    """Whether a folder is called as we call them. What others put there stays, and links, which lead elsewhere."""
+    """Whether a folder has a name of the workflow. Foreign files stay, and so do links, which lead elsewhere."""
     room = path.relative_to(root).parts[0]
     pattern = {"samples": _DRAWN, "features": re.compile(r"[^.].*-")}.get(room, _MADE)
     return bool(pattern.match(path.name)) and not path.is_symlink()
@@ -194,9 +194,9 @@ def size_of_any(path: Path) -> int:
 
 
 def _states(folder: Path, needs: Needs, only: Needs | None) -> list[Item]:
-    """A trajectory: as a whole if no run passes through it, else those of its states that nobody needs.
+    """A trajectory: as a whole if no run passes through it, otherwise its unneeded states.
 
-    Of a trunk that others share, only the states that `only` asks for: those on the way may yet serve the others.
+    In a trunk that others share, only the states in `only`: those on the way may still serve the others.
     """
     if folder.name not in needs.trajectories and not any(folder in state.parents for state in needs.states):
         if not _TRAJECTORY.match(folder.name):
@@ -210,7 +210,7 @@ def _states(folder: Path, needs: Needs, only: Needs | None) -> list[Item]:
 
 
 def _training_seconds(folder: Path, path: Path, needs: Needs) -> float:
-    """What training took from the nearest state that stays up to this one."""
+    """The time of training from the nearest state that stays up to this one."""
     match = STATE_NAME.match(path.name)
     assert match
     step = int(match[1])
@@ -220,7 +220,7 @@ def _training_seconds(folder: Path, path: Path, needs: Needs) -> float:
 
 
 def _seconds(root: Path, path: Path) -> float | None:
-    """What the jobs took whose benchmark files carry an artefact's name or key."""
+    """The time of the jobs whose benchmark files carry an artefact's name or key."""
     key = path.parent.name if path.parent.parent.name == "features" else path.stem if path.is_file() else path.name
     keys = {key, key.rpartition("-")[2]} if _MADE.search(key) else {key}
     found = []
@@ -232,7 +232,7 @@ def _seconds(root: Path, path: Path) -> float | None:
 
 
 def _said(path: Path) -> float | None:
-    """What an artefact itself says that making it took, its shards together; None where one of them does not say."""
+    """The time recorded in an artefact, summed over its shards; None if one of them has no record."""
     files = [path] if path.is_file() else [*path.glob("part.json"), *path.glob("shard-*.npz")]
     found: list[float | None] = []
     for file in files:
@@ -260,16 +260,16 @@ def in_use(items: Sequence[Item]) -> dict[Path, Path]:
 
 
 def remove(root: Path, items: Sequence[Item]) -> tuple[list[Item], list[str]]:
-    """Remove items, holding the results folder's lock, and of a trajectory its own.
+    """Remove items, holding the results folder's lock, and that of a trajectory.
 
-    A folder is first given a name that no reader looks at and that the next start of the workflow sweeps away: however
-    far removal comes, nothing half-deleted is ever taken for whole.
+    A folder is first renamed to a temporary name, which no reader opens and the next start of the workflow sweeps away:
+    wherever removal is interrupted, nothing half-deleted is ever taken for whole.
 
     Returns:
-        What is gone, and a line for each item that somebody holds and that therefore stayed.
+        The removed items, and a line for each item that stayed because another process holds it.
 
     Raises:
-        ValueError: a workflow is at work in the results folder.
+        ValueError: a workflow is running in the results folder.
     """
     gone, stayed = [], []
     with artefact.holding(root / ".lock", f"The results folder {root}"):
@@ -285,7 +285,7 @@ def remove(root: Path, items: Sequence[Item]) -> tuple[list[Item], list[str]]:
                 stayed.append(f"{item.path}: left as it is: {error}")
                 continue
             gone.append(item)
-        artefact.sweep(root / "states")  # what an earlier removal left; no trainer writes there
+        artefact.sweep(root / "states")  # leftovers of an earlier removal; no trainer writes there
         for folder in (*root.glob("features/*"), *root.glob("measures/*")):
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
@@ -308,7 +308,7 @@ def _remove(path: Path) -> None:
         return
     aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
     os.replace(path, aside)
-    for name in ("manifest.json", "part.json", "trajectory.json"):  # first what says that the rest is whole
+    for name in ("manifest.json", "part.json", "trajectory.json"):  # first the file that marks the rest as complete
         (aside / name).unlink(missing_ok=True)
     shutil.rmtree(aside)
 
@@ -317,11 +317,11 @@ def _remove(path: Path) -> None:
 
 
 def prune(given: Sequence[Config], yes: bool) -> None:
-    """Remove what neither the given configurations nor others in their results folder need; show it first.
+    """Show what neither the given configurations nor others in their results folder need, and with `yes` remove it.
 
     Raises:
         ValueError: configurations of several results folders; a recorded one that cannot be read; with `yes`, a
-            workflow at work.
+            running workflow.
     """
     roots = {one.results.rstrip("/") for one in given}
     if len(roots) > 1:
@@ -335,10 +335,10 @@ def prune(given: Sequence[Config], yes: bool) -> None:
 
 
 def forget(given: Config, run: str, yes: bool) -> None:
-    """Remove what only one run of a configuration needs; show it first.
+    """Show what only one run of a configuration needs, and with `yes` remove it.
 
     Raises:
-        ValueError: no such run, in the file or in the configuration that last worked here; otherwise as `prune`.
+        ValueError: no such run, in the file or in the configuration that was last run here; otherwise as `prune`.
     """
     root = Path(given.results)
     before = recorded(root).get(given.name)
@@ -358,23 +358,23 @@ def forget(given: Config, run: str, yes: bool) -> None:
 
 
 def _rows_of(one: Config, wanted: Callable[[str], bool]) -> Config:
-    """A configuration with some of its rows."""
+    """A configuration reduced to some of its rows."""
     rows = {kind: {n: row for n, row in getattr(one, kind).items() if wanted(n)} for kind in ("runs", "evaluate")}
     return one.model_copy(update=rows)
 
 
 def _refuse_strangers(root: Path, needs: Needs, yes: bool) -> None:
-    """Whoever trains what no configuration here knows also reads stores that none of them names."""
+    """Refuse to remove while a trajectory of an unknown configuration is trained: it reads stores unknown here too."""
     for lock in root.glob("states/*/lock"):
         if lock.parent.name in needs.trajectories:
             continue
         holder = artefact.holder(lock)
         if holder is not None and holder.at_work:
             raise ValueError(
-                f"{lock.parent}: of no configuration given or recorded here, but at work: {holder.who}. "
+                f"{lock.parent}: of no configuration given or recorded here, but being trained: {holder.who}. "
                 "Name its configuration too, or wait for it."
             )
-        if yes:  # he may be on another machine, which only the lock itself knows
+        if yes:  # the trainer may be on another machine; only the lock itself shows it
             with artefact.holding(lock, f"trajectory {lock.parent.name}, of no configuration given or recorded here,"):
                 pass
 

@@ -24,13 +24,13 @@ def print_provenance(path: Path) -> None:
 
 
 def _of_configuration(path: Path) -> dict[str, Any] | None:
-    """A resolved configuration, which says of itself only what is to be done; None for any other file."""
+    """A resolved configuration, which has no provenance of its own; None for any other file."""
     if path.suffix != ".json" or not path.is_file():
         return None
     try:
         found = json.loads(path.read_text())
         name = config.resolve(found).name
-    except (ValueError, AttributeError, TypeError):  # another JSON, or none
+    except (ValueError, AttributeError, TypeError):  # other JSON, or none
         return None
     made = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC).isoformat(timespec="seconds")
     how = "resolved by the workflow when it last started; all of its jobs read it"

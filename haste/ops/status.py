@@ -1,6 +1,6 @@
-"""What every run of a configuration is doing now, from the files that it leaves. Nothing is locked and nothing written.
+"""What every run of a configuration is doing now, from its files alone. Nothing is locked and nothing written.
 
-A run's place on its way is the newest line of its log or the newest state on disk. Who is at work is in the lock files.
+A run's progress is the newest line of its log or the newest state on disk. The lock files show which processes run.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from haste.train.stops import Stopped
 
 ROOMS = ("states", "stores", "parts", "samples", "features", "scores", "measures")
 NOT_LOSSES = {"step", "images_per_s", "seconds", "time", "waiting", "memory_mb", "skipped", "grad_norm"}
-TAIL = 20_000  # bytes of a log that are looked at
-MOST_NEXT = 8  # lines of what comes next
+TAIL = 20_000  # bytes read from the end of a log
+MOST_NEXT = 8  # most lines about upcoming work
 LEFT = ("run", "doing", "segment", "losses", "queue")
 QUIET = 60.0  # seconds without a line after which the silence is shown
 
-# What a cluster's queue says of the jobs that make a plan's states, such as "job 4711 PENDING (Priority)".
+# The jobs in a cluster's queue that make a plan's states, such as "job 4711 PENDING (Priority)".
 Queue = Callable[[Plan], Mapping[State, str]]
 
 
@@ -45,10 +45,10 @@ Queue = Callable[[Plan], Mapping[State, str]]
 class Line:
     """What one run with one seed is doing.
 
-    step: steps done; last: steps of its last milestone; doing: in words; segment: the stretch that it is in or comes
-    to next, what that aligns, and what triggers have stopped; rate: steps a second; to_go: seconds up to `last`;
+    step: steps done; last: steps of its last milestone; doing: in words; segment: its current or next segment, with
+    the aligned terms and those that triggers have stopped; rate: steps per second; to_go: seconds up to `last`;
     losses: by term; waiting: share of the time spent waiting for data; age: seconds since the log's last line; size:
-    bytes of its states; queued: what the cluster's queue says. None is not known.
+    bytes of its states; queued: its job in the cluster's queue. None is unknown.
     """
 
     run: str
@@ -77,7 +77,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """All of it, at one moment."""
+    """The status of a configuration at one moment."""
 
     name: str
     workflow: str
@@ -90,10 +90,10 @@ class View:
 
 
 def slurm_queue(plan: Plan) -> dict[State, str]:
-    """What SLURM's queue says; nothing on a machine without SLURM.
+    """The training jobs in SLURM's queue; nothing on a machine without SLURM.
 
     Raises:
-        Unanswered: it is there and does not answer.
+        Unanswered: SLURM exists and does not answer.
     """
     if shutil.which("squeue") is None:
         return {}
@@ -105,10 +105,10 @@ def slurm_queue(plan: Plan) -> dict[State, str]:
 
 
 def slurm_stages() -> list[str]:
-    """What Snakemake has in SLURM's queue, a line a rule: of all configurations that run in this folder.
+    """Snakemake's jobs in SLURM's queue, a line per rule, of all configurations that run in this folder.
 
     Raises:
-        Unanswered: SLURM is there and does not answer.
+        Unanswered: SLURM exists and does not answer.
     """
     if shutil.which("squeue") is None:
         return []
@@ -119,12 +119,12 @@ def slurm_stages() -> list[str]:
 
 
 def snapshot(plan: Plan, queue: Queue = slurm_queue, stages: Callable[[], list[str]] = slurm_stages) -> View:
-    """What is going on now in a configuration. Give a new plan at every look: a plan looks at the disk once.
+    """The current status of a configuration. Needs a new plan each time: a plan reads the disk once.
 
     Args:
         plan: of the configuration.
-        queue: what a cluster's queue says of training.
-        stages: what it says of all else, in lines.
+        queue: returns the training jobs in a cluster's queue.
+        stages: returns the other jobs in it, in lines.
     """
     holder = artefact.holder(Path(plan.root, ".lock"))
     left = [state for state in plan.planned() if state.step not in plan.on_disk(state.trajectory)]
@@ -145,7 +145,7 @@ def snapshot(plan: Plan, queue: Queue = slurm_queue, stages: Callable[[], list[s
 def _ask(
     queue: Callable[[], Mapping[State, str]], stages: Callable[[], list[str]]
 ) -> tuple[Mapping[State, str], list[str], list[str]]:
-    """What the queue says of training and of all else, or nothing and a word on why."""
+    """The training jobs and the other jobs in the queue, or nothing and the reason."""
     try:
         return queue(), stages(), []
     except Unanswered as error:
@@ -157,7 +157,7 @@ def _ask(
 
 
 def number(record: Mapping[str, Any], name: str) -> float | None:
-    """A number of a record, or None: a log may have been cut, or written by another version."""
+    """A number of a record, or None: a log may be truncated, or written by another version."""
     value = record.get(name)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
@@ -197,7 +197,7 @@ def _line(plan: Plan, run: str, seed: int, queued: Mapping[State, str]) -> Line:
 
 
 def _elsewhere(plan: Plan, name: str) -> Line:
-    """A checkpoint that was trained elsewhere: all that is done here is to score it."""
+    """A checkpoint that was trained elsewhere: it is only scored."""
     mine = [row.evaluation for row in plan.rows if row.run == name]
     scored, step = sum(_scored(evaluation) for evaluation in mine), plan.config.evaluate[name].step
     doing = f"trained elsewhere, {scored} of {len(mine)} sets of samples scored"
@@ -205,7 +205,7 @@ def _elsewhere(plan: Plan, name: str) -> Line:
 
 
 def _segment(plan: Plan, piece: Piece, step: int, stopped: Mapping[str, Stopped]) -> str:
-    """The stretch of a piece after some steps, to the next state that is asked for there, and what is aligned on it."""
+    """The segment of a piece after some steps, up to the next requested state, and what is aligned on it."""
     ends = [end for end in plan.cuts[piece.trajectory] if end > step and piece.holds(end)]
     segment = plan.segment(State(piece.trajectory, min(ends, default=step + 1)))
     left = " and ".join(kind for kind in segment.terms if kind not in stopped) or "nothing"
@@ -224,7 +224,8 @@ def _rate(plan: Plan, run: str, record: Mapping[str, Any]) -> float | None:
 def _doing(finished: bool, step: int, holder: artefact.Holder | None, queued: str) -> str:
     if finished:
         return "finished"
-    if " PENDING" in queued and not (holder and holder.at_work):  # the lock of a killed job on a node speaks on
+    # The lock file of a job that was killed on a node remains.
+    if " PENDING" in queued and not (holder and holder.at_work):
         return "waits in the queue"
     if holder is not None:
         return "training" if holder.at_work else "training, as its lock says"
@@ -236,7 +237,7 @@ def _scored(evaluation: Evaluation) -> bool:
 
 
 def upcoming(plan: Plan, left: Sequence[State]) -> list[str]:
-    """The next states that training could make, those whose parent is on disk or that begin; then what is to score."""
+    """The next states that can be trained (with a parent on disk, or none), then what is to be scored."""
     data = [made.manifest for made in (plan.images, plan.latents) if not Path(made.manifest).exists()]
     found = [f"make {', '.join(data)}"] if data and left else []
     for state in left:
@@ -260,11 +261,11 @@ def upcoming(plan: Plan, left: Sequence[State]) -> list[str]:
 def jobs(folder: Path, at_work: bool) -> list[Job]:
     """The workflow's jobs by their logs, newest first.
 
-    A job's benchmark file is written when it has ended well; a log that is newer belongs to one that runs or failed.
+    A job's benchmark file is written when it has succeeded; a newer log belongs to one that runs or failed.
 
     Args:
         folder: results/<configuration>.
-        at_work: whether a workflow runs; without one, a job that neither ended nor failed was interrupted.
+        at_work: whether a workflow runs; without one, a job that neither succeeded nor failed was interrupted.
     """
     now, found = time.time(), []
     for log in folder.glob("logs/*.log"):
@@ -273,7 +274,7 @@ def jobs(folder: Path, at_work: bool) -> list[Job]:
             written = log.stat().st_mtime
             done = bench.exists() and bench.stat().st_mtime >= written
             words = "" if done else _last_words(log)
-        except OSError:  # taken away while we look: a job begins anew
+        except OSError:  # removed meanwhile: a job starts again
             continue
         failed = words.startswith("!")
         state = "done" if done else "failed" if failed else "running" if at_work else "interrupted"
@@ -284,7 +285,7 @@ def jobs(folder: Path, at_work: bool) -> list[Job]:
 
 
 def _last_words(log: Path) -> str:
-    """The last line of a log; with a "!" before it if the job says there that it failed."""
+    """The last line of a log, after a "!" if the log says that the job failed."""
     with open(log, "rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - TAIL))
@@ -349,16 +350,16 @@ def _below(view: View) -> list[str]:
 
 
 def rendered(view: View) -> Group:
-    """The view as rich shows it."""
+    """The view as a rich renderable."""
     return Group(_table(view), *(Text(line) for line in _below(view)))
 
 
 def show(make: Callable[[], Plan], watch: float | None = None) -> None:
-    """Print the view, once, or again and again until Ctrl-C.
+    """Print the view, once, or repeatedly until Ctrl-C.
 
     Args:
-        make: gives a new plan; the configuration may change meanwhile.
-        watch: seconds between looks; None looks once.
+        make: returns a new plan; the configuration may change meanwhile.
+        watch: seconds between updates; None prints once.
     """
     console = Console()
     if not console.is_terminal:

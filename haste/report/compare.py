@@ -1,4 +1,4 @@
-"""Which scores may be compared, and over several seeds what they come to.
+"""Which scores may be compared, and how they are summarised over seeds.
 
 Scores are compared only within a `Comparison`: the same model, detector, reference, sample count and way of sampling.
 Guided and unguided results never share a column.
@@ -18,7 +18,7 @@ from haste.report.content import Report, Row
 
 @dataclass(frozen=True)
 class Metric:
-    """How a score is named and read. `lower` is None where neither direction is better."""
+    """How a score is named and read. `lower`: whether lower is better; None if neither direction is."""
 
     label: str
     lower: bool | None
@@ -37,7 +37,7 @@ METRICS = {
 }
 INCEPTION = "inception"  # the kind of detector whose Fréchet distance is called FID
 SAMPLERS = {"euler": "Euler", "heun": "Heun", "euler-maruyama": "Euler–Maruyama"}  # their names in prose
-ERROR = "_std"  # what the name of a score's own error bar ends with
+ERROR = "_std"  # suffix of the name of a score's own error bar
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Column:
 
     @property
     def title(self) -> str:
-        """Its name in a table whose lines name their guidance. FID is Inception's Fréchet distance and no other's."""
+        """Its name in a table whose lines state their guidance. FID is Inception's Fréchet distance and no other's."""
         known, plain = metric(self.metric), self.inception and self.detector.lower() == INCEPTION
         label = "FID" if self.metric == "fd" and self.inception else known.label
         named = (known.names_detector and not plain) or (self.crowded and label != "FID")
@@ -60,18 +60,18 @@ class Column:
 
     @property
     def place(self) -> tuple[str, bool]:
-        """The column of a table that it stands in: its title, and whether it is guided."""
+        """Its column in a table: its title, and whether it is guided."""
         return self.title, self.guidance != "none"
 
     @property
     def name(self) -> str:
-        """Its name where nothing else tells the guidance."""
+        """Its name where nothing else states the guidance."""
         return self.title + ("" if self.guidance == "none" else f", w={self.guidance}")
 
 
 @dataclass(frozen=True)
 class Point:
-    """A value in a comparison; `line` is the place of its line in `lines(report)`."""
+    """A value in a comparison; `line` is the index of its line in `lines(report)`."""
 
     run: str
     method: str
@@ -89,38 +89,38 @@ class Comparison:
     model: str
     protocol: str
     points: list[Point] = field(default_factory=list)
-    noise: int | None = None  # the seed of the samples' noise, where some run was sampled with several
+    noise: int | None = None  # the seed of the samples' noise, if some run was sampled with several
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Values over seeds: their mean, their sample standard deviation (None of one), and the seeds that are missing."""
+    """Values over seeds: their mean, sample standard deviation (None for one), and the missing seeds."""
 
     values: Mapping[int, float]
     missing: Sequence[int]
 
     @property
     def mean(self) -> float:
-        """The mean of what is there."""
+        """The mean of the values so far."""
         return statistics.fmean(self.values.values())
 
     @property
     def spread(self) -> float | None:
-        """The sample standard deviation (n - 1); None where a seed is missing or there is but one."""
+        """The sample standard deviation (n - 1); None if a seed is missing or there is only one."""
         whole = len(self.values) > 1 and not self.missing
         return statistics.stdev(self.values.values()) if whole else None
 
 
 @dataclass(frozen=True)
 class Line:
-    """What one run reached at one step, sampled in one way: the scores of all its seeds and of all detectors."""
+    """One run at one step, sampled in one way: the scores of all its seeds and by all detectors."""
 
     rows: Sequence[Row]
-    seeds: Sequence[int]  # those that it is to have
+    seeds: Sequence[int]  # of the configuration, scored or not
 
     @property
     def first(self) -> Row:
-        """What its rows share: run, model, method, stop, step, way of sampling."""
+        """A row, for what all its rows share: run, model, method, stop, step, way of sampling."""
         return self.rows[0]
 
     @property
@@ -134,19 +134,19 @@ class Line:
         return [seed for seed in self.seeds if seed not in self.there]
 
     def summary(self, column: Column) -> Summary | None:
-        """One column over the seeds; None where none has a value."""
+        """One column over the seeds; None if none has a value."""
         values = {row.seed: found[column] for row in self.rows if column in (found := row_scores(row))}
         return Summary(values, [s for s in self.seeds if s not in values]) if values else None
 
     def error(self, column: Column) -> float | None:
-        """The error bar that the one score of a column came with (over splits or subsets of its samples), if any."""
+        """The error bar of a column's only score (over splits or subsets of its samples), if it has one."""
         rows = [row for row in self.rows if column in row_scores(row)]
         found = [float(row.score["scores"].get(column.metric + ERROR) or math.nan) for row in rows]
         return found[0] if len(found) == 1 and math.isfinite(found[0]) else None
 
 
 def metric(key: str) -> Metric:
-    """How to show a score; one that is not known keeps its name and is never marked as best."""
+    """How to show a score; an unknown one keeps its name and is never marked as best."""
     return METRICS.get(key, Metric(key.replace("_", " "), lower=None))
 
 
@@ -159,7 +159,7 @@ def guidance_text(score: Mapping[str, Any]) -> str:
 
 
 def guidance(score: Mapping[str, Any]) -> tuple[float, float, float]:
-    """The scale of guidance and the interval of t on which it acts; (1, 0, 1) is none."""
+    """The guidance scale and the interval of t on which it acts; (1, 0, 1) is no guidance."""
     sampling = score.get("sampling") or {}
     weight = float(sampling.get("guidance") or 1.0)
     low, high = sampling.get("interval") or (0, 1)
@@ -172,7 +172,7 @@ def detector_name(score: Mapping[str, Any]) -> str | None:
 
 
 def is_inception(score: Mapping[str, Any]) -> bool:
-    """Whether Inception made a score: by its kind, whatever the configuration calls it."""
+    """Whether a score is by Inception: by the detector's kind, whatever the configuration calls it."""
     detector = score.get("detector") or {}
     return detector.get("kind", detector.get("name")) == INCEPTION
 
@@ -220,7 +220,7 @@ def floor_of(report: Report, column: Column) -> Mapping[str, Any] | None:
 
 
 def floor_value(report: Report, column: Column) -> float | None:
-    """What real images score against real ones; they know no guidance, so it stands under guided columns too."""
+    """The score of real images against real ones; it has no guidance, so guided columns show it too."""
     found = floor_of(report, column)
     if found is None:
         return None
@@ -243,8 +243,8 @@ def columns(report: Report) -> list[Column]:
 
 
 def _sampling(score: Mapping[str, Any]) -> dict[str, Any]:
-    """How samples were drawn. The noise's seed may differ, and what the sampling is called; NFE follows from the
-    sampler, and without guidance its interval says nothing."""
+    """How samples were drawn, except for the noise seed and the name of the sampling. NFE follows from the sampler, and
+    without guidance the interval has no effect."""
     sampling = {k: v for k, v in (score.get("sampling") or {}).items() if k not in ("seed", "name", "preset")}
     return sampling if guidance(score)[0] > 1.0 else sampling | {"guidance": 1.0, "interval": None}
 
@@ -255,7 +255,7 @@ def noise(score: Mapping[str, Any]) -> int | None:
 
 
 def several_noises(part: Sequence[Line]) -> bool:
-    """Whether some run was sampled in one way with several noises, so that only these tell its scores apart."""
+    """Whether some run was sampled in one way with several noise seeds, so that only these distinguish its scores."""
     found: dict[str, set[int | None]] = {}
     for line in part:
         found.setdefault(_drawn(line.first), set()).add(noise(line.first.score))
@@ -263,17 +263,17 @@ def several_noises(part: Sequence[Line]) -> bool:
 
 
 def _drawn(row: Row) -> str:
-    """What was drawn and how, but for the noise."""
+    """What was sampled and how, except for the noise seed."""
     return canonical([row.run, row.model, row.step, _sampling(row.score), row.score.get("samples")])
 
 
 def _protocol_key(score: Mapping[str, Any]) -> str:
-    """Two scores may be compared where this is equal."""
+    """Two scores may be compared if this is equal."""
     return canonical([_sampling(score), score.get("samples"), score.get("reference"), score.get("detector")])
 
 
 def protocol_text(score: Mapping[str, Any], guided: bool = True) -> str:
-    """How a score was measured, in words; with its guidance, or without."""
+    """How a score was measured, in words, with or without its guidance."""
     sampling, scale = score.get("sampling") or {}, guidance_text(score)
     sampler = sampling.get("sampler")
     reference = (score.get("reference") or {}).get("images")
@@ -315,14 +315,14 @@ def curve(group: Comparison, run: str, seeds: Sequence[int]) -> list[tuple[int, 
 
 
 def seeds_of(report: Report, run: str) -> list[int]:
-    """The seeds that a run is to have; where nobody says, those that have scores."""
+    """The seeds of a run in the configuration; if it states none, those that have scores."""
     return list(report.seeds.get(run) or _seeds([row for row in report.rows if row.run == run]))
 
 
 def decimals(report: Report) -> dict[tuple[str, bool], int]:
-    """Decimals to show, by a column's place: one number for a whole column, and for the headline that quotes it.
+    """Decimals to show, by a column's place: the same for a whole column and for the headline that quotes it.
 
-    Distances get one decimal, and another one for each power of ten that the smallest that a run reached is below 10.
+    Distances get one decimal, and one more for each power of ten by which the smallest value is below 10.
     """
     scores = [row_scores(row) for row in report.rows]
     shown: dict[tuple[str, bool], int] = {}
@@ -336,8 +336,8 @@ def decimals(report: Report) -> dict[tuple[str, bool], int]:
 
 
 def best(report: Report) -> frozenset[tuple[int, Column]]:
-    """The best of each comparison at each step, as (line, column), ties as they are printed; none among equals. A line
-    that still misses a seed takes no part."""
+    """The best of each comparison at each step, as (line, column). Values that print alike tie; if all tie, none is
+    best. A line with a missing seed is left out."""
     table, places, winners = lines(report), decimals(report), set()
     for group in comparisons(report):
         lower, digits = metric(group.column.metric).lower, places[group.column.place]

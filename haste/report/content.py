@@ -15,10 +15,10 @@ NONE = "–"  # what a cell without a value shows
 @dataclass(frozen=True)
 class Row:
     """One score of one run with one seed. `stop` is "–" (no alignment), "never", the step alignment stopped at, or
-    "300 by plateau" where a trigger stopped it, of all seeds of the run: "300 to 400 by plateau".
+    "300 by plateau" where a trigger stopped it, over all seeds of the run: "300 to 400 by plateau".
 
-    `settings` is what an ablation may vary, in words: teacher, layers, weights, ...; `recipe` is what the trained state
-    is named by.
+    `settings` is what an ablation may vary, in words: teacher, layers, weights, ...; `recipe` is the recipe of the
+    trained state, by which it is named.
     """
 
     run: str
@@ -35,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a run logged with one seed, along its lineage, by step: step, loss (denoising), features and attention while
+    """The log of a run with one seed, along its lineage, by step: step, loss (denoising), features and attention while
     aligned, images_per_s, ..."""
 
     run: str
@@ -57,7 +57,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Grid:
-    """A PNG of samples, one column a class; `labels` names the columns, if they are classes."""
+    """A PNG of samples, one column per class; `labels` names the columns, if they are classes."""
 
     run: str
     step: int
@@ -69,7 +69,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Part:
-    """A network that the pipeline trained for itself (`part`: autoencoder, teacher, detector) and how good it is."""
+    """A network that the pipeline trained itself (`part`: autoencoder, teacher, detector) and its quality."""
 
     name: str
     part: str
@@ -79,8 +79,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Stage:
-    """A kind of job: how many ran, their wall time in seconds, summed, and what they took on a cluster, if that is
-    known."""
+    """A kind of job: how many ran, their total wall time in seconds, and their usage of a cluster, if known."""
 
     name: str
     jobs: int
@@ -90,7 +89,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The data set that published numbers may be set beside these: `ImageNet`, and the images' side in pixels."""
+    """The dataset whose published numbers may be shown: `ImageNet`, and the images' side in pixels."""
 
     data: str
     resolution: int
@@ -98,8 +97,8 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a page shows. `floors` are scores of real images against real ones, one a detector; `seeds` are those
-    that each run is to have, whether their scores are there or not."""
+    """All that a page shows. `floors` are scores of real images against real ones, one per detector; `seeds` are those
+    of each run in the configuration, scored or not."""
 
     name: str
     title: str

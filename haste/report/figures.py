@@ -1,7 +1,7 @@
-"""Figures as SVG to stand inside a page: scores over steps, losses over steps.
+"""Figures as inline SVG: scores over steps, losses over steps.
 
-They carry no names of runs: a run's colour and dash are the same in every figure, and the page shows one legend.
-Ink is `currentColor` on no background, so that a figure is readable in light, in dark and in print.
+They do not name runs: a run's colour and dash are the same in every figure, and the page shows one legend.
+Ink is `currentColor` without a background, so that a figure is readable in light mode, dark mode and print.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from haste.report.content import Curve, Report
 
 # Okabe and Ito, "Color Universal Design" (2008), less black and yellow, which vanish in the dark or on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-# Runs that share a trunk lie on one another: dashes let the line below show through, and tell runs apart in grey.
+# Curves of runs that share a trunk overlap: dashes let the line below show through, and distinguish runs in grey.
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
-INK = "#010203"  # stands for the text's colour until the SVG is written
+INK = "#010203"  # placeholder for the text's colour until the SVG is written
 TEXT: dict[Any, Any] = {"font.family": "sans-serif", "font.size": 9.5, "svg.fonttype": "none"}
 SIZE = (4.4, 3.0)  # inches: small, so that the text is still readable when a phone shrinks the figure
 WIDTH = 1.9  # of a line, in points
-WIDE = 8.0  # a ratio of largest to smallest from which an axis is logarithmic
-POINTS = 400  # points a line is reduced to
+WIDE = 8.0  # ratio of the largest to the smallest value from which an axis is logarithmic
+POINTS = 400  # most points of a line
 LOSSES = {
     "loss": "denoising loss",
     "features": "feature alignment loss",
@@ -52,7 +52,7 @@ LOSSES = {
 
 @dataclass(frozen=True)
 class Style:
-    """How a run is drawn: colour, dash pattern in points, and the steps its alignment stops at, by term ("" is all)."""
+    """How a run is drawn: colour, dash pattern in points, and the steps at which its terms stop ("" is all terms)."""
 
     colour: str
     dash: tuple[float, ...]
@@ -61,13 +61,13 @@ class Style:
 
     @property
     def dash_array(self) -> str:
-        """The pattern for a legend, in pixels: matplotlib, too, multiplies it by the line's width."""
+        """The pattern for a legend, in pixels, multiplied by the line's width as matplotlib does."""
         return " ".join(f"{WIDTH * length:g}" for length in self.dash) or "none"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure of the page. `svg` is an element to be put into HTML as it is."""
+    """A figure of the page. `svg` is an element that goes into HTML unchanged."""
 
     title: str
     protocol: str
@@ -91,19 +91,19 @@ def styles(report: Report) -> dict[str, Style]:
 
 
 def _stops(text: str) -> dict[str, int]:
-    """Steps from what a table says: `300`, or `features 100, attention 200`, or `never`, or `300 by plateau`.
+    """Steps from a table's text: `300`, `features 100, attention 200`, `never`, or `300 by plateau`.
 
-    Seeds that stop at different steps, `300 to 400`, have no one step.
+    Seeds that stop at different steps, `300 to 400`, have no single step.
     """
     found = re.findall(r"(?:^|(features|attention) )(\d+)(?=$|,| by )", text)
     return {kind: int(step) for kind, step in found}
 
 
 def score_panels(report: Report) -> list[Panel]:
-    """Scores over steps, a figure for every set of scores that may be compared. Over several seeds a line is the mean,
-    with a band of one sample standard deviation, where no seed is missing.
+    """Scores over steps, one figure per set of scores that may be compared. With several seeds a line is the mean,
+    with a band of one sample standard deviation, at steps where no seed is missing.
 
-    Scores of a single step make no line: they are in the table.
+    Scores of a single step are only in the table.
     """
     drawn = styles(report)
     groups = [g for g in comparisons(report) if g.column.metric in METRICS and len({p.step for p in g.points}) > 1]
@@ -133,13 +133,13 @@ def _score_panel(report: Report, group: Comparison, drawn: Mapping[str, Style], 
 
 
 def _spoken(title: str, ends: Mapping[str, tuple[float, int]], floor: float | None) -> str:
-    """What a screen reader says of a figure: where every line ends."""
+    """A figure's text for screen readers: the last value of every line."""
     said = [f"{run} {value:.3g} at step {step:,}" for run, (value, step) in ends.items()]
     return f"{title} over training steps: {'; '.join(said)}" + ("" if floor is None else f"; floor {floor:.3g}")
 
 
 def loss_panels(report: Report) -> list[Panel]:
-    """Smoothed training curves, one figure a quantity; quantities that no run logged have none."""
+    """Smoothed training curves, one figure per quantity that some run logged."""
     drawn = styles(report)
     panels = [_loss_panel(report.curves, key, drawn) for key in LOSSES]
     return [panel for panel in panels if panel is not None]
@@ -161,9 +161,9 @@ def _loss_panel(curves: Sequence[Curve], key: str, drawn: Mapping[str, Style]) -
 
 
 def averaged(curves: Sequence[Curve], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, mean and sample standard deviation of one logged quantity over a run's seeds, each smoothed by itself.
+    """Steps, mean and sample standard deviation of one logged quantity over a run's seeds, each smoothed separately.
 
-    Seeds that logged other steps are read off on the first one's, as far as all of them reach.
+    Seeds that logged other steps are interpolated at the first seed's, as far as all of them reach.
     """
     found = [line for line in (series(one, key) for one in curves) if len(line[0])]
     if not found:
@@ -177,8 +177,8 @@ def averaged(curves: Sequence[Curve], key: str) -> tuple[np.ndarray, np.ndarray,
 def series(curve: Curve, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and smoothed values of one logged quantity; records without it, or with NaN, are left out.
 
-    Many records are averaged to `POINTS` bins; losses are then smoothed with a half-life of a fiftieth of the line
-    (exponentially weighted, bias-corrected, looking back only: a line never shows an effect before its cause). The
+    Many records are averaged into `POINTS` bins; losses are then smoothed with a half-life of a fiftieth of the line
+    (exponentially weighted, bias-corrected, causal: a line never shows an effect before its cause). The
     speed jumps where alignment stops; a running median keeps the jump, which a mean would turn into a ramp.
     """
     records = [r for r in curve.records if r.get(key) is not None and math.isfinite(r[key])]
@@ -226,14 +226,14 @@ def draw_line(
 def draw_band(
     axes: Axes, style: Style, steps: Iterable[float], values: Iterable[float], spread: Iterable[float]
 ) -> None:
-    """A band of one standard deviation around a line, where there is one."""
+    """A band of one standard deviation around a line, if there is any spread."""
     x, middle, half = (np.asarray(list(part), dtype=float) for part in (steps, values, spread))
     if half.any():
         axes.fill_between(x, middle - half, middle + half, color=style.colour, alpha=0.18, lw=0)
 
 
 def _scale(axes: Axes, values: Iterable[float]) -> None:
-    """A logarithmic axis where values span much; otherwise a linear one."""
+    """A logarithmic axis if the values span a wide range; otherwise a linear one."""
     array = np.asarray(list(values))
     if array.min() <= 0 or array.max() / array.min() < WIDE:
         return
@@ -244,8 +244,8 @@ def _scale(axes: Axes, values: Iterable[float]) -> None:
 
 
 def _mark_stops(axes: Axes, runs: Iterable[Style], term: str = "") -> None:
-    """A vertical line where a run's alignment stops, with the step beside it while there are few. In the figure of one
-    term only that term's stops."""
+    """A vertical line where a run's alignment stops, with the step beside it if there are few. The figure of one
+    term shows only that term's stops."""
     low, high = axes.get_xlim()
     found = [
         (step, s) for s in reversed(list(runs)) for kind, step in s.stops.items() if not (term and kind) or kind == term
@@ -260,7 +260,7 @@ def _mark_stops(axes: Axes, runs: Iterable[Style], term: str = "") -> None:
 
 
 def to_svg(figure: Figure, name: str, spoken: str) -> str:
-    """The figure as an <svg> element: text stays text, ids are its own within the page, no link leads outside."""
+    """The figure as an <svg> element: text stays text, ids are unique within the page, no link leads outside."""
     buffer = io.StringIO()
     settings: dict[Any, Any] = TEXT | {"svg.hashsalt": name}
     with matplotlib.rc_context(settings):

@@ -1,4 +1,4 @@
-"""What a report says in words: the headline with its context, and speed-ups read off the curves."""
+"""The sentences of a report: the headline with its context, and speed-ups read off the curves."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from haste.report.formats import (
     text_cell,
 )
 
-BASELINES = ("vanilla", "REPA")  # methods whose distances others are timed against
+BASELINES = ("vanilla", "REPA")  # methods relative to which speed-ups are measured
 
 
 def headline(report: Report) -> Comparison | None:
-    """The comparison that the headline speaks of: of Fréchet distances, the one with most runs; unguided if equal."""
+    """The comparison that the headline quotes: the one of Fréchet distances with most runs; unguided if equal."""
     distances = [group for group in comparisons(report) if group.column.metric == "fd"]
     return max(distances, key=lambda group: len({p.run for p in group.points}), default=None)
 
@@ -39,7 +39,7 @@ def _headline_step(group: Comparison) -> int:
 
 
 def finding(report: Report) -> str:
-    """One sentence with the numbers that the report is about, best first. It states values; it does not judge them."""
+    """One sentence with the main numbers, best first. It states values without judging them."""
     group = headline(report)
     if group is None:
         return "No scores yet."
@@ -65,7 +65,7 @@ def _summary(report: Report, run: str, points: Sequence[Point]) -> Summary:
 
 
 def _names(runs: Mapping[str, Sequence[Point]]) -> dict[str, str]:
-    """A run is called by its method where that tells it from the others."""
+    """A run's method, if no other run has it; otherwise the run's own name."""
     methods = [points[0].method for points in runs.values()]
     return {run: p[0].method if methods.count(p[0].method) == 1 else run for run, p in runs.items()}
 
@@ -79,13 +79,13 @@ def _text(found: Summary, places: int) -> str:
 
 
 def context(report: Report) -> str:
-    """How the headline's numbers are to be read: what was measured, on how much, over how many seeds, and the floor."""
+    """How to read the headline's numbers: metric, number of samples, number of seeds, and the floor."""
     group = headline(report)
     if group is None:
         return ""
     runs = dict.fromkeys(p.run for p in group.points)
     counts = sorted({len(compare.seeds_of(report, run)) for run in runs})
-    trained = "one seed a run" if counts == [1] else (
+    trained = "one seed per run" if counts == [1] else (
         f"± is the standard deviation over {' or '.join(str(n) for n in counts if n > 1)} seeds"
     )  # fmt: skip
     text = f"Fréchet distance on {group.column.detector} features, lower is better ({group.protocol}; {trained})."
@@ -106,8 +106,8 @@ def context(report: Report) -> str:
 class SpeedUp:
     """When a run reached the Fréchet distance that a baseline has at its last step.
 
-    `at` is None where it did not, by its last step `last`; `measured` is whether `at` is a measured step, its first, so
-    that it may have been reached earlier; otherwise it is read off between two measured ones.
+    `at` is None if it did not, by its last step `last`. `measured`: `at` is the run's first measured step, so that the
+    distance may have been reached earlier; otherwise `at` is interpolated between two measured steps.
     """
 
     run: str
@@ -122,7 +122,7 @@ class SpeedUp:
 
     @property
     def ratio(self) -> float | None:
-        """Steps of the baseline over steps of the run; where `measured`, a lower bound."""
+        """Steps of the baseline over steps of the run; a lower bound if `measured`."""
         return None if self.at is None else self.step / self.at
 
     def __str__(self) -> str:
@@ -135,7 +135,7 @@ class SpeedUp:
 
 
 def _round(step: float) -> int:
-    """Three digits: more would be claimed than was read."""
+    """Three digits: interpolation gives no more."""
     digits = max(0, math.floor(math.log10(step)) - 2)
     return round(step / 10**digits) * 10**digits
 
@@ -143,8 +143,8 @@ def _round(step: float) -> int:
 def reached(curve: Sequence[tuple[float, float]], target: float) -> tuple[float, bool] | None:
     """Where a falling curve of (step, distance) first is at most a target: (step, whether at its first point).
 
-    Between two measured points it is a line in the logarithm of the distance (in the distance where one is not
-    positive). Nothing is said beyond the measured points: None where none is at most the target.
+    Interpolates linearly in the logarithm of the distance (in the distance if one is not positive) and does not
+    extrapolate: None if no measured point is at most the target.
     """
     for place, (step, value) in enumerate(curve):
         if value > target:
@@ -161,7 +161,7 @@ def reached(curve: Sequence[tuple[float, float]], target: float) -> tuple[float,
 def speedups(report: Report) -> list[SpeedUp]:
     """For vanilla and for REPA (the first run of each), when others of the same model reached its last step's distance.
 
-    Over several seeds curves are of means, of steps where no seed is missing.
+    With several seeds a curve is the mean, at steps where no seed is missing.
     """
     groups = [group for group in comparisons(report) if group.column.metric == "fd"]
     several = len({group.column.detector for group in groups}) > 1
@@ -169,7 +169,7 @@ def speedups(report: Report) -> list[SpeedUp]:
 
 
 def _label(group: Comparison, several: bool) -> str:
-    """`FD`, with its detector where there are several, with its guidance if any, and with its noise likewise."""
+    """`FD`, with its detector if there are several, its guidance if any, and its noise seed if there are several."""
     title, guided = group.column.title, group.column.guidance
     noise = "" if group.noise is None else f" with noise {group.noise}"
     return (title if several else title.split(" (")[0]) + ("" if guided == "none" else f" at w={guided}") + noise
@@ -189,7 +189,7 @@ def _timed(report: Report, group: Comparison, label: str) -> Iterator[SpeedUp]:
                 continue
             step, value = curves[baseline][-1]
             found = reached(curves[run], value)
-            # One measured step says nothing of speed, nor does reaching it at a first one that is no earlier.
+            # A single measured step shows no speed-up, and neither does a first one that is no earlier.
             if (len(curves[run]) == 1 and not found) or (found and found[1] and found[0] >= step):
                 continue
             at, first = found or (None, False)
@@ -198,7 +198,7 @@ def _timed(report: Report, group: Comparison, label: str) -> Iterator[SpeedUp]:
 
 
 def lead(report: Report) -> str:
-    """The largest speed-up over plain training in the headline's scores, in words; empty where none was read off."""
+    """The largest speed-up over vanilla training in the headline's scores, in words; empty if there is none."""
     group, plain = headline(report), {row.run for row in report.rows if row.method == "vanilla"}
     if group is None:
         return ""
@@ -209,7 +209,7 @@ def lead(report: Report) -> str:
 
 
 def speedup_table(report: Report) -> Table | None:
-    """Speed-ups as a table; None where there are none."""
+    """Speed-ups as a table; None if there are none."""
     found = speedups(report)
     if not found:
         return None

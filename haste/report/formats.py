@@ -1,4 +1,4 @@
-"""A table, and how it is written: HTML, CSV, Markdown, LaTeX with booktabs, and text for a terminal."""
+"""A table and its formats: HTML, CSV, Markdown, LaTeX with booktabs, and text for a terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from haste.report.content import NONE
 
 @dataclass(frozen=True)
 class Head:
-    """A column: its name, and whether it is of numbers, which are aligned to the right."""
+    """A column: its name, and whether it holds numbers, which are right-aligned."""
 
     name: str
     number: bool = False
@@ -29,8 +29,8 @@ class Head:
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in one place of a table: the text, the value to sort by and to write to CSV with all digits, what
-    follows `±`, and the id of the place on the page that says how it was made."""
+    """A cell of a table: its text, the value for sorting and for CSV with all digits, the spread that follows `±`, and
+    the id of the element on the page that shows how it was made."""
 
     text: str
     value: Any = None
@@ -48,7 +48,7 @@ class Cell:
 @dataclass(frozen=True)
 class Entry:
     """A line of a table. `kind` is "", "floor" (real against real, in the foot) or "published" (not measured here);
-    `first` begins a group."""
+    `first` starts a group."""
 
     cells: Sequence[Cell]
     kind: str = ""
@@ -57,7 +57,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """A table in no format yet. `name` is the stem of its files, `notes` are sentences to be read with it."""
+    """A table independent of its format. `name` is the stem of its files, `notes` are sentences below it."""
 
     name: str
     title: str
@@ -72,7 +72,7 @@ class Table:
 
 
 def text_cell(value: Any) -> Cell:
-    """A cell of a word or a plain number; nothing is a dash."""
+    """A cell of a word or a plain number; a missing value is a dash."""
     if value is None or value == "" or value != value:
         return Cell(NONE)
     if isinstance(value, float) and not value.is_integer():
@@ -93,7 +93,7 @@ def number_cell(value: float | None, places: int, **more: Any) -> Cell:
 
 
 def to_csv(table: Table) -> str:
-    """All digits; where a column has spreads, another column with them follows."""
+    """All digits; a column that has spreads is followed by a column of them."""
     spread = [any(entry.cells[i].spread is not None for entry in table.entries) for i in range(len(table.heads))]
     names = [[h.name, *([f"{h.name} ±"] if s else [])] for h, s in zip(table.heads, spread, strict=True)]
     buffer = io.StringIO()
@@ -111,7 +111,7 @@ def _markdown_escape(text: str) -> str:
 
 
 def to_markdown(table: Table) -> str:
-    """GitHub's Markdown, the best in bold, what is published in italics."""
+    """GitHub's Markdown, the best in bold, published numbers in italics."""
     lines = [[_markdown_escape(h.name) for h in table.heads], ["--:" if h.number else ":--" for h in table.heads]]
     for entry in table.entries:
         mark = "_" if entry.kind == "published" else ""
@@ -141,7 +141,7 @@ def _latex_escape(text: str) -> str:
 
 
 def _latex_character(c: str) -> str:
-    """pdfLaTeX knows the letters of Latin scripts by themselves; Greek ones are mathematics to it."""
+    """pdfLaTeX typesets letters of Latin scripts as they are; Greek ones need math mode."""
     greek = _GREEK.fullmatch(unicodedata.name(c, ""))
     if greek:
         size, letter = greek.groups()
@@ -158,9 +158,9 @@ def _capital(letter: str) -> str:
 
 
 def to_latex(table: Table, lower: dict[str, bool | None]) -> str:
-    """A `table` with booktabs' rules, to be put into a paper as it is; `lower` gives a heading its arrow.
+    """A `table` with booktabs' rules, ready for a paper; `lower` gives a heading its arrow.
 
-    Needs `\\usepackage{booktabs}`. A rule stands between groups and above what real images reach.
+    Needs `\\usepackage{booktabs}`. Rules separate groups, and the floor from what is above it.
     """
     heads = [_latex_escape(h.name) + _DIRECTION[lower.get(h.name)] for h in table.heads]
     lines = [" & ".join(heads) + r" \\", r"\midrule"]
@@ -199,9 +199,9 @@ def _latex_cell(cell: Cell, kind: str) -> str:
 
 
 def to_html(table: Table, arrows: dict[str, bool | None] | None = None) -> str:
-    """An HTML fragment: headings are buttons to sort by, the floor stands in the foot, groups are set off by a line.
+    """An HTML fragment: headings are buttons that sort, the floor is in the foot, lines separate groups.
 
-    Numbers link to `#LINK`, where the page says how they were made.
+    Numbers link to `#LINK`, where the page shows how they were made.
     """
     places = range(len(table.heads))
     width = [max((len(e.cells[i].around) for e in table.entries), default=0) for i in places]
@@ -237,7 +237,7 @@ def _right(head: Head) -> str:
 
 
 def _tail(text: str) -> str:
-    """The point and what follows it, of a number."""
+    """The decimal point of a number and what follows it."""
     found = re.fullmatch(r"-?[\d,]+(\.\d+)?", text)
     return (found[1] or "") if found else ""
 
@@ -250,9 +250,9 @@ def _html_entry(table: Table, entry: Entry, width: Sequence[int], tails: Sequenc
             shown = f"<strong>{shown}</strong>"
         if cell.link:
             shown = f'<a href="#{cell.link}">{shown}</a>'
-        if head.number and cell.value is not None:  # fewer decimals leave room, so that points stand below one another
+        if head.number and cell.value is not None:  # pad missing decimals, so that the points align
             shown += _room(".0000000000"[len(_tail(cell.text)) : tails[place]])
-        if width[place] and cell.value is not None:  # spreads share a width, so do the numbers before them
+        if width[place] and cell.value is not None:  # all spreads have one width, so that the numbers before them align
             shown += f'<span class="pm" style="--pm: {width[place]}ch">{escape(cell.around)}</span>'
         opening, tag = ('th scope="row"', "th") if place == 0 else ("td", "td")
         value = "" if cell.value is None else escape(str(cell.value))
@@ -267,7 +267,7 @@ def _html_entry(table: Table, entry: Entry, width: Sequence[int], tails: Sequenc
 
 
 def to_text(tables: Iterable[Table], title: str, width: int = 100) -> str:
-    """Tables for a terminal, one below the other; wider than `width` only where numbers and words would else be cut."""
+    """Tables for a terminal, one below the other; wider than `width` only if numbers or words would else be cut."""
     drawn = [(table, _terminal(table)) for table in tables]
     console = Console(file=io.StringIO(), width=max([width, *(_least(t) for t, _ in drawn)]), force_terminal=False)
     console.print(Text(title))
@@ -294,7 +294,7 @@ def _narrowest(table: Table, place: int) -> int:
 def _terminal(table: Table) -> Terminal:
     drawn = Terminal(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for place, head in enumerate(table.heads):
-        # Numbers are never cut; names fold between words where the terminal is narrow.
+        # Numbers are never cut; names fold between words if the terminal is narrow.
         drawn.add_column(
             Text("\n".join(head.name.split())),
             justify="right" if head.number else "left",

@@ -1,4 +1,4 @@
-"""From a plan's files to what the report shows. No torch."""
+"""From a plan's files to the content of the report. No torch."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from haste.report.papers import layers_text
 from haste.train import stops
 
 IMAGENET_CLASSES = 1000
-TRAINED = "trained here"  # what to call a decoder that is one of the parts
+TRAINED = "trained here"  # name of a decoder that the pipeline trained itself
 METHODS = {(): "vanilla", ("features",): "REPA", ("attention",): "ATTA", ("attention", "features"): "HASTE"}
 
 
 def method(plan: Plan, run: str) -> str:
-    """The published name of a run's loss, or what a row from elsewhere says of itself."""
+    """The published name of a run's loss, or the method that a row of `evaluate` states."""
     if run in plan.config.evaluate:
         return plan.config.evaluate[run].method
     return METHODS[tuple(sorted(config.terms_of(plan.config, run)))]
 
 
 def stop(plan: Plan, run: str) -> str:
-    """When a run's alignment stops, as the table says it: of all its seeds, where a trigger stops it."""
+    """When a run's alignment stops, as the table shows it: over all its seeds, if a trigger stops it."""
     if run in plan.config.evaluate:
         return NONE
     triggers, found = config.triggers_of(plan.config, run), {}
@@ -56,7 +56,7 @@ def stop(plan: Plan, run: str) -> str:
 
 
 def _watched(plan: Plan, run: str, kind: str) -> str:
-    """Where a trigger stopped a term: `300 by plateau`, or `300 to 400 by plateau` over seeds that differ."""
+    """Where a trigger stopped a term: `300 by plateau`, or `300 to 400 by plateau` if seeds differ."""
     name = config.triggers_of(plan.config, run)[kind].trigger
     seeds = plan.config.runs[run].all_seeds
     steps = [found[kind].step for seed in seeds if kind in (found := stops.along(plan, run, seed))]
@@ -68,7 +68,7 @@ def _watched(plan: Plan, run: str, kind: str) -> str:
 
 
 def records(plan: Plan, run: str, seed: int) -> list[dict[str, Any]]:
-    """What a run with one seed logged up to its last milestone, across the trajectories it passes through."""
+    """The log of a run with one seed up to its last milestone, across the trajectories that it passes through."""
     last, found = plan.config.runs[run].milestones[-1], []
     for piece in plan.pieces[run, seed]:
         high = last if piece.high is None else min(last, piece.high)
@@ -78,13 +78,13 @@ def records(plan: Plan, run: str, seed: int) -> list[dict[str, Any]]:
 
 
 def stages(plan: Plan) -> list[Stage]:
-    """Jobs and seconds by rule, from the benchmark files of this configuration's own jobs, and what a cluster's
-    accounting is on record with."""
+    """Jobs and seconds by rule, from the benchmark files of this configuration's own jobs, and the usage that a
+    cluster's accounting recorded."""
     spent: dict[str, list[float]] = {}
     for path in sorted(Path(plan.folder, "benchmarks").glob("*.tsv")):
         try:
             seconds = float(pd.read_csv(path, sep="\t")["s"].iloc[-1])
-        except (ValueError, KeyError, IndexError):  # a job was killed while Snakemake wrote it: no time is known
+        except (ValueError, KeyError, IndexError):  # the job was killed while Snakemake wrote the file: time unknown
             continue
         spent.setdefault(path.name.split("-")[0].split(".")[0], []).append(seconds)
     order = [
@@ -110,16 +110,16 @@ def stages(plan: Plan) -> list[Stage]:
 
 
 def _score(detector: Detector, path: str) -> dict[str, Any]:
-    """A score under this configuration's name for the detector: another one may have made it."""
+    """A score under this configuration's name for the detector: another configuration may have made the file."""
     found = artefact.read_json(path, "score")
     artefact.check_entries(path, found, detector=dict, scores=dict, samples=int, reference=dict, provenance=dict)
     return {**found, "detector": {**found["detector"], "name": detector.name}}
 
 
 def _score_of(plan: Plan, row: Scored, detector: Detector, path: str) -> dict[str, Any]:
-    """A row's score under this configuration's words: another one may have made it."""
+    """A row's score under this configuration's names: another configuration may have made the file."""
     found = _score(detector, path)
-    # All samples of a configuration have one decoder, which is in their name.
+    # All samples of a configuration have the same decoder, which is part of their name.
     decoder = TRAINED if plan.autoencoder else plan.decoder
     sampling = {**(found.get("sampling") or {}), "name": row.evaluation.sampling_name, "decoder": decoder}
     sampling["preset"] = row.evaluation.sampling.preset
@@ -143,9 +143,9 @@ def _part(path: str) -> dict[str, Any]:
 
 
 def settings(plan: Plan, run: str) -> dict[str, str]:
-    """What an ablation may vary, in words: all of a run's training, and of its alignment what is not a stop.
+    """What an ablation may vary, in words: all training settings of a run, and its alignment settings except stops.
 
-    Of a row from elsewhere none of it is known.
+    Nothing of it is known for rows of `evaluate`.
     """
     if run in plan.config.evaluate:
         return {}
@@ -193,13 +193,13 @@ def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
     """The rows that have scores, and a note on those that have none yet.
 
     Raises:
-        ValueError: none has.
+        ValueError: no row has a score.
     """
     scores = [(row, judgement) for row in plan.rows for judgement in row.evaluation.judgements]
     there = [pair for pair in scores if Path(pair[1].score).exists()]
     if not there:
         raise ValueError(
-            f"{plan.folder}: none of its {len(scores)} scores is there yet, expected one at least; the workflow makes "
+            f"{plan.folder}: none of its {len(scores)} scores exists yet, expected at least one; the workflow makes "
             f"them, and `haste status` says how far it is. The first will be {scores[0][1].score}"
         )
     several = len(plan.detectors) > 1
@@ -243,11 +243,11 @@ def _measured(plan: Plan) -> tuple[list[Measured], list[str]]:
 
 
 def _older(plan: Plan) -> list[str]:
-    """A note on scores that are older than the state that is there now, under the same name: it was made anew."""
+    """A note on scores that are older than their state, which was made again under the same name."""
     found = {}
     for row in plan.rows:
         evaluation = row.evaluation
-        if evaluation.state.trajectory in plan.elsewhere:  # its content is in the name
+        if evaluation.state.trajectory in plan.elsewhere:  # named by its content
             continue
         drawn = [made for path in (evaluation.sample_file(0), evaluation.score) if (made := _made(path))]
         if drawn and min(drawn) < _made(plan.path(evaluation.state)):
@@ -262,7 +262,7 @@ def _older(plan: Plan) -> list[str]:
 
 
 def _made(path: str) -> str:
-    """When a file was made, as it says itself; empty where it is gone or does not say. All are UTC, in one format."""
+    """When a file was made, by its own record; empty if it is missing or has no record. UTC, in one format."""
     try:
         header = provenance_of(Path(path))
         return str(header.get("provenance", header).get("made", ""))
@@ -283,17 +283,17 @@ def _grids(plan: Plan) -> list[Grid]:
 
 
 def benchmark(plan: Plan) -> Benchmark | None:
-    """The data set whose published numbers may stand beside these: ImageNet, known by its 1,000 classes."""
+    """The dataset whose published numbers may be shown beside these: ImageNet, recognised by its 1,000 classes."""
     images = plan.config.images
     known = images.source != "digits" and images.classes == IMAGENET_CLASSES
     return Benchmark("ImageNet", images.resolution) if known else None
 
 
 def report(plan: Plan) -> Report:
-    """Everything the page shows, read from finished files; what is not finished is named in its notes.
+    """Everything the page shows, read from finished files; its notes name what is not finished.
 
     Raises:
-        ValueError: nothing is scored yet, or a score or part is broken; names the file.
+        ValueError: nothing is scored yet, or a score or part is broken; the message names the file.
     """
     made = plan.config
     rows, notes = _rows(plan)

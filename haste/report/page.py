@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else, with its tables beside it as CSV, Markdown and LaTeX."""
+"""The report as one self-contained HTML file, with its tables beside it as CSV, Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ OURS = re.compile(
     r"(results|guided|parts|time|speed-up|published[\w-]*|ablation-[\w-]+|measure-[\w-]+)\.(csv|md|tex)"
 )  # files of tables
 BANDS = " Lines are means over seeds, bands one sample standard deviation."
-CELL = 68  # pixels a column of a grid may be wide on a page
+CELL = 68  # largest width of a grid's column on the page, in pixels
 
 
 def all_tables(report: Report) -> dict[str, list[Table]]:
@@ -69,8 +69,8 @@ def _parts(parts: Sequence[Part]) -> Table:
 
 
 def write(report: Report, folder: Path | str) -> Path:
-    """Write every table as CSV, Markdown and LaTeX, results.csv with a line a seed, and, last, index.html into a
-    folder; each whole or not at all. Tables that an earlier report had and this one has not are removed.
+    """Write every table as CSV, Markdown and LaTeX, results.csv with a line per seed, and last index.html into a
+    folder, each atomically. Tables of an earlier report that this one lacks are removed.
 
     Returns:
         The path of index.html.
@@ -108,7 +108,7 @@ def text(report: Report, width: int = 100) -> str:
 def render(report: Report) -> str:
     """The page as text."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    # Names, notes and configurations come from the user, so all is escaped but the fragments that we build.
+    # Names, notes and configurations come from the user, so everything is escaped except the fragments built here.
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -149,7 +149,7 @@ def _title(line: Line) -> str:
 
 
 def _by_step(report: Report) -> list[tuple[str, list[Grid]]]:
-    """Grids that may be compared stand beside one another: the same step and sampling, in the report's order."""
+    """Grids that may be compared, side by side: those of the same step and sampling, in the report's order."""
     names = {grid.sampling for grid in report.grids}
     by_step = sorted(report.grids, key=lambda grid: (grid.step, grid.sampling))
     return [
@@ -161,7 +161,7 @@ def _by_step(report: Report) -> list[tuple[str, list[Grid]]]:
 def _grid(grid: Grid) -> dict[str, Any]:
     what = f"Samples of {grid.run} at step {grid.step:,}"
     columns = grid.columns or max(len(grid.labels), 1)
-    alt = f"{what}, one column a class: {', '.join(map(str, grid.labels))}" if grid.labels else what
+    alt = f"{what}, one column per class: {', '.join(map(str, grid.labels))}" if grid.labels else what
     src = data_uri(grid.image)
     return {"run": grid.run, "labels": grid.labels, "columns": columns, "alt": alt, "src": src, "most": columns * CELL}
 
@@ -182,7 +182,7 @@ def data_uri(path: Path | str) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value for people: four digits of a number, thousands apart, a dash for nothing."""
+    """A value as text: numbers with four digits and thousands separators, a dash for a missing value."""
     if value is None or value == "":
         return NONE
     if isinstance(value, bool):
@@ -203,7 +203,7 @@ def _spaced(name: Any) -> str:
 
 
 def made(score: Mapping[str, Any], row: Row | None = None) -> list[tuple[str, Sequence[tuple[str, str]]]]:
-    """How a score was made, in groups of (name, text): scores, training, sampling, detector and reference, making."""
+    """How a score was made, in groups of (name, text): scores, training, sampling, detector, reference, provenance."""
     state, found = score.get("state") or {}, score.get("provenance") or {}
     seconds = found.get("seconds")
     groups = {
@@ -230,7 +230,7 @@ def made(score: Mapping[str, Any], row: Row | None = None) -> list[tuple[str, Se
 
 
 def _recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What a state is named by; its losses one by one."""
+    """The recipe of a state, with its losses one by one."""
     flat = {k: v for k, v in recipe.items() if k not in ("terms", "recipe")}
     return {**flat, **{f"{kind} loss": term for kind, term in (recipe.get("terms") or {}).items()}}
 
@@ -240,7 +240,7 @@ def _command(command: Any) -> str | None:
 
 
 def make(plan: Plan) -> None:
-    """Write a plan's page and tables, and how they were made; first ask a cluster what the jobs took.
+    """Write a plan's page and tables with their provenance, after asking the cluster for the jobs' accounting.
 
     Raises:
         ValueError: as `haste.report.gather.report`.

@@ -1,8 +1,8 @@
-"""Numbers that the papers report, to be set beside measured ones. `published/README.md` explains the files.
+"""Numbers that the papers report, shown beside measured ones. `published/README.md` explains the files.
 
-They are numbers from publications and no results of this code. A published result stands beside a measured one only
-where data, image size, model, method, iteration, guidance and batch agree, and every setting that the paper names; and
-only below the same headings: those of Inception's scores.
+They are from publications and not results of this code. A published result is shown beside a measured one only
+if data, image size, model, method, iteration, guidance and batch agree, and every setting that the paper states; and
+only in the columns that the papers report, those of Inception's scores.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from haste.report.compare import Column, guidance
 from haste.report.content import NONE, Benchmark, Row
 
 FOLDER = Path(__file__).parent / "published"
-BATCH = "256"  # of every run in these files
+BATCH = "256"  # batch size of every run in these files
 SAMPLES = 50_000
 # Files whose rows are a model trained on ImageNet: the side of its images in pixels, and what the table varies.
 FILES: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -38,14 +38,14 @@ SCORES = {"fd": "fid", "sfid": "sfid", "is": "is", "precision": "precision", "re
 
 @dataclass(frozen=True)
 class Published:
-    """One published result. `scores` are as printed, by this package's names of metrics; `settings` are what the paper
-    names of the alignment, and `axes` those that its table varies: none in the main tables."""
+    """One published result. `scores` are as printed, by this package's names of metrics; `settings` are the alignment
+    settings that the paper states, and `axes` those that its table varies: none in the main tables."""
 
     resolution: int
     model: str
     method: str
     step: int
-    guidance: tuple[float, float, float]  # scale, interval; (1, 0, 1) is none
+    guidance: tuple[float, float, float]  # scale, interval; (1, 0, 1) is no guidance
     stop: str
     settings: Mapping[str, str]
     scores: Mapping[str, str]
@@ -63,7 +63,7 @@ def layers_text(depth: int | str | None, student: Sequence[int] | None, teacher:
 
 @functools.cache
 def published() -> tuple[Published, ...]:
-    """Every published result of a model, a method and an iteration; the same number from two places once."""
+    """Every published result of a model, a method and an iteration; a number that two tables print appears once."""
     found: dict[tuple[object, ...], Published] = {}
     for name, (resolution, axes) in FILES.items():
         with open(FOLDER / name, newline="", encoding="utf-8") as file:
@@ -85,13 +85,13 @@ def published() -> tuple[Published, ...]:
 
 
 def _read(line: Mapping[str, str], resolution: int, axes: tuple[str, ...], guided: bool) -> Published | None:
-    """A line of a file; None where it names no iteration or, in a guided table, no guidance."""
+    """A line of a file; None if it states no iteration or, in a guided table, no guidance."""
     method = line.get("method") or ("vanilla" if line.get("target") == "vanilla" else "REPA")
     if not line.get("iteration") or (guided and not line["cfg_scale"]):
         return None
     low, high = line.get("interval_low") or 0, line.get("interval_high") or 1
     weight = (float(line["cfg_scale"]), float(low), float(high)) if guided else (1.0, 0.0, 1.0)
-    # A table without that column does not say when alignment stopped.
+    # A table without this column does not state when alignment stopped.
     stop = line.get("termination") or ("never" if "termination" in line and method != "vanilla" else NONE)
     scores = {metric: line[name] for metric, name in SCORES.items() if line.get(name)}
     step, settings = int(line["iteration"]), {} if method == "vanilla" else _settings(line)
@@ -101,7 +101,7 @@ def _read(line: Mapping[str, str], resolution: int, axes: tuple[str, ...], guide
 
 
 def _settings(line: Mapping[str, str]) -> dict[str, str]:
-    """What a line names of the alignment, in the words of `Row.settings`."""
+    """The alignment settings that a line states, in the words of `Row.settings`."""
     pairs = ([int(n) for n in line.get(name, "").split(",") if n] for name in ("student_layers", "teacher_layers"))
     found = {
         "teacher": line.get("teacher") or line.get("target") or "",
@@ -113,12 +113,12 @@ def _settings(line: Mapping[str, str]) -> dict[str, str]:
 
 
 def comparable(column: Column) -> bool:
-    """Whether a column is one that the papers report."""
+    """Whether the papers report a column."""
     return column.inception and column.metric in SCORES
 
 
 def beside(row: Row, benchmark: Benchmark | None, axis: str = "") -> list[Published]:
-    """The published results that may stand beside a measured one: of the main tables, or of those that vary an axis."""
+    """The published results that may be shown beside a measured one: from the main tables, or those varying an axis."""
     if benchmark is None or benchmark.data != "ImageNet" or row.settings.get("batch", BATCH) != BATCH:
         return []
     return [

@@ -1,5 +1,5 @@
-"""Whole systems beside one another, as the papers' last tables have them: each at the end of its training, sampled as
-its authors chose. Without guidance and with it in tables of their own."""
+"""Whole systems side by side, as in the papers' last tables: each at the end of its training, sampled as its authors
+chose. There is one table without guidance and one with it."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from haste.report.papers import (
     comparable,
 )
 
-# The side of images in pixels, whether the systems are guided -> where they are from.
+# (the images' side in pixels, whether the systems are guided) -> file.
 FILES = {
     (256, False): "imagenet256_system_no_cfg.csv",
     (256, True): "imagenet256_system.csv",
     (512, True): "imagenet512.csv",
 }
-IMAGENET = 1_281_167  # training images: an epoch
+IMAGENET = 1_281_167  # training images per epoch
 
 
 @dataclass(frozen=True)
 class System:
-    """A published system. `epochs` is empty where the source does not say; `scores` are as printed."""
+    """A published system. `epochs` is empty if the source does not state it; `scores` are as printed."""
 
     name: str
     epochs: str
@@ -56,7 +56,7 @@ class System:
 
 @functools.cache
 def published(resolution: int, guided: bool) -> tuple[System, ...]:
-    """The systems of one of the papers' tables, in its order; none where there is no such table."""
+    """The systems of one of the papers' tables, in its order; none if there is no such table."""
     name = FILES.get((resolution, guided))
     if name is None:
         return ()
@@ -81,8 +81,8 @@ def _epochs(steps: int, batch: int) -> float:
 def system_tables(report: Report) -> list[Table]:
     """Each run's last step beside the systems that papers report for these images: without guidance, then with it.
 
-    Guided lines that differ in their guidance alone all stand there. None for other images than ImageNet's, and where
-    no run has an Inception's score.
+    Guided lines that differ only in their guidance are all listed. None for images other than ImageNet's, or if no run
+    has a score by Inception.
     """
     if report.benchmark is None or report.benchmark.data != "ImageNet":
         return []
@@ -96,7 +96,7 @@ def system_tables(report: Report) -> list[Table]:
 
 
 def _last(report: Report, guided: bool) -> list[tuple[int, Line]]:
-    """The lines of every run's last step that Inception judged, all seeds of it, with their places."""
+    """The lines of every run's last step at which all its seeds have an FID, with their indices."""
     table = [
         (place, line)
         for place, line in enumerate(lines(report))
@@ -126,7 +126,7 @@ def _table(
 
 
 def _value(line: Line, column: Column) -> float | None:
-    """The mean over the seeds, whatever the line's guidance; None while a seed is missing."""
+    """The mean over the seeds at the line's own guidance; None while a seed is missing."""
     own = Column(column.metric, column.detector, guidance_text(line.first.score), column.inception)
     found = line.summary(own)
     return None if found is None or found.missing else found.mean
@@ -154,11 +154,11 @@ def _reported(system: System, shown: Sequence[str], guided: bool) -> Entry:
 
 def _notes(ours: Sequence[tuple[int, Line]]) -> list[str]:
     notes = [
-        f"In italics: what the papers report, no results of this code. An epoch is {IMAGENET:,} images. Systems differ "
-        "in model size, sampler and guidance, each as its authors chose."
+        "In italics: numbers that the papers report; they are no results of this code. An epoch is "
+        f"{IMAGENET:,} images. Systems differ in model size, sampler and guidance, each as its authors chose."
     ]
     counts = {line.first.score.get("samples") for _, line in ours}
     if counts != {SAMPLES}:
         said = " and ".join(f"{count:,}" for count in sorted(count or 0 for count in counts))
-        notes.append(f"Measured here on {said} samples: to be compared with published numbers only at {SAMPLES:,}.")
+        notes.append(f"Measured here on {said} samples: comparable with published numbers only at {SAMPLES:,}.")
     return notes

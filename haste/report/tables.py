@@ -44,7 +44,7 @@ from haste.report.papers import SAMPLES, Published, comparable
 IDENTITY = ["run", "model", "method", "stop", "seed", "step"]
 PROTOCOL = ["sampler", "NFE", "guidance", "labels", "decoder", "samples"]
 NUMBERS = ["seed", "step", "samples"]
-NOISE = "noise seed"  # a column where some run was sampled with several
+NOISE = "noise seed"  # a column that is shown if some run was sampled with several
 FLOOR_NAME = "real against real"
 TITLES = {
     "stop": "termination step",
@@ -58,8 +58,8 @@ TITLES = {
 
 
 def results(report: Report) -> pd.DataFrame:
-    """One line a run, seed and step, then the floor, with all digits: who, the scores, and how they were sampled. A
-    score that came with an error bar has another column for it.
+    """One line per run, seed and step, then the floor, with all digits: identity, scores, and sampling. A score with an
+    error bar has another column for it.
 
     Raises:
         ValueError: a row whose score is not a score; the message names run and step.
@@ -102,7 +102,7 @@ def _protocol(row: Row) -> dict[str, Any]:
 
 
 def main_tables(report: Report) -> list[Table]:
-    """The results without guidance, then those with it, if any."""
+    """The results without guidance, then those with guidance, if there are any."""
     parts = {
         guided: [(i, line) for i, line in enumerate(lines(report)) if (_weight(line) > 1) == guided]
         for guided in (False, True)
@@ -133,14 +133,14 @@ def _main(report: Report, part: Sequence[tuple[int, Line]], name: str, title: st
 
 
 def _kinds(report: Report, part: Sequence[Line]) -> list[Column]:
-    """The columns of some lines, one for all guidances: those are told by the line."""
+    """The columns of some lines, one per metric and detector: the lines state their guidance."""
     there = {c for line in part for row in line.rows for c in row_scores(row)}
     found = [c for c in columns(report) if c in there or not part]
     return list({(c.metric, c.detector): c for c in found}.values())
 
 
 class _Frame:
-    """The columns that a set of lines needs: what all lines share is said in a note and not in a column."""
+    """The columns that a set of lines needs: what all lines share is in a note instead of a column."""
 
     def __init__(
         self, report: Report, part: Sequence[Line], kinds: Sequence[Column], axis: str = "", beside: bool = False
@@ -149,7 +149,7 @@ class _Frame:
         self.places, self.best = decimals(report), best(report)
         said = [_protocol(line.first) for line in part]
         self.several = any(len(line.seeds) > 1 for line in part)
-        seeds = {_seeds_text(line) for line in part}  # where they are the same for all lines, a note says so
+        seeds = {_seeds_text(line) for line in part}  # a note says so if all lines have the same
         self.guided = any(_weight(line) > 1 for line in part)
         hidden = {
             "model": len({line.first.model for line in part}) <= 1,
@@ -187,7 +187,7 @@ class _Frame:
         return [*who, *(self._score(place, line, column) for column in self.kinds), *how]
 
     def reported(self, one: Published) -> list[Cell]:
-        """A published result's cells; what the paper does not say is a dash."""
+        """A published result's cells; what the paper does not state is a dash."""
         weight, low, high = one.guidance
         values: dict[str, Any] = {"run": one.source, "model": one.model, "method": one.method, "stop": one.stop}
         values |= {"step": one.step, "w": f"{weight:g}", "interval": f"[{low:g}, {high:g}]", "samples": SAMPLES}
@@ -197,7 +197,7 @@ class _Frame:
         return [*who, *(Cell(NONE) if s is None else Cell(s, float(s)) for s in scores), *how]
 
     def _word(self, name: str, value: Any) -> Cell:
-        """A cell beside the scores. Evaluations that an adaptive sampler needed on average are no whole numbers."""
+        """A cell beside the scores. The mean NFE of an adaptive sampler is not an integer."""
         if name == "stop" and value is not None and value.isdigit():
             return Cell(f"{int(value):,}", int(value))
         if name == "stop" and value is not None:
@@ -210,11 +210,11 @@ class _Frame:
         found, places = line.summary(column), self.places[column.place]
         if found is None:
             return Cell(NONE)
-        if found.missing:  # no mean of some seeds beside means of all
+        if found.missing:  # a mean over some seeds must not stand beside means over all
             text = "; ".join(f"{value:.{places}f}" for value in found.values.values())
             return Cell(text, link=f"made-{place}")
         spread = found.spread if len(line.seeds) > 1 else line.error(column)
-        bold = (place, column) in self.best and not self.beside  # beside other numbers it would say too much
+        bold = (place, column) in self.best and not self.beside  # beside published numbers bold would claim too much
         return number_cell(found.mean, places, spread=spread, bold=bold, link=f"made-{place}")
 
 
@@ -227,7 +227,7 @@ def _seeds_text(line: Line) -> str:
 
 
 def _notes(part: Sequence[Line], several: bool, kinds: Sequence[Column]) -> list[str]:
-    guided = len({guidance_text(line.first.score) for line in part}) <= 1  # else lines name their guidance
+    guided = len({guidance_text(line.first.score) for line in part}) <= 1  # otherwise lines state their guidance
     notes, shared = [], {protocol_text(line.first.score, guided) for line in part}
     models = {line.first.model for line in part}
     if len(models) == 1 and (model := min(models)):
@@ -237,17 +237,15 @@ def _notes(part: Sequence[Line], several: bool, kinds: Sequence[Column]) -> list
     if several:
         counts = sorted({len(line.seeds) for line in part if len(line.seeds) > 1})
         seeds = " or ".join(map(str, counts))
-        notes.append(
-            f"Mean ± sample standard deviation over {seeds} seeds of training; the samples' noise is the same."
-        )
+        notes.append(f"Mean ± sample standard deviation over {seeds} training seeds; the samples' noise is the same.")
     elif len(seeds_used := {line.first.seed for line in part}) == 1 and part:
-        notes.append(f"One seed of training a run ({min(seeds_used)}).")
+        notes.append(f"One training seed per run ({min(seeds_used)}).")
     if any(line.error(c) is not None for line in part if len(line.seeds) == 1 for c in kinds):
         notes.append("± of IS and KID with one seed: over splits or subsets of the samples.")
     said = [note for line in part for row in line.rows for note in row.score.get("notes") or []]
     notes += [note[0].upper() + note[1:].rstrip(".") + "." for note in dict.fromkeys(said)]
     if any(line.missing for line in part):
-        notes.append("Where a seed is missing, the values that are there stand one by one, without a mean.")
+        notes.append("If a seed is missing, the values so far are listed one by one, without a mean.")
     return notes
 
 
@@ -268,8 +266,8 @@ def arrows(report: Report) -> dict[str, bool | None]:
 
 
 def published_tables(report: Report) -> list[Table]:
-    """Measured results of Inception's scores with what the papers report for the same model, method, step and guidance:
-    without guidance, then with it. None where nothing matches."""
+    """Measured scores by Inception beside those that the papers report for the same model, method, step and guidance:
+    without guidance, then with it. No tables if nothing matches."""
     found = []
     for guided, name in ((False, "published"), (True, "published-guided")):
         table = [(i, line) for i, line in enumerate(lines(report)) if (_weight(line) > 1) == guided]
@@ -305,15 +303,13 @@ def _paper_notes(report: Report, part: Sequence[tuple[int, Line]]) -> list[str]:
     data = f"{report.benchmark.data} at {report.benchmark.resolution} px"
     notes = [
         f"In italics: numbers that the papers report for {data}, with their source; they are no results of this code. "
-        f"They are of {papers.SAMPLES:,} samples against ADM's reference. What a paper does not say is a dash, and "
-        f"settings that it does not name may differ. That these images are {report.benchmark.data} follows from their "
-        "number of classes alone."
+        f"They are for {papers.SAMPLES:,} samples against ADM's reference. What a paper does not state is a dash, and "
+        f"settings that it does not state may differ. These images are taken to be {report.benchmark.data} because of "
+        "their number of classes alone."
     ]
     if counts != {papers.SAMPLES}:
         said = " and ".join(f"{count:,}" for count in sorted(count or 0 for count in counts))
-        notes.append(
-            f"Measured here on {said} samples: to be compared with published numbers only at {papers.SAMPLES:,}."
-        )
+        notes.append(f"Measured here on {said} samples: comparable with published numbers only at {papers.SAMPLES:,}.")
     return notes
 
 
@@ -322,9 +318,9 @@ def _paper_notes(report: Report, part: Sequence[tuple[int, Line]]) -> list[str]:
 
 
 def ablations(report: Report) -> list[Table]:
-    """A table for each setting in which runs differ that agree in all else: stop, weights, layers, teacher, ...
+    """A table for each setting that differs between runs which agree in all else: stop, weights, layers, teacher, ...
 
-    Lines are grouped by model and step; plain training at the same settings stands first in its group.
+    Lines are grouped by model and step; vanilla training with the same settings comes first in its group.
     """
     table = list(enumerate(lines(report)))
     axes = ["stop", *dict.fromkeys(axis for _, line in table for axis in line.first.settings)]
@@ -349,7 +345,7 @@ def _ablation(report: Report, axis: str, groups: Sequence[Sequence[tuple[int, Li
 
 
 def _groups(table: Sequence[tuple[int, Line]], axis: str) -> Iterator[list[tuple[int, Line]]]:
-    """Lines that differ in one setting alone, where there are at least two different states of them."""
+    """Groups of lines that differ in one setting alone, with at least two different states each."""
     found: dict[str, list[tuple[int, Line]]] = {}
     for place, line in table:
         if axis_value(line.first, axis) not in (None, NONE):
@@ -362,7 +358,7 @@ def _groups(table: Sequence[tuple[int, Line]], axis: str) -> Iterator[list[tuple
 
 
 def axis_value(row: Row, axis: str) -> str | None:
-    """What a row has in the place of an ablation's axis; None where it has no such thing."""
+    """A row's value on an ablation's axis; None if it has none."""
     return row.stop if axis == "stop" else row.settings.get(axis)
 
 
@@ -381,18 +377,18 @@ def _others(row: Row, axis: str) -> list[Any]:
 
 
 def _scene(row: Row) -> list[Any]:
-    """Where two rows must agree to be compared at all: model, step, and how they were sampled."""
+    """What two rows must agree in to be compared at all: model, step, and sampling."""
     said = _protocol(row)
     return [row.model, row.step, *(said[name] for name in sorted(said))]
 
 
 def _baseline(table: Sequence[tuple[int, Line]], row: Row, axis: str) -> list[tuple[int, Line]]:
-    """Plain training with the same settings as an ablated row, but for its alignment's."""
+    """Vanilla training with the same settings as an ablated row, except those of its alignment."""
     return [
         (place, line)
         for place, line in table
         if line.first.method == "vanilla"
-        and line.first.settings  # of a row from elsewhere none are known
+        and line.first.settings  # unknown for rows of `evaluate`
         and row.method != "vanilla"
         and axis_value(line.first, axis) in (None, NONE)
         and _scene(line.first) == _scene(row)

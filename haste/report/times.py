@@ -1,4 +1,4 @@
-"""The table of times: what each stage took, here and on a cluster."""
+"""The table of times: what each stage cost, here and on a cluster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from haste.report.formats import (
 
 
 def time_table(stages: Sequence[Stage]) -> Table:
-    """Jobs and wall time by stage and, where a cluster's accounting is on record, what they took there."""
+    """Jobs and wall time by stage and, if a cluster's accounting is recorded, their usage there."""
     known = [stage.usage for stage in stages if stage.usage]
     total = Stage("total", sum(s.jobs for s in stages), sum(s.seconds for s in stages), _sum(known))
     heads = [Head("stage"), Head("jobs", True), Head("time, summed", True), Head("share", True)]
@@ -43,7 +43,7 @@ def _usage_heads(gpus: bool) -> list[str]:
 
 
 def _usage_cells(usage: Usage | None, gpus: bool) -> list[Cell]:
-    """What a stage took on the cluster; dashes where it is not known."""
+    """A stage's usage on the cluster; dashes if it is unknown."""
     if usage is None:
         return [Cell(NONE)] * len(_usage_heads(gpus))
     attempts = Cell(_attempts_text(usage), usage.attempts)
@@ -71,7 +71,7 @@ def _usage_notes(usage: Usage) -> list[str]:
     broken = [f"{_hours(part)} of the {_hours(whole)} {unit}-hours" for unit, part, whole in taken if part]
     if broken:
         said = " and ".join(broken)
-        notes.append(f"{said} went into attempts that did not complete; training goes on from what they saved.")
+        notes.append(f"{said} went into attempts that did not complete; training continues from what they saved.")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""Scores: of what the workflow draws, from features stores (`workflow`), and of images from anywhere (`images`)."""
+"""Scores: of the workflow's samples, from features stores (`workflow`), and of images from any source (`images`)."""
 
 from haste import moved
 

@@ -15,7 +15,7 @@ from haste.score.sides import Side
 
 log = logging.getLogger("haste.score")
 
-# A value as METRICS names it -> (its metric, how a column is called), in the order of a table.
+# A value as METRICS names it -> (its metric, the name of its column), in the order of a table.
 VALUES = {
     "fd": ("frechet", "FD"),
     "sfid": ("sfid", "sFID"),
@@ -24,7 +24,7 @@ VALUES = {
     "recall": ("precision_recall", "recall"),
     "kid": ("kid", "KID"),
 }
-TYPED = {"fid": "fd", **{name: name for name in VALUES}}  # what people type -> a name in VALUES
+TYPED = {"fid": "fd", **{name: name for name in VALUES}}  # what users type -> a name in VALUES
 OVER_SPLITS, OVER_SUBSETS = "standard deviation over splits", "standard deviation over subsets"
 OF_SAMPLES = "standard error of so many samples"
 FEATURES = {"fd": "pool", "sfid": "spatial"}
@@ -32,8 +32,8 @@ FEATURES = {"fd": "pool", "sfid": "spatial"}
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A number in a table. value; error: its error bar, None where there is none; what: what kind of bar that is;
-    better: "lower" or "higher"."""
+    """A number in a table. value; error: its error bar, None if it has none; what: the kind of error bar; better:
+    "lower" or "higher"."""
 
     value: float
     error: float | None
@@ -43,7 +43,7 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """columns: name -> score; absent: name -> why there is none; notes: what must be said beside them."""
+    """columns: name -> score; absent: name -> why there is none; notes: remarks that belong to the scores."""
 
     columns: dict[str, Score] = dataclasses.field(default_factory=dict)
     absent: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -51,7 +51,7 @@ class Found:
 
 
 def typed(names: Sequence[str]) -> list[str]:
-    """Names in VALUES for names that people type. Raises ValueError for one that is none."""
+    """Names in VALUES for names that users type. Raises ValueError for an unknown one."""
     unknown = [name for name in names if name.lower() not in TYPED]
     if unknown or not names:
         raise ValueError(f"metrics: found {', '.join(unknown) or 'none'}, expected of {', '.join(TYPED)}")
@@ -59,7 +59,7 @@ def typed(names: Sequence[str]) -> list[str]:
 
 
 def column(value: str, detector: Mapping[str, Any]) -> str:
-    """What a column is called. FID is Inception's and nobody else's; others carry their detector's name."""
+    """The name of a column. FID is Inception's alone; other columns carry their detector's name."""
     name = VALUES[value][1]
     if detector.get("kind") == "inception":
         return "FID" if value == "fd" else name
@@ -71,13 +71,13 @@ def compare(side: Side, real: Side | None, wanted: Collection[str], *, strict: b
 
     Args:
         side: the samples.
-        real: the reference, seen by the same detector; None for scores that need none.
+        real: the reference, by the same detector; None for scores that need none.
         wanted: names in VALUES.
-        strict: whether one that cannot be had is an error.
+        strict: whether a score that cannot be computed is an error.
         seed: of KID's subsets.
 
     Raises:
-        ValueError: `strict`, and a score cannot be had; says why.
+        ValueError: `strict`, and a score cannot be computed; the message says why.
     """
     found = Found()
     for name, metric in METRICS.items():
@@ -89,7 +89,7 @@ def compare(side: Side, real: Side | None, wanted: Collection[str], *, strict: b
             log.info("%s", ", ".join(column(value, side.detector) for value in mine))
             try:
                 numbers = _numbers(name, side, real, seed)
-            except ValueError as refusal:  # too few images, say: the other scores may still be had
+            except ValueError as refusal:  # such as too few images: the other scores may still be possible
                 why = str(refusal)
         if why is not None:
             if strict:
@@ -104,7 +104,7 @@ def compare(side: Side, real: Side | None, wanted: Collection[str], *, strict: b
 
 
 def refuse(detector: Mapping[str, Any], real: Side | None, wanted: Collection[str]) -> None:
-    """Raise ValueError for a score that cannot be had whatever the samples are, before they are looked at."""
+    """Raise ValueError for a score that cannot be computed for any samples, before their features are extracted."""
     for value in wanted:
         metric = METRICS[VALUES[value][0]]
         lacking = set(metric.needs) - set(detector["outputs"])
@@ -121,7 +121,7 @@ def _ordered(columns: dict[str, Score], detector: Mapping[str, Any]) -> dict[str
 
 
 def _missing(name: str, side: Side, real: Side | None) -> str | None:
-    """Why a metric cannot be taken; None if it can."""
+    """Why a metric cannot be computed; None if it can."""
     if not METRICS[name].reference:
         return side.absent.get(name)
     if real is None:
@@ -137,7 +137,7 @@ def _numbers(name: str, side: Side, real: Side | None, seed: int) -> dict[str, f
 
 
 def _error(value: str, numbers: Mapping[str, float], side: Side, real: Side | None) -> tuple[float | None, str | None]:
-    """An error bar, and what kind it is."""
+    """An error bar, and its kind."""
     if value in ("is", "kid"):
         error = numbers.get(f"{value}_std")
         return error, None if error is None else OVER_SPLITS if value == "is" else OVER_SUBSETS
@@ -150,4 +150,4 @@ def _error(value: str, numbers: Mapping[str, float], side: Side, real: Side | No
         share, count = numbers[value], len(side.stats["precision_recall"].index)
         error = math.sqrt(share * (1 - share) / count) if 0 < share < 1 else None
         return error, None if error is None else OF_SAMPLES
-    return None, None  # recall: the balls are the samples' own, and no resampling leaves them as they are
+    return None, None  # recall: the balls are centred on the samples, so resampling would change them

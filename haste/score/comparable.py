@@ -1,4 +1,4 @@
-"""What keeps scores from being read beside published ones, or from meaning anything: a sentence each."""
+"""Why scores are not comparable with published ones, or mean nothing at all: one sentence per reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 PUBLISHED = 50_000  # samples behind published scores
-WIDTH = 2048  # of Inception's features
+WIDTH = 2048  # width of Inception's features
 # ADM's references: name -> side of the 10,000 images under arr_0.
 ADM = {
     "VIRTUAL_imagenet64_labeled.npz": 64,
@@ -26,12 +26,12 @@ def notes(
     detectors: Sequence[Mapping[str, Any]],
     columns: Collection[str],
 ) -> list[str]:
-    """What must be said of scores in these columns; nothing for 50,000 samples against ADM's reference.
+    """Remarks on scores in these columns; none for 50,000 samples against ADM's reference.
 
     Args:
-        samples, reference: what is known of the two, as `Scores` has it.
-        detectors: who looked.
-        columns: the scores that there are.
+        samples, reference: what is known of the two, as in `Scores`.
+        detectors: the detectors that were used.
+        columns: the scores that were computed.
     """
     found = [*_of_images(samples), *_of_count(samples, columns)]
     if reference is not None:
@@ -101,7 +101,7 @@ def _of_reference(reference: Mapping[str, Any], detectors: Sequence[Mapping[str,
 
 
 def known_reference(reference: Mapping[str, Any]) -> str | None:
-    """The name of ADM's reference that this one has name and layout of. Its content cannot be told from here."""
+    """The name of ADM's reference whose name and layout this one has. Its content cannot be checked."""
     name = reference["path"].replace("\\", "/").rpartition("/")[2]
     side = ADM.get(name)
     layout = {"holds": sorted(HELD), "pictures": PICTURES, "size": [side, side]}

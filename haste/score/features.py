@@ -1,4 +1,4 @@
-"""What detectors see in samples and in real images, as features stores."""
+"""Detectors' features of samples and of real images, as features stores."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def feature_shard(
     total: int,
     batch: int = 256,
 ) -> None:
-    """What a detector sees in one shard of samples, as a shard of a features store.
+    """A detector's features of one shard of samples, as a shard of a features store.
 
     Args:
-        detector: what looks at the images.
+        detector: extracts the features.
         path: the .npz that `draw_shard` wrote.
         folder: the features store's.
         key: the features store's key.
@@ -42,10 +42,10 @@ def feature_shard(
         shard: which shard, from 0.
         shards: how many there are.
         total: samples in all shards.
-        batch: images looked at at once; changes nothing but float rounding.
+        batch: batch size of the detector; changes results by float rounding only.
 
     Raises:
-        ValueError: the samples are missing, truncated, or not such as `draw_shard` writes.
+        ValueError: the samples are missing, truncated, or not as `draw_shard` writes them.
     """
     images = open_samples(path)
     labels, header = _asked(path)
@@ -56,7 +56,7 @@ def feature_shard(
     def batches() -> Iterator[dict[str, np.ndarray]]:
         done = 0
         for pictures in images.batches(batch):
-            yield _seen(detector, pictures, labels[done : done + len(pictures)])
+            yield _features(detector, pictures, labels[done : done + len(pictures)])
             done += len(pictures)
 
     write_shard(
@@ -75,14 +75,14 @@ def feature_shard(
     )
 
 
-def _seen(detector: Detector, images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """A batch of a features store: what a detector says of images, beside their labels."""
+def _features(detector: Detector, images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """A batch of a features store: a detector's outputs for images, and their labels."""
     found = detector(torch.from_numpy(images))
     return {**{name: value.numpy() for name, value in found.items()}, "label": labels}
 
 
 def _about(detector: Detector) -> dict[str, Any]:
-    # Not the configuration's name for it: another one, which shares the store, may call it otherwise.
+    # Not the configuration's name for it: another configuration that shares the store may use another name.
     return {**detector.about, "name": detector.kind}
 
 
@@ -99,7 +99,7 @@ def reference_shard(
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for low in range(0, len(rows), batch):
             chosen = rows[low : low + batch]
-            yield _seen(detector, images.read("image", chosen), images.read("label", chosen))
+            yield _features(detector, images.read("image", chosen), images.read("label", chosen))
 
     inputs = {"images": images.identity, "detector": detector.identity}
     common: dict[str, Any] = {"folder": folder, "key": key, "recipe": recipe}
@@ -109,7 +109,7 @@ def reference_shard(
 def reference_of_file(
     path: Path, detector: Detector, *, folder: Path, key: str, recipe: dict, batch: int = 256
 ) -> None:
-    """As `reference_shard`, of ADM's reference file: features of its images, and beside them its own statistics.
+    """As `reference_shard`, for ADM's reference file: features of its images, and its own statistics beside them.
 
     Raises:
         ValueError: the file is missing, truncated, or holds no images or no statistics of Inception.
@@ -125,7 +125,7 @@ def reference_of_file(
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for pictures in images.batches(batch):
-            yield _seen(detector, pictures, np.full(len(pictures), -1, np.int64))  # of no class that anybody says
+            yield _features(detector, pictures, np.full(len(pictures), -1, np.int64))  # the file states no classes
 
     inputs = {"detector": detector.identity, "images": images.identity(), "file": found.about["identity"]}
     facts = {"file_name": path.name, "moments": artefact.file_identity(folder / MOMENTS)}
@@ -145,7 +145,7 @@ def _write_reference(
     named: str,
     facts: dict[str, str] | None = None,
 ) -> None:
-    """The one shard of a reference; `inputs` are identities, `facts` what is told of it beside them."""
+    """The single shard of a reference; `inputs` are identities, `facts` further entries about it."""
     write_shard(
         folder,
         kind="features",

@@ -1,4 +1,4 @@
-"""Scores of images from anywhere: sample files, folders, archives, stores or stored features, against a reference."""
+"""Scores of images from any source: sample files, folders, archives, stores or stored features, against a reference."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ MOST_KEPT = 100_000  # samples whose features are held for error bars
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Scores of one set of images, with everything that decides what they may be compared with.
+    """Scores of one set of images, with everything that determines what they may be compared with.
 
     columns: name -> score, in the order of a table, see `haste.score.columns.column`.
-    samples, reference: what was compared, JSON; detectors: who looked, JSON; settings: seeds, splits, batch, JSON;
-    notes: what must be said beside the numbers, a sentence each; absent: name -> why there is no such score.
+    samples, reference: what was compared, JSON; detectors: by which detectors, JSON; settings: seeds, splits, batch,
+    JSON; notes: remarks on the numbers, a sentence each; absent: name -> why there is no such score.
     """
 
     columns: Mapping[str, Score]
@@ -66,7 +66,7 @@ class Scores:
     seconds: float
 
     def __getitem__(self, name: str) -> float:
-        """The value of a column. Raises KeyError, with the reason where that is known."""
+        """The value of a column. Raises KeyError, with the reason if it is known."""
         if name not in self.columns:
             raise KeyError(f"{name}: {self.absent.get(name, 'not among ' + ', '.join(self.columns))}")
         return self.columns[name].value
@@ -108,29 +108,29 @@ def score_images(
     device: str = "cpu",
     seed: int = kid.SEED,
 ) -> Scores:
-    """Score one set of images; a `Scorer` scores several and looks at the reference once.
+    """Score one set of images; a `Scorer` scores several and extracts the reference's features once.
 
     Args:
         samples: ADM's .npz (`arr_0`), a folder or .zip of pictures, shards of samples, an image store, or a features
             store.
         reference: the same, or an .npz of statistics, such as ADM's references; None for scores that need none.
-        detectors: who looks; None is the detector of stored features, else Inception.
-        metrics: of fid (or fd), sfid, is, precision, recall, kid. None is all that can be had; one that is named and
-            cannot be had is an error.
+        detectors: the detectors; None is the detector of stored features, otherwise Inception.
+        metrics: of fid (or fd), sfid, is, precision, recall, kid. None is all that can be computed; a named one that
+            cannot be computed is an error.
         features: a folder in which features are kept and found again; None keeps none.
-        batch: images that a detector sees at once.
-        device: of Inception, if none is given; a detector that is given stays where it is.
+        batch: batch size of a detector.
+        device: of Inception, if no detector is given; a given detector stays on its device.
         seed: of KID's subsets.
 
     Raises:
-        ValueError: something is not what it must be; says where, what was found and what was expected.
+        ValueError: an input is wrong; the message says where, what was found and what was expected.
     """
     options: dict[str, Any] = {"features": features, "batch": batch, "device": device, "seed": seed}
     return Scorer(reference, detectors=detectors, metrics=metrics, **options)(samples)
 
 
 class Scorer:
-    """Scores sets of images against one reference. Arguments as those of `score_images`."""
+    """Scores sets of images against one reference. Arguments as in `score_images`."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class Scorer:
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed: expected 0 to {2**32 - 1}, found {seed}")
         self.detectors = None if detectors is None else list(detectors)
-        self.columns: dict[str, str] = {}  # what a distance is called -> the identity of the detector behind it
+        self.columns: dict[str, str] = {}  # column of a distance -> the identity of its detector
         for detector in self.detectors or []:
             self._claim(detector.about)
         self.features = None if features is None else Path(features)
@@ -160,7 +160,7 @@ class Scorer:
         self.references: dict[str, Side] = {}
 
     def _claim(self, about: Mapping[str, Any]) -> None:
-        """Two detectors behind one column would compare nothing, or hide one another."""
+        """Refuse two detectors for one column: they would not be comparable, or would hide one another."""
         name, identity = column("fd", about), about["identity"]
         if self.columns.setdefault(name, identity) != identity:
             raise ValueError(
@@ -169,13 +169,13 @@ class Scorer:
             )
 
     def check(self, samples: Path | str) -> Samples | Store | Reference:
-        """Open a set of images and see that it can be scored at all; nothing is looked at. Raises ValueError."""
+        """Open a set of images and check that it can be scored, without extracting features. Raises ValueError."""
         source = open_source(samples, statistics=False)
         _check_sizes(source, self.source)
         return source
 
     def __call__(self, samples: Path | str) -> Scores:
-        """Score a set of images. Raises ValueError as `score_images`."""
+        """Score a set of images. Raises ValueError as in `score_images`."""
         started = time.monotonic()
         source = self.check(samples)
         for one in (source, self.source):
@@ -187,12 +187,12 @@ class Scorer:
         near: int | None = None
         for seen, detector, see in self._views(source):
             self._claim(seen)
-            # What is cheap and may be refused comes first: hours of looking must not end in a refusal.
+            # Cheap checks that may refuse come first: hours of feature extraction must not end in a refusal.
             real = None if self.source is None else self._reference(seen, detector)
             if self.strict and self._alone:
                 refuse(seen, real, self.wanted)
             side = self._gather_samples(dataclasses.replace(see(), detector=seen))
-            # Inception's default is all five scores; what another network cannot give is no news.
+            # Inception's default is all five scores; scores that other networks lack need no remark.
             wanted = [name for name in self.wanted if self.strict or VALUES[name][0] not in side.absent]
             found = compare(side, real, wanted, strict=self.strict and self._alone, seed=self.seed)
             columns, absent, said = columns | found.columns, absent | found.absent, said + found.notes
@@ -200,11 +200,11 @@ class Scorer:
             who.append(dict(side.detector))
             if real is not None:
                 near = next((len(s.index) for name, s in real.stats.items() if METRICS[name].reference_rows), near)
-                # The same reference, but one detector may know its statistics and another only some of its images.
+                # The same reference, but one detector may have its statistics and another only some of its images.
                 who[-1] |= {"reference_moments": real.about["moments"]} if "moments" in real.about else {}
                 reference = {name: fact for name, fact in real.about.items() if name != "moments"}
         if not columns:
-            raise ValueError(f"{_path(source)}: no score can be had: {'; '.join(sorted(set(absent.values())))}")
+            raise ValueError(f"{_path(source)}: no score can be computed: {'; '.join(sorted(set(absent.values())))}")
         self._check_named(columns, absent, who)
         notes = list(dict.fromkeys([*comparable.notes(about, reference, who, columns), *said]))
         seconds = round(time.monotonic() - started, 3)
@@ -213,17 +213,17 @@ class Scorer:
     def _check_named(
         self, columns: Collection[str], absent: Mapping[str, str], who: Sequence[Mapping[str, Any]]
     ) -> None:
-        """A metric that is asked for by name must come from one of the detectors at least."""
+        """A metric that is requested by name must come from at least one of the detectors."""
         for value in self.wanted if self.strict else ():
             labels = [column(value, detector) for detector in who]
             if not set(labels) & set(columns):
                 raise ValueError(f"{', '.join(labels)}: {'; '.join(sorted({absent.get(one, '?') for one in labels}))}")
 
     def save_reference(self, path: Path | str) -> None:
-        """Write the statistics of the reference, which has been looked at, by its one detector.
+        """Write the statistics of the reference by its only detector, after something was scored against it.
 
         Raises:
-            ValueError: nothing has been scored against a reference yet, or several detectors looked.
+            ValueError: nothing has been scored against a reference yet, or there are several detectors.
         """
         if len(self.references) != 1:
             who = ", ".join(side.detector["name"] for side in self.references.values()) or "none"
@@ -233,7 +233,7 @@ class Scorer:
 
     @property
     def _alone(self) -> bool:
-        # With several detectors a metric that is named is asked of those that can give it.
+        # With several detectors a named metric is computed by those that support it.
         return self.detectors is None or len(self.detectors) == 1
 
     # ---- both sides
@@ -244,12 +244,12 @@ class Scorer:
 
     @property
     def _metrics(self) -> list[str]:
-        """Names in METRICS that are wanted."""
+        """Names in METRICS that are requested."""
         wanted = {VALUES[name][0] for name in self.wanted}
         return [name for name in METRICS if name in wanted]
 
     def _settings(self, count: int, near: int | None) -> dict[str, Any]:
-        """What was done: `count` samples, and `near` images of the reference for precision, recall and KID."""
+        """The settings: `count` samples, and `near` images of the reference for precision, recall and KID."""
         subsets: dict[str, Any] = {"pairs": "all"}
         if near is not None and min(count, near) > kid.SIZE:
             subsets = {"subsets": kid.SUBSETS, "subset_size": kid.SIZE}
@@ -264,14 +264,15 @@ class Scorer:
     def _views(
         self, source: Samples | Store | Reference
     ) -> Iterator[tuple[Mapping[str, Any], Detector | None, Callable[[], View]]]:
-        """Who looks at the samples: what is said of the detector, the detector where it is at hand, and its looking."""
+        """For each detector of the samples: its description, the detector if it is loaded, and its view."""
         if isinstance(source, Store):
             view = view_of(source)
             mine = [one for one in self.detectors or [] if one.identity == view.detector["identity"]]
             if self.detectors is not None and len(mine) != len(self.detectors):
                 other = next(one for one in self.detectors if one not in mine)
                 raise ValueError(
-                    f"{source.folder}: seen by detector {view.detector['identity'][:12]}, asked for are scores by "
+                    f"{source.folder}: features by detector {view.detector['identity'][:12]}, but requested are scores "
+                    "by "
                     f"{other.name} {other.identity[:12]}"
                 )
             yield (mine[0].about, mine[0], lambda: view) if mine else (view.detector, None, lambda: view)
@@ -289,13 +290,13 @@ class Scorer:
         return gather(view, self._metrics, keep=keep)
 
     def _reference(self, about: Mapping[str, Any], detector: Detector | None) -> Side:
-        """The reference as a detector sees it, looked at once."""
+        """The statistics of the reference by a detector, computed once."""
         identity = about["identity"]
         if identity not in self.references:
-            self.references[identity] = self._see_reference(about, detector)
+            self.references[identity] = self._compute_reference(about, detector)
         return self.references[identity]
 
-    def _see_reference(self, about: Mapping[str, Any], detector: Detector | None) -> Side:
+    def _compute_reference(self, about: Mapping[str, Any], detector: Detector | None) -> Side:
         source, metrics = self.source, [name for name in self._metrics if METRICS[name].reference]
         if isinstance(source, Store):
             view = view_of(source)
@@ -309,7 +310,7 @@ class Scorer:
     def _look(
         self, source: Samples, metrics: Sequence[str], about: Mapping[str, Any], detector: Detector | None
     ) -> Side:
-        if detector is None:  # the samples are stored features: whoever made them must be had to look at the reference
+        if detector is None:  # the samples are stored features: the reference needs the detector that made them
             detector = self._inception
             _check_detector(source.path, detector.about, about)
         return gather(
@@ -343,18 +344,18 @@ class Scorer:
     ) -> Side:
         if source.samples is None:
             raise ValueError(
-                f"{source.path}: holds mu and sigma of Inception and no images, but the samples were seen by "
-                f"{about['name']}"
+                f"{source.path}: holds mu and sigma of Inception and no images, but the samples' features "
+                f"are by {about['name']}"
             )
         side = self._look(source.samples, metrics, about, detector)
         return dataclasses.replace(side, about={**source.about, "moments": "of its images under arr_0"})
 
 
 def open_source(path: Path | str, *, statistics: bool) -> Samples | Store | Reference:
-    """What a path holds: images, stored features, or (where `statistics` are of use) statistics.
+    """What a path holds: images, stored features, or (if `statistics` are allowed) statistics.
 
     Raises:
-        ValueError: nothing of the kind; says what was found.
+        ValueError: none of these; the message says what was found.
     """
     path = Path(path)
     if (path / MANIFEST).exists():
@@ -371,7 +372,7 @@ def open_source(path: Path | str, *, statistics: bool) -> Samples | Store | Refe
 
 
 def _size(source: Samples | Store | Reference | None) -> list[int] | None:
-    """Height and width of a source's images, as far as they are known."""
+    """Height and width of a source's images, if known."""
     if isinstance(source, Samples):
         return list(source.size)
     if isinstance(source, Store):
@@ -396,20 +397,20 @@ def _check_detector(path: Path, seen: Mapping[str, Any], asked: Mapping[str, Any
     if seen["identity"] != asked["identity"]:
         who = [f"{one.get('name') or 'a detector'} {one['identity'][:12]}" for one in (seen, asked)]
         raise ValueError(
-            f"{path}: the reference is seen by {who[0]}, the samples by {who[1]}: their scores would compare nothing"
+            f"{path}: features of the reference by {who[0]}, of the samples by {who[1]}: they cannot be compared"
         )
 
 
 def detectors_asked(names: Sequence[str], weights: Path | None, device: str) -> list[Detector] | None:
-    """The detectors that `haste score` is asked for; None where it is asked for none.
+    """The detectors that `haste score` is given; None if it is given none.
 
     Args:
         names: NAME or NAME=WEIGHTS of each.
-        weights: the weights file of the only one, if it does not stand beside its name.
-        device: where they look.
+        weights: the weights file of the only one, if its name does not include it.
+        device: where to compute.
 
     Raises:
-        ValueError: `weights` beside several, or beside others; or as `open_detector`.
+        ValueError: `weights` with several detectors, or in addition to NAME=WEIGHTS; or as in `open_detector`.
     """
     asked = [name.partition("=")[::2] for name in names]
     if weights is not None:

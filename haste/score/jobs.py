@@ -1,4 +1,4 @@
-"""What the rules on samples, features and scores do for a plan."""
+"""The jobs of the rules on samples, features and scores."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def load_detector(plan: Plan, detector: names.Detector) -> Detector:
 
 
 def make_references(plan: Plan) -> None:
-    """What each detector sees in the real images, where that is not there yet."""
+    """Make each detector's features of the real images that are missing."""
     for detector in plan.detectors.values():
         made = detector.reference
         if Path(made.manifest).exists():
@@ -45,7 +45,7 @@ def make_references(plan: Plan) -> None:
 
 
 def sample(plan: Plan, evaluation: Evaluation, shard: int) -> None:
-    """Draw one shard of samples, and let every detector look at it."""
+    """Draw one shard of samples, and extract every detector's features."""
     painter = painter_of(plan, evaluation)
     draw_shard(
         painter,
@@ -59,13 +59,13 @@ def sample(plan: Plan, evaluation: Evaluation, shard: int) -> None:
     )
     for detector in plan.detectors.values():
         extract_features(plan, evaluation, detector, shard)
-    # Not before: a workflow that is killed between the two throws the shard away and calls this again.
+    # Not before: a workflow that is killed between the two discards the shard and calls this again.
     mine = store.shard_range(evaluation.sampling.count, shard, evaluation.shards)
     batches.forget(batches.folder_of(Path(evaluation.folder)), mine)
 
 
 def extract_features(plan: Plan, evaluation: Evaluation, detector: names.Detector, shard: int) -> None:
-    """Let a detector look at one shard of samples."""
+    """Extract a detector's features of one shard of samples."""
     made = evaluation.judgement(detector.name).features
     feature_shard(
         load_detector(plan, detector),
@@ -81,7 +81,7 @@ def extract_features(plan: Plan, evaluation: Evaluation, detector: names.Detecto
 
 
 def judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
-    """Score a set of samples by what one detector sees in them."""
+    """Score a set of samples by one detector's features."""
     features, detector = judgement.features, judgement.detector
     common: dict[str, Any] = {"key": features.key, "recipe": features.recipe, "shards": features.shards}
     provenance = artefact.provenance(key=features.key, recipe=features.recipe)

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from haste.score.images import Scores
 
 NONE = "–"
-DIGITS = {"KID": 5, "precision": 4, "recall": 4}  # after the point; others have 3
+DIGITS = {"KID": 5, "precision": 4, "recall": 4}  # decimals; others have 3
 ARROWS = {"lower": "↓", "higher": "↑"}
 
 
 def table(found: Sequence[Scores], console: Console | None = None) -> None:
-    """Print the sets side by side, a line a score, the best in bold where all are comparable, then what must be said.
+    """Print the sets side by side, a line per score, the best in bold if all are comparable, then the remarks.
 
     Args:
         found: sets of samples, scored against one reference.
@@ -61,7 +61,7 @@ def _title(scores: Scores) -> str:
 
 
 def names(found: Sequence[Scores]) -> list[str]:
-    """What the sets are called: the shortest ends of their paths that differ."""
+    """The names of the sets: the shortest distinct ends of their paths."""
     paths = [Path(scores.samples["path"]) for scores in found]
     for parts in range(1, 1 + max(len(path.parts) for path in paths)):
         short = ["/".join(path.parts[-parts:]) for path in paths]
@@ -71,7 +71,7 @@ def names(found: Sequence[Scores]) -> list[str]:
 
 
 def _best(found: Sequence[Scores], cells: Sequence[Score]) -> Score | None:
-    """The best of a line; None where it is no contest: one set, or sets of different counts."""
+    """The best of a line; None if there is nothing to compare: one set, or sets of different counts."""
     if len(cells) < 2 or len({scores.samples["images"] for scores in found}) > 1:
         return None
     pick = min if cells[0].better == "lower" else max
@@ -87,7 +87,7 @@ def _written(label: str, score: Score | None) -> str:
 
 
 def _below(found: Sequence[Scores]) -> list[Text]:
-    """The kinds of error bars, and every set's notes: those of all sets once."""
+    """The kinds of error bars, and every set's notes; notes that all sets share appear once."""
     bars: dict[str, list[str]] = {}
     for scores in found:
         for label, score in scores.columns.items():
@@ -112,7 +112,7 @@ def _said(scores: Scores) -> list[str]:
 
 
 def csv(found: Sequence[Scores]) -> str:
-    """A line a set: what was compared, scores under their columns, error bars under "NAME error"."""
+    """A line per set: what was compared, scores under their columns, error bars under "NAME error"."""
     lines: list[dict[str, Any]] = []
     for scores in found:
         line: dict[str, Any] = {
@@ -130,7 +130,7 @@ def csv(found: Sequence[Scores]) -> str:
 
 
 def write(found: Sequence[Scores], *, json: Path | None = None, csv_file: Path | None = None) -> None:
-    """Write the files that are asked for. One set is one object; several are a list under "sets"."""
+    """Write the requested files. One set is one object; several are a list under "sets"."""
     if json is not None:
         sets = [scores.json() for scores in found]
         whole = {"schema": artefact.SCHEMA, "kind": "image scores", "sets": sets, "provenance": sets[0]["provenance"]}

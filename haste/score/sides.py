@@ -2,7 +2,7 @@
 
 The file is an .npz laid out as ADM's references: `mu` (D,), `sigma` (D, D) of the pool features and `mu_s`, `sigma_s`
 of the spatial ones, float64, ddof 1. ADM's hold images under `arr_0`; ours hold features of images under `pool`
-instead, and say under `haste` how they were made.
+instead, and their provenance under `haste`.
 
 N images, D feature width.
 """
@@ -30,7 +30,7 @@ from haste.score.views import READ, Batch, View
 
 @dataclasses.dataclass
 class Side:
-    """One set of images as one detector saw it.
+    """The statistics of one set of images by one detector.
 
     about: the images, JSON; detector: as `Detector.about`; stats: metric -> its statistic; kept: features by name, for
     error bars; absent: metric -> why there is no statistic.
@@ -47,13 +47,13 @@ def gather(view: View, metrics: Collection[str], *, most: int | None = None, kee
     """The statistics of metrics (names in METRICS), in one pass over a view.
 
     Args:
-        view: what a detector saw.
-        metrics: those whose outputs the detector has not are left out, with the reason.
-        most: how many images precision, recall and KID look at, evenly spaced; None is all.
-        keep: outputs whose features are kept as they are.
+        view: a detector's features.
+        metrics: those whose outputs the detector lacks are left out, with the reason.
+        most: most images that precision, recall and KID use, evenly spaced; None is all.
+        keep: outputs whose features are kept unchanged.
 
     Raises:
-        ValueError: features that are not finite, or images that cannot be read; says which.
+        ValueError: features that are not finite, or images that cannot be read; the message says which.
     """
     side = Side({}, view.detector)
     for name in METRICS:
@@ -84,7 +84,7 @@ def spaced(count: int, most: int | None) -> NDArray[np.int64]:
 
 
 def _chosen(count: int, most: int | None) -> NDArray[np.bool_] | None:
-    """Which (N,) of `count` images are looked at; None is all."""
+    """Which (N,) of `count` images are used; None is all."""
     if most is None or count <= most:
         return None
     found = np.zeros(count, dtype=bool)
@@ -115,8 +115,8 @@ def _joined(parts: list[Batch]) -> Batch:
 class Reference:
     """What an .npz of statistics holds.
 
-    moments: "pool" and "spatial", as far as they are there; samples: its images, if it has any; near: pool features
-    of some of its images, if it has those; detector: who saw them, None where the file does not say; about: the file,
+    moments: "pool" and "spatial", if present; samples: its images, if it has any; near: pool features of some of its
+    images, if it has those; detector: the one that computed them, None if the file does not state it; about: the file,
     JSON.
     """
 
@@ -129,15 +129,15 @@ class Reference:
 
 
 def holds_statistics(path: Path) -> bool:
-    """Whether a file is an .npz with statistics in it. Raises ValueError for an .npz that cannot be read."""
+    """Whether a file is an .npz with statistics. Raises ValueError for an .npz that cannot be read."""
     return path.suffix == ".npz" and path.is_file() and "mu" in headers(path)
 
 
 def read_reference(path: Path) -> Reference:
-    """Read statistics: ADM's, ours, or anybody's with `mu` and `sigma`.
+    """Read statistics: ADM's, ours, or any file with `mu` and `sigma`.
 
     Raises:
-        ValueError: truncated, pickled, of shapes that do not belong together, not finite, or not covariances.
+        ValueError: truncated, pickled, of inconsistent shapes, not finite, or not covariances.
     """
     names, moments = headers(path), dict[str, Moments]()
     header = _header(path) if "haste" in names else {}
@@ -174,7 +174,7 @@ def _moments(path: Path, suffix: str, count: int | None) -> Moments:
     mu, sigma = f"mu{suffix}", f"sigma{suffix}"
     mean, covariance = (_array(path, name) for name in (mu, sigma))
     try:
-        # ADM's files do not say of how many images; of full rank is all that the distance needs to know.
+        # ADM's files do not state the number of images; the distance only needs it to be of full rank.
         found = Moments.of_covariance(mean.size + 1 if count is None else count, mean, covariance)
     except ValueError as error:
         raise ValueError(f"{path}: {mu}, {sigma}: {error}") from error
@@ -202,7 +202,7 @@ def _array(path: Path, name: str) -> NDArray:
 
 
 def write_reference(path: Path, side: Side) -> None:
-    """Write a side's statistics, such that `read_reference` and others' tools read them."""
+    """Write a side's statistics, readable by `read_reference` and by other tools."""
     arrays: dict[str, NDArray] = {}
     for output, name in (("pool", "frechet"), ("spatial", "sfid")):
         if name in side.stats:
@@ -213,7 +213,7 @@ def write_reference(path: Path, side: Side) -> None:
     near = [stats for name, stats in side.stats.items() if METRICS[name].reference_rows]
     if near:
         arrays["pool"] = near[0].ordered
-    # Of how many images: not known of statistics that came without a word on it.
+    # The number of images is unknown for statistics that do not state it.
     header = {"schema": artefact.SCHEMA, "kind": "statistics", "images": side.about.get("images")}
     header |= {"detector": dict(side.detector), "source": side.about, "provenance": artefact.provenance()}
     with artefact.replacing(path) as aside, contextlib.closing(open(aside, "wb")) as file:

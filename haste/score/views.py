@@ -1,4 +1,4 @@
-"""What a detector sees in a set of images: one pass for all scores, kept in a features store where one is wanted.
+"""A detector's features of a set of images: one pass for all scores, kept in a features store on request.
 
 N images, B images at once, H x W pixels.
 """
@@ -35,9 +35,9 @@ from haste.sampling.samples import Samples
 
 log = logging.getLogger("haste.score")
 
-SHARD = 4096  # images whose features are written at once: what a kill can cost
+SHARD = 4096  # images whose features are written at once: the most that a kill can lose
 READ = 2048  # rows of features read at once
-PROBE = 256  # images by which floats that were taken for bytes are known
+PROBE = 256  # images that are tested for floats cast to bytes without scaling
 EVERY = 5.0  # seconds between two lines of progress
 DARK = 1  # an image without a pixel above this is black
 
@@ -46,10 +46,10 @@ Batch = dict[str, NDArray]
 
 @dataclass(frozen=True)
 class View:
-    """Features of a set of images, as one detector saw them.
+    """One detector's features of a set of images.
 
-    count: N; outputs: name -> width; detector: what decides comparability, as `Detector.about`; batches: goes through
-    them in order, each batch (B, width) by name with "index" (B,); facts: what is known of the images, after that.
+    count: N; outputs: name -> width; detector: what determines comparability, as `Detector.about`; batches: iterates
+    over them in order, each batch (B, width) by name with "index" (B,); facts: what is known of the images afterwards.
     """
 
     count: int
@@ -60,7 +60,7 @@ class View:
 
 
 class Pixels:
-    """What is learnt of images by the way: their identity, copies among them, and whether they are images at all."""
+    """Facts about images gathered in passing: their identity, duplicates, and whether they are plausible images."""
 
     def __init__(self, samples: Samples):
         self.samples = samples
@@ -68,11 +68,11 @@ class Pixels:
         self.count = self.copies = self.dark = self.brightness = 0
         self.values = np.zeros(256, dtype=bool)
 
-    def see(self, images: NDArray[np.uint8]) -> None:
-        """Take note of a batch (B, H, W, 3).
+    def add(self, images: NDArray[np.uint8]) -> None:
+        """Add a batch (B, H, W, 3).
 
         Raises:
-            ValueError: the first images hold no values but those that floats become when they are taken for bytes.
+            ValueError: the first images hold only values that result from casting floats to bytes without scaling.
         """
         images = np.ascontiguousarray(images)
         self.digest.update(images.data)
@@ -98,7 +98,7 @@ class Pixels:
             )
 
     def facts(self) -> dict[str, Any]:
-        """JSON: identity (sha256 of the pixels in order), copies of other images, black ones, mean value."""
+        """JSON: identity (sha256 of the pixels in order), number of duplicates, number of black images, mean value."""
         height, width = self.samples.size
         return {
             "path": str(self.samples.path),
@@ -115,32 +115,32 @@ class Pixels:
 
 
 def probe(samples: Samples) -> None:
-    """Look at the first images alone, so that a common mistake is said before hours of work.
+    """Test the first images, so that a common mistake is reported before hours of work.
 
     Raises:
-        ValueError: they cannot be read, or hold no values but those that floats become when they are taken for bytes.
+        ValueError: they cannot be read, or hold only values that result from casting floats to bytes without scaling.
     """
     for images in samples.cut([PROBE]):
-        Pixels(samples).see(images)
+        Pixels(samples).add(images)
 
 
 def extract_features(samples: Samples, detector: Detector, *, batch: int, folder: Path | None = None) -> View:
-    """Look at images, or find what was seen before.
+    """Extract features of images, or find those that were extracted before.
 
     Args:
         samples: the images.
-        detector: what looks.
-        batch: images at once; it moves features by float32 rounding alone.
-        folder: where features are kept, a store for each set of images and detector; None keeps none, and going
-            through the view is looking.
+        detector: extracts the features.
+        batch: batch size; it changes features by float32 rounding only.
+        folder: where features are kept, a store for each set of images and detector; None keeps none and extracts
+            them while the view is iterated.
 
     Raises:
-        ValueError: images that the detector cannot read, or that are none.
+        ValueError: images that the detector cannot read, or that are not plausible images.
     """
     check_size(samples, detector)
     if folder is not None:
         view = view_of(_kept(folder, samples, detector) or _keep(folder, samples, detector, batch))
-        # The same pixels may have been seen in other files: what is said of files is of these.
+        # The stored features may come from other files with the same pixels: state the facts about these files.
         own: dict[str, Any] = {"path": str(samples.path), "kind": samples.kind}
         own |= {"lossy": samples.lossy, "left_out": samples.left_out}
         return replace(view, facts=lambda: {**view.facts(), **own})
@@ -148,7 +148,7 @@ def extract_features(samples: Samples, detector: Detector, *, batch: int, folder
 
     def batches() -> Iterator[Batch]:
         progress, low = _Progress(samples, detector), 0
-        for found in _seen(samples.batches(batch), detector, pixels, progress):
+        for found in _features(samples.batches(batch), detector, pixels, progress):
             high = low + len(found["pool"])
             yield {**found, "index": np.arange(low, high)}
             low = high
@@ -157,10 +157,10 @@ def extract_features(samples: Samples, detector: Detector, *, batch: int, folder
 
 
 def view_of(store: Store) -> View:
-    """The view that a features store holds, whoever made it.
+    """The view in any features store.
 
     Raises:
-        ValueError: it does not say which detector saw its images.
+        ValueError: the store does not state its detector.
     """
     identity, fields = store.manifest.get("detector"), store.fields
     if not isinstance(identity, str) or "pool" not in fields:
@@ -188,12 +188,12 @@ def check_size(samples: Samples, detector: Detector) -> None:
         raise ValueError(f"{samples.path}: {height} x {width} px, {detector.name} needs {least} x {least} px or more")
 
 
-def _seen(
+def _features(
     pieces: Iterator[NDArray[np.uint8]], detector: Detector, pixels: Pixels, progress: _Progress
 ) -> Iterator[Batch]:
     def noted() -> Iterator[NDArray[np.uint8]]:
         for images in pieces:
-            pixels.see(images)
+            pixels.add(images)
             yield images
 
     for images in _ahead(noted()):
@@ -202,7 +202,7 @@ def _seen(
 
 
 def _ahead(pieces: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
-    """The same pieces, the next one read while the detector looks at this one."""
+    """The same pieces, reading the next one while the detector processes the current one."""
     with ThreadPoolExecutor(1, thread_name_prefix="images") as thread:
         waiting = thread.submit(next, pieces, None)
         while (images := waiting.result()) is not None:
@@ -211,18 +211,18 @@ def _ahead(pieces: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
 
 
 class _Progress:
-    """A line now and then with rate and time to go."""
+    """A log line now and then with rate and time to go."""
 
     def __init__(self, samples: Samples, detector: Detector):
         self.name, self.left, self.done = f"{samples.path} by {detector.name}", samples.count, 0
         self.started = self.said = time.monotonic()
 
     def skip(self, images: int) -> None:
-        """These were looked at before."""
+        """Count images whose features exist already."""
         self.left -= images
 
     def step(self, images: int) -> None:
-        """These have been looked at now."""
+        """Count images that have just been processed."""
         self.done += images
         self.left -= images
         now = time.monotonic()
@@ -264,7 +264,7 @@ def _kept(folder: Path, samples: Samples, detector: Detector) -> Store | None:
 
 
 def _keep(folder: Path, samples: Samples, detector: Detector, batch: int) -> Store:
-    """Look, and keep what is seen: shards that an interrupted pass has finished are not looked at again."""
+    """Extract and keep features; shards that an interrupted pass has finished are not extracted again."""
     recipe = _recipe(samples, detector)
     key, place = artefact.fingerprint(recipe), _place(folder, samples, recipe)
     shards = -(-samples.count // SHARD)
@@ -277,7 +277,7 @@ def _keep(folder: Path, samples: Samples, detector: Detector, batch: int) -> Sto
         mine = itertools.islice(pieces, -(-len(span) // batch))
         if shard_path(place, shard, shards).exists():
             for images in mine:
-                pixels.see(images)
+                pixels.add(images)
             progress.skip(len(span))
             continue
         write_shard(
@@ -286,7 +286,7 @@ def _keep(folder: Path, samples: Samples, detector: Detector, batch: int) -> Sto
             shard=shard,
             total=samples.count,
             fields={name: ((width,), "float32") for name, width in detector.outputs.items()},
-            batches=_seen(mine, detector, pixels, progress),
+            batches=_features(mine, detector, pixels, progress),
             provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
             facts={"detector": detector.identity, "about": detector.about},
         )

@@ -16,7 +16,7 @@ from haste.score.sides import read_reference, spaced
 
 READ = 4096  # rows read at once
 MOMENTS = "moments.npz"  # beside the features of a reference file's images: the file's own means and covariances
-FLOOR = 50_000  # real images on a side of the floor, at most: as many as samples usually are
+FLOOR = 50_000  # most real images on each side of the floor: the usual number of samples
 
 
 def statistics(features: Store, rows: np.ndarray | None = None, metrics: Sequence[str] | None = None) -> dict[str, Any]:
@@ -24,8 +24,8 @@ def statistics(features: Store, rows: np.ndarray | None = None, metrics: Sequenc
 
     Args:
         features: a store of a detector's outputs and `label`.
-        rows: which rows, in the order that counts for the metric (that of the samples); None is all.
-        metrics: names in METRICS, None for all; those that the store has not the outputs for are left out.
+        rows: which rows, in the samples' order, on which some metrics depend; None is all.
+        metrics: names in METRICS, None for all; those whose outputs the store lacks are left out.
     """
     rows = np.arange(features.count) if rows is None else rows
     fields = {"labels" if name == "label" else name: name for name in features.fields}
@@ -36,7 +36,7 @@ def statistics(features: Store, rows: np.ndarray | None = None, metrics: Sequenc
     for low in range(0, len(rows), READ):
         some = rows[low : low + READ]
         batch = {name: features.read(fields[name], some) for name in needed}
-        batch["index"] = np.arange(low, low + len(some))  # so that no cutting changes which split a row is in
+        batch["index"] = np.arange(low, low + len(some))  # so that a row's split does not depend on the batches
         for name in chosen:
             stats[name] = METRICS[name].update(stats.get(name), batch)
     return stats
@@ -45,7 +45,7 @@ def statistics(features: Store, rows: np.ndarray | None = None, metrics: Sequenc
 def reference_statistics(
     features: Store, rows: np.ndarray | None = None, metrics: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """As `statistics`, of real images: what scores of samples are compared with, each on as many rows as it takes."""
+    """As `statistics`, for the real images that samples are compared with, each on as many rows as the metric uses."""
     rows = np.arange(features.count) if rows is None else rows
     stats: dict[str, Any] = {}
     metrics = list(METRICS) if metrics is None else metrics
@@ -69,13 +69,13 @@ def _is_scored(name: str, reference: dict[str, Any]) -> bool:
 
 
 def real_statistics(reference: Store) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What samples are compared with, and what to say of it in JSON.
+    """The statistics that samples are compared with, and their description in JSON.
 
-    A reference file's own means and covariances, which are of more images than it holds, take the place of those of
-    its images; precision, recall and KID are measured against the images.
+    A reference file's own means and covariances, which are of more images than it holds, replace those of
+    its images; precision, recall and KID use the images.
 
     Raises:
-        ValueError: the file's statistics are gone, or not those that the features were stored with.
+        ValueError: the file's statistics are missing, or not those that the features were stored with.
     """
     stats, facts = reference_statistics(reference), reference.manifest
     about = {"images": reference.count, "identity": reference.identity}
@@ -92,25 +92,25 @@ def real_statistics(reference: Store) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def notes(samples: dict[str, Any], reference: dict[str, Any]) -> list[str]:
-    """What must be said beside these values, a sentence each."""
+    """Remarks on these values, a sentence each."""
     scored = {name: stats for name, stats in samples.items() if _is_scored(name, reference)}
     found = [METRICS[name].notes(stats, reference.get(name)) for name, stats in scored.items()]
     return list(dict.fromkeys(sentence for sentences in found for sentence in sentences))
 
 
 def score(features: Store, reference: Store, *, detector: str, about: dict[str, Any], key: str, path: Path) -> dict:
-    """Score samples against real images and write the JSON that the table is made of.
+    """Score samples against real images and write the JSON from which the table is made.
 
     Args:
         features: the samples' features.
         reference: the real images' features.
-        detector: the detector's name; the scores' columns carry it.
-        about: what else decides comparability: state, sampling, NFE.
+        detector: the detector's name, which the scores' columns carry.
+        about: what else determines comparability: state, sampling, NFE.
         key: the score's key.
         path: where to write.
 
     Raises:
-        ValueError: the two sides were seen by different detectors.
+        ValueError: the features of the two sides are by different detectors.
     """
     started = time.monotonic()
     _check_detectors(features, reference)
@@ -134,11 +134,12 @@ def score(features: Store, reference: Store, *, detector: str, about: dict[str, 
 
 
 def floor(reference: Store, *, detector: str, held_out_accuracy: float | None, key: str, path: Path) -> dict:
-    """Real against real: the even rows of the reference against the odd ones. What no model can be asked to beat.
+    """Real against real: the even rows of the reference against the odd ones, the best that a model can be expected
+    to reach.
 
-    Half as many images on each side as the reference has, so its distance is, if anything, too large; of a large
-    reference FLOOR a side, evenly spaced. The class accuracy is that on held-out images, for the detector was trained
-    on the reference; None where it is no classifier of them.
+    Each side has half of the reference's images, so the distance is, if anything, too large; for a large reference,
+    FLOOR images per side, evenly spaced. The class accuracy is that on held-out images, because the detector was
+    trained on the reference; None if it does not classify them.
     """
     started = time.monotonic()
     rows = spaced(reference.count, 2 * FLOOR)
@@ -165,7 +166,7 @@ def floor(reference: Store, *, detector: str, held_out_accuracy: float | None, k
 
 
 def _notes_on(features: Store, against: dict[str, Any]) -> list[str]:
-    """What must be said of detector and reference."""
+    """Remarks on detector and reference."""
     found, about = [], features.manifest.get("about", {})
     if about.get("published") is False:
         found.append(f"{about['name']}: these are not the weights that published scores were made with")
@@ -183,6 +184,6 @@ def _check_detectors(features: Store, reference: Store) -> None:
     seen, real = features.manifest["detector"], reference.manifest["detector"]
     if seen != real:
         raise ValueError(
-            f"{features.folder}: seen by detector {seen[:12]}, but the reference {reference.folder} by {real[:12]}: "
-            "their scores would compare nothing"
+            f"{features.folder}: features by detector {seen[:12]}, but those of the reference {reference.folder} by "
+            f"{real[:12]}: they cannot be compared"
         )

@@ -1,4 +1,4 @@
-"""Teachers: frozen vision transformers that give features, and the queries and keys of their attention.
+"""Teachers: frozen vision transformers that return features, and the queries and keys of their attention.
 
 B images, R their resolution, S the teacher's input size in pixels, N = h x w patch tokens, D width, H heads,
 K head width. Class and register tokens never leave this file.
@@ -35,7 +35,7 @@ REFUSED = {
 
 
 class Teacher:
-    """A frozen timm VisionTransformer, with its input's preparation."""
+    """A frozen timm VisionTransformer, with the preparation of its input."""
 
     def __init__(
         self,
@@ -75,8 +75,8 @@ class Teacher:
             device: where it runs.
 
         Raises:
-            ValueError: an unknown or unsuitable encoder, weights that are missing, truncated or do not fit, no network
-                to fetch them with, or a resolution that does not give whole patches.
+            ValueError: an unknown or unsuitable encoder, weights that are missing, truncated, unfitting or cannot be
+                fetched, or a resolution that does not give whole patches.
         """
         if Path(where).is_dir():
             if weights is not None:
@@ -91,7 +91,7 @@ class Teacher:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Teacher:
         """Move to a device, and the network to a dtype if one is given; returns itself.
 
-        Images are prepared in float32 at least: half precision would round them before the network sees them.
+        Images are prepared in float32 at least: half precision would round them before they enter the network.
         """
         self.network.to(device, dtype)
         precise = None if dtype is None else torch.promote_types(dtype, torch.float32)
@@ -126,7 +126,7 @@ class Teacher:
     def prepare(self, images: Tensor) -> Tensor:
         """Images uint8 NHWC (B, R, R, 3), 0..255 -> the network's input, NCHW (B, 3, S, S), normalised, in its dtype.
 
-        Resized by bicubic interpolation without antialiasing. Its weights sum to one, so that resizing first or
+        Resized by bicubic interpolation without antialiasing. Its weights sum to one, so that resizing first and
         normalising first differ by rounding only; each encoder keeps its authors' order.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
@@ -147,24 +147,24 @@ class Teacher:
 
         Args:
             images: 0..255, on the teacher's device.
-            features: whether to give the features of the last layer.
-            attention: layers whose queries and keys to give. Layers after the last one needed are not run.
+            features: whether to return the features of the last layer.
+            attention: layers whose queries and keys to return. Layers after the last one needed are not run.
 
         Raises:
-            ValueError: nothing asked for, or a layer that the teacher does not have.
+            ValueError: nothing is requested, or a layer that the teacher does not have.
         """
         with torch.inference_mode():
-            seen = self._look(images, features, attention)
+            found = self._forward(images, features, attention)
 
-        # Losses save targets for their backward pass, which tensors made in inference mode refuse: copies do not.
-        pairs = {layer: (q.clone(), k.clone()) for layer, (q, k) in seen.attention.items()}
-        return TeacherTargets(None if seen.features is None else seen.features.clone(), pairs, self.grid)
+        # Losses save targets for their backward pass, which inference-mode tensors do not allow: copy them.
+        pairs = {layer: (q.clone(), k.clone()) for layer, (q, k) in found.attention.items()}
+        return TeacherTargets(None if found.features is None else found.features.clone(), pairs, self.grid)
 
-    def _look(self, images: Tensor, features: bool, attention: Sequence[int]) -> TeacherTargets:
+    def _forward(self, images: Tensor, features: bool, attention: Sequence[int]) -> TeacherTargets:
         last = self._last_needed(features, attention)
         taps: dict[int, Tensor] = {}
         hooks = [
-            # Only the projection is watched, so that the attention itself stays fused.
+            # The hook is on the projection alone, so that the attention itself stays fused.
             self._attention(layer).qkv.register_forward_hook(
                 lambda module, given, out, layer=layer: taps.__setitem__(layer, out)
             )
@@ -192,11 +192,11 @@ class Teacher:
     def _last_needed(self, features: bool, attention: Sequence[int]) -> int:
         wrong = [layer for layer in attention if not 0 <= layer < self.depth]
         if wrong:
-            raise ValueError(f"teacher: layers {wrong} asked for, it has layers 0..{self.depth - 1}")
+            raise ValueError(f"teacher: layers {wrong} requested, it has layers 0..{self.depth - 1}")
         if features:
             return self.depth - 1
         if not attention:
-            raise ValueError("teacher: asked for neither features nor the attention of any layer")
+            raise ValueError("teacher: neither features nor the attention of any layer requested")
         return max(attention)
 
     def _queries_and_keys(self, layer: int, projected: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,7 +212,7 @@ class Teacher:
 
 
 def weight_file(name: str) -> Path:
-    """The weights of a public teacher in the hub's local cache, fetched there if they are not.
+    """The weights of a public teacher in the hub's local cache, fetched if they are missing.
 
     Raises:
         ValueError: unknown name, or the weights are not in the cache and cannot be fetched.
@@ -223,7 +223,7 @@ def weight_file(name: str) -> Path:
 def known(name: str) -> Encoder:
     """A public teacher by its name in TEACHERS or in timm.
 
-    A plain ViT of timm that is not in TEACHERS enters with 16 x 16 patches for images of 256 px, timm's channel
+    A plain ViT of timm that is not in TEACHERS gets an input of 16 x 16 patches for images of 256 px, timm's channel
     normalisation, and its last norm.
 
     Raises:
@@ -236,7 +236,7 @@ def known(name: str) -> Encoder:
         if family in name.lower():
             raise ValueError(f"teacher {name}: refused, {reason}")
     try:
-        with torch.device("meta"):  # the shapes alone
+        with torch.device("meta"):  # only the shapes
             network = timm.create_model(name, num_classes=0)
     except (RuntimeError, ValueError) as error:
         names = ", ".join(sorted(TEACHERS))
@@ -250,7 +250,7 @@ def known(name: str) -> Encoder:
     return Encoder(name, patch, 16 * patch, len(network.blocks), heads, network.embed_dim, norm)
 
 
-# Teachers of other packages: what makes one of the images' resolution and a file of weights, or None.
+# Teachers of other packages: a function of the images' resolution and a weights file or None.
 ADDED = extensions.Table("teachers", {}, taken=TEACHERS)
 
 

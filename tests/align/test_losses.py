@@ -238,7 +238,7 @@ def test_a_device_without_a_way_of_its_own_takes_the_fused_one(monkeypatch):
 
 @pytest.mark.parametrize("heads", [4, 0, -1])
 def test_more_heads_than_either_side_has_are_refused(heads):
-    with pytest.raises(ValueError, match=f"{heads} heads asked for, the student has 5, the teacher 3; expected 1 to 3"):
+    with pytest.raises(ValueError, match=f"{heads} heads requested, the student has 5, the teacher 3; expected 1 to 3"):
         attention_loss(*sides(heads_s=5, heads_t=3), heads=heads)
 
 

@@ -243,7 +243,7 @@ def test_a_recorded_configuration_that_cannot_be_read_refuses_everything(tmp_pat
     record(plan)
     Path(plan.config_file).write_text('{"name": ')
     before = contents(root)
-    with pytest.raises(ValueError, match=r"all/config\.json: cannot be read, so nobody knows what it needs"):
+    with pytest.raises(ValueError, match=r"all/config\.json: cannot be read, so its needs are unknown"):
         run_prune(root, "judged")
     assert contents(root) == before
 
@@ -413,7 +413,7 @@ def test_training_of_a_configuration_that_nobody_knows_here_refuses_everything(t
     before = contents(root)
     doing(HOLD, Path(plan.path(plan.state("vanilla", 8))).parent / "lock")
     for yes in (False, True):
-        with pytest.raises(ValueError, match="of no configuration given or recorded here, but at work"):
+        with pytest.raises(ValueError, match="of no configuration given or recorded here, but being trained"):
             run_prune(root, "judged", yes=yes)
     assert contents(root) == before
 

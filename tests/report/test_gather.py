@@ -133,7 +133,7 @@ def test_scores_that_are_older_than_the_state_of_their_name_are_said(tiny, tmp_p
 
 def test_nothing_scored_is_refused_with_what_to_do_and_the_first_file(tiny, tmp_path):
     plan = plan_of(tiny, tmp_path)
-    with pytest.raises(ValueError, match="none of its [0-9]+ scores is there yet.* `haste status`") as refusal:
+    with pytest.raises(ValueError, match="none of its [0-9]+ scores exists yet.* `haste status`") as refusal:
         gather.report(plan)
     assert str(refusal.value).endswith(plan.rows[0].evaluation.score)
 

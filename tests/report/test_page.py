@@ -170,7 +170,7 @@ def test_pictures_are_embedded_byte_for_byte(full: Report):
 
 
 def test_a_grid_without_classes_is_as_wide_as_its_columns_and_none_is_said_to_be_a_class(full: Report):
-    assert "One column a class" in page.render(full)
+    assert "One column per class" in page.render(full)
     grids = [dataclasses.replace(grid, labels=[], columns=7) for grid in full.grids]
     text = page.render(dataclasses.replace(full, grids=grids))
     assert f"--columns: 7; --most: {7 * page.CELL}px" in text and "column a class" not in text

@@ -271,7 +271,7 @@ def test_what_all_rows_share_is_said_below_the_table():
     said = " ".join(table.notes)
     assert "Euler, 50 steps, no guidance, balanced labels, 1,000 samples against 1,500 real images." in said
     assert "Model SiT." in said
-    assert "One seed of training a run (0)." in said
+    assert "One training seed per run (0)." in said
 
 
 SEEDS = [row("a", 1, value, seed=seed) for seed, value in enumerate((50.0, 52.0, 57.0))]
@@ -285,7 +285,7 @@ def test_seeds_are_one_line_of_mean_and_sample_standard_deviation():
     spread = (sum((v - mean) ** 2 for v in values) / 2) ** 0.5
     assert (cell.value, cell.spread) == (pytest.approx(mean), pytest.approx(spread))
     assert cell.text + cell.around == "53.0 ± 3.6"
-    assert "over 3 seeds" in " ".join(table.notes)
+    assert "over 3 training seeds" in " ".join(table.notes)
     assert len(table.entries) == 2
     for text in (html(report(SEEDS)), markdown(report(SEEDS)), page.text(report(SEEDS))):
         assert "± 3.6" in text

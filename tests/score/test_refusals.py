@@ -137,9 +137,11 @@ def test_two_detectors_are_never_mixed(draw, pack, real, make_detector, tmp_path
     stored = {
         (side, name): next((tmp_path / name).glob(f"{side}-*")) for side in ("fake", "real") for name in ("one", "two")
     }
-    with pytest.raises(ValueError, match="the reference is seen by .*, the samples by .*: .* compare nothing"):
+    with pytest.raises(
+        ValueError, match="features of the reference by .*, of the samples by .*: .* cannot be compared"
+    ):
         score_images(stored["fake", "one"], stored["real", "two"])
-    refused(second, stored["fake", "one"], stored["real", "two"], ["fake-", "seen by detector", "asked for"])
+    refused(second, stored["fake", "one"], stored["real", "two"], ["fake-", "features by detector", "requested"])
     refused(first, fake, stored["real", "two"], ["real-", "compare nothing"])
     other = make_detector(kind="DINOv2-L", widths={"pool": 5})
     np.savez(tmp_path / "ref.npz", **MU)
