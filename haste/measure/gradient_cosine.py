@@ -46,7 +46,7 @@ class GradientCosine(Measure):
 
     images: Several = 256
     shards: Several = 8
-    t: Annotated[list[Share], Field(min_length=1)] = [0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9]  # noqa: RUF012 - pydantic copies
+    t: Annotated[list[Share], Field(min_length=1)] = [0.02, 0.05, 0.07, 0.1, 0.2, 0.5, 0.8, 0.9]  # noqa: RUF012
     blocks: Literal["all"] | Annotated[list[Positive], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
