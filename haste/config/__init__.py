@@ -25,18 +25,7 @@ from haste.config.derived import (
     terms_of,
     triggers_of,
 )
-from haste.config.keys import (
-    LABEL,
-    LATER,
-    Float,
-    Positive,
-    Rate,
-    Seed,
-    Share,
-    Strict,
-    decides,
-    number,
-)
+from haste.config.keys import LABEL, LATER, Float, Positive, Rate, Seed, Share, Strict, decides, number
 from haste.config.parts import (
     DENOISERS,
     MEASURES,

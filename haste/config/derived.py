@@ -8,14 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from haste.config.parts import Model, OtherModel, architecture_named, model_of
-from haste.config.published import (
-    ALIGNED_HEADS,
-    MAPPINGS,
-    REPA_DEPTH,
-    alignment_named,
-    model_named,
-    teacher_shape,
-)
+from haste.config.published import ALIGNED_HEADS, MAPPINGS, REPA_DEPTH, alignment_named, model_named, teacher_shape
 from haste.config.schema import Config, Trigger
 from haste.networks.spec import Facts, Tap, sit_facts, sit_taps
 

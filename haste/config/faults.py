@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 import re
-import types
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
 from haste import extensions
 from haste.align import triggers
-from haste.config.derived import (
-    blocks_of,
-    heads_of,
-    measured_terms,
-    taps_of,
-    terms_of,
-    triggers_of,
-)
+from haste.config.derived import blocks_of, heads_of, measured_terms, taps_of, terms_of, triggers_of
 from haste.config.keys import Strict, nearest
-from haste.config.parts import (
-    Autoencoder,
-    Detector,
-    Model,
-    OtherModel,
-    Teacher,
-    architecture_named,
-)
-from haste.config.published import (
-    MAPPINGS,
-    MODELS,
-    alignment_named,
-    model_named,
-    teacher_shape,
-    teacher_tokens,
-)
+from haste.config.parts import Autoencoder, Detector, Model, OtherModel, Teacher, architecture_named
+from haste.config.published import MAPPINGS, MODELS, alignment_named, model_named, teacher_shape, teacher_tokens
 from haste.config.schema import (
     PRESETS,
     STOP_TAGS,
@@ -79,25 +57,15 @@ def _keys_at(path: tuple[Any, ...]) -> list[str]:
     """The keys that the schema knows at a path: what the nearest right spelling is looked for among."""
     kind: Any = Config
     for part in path:
-        models = _models_in(kind)
-        if part in STOP_TAGS:
-            kind = STOP_TAGS[part]
-        elif isinstance(kind, type) and issubclass(kind, Strict) and part in kind.model_fields:
-            kind = kind.model_fields[part].annotation
-        elif get_origin(kind) is dict:
-            kind = get_args(kind)[1]
-        elif models and part in models[0].model_fields:
-            kind = models[0].model_fields[part].annotation
-    models = _models_in(kind)
-    return list(models[0].model_fields) if models else []
+        known = (model.model_fields[part].annotation for model in _models_in(kind) if part in model.model_fields)
+        kind = get_args(kind)[1] if get_origin(kind) is dict else next(known, kind)  # pydantic's own words lead nowhere
+    return [key for model in _models_in(kind)[:1] for key in model.model_fields]
 
 
 def _models_in(kind: Any) -> list[type[Strict]]:
     if isinstance(kind, type) and issubclass(kind, Strict):
         return [kind]
-    if get_origin(kind) in (Union, types.UnionType, Annotated):
-        return [model for part in get_args(kind) for model in _models_in(part)]
-    return []
+    return [model for part in get_args(kind) for model in _models_in(part)]
 
 
 def faults_of(config: Config) -> list[str]:

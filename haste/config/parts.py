@@ -7,16 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from haste import extensions
-from haste.config.keys import (
-    Float,
-    Positive,
-    Rate,
-    Seed,
-    Strict,
-    decides,
-    nearest,
-    number,
-)
+from haste.config.keys import Float, Positive, Rate, Seed, Strict, decides, nearest, number
 
 
 def _whole(value: Any) -> Any:

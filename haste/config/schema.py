@@ -18,30 +18,8 @@ from pydantic import (
 
 from haste.align import triggers
 from haste.align.schedule import SHAPES
-from haste.config.keys import (
-    LABEL,
-    LATER,
-    Float,
-    Positive,
-    Rate,
-    Seed,
-    Share,
-    Strict,
-    decides,
-    nearest,
-    or_added,
-)
-from haste.config.parts import (
-    Autoencoder,
-    Cache,
-    Detector,
-    Images,
-    Model,
-    OtherModel,
-    Teacher,
-    measure_named,
-    model_of,
-)
+from haste.config.keys import LABEL, LATER, Float, Positive, Rate, Seed, Share, Strict, decides, nearest, or_added
+from haste.config.parts import Autoencoder, Cache, Detector, Images, Model, OtherModel, Teacher, measure_named, model_of
 
 
 class FeatureTerm(Strict):

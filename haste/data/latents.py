@@ -18,13 +18,7 @@ import numpy as np
 import torch
 
 from haste.files import artefact
-from haste.files.store import (
-    Progress,
-    Store,
-    join,
-    shard_range,
-    write_shard,
-)
+from haste.files.store import Progress, Store, join, shard_range, write_shard
 from haste.networks import hub
 
 KIND = "latents"

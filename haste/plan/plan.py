@@ -1,6 +1,6 @@
 """Everything that a configuration asks for, by name and by path: the one object that commands, rules and people hold.
 
-What it is made of, each from those above it:
+Its parts, each made from those above it:
 
     names         artefacts, trajectories, states, segments, detectors, evaluations
     data          stores, networks trained here, detectors and their references, files from outside
@@ -25,11 +25,13 @@ from haste.plan.targets import Targets
 
 
 class Plan:
-    """What a configuration asks for. Attributes and methods that `__init__` takes over are explained where they are.
+    """What a configuration asks for. What `__init__` takes over from its parts is explained there.
 
     Attributes:
-        config: the configuration.
-        root: the folder of all results.
+        root, folder: of all results; of this configuration's own, results/<configuration>.
+        config_file: the resolved configuration that every job reads.
+        report: the page that everything ends in.
+        references: what the detectors see in the real images.
         trajectories: by name, those that are trained and those of checkpoints from elsewhere.
         notes: what in the configuration has no effect, or can no longer be made.
     """
@@ -41,12 +43,15 @@ class Plan:
         evaluations = Evaluations(config, data, runs)
 
         self._data, self.root, self.identities = data, data.root, data.identities
+        self.folder = f"{data.root}/{config.name}"
+        self.config_file, self.report = f"{self.folder}/config.json", f"{self.folder}/report/index.html"
         self.images, self.latents, self.checked_images = data.images, data.latents, data.checked_images
         self.autoencoder, self.encoder, self.decoder = data.autoencoder, data.encoder, data.decoder
         self.teachers, self.detectors, self.detector_named = data.teachers, data.detectors, data.detector_named
         self.feature_bytes = data.feature_bytes
         self.detector = next(iter(data.detectors.values()))
         self.reference, self.floor = self.detector.reference, self.detector.floor
+        self.references = [detector.reference.manifest for detector in data.detectors.values()]
 
         self.targets, self.pca = targets.stores, targets.pca
         self.teacher_size, self.target_bytes, self.check_cache = targets.shape, targets.bytes_of, targets.check
@@ -121,11 +126,6 @@ class Plan:
         return [measurement.file for measurement in self.measurements.values()]
 
     @property
-    def references(self) -> list[str]:
-        """What the detectors see in the real images."""
-        return [detector.reference.manifest for detector in self.detectors.values()]
-
-    @property
     def references_missing(self) -> list[str]:
         """The references that are still to be made."""
         return [path for path in self.references if not Path(path).exists()]
@@ -134,23 +134,6 @@ class Plan:
         """What to call one seed of a run: by the run's name alone where it has no other."""
         seeds = [] if run in self.config.evaluate else self.config.runs[run].all_seeds
         return f"{run} (seed {seed})" if len(seeds) > 1 else run
-
-    # -- the configuration's own folder ----------------------------------------------------------------------------
-
-    @property
-    def folder(self) -> str:
-        """results/<configuration>."""
-        return f"{self.root}/{self.config.name}"
-
-    @property
-    def config_file(self) -> str:
-        """The resolved configuration that every job reads."""
-        return f"{self.folder}/config.json"
-
-    @property
-    def report(self) -> str:
-        """The page that everything ends in."""
-        return f"{self.folder}/report/index.html"
 
     @property
     def report_made(self) -> str:

@@ -33,6 +33,7 @@ class Targets:
             if spec.features and (components := config.teachers[name].pca)
         }
         self.stores = {name: self._store(name, spec) for name, spec in wanted.items()}
+        self._held = {name: TargetSpec.read(store.recipe) for name, store in self.stores.items()}
 
     def _store(self, name: str, wanted: TargetSpec) -> Artefact:
         """A teacher's store: a finished one that holds what is wanted, and perhaps more, else one to be made."""
@@ -65,10 +66,7 @@ class Targets:
     def bytes_of(self, name: str, images: int, shape: Shape | None = None) -> int | None:
         """Bytes that a teacher's store takes for so many images; None where only loading the teacher can tell."""
         shape, components = shape or self.shape(name), self.config.teachers[name].pca
-        return None if shape is None else images * bytes_per_image(self._held(name), shape, components)
-
-    def _held(self, name: str) -> TargetSpec:
-        return TargetSpec.read(self.stores[name].recipe)
+        return None if shape is None else images * bytes_per_image(self._held[name], shape, components)
 
     def check(self, images: int | None = None, shapes: Mapping[str, Shape] | None = None) -> None:
         """Refuse cached targets that take more disk than they may.
@@ -92,7 +90,7 @@ class Targets:
         lines = [f"cache.max_bytes: {room} allows {units.readable(room)}, but for {images:,} images"]
         for name, size in taken.items():
             setting, shape = self.config.teachers[name], known[name]
-            fits = shape and list(fitting(self._held(name), shape, setting.pca, images, left + size))
+            fits = shape and list(fitting(self._held[name], shape, setting.pca, images, left + size))
             lines.append(
                 f"teachers.{name}.cache: {setting.cache} takes {units.readable(size)}; "
                 f"what would fit: {' or '.join(fits or ['cache: off'])}"

@@ -22,14 +22,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from haste.report.compare import (
-    METRICS,
-    Comparison,
-    comparisons,
-    curve,
-    floor_value,
-    seeds_of,
-)
+from haste.report.compare import METRICS, Comparison, comparisons, curve, floor_value, seeds_of
 from haste.report.content import Curve, Report
 
 # Okabe and Ito, "Color Universal Design" (2008), less black and yellow, which vanish in the dark or on white.

@@ -16,17 +16,7 @@ from haste.measure import measure
 from haste.plan.names import Detector
 from haste.plan.names import Row as Scored
 from haste.plan.plan import Plan
-from haste.report.content import (
-    NONE,
-    Benchmark,
-    Curve,
-    Grid,
-    Measured,
-    Part,
-    Report,
-    Row,
-    Stage,
-)
+from haste.report.content import NONE, Benchmark, Curve, Grid, Measured, Part, Report, Row, Stage
 from haste.report.papers import layers_text
 from haste.train import stops
 

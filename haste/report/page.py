@@ -19,20 +19,8 @@ from haste.files.artefact import replacing
 from haste.plan.plan import Plan
 from haste.report import figures, formats, gather, systems, tables
 from haste.report.compare import Line, guidance_text, lines
-from haste.report.content import (
-    NONE,
-    Grid,
-    Part,
-    Report,
-    Row,
-)
-from haste.report.finding import (
-    context,
-    finding,
-    lead,
-    speedup_table,
-    speedups,
-)
+from haste.report.content import NONE, Grid, Part, Report, Row
+from haste.report.finding import context, finding, lead, speedup_table, speedups
 from haste.report.formats import Entry, Head, Table, text_cell
 from haste.report.measures import anchor, measure_panels, measure_tables
 from haste.report.times import duration, duration_cell, time_table

@@ -14,14 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from haste.align import schedule
-from haste.align.losses import (
-    Negatives,
-    TeacherTargets,
-    attention_loss,
-    contrastive_loss,
-    feature_loss,
-    resize_tokens,
-)
+from haste.align.losses import Negatives, TeacherTargets, attention_loss, contrastive_loss, feature_loss, resize_tokens
 from haste.data import order
 from haste.data.batches import Batch
 from haste.data.latents import draw

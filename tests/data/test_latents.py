@@ -11,13 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from haste.data.latents import (
-    Autoencoder,
-    draw,
-    encode_join,
-    encode_shard,
-    to_pixels,
-)
+from haste.data.latents import Autoencoder, draw, encode_join, encode_shard, to_pixels
 from haste.files.artefact import file_identity
 from haste.files.store import Store, join, shard_range, write_shard
 

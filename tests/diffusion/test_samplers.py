@@ -9,16 +9,7 @@ from torch import Tensor
 
 from haste.diffusion.guidance import guided
 from haste.diffusion.paths import COSINE, LINEAR, Path
-from haste.diffusion.samplers import (
-    SAMPLERS,
-    Counted,
-    dopri5,
-    euler,
-    euler_maruyama,
-    heun,
-    nfe,
-    time_grid,
-)
+from haste.diffusion.samplers import SAMPLERS, Counted, dopri5, euler, euler_maruyama, heun, nfe, time_grid
 
 MEAN, STD = 0.8, 0.3
 

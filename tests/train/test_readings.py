@@ -22,12 +22,7 @@ from haste.files.provenance import read_header
 from haste.models.sit import SiT
 from haste.plan.names import State
 from haste.teachers import encoder, targets
-from haste.train import (
-    loop,
-    readings,
-    state,
-    stops,
-)
+from haste.train import loop, readings, state, stops
 from haste.train.distributed import Group
 from haste.train.gradient_angles import Gradients
 from haste.train.step import Objective
@@ -138,9 +133,9 @@ def test_after_the_stop_no_teacher_is_built_no_image_read_and_no_tap_asked(make_
 
 def test_each_term_stops_by_its_own_trigger_or_step(make_plan):
     later = {**AT_10, "every": 8}
-    stops = {"both": {"features": AT_10, "attention": later}, "one": {"features": AT_10, "attention": 12}}
+    decided = {"both": {"features": AT_10, "attention": later}, "one": {"features": AT_10, "attention": 12}}
     hand = {"both by hand": {"features": 10, "attention": 12}}
-    plan = make_plan(runs=runs(**stops, **hand), runtime=QUICK)
+    plan = make_plan(runs=runs(**decided, **hand), runtime=QUICK)
     train_to(plan, "both by hand", 16)
     for run, steps in {"both": (16,), "one": (12, 16)}.items():
         train_to(plan, run, *steps)

@@ -28,7 +28,7 @@ def haste(stop, **more):
     return {"alignment": "HASTE", "stop": stop, **more}
 
 
-def header(plan, run, seed=0, step=16, **stops):
+def header(plan, run, seed=0, step=16, **terms):
     """What a state's header says once triggers have stopped terms."""
     trajectory = plan.trajectories[plan.state(run, step, seed).trajectory]
     records = {
@@ -38,17 +38,17 @@ def header(plan, run, seed=0, step=16, **stops):
             "seconds": 0.5,
             "readings": [{"step": at, "fast": 0.25, "slow": 0.5}],
         }
-        for kind, at in stops.items()
+        for kind, at in terms.items()
     }
     return {"key": trajectory.key, "trajectory": trajectory.name, "recipe": {}, "inputs": {}, "triggers": records}
 
 
-def stopped(plan, run, seed=0, step=16, **stops):
+def stopped(plan, run, seed=0, step=16, **terms):
     """A trajectory on which triggers have stopped terms, with the states at the stops."""
     folder = Path(plan.path(plan.state(run, step, seed))).parent
     folder.mkdir(parents=True, exist_ok=True)
-    stops.write(folder, header(plan, run, seed, step, **stops))
-    for at in stops.values():
+    stops.write(folder, header(plan, run, seed, step, **terms))
+    for at in terms.values():
         (folder / f"step-{at:08d}.safetensors").write_text("state")
     return folder
 
