@@ -56,7 +56,7 @@ def measure(plan: Plan, what: Measurement, keep: bool, json: Path | None = None)
 def _measured(plan: Plan, what: Measurement, group: Group) -> dict[str, Any]:
     started, spec = time.monotonic(), plan.config.measures[what.label]
     kind = spec.made
-    subject, state = opened(plan, what, kind, group)
+    subject, state = opened(plan, what, kind.weights, kind.seed, group)
     rows = check_rows(kind, kind.run(subject), f"{what.label} of {state['file']}")
     seconds = time.monotonic() - started
     made = artefact.provenance(key=what.key, recipe=what.recipe, inputs=subject.inputs.identities, seconds=seconds)

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from haste.measure.measure import Measure
 from haste.plan.measures import Measurement
 from haste.plan.plan import Plan
 from haste.train import state as states
@@ -58,14 +57,21 @@ class Subject:
         return Gradients(self.inputs.objective(self.learner), self.inputs, part=self.part, scale=scale)
 
 
-def opened(plan: Plan, what: Measurement, measure: Measure, group: Group) -> tuple[Subject, dict[str, Any]]:
-    """The network of a state, own or from elsewhere, ready to be measured; and what to say of it in the result.
+def opened(plan: Plan, what: Measurement, weights: str, seed: int, group: Group) -> tuple[Subject, dict[str, Any]]:
+    """The network of a state, own or imported, ready to be measured; and what to say of it in the result.
+
+    Args:
+        plan: where everything lies.
+        what: the state, and the alignment to compare with.
+        weights: `model` or `ema`.
+        seed: of the choice of images, and of their noise.
+        group: the processes.
 
     Raises:
         ValueError: the state, a store or a teacher is missing, damaged, or not what the state was trained with.
     """
-    source = _elsewhere(plan, what, measure) if what.state.trajectory in plan.elsewhere else _own(plan, what, measure)
-    recipe = {**source.recipe, "seed": measure.seed}
+    source = (_elsewhere if what.state.trajectory in plan.elsewhere else _own)(plan, what, weights)
+    recipe = {**source.recipe, "seed": seed}
     subject = _with_terms(plan, what, recipe, what.terms, group)
     if "features" in subject.terms and not _take_projector(source, subject.learner):
         subject = _with_terms(plan, what, recipe, {k: v for k, v in what.terms.items() if k != "features"}, group)
@@ -96,23 +102,23 @@ class _Source:
     about: dict[str, Any]
 
 
-def _own(plan: Plan, what: Measurement, measure: Measure) -> _Source:
+def _own(plan: Plan, what: Measurement, which: str) -> _Source:
     path, trajectory = Path(plan.path(what.state)), plan.trajectories[what.state.trajectory]
-    prefixes = (f"{measure.weights}/", "projectors/features/", "scaler/scale")
+    prefixes = (f"{which}/", "projectors/features/", "scaler/scale")
     header, tensors = states.read(path, key=trajectory.key, prefixes=prefixes)
     weights, head = (
         {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         for prefix in prefixes[:2]
     )
-    about = {"trajectory": trajectory.name, "step": what.state.step, "file": str(path), "weights": measure.weights}
+    about = {"trajectory": trajectory.name, "step": what.state.step, "file": str(path), "weights": which}
     scale = tensors["scaler/scale"].item() if "scaler/scale" in tensors else None
     return _Source(trajectory.recipe, weights, (head,) if head else (), scale, header["inputs"], about)
 
 
-def _elsewhere(plan: Plan, what: Measurement, measure: Measure) -> _Source:
+def _elsewhere(plan: Plan, what: Measurement, which: str) -> _Source:
     spec, trajectory = plan.elsewhere[what.state.trajectory], plan.trajectories[what.state.trajectory]
     found = checkpoint_elsewhere(plan, trajectory.name)
-    which = measure.weights if measure.weights in found.weights else next(iter(found.weights))
+    which = which if which in found.weights else next(iter(found.weights))
     about = {"trajectory": trajectory.name, "step": spec.step, "file": spec.checkpoint, "weights": which}
     training = {**plan.config.training.model_dump(), **trajectory.recipe["training"]}
     recipe = {**trajectory.recipe, "training": training}

@@ -215,7 +215,7 @@ def _lines(found: Findings, value: str, part: pd.DataFrame, title: str, drawn: M
         axes.axhline(0, color=INK, lw=0.8, alpha=0.5)
     ends = []
     for (run, *step), lines in found.groups(part, ["run", *(["step"] if found.x else [])]):
-        last = not step or step[0] == part.loc[part["run"] == run, "step"].max()
+        last = not step or step[0] == found.frame.loc[found.frame["run"] == run, "step"].max()
         by_x = lines.groupby(x)
         mean, several = by_x[value].mean(), by_x[value].count().max() > 1
         spread = by_x[value].std(ddof=1).fillna(0) if several else by_x[error].mean() if error else 0 * mean

@@ -244,7 +244,7 @@ COSINE = {"measure": "gradient-cosine", "images": 14, "shards": 3}
         (
             {"blocks": [1, 3]},
             {"HASTE": ["cos"]},
-            "measures.cos.blocks: [3], but the network has blocks 1 to 2 (on HASTE)",
+            "measures.cos.blocks: [3], but the network has blocks 1 to 2",
         ),
         (
             {"blocks": [2]},
@@ -254,12 +254,12 @@ COSINE = {"measure": "gradient-cosine", "images": 14, "shards": 3}
         (
             {},
             {"vanilla": ["cos"]},
-            "runs.vanilla.measures: cos (gradient-cosine) compares with an alignment, but vanilla",
+            "runs.vanilla.measures: cos (gradient-cosine) compares with an alignment",
         ),
         (
             {"alignment": "REPA"},
             {"vanilla": ["cos"]},
-            "features need a projector, which vanilla never has; expected an",
+            "features need a projector, which vanilla never has",
         ),
     ],
 )
@@ -276,9 +276,7 @@ def test_a_time_at_which_nothing_is_aligned_is_refused_where_it_is_measured(tiny
     tiny["measures"] = {"cos": {**COSINE, "t": [0.5, 0.4]}}
     config.resolve(tiny)  # nobody takes it
     tiny["runs"]["REPA"]["measures"] = ["cos"]
-    with pytest.raises(
-        ValueError, match=r"measures\.cos\.t: 0\.4 lies below t_min of features: nothing is aligned there"
-    ):
+    with pytest.raises(ValueError, match=r"measures\.cos\.t: 0\.4 lies below t_min of features: nothing is aligned"):
         config.resolve(tiny)
 
 

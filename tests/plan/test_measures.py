@@ -14,10 +14,8 @@ HASTE = {"alignment": "HASTE", "milestones": [8, 16], "measures": ["cos"]}
 
 
 def plan_of(runs, measures=None, **changes):
-    raw = copy.deepcopy(
-        {**TINY, "measures": {"cos": COSINE} if measures is None else measures, "runs": runs, **changes}
-    )
-    return Plan(config.resolve(raw))
+    measures = {"cos": COSINE} if measures is None else measures
+    return Plan(config.resolve({**copy.deepcopy(TINY), "measures": measures, "runs": runs, **changes}))
 
 
 def files(plan, run):
