@@ -125,12 +125,9 @@ class Loop:
         objective = self.inputs.objective(self.learner)
         self.angles = Angles(
             objective,
-            self.inputs.batches,
-            self.group,
+            self.inputs,
             part=len(self.rows) // self.runtime.accumulate,
-            teacher_targets=self.inputs.targets,
-            precision=self.inputs.precision,
-            scale=self.learner.scaler.scale,  # type: ignore[arg-type]
+            scale=self.learner.scaler.scale,
             compiled=self.runtime.compile,
         )
         if self.runtime.compile:
