@@ -1,1 +1,1 @@
-"""Noise paths, samplers as plain functions of a velocity, and classifier-free guidance."""
+"""Processes (what a network predicts, and how samples follow), samplers as plain functions, classifier-free guidance."""
