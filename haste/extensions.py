@@ -1,4 +1,4 @@
-"""Samplers, metrics, detectors, teachers, models and triggers of other packages, found by Python's entry points.
+"""What other packages add, found by Python's entry points: samplers, metrics, detectors and the rest of GROUPS.
 
 A package that is installed beside this one says in its pyproject.toml what it adds, a line each:
 
@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from importlib import metadata
 from typing import Any
 
-GROUPS = ("samplers", "metrics", "detectors", "teachers", "models", "triggers")
+GROUPS = ("samplers", "metrics", "detectors", "teachers", "models", "triggers", "measures", "processes", "conditions")
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
+import packages
 import pytest
 import torch
 import yaml
@@ -25,54 +26,25 @@ from haste.plan.plan import Plan
 from haste.train import loop, stops, warm_start
 from haste.train.state import new_learner
 
-PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
-
-
-def section(title):
-    return PAGE.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
-
-
-SECTION, MODEL = section("From a package of your own"), section("A model")
+SECTION, MODEL = packages.section("From a package of your own"), packages.section("A model")
 
 
 def block(language, text=SECTION):
-    (found,) = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
-    return found
-
-
-def install(site, text):
-    """The package of a section of the page, laid out as pip does."""
-    about = tomllib.loads(block("toml", text))["project"]
-    module = about["name"].replace("-", "_")
-    meta = site / f"{module}-{about['version']}.dist-info"
-    meta.mkdir(parents=True)
-    (site / f"{module}.py").write_text(block("python", text))
-    (meta / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {about['name']}\nVersion: {about['version']}\n")
-    groups = about["entry-points"].items()
-    lines = [
-        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in added.items()) for group, added in groups
-    ]
-    (meta / "entry_points.txt").write_text("\n".join(lines))
+    return packages.block(language, text)
 
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
     """The page's packages where Python finds them."""
-    site = tmp_path / "site"
-    install(site, SECTION)
-    install(site, MODEL)
-    monkeypatch.syspath_prepend(site)
-    extensions._found.cache_clear()
-    yield site
-    extensions._found.cache_clear()
-    config.facts_of_other.cache_clear()
-    for name in ("my_haste", "my_network"):
-        sys.modules.pop(name, None)
+    with packages.installed(tmp_path / "site", monkeypatch, SECTION, MODEL) as site:
+        yield site
 
 
 def test_every_group_is_described_and_recorded():
     added = [
-        group for text in (SECTION, MODEL) for group in tomllib.loads(block("toml", text))["project"]["entry-points"]
+        group
+        for text in (SECTION, MODEL, packages.section("A process"), packages.section("A condition"))
+        for group in tomllib.loads(block("toml", text))["project"]["entry-points"]
     ]
     assert (
         set(added) == {f"haste.{group}" for group in extensions.GROUPS} == {f"haste.{g}" for g in artefact.EXTENSIONS}
@@ -87,8 +59,9 @@ def test_what_the_page_adds_is_used_from_training_to_scores(world, installed, tm
     network = VisionTransformer(8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=0)
     save_file(network.state_dict(), tmp_path / "small.safetensors")
     changes = yaml.safe_load(block("yaml").replace("small.safetensors", str(tmp_path / "small.safetensors")))
-    stop = {**changes.pop("defaults")["stop"], "every": 4, "level": 9.0}  # at the first reading
-    world.configure(**changes, defaults={**world.raw["defaults"], "sampling": ["mine"], "stop": stop})
+    defaults = changes.pop("defaults")
+    defaults["stop"] |= {"every": 4, "level": 9.0}  # at the first reading
+    world.configure(**changes, defaults={**world.raw["defaults"], **defaults, "sampling": ["mine"]})
     run_haste(world, "plan")
     run_haste(world, "train", world.plan.state("HASTE", 8))
     run_haste(world, "reference")
@@ -111,6 +84,46 @@ def test_what_the_page_adds_is_used_from_training_to_scores(world, installed, tm
     assert score["scores"]["gap"] == pytest.approx(((means[0] - means[1]) ** 2).sum() ** 0.5, rel=1e-9)
     with open(world.plan.path(world.plan.state("HASTE", 8)), "rb") as file:
         assert artefact.file_identity(tmp_path / "small.safetensors").encode() in file.read()
+
+
+def test_a_measure_from_outside_has_its_file_its_table_and_its_figure(world, installed):
+    measures = {"size": {"measure": "norms"}, "largest": {"measure": "norms", "order": float("1e3")}}
+    world.configure(measures=measures, runs={"HASTE": {"alignment": "HASTE", "measures": ["size", "largest"]}})
+    made = [one.measurement for one in world.plan.measured if one.step == 8]
+    for one in made:
+        run_haste(world, "measure", one.label, one.name)
+    run_haste(world, "report")
+    state = load_file(world.state)
+    blocks = [[v.double().flatten() for n, v in state.items() if n.startswith(f"model/blocks.{i}.")] for i in (0, 1)]
+    norms = [torch.cat(block).norm().item() for block in blocks]
+    found = artefact.read_json(made[0].file, "measure")
+    assert [row["norm"] for row in found["rows"]] == pytest.approx(norms, rel=1e-12)
+    assert found["provenance"]["versions"]["my-haste"] == "0.1"
+    assert found["provenance"]["inputs"].keys() == {"latents"}  # it asks for no teacher
+    folder = Path(world.plan.report).parent
+    table = [line.split(",") for line in (folder / "measure-size.csv").read_text().splitlines()]
+    assert table[0] == ["run", "block 1", "block 2"]
+    assert table[1][0] == "HASTE" and [float(x) for x in table[1][1:]] == pytest.approx(norms, rel=1e-12)
+    page = (folder / "index.html").read_text()
+    assert "norm over block: HASTE" in page and "Not measured yet: size of HASTE at step 16; largest" in page
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"measure": "nroms"}, "measures.size: nothing is called 'nroms'; did you mean 'norms'?"),
+        ({"measure": "norms", "ordre": 1}, "measures.size: unknown key 'ordre'; did you mean 'order'?"),
+        ({"measure": "norms", "order": "two"}, "measures.size.order: Input should be a valid number"),
+        ({"measure": "norms", "alignment": "HASTE"}, "'HASTE' given, but norms compares with no alignment"),
+        ({"measure": "small"}, "expected a class derived from haste.measure.measure.Measure"),
+    ],
+)
+def test_a_measure_from_outside_has_its_keys_checked_before_anything_runs(installed, tiny, spec, words):
+    points = next(installed.glob("my_haste-*")) / "entry_points.txt"
+    points.write_text(points.read_text().replace("norms = ", "small = my_haste:small\nnorms = "))
+    extensions._found.cache_clear()
+    with pytest.raises(ValueError, match=re.escape(words)):
+        config.resolve({**tiny, "measures": {"size": spec}})
 
 
 def test_the_midpoint_rule_of_the_page_is_of_second_order(installed):
@@ -190,7 +203,7 @@ for first in sys.argv[1:]:
 
 
 def test_whatever_is_imported_first_the_packages_are_there(installed):
-    path = f"{installed}{os.pathsep}{PAGE.parent.parent}"
+    path = f"{installed}{os.pathsep}{packages.PAGE.parent.parent}"
     command = [sys.executable, "-c", EACH, *FIRST]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr

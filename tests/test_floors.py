@@ -91,6 +91,11 @@ def test_what_a_dry_run_needs_imports_no_torch(module):
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_training_imports_no_teacher_before_it_asks_one():
+    code = "import sys, haste.train.loop; sys.exit(bool({'timm', 'haste.teachers.encoder'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_the_workflow_imports_only_the_plan_its_ground_and_what_asks_the_cluster():
     files = [Path(ROOT.parent, "workflow", "Snakefile"), *Path(ROOT.parent, "workflow", "rules").glob("*.smk")]
     lines = [line for file in files for line in file.read_text().splitlines() if "haste" in line and "import " in line]

@@ -3,47 +3,39 @@
 from __future__ import annotations
 
 import re
-import types
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
 from haste import extensions
 from haste.align import triggers
 from haste.config.derived import (
+    OF_INTERPOLANT,
     blocks_of,
+    condition_of,
     heads_of,
+    measured_terms,
+    process_of,
     taps_of,
     terms_of,
     triggers_of,
 )
 from haste.config.keys import Strict, nearest
-from haste.config.parts import (
-    Autoencoder,
-    Detector,
-    Model,
-    OtherModel,
-    Teacher,
-    architecture_named,
-)
-from haste.config.published import (
-    MAPPINGS,
-    MODELS,
-    alignment_named,
-    model_named,
-    teacher_shape,
-    teacher_tokens,
-)
+from haste.config.parts import Autoencoder, Detector, Model, OtherModel, Teacher, architecture_named
+from haste.config.published import MAPPINGS, MODELS, alignment_named, model_named, teacher_shape, teacher_tokens
 from haste.config.schema import (
     PRESETS,
+    SAMPLERS,
     STOP_TAGS,
     TERMS,
+    Alignment,
     AttentionTerm,
     Config,
     Evaluate,
     Run,
     Stops,
+    Training,
     Trigger,
 )
 from haste.networks.registry import DETECTORS, TEACHERS
@@ -77,25 +69,15 @@ def _keys_at(path: tuple[Any, ...]) -> list[str]:
     """The keys that the schema knows at a path: what the nearest right spelling is looked for among."""
     kind: Any = Config
     for part in path:
-        models = _models_in(kind)
-        if part in STOP_TAGS:
-            kind = STOP_TAGS[part]
-        elif isinstance(kind, type) and issubclass(kind, Strict) and part in kind.model_fields:
-            kind = kind.model_fields[part].annotation
-        elif get_origin(kind) is dict:
-            kind = get_args(kind)[1]
-        elif models and part in models[0].model_fields:
-            kind = models[0].model_fields[part].annotation
-    models = _models_in(kind)
-    return list(models[0].model_fields) if models else []
+        known = (model.model_fields[part].annotation for model in _models_in(kind) if part in model.model_fields)
+        kind = get_args(kind)[1] if get_origin(kind) is dict else next(known, kind)  # pydantic's own words lead nowhere
+    return [key for model in _models_in(kind)[:1] for key in model.model_fields]
 
 
 def _models_in(kind: Any) -> list[type[Strict]]:
     if isinstance(kind, type) and issubclass(kind, Strict):
         return [kind]
-    if get_origin(kind) in (Union, types.UnionType, Annotated):
-        return [model for part in get_args(kind) for model in _models_in(part)]
-    return []
+    return [model for part in get_args(kind) for model in _models_in(part)]
 
 
 def faults_of(config: Config) -> list[str]:
@@ -110,13 +92,17 @@ def faults_of(config: Config) -> list[str]:
     faults += [fault for name in config.runs for fault in _faults_of_run(config, name)]
     faults += _faults_of_rows(config)
     faults += [fault for name in config.evaluate for fault in _faults_of_evaluate(config, name)]
+    faults += [fault for name in config.measures for fault in _faults_of_measure(config, name)]
+    rows = [(kind, name) for kind in ("runs", "evaluate") for name in getattr(config, kind)]
+    faults += [fault for kind, name in rows for fault in _unknown_measures(config, kind, name)]
     faults = faults or [fault for name in config.runs for fault in _faults_of_angles(config, name)]
+    faults = faults or [fault for kind, name in rows for fault in _faults_of_measuring(config, kind, name)]
     return list(dict.fromkeys(faults))  # runs that share a faulty alignment tell it once
 
 
 def _faults_of_names(config: Config) -> list[str]:
     """Names that no table can show, and paths that no disk can have."""
-    sections = ("runs", "models", "teachers", "alignments", "sampling", "detector")
+    sections = ("runs", "models", "teachers", "alignments", "sampling", "measures", "detector")
     faults = [
         f"{section}: {name!r} is no name, expected printable characters and at least one"
         for section in sections
@@ -153,7 +139,13 @@ def _faults_of_data(config: Config) -> list[str]:
             faults.append(f"images.resolution: {resolution}, but detector {name} ({found}) reads {least}")
         elif found is None and (resolution < 8 or resolution % 4):  # two halvings, and something left to look at
             faults.append(f"images.resolution: {resolution}, but detector {name} reads images of 8, 12, 16, ... px")
-    if not config.images.classes:
+    if config.condition.name != "labels":
+        faults += [
+            f"sampling.{name}.labels: {way.labels}, but samples are told {config.condition.name}, expected random"
+            for name, way in config.sampling.items()
+            if way.labels != "random"
+        ]
+    elif not config.images.classes:
         faults += [
             f"sampling.{name}.guidance: {way.guidance}, but images.classes is 0: without labels there is nothing to "
             "guide to, expected 1"
@@ -172,11 +164,17 @@ def _trained_here(config: Config) -> list[str]:
 
 
 def _faults_of_architectures(config: Config) -> list[str]:
-    """Networks that cannot be built for these latents, are not what they say, or cannot do what `runtime` asks."""
+    """Networks that cannot be built for these latents, are not what they say, do not understand what they are told, or
+    cannot do what `runtime` asks."""
     faults, trained = [], {run.model for run in config.runs.values()}
+    told = config.condition.name
+    rows: list[Run | Evaluate] = [*config.runs.values(), *config.evaluate.values()]
+    for name in dict.fromkeys(row.model for row in rows):
+        if name in {*config.models, *MODELS} and (known := condition_of(model_named(config, name))) != told:
+            faults.append(f"condition: {told}, but {name} is a network that understands {known}")
     for name, model in config.models.items():
         try:
-            if isinstance(model, OtherModel):
+            if isinstance(model, OtherModel) and condition_of(model) == told:
                 taps_of(config, name)
                 if config.runtime.checkpoint_blocks and name in trained and not _can_checkpoint(model):
                     found = f"true, but models.{name} ({model.architecture}) cannot compute its blocks again"
@@ -293,9 +291,10 @@ def _faults_of_run(config: Config, name: str) -> list[str]:
         faults += [f"{where}.{explain({**fault, 'loc': ('training', *fault['loc'])})}" for fault in error.errors()]
     if faults:
         return faults
-    faults = _faults_of_model(config, run, where) + _faults_of_stop(config, run, where)
+    faults = _faults_of_model(config, run, where) + _faults_of_process(config, name)
+    faults += _faults_of_stop(config, run, where)
     faults += _faults_of_readings(run, where)
-    return faults + _faults_of_ramp(run, where) + _faults_of_fit(config, run)
+    return faults + _faults_of_ramp(run, where) + _faults_of_fit(config, run.model, run.alignment)
 
 
 def _unknown_sampling(config: Config, names: list[str], where: str) -> list[str]:
@@ -318,7 +317,43 @@ def _faults_of_evaluate(config: Config, name: str) -> list[str]:
     faults, known = _unknown_sampling(config, row.sampling, where), {*config.models, *MODELS}
     if row.model not in known:
         return [*faults, f"{where}.model: nothing is called {row.model!r}{nearest(row.model, known)}"]
+    process = process_of(model_named(config, row.model))
+    if process != "interpolant" and row.path != Evaluate.model_fields["path"].default:
+        faults.append(f"{where}.path: {row.path} is a path of interpolant, but {row.model} is for {process}")
     return faults + _faults_of_model(config, row, where)
+
+
+def _faults_of_process(config: Config, name: str) -> list[str]:
+    """Keys of `training` that belong to another process than the network's."""
+    model, training = config.runs[name].model, config.training_of(name)
+    process, given = process_of(model_named(config, model)), training.process
+    found = {"process": given.name} if given is not None and given.name != process else {}
+    if process != "interpolant":
+        for key in OF_INTERPOLANT:
+            if getattr(training, key) != Training.model_fields[key].default:
+                found[key] = "interpolant"
+    return [f"runs.{name}: training.{key} is of {owner}, but {model} is for {process}" for key, owner in found.items()]
+
+
+def check_samplers(config: Config) -> None:
+    """Refuse samplers that do not suit the process of the network that they would sample. Those of other packages are
+    imported, which `resolve` does not do.
+
+    Raises:
+        ValueError: a line for every row and sampler.
+    """
+    faults = []
+    for section in ("runs", "evaluate"):
+        for name, row in getattr(config, section).items():
+            process = process_of(model_named(config, row.model))
+            for way in row.sampling:
+                sampler = config.sampling[way].sampler
+                for_ = SAMPLERS.get(sampler) or extensions.one("samplers", sampler, SAMPLERS).process
+                if for_ != process:
+                    where = f"{section}.{name}.sampling: {way} uses {sampler}"
+                    faults.append(f"{where}, which is a sampler for {for_}, but {row.model} is for {process}")
+    if faults:
+        raise ValueError("\n".join(faults))
 
 
 def _faults_of_model(config: Config, run: Run | Evaluate, where: str) -> list[str]:
@@ -359,9 +394,60 @@ def _faults_of_angles(config: Config, name: str) -> list[str]:
     active = {kind: term for kind, term in terms.items() if getattr(stop, kind) != 0}
     for kind, watch in triggers_of(config, name).items():
         lasting = {other: term for other, term in active.items() if getattr(stop, other) in (None, watch)}
-        trigger, blocks = triggers.made(watch.trigger, watch.model_extra or {}), blocks_of(config, name)
+        trigger, blocks = (
+            triggers.made(watch.trigger, watch.model_extra or {}),
+            blocks_of(config, config.runs[name].model),
+        )
         found = triggers.faults(trigger, kind, active, blocks) or triggers.faults(trigger, kind, lasting, blocks)
         faults += [f"runs.{name}.stop.{kind}.{fault}" for fault in found]
+    return faults
+
+
+def _faults_of_measure(config: Config, name: str) -> list[str]:
+    """An alignment that is not there, or of which a measure makes nothing."""
+    spec, at = config.measures[name], f"measures.{name}.alignment"
+    if spec.alignment is None:
+        return []
+    if spec.alignment not in config.alignments:
+        return [f"{at}: nothing is called {spec.alignment!r}{nearest(spec.alignment, config.alignments)}"]
+    if "alignment" not in spec.made.needs:
+        return [f"{at}: {spec.alignment!r} given, but {spec.measure} compares with no alignment"]
+    return []
+
+
+def _unknown_measures(config: Config, kind: str, name: str) -> list[str]:
+    return [
+        f"{kind}.{name}.measures: nothing is called {one!r}{nearest(one, config.measures)}"
+        for one in getattr(config, kind)[name].measures
+        if one not in config.measures
+    ]
+
+
+def _faults_of_measuring(config: Config, kind: str, name: str) -> list[str]:
+    """What a row's measures could not measure of its states."""
+    row, faults = getattr(config, kind)[name], []
+    own = kind == "runs" and alignment_named(config, row.alignment) != Alignment()
+    for one in row.measures:
+        spec, where = config.measures[one], f"{kind}.{name}.measures: {one}"
+        if "alignment" in spec.made.needs:
+            borrowed = None if own else alignment_named(config, spec.alignment or "vanilla")
+            if borrowed == Alignment():
+                faults.append(
+                    f"{where} ({spec.measure}) compares with an alignment, but {name} has none; expected "
+                    f"measures.{one}.alignment, one of {', '.join(config.alignments) or 'alignments, which has none'}"
+                )
+                continue
+            if kind == "runs" and borrowed and borrowed.attention is None:
+                faults.append(
+                    f"{where} compares with {spec.alignment}, whose features need a projector, which {name} never has; "
+                    "expected an alignment with attention"
+                )
+                continue
+            if borrowed and (unfit := _faults_of_fit(config, row.model, spec.alignment or "")):
+                faults += [f"{where}: {fault}" for fault in unfit]
+                continue
+        found = spec.made.faults(measured_terms(config, name, one), blocks_of(config, row.model))
+        faults += [f"measures.{one}.{fault} (on {name})" for fault in found]
     return faults
 
 
@@ -384,10 +470,10 @@ def _faults_of_ramp(run: Run, where: str) -> list[str]:
     return faults
 
 
-def _faults_of_fit(config: Config, run: Run) -> list[str]:
-    """What is wrong with a run's alignment for its model, which must have the layers and heads."""
-    alignment, taps = alignment_named(config, run.alignment), taps_of(config, run.model)
-    at, name, depths = f"alignments.{run.alignment}", run.model, blocks(taps, "tokens")
+def _faults_of_fit(config: Config, name: str, aligned: str) -> list[str]:
+    """What is wrong with an alignment for a model, which must have the layers and heads."""
+    alignment, taps = alignment_named(config, aligned), taps_of(config, name)
+    at, depths = f"alignments.{aligned}", blocks(taps, "tokens")
     faults = []
     if (term := alignment.features) is not None:
         if not depths:

@@ -12,13 +12,7 @@ from pydantic import ValidationError
 
 from haste.config.faults import explain, faults_of
 from haste.config.keys import nearest
-from haste.config.schema import (
-    PRESETS,
-    TERMS,
-    Config,
-    Run,
-    for_both,
-)
+from haste.config.schema import PRESETS, TERMS, Config, Run, for_both
 
 MOST_ENTRIES = 1_000_000  # in a configuration, aliases written out
 

@@ -18,27 +18,18 @@ from pydantic import (
 
 from haste.align import triggers
 from haste.align.schedule import SHAPES
-from haste.config.keys import (
-    LABEL,
-    LATER,
-    Float,
-    Positive,
-    Rate,
-    Seed,
-    Share,
-    Strict,
-    decides,
-    nearest,
-    or_added,
-)
+from haste.config.keys import LABEL, LATER, Float, Positive, Rate, Seed, Share, Strict, decides, nearest, or_added
 from haste.config.parts import (
     Autoencoder,
     Cache,
+    Condition,
     Detector,
     Images,
     Model,
     OtherModel,
+    Process,
     Teacher,
+    measure_named,
     model_of,
 )
 
@@ -202,6 +193,7 @@ class Training(Strict):
 
     path: Literal["linear", "cosine"] = "linear"
     timesteps: Annotated[Timesteps, LATER] = Timesteps()
+    process: Annotated[Process | None, LATER] = None
     batch: Positive = 256
     lr: Rate = 1e-4
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
@@ -241,11 +233,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 _TOLERANCES = {"rtol": 1e-3, "atol": 1e-6}
 
 
+# Samplers of this package, and the process that each is for.
+SAMPLERS = {name: "interpolant" for name in ("euler", "heun", "euler-maruyama", "dopri5")}
+
+
 class Sampling(Strict):
     """One way to draw samples from a state."""
 
     preset: Annotated[Literal["sde-250", "ode-50", "heun-125"] | None, LABEL] = None
-    sampler: Annotated[Literal["euler", "heun", "euler-maruyama", "dopri5"], or_added("samplers")] = "euler-maruyama"
+    sampler: Annotated[Literal[*SAMPLERS], or_added("samplers")] = "euler-maruyama"  # type: ignore[valid-type]
     steps: Positive | None = 250
     rtol: Annotated[Rate | None, LATER] = None
     atol: Annotated[Rate | None, LATER] = None
@@ -292,6 +288,41 @@ class Sampling(Strict):
         return self
 
 
+class Measure(Strict):
+    """Something that is measured of a state. Beside these keys it has those of its kind."""
+
+    model_config = ConfigDict(extra="allow")
+
+    measure: str
+    alignment: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        """Check the kind's own keys, and write out those that are left to their defaults."""
+        if not isinstance(given, dict) or not isinstance(given.get("measure"), str):
+            return given
+        kind = measure_named(given["measure"])
+        if clash := sorted({*cls.model_fields} & {*kind.model_fields}):
+            raise ValueError(f"{given['measure']}: its fields have {', '.join(clash)}, which stands for something else")
+        own = {key: value for key, value in given.items() if key not in cls.model_fields}
+        if unknown := [key for key in own if key not in kind.model_fields]:
+            known = {*cls.model_fields, *kind.model_fields}
+            raise ValueError(f"unknown key {unknown[0]!r}{nearest(unknown[0], known)}")
+        common = {key: value for key, value in given.items() if key not in own}
+        return {**common, **kind(**own).model_dump(mode="json")}
+
+    @property
+    def made(self) -> Any:
+        """The `haste.measure.measure.Measure` with these settings."""
+        return measure_named(self.measure)(**(self.model_extra or {}))
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """What of its kind's own keys enters a recipe."""
+        return decides(measure_named(self.measure), self.model_extra or {})
+
+
 class Run(Strict):
     """A row of the table: which model, which alignment, when to stop it, how to sample."""
 
@@ -303,6 +334,7 @@ class Run(Strict):
     seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)] | None = None
     milestones: Annotated[list[Positive], Field(min_length=1)]
     sampling: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
+    measures: Annotated[list[str], AfterValidator(_distinct), LATER] = []
     training: dict[str, Any] = {}
     warm_start: str | None = None
 
@@ -331,6 +363,7 @@ class Evaluate(Strict):
     model: str
     sampling: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
     step: Annotated[int, Field(ge=0)]
+    measures: Annotated[list[str], AfterValidator(_distinct), LATER] = []
     path: Literal["linear", "cosine"] = "linear"
     weights: Literal["ema", "model"] = "ema"
     layout: Literal["ours", "REPA", "SiT"] | None = None
@@ -349,12 +382,14 @@ class Config(Strict):
     autoencoder: Autoencoder
     teachers: dict[str, Teacher] = {}
     cache: Cache = Cache()
+    condition: Annotated[Condition, Field(validate_default=True)] = "labels"  # type: ignore[assignment]
     detector: Annotated[dict[str, Detector], Field(min_length=1)]
     models: dict[str, SerializeAsAny[Annotated[Model | OtherModel, PlainValidator(model_of)]]] = {}
     alignments: dict[str, Alignment] = {}
     training: Training = Training()
     runtime: Runtime = Runtime()
     sampling: dict[str, Sampling] = {}
+    measures: Annotated[dict[str, Measure], LATER] = {}
     defaults: dict[str, Any] = {}
     runs: dict[str, Run] = {}
     evaluate: dict[str, Evaluate] = {}

@@ -37,6 +37,9 @@ EXTENSIONS = (
     "teachers",
     "models",
     "triggers",
+    "processes",
+    "conditions",
+    "measures",
 )  # entry-point groups, see `haste.extensions`
 LIBRARIES = ("torch", "timm", "diffusers", "torch-fidelity", "torchdiffeq", "numpy", "h5py", "snakemake", "safetensors")
 

@@ -11,14 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from haste.models.denoiser import Denoiser
-from haste.models.layers import (
-    Block,
-    FinalLayer,
-    LabelEmbedding,
-    PatchEmbedding,
-    TimestepEmbedding,
-    sincos_positions,
-)
+from haste.models.layers import Block, FinalLayer, LabelEmbedding, PatchEmbedding, TimestepEmbedding, sincos_positions
 from haste.networks.spec import sit_taps
 
 

@@ -1,33 +1,37 @@
 """Everything that a configuration asks for, by name and by path: the one object that commands, rules and people hold.
 
-What it is made of, each from those above it:
+Its parts, each made from those above it:
 
     names         artefacts, trajectories, states, segments, detectors, evaluations
     data          stores, networks trained here, detectors and their references, files from outside
     targets       what of the teachers is kept on disk
     runs          from the table of runs to trajectories, states and the jobs that make them
     evaluations   samples, features and scores; checkpoints from elsewhere
+    measures      what else is measured of states
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from haste.config import Config
+from haste.config import Config, Evaluate, Run, check_samplers, decides
 from haste.files.artefact import fingerprint
 from haste.plan.data import Data
 from haste.plan.evaluations import Evaluations
-from haste.plan.names import Evaluation, State
+from haste.plan.measures import Measurement, Measures
+from haste.plan.names import Evaluation, Segment, State
 from haste.plan.runs import Runs
 from haste.plan.targets import Targets
 
 
 class Plan:
-    """What a configuration asks for. Attributes and methods that `__init__` takes over are explained where they are.
+    """What a configuration asks for. What `__init__` takes over from its parts is explained there.
 
     Attributes:
-        config: the configuration.
-        root: the folder of all results.
+        root, folder: of all results; of this configuration's own, results/<configuration>.
+        config_file: the resolved configuration that every job reads.
+        report: the page that everything ends in.
+        references: what the detectors see in the real images.
         trajectories: by name, those that are trained and those of checkpoints from elsewhere.
         notes: what in the configuration has no effect, or can no longer be made.
     """
@@ -39,12 +43,15 @@ class Plan:
         evaluations = Evaluations(config, data, runs)
 
         self._data, self.root, self.identities = data, data.root, data.identities
+        self.folder = f"{data.root}/{config.name}"
+        self.config_file, self.report = f"{self.folder}/config.json", f"{self.folder}/report/index.html"
         self.images, self.latents, self.checked_images = data.images, data.latents, data.checked_images
         self.autoencoder, self.encoder, self.decoder = data.autoencoder, data.encoder, data.decoder
         self.teachers, self.detectors, self.detector_named = data.teachers, data.detectors, data.detector_named
         self.feature_bytes = data.feature_bytes
         self.detector = next(iter(data.detectors.values()))
         self.reference, self.floor = self.detector.reference, self.detector.floor
+        self.references = [detector.reference.manifest for detector in data.detectors.values()]
 
         self.targets, self.pca = targets.stores, targets.pca
         self.teacher_size, self.target_bytes, self.check_cache = targets.shape, targets.bytes_of, targets.check
@@ -58,6 +65,9 @@ class Plan:
         self.rows, self.elsewhere = evaluations.rows, evaluations.elsewhere
         self.evaluations, self.evaluation = evaluations.by_name, evaluations.named
 
+        measures = Measures(config, data, evaluations.rows)
+        self.measured, self.measurements, self.measurement = measures.rows, measures.by_name, measures.of
+
     @property
     def image_count(self) -> int:
         """Images of the store, or, before there is one, of its source; refuses what `Data.image_count` refuses."""
@@ -70,7 +80,8 @@ class Plan:
         looked at, of a reference the headers.
 
         Raises:
-            ValueError: pictures or a reference that cannot be used, or more disk than the configuration allows itself.
+            ValueError: pictures or a reference that cannot be used, a sampler that does not suit a network, or more
+                disk than the configuration allows itself.
         """
         from haste.files import npz  # numpy takes its time, and few commands come here
 
@@ -79,6 +90,7 @@ class Plan:
             made, file = Path(detector.reference.manifest), detector.reference_file
             if file is not None and Path(file).is_file() and not made.exists():
                 npz.check_reference(file)
+        check_samplers(self.config)
         self.check_cache()
 
     def path(self, state: State) -> str:
@@ -97,10 +109,23 @@ class Plan:
             return [self.autoencoder.manifest] if self.autoencoder else []
         return [self.path(evaluation.state), self.latents.manifest]
 
+    def aligned_from(self, segment: Segment) -> list[str]:
+        """The files that a job takes its alignment's targets from."""
+        files = [self.targets[name].manifest for name in segment.targets]
+        if segment.teachers:
+            files.append(self.images.manifest)
+        return files + [part.manifest for name in segment.teachers if (part := self.teachers[name])]
+
+    def measured_from(self, measurement: Measurement) -> list[str]:
+        """The files that a measure is made from. Of a checkpoint from elsewhere as in `drawn_from`."""
+        state, latents = measurement.state, self.latents.manifest
+        own = [] if state.trajectory in self.elsewhere else [self.path(state)]
+        return [latents, *own, *self.aligned_from(measurement.segment)]
+
     @property
-    def references(self) -> list[str]:
-        """What the detectors see in the real images."""
-        return [detector.reference.manifest for detector in self.detectors.values()]
+    def measure_files(self) -> list[str]:
+        """What is measured of states, a file each."""
+        return [measurement.file for measurement in self.measurements.values()]
 
     @property
     def references_missing(self) -> list[str]:
@@ -112,27 +137,12 @@ class Plan:
         seeds = [] if run in self.config.evaluate else self.config.runs[run].all_seeds
         return f"{run} (seed {seed})" if len(seeds) > 1 else run
 
-    # -- the configuration's own folder ----------------------------------------------------------------------------
-
-    @property
-    def folder(self) -> str:
-        """results/<configuration>."""
-        return f"{self.root}/{self.config.name}"
-
-    @property
-    def config_file(self) -> str:
-        """The resolved configuration that every job reads."""
-        return f"{self.folder}/config.json"
-
-    @property
-    def report(self) -> str:
-        """The page that everything ends in."""
-        return f"{self.folder}/report/index.html"
-
     @property
     def report_made(self) -> str:
         """How the page was made. Its name follows from the whole configuration: another table is another file."""
-        shown = self.config.model_dump(mode="json", exclude={"results"})
+        shown = decides(Config, self.config.model_dump(mode="json", exclude={"results"}))
+        for kind, schema in (("runs", Run), ("evaluate", Evaluate)):
+            shown[kind] = {name: decides(schema, row) for name, row in shown[kind].items()}
         return f"{self.folder}/report/made-{fingerprint(shown)}.json"
 
     @property

@@ -13,7 +13,7 @@ it begins to fall. A run's way through trajectories is a list of `Piece`s.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,19 +78,13 @@ class Runs:
     def _trajectory(self, run: str, seed: int, terms: dict[str, dict[str, Any]]) -> str:
         """Put down a trajectory; returns its name."""
         row, model = self.config.runs[run], configuration.model_named(self.config, self.config.runs[run].model)
-        named = {
-            kind: {**decides(TERMS[kind], term), "teacher": self.data.teacher_key(term["teacher"])}
-            for kind, term in terms.items()
-        }
-        # Where targets come from is no part of a name: on disk they are rounded, and that is all. Components are.
-        if "features" in terms and (components := self.config.teachers[terms["features"]["teacher"]].pca):
-            named["features"]["pca"] = components
+        named = named_terms(self.config, self.data, terms)
         recipe = {
             "recipe": RECIPE,
             "latents": self.data.latents.key,
-            "classes": self.config.images.classes,
-            "model": model_entry(self.config, model),
-            "training": decides(configuration.Training, self.config.training_of(run).model_dump()),
+            **configuration.condition_entry(self.config),
+            "model": configuration.model_entry(self.config, model),
+            "training": configuration.training_entry(self.config, run),
             "seed": seed,
             "terms": named,
         }
@@ -191,9 +185,16 @@ class Runs:
         ]
 
 
-def model_entry(config: Config, model: Model | OtherModel) -> dict[str, Any]:
-    """A model's entry in a recipe."""
-    return {**model.decided, "input_size": config.latent_size, "channels": config.autoencoder.channels}
+def named_terms(config: Config, data: Data, terms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Alignment terms as recipes have them: what decides them, and the teacher by its key."""
+    named = {
+        kind: {**decides(TERMS[kind], term), "teacher": data.teacher_key(term["teacher"])}
+        for kind, term in terms.items()
+    }
+    # Where targets come from is no part of a name: on disk they are rounded, and that is all. Components are.
+    if "features" in terms and (components := config.teachers[terms["features"]["teacher"]].pca):
+        named["features"]["pca"] = components
+    return named
 
 
 def readable_name(model: Model | OtherModel, terms: dict[str, dict[str, Any]], otherwise: str = "vanilla") -> str:

@@ -7,22 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from haste.report import compare
-from haste.report.compare import (
-    Comparison,
-    Point,
-    Summary,
-    comparisons,
-    decimals,
-)
+from haste.report.compare import Comparison, Point, Summary, comparisons, decimals
 from haste.report.content import NONE, Report
-from haste.report.formats import (
-    Cell,
-    Entry,
-    Head,
-    Table,
-    number_cell,
-    text_cell,
-)
+from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell
 
 BASELINES = ("vanilla", "REPA")  # methods relative to which speed-ups are measured
 

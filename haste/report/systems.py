@@ -8,31 +8,10 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from haste.report.compare import (
-    Column,
-    Line,
-    columns,
-    decimals,
-    guidance,
-    guidance_text,
-    lines,
-)
+from haste.report.compare import Column, Line, columns, decimals, guidance, guidance_text, lines
 from haste.report.content import NONE, Report
-from haste.report.formats import (
-    Cell,
-    Entry,
-    Head,
-    Table,
-    number_cell,
-    text_cell,
-)
-from haste.report.papers import (
-    BATCH,
-    FOLDER,
-    SAMPLES,
-    SCORES,
-    comparable,
-)
+from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell
+from haste.report.papers import BATCH, FOLDER, SAMPLES, SCORES, comparable
 
 # (the images' side in pixels, whether the systems are guided) -> file.
 FILES = {

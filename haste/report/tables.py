@@ -31,14 +31,7 @@ from haste.report.compare import (
     several_noises,
 )
 from haste.report.content import NONE, Report, Row
-from haste.report.formats import (
-    Cell,
-    Entry,
-    Head,
-    Table,
-    number_cell,
-    text_cell,
-)
+from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell
 from haste.report.papers import SAMPLES, Published, comparable
 
 IDENTITY = ["run", "model", "method", "stop", "seed", "step"]

@@ -8,13 +8,7 @@ from collections.abc import Sequence
 
 from haste.cluster.accounting import Usage
 from haste.report.content import NONE, Stage
-from haste.report.formats import (
-    Cell,
-    Entry,
-    Head,
-    Table,
-    text_cell,
-)
+from haste.report.formats import Cell, Entry, Head, Table, text_cell
 
 
 def time_table(stages: Sequence[Stage]) -> Table:

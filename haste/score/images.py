@@ -18,29 +18,9 @@ from haste.metrics.detectors import open_detector
 from haste.metrics.scores import METRICS, NEIGHBOURS
 from haste.sampling.samples import Samples, open_samples
 from haste.score import comparable
-from haste.score.columns import (
-    VALUES,
-    Score,
-    column,
-    compare,
-    refuse,
-    typed,
-)
-from haste.score.sides import (
-    Reference,
-    Side,
-    gather,
-    holds_statistics,
-    read_reference,
-    write_reference,
-)
-from haste.score.views import (
-    View,
-    check_size,
-    extract_features,
-    probe,
-    view_of,
-)
+from haste.score.columns import VALUES, Score, column, compare, refuse, typed
+from haste.score.sides import Reference, Side, gather, holds_statistics, read_reference, write_reference
+from haste.score.views import View, check_size, extract_features, probe, view_of
 
 log = logging.getLogger("haste.score")
 

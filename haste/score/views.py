@@ -21,14 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from haste.files import artefact
-from haste.files.store import (
-    MANIFEST,
-    Store,
-    join,
-    shard_path,
-    shard_range,
-    write_shard,
-)
+from haste.files.store import MANIFEST, Store, join, shard_path, shard_range, write_shard
 from haste.files.units import clock
 from haste.metrics.detector import Detector
 from haste.sampling.samples import Samples

@@ -8,13 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from haste.align import losses
-from haste.align.losses import (
-    Negatives,
-    attention_loss,
-    contrastive_loss,
-    cross_entropy_by_sample,
-    feature_loss,
-)
+from haste.align.losses import Negatives, attention_loss, contrastive_loss, cross_entropy_by_sample, feature_loss
 
 BATCH, TOKENS, WIDTH = 3, 4, 5
 

@@ -8,13 +8,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from haste.align import losses
-from haste.align.losses import (
-    attention_loss,
-    cross_entropy_by_sample,
-    cross_entropy_fused,
-    feature_loss,
-    resize_tokens,
-)
+from haste.align.losses import attention_loss, cross_entropy_by_sample, cross_entropy_fused, feature_loss, resize_tokens
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, size: float = 1.0) -> Tensor:

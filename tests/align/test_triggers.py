@@ -12,15 +12,7 @@ from hypothesis import strategies as st
 
 import haste
 from haste.align import triggers
-from haste.align.triggers import (
-    TRIGGERS,
-    Angle,
-    Average,
-    GradientAngle,
-    Plateau,
-    Reading,
-    Trigger,
-)
+from haste.align.triggers import TRIGGERS, Angle, Average, GradientAngle, Plateau, Reading, Trigger
 
 
 def averaged(residuals, decay):

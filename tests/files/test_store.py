@@ -16,14 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from haste.files import artefact
-from haste.files.store import (
-    Store,
-    differences,
-    join,
-    shard_path,
-    shard_range,
-    write_shard,
-)
+from haste.files.store import Store, differences, join, shard_path, shard_range, write_shard
 
 FIELDS = {"image": ((3, 2), "float16"), "label": ((), "int64")}
 RECIPE = {"source": "toy", "crop": {"size": 3}}

@@ -3,13 +3,7 @@ import math
 import pytest
 import torch
 
-from haste.models.layers import (
-    LabelEmbedding,
-    PatchEmbedding,
-    TimestepEmbedding,
-    sincos_positions,
-    timestep_features,
-)
+from haste.models.layers import LabelEmbedding, PatchEmbedding, TimestepEmbedding, sincos_positions, timestep_features
 
 
 def test_positions_are_sines_and_cosines_of_x_then_of_y():

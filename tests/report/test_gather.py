@@ -13,13 +13,7 @@ from safetensors.numpy import save_file
 from haste import config
 from haste.files import artefact, journal
 from haste.plan.plan import Plan
-from haste.report import (
-    figures,
-    gather,
-    page,
-    papers,
-    tables,
-)
+from haste.report import figures, gather, page, papers, tables
 from haste.report.content import Benchmark
 from haste.sampling import grids
 from haste.sampling.grids import GAP

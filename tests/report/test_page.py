@@ -13,14 +13,7 @@ import pytest
 from PIL import Image
 
 from haste.report import page
-from haste.report.content import (
-    Curve,
-    Grid,
-    Part,
-    Report,
-    Row,
-    Stage,
-)
+from haste.report.content import Curve, Grid, Part, Report, Row, Stage
 
 EVIL = "<script>alert('x')</script>\"&'"
 VOID = {"meta", "img", "br", "link", "input", "hr", "wbr"}

@@ -12,13 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from haste.report import (
-    compare,
-    finding,
-    formats,
-    page,
-    tables,
-)
+from haste.report import compare, finding, formats, page, tables
 from haste.report.content import Report, Row
 
 READ = (
