@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from haste.data.batches import Batches
+from haste.data.condition import Labels
+from haste.diffusion.interpolant import Interpolant
 from haste.files.store import Store, join, write_shard
 
 
@@ -30,8 +32,9 @@ def main() -> None:
             None,
             seed=0,
             size=arguments.batch,
-            null_class=1000,
+            condition=Labels(classes=1000),
             class_dropout=0.1,
+            process=Interpolant(),
         )
         batches(0)
         started = time.perf_counter()

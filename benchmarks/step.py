@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from haste import config
 from haste.data.batches import Batch
+from haste.diffusion.interpolant import Interpolant
 from haste.models.attention import logsumexp_works
 from haste.teachers.encoder import TEACHERS, Teacher
 from haste.train.state import Learner, new_learner, restore, tensors_of
@@ -120,7 +121,7 @@ class Variant:
         self.teachers = {"it": teacher} if terms else {}
         self.terms = terms
         self.learner = self._learner(name, recipe, terms, teacher)
-        self.objective = Objective(self.learner, terms, path="linear", scale=0.18215, shift=0.0)
+        self.objective = Objective(self.learner, terms, process=Interpolant(), scale=0.18215, shift=0.0)
         model = self.learner.model
         model.own_logsumexp = "attention" in terms and logsumexp_works(str(device), self.autocast, model.head_width)
         if arguments.compile:
@@ -139,7 +140,7 @@ class Variant:
             draw=torch.randn(shape),
             noise=torch.randn(shape),
             t=torch.rand(self.size),
-            labels=torch.randint(0, 1000, (self.size,)),
+            condition=torch.randint(0, 1000, (self.size,)),
             images=images,
         ).to(self.device)
 

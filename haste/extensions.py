@@ -1,5 +1,4 @@
-"""What other packages add, found by Python's entry points: samplers, metrics, detectors, teachers, models, triggers and
-measures.
+"""What other packages add, found by Python's entry points: samplers, metrics, detectors and the rest of GROUPS.
 
 A package that is installed beside this one says in its pyproject.toml what it adds, a line each:
 
@@ -17,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from importlib import metadata
 from typing import Any
 
-GROUPS = ("samplers", "metrics", "detectors", "teachers", "models", "triggers", "measures")
+GROUPS = ("samplers", "metrics", "detectors", "teachers", "models", "triggers", "measures", "processes", "conditions")
 
 
 @functools.cache

@@ -389,6 +389,7 @@ OTHER = {
 ONE_VALUE = {
     **{"images.source": "images", "teachers.NAME.pca": "states", "models.NAME.architecture": "states"},
     **{"runs.NAME.stop.TERM.trigger": "states", "measures.NAME.measure": "measures"},
+    **{"condition": "latents", "training.process": "states"},
 }
 # Keys that only go with another.
 NT_XENT = {"similarity": "nt-xent", "negatives": "batch"}

@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
+import packages
 import pytest
 import torch
 import yaml
@@ -25,54 +26,25 @@ from haste.plan.plan import Plan
 from haste.train import loop, stops, warm_start
 from haste.train.state import new_learner
 
-PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
-
-
-def section(title):
-    return PAGE.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
-
-
-SECTION, MODEL = section("From a package of your own"), section("A model")
+SECTION, MODEL = packages.section("From a package of your own"), packages.section("A model")
 
 
 def block(language, text=SECTION):
-    (found,) = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
-    return found
-
-
-def install(site, text):
-    """The package of a section of the page, laid out as pip does."""
-    about = tomllib.loads(block("toml", text))["project"]
-    module = about["name"].replace("-", "_")
-    meta = site / f"{module}-{about['version']}.dist-info"
-    meta.mkdir(parents=True)
-    (site / f"{module}.py").write_text(block("python", text))
-    (meta / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {about['name']}\nVersion: {about['version']}\n")
-    groups = about["entry-points"].items()
-    lines = [
-        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in added.items()) for group, added in groups
-    ]
-    (meta / "entry_points.txt").write_text("\n".join(lines))
+    return packages.block(language, text)
 
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
     """The page's packages where Python finds them."""
-    site = tmp_path / "site"
-    install(site, SECTION)
-    install(site, MODEL)
-    monkeypatch.syspath_prepend(site)
-    extensions._found.cache_clear()
-    yield site
-    extensions._found.cache_clear()
-    config.facts_of_other.cache_clear()
-    for name in ("my_haste", "my_network"):
-        sys.modules.pop(name, None)
+    with packages.installed(tmp_path / "site", monkeypatch, SECTION, MODEL) as site:
+        yield site
 
 
 def test_every_group_is_described_and_recorded():
     added = [
-        group for text in (SECTION, MODEL) for group in tomllib.loads(block("toml", text))["project"]["entry-points"]
+        group
+        for text in (SECTION, MODEL, packages.section("A process"), packages.section("A condition"))
+        for group in tomllib.loads(block("toml", text))["project"]["entry-points"]
     ]
     assert (
         set(added) == {f"haste.{group}" for group in extensions.GROUPS} == {f"haste.{g}" for g in artefact.EXTENSIONS}
@@ -231,7 +203,7 @@ for first in sys.argv[1:]:
 
 
 def test_whatever_is_imported_first_the_packages_are_there(installed):
-    path = f"{installed}{os.pathsep}{PAGE.parent.parent}"
+    path = f"{installed}{os.pathsep}{packages.PAGE.parent.parent}"
     command = [sys.executable, "-c", EACH, *FIRST]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -225,9 +225,9 @@ def reached(terms: Terms) -> int:
     return max(depths + [layer + 1 for layer in terms.get("attention", {}).get("student_layers", ())])
 
 
-def counting(terms: Terms, t: float) -> Terms:
-    """The alignment terms for which a sample at t counts."""
-    return {kind: term for kind, term in terms.items() if t >= term.get("t_min", 0)}
+def counting(terms: Terms, t: float, place: Callable[[float], float] = lambda t: t) -> Terms:
+    """The alignment terms for which a sample at t counts; `place` gives the time nearest to one that a process has."""
+    return {kind: term for kind, term in terms.items() if place(t) >= place(term.get("t_min", 0.0))}
 
 
 def faults(trigger: Trigger, kind: str, terms: Terms, blocks: int) -> list[str]:

@@ -16,15 +16,22 @@ Each file imports only from those above it:
 """
 
 from haste.config.derived import (
+    condition_entry,
+    condition_in,
     facts_in,
     facts_of_other,
     falls_from,
     measured_terms,
+    model_entry,
     model_in,
+    process_in,
     taps_of,
     terms_of,
+    training_elsewhere,
+    training_entry,
     triggers_of,
 )
+from haste.config.faults import check_samplers
 from haste.config.keys import LABEL, LATER, Float, Positive, Rate, Seed, Share, Strict, decides, number
 from haste.config.parts import (
     DENOISERS,
@@ -112,6 +119,9 @@ __all__ = [
     "Trigger",
     "alignment_named",
     "architecture_named",
+    "check_samplers",
+    "condition_entry",
+    "condition_in",
     "decides",
     "facts_in",
     "facts_of_other",
@@ -119,9 +129,11 @@ __all__ = [
     "load",
     "measure_named",
     "measured_terms",
+    "model_entry",
     "model_in",
     "model_named",
     "number",
+    "process_in",
     "read",
     "resolve",
     "submitted",
@@ -129,5 +141,7 @@ __all__ = [
     "teacher_shape",
     "teacher_tokens",
     "terms_of",
+    "training_elsewhere",
+    "training_entry",
     "triggers_of",
 ]

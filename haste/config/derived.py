@@ -7,9 +7,10 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from haste.config.parts import Model, OtherModel, architecture_named, model_of
+from haste.config.keys import decides
+from haste.config.parts import Model, OtherModel, Process, architecture_named, condition_named, model_of, process_named
 from haste.config.published import ALIGNED_HEADS, MAPPINGS, REPA_DEPTH, alignment_named, model_named, teacher_shape
-from haste.config.schema import Config, Trigger
+from haste.config.schema import Config, Evaluate, Training, Trigger
 from haste.networks.spec import Facts, Tap, sit_facts, sit_taps
 
 
@@ -18,21 +19,87 @@ def model_in(recipe: Mapping[str, Any]) -> Model | OtherModel:
     return model_of({name: value for name, value in recipe["model"].items() if name not in ("input_size", "channels")})
 
 
+def model_entry(config: Config, model: Model | OtherModel) -> dict[str, Any]:
+    """What of a model enters a recipe, with the size of its latents."""
+    return {**model.decided, "input_size": config.latent_size, "channels": config.autoencoder.channels}
+
+
 def facts_in(recipe: Mapping[str, Any]) -> Facts:
     """Taps, parameters and operations of the model that a trajectory's recipe names."""
-    model, size = model_in(recipe), recipe["model"]
-    if isinstance(model, Model):
-        return sit_facts(size, recipe["classes"])
-    return facts_of_other(
-        model.architecture, json.dumps(model.settings), size["input_size"], size["channels"], recipe["classes"]
-    )
+    if isinstance(model_in(recipe), Model):
+        return sit_facts(recipe["model"], recipe["classes"])
+    process = {"process": recipe["training"].get("process")}
+    kept = {key: recipe[key] for key in ("model", "classes", "condition") if key in recipe}
+    return facts_of_other(json.dumps({**kept, "training": process}, sort_keys=True))
 
 
 @functools.cache  # it is built, if without memory
-def facts_of_other(architecture: str, settings: str, size: int, channels: int, classes: int) -> Facts:
-    """Of a network that is no SiT, with its settings as JSON."""
-    shape = {"input_size": size, "in_channels": channels, "classes": classes}
-    return architecture_named(architecture).facts(json.loads(settings), **shape)
+def facts_of_other(recipe: str) -> Facts:
+    """Of a network that is no SiT; what of the recipe decides it, as JSON."""
+    found = json.loads(recipe)
+    model, size = model_in(found), found["model"]
+    return architecture_named(model.architecture).facts(
+        model.settings,
+        process=process_in(found),
+        condition=condition_in(found),
+        input_size=size["input_size"],
+        in_channels=size["channels"],
+    )
+
+
+# ---- process and condition
+
+OF_INTERPOLANT = ("path", "timesteps")  # keys of `training`
+
+
+def process_of(model: Model | OtherModel) -> str:
+    """The name of the process that a network is for."""
+    return "interpolant" if isinstance(model, Model) else architecture_named(model.architecture).process
+
+
+def process_in(recipe: Mapping[str, Any]) -> Any:
+    """The `haste.diffusion.process.Process` of a trajectory's recipe."""
+    training = recipe["training"]
+    given = dict(training.get("process") or {key: training[key] for key in OF_INTERPOLANT if key in training})
+    kind = process_named(given.pop("name", "interpolant"))
+    return kind(**kind.Settings.model_validate(given).model_dump())
+
+
+def condition_of(model: Model | OtherModel) -> str:
+    """The name of the condition that a network understands."""
+    return "labels" if isinstance(model, Model) else architecture_named(model.architecture).condition
+
+
+def condition_entry(config: Config) -> dict[str, Any]:
+    """What of what samples are told enters a recipe."""
+    return {"classes": config.images.classes, **config.condition.entry}
+
+
+def condition_in(recipe: Mapping[str, Any]) -> Any:
+    """The `haste.data.condition.Condition` of a trajectory's recipe."""
+    given = dict(recipe.get("condition") or {"name": "labels"})
+    kind = condition_named(given.pop("name"))
+    return kind(classes=recipe["classes"], **kind.Settings.model_validate(given).model_dump())
+
+
+def training_entry(config: Config, run: str) -> dict[str, Any]:
+    """What of a run's training enters its recipe."""
+    training, process = config.training_of(run), process_of(model_named(config, config.runs[run].model))
+    decided = decides(Training, training.model_dump(exclude={"process"}))
+    return _by_process(process, training.process, decided)
+
+
+def training_elsewhere(config: Config, row: Evaluate) -> dict[str, Any]:
+    """What a recipe says of the training of weights from elsewhere."""
+    return _by_process(process_of(model_named(config, row.model)), config.training.process, {"path": row.path})
+
+
+def _by_process(name: str, given: Process | None, decided: dict[str, Any]) -> dict[str, Any]:
+    """The interpolant's keys, or another process with its own, as far as they are given, in their place."""
+    if name == "interpolant":
+        return decided
+    chosen = given if given is not None and given.name == name else Process(name=name)
+    return {key: value for key, value in decided.items() if key not in OF_INTERPOLANT} | {"process": chosen.decided}
 
 
 def taps_of(config: Config, name: str) -> Mapping[str, Tap]:
@@ -56,8 +123,8 @@ def blocks_of(config: Config, name: str) -> int:
 
 
 def _facts_of(config: Config, model: OtherModel) -> Facts:
-    latents = (config.latent_size, config.autoencoder.channels, config.images.classes)
-    return facts_of_other(model.architecture, json.dumps(model.settings), *latents)
+    training = _by_process(process_of(model), config.training.process, {})
+    return facts_in({"model": model_entry(config, model), **condition_entry(config), "training": training})
 
 
 def heads_of(taps: Mapping[str, Tap], layers: Collection[int]) -> int:

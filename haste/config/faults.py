@@ -10,12 +10,23 @@ from pydantic import ValidationError
 
 from haste import extensions
 from haste.align import triggers
-from haste.config.derived import blocks_of, heads_of, measured_terms, taps_of, terms_of, triggers_of
+from haste.config.derived import (
+    OF_INTERPOLANT,
+    blocks_of,
+    condition_of,
+    heads_of,
+    measured_terms,
+    process_of,
+    taps_of,
+    terms_of,
+    triggers_of,
+)
 from haste.config.keys import Strict, nearest
 from haste.config.parts import Autoencoder, Detector, Model, OtherModel, Teacher, architecture_named
 from haste.config.published import MAPPINGS, MODELS, alignment_named, model_named, teacher_shape, teacher_tokens
 from haste.config.schema import (
     PRESETS,
+    SAMPLERS,
     STOP_TAGS,
     TERMS,
     Alignment,
@@ -24,6 +35,7 @@ from haste.config.schema import (
     Evaluate,
     Run,
     Stops,
+    Training,
     Trigger,
 )
 from haste.networks.registry import DETECTORS, TEACHERS
@@ -127,7 +139,13 @@ def _faults_of_data(config: Config) -> list[str]:
             faults.append(f"images.resolution: {resolution}, but detector {name} ({found}) reads {least}")
         elif found is None and (resolution < 8 or resolution % 4):  # two halvings, and something left to look at
             faults.append(f"images.resolution: {resolution}, but detector {name} reads images of 8, 12, 16, ... px")
-    if not config.images.classes:
+    if config.condition.name != "labels":
+        faults += [
+            f"sampling.{name}.labels: {way.labels}, but samples are told {config.condition.name}, expected random"
+            for name, way in config.sampling.items()
+            if way.labels != "random"
+        ]
+    elif not config.images.classes:
         faults += [
             f"sampling.{name}.guidance: {way.guidance}, but images.classes is 0: without labels there is nothing to "
             "guide to, expected 1"
@@ -146,11 +164,17 @@ def _trained_here(config: Config) -> list[str]:
 
 
 def _faults_of_architectures(config: Config) -> list[str]:
-    """Networks that cannot be built for these latents, are not what they say, or cannot do what `runtime` asks."""
+    """Networks that cannot be built for these latents, are not what they say, do not understand what they are told, or
+    cannot do what `runtime` asks."""
     faults, trained = [], {run.model for run in config.runs.values()}
+    told = config.condition.name
+    rows: list[Run | Evaluate] = [*config.runs.values(), *config.evaluate.values()]
+    for name in dict.fromkeys(row.model for row in rows):
+        if name in {*config.models, *MODELS} and (known := condition_of(model_named(config, name))) != told:
+            faults.append(f"condition: {told}, but {name} is a network that understands {known}")
     for name, model in config.models.items():
         try:
-            if isinstance(model, OtherModel):
+            if isinstance(model, OtherModel) and condition_of(model) == told:
                 taps_of(config, name)
                 if config.runtime.checkpoint_blocks and name in trained and not _can_checkpoint(model):
                     found = f"true, but models.{name} ({model.architecture}) cannot compute its blocks again"
@@ -267,7 +291,8 @@ def _faults_of_run(config: Config, name: str) -> list[str]:
         faults += [f"{where}.{explain({**fault, 'loc': ('training', *fault['loc'])})}" for fault in error.errors()]
     if faults:
         return faults
-    faults = _faults_of_model(config, run, where) + _faults_of_stop(config, run, where)
+    faults = _faults_of_model(config, run, where) + _faults_of_process(config, name)
+    faults += _faults_of_stop(config, run, where)
     faults += _faults_of_readings(run, where)
     return faults + _faults_of_ramp(run, where) + _faults_of_fit(config, run.model, run.alignment)
 
@@ -292,7 +317,43 @@ def _faults_of_evaluate(config: Config, name: str) -> list[str]:
     faults, known = _unknown_sampling(config, row.sampling, where), {*config.models, *MODELS}
     if row.model not in known:
         return [*faults, f"{where}.model: nothing is called {row.model!r}{nearest(row.model, known)}"]
+    process = process_of(model_named(config, row.model))
+    if process != "interpolant" and row.path != Evaluate.model_fields["path"].default:
+        faults.append(f"{where}.path: {row.path} is a path of interpolant, but {row.model} is for {process}")
     return faults + _faults_of_model(config, row, where)
+
+
+def _faults_of_process(config: Config, name: str) -> list[str]:
+    """Keys of `training` that belong to another process than the network's."""
+    model, training = config.runs[name].model, config.training_of(name)
+    process, given = process_of(model_named(config, model)), training.process
+    found = {"process": given.name} if given is not None and given.name != process else {}
+    if process != "interpolant":
+        for key in OF_INTERPOLANT:
+            if getattr(training, key) != Training.model_fields[key].default:
+                found[key] = "interpolant"
+    return [f"runs.{name}: training.{key} is of {owner}, but {model} is for {process}" for key, owner in found.items()]
+
+
+def check_samplers(config: Config) -> None:
+    """Refuse samplers that do not suit the process of the network that they would sample. Those of other packages are
+    imported, which `resolve` does not do.
+
+    Raises:
+        ValueError: a line for every row and sampler.
+    """
+    faults = []
+    for section in ("runs", "evaluate"):
+        for name, row in getattr(config, section).items():
+            process = process_of(model_named(config, row.model))
+            for way in row.sampling:
+                sampler = config.sampling[way].sampler
+                for_ = SAMPLERS.get(sampler) or extensions.one("samplers", sampler, SAMPLERS).process
+                if for_ != process:
+                    where = f"{section}.{name}.sampling: {way} uses {sampler}"
+                    faults.append(f"{where}, which is a sampler for {for_}, but {row.model} is for {process}")
+    if faults:
+        raise ValueError("\n".join(faults))
 
 
 def _faults_of_model(config: Config, run: Run | Evaluate, where: str) -> list[str]:

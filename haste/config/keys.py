@@ -67,6 +67,21 @@ def decides(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def completed(kind: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that stand beside a name, those that are left to their defaults written out.
+
+    Args:
+        kind: their schema, of whatever bears the name.
+        given: the keys.
+
+    Raises:
+        ValueError: a key that the schema does not know, or a value that it refuses.
+    """
+    if unknown := [name for name in given if name not in kind.model_fields]:
+        raise ValueError(f"unknown key {unknown[0]!r}{nearest(unknown[0], kind.model_fields)}")
+    return kind.model_validate(given).model_dump(mode="json")
+
+
 def nearest(found: Any, known: Any) -> str:
     """What ends a fault of a name that nothing has: the nearest right spelling, or else all of them."""
     spelt = {name.lower(): name for name in sorted(known)}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from haste import extensions
-from haste.config.keys import Float, Positive, Rate, Seed, Strict, decides, nearest, number
+from haste.config.keys import Float, Positive, Rate, Seed, Strict, completed, decides, nearest, number
 
 
 def _whole(value: Any) -> Any:
@@ -182,25 +183,102 @@ class Detector(Strict):
 
 # Architectures of the denoising network: name -> where its class is, which is imported where it is asked for.
 DENOISERS = {"sit": "haste.models.sit:SiT"}
+# What a network is trained to predict, likewise.
+PROCESSES = {"interpolant": "haste.diffusion.interpolant:Interpolant"}
+# What a sample is told beside x and t, likewise.
+CONDITIONS = {"labels": "haste.data.condition:Labels"}
+
+
+def _class_named(group: str, name: str, own: Mapping[str, str], expected: str, *taken: str) -> Any:
+    """A class with Settings: one of ours, or of another package.
+
+    Args:
+        group: of `haste.extensions`.
+        name: what is asked for.
+        own: name -> where it is, of this package.
+        expected: what such a class is derived from.
+        taken: keys that no Settings may have.
+
+    Raises:
+        ValueError: nothing is called so; or what is cannot be imported, or has no settings, or some that are taken.
+    """
+    if name in own:
+        return extensions.at(own[name])
+    added = extensions.names(group)
+    if name not in added:
+        raise ValueError(f"nothing is called {name!r}{nearest(name, {*own, *added})}")
+    found = extensions.one(group, name, own)
+    if not isinstance(found, type) or not isinstance(getattr(found, "Settings", None), type):
+        raise ValueError(f"{name} is {found!r}, expected a {expected} with Settings")
+    if clash := sorted({*taken} & set(found.Settings.model_fields)):  # type: ignore[attr-defined]
+        raise ValueError(f"{name}: its Settings have {', '.join(clash)}, which stands for something else")
+    return found
 
 
 def architecture_named(name: str) -> Any:
-    """The class of an architecture, a `haste.models.denoiser.Denoiser`: one of ours, or of another package.
+    """The class of an architecture, a `haste.models.denoiser.Denoiser`. Raises ValueError as `_class_named`."""
+    taken = ("architecture", "input_size", "channels")
+    return _class_named("models", name, DENOISERS, "haste.models.denoiser.Denoiser", *taken)
 
-    Raises:
-        ValueError: nothing is called so; or what is cannot be imported, or has no settings.
-    """
-    if name in DENOISERS:
-        return extensions.at(DENOISERS[name])
-    added = extensions.names("models")
-    if name not in added:
-        raise ValueError(f"nothing is called {name!r}{nearest(name, {*DENOISERS, *added})}")
-    found = extensions.one("models", name, DENOISERS)
-    if not isinstance(found, type) or not isinstance(getattr(found, "Settings", None), type):
-        raise ValueError(f"{name} is {found!r}, expected a haste.models.denoiser.Denoiser with Settings")
-    if clash := sorted({"architecture", "input_size", "channels"} & set(found.Settings.model_fields)):  # type: ignore[attr-defined]
-        raise ValueError(f"{name}: its Settings have {', '.join(clash)}, which stands for something else")
-    return found
+
+def process_named(name: str) -> Any:
+    """The class of a `haste.diffusion.process.Process`. Raises ValueError as `_class_named`."""
+    return _class_named("processes", name, PROCESSES, "haste.diffusion.process.Process", "name")
+
+
+def condition_named(name: str) -> Any:
+    """The class of a `haste.data.condition.Condition`. Raises ValueError as `_class_named`."""
+    return _class_named("conditions", name, CONDITIONS, "haste.data.condition.Condition", "name", "classes")
+
+
+class _Named(BaseModel):
+    """Something by its name, with the keys that it has beside it; without any, the name alone will do."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @classmethod
+    def _schema(cls, name: str) -> type[BaseModel]:
+        raise NotImplementedError
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        """Check the keys, and write out those that are left to their defaults."""
+        given = {"name": given} if isinstance(given, str) else given
+        if not isinstance(given, dict) or not isinstance(name := given.get("name"), str):
+            return given
+        rest = {key: value for key, value in given.items() if key != "name"}
+        return {"name": name, **completed(cls._schema(name), rest)}
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """What of it enters a recipe."""
+        return {"name": self.name, **decides(self._schema(self.name), dict(self.model_extra or {}))}
+
+
+class Process(_Named):
+    """A training objective that is not the interpolant."""
+
+    @classmethod
+    def _schema(cls, name: str) -> type[BaseModel]:
+        if name == "interpolant":
+            raise ValueError("the keys of interpolant are training.path and training.timesteps, expected no process")
+        return process_named(name).Settings
+
+
+class Condition(_Named):
+    """What samples are told."""
+
+    @classmethod
+    def _schema(cls, name: str) -> type[BaseModel]:
+        return Strict if name == "labels" else condition_named(name).Settings  # known without importing numpy
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What of it enters a recipe: nothing for labels, of which a recipe has the number of classes."""
+        return {} if self.name == "labels" else {"condition": self.decided}
 
 
 # Measures of a state: name -> where its class is, which is imported where it is asked for.
@@ -266,9 +344,7 @@ class OtherModel(BaseModel):
         """Check the keys, and write out those that are left to their defaults."""
         schema = architecture_named(given["architecture"]).Settings
         rest = {name: value for name, value in given.items() if name != "architecture"}
-        if unknown := [name for name in rest if name not in schema.model_fields]:
-            raise ValueError(f"unknown key {unknown[0]!r}{nearest(unknown[0], schema.model_fields)}")
-        return {"architecture": given["architecture"], **schema.model_validate(rest).model_dump(mode="json")}
+        return {"architecture": given["architecture"], **completed(schema, rest)}
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -19,7 +19,19 @@ from pydantic import (
 from haste.align import triggers
 from haste.align.schedule import SHAPES
 from haste.config.keys import LABEL, LATER, Float, Positive, Rate, Seed, Share, Strict, decides, nearest, or_added
-from haste.config.parts import Autoencoder, Cache, Detector, Images, Model, OtherModel, Teacher, measure_named, model_of
+from haste.config.parts import (
+    Autoencoder,
+    Cache,
+    Condition,
+    Detector,
+    Images,
+    Model,
+    OtherModel,
+    Process,
+    Teacher,
+    measure_named,
+    model_of,
+)
 
 
 class FeatureTerm(Strict):
@@ -181,6 +193,7 @@ class Training(Strict):
 
     path: Literal["linear", "cosine"] = "linear"
     timesteps: Annotated[Timesteps, LATER] = Timesteps()
+    process: Annotated[Process | None, LATER] = None
     batch: Positive = 256
     lr: Rate = 1e-4
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
@@ -220,11 +233,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 _TOLERANCES = {"rtol": 1e-3, "atol": 1e-6}
 
 
+# Samplers of this package, and the process that each is for.
+SAMPLERS = {name: "interpolant" for name in ("euler", "heun", "euler-maruyama", "dopri5")}
+
+
 class Sampling(Strict):
     """One way to draw samples from a state."""
 
     preset: Annotated[Literal["sde-250", "ode-50", "heun-125"] | None, LABEL] = None
-    sampler: Annotated[Literal["euler", "heun", "euler-maruyama", "dopri5"], or_added("samplers")] = "euler-maruyama"
+    sampler: Annotated[Literal[*SAMPLERS], or_added("samplers")] = "euler-maruyama"  # type: ignore[valid-type]
     steps: Positive | None = 250
     rtol: Annotated[Rate | None, LATER] = None
     atol: Annotated[Rate | None, LATER] = None
@@ -365,6 +382,7 @@ class Config(Strict):
     autoencoder: Autoencoder
     teachers: dict[str, Teacher] = {}
     cache: Cache = Cache()
+    condition: Annotated[Condition, Field(validate_default=True)] = "labels"  # type: ignore[assignment]
     detector: Annotated[dict[str, Detector], Field(min_length=1)]
     models: dict[str, SerializeAsAny[Annotated[Model | OtherModel, PlainValidator(model_of)]]] = {}
     alignments: dict[str, Alignment] = {}

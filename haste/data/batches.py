@@ -1,4 +1,4 @@
-"""What one training step sees, as a function of (seed, step) alone: samples, noise, times and labels.
+"""What one training step sees, as a function of (seed, step) alone: samples, noise, times and what they are told.
 
 B batch, C latent channels, h x w latent cells, R pixels a side.
 """
@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from haste.config import condition_in, process_in
 from haste.data import order
 from haste.data.ahead import made_ahead
+from haste.data.condition import Condition
 from haste.files.store import Store
+from haste.networks.spec import each
 
 CPU = torch.device("cpu")
 WORKERS = 2  # drawing normal numbers is most of the work, and numpy lets others run meanwhile
@@ -30,7 +33,7 @@ class Batch:
     draw: Tensor  # (B, C, h, w) float32, standard normal: z = mean + std * draw
     noise: Tensor  # (B, C, h, w) float32, standard normal: eps
     t: Tensor  # (B,) float32 in [0, 1]
-    labels: Tensor  # (B,) int64; `null_class` where the label is dropped
+    condition: Tensor | Mapping[str, Tensor]  # what the network is told, with a row a sample; see `Condition`
     images: Tensor | None  # (B, R, R, 3) uint8, only when a teacher looks at them
     targets: Mapping[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)  # (teacher, field) -> (B, ...)
     rows: Tensor | None = None  # (B,) int64: the samples' places in the batch of all processes
@@ -41,10 +44,7 @@ class Batch:
         changed: dict[str, Any] = {}
         for name in (field.name for field in dataclasses.fields(self) if field.name != "step"):
             found = getattr(self, name)
-            if isinstance(found, Mapping):
-                changed[name] = {key: change(x) for key, x in found.items()}
-            else:
-                changed[name] = None if found is None else change(found)
+            changed[name] = None if found is None else each(change, found)
         return Batch(self.step, **changed)
 
     def to(self, device: torch.device) -> Batch:
@@ -58,6 +58,16 @@ class Batch:
         return [self.map(lambda x, i=i: x.chunk(count)[i]) for i in range(count)]  # type: ignore[misc]
 
 
+class Times(Protocol):
+    """What batches ask of a process, a `haste.diffusion.process.Process`."""
+
+    def times(self, uniforms: Callable[[str], np.ndarray], normals: Callable[[str], np.ndarray]) -> Tensor:
+        """(B,) float32 in [0, 1]."""
+
+    def place(self, t: float) -> float:
+        """The time nearest to t that it has."""
+
+
 class Batches:
     """Batches of the training split of a latents store, and of the images they were encoded from."""
 
@@ -68,22 +78,22 @@ class Batches:
         *,
         seed: int,
         size: int,
-        null_class: int,
+        process: Times,
+        condition: Condition,
         class_dropout: float,
         targets: Mapping[str, tuple[Store, Sequence[str]]] | None = None,
-        timesteps: Callable[[Tensor], Tensor] | None = None,
         t_min: Mapping[str, float] | None = None,
     ):
         """
         Args:
-            latents: store with fields `moments` and `label`.
+            latents: store with `moments` and the fields of the condition.
             images: store with field `image`, or None where no teacher looks.
-            seed: decides order, noise, times and dropped labels.
+            seed: decides order, noise, times and what is dropped.
             size: samples a batch, B.
-            null_class: label that stands for "no label".
-            class_dropout: share of the labels that are dropped, in [0, 1).
+            process: draws the times.
+            condition: what samples are told.
+            class_dropout: share of the samples that are told nothing, in [0, 1).
             targets: teacher -> its store of targets, a row an image, and the fields to read.
-            timesteps: standard normals -> times in [0, 1]; None draws times uniformly.
             t_min: alignment term -> the time below which a sample does not count for it. A batch then has weights for
                 that term: those of samples that count are equal, the others 0, and over the batch of all processes
                 they add up to B (to 0 where no sample counts). So a mean over samples, each times its weight, is the
@@ -93,7 +103,8 @@ class Batches:
             ValueError: the latents, or the targets, were made from other images.
         """
         self.targets = dict(targets or {})
-        self.timesteps, self.t_min = timesteps, dict(t_min or {})
+        self.process, self.condition, self.class_dropout = process, condition, class_dropout
+        self.t_min = {term: process.place(low) for term, low in (t_min or {}).items()}
         others = [(images.identity, images)] if images is not None else []
         others += [(store.manifest["images"], store) for store, _ in self.targets.values()]
         for identity, other in others:
@@ -104,28 +115,41 @@ class Batches:
                 )
         self.latents, self.images = latents, images
         self.seed, self.size = seed, size
-        self.null_class, self.class_dropout = null_class, class_dropout
         self.samples = latents.range("train")
         if len(self.samples) < size:
             raise ValueError(
                 f"{latents.folder}: holds {len(self.samples)} training samples, fewer than training.batch {size}"
             )
 
+    @classmethod
+    def of(cls, recipe: Mapping[str, Any], latents: Store, images: Store | None = None, **more: Any) -> Batches:
+        """The batches of a trajectory's recipe; `more` as `__init__` takes it."""
+        training = recipe["training"]
+        return cls(
+            latents,
+            images,
+            seed=recipe["seed"],
+            size=training["batch"],
+            process=process_in(recipe),
+            condition=condition_in(recipe),
+            class_dropout=training["class_dropout"],
+            **more,
+        )
+
     def __call__(self, step: int, visits: range | None = None) -> Batch:
         """The batch of the step that comes after `step` steps, or only its rows `visits`, which are the same then."""
         visits = range(self.size) if visits is None else visits
         chosen = self.samples.start + order.batch_indices(self.seed, step, self.size, len(self.samples))
         chosen = chosen[visits.start : visits.stop]
-        moments, labels = self._encoded(chosen)
+        moments = self._moments(chosen)
         shape = _shape_of(moments)
-        dropped = order.uniforms(self.seed, "class dropout", step, visits) < self.class_dropout
         return Batch(
             step=step,
             moments=moments,
             draw=torch.from_numpy(order.normals(self.seed, "latent draw", step, visits, shape)),
             noise=torch.from_numpy(order.normals(self.seed, "noise", step, visits, shape)),
             t=self._times(step, visits),
-            labels=torch.from_numpy(np.where(dropped, self.null_class, labels)),
+            condition=self._told(chosen, step, visits, self.class_dropout),
             **self._for_teachers(chosen),
             rows=torch.arange(visits.start, visits.stop),
             weights=self._weights(step, visits),
@@ -139,10 +163,12 @@ class Batches:
         return self.samples.start + order.choice(self.seed, "measured images", 0, count, len(self.samples))
 
     def measured(self, indices: np.ndarray, rows: range) -> Batch:
-        """Images of `indices` in their order, with labels, without times. Latent draw and noise are each image's own:
-        what is measured twice differs by the weights alone."""
+        """Images of `indices` in their order, nothing dropped of what they are told, without times.
+
+        Latent draw and noise are each image's own: what is measured twice differs by the weights alone.
+        """
         chosen = indices[rows.start : rows.stop]
-        moments, labels = self._encoded(chosen)
+        moments = self._moments(chosen)
         shape = _shape_of(moments)
         return Batch(
             step=0,
@@ -150,17 +176,27 @@ class Batches:
             draw=torch.from_numpy(order.normals(self.seed, "measured latent draw", 0, chosen.tolist(), shape)),
             noise=torch.from_numpy(order.normals(self.seed, "measured noise", 0, chosen.tolist(), shape)),
             t=torch.zeros(len(chosen)),
-            labels=torch.from_numpy(labels),
+            condition=self._told(chosen, 0, chosen.tolist(), dropout=0.0),
             **self._for_teachers(chosen),
             rows=torch.arange(rows.start, rows.stop),
         )
 
-    def _encoded(self, chosen: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """Moments and labels of some images."""
+    def _moments(self, chosen: np.ndarray) -> Tensor:
+        """Mean and std of some images' latents; refuses those that no encoder writes, before a step turns them into
+        losses that say nothing of the cause."""
         moments = torch.from_numpy(self.latents.read("moments", chosen).astype(np.float32))
-        labels = self.latents.read("label", chosen)
-        self._check(chosen, moments, labels)
-        return moments, labels
+        if not moments.isfinite().all():
+            broken = int(chosen[int((~moments.flatten(1).isfinite().all(dim=1)).nonzero()[0, 0])])
+            raise ValueError(f"{self.latents.folder}: latents of image {broken} are not finite, expected numbers")
+        return moments
+
+    def _told(self, chosen: np.ndarray, step: int, visits: Sequence[int], dropout: float) -> Any:
+        """What some images are told."""
+        rows = {name: self.latents.read(name, chosen) for name in self.condition.fields}
+        if fault := self.condition.fault(rows):
+            raise ValueError(f"{self.latents.folder}: {fault}")
+        told = self.condition.batch(rows, seed=self.seed, step=step, visits=visits, dropout=dropout)
+        return each(torch.from_numpy, told)
 
     def _for_teachers(self, chosen: np.ndarray) -> dict[str, Any]:
         """What a batch has for or from teachers."""
@@ -174,10 +210,10 @@ class Batches:
 
     def _times(self, step: int, visits: range) -> Tensor:
         """(visits,) float32."""
-        if self.timesteps is None:
-            return torch.from_numpy(order.uniforms(self.seed, "time", step, visits).astype(np.float32))
-        normals = torch.from_numpy(order.normals(self.seed, "time of a normal", step, visits, ()))
-        return self.timesteps(normals.double()).float()
+        return self.process.times(
+            lambda purpose: order.uniforms(self.seed, purpose, step, visits),
+            lambda purpose: order.normals(self.seed, purpose, step, visits, ()),
+        )
 
     def _weights(self, step: int, visits: range) -> dict[str, Tensor]:
         """Times are a function of position: every process knows those of the whole batch, and nobody has to ask."""
@@ -187,15 +223,6 @@ class Batches:
         counts = {term: (times >= low).double() for term, low in self.t_min.items()}
         share = {term: count * (self.size / max(1.0, count.sum().item())) for term, count in counts.items()}
         return {term: weights[visits.start : visits.stop] for term, weights in share.items()}
-
-    def _check(self, chosen: np.ndarray, moments: Tensor, labels: np.ndarray) -> None:
-        """Refuse latents that no encoder writes, before a step turns them into losses that say nothing of the cause."""
-        if not moments.isfinite().all():
-            broken = int(chosen[int((~moments.flatten(1).isfinite().all(dim=1)).nonzero()[0, 0])])
-            raise ValueError(f"{self.latents.folder}: latents of image {broken} are not finite, expected numbers")
-        most = max(0, self.null_class - 1)  # images without labels all have 0, which then is the null class
-        if len(labels) and not (labels.min() >= 0 and labels.max() <= most):
-            raise ValueError(f"{self.latents.folder}: labels {labels.min()}..{labels.max()}, expected 0..{most}")
 
     def ahead(
         self,

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from haste.config import condition_entry, condition_in
 from haste.data import latents, prepare
 from haste.data.latents import Autoencoder
 from haste.data.prepare import Bad, Source
@@ -91,8 +92,8 @@ def make_latents(plan: Plan, shard: int | None) -> None:
         return
     encoder = Autoencoder.load(plan.encoder, device=str(choose_device(plan.config.runtime.device)))
     check_autoencoder(plan, encoder)
-    dtype = plan.config.autoencoder.dtype
-    latents.encode_shard(store.folder, images, encoder, **common, shard=shard, dtype=dtype)
+    common |= {"condition": condition_in(condition_entry(plan.config)), "dtype": plan.config.autoencoder.dtype}
+    latents.encode_shard(store.folder, images, encoder, **common, shard=shard)
 
 
 def check_autoencoder(plan: Plan, autoencoder: Autoencoder) -> None:

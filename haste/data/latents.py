@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from haste.data.condition import Condition
 from haste.files import artefact
 from haste.files.store import Progress, Store, join, shard_range, write_shard
 from haste.networks import hub
@@ -235,24 +236,26 @@ def encode_shard(
     shard: int,
     shards: int,
     provenance: Mapping[str, Any],
+    condition: Condition,
     batch: int = 64,
     dtype: str = "float16",
     progress: Progress | None = None,
 ) -> Path:
-    """Write one shard of a latents store: moments (2C, h, w) and label int64, samples in the images' order.
+    """Write one shard of a latents store: moments (2C, h, w) and the condition's fields, samples in the images' order.
 
     The content depends on the batch by float rounding only; a store made with another number of shards may therefore
     differ in last bits, and then has another identity.
 
     Args:
         folder: the latents store's folder.
-        images: an open store with image (R, R, 3) uint8 and label int64.
+        images: an open store with image (R, R, 3) uint8, and beside it what is known of each.
         autoencoder: what encodes.
         key: hash of the recipe.
         recipe: how the store is made, JSON.
         shard: which shard, from 0.
         shards: how many there are.
         provenance: how this shard is made, JSON.
+        condition: what is kept of each image beside its latents, for a model to be told.
         batch: images a pass.
         dtype: how moments are stored.
         progress: called with (samples written, samples of this shard).
@@ -270,8 +273,8 @@ def encode_shard(
         shard=shard,
         shards=shards,
         total=images.count,
-        fields={"moments": ((2 * autoencoder.channels, side, side), dtype), "label": ((), np.int64)},
-        batches=_encode(images, autoencoder, shard_range(images.count, shard, shards), batch, dtype),
+        fields={"moments": ((2 * autoencoder.channels, side, side), dtype), **condition.fields},
+        batches=_encode(images, autoencoder, condition, shard_range(images.count, shard, shards), batch, dtype),
         provenance=provenance,
         facts=facts,
         progress=progress,
@@ -295,16 +298,17 @@ def _facts(images: Store, autoencoder: Autoencoder) -> dict[str, Any]:
 
 
 def _encode(
-    images: Store, autoencoder: Autoencoder, samples: range, batch: int, dtype: str
+    images: Store, autoencoder: Autoencoder, condition: Condition, samples: range, batch: int, dtype: str
 ) -> Iterator[dict[str, np.ndarray]]:
     for low in range(0, len(samples), batch):
         rows = samples[low : low + batch]
+        said = {name: images.read(name, rows) for name in images.fields}
         with np.errstate(over="ignore"):  # an overflow is found and named below
-            moments = autoencoder.moments(images.read("image", rows)).cpu().numpy().astype(dtype)
+            moments = autoencoder.moments(said["image"]).cpu().numpy().astype(dtype)
         broken = np.flatnonzero(~np.isfinite(moments).all(axis=(1, 2, 3)))
         if len(broken):
             raise ValueError(f"{images.folder}: latents of image {rows[int(broken[0])]} are not finite in {dtype}")
-        yield {"moments": moments, "label": images.read("label", rows)}
+        yield {"moments": moments, **condition.rows(said)}
 
 
 def encode_join(

@@ -3,9 +3,12 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from haste.networks.spec import each
 
 # Times come from grids computed in float64: 0.7 may arrive as 0.7000000000000001 and is still meant to be the end.
 _TIME_ROUNDING = 1e-9
@@ -13,11 +16,11 @@ _TIME_ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class Guided:
-    """A velocity of (x, t) that guides where it should; made by `guided`."""
+    """A field of (x, t) that guides where it should; made by `guided`."""
 
-    model_velocity: Callable[[Tensor, float, Tensor], Tensor]
-    labels: Tensor
-    null_class: int
+    model_field: Callable[[Tensor, float, Any], Tensor]
+    condition: Any
+    null: Any
     scale: float
     interval: tuple[float, float]
     channels: int | None = None
@@ -31,7 +34,7 @@ class Guided:
         return self._evaluate(x, t, self.active(t))
 
     def freeze_guidance(self, t: float) -> Callable[[Tensor, float], Tensor]:
-        """This velocity with the decision of time t, whatever time it is asked at."""
+        """This field with the decision of time t, whatever time it is asked at."""
         active = self.active(t)
         return lambda x, time: self._evaluate(x, time, active)
 
@@ -43,8 +46,9 @@ class Guided:
         return self.freeze_guidance(t)
 
     def row(self, i: int) -> "Guided":
-        """This velocity for sample i of the batch alone."""
-        return replace(self, labels=self.labels[i : i + 1])
+        """This field for sample i of the batch alone."""
+        condition, null = (each(lambda piece: piece[i : i + 1], told) for told in (self.condition, self.null))
+        return replace(self, condition=condition, null=null)
 
     @property
     def jumps(self) -> tuple[float, ...]:
@@ -53,9 +57,9 @@ class Guided:
 
     def _evaluate(self, x: Tensor, t: float, active: bool) -> Tensor:
         if not active:
-            return self.model_velocity(x, t, self.labels)
-        labels = torch.cat([self.labels, torch.full_like(self.labels, self.null_class)])
-        both = self.model_velocity(torch.cat([x, x]), t, labels).to(x.dtype)  # (2B, ...), in the state's precision
+            return self.model_field(x, t, self.condition)
+        told = each(lambda own, none: torch.cat([own, none]), self.condition, self.null)
+        both = self.model_field(torch.cat([x, x]), t, told).to(x.dtype)  # (2B, ...), in the state's precision
         conditional, unconditional = both.chunk(2)
         out = unconditional + self.scale * (conditional - unconditional)
         if self.channels is None:
@@ -64,22 +68,22 @@ class Guided:
 
 
 def guided(
-    model_velocity: Callable[[Tensor, float, Tensor], Tensor],
-    labels: Tensor,
-    null_class: int,
+    model_field: Callable[[Tensor, float, Any], Tensor],
+    condition: Any,
+    null: Any,
     scale: float,
     interval: tuple[float, float] = (0.0, 1.0),
     channels: int | None = None,
 ) -> Guided:
-    """`model_velocity(x, t, y)` as a velocity of (x, t): uncond + scale (cond - uncond) for low <= t <= high.
+    """`model_field(x, t, condition)` as a field of (x, t): uncond + scale (cond - uncond) for low <= t <= high.
 
-    A guided evaluation is one call on a doubled batch, labels first and null class second; outside the interval, or
-    with scale <= 1, it is one call on the batch itself with its labels. x (B, ...), labels (B,), t a float in [0, 1].
-    For an SDE sampler this equals guiding the drift, which is affine in the velocity. With `channels`, only so many are
-    guided, the first ones, and the others are the conditional ones: what DiT's and SiT's samplers do with 3 of 4
-    latent channels. ValueError for an empty interval.
+    A guided evaluation is one call on a doubled batch, conditional first; outside the interval, or with scale <= 1, it
+    is one call on the batch itself with its condition. x (B, ...), t a float in [0, 1]; `condition` and `null`, which
+    stands for none, are tensors with B rows, or mappings of such. For an SDE sampler this equals guiding the drift,
+    which is affine in the velocity. With `channels`, only so many are guided, the first ones, and the others are the
+    conditional ones: what DiT's and SiT's samplers do with 3 of 4 latent channels. ValueError for an empty interval.
     """
     low, high = interval
     if low > high:
         raise ValueError(f"guidance interval [{low}, {high}] is empty: the first end must not exceed the second")
-    return Guided(model_velocity, labels, null_class, scale, (low, high), channels)
+    return Guided(model_field, condition, null, scale, (low, high), channels)

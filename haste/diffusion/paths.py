@@ -84,11 +84,6 @@ def score_from_velocity(path: Path, v: Tensor, x: Tensor, t: float | Tensor) -> 
     return (alpha * v - d_alpha * x) / (sigma * (d_alpha * sigma - alpha * d_sigma))
 
 
-def timestep_uniform(u: Tensor) -> Tensor:
-    """Training times from uniforms in [0, 1): the uniforms themselves."""
-    return u
-
-
 def timestep_lognormal(n: Tensor, mu: float = 0.0, s: float = 1.0, path: Path = LINEAR) -> Tensor:
     """Training times whose noise ratio sigma/alpha = exp(mu + s n) is log-normal, from standard normals n.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from haste import extensions
 from haste.diffusion.paths import LINEAR, Path, score_from_velocity
 
-Velocity = Callable[[Tensor, float], Tensor]
+Field = Callable[[Tensor, float], Tensor]  # of (x, t): what a network says there, guided; here the velocity
 
 
 def time_grid(steps: int, first: float = 1.0, last: float = 0.0) -> list[float]:
@@ -41,7 +41,7 @@ def sde_grid(steps: int, last: float = 0.04) -> list[float]:
     return [*time_grid(steps - 1, 1.0, last), 0.0]
 
 
-def euler(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
+def euler(velocity: Field, x: Tensor, steps: int) -> Tensor:
     """Probability-flow ODE by Euler's method on `steps` even intervals; `steps` evaluations. Returns float64."""
     x = x.double()
     for t, t_next in pairwise(time_grid(steps)):
@@ -49,7 +49,7 @@ def euler(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
     return x
 
 
-def heun(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
+def heun(velocity: Field, x: Tensor, steps: int) -> Tensor:
     """The same ODE by Heun's method, 2 `steps` - 1 evaluations: the step that ends at 0 is Euler's. Returns float64."""
     x = x.double()
     for t, t_next in pairwise(time_grid(steps)):
@@ -61,7 +61,7 @@ def heun(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
 
 
 def euler_maruyama(
-    velocity: Velocity,
+    velocity: Field,
     x: Tensor,
     steps: int,
     noise: Callable[[int], Tensor],
@@ -82,7 +82,7 @@ def euler_maruyama(
     return x
 
 
-def dopri5(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6) -> Tensor:
+def dopri5(velocity: Field, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6) -> Tensor:
     """The same ODE by torchdiffeq's adaptive Dormand-Prince 5(4), one sample at a time. Returns float64, as x.
 
     torchdiffeq chooses its steps by the error of all it is given, so a batch would make every sample depend on the
@@ -111,7 +111,7 @@ def dopri5(velocity: Velocity, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6
     return torch.cat(ends) if ends else x
 
 
-def _guidance_frozen(velocity: Any, t: float) -> Velocity:
+def _guidance_frozen(velocity: Any, t: float) -> Field:
     return velocity.freeze_guidance(t) if hasattr(velocity, "freeze_guidance") else velocity
 
 
@@ -166,12 +166,14 @@ class Counted:
 class Sampler:
     """run: the function; evaluations: model calls, given steps; stochastic: whether it takes `noise`.
 
-    Without `evaluations` the sampler is adaptive: it takes `rtol` and `atol` in the place of steps.
+    Without `evaluations` the sampler is adaptive: it takes `rtol` and `atol` in the place of steps. `process` names the
+    training objective that it is for, whose `sample` calls it (`haste.diffusion.process.Process`).
     """
 
     run: Callable[..., Tensor]
     evaluations: Callable[[int], int] | None
     stochastic: bool = False
+    process: str = "interpolant"
 
 
 SAMPLERS = extensions.Table(
@@ -186,7 +188,7 @@ SAMPLERS = extensions.Table(
 
 
 def nfe(name: str, steps: int | None) -> int | None:
-    """Function evaluations of one sample: how often the velocity is asked (a guided evaluation counts once).
+    """Function evaluations of one sample: how often the network is asked (a guided evaluation counts once).
 
     None for an adaptive sampler: only counting tells.
     """

@@ -37,6 +37,8 @@ EXTENSIONS = (
     "teachers",
     "models",
     "triggers",
+    "processes",
+    "conditions",
     "measures",
 )  # entry-point groups, see `haste.extensions`
 LIBRARIES = ("torch", "timm", "diffusers", "torch-fidelity", "torchdiffeq", "numpy", "h5py", "snakemake", "safetensors")

@@ -24,6 +24,7 @@ BROKEN = (
 )
 
 
+ADM = {"label": "arr_1"}  # what ADM calls a field of samples
 WIDTHS = {"pool": 2048, "spatial": 2023}  # of Inception, which files that do not state their detector are taken for
 SUFFIX = {"pool": "", "spatial": "_s"}  # of mu and sigma, in a file
 MOST_PIXELS = 178_956_970  # of an image: Pillow's guard against decompression bombs

@@ -195,7 +195,8 @@ def _facts_of_header(header: Mapping[str, Any]) -> dict[str, Any]:
     size = {**(header.get("model") or recipe.get("model") or {})}
     training = recipe.get("training") or {}
     facts = {"ours": True, "heads": size.get("heads"), "step": header.get("step"), "source": header.get("source")}
-    return facts | {"path": header.get("path") or training.get("path"), "args": header.get("args")}
+    said = {name: header.get(name) or training.get(name) for name in ("path", "process")}
+    return facts | said | {"args": header.get("args")}
 
 
 def _from_torch(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -470,7 +471,7 @@ def _save(path: Path | str, tensors: dict[str, Tensor], checkpoint: Checkpoint, 
         "model": {name: shape[name] for name in shape if name != "classes"},
         "classes": shape["classes"],
         "time": "t = 0 is data",
-        **{name: checkpoint.facts.get(name) for name in ("step", "path", "args")},
+        **{name: checkpoint.facts.get(name) for name in ("step", "path", "process", "args")},
         "source": checkpoint.facts.get("source")
         or {"file": Path(checkpoint.file).name, "sha256": checkpoint.sha256, "layout": checkpoint.layout},
         "provenance": dict(made),

@@ -14,22 +14,25 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from haste.models.layers import AttentionTap, fill_normal, fill_xavier
-from haste.networks.spec import Facts, Tap
+from haste.networks.spec import Facts, Tap, each
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class Denoiser(nn.Module):
-    """A velocity model v(x_t, t, y). A subclass is an architecture: `forward`, `taps`, and the keys of a configuration.
+    """A denoising network. A subclass is an architecture: `forward`, `taps`, and the keys of a configuration.
 
-    It is made as `Class(input_size=, in_channels=, classes=, **settings)`, the settings as `Settings` has checked them.
+    It is made as `Class(input_size=, in_channels=, classes=, **settings)`, the settings as `Settings` has checked them;
+    of another condition than labels, with that one's `arguments` in the place of `classes`.
     Its forward pass draws no random numbers and changes nothing; what it computes of an image depends on no other image
     of the batch; every parameter takes part in it. Otherwise a run that was killed would not end in the same bits.
 
     Settings            a `haste.config.Strict`: the keys of `models.NAME`, with their types, ranges and defaults
     input_size          height and width of the latents
-    in_channels         their channels, C; the velocity has as many
-    null_class          the label that stands for none: `classes`, the number of labels
+    in_channels         their channels, C
+    process             the name of the process that it is for, which says what it predicts and what it is given as t
+    condition           the name of the condition that it understands, which says what it is given as y
+    null_class          the label that stands for none: `classes`, the number of labels; 0 of another condition
     taps                what `forward` hands out when asked, by name
     block_list          its blocks, where they can be told apart
     can_checkpoint      whether it follows `checkpoint_blocks`: a configuration that asks others for it is refused
@@ -38,19 +41,24 @@ class Denoiser(nn.Module):
     """
 
     Settings: ClassVar[Any] = None
+    process: ClassVar[str] = "interpolant"
+    condition: ClassVar[str] = "labels"
     can_checkpoint: ClassVar[bool] = False
     taps: Mapping[str, Tap]
 
-    def __init__(self, *, input_size: int, in_channels: int, classes: int):
+    def __init__(self, *, input_size: int, in_channels: int, classes: int = 0):
         super().__init__()
         self.input_size, self.in_channels = input_size, in_channels
         self.classes = self.null_class = classes
         self.taps = {}
         self.checkpoint_blocks = self.own_logsumexp = False
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, dict[str, Any]]:
-        """Velocity (B, C, H, W) at x (B, C, H, W), t (B,) in [0, 1] (0 is data), y (B,) int64, and the taps asked for.
+    def forward(self, x: Tensor, t: Tensor, y: Any, taps: Collection[str] = ()) -> tuple[Tensor, dict[str, Any]]:
+        """What it predicts at x (B, C, H, W), t (B,) and y, and the taps asked for.
 
+        Of `interpolant` it predicts the velocity, (B, C, H, W), and t lies in [0, 1], where 0 is data; of another
+        `haste.diffusion.process.Process` `outputs(C)` channels, and t is what its `time` gives. y is (B,) int64
+        of `labels`; of another `haste.data.condition.Condition` what its `told` gives, as tensors.
         A tap "tokens.m" is (B, N, D), rows of the grid first; "attention.i" is an `AttentionTap`.
         """
         raise NotImplementedError(f"{type(self).__name__}.forward")
@@ -91,18 +99,29 @@ class Denoiser(nn.Module):
                 raise ValueError(f"{where}: {', '.join(own)} would begin as anything, expected an `initialise` for it")
 
     @classmethod
-    def facts(cls, settings: Mapping[str, Any], *, input_size: int, in_channels: int, classes: int) -> Facts:
+    def facts(
+        cls, settings: Mapping[str, Any], *, process: Any, condition: Any, input_size: int, in_channels: int
+    ) -> Facts:
         """Taps, parameters and operations, from a network without memory; its answer is checked on the way.
 
+        Args:
+            settings: as `Settings` has checked them.
+            process: the `haste.diffusion.process.Process` that it is for.
+            condition: the `haste.data.condition.Condition` that it understands.
+            input_size: as the class is made with.
+            in_channels: as the class is made with.
+
         Raises:
-            ValueError: settings that do not go with the latents; or velocity or taps are not of the shape that they
+            ValueError: settings that do not go with the latents; or outputs or taps are not of the shape that they
                 are said to be.
         """
+        y = each(lambda piece: torch.from_numpy(piece).to("meta"), condition.null(1))
         with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-            model = cls(input_size=input_size, in_channels=in_channels, classes=classes, **settings)
-            x, t, y = torch.empty(1, in_channels, input_size, input_size), torch.empty(1), torch.empty(1).long()
-            velocity, tapped = model(x, t, y, taps=set(model.taps))
-        _check(cls.__name__, "velocity", velocity, tuple(x.shape))
+            model = cls(input_size=input_size, in_channels=in_channels, **condition.arguments, **settings)
+            x, t = torch.empty(1, in_channels, input_size, input_size), torch.empty(1)
+            predicted, tapped = model(x, process.time(t), y, taps=set(model.taps))
+        what = "velocity" if cls.process == "interpolant" else "output"
+        _check(cls.__name__, what, predicted, (1, process.outputs(in_channels), input_size, input_size))
         for name, tap in model.taps.items():
             _check_tap(cls.__name__, name, tapped.get(name), tap)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -36,6 +36,19 @@ class Facts:
     parameters: int
     flops: float
     blocks: int = 0
+
+
+def each(change: Callable[..., Any], told: Any, *more: Any) -> Any:
+    """What a network is told, one array or tensor or a mapping of such, changed piece by piece.
+
+    Args:
+        change: of a piece, and the same piece of each of `more`.
+        told: what is changed.
+        more: of the same form.
+    """
+    if not isinstance(told, Mapping):
+        return change(told, *more)
+    return {name: change(piece, *(other[name] for other in more)) for name, piece in told.items()}
 
 
 def blocks(taps: Mapping[str, Tap], kind: str) -> list[int]:

@@ -76,6 +76,7 @@ class Data:
         spec = self.config.autoencoder
         encoder = self.autoencoder.key if self.autoencoder else self.encoder
         recipe = {"recipe": RECIPE, "images": self.images.key, "autoencoder": encoder, "dtype": spec.dtype}
+        recipe |= self.config.condition.entry
         return self.store("latents", recipe, spec.shards)
 
     def _detector(self, name: str, spec: DetectorSpec) -> Detector:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import itertools
 
-from haste.config import Config, Evaluate, Sampling, decides, model_named
+from haste.config import (
+    Config,
+    Evaluate,
+    Sampling,
+    condition_entry,
+    decides,
+    model_entry,
+    model_named,
+    training_elsewhere,
+)
 from haste.files.artefact import fingerprint
 from haste.plan.data import Data
 from haste.plan.names import RECIPE, Evaluation, Judgement, Row, State, Trajectory
-from haste.plan.runs import Runs, model_entry, readable_name
+from haste.plan.runs import Runs, readable_name
 
 
 class Evaluations:
@@ -58,9 +67,9 @@ class Evaluations:
             "recipe": RECIPE,
             "checkpoint": self.data.identities[spec.checkpoint],
             "weights": spec.weights,
-            "classes": self.config.images.classes,
+            **condition_entry(self.config),
             "model": model_entry(self.config, model),
-            "training": {"path": spec.path},
+            "training": training_elsewhere(self.config, spec),
         }
         trajectory = Trajectory.of(readable_name(model, {}, "elsewhere"), recipe)
         self.trajectories[trajectory.name] = trajectory

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from haste.config import Config, Evaluate, Run, decides
+from haste.config import Config, Evaluate, Run, check_samplers, decides
 from haste.files.artefact import fingerprint
 from haste.plan.data import Data
 from haste.plan.evaluations import Evaluations
@@ -80,7 +80,8 @@ class Plan:
         looked at, of a reference the headers.
 
         Raises:
-            ValueError: pictures or a reference that cannot be used, or more disk than the configuration allows itself.
+            ValueError: pictures or a reference that cannot be used, a sampler that does not suit a network, or more
+                disk than the configuration allows itself.
         """
         from haste.files import npz  # numpy takes its time, and few commands come here
 
@@ -89,6 +90,7 @@ class Plan:
             made, file = Path(detector.reference.manifest), detector.reference_file
             if file is not None and Path(file).is_file() and not made.exists():
                 npz.check_reference(file)
+        check_samplers(self.config)
         self.check_cache()
 
     def path(self, state: State) -> str:

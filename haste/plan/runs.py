@@ -82,9 +82,9 @@ class Runs:
         recipe = {
             "recipe": RECIPE,
             "latents": self.data.latents.key,
-            "classes": self.config.images.classes,
-            "model": model_entry(self.config, model),
-            "training": decides(configuration.Training, self.config.training_of(run).model_dump()),
+            **configuration.condition_entry(self.config),
+            "model": configuration.model_entry(self.config, model),
+            "training": configuration.training_entry(self.config, run),
             "seed": seed,
             "terms": named,
         }
@@ -195,11 +195,6 @@ def named_terms(config: Config, data: Data, terms: Mapping[str, Mapping[str, Any
     if "features" in terms and (components := config.teachers[terms["features"]["teacher"]].pca):
         named["features"]["pca"] = components
     return named
-
-
-def model_entry(config: Config, model: Model | OtherModel) -> dict[str, Any]:
-    """A model's entry in a recipe."""
-    return {**model.decided, "input_size": config.latent_size, "channels": config.autoencoder.channels}
 
 
 def readable_name(model: Model | OtherModel, terms: dict[str, dict[str, Any]], otherwise: str = "vanilla") -> str:

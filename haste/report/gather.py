@@ -267,7 +267,8 @@ def _grids(plan: Plan) -> list[Grid]:
         if row.evaluation.grid in shown and path.exists():
             made = provenance_of(path)  # which classes have samples, the picture knows
             artefact.check_entries(path, made, classes=list)
-            labels = [str(label) for label in made["classes"]] if plan.config.images.classes else []
+            titled = made.get("titled", plan.config.images.classes > 0)  # pictures that are older do not say it
+            labels = [str(label) for label in made["classes"]] if titled else []
             found.append(Grid(row.run, row.step, path, labels, row.evaluation.sampling_name, len(made["classes"])))
     return found
 

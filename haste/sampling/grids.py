@@ -13,13 +13,13 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from haste.config import condition_in
 from haste.files import artefact
 from haste.files.artefact import canonical, replacing
-from haste.files.npz import read_npz
+from haste.files.npz import ADM, read_npz
 from haste.files.provenance import provenance_of
 from haste.plan.names import Evaluation
 from haste.plan.plan import Plan
-from haste.sampling import grids
 
 GAP = 2  # pixels between neighbouring images, half of it on each side: columns then have equal widths
 
@@ -91,26 +91,32 @@ SCALE = 2  # screen pixels a sample's pixel, for small images
 
 
 def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
-    """The first samples of the first classes that have some, one column a class; without labels, of no meaning.
+    """The first samples in columns, as their condition lays them out (one a class); or in columns of no meaning.
 
-    Equal seeds: equal classes and equal noise for every method.
+    Equal seeds: equal columns and equal noise for every method.
     """
-    images, labels, inputs = [], [], dict[str, str]()
+    condition = condition_in(plan.trajectories[evaluation.state.trajectory].recipe)
+    images, told, inputs = [], list[dict[str, np.ndarray]](), dict[str, str]()
     for path in evaluation.sample_files:
-        found = read_npz(path, "samples", ["arr_0", "arr_1"])
-        shape, asked_shape = found["arr_0"].shape, found["arr_1"].shape
-        if len(shape) != 4 or shape[1:] != (shape[1], shape[1], 3) or asked_shape != shape[:1]:
-            raise ValueError(
-                f"{path}: images of shape {shape} and labels of shape {asked_shape}, expected (N, R, R, 3) and (N,)"
-            )
+        entries = {name: ADM.get(name, name) for name in condition.fields}
+        found = read_npz(path, "samples", ["arr_0", *entries.values()])
+        rows, shape = {name: found[entry] for name, entry in entries.items()}, found["arr_0"].shape
+        fits = all(rows[name].shape == (*shape[:1], *row) for name, (row, _) in condition.fields.items())
+        if len(shape) != 4 or shape[1:] != (shape[1], shape[1], 3) or not fits:
+            beside = " and ".join(f"{name}s of shape {row.shape}" for name, row in rows.items())
+            raise ValueError(f"{path}: images of shape {shape} and {beside}, expected (N, R, R, 3) and N rows")
         images.append(found["arr_0"])
-        labels.append(found["arr_1"])
+        told.append(rows)
         inputs |= provenance_of(Path(path)).get("inputs", {})
-    pixels, asked = np.concatenate(images), np.concatenate(labels)
-    if not plan.config.images.classes:
-        asked = np.arange(len(pixels)) % grids.columns_for(len(pixels), most=COLUMNS, rows=PER_CLASS)
-    classes = np.unique(asked)[:COLUMNS].tolist()
-    grid = grids.class_grid(pixels, asked, per_class=PER_CLASS, scale=SCALE, classes=classes)
-    about = {"schema": artefact.SCHEMA, "kind": "grid", "samples": evaluation.name, "classes": classes}
+    pixels = np.concatenate(images)
+    columns = condition.columns({name: np.concatenate([rows[name] for rows in told]) for name in told[0]}, COLUMNS)
+    if columns is None:
+        width = columns_for(len(pixels), most=COLUMNS, rows=PER_CLASS)
+        place, titles = np.arange(len(pixels)) % width, list(range(width))
+    else:
+        place, titles = columns
+    grid = class_grid(pixels, place, per_class=PER_CLASS, scale=SCALE, classes=range(len(titles)))
+    about = {"schema": artefact.SCHEMA, "kind": "grid", "samples": evaluation.name, "classes": titles}
+    about |= {"titled": columns is not None}
     made = artefact.provenance(key=evaluation.key, recipe=evaluation.recipe, inputs=inputs)
-    grids.write_png(evaluation.grid, grid, {**about, "provenance": made})
+    write_png(evaluation.grid, grid, {**about, "provenance": made})

@@ -8,22 +8,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from haste.config import Sampling
+from haste.config import Sampling, condition_in, process_in
 from haste.data import order
+from haste.data.condition import Condition, Rows
 from haste.data.jobs import check_autoencoder
 from haste.data.latents import Autoencoder, to_pixels
 from haste.diffusion.guidance import guided
-from haste.diffusion.paths import PATHS
-from haste.diffusion.samplers import SAMPLERS, Counted
+from haste.diffusion.process import Process
+from haste.diffusion.samplers import SAMPLERS, Counted, Sampler
 from haste.files.store import Store
 from haste.models.denoiser import Denoiser
 from haste.networks.devices import choose_device
+from haste.networks.spec import each
 from haste.plan.names import Evaluation
 from haste.plan.plan import Plan
 from haste.train.state import ema_model
@@ -34,67 +37,74 @@ log = logging.getLogger("haste.sample")
 
 @dataclasses.dataclass(frozen=True)
 class Painter:
-    """What turns seeds into images: a model, how it is sampled, and the decoder."""
+    """What turns seeds into images: a model, how it is sampled, what it is told, and the decoder."""
 
     model: Denoiser
     sampling: Sampling
     autoencoder: Autoencoder
-    path: str
+    process: Process
+    condition: Condition
     scale: float
     shift: float
 
-    def labels(self, indices: range) -> np.ndarray:
-        """The class asked of each image, (B,) int64."""
-        classes = self.model.null_class
-        if not classes:  # a model without labels knows the null class alone, which is 0
-            return np.zeros(len(indices), dtype=np.int64)
-        if self.sampling.labels == "balanced":
-            return np.asarray(indices, dtype=np.int64) % classes
-        drawn = order.uniforms(self.sampling.seed, "sample label", 0, indices)
-        return np.minimum((drawn * classes).astype(np.int64), classes - 1)
-
-    def paint(self, indices: range) -> tuple[np.ndarray, np.ndarray]:
-        """Images (B, R, R, 3) uint8 and their labels (B,) int64."""
+    def paint(self, indices: range) -> tuple[np.ndarray, Any]:
+        """Images (B, R, R, 3) uint8 and what the model was told of each: of labels (B,) int64."""
         found = self.draw(indices)
-        return found["image"], found["label"]
+        return found["image"], self.condition.told({name: found[name] for name in self.condition.fields})
 
     @torch.inference_mode()
     def draw(self, indices: range, told: Callable[[float], None] = lambda share: None) -> dict[str, np.ndarray]:
-        """Images as `paint` gives them, under `image`, their `label`, and `nfe`: evaluations of each, (B,) int64.
+        """Images as `paint` gives them, under `image`, the rows of their condition by its fields (`label`), and `nfe`:
+        evaluations of each, (B,) int64.
 
         A guided evaluation counts once. `told` hears the share of the work that is done, before every evaluation.
         """
-        sampling, seed = self.sampling, self.sampling.seed
+        rows = self.condition.sampled(self.sampling, indices)
+        z, counts = self.latents(indices, rows, told)
+        decoded = self.autoencoder.decode(z.float(), scale=self.scale, shift=self.shift)
+        image = to_pixels(decoded, self.sampling.pixels).cpu().numpy()
+        return {"image": image, **rows, "nfe": counts.numpy()}
+
+    @torch.inference_mode()
+    def latents(
+        self, indices: range, rows: Rows, told: Callable[[float], None] = lambda share: None
+    ) -> tuple[Tensor, Tensor]:
+        """Latents (B, C, h, w) float64, at the model's scale, and how often the model was asked for each, (B,) int64.
+
+        Args:
+            indices: which samples.
+            rows: what they are told, as the condition's `sampled` gives it.
+            told: as for `draw`.
+        """
+        sampling, process, device = self.sampling, self.process, next(self.model.parameters()).device
         shape = (self.model.in_channels, self.model.input_size, self.model.input_size)
-        labels, device = self.labels(indices), next(self.model.parameters()).device
-        counts = torch.zeros(len(indices), dtype=torch.int64)
-        field = guided(
-            self._velocity,
-            torch.from_numpy(labels).to(device),
-            self.model.null_class,
-            sampling.guidance,
-            (sampling.interval[0], sampling.interval[1]),
-            None if sampling.guided_channels == "all" else sampling.guided_channels,
+        condition, null = (
+            each(lambda piece: torch.from_numpy(piece).to(device), form)
+            for form in (self.condition.told(rows), self.condition.null(len(indices)))
         )
-        velocity = Counted(field, counts, told)
+        low, high = map(process.place, sampling.interval)
+        field = guided(
+            process.field(self.model), condition, null, sampling.guidance, (low, high), self._guided_channels()
+        )
+        counts = torch.zeros(len(indices), dtype=torch.int64)
 
         def normals(purpose: str, step: int) -> Tensor:
-            return torch.from_numpy(order.normals(seed, purpose, step, indices, shape)).to(device)
+            return torch.from_numpy(order.normals(sampling.seed, purpose, step, indices, shape)).to(device)
 
-        x, sampler = normals("sample start", 0), SAMPLERS[sampling.sampler]
-        if sampler.evaluations is None:
-            x = sampler.run(velocity, x, sampling.rtol, sampling.atol)
-        elif sampler.stochastic:
-            x = sampler.run(velocity, x, sampling.steps, lambda i: normals("sample noise", i), PATHS[self.path])
-        else:
-            x = sampler.run(velocity, x, sampling.steps)
-        decoded = self.autoencoder.decode(x.float(), scale=self.scale, shift=self.shift)
-        image = to_pixels(decoded, sampling.pixels).cpu().numpy()
-        return {"image": image, "label": labels, "nfe": counts.numpy()}
+        start, noise = normals("sample start", 0), partial(normals, "sample noise")
+        return process.sample(self._sampler(), Counted(field, counts, told), start, sampling, noise), counts
 
-    def _velocity(self, x: Tensor, t: float, labels: Tensor) -> Tensor:
-        time = torch.full((len(x),), t, dtype=torch.float32, device=x.device)
-        return self.model(x.float(), time, labels)[0]
+    def _sampler(self) -> Sampler:
+        found, name = SAMPLERS[self.sampling.sampler], self.sampling.sampler
+        if found.process != self.model.process:
+            raise ValueError(f"sampler {name}: is for {found.process}, expected one for {self.model.process}")
+        return found
+
+    def _guided_channels(self) -> int | None:
+        """How many of the outputs guidance extrapolates; None for all."""
+        asked, channels = self.sampling.guided_channels, self.model.in_channels
+        count = self.process.guided(channels) if asked == "all" else asked
+        return None if count == self.process.outputs(channels) else count
 
 
 def painter_of(plan: Plan, evaluation: Evaluation) -> Painter:
@@ -106,15 +116,15 @@ def painter_of(plan: Plan, evaluation: Evaluation) -> Painter:
     device = choose_device(plan.config.runtime.device)
     trajectory = plan.trajectories[evaluation.state.trajectory]
     decoder = Autoencoder.load(plan.decoder, device=str(device))
-    path = trajectory.recipe["training"]["path"]
+    seams = process_in(trajectory.recipe), condition_in(trajectory.recipe)
     if trajectory.name in plan.elsewhere:
         check_autoencoder(plan, decoder)
         model = model_elsewhere(plan, trajectory.name).to(device)
-        return Painter(model, evaluation.sampling, decoder, path, decoder.scale, decoder.shift)
+        return Painter(model, evaluation.sampling, decoder, *seams, decoder.scale, decoder.shift)
     model, header = ema_model(plan.path(evaluation.state), key=trajectory.key)
     manifest = Store.of(plan.latents).manifest
     _check_same_latents(plan, header, manifest, decoder)
-    return Painter(model.to(device), evaluation.sampling, decoder, path, manifest["scale"], manifest["shift"])
+    return Painter(model.to(device), evaluation.sampling, decoder, *seams, manifest["scale"], manifest["shift"])
 
 
 def _check_same_latents(plan: Plan, header: dict[str, Any], manifest: dict[str, Any], decoder: Autoencoder) -> None:

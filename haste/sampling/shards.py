@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import time
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from haste.files import artefact
+from haste.files.npz import ADM
 from haste.files.store import shard_range
 from haste.files.units import clock
 from haste.sampling import batches
 from haste.sampling.painter import Painter, log
 
-_NONE = np.zeros(0, np.int64)
+_REST = ("arr_0", "nfe", "haste")  # what is in such a file beside the fields of the condition
 
 
 def draw_shard(
@@ -30,7 +32,8 @@ def draw_shard(
     batch: int,
     inputs: dict[str, str],
 ) -> None:
-    """Draw one shard into ADM's .npz: `arr_0` uint8 NHWC, `arr_1` labels, and how they were made as `haste`.
+    """Draw one shard into ADM's .npz: `arr_0` uint8 NHWC, `arr_1` labels, and how they were made as `haste`. Of another
+    condition than labels, its fields have their own names.
 
     Images go to the file as they are drawn, so memory holds one batch of them. Batches are kept aside: after a kill
     the same call draws only what is missing, to the same bits, and nothing where the shard is whole.
@@ -52,7 +55,9 @@ def draw_shard(
         log.info("%s: drawn before, %s", name, path)
         return
     watch = _Watch(name, len(indices))
-    side, made = painter.autoencoder.factor * painter.model.input_size, [{"label": _NONE, "nfe": _NONE}]
+    fields = {**painter.condition.fields, "nfe": ((), np.int64)}
+    side = painter.autoencoder.factor * painter.model.input_size
+    made: list[Mapping[str, np.ndarray]] = [{name: np.zeros((0, *row), kind) for name, (row, kind) in fields.items()}]
 
     def draw(rows: range) -> dict[str, np.ndarray]:
         return painter.draw(rows, lambda share: watch(share * len(rows)))
@@ -64,12 +69,13 @@ def draw_shard(
             for found, new in batches.drawn(aside, indices, batch, inputs, draw):
                 file.write(np.ascontiguousarray(found.pop("image")).data)
                 made.append(found)
-                watch.finished(len(found["label"]), new)
-        labels, counts = (np.concatenate([found[name] for found in made]) for name in ("label", "nfe"))
-        header = {"schema": artefact.SCHEMA, "kind": "samples", "classes": painter.model.null_class}
+                watch.finished(len(found["nfe"]), new)
+        rest = {ADM.get(name, name): np.concatenate([found[name] for found in made]) for name in fields}
+        counts = rest["nfe"]
+        header = {**painter.condition.arguments, "schema": artefact.SCHEMA, "kind": "samples"}
         header |= {"nfe": float(counts.mean()) if len(counts) else None}
         header |= artefact.provenance(key=key, recipe=recipe, inputs=inputs, seconds=time.monotonic() - started)
-        rest = {"arr_1": labels, "nfe": counts, "haste": np.array(artefact.canonical(header))}
+        rest["haste"] = np.array(artefact.canonical(header))
         for entry, array in rest.items():
             with archive.open(f"{entry}.npy", "w") as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
@@ -79,7 +85,7 @@ def draw_shard(
 def _is_of(path: Path, key: str, inputs: dict[str, str]) -> bool:
     """Whether a finished shard was drawn so, and from the same weights."""
     try:
-        header = _asked(path)[1]
+        header = asked(path)[1]
         return (header["key"], header["inputs"]) == (key, inputs)
     except (ValueError, KeyError) as error:
         log.warning("%s: is drawn again (%s)", path, error)
@@ -123,12 +129,20 @@ class _Watch:
         log.info("%s: %s", self.name, words)
 
 
-def _asked(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """The classes asked of a shard's samples, (N,) int64, and the record of how they were made."""
+def asked(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What was asked of a shard's samples, the rows of their condition, and the record of how they were made.
+
+    Raises:
+        ValueError: missing, truncated, or not such as `draw_shard` writes.
+    """
+    names = {entry: field for field, entry in ADM.items()}
     try:
         with np.load(path, allow_pickle=False) as file:
-            labels, header = file["arr_1"].astype(np.int64), json.loads(str(file["haste"]))
+            rows = {names.get(entry, entry): file[entry] for entry in file.files if entry not in _REST}
+            header = json.loads(str(file["haste"]))
+        if not rows:
+            raise ValueError("nothing is said of what was asked for")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: expected samples with their labels and record, found others ({error})") from error
     artefact.check_header(path, header, "samples")
-    return labels, header
+    return rows, header

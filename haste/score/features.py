@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 
 from haste.files import artefact
 from haste.files.npz import SUFFIX, check_reference
 from haste.files.store import Store, write_shard
 from haste.metrics.detector import Detector
 from haste.sampling.samples import open_samples
-from haste.sampling.shards import _asked, _Watch
+from haste.sampling.shards import _Watch, asked
 from haste.score.sides import read_reference
 from haste.score.workflow import MOMENTS
 
@@ -48,7 +49,7 @@ def feature_shard(
         ValueError: the samples are missing, truncated, or not as `draw_shard` writes them.
     """
     images = open_samples(path)
-    labels, header = _asked(path)
+    rows, header = asked(path)
     made = {name: value for name, value in header["inputs"].items() if name != "detector"}
     inputs = {**made, "detector": detector.identity}
     facts = {**inputs, "about": _about(detector)}
@@ -56,7 +57,7 @@ def feature_shard(
     def batches() -> Iterator[dict[str, np.ndarray]]:
         done = 0
         for pictures in images.batches(batch):
-            yield _features(detector, pictures, labels[done : done + len(pictures)])
+            yield _features(detector, pictures, {name: row[done : done + len(pictures)] for name, row in rows.items()})
             done += len(pictures)
 
     write_shard(
@@ -67,18 +68,18 @@ def feature_shard(
         shard=shard,
         shards=shards,
         total=total,
-        fields=_fields(detector),
+        fields=_outputs(detector) | {name: (row.shape[1:], row.dtype) for name, row in rows.items()},
         batches=batches(),
         provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
         facts=facts,
-        progress=_Watch(f"{detector.name}, shard {shard} of {shards}", len(labels)).reached,
+        progress=_Watch(f"{detector.name}, shard {shard} of {shards}", images.count).reached,
     )
 
 
-def _features(detector: Detector, images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """A batch of a features store: a detector's outputs for images, and their labels."""
+def _features(detector: Detector, images: np.ndarray, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A batch of a features store: a detector's outputs for images, and their labels, or what else was asked for."""
     found = detector(torch.from_numpy(images))
-    return {**{name: value.numpy() for name, value in found.items()}, "label": labels}
+    return {**{name: value.numpy() for name, value in found.items()}, **rows}
 
 
 def _about(detector: Detector) -> dict[str, Any]:
@@ -86,8 +87,8 @@ def _about(detector: Detector) -> dict[str, Any]:
     return {**detector.about, "name": detector.kind}
 
 
-def _fields(detector: Detector) -> dict[str, tuple[tuple[int, ...], str]]:
-    return {**{name: ((width,), "float32") for name, width in detector.outputs.items()}, "label": ((), "int64")}
+def _outputs(detector: Detector) -> dict[str, tuple[Sequence[int], DTypeLike]]:
+    return {name: ((width,), "float32") for name, width in detector.outputs.items()}
 
 
 def reference_shard(
@@ -99,7 +100,7 @@ def reference_shard(
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for low in range(0, len(rows), batch):
             chosen = rows[low : low + batch]
-            yield _features(detector, images.read("image", chosen), images.read("label", chosen))
+            yield _features(detector, images.read("image", chosen), {"label": images.read("label", chosen)})
 
     inputs = {"images": images.identity, "detector": detector.identity}
     common: dict[str, Any] = {"folder": folder, "key": key, "recipe": recipe}
@@ -125,7 +126,7 @@ def reference_of_file(
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for pictures in images.batches(batch):
-            yield _features(detector, pictures, np.full(len(pictures), -1, np.int64))  # the file states no classes
+            yield _features(detector, pictures, {"label": np.full(len(pictures), -1)})  # the file states no classes
 
     inputs = {"detector": detector.identity, "images": images.identity(), "file": found.about["identity"]}
     facts = {"file_name": path.name, "moments": artefact.file_identity(folder / MOMENTS)}
@@ -154,7 +155,7 @@ def _write_reference(
         shard=0,
         shards=1,
         total=total,
-        fields=_fields(detector),
+        fields=_outputs(detector) | {"label": ((), np.int64)},
         batches=batches,
         provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
         facts={**inputs, "about": _about(detector), **(facts or {})},

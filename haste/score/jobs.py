@@ -95,9 +95,10 @@ def judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
         whose |= {"step": elsewhere.step, "sha256": plan.identities[elsewhere.checkpoint]}
     weights = elsewhere.weights if elsewhere else "ema"
     said = {"name": evaluation.sampling_name, "weights": weights, "decoder": evaluation.recipe["decoder"]}
+    unused = set() if plan.config.condition.name == "labels" else {"labels"}
     about = {
         "state": whose,
-        "sampling": {**sampling.model_dump(), **said},
+        "sampling": {**sampling.model_dump(exclude=unused), **said},
         "nfe": nfe(sampling.sampler, sampling.steps) if counted is None else counted,
     }
     path = Path(judgement.score)

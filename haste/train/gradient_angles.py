@@ -182,7 +182,8 @@ class Angles:
 
         def losses(found: Mapping[str, Tensor], t: float) -> list[Tensor]:
             """Alignment, by the weights of the last step and without terms that do not count at t; and denoising."""
-            counts = counting({kind: self.objective.terms[kind] for kind in asked.terms}, t)
+            place = self.objective.process.place
+            counts = counting({kind: self.objective.terms[kind] for kind in asked.terms}, t, place)
             weighed = [weight_of(term, asked.done - 1) * found[kind] for kind, term in counts.items()]
             return [torch.stack(weighed).sum(), found["denoising"]]
 

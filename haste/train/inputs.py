@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from haste.align.losses import TeacherTargets
+from haste.config import process_in
 from haste.data.batches import Batch, Batches
 from haste.files.store import Store
 from haste.models.attention import logsumexp_works
@@ -25,7 +26,7 @@ from haste.plan.plan import Plan
 from haste.teachers.targets import Cached, load_teacher
 from haste.train.distributed import Group
 from haste.train.state import Learner, new_learner
-from haste.train.step import Objective, gather_negatives, t_min_of, teacher_targets, times_of
+from haste.train.step import Objective, gather_negatives, t_min_of, teacher_targets
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -83,17 +84,9 @@ class Inputs:
         return self.half if self.group.device.type == "cuda" else None
 
     def _batches(self, plan: Plan) -> Batches:
-        return Batches(
-            Store.of(plan.latents),
-            Store.of(plan.images) if self.teachers else None,  # after the last stop nobody looks at the images
-            seed=self.recipe["seed"],
-            size=self.settings["batch"],
-            null_class=self.recipe["classes"],
-            class_dropout=self.settings["class_dropout"],
-            targets={name: (store, self.cached.fields[name]) for name, store in self.cached.stores.items()},
-            timesteps=times_of(self.settings),
-            t_min=t_min_of(self.terms),
-        )
+        images = Store.of(plan.images) if self.teachers else None  # after the last stop nobody looks at the images
+        targets = {name: (store, self.cached.fields[name]) for name, store in self.cached.stores.items()}
+        return Batches.of(self.recipe, Store.of(plan.latents), images, targets=targets, t_min=t_min_of(self.terms))
 
     def learner(self) -> Learner:
         """A learner before its first step, on the device. Its optimiser holds no moments, and so no memory, yet."""
@@ -115,7 +108,7 @@ class Inputs:
         """The losses of a learner's model and projectors, for the latents of this segment."""
         manifest = self.batches.latents.manifest
         scaling = {"scale": manifest["scale"], "shift": manifest["shift"]}
-        return Objective(learner, self.terms, path=self.settings["path"], **scaling)
+        return Objective(learner, self.terms, process=process_in(self.recipe), **scaling)
 
     def precision(self) -> AbstractContextManager[Any]:
         """What networks compute in: autocast in half precision, else as their parameters are."""

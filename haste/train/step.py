@@ -5,9 +5,8 @@ B batch, N student tokens, D student width, C latent channels.
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +14,12 @@ from torch import Tensor, nn
 
 from haste.align import schedule
 from haste.align.losses import Negatives, TeacherTargets, attention_loss, contrastive_loss, feature_loss, resize_tokens
+from haste.config import TERMS
 from haste.data import order
 from haste.data.batches import Batch
 from haste.data.latents import draw
-from haste.diffusion.paths import PATHS, interpolate, timestep_lognormal
+from haste.diffusion.process import Process
+from haste.networks.spec import each
 from haste.train.distributed import Group
 from haste.train.state import Learner
 
@@ -36,14 +37,6 @@ def taps_of(terms: Terms) -> set[str]:
     if "attention" in terms:
         taps |= {f"attention.{layer}" for layer in terms["attention"]["student_layers"]}
     return taps
-
-
-def times_of(settings: Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
-    """How a recipe's `training` makes times of standard normals; None where times are uniform."""
-    found = settings.get("timesteps") or {"distribution": "uniform"}
-    if found["distribution"] == "uniform":
-        return None
-    return functools.partial(timestep_lognormal, mu=found["mu"], s=found["s"], path=PATHS[settings["path"]])
 
 
 def t_min_of(terms: Terms) -> dict[str, float]:
@@ -100,19 +93,19 @@ def teacher_targets(teachers: Mapping[str, Teacher], terms: Terms, images: Tenso
 class Objective(nn.Module):
     """Model and projectors under one roof, so that whatever wraps them (DDP, a compiler) sees one forward."""
 
-    def __init__(self, learner: Learner, terms: Terms, *, path: str, scale: float, shift: float):
+    def __init__(self, learner: Learner, terms: Terms, *, process: Process, scale: float, shift: float):
         """
         Args:
             learner: whose model and projectors are used.
             terms: active alignment terms with their layers and weights.
-            path: name of the interpolant.
+            process: what the network predicts, and the loss of that.
             scale: scaling factor of the latents; with `shift`, z = (mean + std n - shift) scale.
             shift: see `scale`.
         """
         super().__init__()
         self.model, self.projectors = learner.model, learner.projectors
         self.terms, self.taps = terms, taps_of(terms)
-        self.path, self.scale, self.shift = PATHS[path], scale, shift
+        self.process, self.scale, self.shift = process, scale, shift
 
     def forward(
         self,
@@ -120,7 +113,8 @@ class Objective(nn.Module):
         targets: Mapping[str, TeacherTargets],
         negatives: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The loss terms, unweighted: `denoising`, and `features` and `attention` where active.
+        """The loss terms, unweighted: `denoising`, and `features` and `attention` where active; and what the process
+        says beside them, which nobody trains.
 
         Args:
             batch: see `Batch`.
@@ -129,12 +123,12 @@ class Objective(nn.Module):
         """
         dtype = next(self.model.parameters()).dtype
         z = draw(batch.moments, batch.draw, self.scale, self.shift).to(dtype)
-        t = batch.t.to(dtype)
-        x_t, velocity = interpolate(self.path, z, batch.noise.to(dtype), t)
-        predicted, taps = self.model(x_t, t, batch.labels, taps=self.taps)
-        # SiT Eq. 2 with the velocity as target; every sample has as many entries, so one mean serves.
-        error = predicted.to(torch.promote_types(predicted.dtype, torch.float32)) - velocity
-        found = {"denoising": error.square().mean()}
+        noise, t = batch.noise.to(dtype), batch.t.to(dtype)
+        x_t = self.process.noised(z, noise, t)
+        told = each(lambda piece: piece.to(dtype) if piece.is_floating_point() else piece, batch.condition)
+        predicted, taps = self.model(x_t, self.process.time(t), told, taps=self.taps)
+        predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
+        found = self._denoising(self.process.losses(predicted, z, noise, t))
         if "features" in self.terms:
             seen = targets[self.terms["features"]["teacher"]]
             found["features"] = self._features(taps, seen, batch, negatives)
@@ -142,6 +136,13 @@ class Objective(nn.Module):
             seen = targets[self.terms["attention"]["teacher"]]
             found["attention"] = self._attention(taps, seen, batch.weights.get("attention"))
         return found
+
+    def _denoising(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The process's losses, of which one is trained."""
+        if "denoising" not in parts or not TERMS.keys().isdisjoint(parts):
+            found = f"{type(self.process).__name__}: its losses are {', '.join(parts) or 'none'}"
+            raise ValueError(f"{found}; expected denoising, and not {', '.join(TERMS)}")
+        return {name: value if name == "denoising" else value.detach() for name, value in parts.items()}
 
     def _features(
         self,

@@ -38,9 +38,8 @@ def checkpoint_elsewhere(plan: Plan, trajectory: str) -> Checkpoint:
     """
     spec, recipe = plan.elsewhere[trajectory], plan.trajectories[trajectory].recipe
     found = _known(plan, spec.checkpoint, recipe, spec.layout)
-    said = found.facts.get("path")
-    if said not in (None, spec.path):
-        raise ValueError(f"{spec.checkpoint}: was trained on the {said} path, but the row says {spec.path}")
+    if said := _trained_otherwise(found, recipe):
+        raise ValueError(f"{spec.checkpoint}: was trained {said[0]}, but the row says {said[1]}")
     return found
 
 
@@ -66,14 +65,26 @@ def warm_start(plan: Plan, trajectory: str, learner: Learner) -> None:
     sets = dict(found.weights)
     learner.model.load_state_dict(sets.get("model") or sets["ema"])
     learner.ema.load_state_dict(sets.get("ema") or sets["model"])
-    if found.facts.get("path") not in (None, recipe["training"]["path"]):
-        log.warning("%s was trained on the %s path, going on with another", file, found.facts["path"])
+    if said := _trained_otherwise(found, recipe):
+        log.warning("%s was trained %s, going on with another", file, said[0])
     if "features" not in learner.projectors:
         return
     head = learner.projectors["features"]
     if (fits := projector_in(found.projectors, head)) is not None:
         head.load_state_dict(dict(fits))
     log.info("%s: the projector %s", file, "begins anew" if fits is None else "is the file's")
+
+
+def _trained_otherwise(found: Checkpoint, recipe: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """How a file says that it was trained, and how a recipe says it, where that differs."""
+    path, process = found.facts.get("path"), found.facts.get("process")
+    training = recipe["training"]
+    expected = training.get("path") or training["process"]
+    if path is not None and path != expected:
+        return f"on the {path} path", expected
+    if process is not None and process != expected:
+        return f"by {process}", expected
+    return None
 
 
 def _known(plan: Plan, file: str, recipe: Mapping[str, Any], layout: Any) -> Checkpoint:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from haste.data.condition import Labels
 from haste.data.latents import Autoencoder, draw, encode_join, encode_shard, to_pixels
 from haste.files.artefact import file_identity
 from haste.files.store import Store, join, shard_range, write_shard
@@ -57,7 +58,7 @@ def image_store(folder, count=9, classes=("a", "b")):
 def encoded(folder, images, autoencoder, shards=2, **options):
     common = {"key": "l", "recipe": {}, "shards": shards, "provenance": {}}
     for shard in range(shards):
-        encode_shard(folder, images, autoencoder, shard=shard, **common, **options)
+        encode_shard(folder, images, autoencoder, shard=shard, condition=Labels(classes=2), **common, **options)
     encode_join(folder, images, **common)
     return Store.open(folder, kind="latents", verify="full")
 
@@ -163,7 +164,7 @@ def test_latents_of_other_images_or_autoencoders_are_not_joined(saved, tmp_path)
     with pytest.raises(ValueError, match="images: found"):
         encode_join(tmp_path / "latents", other, **common)
     autoencoder.identity = "another"
-    encode_shard(tmp_path / "latents", images, autoencoder, shard=1, **common)
+    encode_shard(tmp_path / "latents", images, autoencoder, shard=1, condition=Labels(classes=2), **common)
     with pytest.raises(ValueError, match="autoencoder: found 'another'"):
         encode_join(tmp_path / "latents", images, **common)
 

@@ -1,43 +1,43 @@
 """Times of training: distributions by position, and which samples count for alignment."""
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
+from haste.config import process_in
 from haste.data import order
 from haste.data.batches import Batches
-from haste.diffusion.paths import COSINE, LINEAR, timestep_lognormal
+from haste.data.condition import Labels
+from haste.diffusion.interpolant import Interpolant
+from haste.diffusion.paths import COSINE, LINEAR
 from haste.files.store import Store
-from haste.train.step import t_min_of, times_of
-
-SETTINGS = {"path": "linear"}
+from haste.train.step import t_min_of
 
 
 @pytest.fixture
 def batches(make_plan):
     plan = make_plan()
 
-    def make(size=8, **more):
-        return Batches(
-            Store.open(plan.latents.folder), None, seed=3, size=size, null_class=10, class_dropout=0.1, **more
-        )
+    def make(size=8, process=None, **more):
+        common = {"seed": 3, "condition": Labels(classes=10), "class_dropout": 0.1, "process": process or Interpolant()}
+        return Batches(Store.open(plan.latents.folder), None, size=size, **common, **more)
 
     return make
 
 
 @pytest.mark.parametrize("path", [LINEAR, COSINE], ids=lambda path: path.name)
 def test_lognormal_times_have_a_noise_ratio_whose_logarithm_is_normal(batches, path):
-    times = batches(1000, timesteps=partial(timestep_lognormal, mu=1.0, s=0.5, path=path))(0).t.double().numpy()
+    timesteps = {"distribution": "lognormal", "mu": 1.0, "s": 0.5}
+    times = batches(1000, Interpolant(path.name, timesteps))(0).t.double().numpy()
     ratio = [path.sigma(t) / path.alpha(t) for t in times]
     assert stats.kstest(np.log(ratio), "norm", args=(1.0, 0.5)).pvalue > 0.01
 
 
 def test_times_are_a_function_of_position_and_uniform_ones_are_as_they_were(batches):
-    lognormal = batches(timesteps=partial(timestep_lognormal, mu=0.0, s=1.0))
+    lognormal = batches(process=Interpolant(timesteps={"distribution": "lognormal", "mu": 0.0, "s": 1.0}))
     assert torch.equal(lognormal(5, range(2, 6)).t, lognormal(5).t[2:6])
     uniform = batches()(5)
     expected = order.uniforms(3, "time", 5, range(8)).astype(np.float32)
@@ -47,10 +47,13 @@ def test_times_are_a_function_of_position_and_uniform_ones_are_as_they_were(batc
 
 
 def test_a_recipe_says_how_times_are_drawn():
-    assert times_of(SETTINGS) is None
-    assert times_of({**SETTINGS, "timesteps": {"distribution": "uniform", "mu": 0.0, "s": 1.0}}) is None
-    found = times_of({"path": "cosine", "timesteps": {"distribution": "lognormal", "mu": 0.3, "s": 0.7}})
-    assert found(torch.tensor([2.0])).item() == pytest.approx(2 / math.pi * math.atan(math.exp(0.3 + 0.7 * 2)))
+    def times(**training):
+        return process_in({"training": training}).times(lambda _: np.array([0.25]), lambda _: np.array([2.0])).item()
+
+    assert times(path="linear") == 0.25
+    assert times(path="linear", timesteps={"distribution": "uniform", "mu": 0.0, "s": 1.0}) == 0.25
+    found = times(path="cosine", timesteps={"distribution": "lognormal", "mu": 0.3, "s": 0.7})
+    assert found == pytest.approx(2 / math.pi * math.atan(math.exp(0.3 + 0.7 * 2)))
 
 
 def test_only_terms_with_a_bound_have_one():

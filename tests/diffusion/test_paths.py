@@ -10,7 +10,6 @@ from haste.diffusion.paths import (
     interpolate,
     score_from_velocity,
     timestep_lognormal,
-    timestep_uniform,
 )
 
 BOTH = pytest.mark.parametrize("path", [LINEAR, COSINE], ids=lambda path: path.name)
@@ -72,11 +71,6 @@ def test_score_from_the_velocity_of_gaussian_data_is_the_gaussian_score(path, t)
 def test_score_on_the_linear_path_is_the_short_formula():
     x, v = torch.randn(2, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     torch.testing.assert_close(score_from_velocity(LINEAR, v, x, 0.3), -(x + 0.7 * v) / 0.3)
-
-
-def test_uniform_times_are_the_uniforms():
-    u = torch.tensor([0.0, 0.25, 0.999])
-    assert torch.equal(timestep_uniform(u), u)
 
 
 @BOTH

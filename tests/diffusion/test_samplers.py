@@ -259,7 +259,7 @@ def labelled(x: Tensor, t: float, labels: Tensor) -> Tensor:
 def test_guidance_on_an_interval_is_solved_from_jump_to_jump():
     """Against scipy, which is stopped at the interval's ends; a step across one costs evaluations and is wrong."""
     x, labels = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(3)
-    velocity = guided(labelled, labels, 3, 2.5, (0.3, 0.71))
+    velocity = guided(labelled, labels, torch.full_like(labels, 3), 2.5, (0.3, 0.71))
     expected = []
     for i in range(3):
 
@@ -273,7 +273,7 @@ def test_guidance_on_an_interval_is_solved_from_jump_to_jump():
     found = dopri5(Counted(velocity, counts), x, 1e-8, 1e-10)
     torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-6)
     everywhere = torch.zeros(3, dtype=torch.int64)
-    dopri5(Counted(guided(labelled, labels, 3, 2.5), everywhere), x, 1e-8, 1e-10)
+    dopri5(Counted(guided(labelled, labels, torch.full_like(labels, 3), 2.5), everywhere), x, 1e-8, 1e-10)
     assert (counts < 2 * everywhere).all()
 
 

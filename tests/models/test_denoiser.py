@@ -9,12 +9,16 @@ from torch.nn import functional
 from haste import config
 from haste.cli import main as cli
 from haste.config import Positive, Strict
+from haste.data.condition import Labels
+from haste.diffusion.interpolant import Interpolant
 from haste.models.denoiser import Denoiser
 from haste.models.layers import AttentionTap, timestep_features
 from haste.networks.spec import Tap
 from haste.ops import cost
 from haste.train import loop
 from haste.train.state import new_learner
+
+SHAPE = {"process": Interpolant(), "condition": Labels(classes=10), "input_size": 4, "in_channels": 4}
 
 
 class UNet(Denoiser):
@@ -109,7 +113,7 @@ def test_what_a_network_says_of_itself_is_compared_with_what_it_gives(change, wo
             return change(*super().forward(x, t, y, taps))
 
     with pytest.raises(ValueError, match=f"Other: {words}"):
-        Other.facts({"width": 8}, input_size=4, in_channels=4, classes=10)
+        Other.facts({"width": 8}, **SHAPE)
 
 
 def test_attention_is_compared_too():
@@ -123,7 +127,6 @@ def test_attention_is_compared_too():
         def forward(self, x, t, y, taps=()):
             return x, {"attention.0": self.given}
 
-    shape = {"input_size": 4, "in_channels": 4, "classes": 10}
     q = torch.empty(1, 2, 4, 8)
     for given, words in [
         ((q, q), "tap attention.0 is tuple, expected an AttentionTap"),
@@ -131,6 +134,6 @@ def test_attention_is_compared_too():
     ]:
         Attending.given = given
         with pytest.raises(ValueError, match=words):
-            Attending.facts({"width": 8}, **shape)
+            Attending.facts({"width": 8}, **SHAPE)
     Attending.given = AttentionTap(q, q, None)
-    assert Attending.facts({"width": 8}, **shape).taps["attention.0"].heads == 2
+    assert Attending.facts({"width": 8}, **SHAPE).taps["attention.0"].heads == 2

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 from haste.cli import main as cli
 from haste.config import resolve
+from haste.data.condition import Labels
 from haste.data.latents import Autoencoder
+from haste.diffusion.interpolant import Interpolant
 from haste.files import artefact
 from haste.models.exchange import open_weights
 from haste.ops import cost
@@ -89,7 +91,8 @@ def test_the_scale_of_the_latents_is_the_autoencoders_where_there_is_no_store_of
     decoder = Autoencoder.load(plan.decoder)
     assert decoder.scale != 1.0
     sampling = plan.rows[0].evaluation.sampling
-    expected, _ = Painter(model, sampling, decoder, "linear", decoder.scale, decoder.shift).paint(range(20))
+    seams = Interpolant(), Labels(classes=10)
+    expected, _ = Painter(model, sampling, decoder, *seams, decoder.scale, decoder.shift).paint(range(20))
     assert np.abs(drawn.astype(int) - expected).max() <= 1
 
 

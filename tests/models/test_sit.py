@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from haste.config import MODELS
+from haste.data.condition import Labels
+from haste.diffusion.interpolant import Interpolant
 from haste.models.heads import Projector
 from haste.models.sit import SiT
 from haste.networks.spec import sit_facts
@@ -305,6 +307,6 @@ def test_the_formulas_for_size_and_cost_are_what_a_network_without_memory_shows(
     size = {**MODELS[name].model_dump(), "input_size": 32, "channels": 4}
     formula = sit_facts(size, 1000)
     settings = {key: size[key] for key in MODELS[name].model_dump()}
-    counted = SiT.facts(settings, input_size=32, in_channels=4, classes=1000)
+    counted = SiT.facts(settings, process=Interpolant(), condition=Labels(classes=1000), input_size=32, in_channels=4)
     assert counted.parameters == formula.parameters and counted.taps == formula.taps
     assert counted.flops == pytest.approx(formula.flops, rel=0.03)  # the formula leaves out the first and last layers

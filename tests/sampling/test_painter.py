@@ -11,18 +11,21 @@ from torch import nn
 
 from haste.config import Sampling
 from haste.data import order
+from haste.data.condition import Labels
 from haste.data.latents import Autoencoder
+from haste.diffusion.interpolant import Interpolant
 from haste.sampling.painter import Painter
 
 CLASSES, CHANNELS, SIDE, STEPS = 4, 3, 5, 5
 SCALE, SHIFT = 0.75, -0.125  # the latents' own, unlike any decoder's below
+LABELS = Labels(classes=CLASSES)
 INDICES = range(3, 11)  # all labels, and not from 0
 
 
 class Field(nn.Module):
     """A velocity known in closed form: (slope x + push (1 + t)) of its label, or of the null class."""
 
-    null_class, in_channels, input_size = CLASSES, CHANNELS, SIDE
+    in_channels, input_size, process = CHANNELS, SIDE, "interpolant"
     slope = np.array([0.5, -0.4, 0.9, 0.1, -0.7])
     push = np.array([1.0, -2.0, 0.3, 0.6, 0.2])
 
@@ -64,7 +67,9 @@ def paint(path="linear", indices=INDICES, **sampling):
     """Images, labels, the latents (float64) and the image that the decoder got and gave, and the model."""
     settings = {"sampler": "euler", "steps": STEPS, "count": 100, "labels": "balanced", "seed": 5, **sampling}
     model, decoder = Field(), Decoder()
-    images, labels = Painter(model, Sampling(**settings), decoder, path, SCALE, SHIFT).paint(indices)
+    images, labels = Painter(model, Sampling(**settings), decoder, Interpolant(path), LABELS, SCALE, SHIFT).paint(
+        indices
+    )
     ((z, scale, shift, decoded),) = decoder.given
     assert (scale, shift) == (SCALE, SHIFT)
     return SimpleNamespace(images=images, labels=labels, z=z.double().numpy(), decoded=decoded.numpy(), model=model)
@@ -150,7 +155,7 @@ def test_only_three_channels_are_guided_where_that_is_asked():
     model, decoder = Wide(), Decoder()
     settings = {"sampler": "euler", "steps": STEPS, "count": 100, "labels": "balanced", "seed": 5, "guidance": 2.5}
     sampling = Sampling(**settings, guided_channels=3)
-    Painter(model, sampling, decoder, "linear", SCALE, SHIFT).paint(INDICES)
+    Painter(model, sampling, decoder, Interpolant(), LABELS, SCALE, SHIFT).paint(INDICES)
     x = order.normals(5, "sample start", 0, INDICES, (4, SIDE, SIDE)).astype(np.float64)
     labels = np.array([i % CLASSES for i in INDICES])
     for step in range(STEPS):
@@ -163,7 +168,7 @@ def test_only_three_channels_are_guided_where_that_is_asked():
 def test_dopri5_reaches_what_many_small_steps_reach_and_counts_what_it_asked():
     model, decoder = Field(), Decoder()
     sampling = Sampling(sampler="dopri5", count=100, labels="balanced", seed=5, guidance=2.5, interval=[0.2, 0.6])
-    painter = Painter(model, sampling, decoder, "linear", SCALE, SHIFT)
+    painter = Painter(model, sampling, decoder, Interpolant(), LABELS, SCALE, SHIFT)
     found = painter.draw(INDICES)
     assert found["nfe"].sum() == len(model.seen)
     assert found["nfe"].dtype == np.int64 and len(set(found["nfe"].tolist())) > 1
@@ -171,7 +176,8 @@ def test_dopri5_reaches_what_many_small_steps_reach_and_counts_what_it_asked():
         Field(),
         Sampling(**{**sampling.model_dump(), "sampler": "heun", "steps": 500, "rtol": None, "atol": None}),
         decoder,
-        "linear",
+        Interpolant(),
+        LABELS,
         SCALE,
         SHIFT,
     )
@@ -182,7 +188,7 @@ def test_dopri5_reaches_what_many_small_steps_reach_and_counts_what_it_asked():
 @pytest.mark.parametrize(("sampler", "expected"), [("euler", 5), ("heun", 9), ("euler-maruyama", 5)])
 def test_the_evaluations_of_every_image_are_counted(sampler, expected):
     sampling = Sampling(sampler=sampler, steps=5, count=100, guidance=2.0, interval=[0.3, 0.7])
-    found = Painter(Field(), sampling, Decoder(), "linear", SCALE, SHIFT).draw(INDICES)
+    found = Painter(Field(), sampling, Decoder(), Interpolant(), LABELS, SCALE, SHIFT).draw(INDICES)
     assert found["nfe"].tolist() == [expected] * len(INDICES)
 
 
@@ -204,7 +210,7 @@ def test_the_start_of_every_image_is_standard_normal():
     model, decoder = Field(), Decoder()
     model.slope = model.push = np.zeros(CLASSES + 1)
     sampling = Sampling(sampler="euler", steps=2, count=400, seed=1)
-    Painter(model, sampling, decoder, "linear", SCALE, SHIFT).paint(range(400))
+    Painter(model, sampling, decoder, Interpolant(), LABELS, SCALE, SHIFT).paint(range(400))
     z = decoder.given[0][0].double().numpy()  # (400, 3, 5, 5): 30,000 numbers
     assert abs(z.mean()) < 5 / math.sqrt(z.size)
     assert abs(z.var() - 1) < 5 * math.sqrt(2 / z.size)
@@ -224,5 +230,5 @@ def test_the_decoders_network_gets_latents_by_the_stores_scale_and_shift():
     numbers = {"latent_channels": CHANNELS, "block_out_channels": [4], "scaling_factor": 0.3, "shift_factor": 0.7}
     autoencoder = Autoencoder(network, numbers, "decoder", "cpu")
     sampling = Sampling(sampler="euler", steps=STEPS, count=100, labels="balanced", seed=5)
-    Painter(Field(), sampling, autoencoder, "linear", SCALE, SHIFT).paint(INDICES)
+    Painter(Field(), sampling, autoencoder, Interpolant(), LABELS, SCALE, SHIFT).paint(INDICES)
     assert_near(network.given.double().numpy(), euler_by_hand() / SCALE + SHIFT)

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from haste.cli import main as cli
 from haste.data.batches import Batches
+from haste.data.condition import Labels
+from haste.diffusion.interpolant import Interpolant
 from haste.files import artefact, journal
 from haste.files.store import Store, join, write_shard
 from haste.models.sit import SiT
@@ -313,15 +315,16 @@ def test_the_journal_survives_torn_lines_and_repeated_stretches(make_plan):
 def test_a_batch_is_the_same_read_ahead_or_asked_for_alone(make_plan):
     plan = make_plan()
     stores = [Store.open(made.folder) for made in (plan.latents, plan.images)]
-    batches = Batches(*stores, seed=3, size=8, null_class=10, class_dropout=0.5)
+    batches = Batches(*stores, seed=3, size=8, condition=Labels(classes=10), class_dropout=0.5, process=Interpolant())
     for batch in batches.ahead(range(5, 9)):
         alone = batches(batch.step)
-        for name in ("moments", "draw", "noise", "t", "labels", "images"):
+        for name in ("moments", "draw", "noise", "t", "condition", "images"):
             assert torch.equal(getattr(batch, name), getattr(alone, name)), name
 
 
 def test_labels_are_dropped_at_the_configured_rate(make_plan):
     plan = make_plan()
-    batches = Batches(Store.open(plan.latents.folder), None, seed=3, size=1000, null_class=10, class_dropout=0.1)
-    dropped = sum(int((batches(step).labels == 10).sum()) for step in range(5))
+    store, seams = Store.open(plan.latents.folder), {"process": Interpolant(), "condition": Labels(classes=10)}
+    batches = Batches(store, None, seed=3, size=1000, class_dropout=0.1, **seams)
+    dropped = sum(int((batches(step).condition == 10).sum()) for step in range(5))
     assert 400 < dropped < 600  # 500 expected, standard deviation 21

@@ -11,6 +11,7 @@ from torch import nn
 
 from haste.align.losses import TeacherTargets
 from haste.data.batches import Batch
+from haste.diffusion.interpolant import Interpolant
 from haste.models.sit import SiT
 from haste.train import loop
 from haste.train.state import Learner
@@ -64,7 +65,7 @@ def batch():
         draw=sixty_fourths(2, BATCH, CHANNELS, SIDE, SIDE),
         noise=sixty_fourths(3, BATCH, CHANNELS, SIDE, SIDE),
         t=torch.tensor([0.0, 0.125, 0.5, 0.71875, 0.96875]),
-        labels=torch.tensor([0, 3, 1, CLASSES, 2]),
+        condition=torch.tensor([0, 3, 1, CLASSES, 2]),
         images=None,
     )
 
@@ -124,12 +125,12 @@ def minus_cosine(a, b):
 @pytest.mark.parametrize("path", ["linear", "cosine"])
 def test_the_terms_of_two_layer_pairs_are_those_of_the_formulas(learner, batch, path, grid):
     targets = targets_on(grid)
-    found = Objective(learner, TERMS, path=path, scale=SCALE, shift=SHIFT)(batch, targets)
+    found = Objective(learner, TERMS, process=Interpolant(path), scale=SCALE, shift=SHIFT)(batch, targets)
 
     x, velocity = noised(batch, path)
     taps = {"tokens.2", "attention.2", "attention.0"}
     with torch.no_grad():
-        predicted, tapped = learner.model(torch.from_numpy(x), batch.t.double(), batch.labels, taps=taps)
+        predicted, tapped = learner.model(torch.from_numpy(x), batch.t.double(), batch.condition, taps=taps)
     head = learner.projectors["features"]
     tokens = coarser(tapped["tokens.2"], grid) @ head.weight.detach().numpy().T + head.bias.detach().numpy()
     pairs = [
@@ -150,12 +151,25 @@ def test_the_terms_of_two_layer_pairs_are_those_of_the_formulas(learner, batch, 
 
 
 def test_without_alignment_there_is_only_the_denoising_term(learner, batch):
-    found = Objective(learner, {}, path="linear", scale=SCALE, shift=SHIFT)(batch, {})
+    found = Objective(learner, {}, process=Interpolant(), scale=SCALE, shift=SHIFT)(batch, {})
     x, velocity = noised(batch, "linear")
     with torch.no_grad():
-        predicted, _ = learner.model(torch.from_numpy(x), batch.t.double(), batch.labels)
+        predicted, _ = learner.model(torch.from_numpy(x), batch.t.double(), batch.condition)
     assert set(found) == {"denoising"}
     assert found["denoising"].item() == pytest.approx(((predicted.numpy() - velocity) ** 2).mean(), rel=1e-10)
+
+
+@pytest.mark.parametrize("names", [["mse"], ["denoising", "features"]], ids=" and ".join)
+def test_losses_of_a_process_need_the_one_that_is_trained_and_take_no_name_of_an_alignment(learner, batch, names):
+    class Other(Interpolant):
+        def losses(self, *given):
+            return dict.fromkeys(names, super().losses(*given)["denoising"])
+
+    objective = Objective(learner, {}, process=Other(), scale=SCALE, shift=SHIFT)
+    with pytest.raises(
+        ValueError, match=rf"Other: its losses are {', '.join(names)}; expected denoising, and not feat"
+    ):
+        objective(batch, {})
 
 
 def test_a_loss_that_is_not_finite_is_found_before_a_save_that_no_log_line_precedes(make_plan, monkeypatch):

@@ -97,8 +97,7 @@ def first_losses(plan, run):
     teachers = {name: load_teacher(plan, name) for name in segment.teachers}
     learner = state.new_learner(recipe, terms, {name: teacher.width for name, teacher in teachers.items()})
     latents, images = Store.open(plan.latents.folder), Store.open(plan.images.folder)
-    size, classes = recipe["training"]["batch"], recipe["classes"]
-    batch = Batches(latents, images, seed=0, size=size, null_class=classes, class_dropout=0.1)(0)
+    batch = Batches.of(recipe, latents, images)(0)
     mean, std = batch.moments.chunk(2, dim=1)
     z = (mean + std * batch.draw - latents.manifest["shift"]) * latents.manifest["scale"]
     t = batch.t.view(-1, 1, 1, 1)
@@ -106,7 +105,7 @@ def first_losses(plan, run):
     side = learner.model.grid[0]
     names = {f"tokens.{depth}", *(f"attention.{i}" for i in layers)}
     with torch.no_grad():
-        _, taps = learner.model((1 - t) * z + t * batch.noise, batch.t, batch.labels, taps=names)
+        _, taps = learner.model((1 - t) * z + t * batch.noise, batch.t, batch.condition, taps=names)
         seen = teachers[terms["features"]["teacher"]](batch.images, features=True)
         projected = learner.projectors["features"](on_grid(taps[f"tokens.{depth}"], seen.grid[0], side))
         similar = functional.cosine_similarity(projected[:, :, None], seen.features[:, None], dim=-1)  # (B, N, N)
