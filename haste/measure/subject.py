@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from haste.models.build import build_model
 from haste.plan.measures import Measurement
 from haste.plan.plan import Plan
 from haste.train import state as states
@@ -106,10 +108,10 @@ def _own(plan: Plan, what: Measurement, which: str) -> _Source:
     path, trajectory = Path(plan.path(what.state)), plan.trajectories[what.state.trajectory]
     prefixes = (f"{which}/", "projectors/features/", "scaler/scale")
     header, tensors = states.read(path, key=trajectory.key, prefixes=prefixes)
-    weights, head = (
-        {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        for prefix in prefixes[:2]
-    )
+    with torch.device("meta"):
+        like = build_model(trajectory.recipe)
+    weights, heads = states.weights_in(tensors, which, like, path), "projectors/features/"
+    head = {name.removeprefix(heads): value for name, value in tensors.items() if name.startswith(heads)}
     about = {"trajectory": trajectory.name, "step": what.state.step, "file": str(path), "weights": which}
     scale = tensors["scaler/scale"].item() if "scaler/scale" in tensors else None
     return _Source(trajectory.recipe, weights, (head,) if head else (), scale, header["inputs"], about)
