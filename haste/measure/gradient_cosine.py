@@ -85,7 +85,7 @@ class GradientCosine(Measure):
         if not terms:
             return
         for term in terms:
-            if late := [t for t in self.t if term not in counting(terms, t)]:
+            if late := [t for t in self.t if term not in counting(terms, t, subject.process.place)]:
                 subject.notes.append(f"{term} is not aligned at t {', '.join(f'{t:g}' for t in late)}, below its t_min")
         blocks = self._blocks(subject.asked)
         for times, some in _passes(self.t, blocks, self._bytes(subject, blocks)):
@@ -112,7 +112,7 @@ class GradientCosine(Measure):
             blocks=blocks,
         )
         for place, t in enumerate(times):
-            for name, terms in _sets(counting(subject.terms, t)).items():
+            for name, terms in _sets(counting(subject.terms, t, subject.process.place)).items():
                 weights = np.zeros((2, len(kinds) + 1))
                 weights[0, :-1] = [terms[kind]["weight"] if kind in terms else 0.0 for kind in kinds]
                 weights[1, -1] = 1.0

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from haste.config import process_in
+from haste.diffusion.process import Process
 from haste.models.build import build_model
 from haste.plan.measures import Measurement
 from haste.plan.plan import Plan
@@ -52,6 +54,11 @@ class Subject:
     def terms(self) -> Mapping[str, Mapping[str, Any]]:
         """See the class."""
         return self.inputs.terms
+
+    @property
+    def process(self) -> Process:
+        """What the network was trained to predict; times t in [0, 1] are those of its `place`."""
+        return process_in(self.inputs.recipe)
 
     def gradients(self) -> Gradients:
         """Gradients of its losses by its blocks."""
@@ -122,7 +129,7 @@ def _elsewhere(plan: Plan, what: Measurement, which: str) -> _Source:
     found = checkpoint_elsewhere(plan, trajectory.name)
     which = which if which in found.weights else next(iter(found.weights))
     about = {"trajectory": trajectory.name, "step": spec.step, "file": spec.checkpoint, "weights": which}
-    training = {**plan.config.training.model_dump(), **trajectory.recipe["training"]}
+    training = {**plan.config.training.model_dump(exclude={"process"}), **trajectory.recipe["training"]}
     recipe = {**trajectory.recipe, "training": training}
     return _Source(recipe, found.weights[which], found.projectors, None, {}, about | {"sha256": found.sha256})
 

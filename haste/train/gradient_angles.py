@@ -91,7 +91,7 @@ class Gradients:
         sums = torch.zeros(len(times), count, sum(sizes), dtype=torch.float64, device=self.group.device)
         for batch, seen in self._looked_at(indices, _share(rows, self.group.rank, self.group.size)):
             for place, t in enumerate(times):
-                now = dataclasses.replace(batch, t=torch.full_like(batch.t, t))
+                now = dataclasses.replace(batch, t=torch.full_like(batch.t, self.objective.process.place(t)))
                 with self.inputs.precision():
                     found = self.objective(now, seen, negatives)
                 mine = compared(found, t)
