@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from importlib import metadata
 from typing import Any
 
-GROUPS = ("samplers", "metrics", "detectors", "teachers", "models", "triggers", "processes", "conditions")
+GROUPS = ("samplers", "metrics", "detectors", "teachers", "models", "triggers", "measures", "processes", "conditions")
 
 
 @functools.cache

@@ -180,6 +180,10 @@ def sample(world: Any) -> list[Any]:
     return ["sample", world.row().name, "-c", world.file]
 
 
+def measure(world: Any) -> list[Any]:
+    return ["measure", "gradient-cosine", world.plan.state("HASTE", 8), "-c", world.file]
+
+
 def evaluate(world: Any) -> list[Any]:
     return ["evaluate", world.row().name, "-c", world.file]
 
@@ -468,6 +472,13 @@ def without_moments(found: dict) -> None:
         del found[name]
 
 
+STATES_MEASURED = [
+    ("truncated, measured", on(state, cut), f"{STEP}: expected a state, found a t"),
+    ("missing, measured", on(state, removed), f"{STEP}: this state is missing"),
+    ("a weight missing, measured", stated(gone("model/blocks.1.mlp.fc1.bias")), UNFIT, "model/blocks.1.mlp.fc1.bias"),
+    ("NaN, measured", stated(nan("model/final_layer.linear.bias")), "model/final_layer.linear.bias is not finite"),
+    ("without features, and a teacher lost", on(lambda world: world.teacher, removed), "part.json: expected a part"),
+]
 STATES_SAMPLED = [
     ("truncated, sampled", on(state, cut), f"{STEP}: expected a state, found a t"),
     ("empty", on(state, filled, b""), f"{STEP}: expected a state"),
@@ -826,6 +837,7 @@ MATRIX = [  # kind, the command that meets what is damaged, rows
     ("store", rule("table"), SCORES),
     ("state", sample, STATES_SAMPLED),
     ("state", train, STATES_TRAINED_ON),
+    ("state", measure, STATES_MEASURED),
     ("state", rule("train", "x/00000008"), NO_STATE),
     ("checkpoint", heads(2), CHECKPOINTS),
     ("checkpoint", imported(), UNKNOWN_HEADS),

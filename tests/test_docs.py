@@ -190,6 +190,7 @@ def rows_of(section: str) -> dict[str, list[str]]:
 
 # What stands beside the keys that all triggers have.
 SECTIONS = sections() | {f"trigger: {name}": kind for name, kind in triggers.TRIGGERS.items()}
+SECTIONS |= {f"measure: {name}": config.measure_named(name) for name in config.MEASURES}
 each_section = pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section or "top")
 FIELDS = [(path, name) for path, model in SECTIONS.items() for name in model.model_fields]
 each_key = pytest.mark.parametrize(("section", "key"), FIELDS, ids=lambda part: part or "top")
@@ -274,6 +275,10 @@ BASE = {
         },
     },
     "sampling": {"one": {}, "two": {"steps": 9}},
+    "measures": {
+        "cosine": {"measure": "gradient-cosine"},
+        "another": {"measure": "gradient-cosine", "images": 9, "alignment": "both"},
+    },
     "runs": {
         "run": {
             "model": "dot",
@@ -281,6 +286,7 @@ BASE = {
             "stop": {"features": 6, "attention": 6},
             "milestones": [8, 16],
             "sampling": ["one"],
+            "measures": ["cosine"],
         }
     },
 }
@@ -296,6 +302,7 @@ NAMES = {
     "models": "dot",
     "alignments": "both",
     "sampling": "one",
+    "measures": "cosine",
     "runs": "run",
     "evaluate": "file",
 }
@@ -354,6 +361,12 @@ OTHER = {
     "runs.NAME.milestones": [4, 16],
     "runs.NAME.sampling": ["one", "two"],
     "runs.NAME.training": {"lr": 0.5},
+    "runs.NAME.measures": ["another"],
+    "evaluate.NAME.measures": ["another"],
+    "measures.NAME.alignment": "other",
+    "measure: gradient-cosine.weights": "ema",
+    "measure: gradient-cosine.t": [0.3],
+    "measure: gradient-cosine.blocks": [1],
     "runs.NAME.warm_start": str(ROOT / "LICENSE"),
     "evaluate.NAME.checkpoint": str(ROOT / "README.md"),
     "evaluate.NAME.model": "SiT-S/2",
@@ -374,12 +387,9 @@ OTHER = {
 }
 # A key with one value, and one that changes only together with another.
 ONE_VALUE = {
-    "images.source",
-    "condition",
-    "training.process",
-    "teachers.NAME.pca",
-    "models.NAME.architecture",
-    "runs.NAME.stop.TERM.trigger",
+    **{"images.source": "images", "teachers.NAME.pca": "states", "models.NAME.architecture": "states"},
+    **{"runs.NAME.stop.TERM.trigger": "states", "measures.NAME.measure": "measures"},
+    **{"condition": "latents", "training.process": "states"},
 }
 # Keys that only go with another.
 NT_XENT = {"similarity": "nt-xent", "negatives": "batch"}
@@ -390,21 +400,23 @@ BESIDE = {
     "training.timesteps.mu": {"distribution": "lognormal"},
     "training.timesteps.s": {"distribution": "lognormal"},
     "runs.NAME.ramp.shape": {"features": 3},
+    "measures.NAME.alignment": {"alignment": "both"},
     "alignments.NAME.features.temperature": NT_XENT,
     "alignments.NAME.features.negatives": {"similarity": "nt-xent"},
     "alignments.NAME.features.negative_count": NT_XENT,
 }
-ORDER = ("images", "latents", "states", "samples", "scores")
+ORDER = ("images", "latents", "states", "samples", "scores", "measures")
 
 
 def names(raw: dict, trained: bool) -> dict[str, str]:
     """What a configuration calls its images, latents, and one state (which nobody names if it is not trained here) with
-    its samples and their score."""
+    its samples, their score, and what is measured of it."""
     plan = Plan(config.resolve(raw))
     rows = [r for r in plan.rows if r.evaluation.sampling_name == "one"]
     row = next(r for r in rows if (r.step == 16 if trained else r.run == "file"))
     found = (plan.images.folder, plan.latents.folder, plan.path(row.evaluation.state) if trained else "")
-    found = (*found, row.evaluation.folder, row.evaluation.score)
+    measured = [one.measurement.file for one in plan.measured if one.measurement.state == row.evaluation.state]
+    found = (*found, row.evaluation.folder, row.evaluation.score, "".join(measured))
     return {kind: path.removeprefix(plan.root) for kind, path in zip(ORDER, found, strict=True)}
 
 
@@ -415,6 +427,8 @@ def changed(section: str, key: str) -> tuple[dict, dict]:
         row = {"checkpoint": str(ROOT / "LICENSE"), "model": "dot", "sampling": ["one"], "step": 3}
         before["evaluate"] = {"file": row}
     full = f"{section}.{key}".lstrip(".")
+    if full == "measures.NAME.alignment":  # for rows that have none
+        before["runs"]["run"] |= {"alignment": "vanilla", "stop": None}
     section_of(before, section).update(BESIDE.get(full, {}))
     after = copy.deepcopy(before)
     place = section_of(after, section)
@@ -430,6 +444,8 @@ def section_of(raw: dict, section: str) -> dict:
         if not isinstance(stops["features"], dict):
             stops["features"] = {"trigger": section.removeprefix("trigger: ").replace("runs.NAME.stop.TERM", "plateau")}
         return stops["features"]
+    if section.startswith("measure: "):
+        return raw["measures"]["cosine"]
     path = section.split(".") if section else []
     for owner, part in zip(["", *path], path, strict=False):
         raw = raw.setdefault(NAMES[owner] if part == "NAME" else part, {})
@@ -446,7 +462,7 @@ def test_a_change_of_a_key_recomputes_what_the_document_says(section, key, tmp_p
         return
     full = f"{section}.{key}".lstrip(".")
     if full in ONE_VALUE:
-        assert cell == {"images.source": "images", "condition": "latents"}.get(full, "states")
+        assert cell == ONE_VALUE[full]
         return
     before, after = (names(raw, trained=not section.startswith("evaluate")) for raw in changed(section, key))
     first = next((what for what in ORDER if before[what] != after[what]), "nothing")
@@ -485,7 +501,7 @@ def test_the_published_mappings_in_the_document_are_those_of_the_code():
 
 def test_the_tables_that_extensions_go_into_are_where_the_document_says_and_agree_with_the_schema():
     rows = re.findall(r"^\| \[[\w ]+\]\(#[\w-]+\) \| `([^`]+)` \| `(\w+)` \| (.*?) ?\|$", EXTENDING, re.MULTILINE)
-    assert len(rows) == 10
+    assert len(rows) == 11
     tables = {name: resolved(f"{file.removesuffix('.py').replace('/', '.')}.{name}") for file, name, _ in rows}
     schema = {name: cell.strip("`") for _, name, cell in rows}
     for name in ("SAMPLERS", "SOURCES"):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import numpy as np
 import packages
@@ -58,8 +59,9 @@ def test_what_the_page_adds_is_used_from_training_to_scores(world, installed, tm
     network = VisionTransformer(8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=0)
     save_file(network.state_dict(), tmp_path / "small.safetensors")
     changes = yaml.safe_load(block("yaml").replace("small.safetensors", str(tmp_path / "small.safetensors")))
-    stop = {**changes.pop("defaults")["stop"], "every": 4, "level": 9.0}  # at the first reading
-    world.configure(**changes, defaults={**world.raw["defaults"], "sampling": ["mine"], "stop": stop})
+    defaults = changes.pop("defaults")
+    defaults["stop"] |= {"every": 4, "level": 9.0}  # at the first reading
+    world.configure(**changes, defaults={**world.raw["defaults"], **defaults, "sampling": ["mine"]})
     run_haste(world, "plan")
     run_haste(world, "train", world.plan.state("HASTE", 8))
     run_haste(world, "reference")
@@ -82,6 +84,46 @@ def test_what_the_page_adds_is_used_from_training_to_scores(world, installed, tm
     assert score["scores"]["gap"] == pytest.approx(((means[0] - means[1]) ** 2).sum() ** 0.5, rel=1e-9)
     with open(world.plan.path(world.plan.state("HASTE", 8)), "rb") as file:
         assert artefact.file_identity(tmp_path / "small.safetensors").encode() in file.read()
+
+
+def test_a_measure_from_outside_has_its_file_its_table_and_its_figure(world, installed):
+    measures = {"size": {"measure": "norms"}, "largest": {"measure": "norms", "order": float("1e3")}}
+    world.configure(measures=measures, runs={"HASTE": {"alignment": "HASTE", "measures": ["size", "largest"]}})
+    made = [one.measurement for one in world.plan.measured if one.step == 8]
+    for one in made:
+        run_haste(world, "measure", one.label, one.name)
+    run_haste(world, "report")
+    state = load_file(world.state)
+    blocks = [[v.double().flatten() for n, v in state.items() if n.startswith(f"model/blocks.{i}.")] for i in (0, 1)]
+    norms = [torch.cat(block).norm().item() for block in blocks]
+    found = artefact.read_json(made[0].file, "measure")
+    assert [row["norm"] for row in found["rows"]] == pytest.approx(norms, rel=1e-12)
+    assert found["provenance"]["versions"]["my-haste"] == "0.1"
+    assert found["provenance"]["inputs"].keys() == {"latents"}  # it asks for no teacher
+    folder = Path(world.plan.report).parent
+    table = [line.split(",") for line in (folder / "measure-size.csv").read_text().splitlines()]
+    assert table[0] == ["run", "block 1", "block 2"]
+    assert table[1][0] == "HASTE" and [float(x) for x in table[1][1:]] == pytest.approx(norms, rel=1e-12)
+    page = (folder / "index.html").read_text()
+    assert "norm over block: HASTE" in page and "Not measured yet: size of HASTE at step 16; largest" in page
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"measure": "nroms"}, "measures.size: nothing is called 'nroms'; did you mean 'norms'?"),
+        ({"measure": "norms", "ordre": 1}, "measures.size: unknown key 'ordre'; did you mean 'order'?"),
+        ({"measure": "norms", "order": "two"}, "measures.size.order: Input should be a valid number"),
+        ({"measure": "norms", "alignment": "HASTE"}, "'HASTE' given, but norms compares with no alignment"),
+        ({"measure": "small"}, "expected a class derived from haste.measure.measure.Measure"),
+    ],
+)
+def test_a_measure_from_outside_has_its_keys_checked_before_anything_runs(installed, tiny, spec, words):
+    points = next(installed.glob("my_haste-*")) / "entry_points.txt"
+    points.write_text(points.read_text().replace("norms = ", "small = my_haste:small\nnorms = "))
+    extensions._found.cache_clear()
+    with pytest.raises(ValueError, match=re.escape(words)):
+        config.resolve({**tiny, "measures": {"size": spec}})
 
 
 def test_the_midpoint_rule_of_the_page_is_of_second_order(installed):

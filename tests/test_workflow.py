@@ -27,8 +27,9 @@ from haste.train.state import new_learner
 
 ROOT = Path(__file__).parent.parent
 TINY = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
+COSINE = {"measure": "gradient-cosine", "images": 6, "shards": 2, "t": [0.2, 0.8], "alignment": "HASTE"}
 RUNS = {
-    "vanilla": {"milestones": [8]},
+    "vanilla": {"milestones": [8], "measures": ["cosine"]},
     "HASTE": {"alignment": "HASTE"},
     "HASTE-12": {"alignment": "HASTE", "stop": 12},
 }
@@ -44,7 +45,13 @@ class Workshop:
 
     def configure(self, **changes):
         """Write the configuration with some top keys replaced; returns its plan."""
-        raw = {**copy.deepcopy(TINY), "results": str(self.root), "runs": RUNS, **changes}
+        raw = {
+            **copy.deepcopy(TINY),
+            "results": str(self.root),
+            "measures": {"cosine": COSINE},
+            "runs": RUNS,
+            **changes,
+        }
         (self.folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
         self.plan = Plan(config.resolve(raw))
         return self.plan
@@ -123,6 +130,9 @@ def test_the_whole_path_ends_in_a_report_with_every_row(finished):
     for run in RUNS:
         assert run in table
     assert cli.main(["table", "-c", finished.plan.config_file]) == 0
+    (measured,) = finished.plan.measure_files
+    assert len(artefact.read_json(measured, "measure")["rows"]) == 2
+    assert (page.parent / "measure-cosine.csv").read_text().startswith("run,term,t 0.2,t 0.2 ±,t 0.8,t 0.8 ±\nvanilla,")
 
 
 def test_training_on_cached_targets_that_the_workflow_made_is_online_training_to_half_precision(make_plan, tmp_path):

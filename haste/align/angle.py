@@ -14,6 +14,19 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
+def combined(products: Array, weights: Array) -> Array:
+    """Inner products of weighted sums of gradients, from those of the gradients.
+
+    Args:
+        products: (..., L, S, L, S), of the groups' sums of L gradients.
+        weights: (K, L), or (..., K, L) where they differ.
+
+    Returns:
+        (..., K, S, K, S).
+    """
+    return np.einsum("...kl,...lsmr,...nm->...ksnr", weights, products, weights)
+
+
 def cosines(products: Array) -> tuple[Array, Array]:
     """<a, d> / (|a| |d|) (as in HASTE's Tables 1 and 2) over all images, and with each group left out.
 

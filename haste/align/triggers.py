@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -216,13 +216,18 @@ class GradientAngle(Trigger):
 def block_of(terms: Terms) -> int:
     """The block, counted from 1, with respect to whose parameters gradients are taken by default: the one whose
     features are aligned or, if only attention is aligned, the last aligned one."""
-    return terms["features"]["depth"] if "features" in terms else _reached(terms)
+    return terms["features"]["depth"] if "features" in terms else reached(terms)
 
 
-def _reached(terms: Terms) -> int:
+def reached(terms: Terms) -> int:
     """The last block whose parameters get a gradient from these terms, counted from 1."""
     depths = [terms["features"]["depth"]] if "features" in terms else []
     return max(depths + [layer + 1 for layer in terms.get("attention", {}).get("student_layers", ())])
+
+
+def counting(terms: Terms, t: float, place: Callable[[float], float] = lambda t: t) -> Terms:
+    """The alignment terms for which a sample at t counts; `place` gives the time nearest to one that a process has."""
+    return {kind: term for kind, term in terms.items() if place(t) >= place(term.get("t_min", 0.0))}
 
 
 def faults(trigger: Trigger, kind: str, terms: Terms, blocks: int) -> list[str]:
@@ -238,14 +243,14 @@ def faults(trigger: Trigger, kind: str, terms: Terms, blocks: int) -> list[str]:
     for angle in (measure for measure in trigger.needs.values() if isinstance(measure, Angle)):
         active = {kind: terms[kind]} if angle.of == "own" else terms
         for t, block in itertools.product(angle.times, angle.block or (block_of(active),)):
-            counts = {name: term for name, term in active.items() if t >= term.get("t_min", 0)}
+            counts = counting(active, t)
             if not blocks:
                 found.append("block: gradients are taken by block, but the network has no list of its blocks")
             elif block > blocks:
                 found.append(f"block: {block}, but the network has blocks 1 to {blocks}")
             elif not counts:
                 found.append(f"times: {t} lies below t_min of {' and '.join(active)}: nothing is aligned there")
-            elif block > (last := _reached(counts)):
+            elif block > (last := reached(counts)):
                 found.append(
                     f"block: {block}, but at t={t} the loss of {' and '.join(counts)} reaches no block after {last}"
                 )

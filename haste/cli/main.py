@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 
-from haste.cli import data, judging, people, training
+from haste.cli import data, judging, measuring, people, training
 from haste.cli.shared import Commands
 
 
@@ -61,6 +61,6 @@ def parser() -> argparse.ArgumentParser:
         epilog="Set HASTE_TRACEBACK=1 to see where a refusal comes from.",
     )
     to = Commands(found.add_subparsers(dest="command", required=True, metavar="COMMAND"))
-    for group in (people, data, training, judging):
+    for group in (people, data, training, judging, measuring):
         group.add(to)
     return found

@@ -21,6 +21,7 @@ from haste.config.derived import (
     facts_in,
     facts_of_other,
     falls_from,
+    measured_terms,
     model_entry,
     model_in,
     process_in,
@@ -34,6 +35,7 @@ from haste.config.faults import check_samplers
 from haste.config.keys import LABEL, LATER, Float, Positive, Rate, Seed, Share, Strict, decides, number
 from haste.config.parts import (
     DENOISERS,
+    MEASURES,
     Autoencoder,
     Cache,
     Detector,
@@ -42,6 +44,7 @@ from haste.config.parts import (
     OtherModel,
     Teacher,
     architecture_named,
+    measure_named,
 )
 from haste.config.published import (
     ALIGNED_HEADS,
@@ -62,6 +65,7 @@ from haste.config.schema import (
     Config,
     Evaluate,
     FeatureTerm,
+    Measure,
     Ramps,
     Run,
     Runtime,
@@ -80,6 +84,7 @@ __all__ = [
     "LABEL",
     "LATER",
     "MAPPINGS",
+    "MEASURES",
     "MODELS",
     "PRESETS",
     "REPA_DEPTH",
@@ -95,6 +100,7 @@ __all__ = [
     "FeatureTerm",
     "Float",
     "Images",
+    "Measure",
     "Model",
     "OtherModel",
     "Positive",
@@ -121,6 +127,8 @@ __all__ = [
     "facts_of_other",
     "falls_from",
     "load",
+    "measure_named",
+    "measured_terms",
     "model_entry",
     "model_in",
     "model_named",

@@ -114,9 +114,9 @@ def taps_of(config: Config, name: str) -> Mapping[str, Tap]:
     return _facts_of(config, model).taps
 
 
-def blocks_of(config: Config, run: str) -> int:
-    """Blocks of a run's model that can be told apart."""
-    model = model_named(config, config.runs[run].model)
+def blocks_of(config: Config, name: str) -> int:
+    """Blocks of a model that can be told apart."""
+    model = model_named(config, name)
     if isinstance(model, Model):
         return model.depth
     return _facts_of(config, model).blocks
@@ -149,21 +149,36 @@ def triggers_of(config: Config, run: str) -> dict[str, Trigger]:
 
 def terms_of(config: Config, run: str) -> dict[str, dict[str, Any]]:
     """The alignment terms of a run with every layer named: {"features": {...}, "attention": {...}}, if used."""
-    row = config.runs[run]
-    alignment = alignment_named(config, row.alignment)
+    return _terms(config, config.runs[run].model, config.runs[run].alignment)
+
+
+def measured_terms(config: Config, row: str, measure: str) -> dict[str, dict[str, Any]]:
+    """The alignment terms that a measure compares with on a row of `runs` or `evaluate`, as `terms_of` gives them: the
+    row's own or, where it has none, those of `measures.NAME.alignment`; none where the measure asks for none."""
+    spec, run = config.measures[measure], config.runs.get(row)
+    if "alignment" not in spec.made.needs:
+        return {}
+    own = terms_of(config, row) if run else {}
+    if own or spec.alignment is None:
+        return own
+    return _terms(config, (run or config.evaluate[row]).model, spec.alignment)
+
+
+def _terms(config: Config, model: str, name: str) -> dict[str, dict[str, Any]]:
+    alignment = alignment_named(config, name)
     terms = {}
     if alignment.features:
         # REPA alone and HASTE were published with different depths for SiT-B.
         published = REPA_DEPTH if alignment.attention is None else {k: m[0] for k, m in MAPPINGS.items()}
         term = alignment.features.model_dump()
-        terms["features"] = {**term, "depth": term["depth"] or published[row.model]}
+        terms["features"] = {**term, "depth": term["depth"] or published[model]}
     if alignment.attention:
         term = alignment.attention.model_dump()
         if term["student_layers"] is None:
-            _, term["student_layers"], term["teacher_layers"] = MAPPINGS[row.model]
+            _, term["student_layers"], term["teacher_layers"] = MAPPINGS[model]
         if term["heads"] is None:
             shape = teacher_shape(config.teachers[term["teacher"]])
-            heads = heads_of(taps_of(config, row.model), term["student_layers"])
+            heads = heads_of(taps_of(config, model), term["student_layers"])
             term["heads"] = min(ALIGNED_HEADS, heads, shape[1] if shape else ALIGNED_HEADS)
         terms["attention"] = term
     return terms

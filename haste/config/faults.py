@@ -15,6 +15,7 @@ from haste.config.derived import (
     blocks_of,
     condition_of,
     heads_of,
+    measured_terms,
     process_of,
     taps_of,
     terms_of,
@@ -28,6 +29,7 @@ from haste.config.schema import (
     SAMPLERS,
     STOP_TAGS,
     TERMS,
+    Alignment,
     AttentionTerm,
     Config,
     Evaluate,
@@ -90,13 +92,17 @@ def faults_of(config: Config) -> list[str]:
     faults += [fault for name in config.runs for fault in _faults_of_run(config, name)]
     faults += _faults_of_rows(config)
     faults += [fault for name in config.evaluate for fault in _faults_of_evaluate(config, name)]
+    faults += [fault for name in config.measures for fault in _faults_of_measure(config, name)]
+    rows = [(kind, name) for kind in ("runs", "evaluate") for name in getattr(config, kind)]
+    faults += [fault for kind, name in rows for fault in _unknown_measures(config, kind, name)]
     faults = faults or [fault for name in config.runs for fault in _faults_of_angles(config, name)]
+    faults = faults or [fault for kind, name in rows for fault in _faults_of_measuring(config, kind, name)]
     return list(dict.fromkeys(faults))  # runs that share a faulty alignment tell it once
 
 
 def _faults_of_names(config: Config) -> list[str]:
     """Names that no table can show, and paths that no disk can have."""
-    sections = ("runs", "models", "teachers", "alignments", "sampling", "detector")
+    sections = ("runs", "models", "teachers", "alignments", "sampling", "measures", "detector")
     faults = [
         f"{section}: {name!r} is no name, expected printable characters and at least one"
         for section in sections
@@ -288,7 +294,7 @@ def _faults_of_run(config: Config, name: str) -> list[str]:
     faults = _faults_of_model(config, run, where) + _faults_of_process(config, name)
     faults += _faults_of_stop(config, run, where)
     faults += _faults_of_readings(run, where)
-    return faults + _faults_of_ramp(run, where) + _faults_of_fit(config, run)
+    return faults + _faults_of_ramp(run, where) + _faults_of_fit(config, run.model, run.alignment)
 
 
 def _unknown_sampling(config: Config, names: list[str], where: str) -> list[str]:
@@ -388,9 +394,60 @@ def _faults_of_angles(config: Config, name: str) -> list[str]:
     active = {kind: term for kind, term in terms.items() if getattr(stop, kind) != 0}
     for kind, watch in triggers_of(config, name).items():
         lasting = {other: term for other, term in active.items() if getattr(stop, other) in (None, watch)}
-        trigger, blocks = triggers.made(watch.trigger, watch.model_extra or {}), blocks_of(config, name)
+        trigger, blocks = (
+            triggers.made(watch.trigger, watch.model_extra or {}),
+            blocks_of(config, config.runs[name].model),
+        )
         found = triggers.faults(trigger, kind, active, blocks) or triggers.faults(trigger, kind, lasting, blocks)
         faults += [f"runs.{name}.stop.{kind}.{fault}" for fault in found]
+    return faults
+
+
+def _faults_of_measure(config: Config, name: str) -> list[str]:
+    """An alignment that is not there, or of which a measure makes nothing."""
+    spec, at = config.measures[name], f"measures.{name}.alignment"
+    if spec.alignment is None:
+        return []
+    if spec.alignment not in config.alignments:
+        return [f"{at}: nothing is called {spec.alignment!r}{nearest(spec.alignment, config.alignments)}"]
+    if "alignment" not in spec.made.needs:
+        return [f"{at}: {spec.alignment!r} given, but {spec.measure} compares with no alignment"]
+    return []
+
+
+def _unknown_measures(config: Config, kind: str, name: str) -> list[str]:
+    return [
+        f"{kind}.{name}.measures: nothing is called {one!r}{nearest(one, config.measures)}"
+        for one in getattr(config, kind)[name].measures
+        if one not in config.measures
+    ]
+
+
+def _faults_of_measuring(config: Config, kind: str, name: str) -> list[str]:
+    """What a row's measures could not measure of its states."""
+    row, faults = getattr(config, kind)[name], []
+    own = kind == "runs" and alignment_named(config, row.alignment) != Alignment()
+    for one in row.measures:
+        spec, where = config.measures[one], f"{kind}.{name}.measures: {one}"
+        if "alignment" in spec.made.needs:
+            borrowed = None if own else alignment_named(config, spec.alignment or "vanilla")
+            if borrowed == Alignment():
+                faults.append(
+                    f"{where} ({spec.measure}) compares with an alignment, but {name} has none; expected "
+                    f"measures.{one}.alignment, one of {', '.join(config.alignments) or 'alignments, which has none'}"
+                )
+                continue
+            if kind == "runs" and borrowed and borrowed.attention is None:
+                faults.append(
+                    f"{where} compares with {spec.alignment}, whose features need a projector, which {name} never has; "
+                    "expected an alignment with attention"
+                )
+                continue
+            if borrowed and (unfit := _faults_of_fit(config, row.model, spec.alignment or "")):
+                faults += [f"{where}: {fault}" for fault in unfit]
+                continue
+        found = spec.made.faults(measured_terms(config, name, one), blocks_of(config, row.model))
+        faults += [f"measures.{one}.{fault} (on {name})" for fault in found]
     return faults
 
 
@@ -413,10 +470,10 @@ def _faults_of_ramp(run: Run, where: str) -> list[str]:
     return faults
 
 
-def _faults_of_fit(config: Config, run: Run) -> list[str]:
-    """What is wrong with a run's alignment for its model, which must have the layers and heads."""
-    alignment, taps = alignment_named(config, run.alignment), taps_of(config, run.model)
-    at, name, depths = f"alignments.{run.alignment}", run.model, blocks(taps, "tokens")
+def _faults_of_fit(config: Config, name: str, aligned: str) -> list[str]:
+    """What is wrong with an alignment for a model, which must have the layers and heads."""
+    alignment, taps = alignment_named(config, aligned), taps_of(config, name)
+    at, depths = f"alignments.{aligned}", blocks(taps, "tokens")
     faults = []
     if (term := alignment.features) is not None:
         if not depths:

@@ -281,6 +281,27 @@ class Condition(_Named):
         return {} if self.name == "labels" else {"condition": self.decided}
 
 
+# Measures of a state: name -> where its class is, which is imported where it is asked for.
+MEASURES = {"gradient-cosine": "haste.measure.gradient_cosine:GradientCosine"}
+
+
+def measure_named(name: str) -> Any:
+    """The class of a measure, a `haste.measure.measure.Measure`: one of ours, or of another package.
+
+    Raises:
+        ValueError: nothing is called so; or what is cannot be imported, or is no measure.
+    """
+    if name in MEASURES:
+        return extensions.at(MEASURES[name])
+    added = extensions.names("measures")
+    if name not in added:
+        raise ValueError(f"nothing is called {name!r}{nearest(name, {*MEASURES, *added})}")
+    found = extensions.one("measures", name, MEASURES)
+    if not isinstance(found, type) or not issubclass(found, Strict) or not hasattr(found, "run"):
+        raise ValueError(f"{name} is {found!r}, expected a class derived from haste.measure.measure.Measure")
+    return found
+
+
 class Model(Strict):
     """The size of a SiT."""
 

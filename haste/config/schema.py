@@ -29,6 +29,7 @@ from haste.config.parts import (
     OtherModel,
     Process,
     Teacher,
+    measure_named,
     model_of,
 )
 
@@ -287,6 +288,41 @@ class Sampling(Strict):
         return self
 
 
+class Measure(Strict):
+    """Something that is measured of a state. Beside these keys it has those of its kind."""
+
+    model_config = ConfigDict(extra="allow")
+
+    measure: str
+    alignment: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        """Check the kind's own keys, and write out those that are left to their defaults."""
+        if not isinstance(given, dict) or not isinstance(given.get("measure"), str):
+            return given
+        kind = measure_named(given["measure"])
+        if clash := sorted({*cls.model_fields} & {*kind.model_fields}):
+            raise ValueError(f"{given['measure']}: its fields have {', '.join(clash)}, which stands for something else")
+        own = {key: value for key, value in given.items() if key not in cls.model_fields}
+        if unknown := [key for key in own if key not in kind.model_fields]:
+            known = {*cls.model_fields, *kind.model_fields}
+            raise ValueError(f"unknown key {unknown[0]!r}{nearest(unknown[0], known)}")
+        common = {key: value for key, value in given.items() if key not in own}
+        return {**common, **kind(**own).model_dump(mode="json")}
+
+    @property
+    def made(self) -> Any:
+        """The `haste.measure.measure.Measure` with these settings."""
+        return measure_named(self.measure)(**(self.model_extra or {}))
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """What of its kind's own keys enters a recipe."""
+        return decides(measure_named(self.measure), self.model_extra or {})
+
+
 class Run(Strict):
     """A row of the table: which model, which alignment, when to stop it, how to sample."""
 
@@ -298,6 +334,7 @@ class Run(Strict):
     seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)] | None = None
     milestones: Annotated[list[Positive], Field(min_length=1)]
     sampling: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
+    measures: Annotated[list[str], AfterValidator(_distinct), LATER] = []
     training: dict[str, Any] = {}
     warm_start: str | None = None
 
@@ -326,6 +363,7 @@ class Evaluate(Strict):
     model: str
     sampling: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
     step: Annotated[int, Field(ge=0)]
+    measures: Annotated[list[str], AfterValidator(_distinct), LATER] = []
     path: Literal["linear", "cosine"] = "linear"
     weights: Literal["ema", "model"] = "ema"
     layout: Literal["ours", "REPA", "SiT"] | None = None
@@ -351,6 +389,7 @@ class Config(Strict):
     training: Training = Training()
     runtime: Runtime = Runtime()
     sampling: dict[str, Sampling] = {}
+    measures: Annotated[dict[str, Measure], LATER] = {}
     defaults: dict[str, Any] = {}
     runs: dict[str, Run] = {}
     evaluate: dict[str, Evaluate] = {}

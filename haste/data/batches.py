@@ -53,7 +53,7 @@ class Batch:
             return self
         return self.map(lambda x: x.pin_memory().to(device, non_blocking=True))
 
-    def parts(self, count: int) -> list[Batch]:
+    def microbatches(self, count: int) -> list[Batch]:
         """The batch cut into equal parts, in order: what accumulating a gradient goes through."""
         return [self.map(lambda x, i=i: x.chunk(count)[i]) for i in range(count)]  # type: ignore[misc]
 

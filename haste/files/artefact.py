@@ -39,6 +39,7 @@ EXTENSIONS = (
     "triggers",
     "processes",
     "conditions",
+    "measures",
 )  # entry-point groups, see `haste.extensions`
 LIBRARIES = ("torch", "timm", "diffusers", "torch-fidelity", "torchdiffeq", "numpy", "h5py", "snakemake", "safetensors")
 

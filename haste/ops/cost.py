@@ -187,6 +187,7 @@ def stages(plan: Plan) -> tuple[list[Stage], bool]:
         *training,
         _sampling_stage(plan, evaluations, flops),
         _feature_stage(plan, evaluations, flops),
+        *_measure_stages(plan, flops),
         _stage("scores", [judgement.score for e in evaluations for judgement in e.judgements]),
         _stage("grids, floor, report", closing),
     ]
@@ -215,6 +216,20 @@ def _feature_stage(plan: Plan, evaluations: list[Evaluation], flops: float) -> S
     return _timed(Stage("features", len(looks), len(todo), 0.0, size / MB), work, _pace(plan, flops))
 
 
+def _measure_stages(plan: Plan, flops: float) -> list[Stage]:
+    """What is measured of states, as far as the measures say what it takes."""
+    todo = [one for one in plan.measurements.values() if not Path(one.file).exists()]
+    if not plan.measurements:
+        return []
+    work: list[float | None] = []
+    for one in todo:
+        asked = {term["teacher"] for kind, term in one.terms.items() if kind not in one.cached}
+        look = sum(_teacher_flops(plan, name) or 0.0 for name in asked)
+        forward = facts_in(plan.trajectories[one.state.trajectory].recipe).flops
+        work.append(plan.config.measures[one.label].made.flops(len(one.terms), forward, look))
+    return [_timed(Stage("measures", len(plan.measurements), len(todo), 0.0, 0.0), work, _pace(plan, flops))]
+
+
 def _seen(plan: Plan, detector: Detector, images: float | None) -> float | None:
     each = detector_flops(plan, detector)
     return None if each is None or images is None else each * images
@@ -224,12 +239,13 @@ def _data_stages(plan: Plan, flops: float) -> list[Stage]:
     config, count = plan.config, plan.image_count
     latent = 2 * config.autoencoder.channels * config.latent_size**2
     detectors = plan.detectors.values()
-    joined = [plan.images, *([plan.latents] if config.runs else [])]
+    encoded = config.runs or plan.measurements  # imported checkpoints that are only scored need no latents
+    joined = [plan.images, *([plan.latents] if encoded else [])]
     sights = [detector for detector in detectors if not Path(detector.reference.manifest).exists()]
     parts = [p for p in (plan.autoencoder, *plan.teachers.values(), *(detector.part for detector in detectors)) if p]
     latents = _stage(
         "latents",
-        plan.latents.shard_files if config.runs else [],  # imported checkpoints need none
+        plan.latents.shard_files if encoded else [],
         latent * (2 if config.autoencoder.dtype == "float16" else 4) * count / MB,
     )
     encoding, pace = _autoencoder_flops(plan.encoder, 0), _pace(plan, flops)

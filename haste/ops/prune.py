@@ -171,7 +171,8 @@ def unneeded(root: Path, needs: Needs, only: Needs | None = None) -> list[Item]:
     """
     found = [path for pattern in ("stores/*", "parts/*", "samples/*", "features/*/*") for path in root.glob(pattern)]
     ours = [path for path in found if path.is_dir() and _is_ours(path, root)]
-    ours += [path for path in root.glob("scores/*.json") if _SCORE.match(path.name)]
+    jsons = [path for pattern in ("scores/*.json", "measures/*/*.json") for path in root.glob(pattern)]
+    ours += [path for path in jsons if _SCORE.match(path.name) and not path.parent.is_symlink()]
     gone = [path for path in sorted(ours) if not needs.has(path) and (only is None or only.has(path))]
     items = [Item(path, path.relative_to(root).parts[0], size_of_any(path), _seconds(root, path)) for path in gone]
     for folder in sorted(path for path in root.glob("states/*") if path.is_dir()):
@@ -285,7 +286,7 @@ def remove(root: Path, items: Sequence[Item]) -> tuple[list[Item], list[str]]:
                 continue
             gone.append(item)
         artefact.sweep(root / "states")  # leftovers of an earlier removal; no trainer writes there
-        for folder in root.glob("features/*"):
+        for folder in (*root.glob("features/*"), *root.glob("measures/*")):
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
     return gone, stayed

@@ -30,7 +30,7 @@ from haste.plan.plan import Plan
 from haste.train import stops
 from haste.train.stops import Stopped
 
-ROOMS = ("states", "stores", "parts", "samples", "features", "scores")
+ROOMS = ("states", "stores", "parts", "samples", "features", "scores", "measures")
 NOT_LOSSES = {"step", "images_per_s", "seconds", "time", "waiting", "memory_mb", "skipped", "grad_norm"}
 TAIL = 20_000  # bytes read from the end of a log
 MOST_NEXT = 8  # most lines about upcoming work
@@ -250,6 +250,8 @@ def upcoming(plan: Plan, left: Sequence[State]) -> list[str]:
     now = sum(Path(plan.path(evaluation.state)).exists() for evaluation in draws)
     if draws:
         found.append(f"sample and score {len(draws)} sets of samples, {now} of them of states on disk")
+    if measures := [path for path in plan.measure_files if not Path(path).exists()]:
+        found.append(f"make {len(measures)} measurements of states")
     return found
 
 

@@ -7,17 +7,19 @@ Its parts, each made from those above it:
     targets       what of the teachers is kept on disk
     runs          from the table of runs to trajectories, states and the jobs that make them
     evaluations   samples, features and scores; checkpoints from elsewhere
+    measures      what else is measured of states
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from haste.config import Config, check_samplers
+from haste.config import Config, Evaluate, Run, check_samplers, decides
 from haste.files.artefact import fingerprint
 from haste.plan.data import Data
 from haste.plan.evaluations import Evaluations
-from haste.plan.names import Evaluation, State
+from haste.plan.measures import Measurement, Measures
+from haste.plan.names import Evaluation, Segment, State
 from haste.plan.runs import Runs
 from haste.plan.targets import Targets
 
@@ -63,6 +65,9 @@ class Plan:
         self.rows, self.elsewhere = evaluations.rows, evaluations.elsewhere
         self.evaluations, self.evaluation = evaluations.by_name, evaluations.named
 
+        measures = Measures(config, data, evaluations.rows)
+        self.measured, self.measurements, self.measurement = measures.rows, measures.by_name, measures.of
+
     @property
     def image_count(self) -> int:
         """Images of the store, or, before there is one, of its source; refuses what `Data.image_count` refuses."""
@@ -104,6 +109,24 @@ class Plan:
             return [self.autoencoder.manifest] if self.autoencoder else []
         return [self.path(evaluation.state), self.latents.manifest]
 
+    def aligned_from(self, segment: Segment) -> list[str]:
+        """The files that a job takes its alignment's targets from."""
+        files = [self.targets[name].manifest for name in segment.targets]
+        if segment.teachers:
+            files.append(self.images.manifest)
+        return files + [part.manifest for name in segment.teachers if (part := self.teachers[name])]
+
+    def measured_from(self, measurement: Measurement) -> list[str]:
+        """The files that a measure is made from. Of a checkpoint from elsewhere as in `drawn_from`."""
+        state, latents = measurement.state, self.latents.manifest
+        own = [] if state.trajectory in self.elsewhere else [self.path(state)]
+        return [latents, *own, *self.aligned_from(measurement.segment)]
+
+    @property
+    def measure_files(self) -> list[str]:
+        """What is measured of states, a file each."""
+        return [measurement.file for measurement in self.measurements.values()]
+
     @property
     def references_missing(self) -> list[str]:
         """The references that are still to be made."""
@@ -117,7 +140,9 @@ class Plan:
     @property
     def report_made(self) -> str:
         """How the page was made. Its name follows from the whole configuration: another table is another file."""
-        shown = self.config.model_dump(mode="json", exclude={"results"})
+        shown = decides(Config, self.config.model_dump(mode="json", exclude={"results"}))
+        for kind, schema in (("runs", Run), ("evaluate", Evaluate)):
+            shown[kind] = {name: decides(schema, row) for name, row in shown[kind].items()}
         return f"{self.folder}/report/made-{fingerprint(shown)}.json"
 
     @property

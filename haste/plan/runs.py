@@ -13,7 +13,7 @@ it begins to fall. A run's way through trajectories is a list of `Piece`s.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +78,7 @@ class Runs:
     def _trajectory(self, run: str, seed: int, terms: dict[str, dict[str, Any]]) -> str:
         """Put down a trajectory; returns its name."""
         row, model = self.config.runs[run], configuration.model_named(self.config, self.config.runs[run].model)
-        named = {
-            kind: {**decides(TERMS[kind], term), "teacher": self.data.teacher_key(term["teacher"])}
-            for kind, term in terms.items()
-        }
-        # Where targets come from is no part of a name: on disk they are rounded, and that is all. Components are.
-        if "features" in terms and (components := self.config.teachers[terms["features"]["teacher"]].pca):
-            named["features"]["pca"] = components
+        named = named_terms(self.config, self.data, terms)
         recipe = {
             "recipe": RECIPE,
             "latents": self.data.latents.key,
@@ -189,6 +183,18 @@ class Runs:
             for kind, begin in configuration.falls_from(self.config, run).items()
             if (found := _beyond(getattr(row.stop, kind), kind, begin, row.milestones[-1]))
         ]
+
+
+def named_terms(config: Config, data: Data, terms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Alignment terms as recipes have them: what decides them, and the teacher by its key."""
+    named = {
+        kind: {**decides(TERMS[kind], term), "teacher": data.teacher_key(term["teacher"])}
+        for kind, term in terms.items()
+    }
+    # Where targets come from is no part of a name: on disk they are rounded, and that is all. Components are.
+    if "features" in terms and (components := config.teachers[terms["features"]["teacher"]].pca):
+        named["features"]["pca"] = components
+    return named
 
 
 def readable_name(model: Model | OtherModel, terms: dict[str, dict[str, Any]], otherwise: str = "vanilla") -> str:

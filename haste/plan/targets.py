@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from haste.config import Config, teacher_shape, teacher_tokens, terms_of
+from haste.config import Config, measured_terms, teacher_shape, teacher_tokens, terms_of
 from haste.files import artefact, units
 from haste.plan.data import Data
 from haste.plan.names import RECIPE, Artefact
@@ -14,7 +14,7 @@ from haste.plan.target_spec import DTYPE, Shape, TargetSpec, bytes_per_image, fi
 
 
 class Targets:
-    """One store for each teacher that is cached and that some run asks, with what the runs together ask for.
+    """One store for each teacher that is cached and that a run or a measure asks, with what they ask for together.
 
     Attributes:
         stores: teacher -> the store of its targets.
@@ -24,11 +24,9 @@ class Targets:
     def __init__(self, config: Config, data: Data):
         self.config, self.data = config, data
         wanted: dict[str, TargetSpec] = {}
-        for run, row in config.runs.items():
-            for kind, term in terms_of(config, run).items():
-                name = term["teacher"]
-                if config.teachers[name].caches(kind) and getattr(row.stop, kind) != 0:
-                    wanted[name] = wanted.get(name, TargetSpec()) | TargetSpec.of(kind, term)
+        for kind, term in _asked(config):
+            if config.teachers[name := term["teacher"]].caches(kind):
+                wanted[name] = wanted.get(name, TargetSpec()) | TargetSpec.of(kind, term)
         self.pca = {
             name: data.part("pca", name, {"teacher": data.teacher_key(name), "components": components})
             for name, spec in wanted.items()
@@ -98,3 +96,13 @@ class Targets:
                 f"what would fit: {' or '.join(fits or ['cache: off'])}"
             )
         raise ValueError("\n".join(lines))
+
+
+def _asked(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The alignment terms that training or a measure has targets for, by kind."""
+    for run, row in config.runs.items():
+        yield from ((kind, term) for kind, term in terms_of(config, run).items() if getattr(row.stop, kind) != 0)
+    measures = {name: row.measures for rows in (config.runs, config.evaluate) for name, row in rows.items()}
+    for name, asked in measures.items():
+        for measure in asked:
+            yield from measured_terms(config, name, measure).items()

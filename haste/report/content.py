@@ -44,6 +44,18 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a measure, by its name in the configuration, found of one run's state with one seed: its file, parsed."""
+
+    name: str
+    run: str
+    seed: int
+    step: int
+    found: Mapping[str, Any]
+    file: str = ""
+
+
+@dataclass(frozen=True)
 class Grid:
     """A PNG of samples, one column per class; `labels` names the columns, if they are classes."""
 
@@ -102,3 +114,4 @@ class Report:
     notes: Sequence[str] = ()
     seeds: Mapping[str, Sequence[int]] = field(default_factory=dict)
     benchmark: Benchmark | None = None
+    measures: Sequence[Measured] = ()

@@ -72,7 +72,9 @@ def styles(report: Report) -> dict[str, Style]:
     """The style of every run, in the order in which runs appear."""
     known = {row.run: row for row in report.rows}
     found = {}
-    for place, run in enumerate(dict.fromkeys([row.run for row in report.rows] + [c.run for c in report.curves])):
+    shown = [row.run for row in report.rows] + [one.run for one in report.curves]
+    shown += [one.run for one in report.measures]
+    for place, run in enumerate(dict.fromkeys(shown)):
         row = known.get(run)
         stops = _stops(row.stop if row else "")
         dash = DASHES[(place + place // len(PALETTE)) % len(DASHES)]
@@ -105,22 +107,22 @@ def _score_panel(report: Report, group: Comparison, drawn: Mapping[str, Style], 
     floor = floor_value(report, group.column)
     models = {row.model for row in report.rows}
     title = group.column.name + (f", {group.model}" if len(models) > 1 else "")
-    figure, axes = _figure(title)
+    figure, axes = new_figure(title)
     ends, values = {}, [p.value for p in group.points] + ([] if floor is None else [floor])
     for run in dict.fromkeys(p.run for p in group.points):
         points = [(s, found) for s, found in curve(group, run, seeds_of(report, run)) if not found.missing]
         if not points:
             continue
         steps, means = [float(s) for s, _ in points], [found.mean for _, found in points]
-        _band(axes, drawn[run], steps, means, [found.spread or 0.0 for _, found in points])
-        _draw(axes, drawn[run], steps, means, marker="o")
+        draw_band(axes, drawn[run], steps, means, [found.spread or 0.0 for _, found in points])
+        draw_line(axes, drawn[run], steps, means, marker="o")
         ends[run] = (means[-1], points[-1][0])
     if floor is not None:
         axes.axhline(floor, color=INK, lw=1.1, dashes=(8, 4), alpha=0.7)
     _scale(axes, values)
     _mark_stops(axes, [drawn[run] for run in ends])
     dashed = "" if floor is None else f"Dashed: real images against real ones, {floor:.3g}."
-    return Panel(title, group.protocol, dashed, _svg(figure, f"score{number}", _spoken(title, ends, floor)))
+    return Panel(title, group.protocol, dashed, to_svg(figure, f"score{number}", _spoken(title, ends, floor)))
 
 
 def _spoken(title: str, ends: Mapping[str, tuple[float, int]], floor: float | None) -> str:
@@ -141,14 +143,14 @@ def _loss_panel(curves: Sequence[Curve], key: str, drawn: Mapping[str, Style]) -
     lines = {run: line for run, line in lines.items() if len(line[1])}
     if not lines:
         return None
-    figure, axes = _figure(LOSSES[key])
+    figure, axes = new_figure(LOSSES[key])
     for run, (steps, values, spread) in lines.items():
-        _band(axes, drawn[run], steps, values, spread)
-        _draw(axes, drawn[run], steps, values)
+        draw_band(axes, drawn[run], steps, values, spread)
+        draw_line(axes, drawn[run], steps, values)
     _scale(axes, np.concatenate([values for _, values, _ in lines.values()]))
     _mark_stops(axes, [drawn[run] for run in lines], key if key in ("features", "attention") else "")
     ends = "; ".join(f"{run} {values[-1]:.3g} at step {steps[-1]:,.0f}" for run, (steps, values, _) in lines.items())
-    return Panel(LOSSES[key], "", "", _svg(figure, f"log-{key}", f"{LOSSES[key]} over training steps: {ends}"))
+    return Panel(LOSSES[key], "", "", to_svg(figure, f"log-{key}", f"{LOSSES[key]} over training steps: {ends}"))
 
 
 def averaged(curves: Sequence[Curve], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -187,14 +189,16 @@ def series(curve: Curve, key: str) -> tuple[np.ndarray, np.ndarray]:
 # Drawing
 
 
-def _figure(title: str) -> tuple[Figure, Axes]:
+def new_figure(title: str, x: str = "step") -> tuple[Figure, Axes]:
+    """An empty figure with ink on its axes: `title` along y, `x` along x, steps in thousands."""
     with matplotlib.rc_context(TEXT):
         figure = Figure(figsize=SIZE, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
-    axes.set_xlabel("step", color=INK)
+    axes.set_xlabel(x, color=INK, parse_math=False)
     axes.set_ylabel(title, color=INK, parse_math=False)  # a detector's name may hold a $
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if x == "step":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(INK)
     axes.tick_params(which="both", colors=INK)
@@ -203,13 +207,18 @@ def _figure(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _draw(axes: Axes, style: Style, steps: Iterable[float], values: Iterable[float], marker: str = "") -> None:
-    (line,) = axes.plot(list(steps), list(values), color=style.colour, lw=WIDTH, marker=marker, ms=4)
+def draw_line(
+    axes: Axes, style: Style, steps: Iterable[float], values: Iterable[float], marker: str = "", alpha: float = 1.0
+) -> None:
+    """A run's line."""
+    (line,) = axes.plot(list(steps), list(values), color=style.colour, lw=WIDTH, marker=marker, ms=4, alpha=alpha)
     if style.dash:
         line.set_dashes(style.dash)
 
 
-def _band(axes: Axes, style: Style, steps: Iterable[float], values: Iterable[float], spread: Iterable[float]) -> None:
+def draw_band(
+    axes: Axes, style: Style, steps: Iterable[float], values: Iterable[float], spread: Iterable[float]
+) -> None:
     """A band of one standard deviation around a line, if there is any spread."""
     x, middle, half = (np.asarray(list(part), dtype=float) for part in (steps, values, spread))
     if half.any():
@@ -243,7 +252,7 @@ def _mark_stops(axes: Axes, runs: Iterable[Style], term: str = "") -> None:
             axes.text(stop, 1.01, f"stop {stop:,}", transform=place, ha=side, va="bottom", fontsize=8, color=INK)
 
 
-def _svg(figure: Figure, name: str, spoken: str) -> str:
+def to_svg(figure: Figure, name: str, spoken: str) -> str:
     """The figure as an <svg> element: text stays text, ids are unique within the page, no link leads outside."""
     buffer = io.StringIO()
     settings: dict[Any, Any] = TEXT | {"svg.hashsalt": name}

@@ -12,10 +12,11 @@ from haste import config
 from haste.cluster import accounting
 from haste.files import artefact, journal
 from haste.files.provenance import provenance_of
+from haste.measure import measure
 from haste.plan.names import Detector
 from haste.plan.names import Row as Scored
 from haste.plan.plan import Plan
-from haste.report.content import NONE, Benchmark, Curve, Grid, Part, Report, Row, Stage
+from haste.report.content import NONE, Benchmark, Curve, Grid, Measured, Part, Report, Row, Stage
 from haste.report.papers import layers_text
 from haste.train import stops
 
@@ -91,6 +92,7 @@ def stages(plan: Plan) -> list[Stage]:
         "score",
         "floor",
         "grid",
+        "measure",
     ]
     taken = accounting.by_stage(accounting.kept(plan))
     names = [*(name for name in order if name in spent or name in taken), *sorted(set(taken) - set(order))]
@@ -214,6 +216,22 @@ def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
     return rows, [f"Not scored yet: {'; '.join(dict.fromkeys(missing))}."] if missing else []
 
 
+def _measured(plan: Plan) -> tuple[list[Measured], list[str]]:
+    """What measures found, and a note on what is not measured yet."""
+    rows = [(row, Path(row.measurement.file)) for row in plan.measured]
+    found = [
+        Measured(row.measurement.label, row.run, row.seed, row.step, measure.read(path), str(path))
+        for row, path in rows
+        if path.exists()
+    ]
+    missing = [
+        f"{row.measurement.label} of {plan.label(row.run, row.seed)} at step {row.step:,}"
+        for row, path in rows
+        if not path.exists()
+    ]
+    return found, [f"Not measured yet: {'; '.join(missing)}."] if missing else []
+
+
 def _older(plan: Plan) -> list[str]:
     """A note on scores that are older than their state, which was made again under the same name."""
     found = {}
@@ -270,6 +288,7 @@ def report(plan: Plan) -> Report:
     """
     made = plan.config
     rows, notes = _rows(plan)
+    measures, unmeasured = _measured(plan)
     inputs = {j.score: plan.label(row.run, row.seed) for row in plan.rows for j in row.evaluation.judgements}
     return Report(
         name=made.name,
@@ -283,7 +302,8 @@ def report(plan: Plan) -> Report:
         stages=stages(plan),
         provenance=artefact.provenance(inputs=inputs),
         config_text=yaml.safe_dump(made.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
-        notes=[*plan.notes, *notes, *_older(plan)],
+        notes=[*plan.notes, *notes, *unmeasured, *_older(plan)],
         benchmark=benchmark(plan),
         seeds={run: row.all_seeds for run, row in made.runs.items()},
+        measures=measures,
     )

@@ -1,10 +1,11 @@
-"""Cosines between the gradients of alignment and denoising, measured while training and without a trace in it.
+"""Cosines between the gradients of alignment and denoising: of any network, and while training without a trace in it.
 
-The losses are those of training, in its precision, of the weights as they are and not of their average. Images, latent
-draws and noise are the same at every reading, no label is dropped, and each image is seen at every time asked for.
-Parameters get no gradient, and DDP, which waits for those, hears nothing: `torch.autograd.grad` hands them out.
+The losses are those of training, in its precision; while training, of the weights as they are and not of their
+average. Images, latent draws and noise are the same at every reading, no label is dropped, and each image is seen at
+every time asked for. Parameters get no gradient, and DDP, which waits for those, hears nothing: `torch.autograd.grad`
+hands them out.
 
-M images, S groups of them, T times, P numbers of a block, W processes.
+M images, S groups of them, T times, L losses, P numbers of a block, W processes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,99 @@ from torch import Tensor
 
 from haste.align import angle as angles
 from haste.align.losses import TeacherTargets
-from haste.align.triggers import Angle, block_of
-from haste.data.batches import Batch, Batches
-from haste.train.distributed import Group
+from haste.align.triggers import Angle, block_of, counting
+from haste.data.batches import Batch
+from haste.train.inputs import Inputs
 from haste.train.step import Objective, draws_negatives, gather_negatives, weight_of
 
+#: (The objective's terms of a batch, t) -> the losses whose gradients are compared.
+Losses = Callable[[Mapping[str, Tensor], float], list[Tensor]]
+
 CHUNK = 2**18  # numbers of a block whose inner products are taken at once, in float64
+
+
+class Gradients:
+    """Gradients of losses by blocks of the network, as a table of their inner products."""
+
+    def __init__(self, objective: Objective, inputs: Inputs, *, part: int, scale: Callable[[Tensor], Tensor]):
+        """
+        Args:
+            objective: the losses, not wrapped.
+            inputs: whose images, teachers and precision are measured with; each process takes its share of the images.
+            part: images a pass of the networks.
+            scale: of a loss, so that small gradients are not lost in fp16. A cosine has no scale.
+        """
+        self.objective, self.inputs, self.part, self.scale = objective, inputs, part, scale
+        self.batches, self.group = inputs.batches, inputs.group
+
+    def products(
+        self, losses: Losses, count: int, *, images: int, shards: int, times: Sequence[float], blocks: Sequence[int]
+    ) -> NDArray[np.float64]:
+        """Inner products of the groups' gradients of L losses, (T, blocks, L, S, L, S). Everybody must call it.
+
+        Args:
+            losses: (the objective's terms of a batch, t) -> L losses, means over the batch.
+            count: how many they are, L.
+            images: M, random training images, the same whenever they are asked for; all where there are fewer.
+            shards: S, groups of images; as many as there are images where those are fewer.
+            times: each image is seen at each of them.
+            blocks: with respect to whose parameters, counted from 1.
+        """
+        indices = self.batches.reading_indices(images)
+        negatives = self._negatives(indices)
+        parameters = [_parameters(self.objective, block) for block in blocks]
+        groups = min(shards, len(indices))
+        kept: list[list[Tensor]] = [[] for _ in blocks]  # by block and group: this process's part of P, (T, L, P / W)
+        for number in range(groups):
+            rows = _share(range(len(indices)), number, groups)
+            sums = self._sums(indices, rows, (losses, count), times, parameters, negatives)
+            for mine, summed in zip(kept, sums, strict=True):
+                own = _share(range(summed.shape[-1]), self.group.rank, self.group.size)
+                mine.append(summed[..., own.start : own.stop].to(parameters[0][0].dtype, copy=True))
+        found = torch.stack([_inner(mine) for mine in kept], dim=1)  # (T, blocks, L S, L S)
+        products = self.group.total(found).cpu().numpy()
+        return products.reshape(*products.shape[:2], count, groups, count, groups)
+
+    def _sums(
+        self,
+        indices: NDArray[np.int64],
+        rows: range,
+        losses: tuple[Losses, int],
+        times: Sequence[float],
+        blocks: Sequence[Sequence[Tensor]],
+        negatives: tuple[Tensor, Tensor] | None,
+    ) -> list[Tensor]:
+        """Gradients summed over a group of images and over the processes: for each block (T, L, P) float64."""
+        parameters = [parameter for block in blocks for parameter in block]
+        sizes = [sum(parameter.numel() for parameter in block) for block in blocks]
+        compared, count = losses
+        sums = torch.zeros(len(times), count, sum(sizes), dtype=torch.float64, device=self.group.device)
+        for batch, seen in self._looked_at(indices, _share(rows, self.group.rank, self.group.size)):
+            for place, t in enumerate(times):
+                now = dataclasses.replace(batch, t=torch.full_like(batch.t, self.objective.process.place(t)))
+                with self.inputs.precision():
+                    found = self.objective(now, seen, negatives)
+                mine = compared(found, t)
+                for which in range(count):  # the last to ask for one lets go of what its passes kept
+                    sums[place, which] += _gradient(self.scale(mine.pop(0) * len(batch.t)), parameters)
+        return list(self.group.total(sums).split(sizes, dim=-1))
+
+    def _looked_at(self, indices: NDArray[np.int64], rows: range) -> Iterator[tuple[Batch, dict[str, TeacherTargets]]]:
+        """Some of the images in parts, with what the teachers say of them."""
+        for low in range(0, len(rows), self.part):
+            batch = self.batches.measured(indices, rows[low : low + self.part]).to(self.group.device)
+            yield batch, self.inputs.targets(batch)
+
+    def _negatives(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor] | None:
+        """Where training compares with tokens of its whole batch: those of the first images, as many as a batch has."""
+        terms = self.objective.terms
+        if not draws_negatives(terms):
+            return None
+        teacher, size = terms["features"]["teacher"], min(self.batches.size, len(indices))
+        rows = _share(range(size), self.group.rank, self.group.size)
+        looked = self._looked_at(indices, rows or range(1))  # who has none learns how wide they are
+        features = torch.cat([f for _, seen in looked if (f := seen[teacher].features) is not None])[: len(rows)]
+        return gather_negatives(features, rows, terms, seed=self.batches.seed, step=0, size=size, group=self.group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,32 +132,17 @@ class Pass:
 class Angles:
     """What triggers ask for of angles. What two of them ask for at one step is measured once."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        batches: Batches,
-        group: Group,
-        *,
-        part: int,
-        teacher_targets: Callable[[Batch], dict[str, TeacherTargets]],
-        precision: Callable[[], AbstractContextManager[Any]],
-        scale: Callable[[Tensor], Tensor],
-        compiled: bool,
-    ):
+    def __init__(self, objective: Objective, inputs: Inputs, *, compiled: bool, **how: Any):
         """
         Args:
             objective: the losses, not wrapped.
-            batches: of training; its images are measured with.
-            group: the processes; each takes its share of the images.
-            part: images a pass of the networks.
-            teacher_targets: what the teachers say of a batch.
-            precision: what the networks compute in.
-            scale: of a loss, so that small gradients are not lost in fp16. A cosine has no scale.
+            inputs: of training.
             compiled: whether the networks are. Here they run as they are written: other numbers of images would be
                 compiled anew, and training might then run the code that was made for these.
+            how: as `Gradients`.
         """
-        self.objective, self.batches, self.group, self.part = objective, batches, group, part
-        self.teacher_targets, self.precision, self.scale, self.compiled = teacher_targets, precision, scale, compiled
+        self.objective, self.compiled = objective, compiled
+        self.gradients = Gradients(objective, inputs, **how)
         self.known: dict[Pass, NDArray[np.float64]] = {}
 
     def values(self, done: int, kind: str, asked: Mapping[str, Angle]) -> dict[str, float]:
@@ -107,73 +179,16 @@ class Angles:
 
     def _products(self, asked: Pass) -> NDArray[np.float64]:
         """Inner products of the groups' gradients, (T, blocks, 2, S, 2, S): of alignment first, of denoising second."""
-        indices = self.batches.reading_indices(asked.images)
-        negatives = self._negatives(indices)
-        blocks = [_parameters(self.objective, block) for block in asked.blocks]
-        groups = min(asked.shards, len(indices))
-        kept: list[list[Tensor]] = [[] for _ in blocks]  # by block and group: this process's part of P, (T, 2, P / W)
-        for number in range(groups):
-            rows = _share(range(len(indices)), number, groups)
-            for mine, summed in zip(kept, self._sums(indices, rows, asked, blocks, negatives), strict=True):
-                own = _share(range(summed.shape[-1]), self.group.rank, self.group.size)
-                mine.append(summed[..., own.start : own.stop].to(blocks[0][0].dtype, copy=True))
-        found = torch.stack([_inner(mine) for mine in kept], dim=1)  # (T, blocks, 2 S, 2 S)
-        products = self.group.total(found).cpu().numpy()
-        return products.reshape(*products.shape[:2], 2, groups, 2, groups)
 
-    def _sums(
-        self,
-        indices: NDArray[np.int64],
-        rows: range,
-        asked: Pass,
-        blocks: Sequence[Sequence[Tensor]],
-        negatives: tuple[Tensor, Tensor] | None,
-    ) -> list[Tensor]:
-        """Gradients summed over a group of images and over the processes: for each block (T, 2, P) float64."""
-        parameters = [parameter for block in blocks for parameter in block]
-        sizes = [sum(parameter.numel() for parameter in block) for block in blocks]
-        sums = torch.zeros(len(asked.times), 2, sum(sizes), dtype=torch.float64, device=self.group.device)
-        for batch, seen in self._looked_at(indices, _share(rows, self.group.rank, self.group.size)):
-            for place, t in enumerate(asked.times):
-                now = dataclasses.replace(batch, t=torch.full_like(batch.t, t))
-                losses = self._losses(now, seen, negatives, asked, t)
-                for which in (0, 1):  # the last to ask for one lets go of what its passes kept
-                    sums[place, which] += _gradient(self.scale(losses.pop(0) * len(batch.t)), parameters)
-        return list(self.group.total(sums).split(sizes, dim=-1))
+        def losses(found: Mapping[str, Tensor], t: float) -> list[Tensor]:
+            """Alignment, by the weights of the last step and without terms that do not count at t; and denoising."""
+            place = self.objective.process.place
+            counts = counting({kind: self.objective.terms[kind] for kind in asked.terms}, t, place)
+            weighed = [weight_of(term, asked.done - 1) * found[kind] for kind, term in counts.items()]
+            return [torch.stack(weighed).sum(), found["denoising"]]
 
-    def _losses(
-        self,
-        batch: Batch,
-        seen: Mapping[str, TeacherTargets],
-        negatives: tuple[Tensor, Tensor] | None,
-        asked: Pass,
-        t: float,
-    ) -> list[Tensor]:
-        """Alignment, by the weights of the last step and without terms for which nothing counts at t; and denoising."""
-        with self.precision():
-            found = self.objective(batch, seen, negatives)
-        terms = {kind: self.objective.terms[kind] for kind in asked.terms}
-        place = self.objective.process.place
-        counts = {kind: term for kind, term in terms.items() if place(t) >= place(term.get("t_min", 0.0))}
-        losses = [weight_of(term, asked.done - 1) * found[kind] for kind, term in counts.items()]
-        return [torch.stack(losses).sum(), found["denoising"]]
-
-    def _looked_at(self, indices: NDArray[np.int64], rows: range) -> Iterator[tuple[Batch, dict[str, TeacherTargets]]]:
-        """Some of the images in parts, with what the teachers say of them."""
-        for low in range(0, len(rows), self.part):
-            batch = self.batches.measured(indices, rows[low : low + self.part]).to(self.group.device)
-            yield batch, self.teacher_targets(batch)
-
-    def _negatives(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor] | None:
-        """Where training compares with tokens of its whole batch: those of the first images, as many as a batch has."""
-        terms = self.objective.terms
-        if not draws_negatives(terms):
-            return None
-        teacher, size = terms["features"]["teacher"], min(self.batches.size, len(indices))
-        rows = _share(range(size), self.group.rank, self.group.size)
-        looked = self._looked_at(indices, rows or range(1))  # who has none learns how wide they are
-        features = torch.cat([f for _, seen in looked if (f := seen[teacher].features) is not None])[: len(rows)]
-        return gather_negatives(features, rows, terms, seed=self.batches.seed, step=0, size=size, group=self.group)
+        images = {"images": asked.images, "shards": asked.shards}
+        return self.gradients.products(losses, 2, times=asked.times, blocks=asked.blocks, **images)
 
 
 def _share(whole: range, part: int, parts: int) -> range:
@@ -192,9 +207,9 @@ def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 
 def _inner(groups: Sequence[Tensor]) -> Tensor:
-    """S tensors (T, 2, P) -> their inner products, (T, 2 S, 2 S) float64, a piece of P at a time."""
-    times, _, size = groups[0].shape
-    found = groups[0].new_zeros(times, 2 * len(groups), 2 * len(groups), dtype=torch.float64)
+    """S tensors (T, L, P) -> their inner products, (T, L S, L S) float64, a piece of P at a time."""
+    times, losses, size = groups[0].shape
+    found = groups[0].new_zeros(times, losses * len(groups), losses * len(groups), dtype=torch.float64)
     for low in range(0, size, CHUNK):
         piece = torch.stack([one[..., low : low + CHUNK] for one in groups], dim=2).double().flatten(1, 2)
         found += piece @ piece.mT

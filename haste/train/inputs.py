@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from haste.align.losses import TeacherTargets
 from haste.config import process_in
 from haste.data.batches import Batch, Batches
 from haste.files.store import Store
 from haste.models.attention import logsumexp_works
 from haste.plan.names import Segment
 from haste.plan.plan import Plan
-from haste.teachers.targets import Cached, TeacherTargets, load_teacher
+from haste.teachers.targets import Cached, load_teacher
 from haste.train.distributed import Group
 from haste.train.state import Learner, new_learner
 from haste.train.step import Objective, gather_negatives, t_min_of, teacher_targets

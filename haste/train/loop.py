@@ -122,17 +122,9 @@ class Loop:
     def __post_init__(self) -> None:
         self.group, self.settings = self.inputs.group, self.inputs.settings
         self.rows = self.group.rows(self.settings["batch"], self.runtime.accumulate)
-        objective = self.inputs.objective(self.learner)
-        self.angles = Angles(
-            objective,
-            self.inputs.batches,
-            self.group,
-            part=len(self.rows) // self.runtime.accumulate,
-            teacher_targets=self.inputs.targets,
-            precision=self.inputs.precision,
-            scale=self.learner.scaler.scale,  # type: ignore[arg-type]
-            compiled=self.runtime.compile,
-        )
+        objective, scale = self.inputs.objective(self.learner), self.learner.scaler.scale
+        part = len(self.rows) // self.runtime.accumulate
+        self.angles = Angles(objective, self.inputs, part=part, scale=scale, compiled=self.runtime.compile)
         if self.runtime.compile:
             for network in (self.learner.model, *(teacher.network for teacher in self.inputs.teachers.values())):
                 network.compile()
@@ -198,7 +190,7 @@ class Loop:
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients of the whole group's batch, scaled for fp16; returns this process's mean of each loss term."""
         means: dict[str, Tensor] = {}
-        microbatches = batch.parts(self.runtime.accumulate)
+        microbatches = batch.microbatches(self.runtime.accumulate)
         targets: Iterable[dict[str, TeacherTargets]] = map(self.inputs.targets, microbatches)
         negatives, count = None, len(microbatches)
         if draws_negatives(self.inputs.terms):  # tokens of all microbatches are compared with: targets come first

@@ -207,11 +207,21 @@ def ema_model(path: Path | str, *, key: str) -> tuple[Denoiser, dict[str, Any]]:
     """
     header, tensors = read(path, key=key, prefixes=("ema/",))
     model = build_model(header["recipe"])
-    _check_fit(path, tensors, {f"ema/{name}": value for name, value in model.state_dict().items()})
-    if broken := [name for name, value in tensors.items() if not value.isfinite().all()]:
-        raise ValueError(f"{path}: {broken[0]} is not finite, expected numbers: nothing can be drawn from it")
-    model.load_state_dict({name.removeprefix("ema/"): value for name, value in tensors.items()})
+    model.load_state_dict(weights_in(tensors, "ema", model, path))
     return model.requires_grad_(False).eval(), header
+
+
+def weights_in(tensors: Mapping[str, Tensor], which: str, like: nn.Module, path: Path | str) -> dict[str, Tensor]:
+    """One set of a state's weights, `model` or `ema`, by the names that the model has for them.
+
+    Raises:
+        ValueError: they do not fit the model, or are not finite.
+    """
+    found = {name: value for name, value in tensors.items() if name.startswith(f"{which}/")}
+    _check_fit(path, found, {f"{which}/{name}": value for name, value in like.state_dict().items()})
+    if broken := [name for name, value in found.items() if not value.isfinite().all()]:
+        raise ValueError(f"{path}: {broken[0]} is not finite, expected numbers: nothing can be drawn from it")
+    return {name.removeprefix(f"{which}/"): value for name, value in found.items()}
 
 
 def weights_identity(model: nn.Module) -> str:

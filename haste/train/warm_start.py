@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from torch import Tensor, nn
 
 from haste.models.build import build_model
 from haste.models.checkpoints import Checkpoint
@@ -20,16 +22,32 @@ def model_elsewhere(plan: Plan, trajectory: str) -> Denoiser:
     """The model of a row that was trained elsewhere.
 
     Raises:
+        ValueError: as `checkpoint_elsewhere`, or it has no such weights as the row asks for.
+    """
+    model = build_model(plan.trajectories[trajectory].recipe)
+    found = checkpoint_elsewhere(plan, trajectory)
+    model.load_state_dict(dict(found.chosen(plan.elsewhere[trajectory].weights)))
+    return model.requires_grad_(False).eval()
+
+
+def checkpoint_elsewhere(plan: Plan, trajectory: str) -> Checkpoint:
+    """The file of a row that was trained elsewhere.
+
+    Raises:
         ValueError: the file is refused, is not the model that the configuration says, or changed since it was named.
     """
     spec, recipe = plan.elsewhere[trajectory], plan.trajectories[trajectory].recipe
     found = _known(plan, spec.checkpoint, recipe, spec.layout)
-    said = _trained_otherwise(found, recipe)
-    if said:
+    if said := _trained_otherwise(found, recipe):
         raise ValueError(f"{spec.checkpoint}: was trained {said[0]}, but the row says {said[1]}")
-    model = build_model(recipe)
-    model.load_state_dict(dict(found.chosen(spec.weights)))
-    return model.requires_grad_(False).eval()
+    return found
+
+
+def projector_in(heads: Iterable[Mapping[str, Tensor]], like: nn.Module) -> Mapping[str, Tensor] | None:
+    """The one of a file's heads that has the shape of a projector; None where none or several have."""
+    shapes = {name: value.shape for name, value in like.state_dict().items()}
+    fits = [head for head in heads if {name: value.shape for name, value in head.items()} == shapes]
+    return fits[0] if len(fits) == 1 else None
 
 
 def warm_start(plan: Plan, trajectory: str, learner: Learner) -> None:
@@ -52,15 +70,9 @@ def warm_start(plan: Plan, trajectory: str, learner: Learner) -> None:
     if "features" not in learner.projectors:
         return
     head = learner.projectors["features"]
-    fits = [
-        weights
-        for weights in found.projectors
-        if {name: value.shape for name, value in weights.items()}
-        == {name: value.shape for name, value in head.state_dict().items()}
-    ]
-    if len(fits) == 1:
-        head.load_state_dict(dict(fits[0]))
-    log.info("%s: the projector %s", file, "is the file's" if len(fits) == 1 else "begins anew")
+    if (fits := projector_in(found.projectors, head)) is not None:
+        head.load_state_dict(dict(fits))
+    log.info("%s: the projector %s", file, "begins anew" if fits is None else "is the file's")
 
 
 def _trained_otherwise(found: Checkpoint, recipe: Mapping[str, Any]) -> tuple[str, Any] | None:

@@ -1,6 +1,7 @@
 """The configuration refuses what cannot run, with the path, what was found and what was expected."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,60 @@ def test_a_fault_of_an_alignment_is_told_once_for_all_its_runs(tiny):
     with pytest.raises(ValueError) as refusal:
         config.resolve(tiny)
     assert len(str(refusal.value).splitlines()) == 1
+
+
+COSINE = {"measure": "gradient-cosine", "images": 14, "shards": 3}
+
+
+@pytest.mark.parametrize(
+    ("spec", "rows", "words"),
+    [
+        ({"t": [0.1, 1.5]}, {}, "measures.cos.t.1: Input should be less than or equal to 1, found 1.5"),
+        ({"shards": 15}, {}, "measures.cos: shards 15 are more than images 14: some would be empty"),
+        ({"t": [0.1, 0.1]}, {}, "measures.cos: t [0.1, 0.1] has a value more than once"),
+        ({"imges": 2}, {}, "measures.cos: unknown key 'imges'; did you mean 'images'?"),
+        ({"measure": "cosine"}, {}, "measures.cos: nothing is called 'cosine'; did you mean 'gradient-cosine'?"),
+        ({"measure": None}, {}, "measures.cos.measure: Input should be a valid string"),
+        ({"alignment": "HSTE"}, {}, "measures.cos.alignment: nothing is called 'HSTE'; did you mean 'HASTE'?"),
+        ({}, {"HASTE": ["cso"]}, "runs.HASTE.measures: nothing is called 'cso'; did you mean 'cos'?"),
+        ({}, {"HASTE": ["cos", "cos"]}, "runs.HASTE.measures: ['cos', 'cos'] has 'cos' more than once"),
+        (
+            {"blocks": [1, 3]},
+            {"HASTE": ["cos"]},
+            "measures.cos.blocks: [3], but the network has blocks 1 to 2",
+        ),
+        (
+            {"blocks": [2]},
+            {"REPA": ["cos"]},
+            "measures.cos.blocks: 2, but the loss of features reaches no block after 1",
+        ),
+        (
+            {},
+            {"vanilla": ["cos"]},
+            "runs.vanilla.measures: cos (gradient-cosine) compares with an alignment",
+        ),
+        (
+            {"alignment": "REPA"},
+            {"vanilla": ["cos"]},
+            "features need a projector, which vanilla never has",
+        ),
+    ],
+)
+def test_a_measure_that_could_not_be_taken_is_refused_with_its_path(tiny, spec, rows, words):
+    tiny["measures"] = {"cos": {**COSINE, **spec}}
+    for run, names in rows.items():
+        tiny["runs"][run]["measures"] = names
+    with pytest.raises(ValueError, match=re.escape(words)):
+        config.resolve(tiny)
+
+
+def test_a_time_at_which_nothing_is_aligned_is_refused_where_it_is_measured(tiny):
+    tiny["alignments"]["REPA"]["features"]["t_min"] = 0.5
+    tiny["measures"] = {"cos": {**COSINE, "t": [0.5, 0.4]}}
+    config.resolve(tiny)  # nobody takes it
+    tiny["runs"]["REPA"]["measures"] = ["cos"]
+    with pytest.raises(ValueError, match=r"measures\.cos\.t: 0\.4 lies below t_min of features: nothing is aligned"):
+        config.resolve(tiny)
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])

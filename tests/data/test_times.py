@@ -72,7 +72,7 @@ def test_weights_give_the_mean_over_the_samples_that_count_in_any_cut_of_the_bat
             assert 0 < counts.sum() < 8
             expected = values[counts].mean().item()
             parts = [made(step, range(i, i + 2)).weights[term] * values[i : i + 2] for i in range(0, 8, 2)]
-            parts += [part.weights[term] * v for part, v in zip(whole.parts(4), values.chunk(4), strict=True)]
+            parts += [part.weights[term] * v for part, v in zip(whole.microbatches(4), values.chunk(4), strict=True)]
             assert sum(part.mean().item() for part in parts[:4]) / 4 == pytest.approx(expected, rel=1e-12)
             assert sum(part.mean().item() for part in parts[4:]) / 4 == pytest.approx(expected, rel=1e-12)
 

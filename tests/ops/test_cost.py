@@ -104,3 +104,21 @@ def test_angles_between_gradients_cost_passes_of_their_images_at_every_reading_a
     assert with_angles - without == pytest.approx(90 * image / cost.EFFICIENCY / 1e9)
     own = plan_of(runs={"HASTE": {"alignment": "HASTE", "stop": {**stop, "of": "own"}}})
     assert cost.angle_flops(own, own.segment(own.state("HASTE", 16))) == 180 * image
+
+
+def test_a_measure_costs_its_passes_and_is_counted_until_its_file_is_there(tmp_path):
+    spec = {"measure": "gradient-cosine", "images": 50, "t": [0.1, 0.5], "shards": 2}
+    runs = {"HASTE": {"alignment": "HASTE", "milestones": [8], "measures": ["cos"]}}
+    plan = plan_of(measures={"cos": spec}, runs=runs, results=str(tmp_path))
+    forward = config.facts_in(plan.trajectories[plan.state("HASTE", 8).trajectory].recipe).flops
+    teacher = cost.flops_per_image(plan.teacher_size("vit"))
+    (stage,) = cost._measure_stages(plan, 1e9)
+    # at each t a forward pass, and a backward pass of twice as much for each of three losses; the teacher looks once
+    work = 50 * (2 * 7 * forward + teacher)
+    assert stage.seconds == pytest.approx(work / (cost.EFFICIENCY * 1e9)) and not stage.unknown
+    assert (stage.jobs, stage.left) == (1, 1)
+    (file,) = map(Path, plan.measure_files)
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    assert cost._measure_stages(plan, 1e9)[0].left == 0
+    assert "measures" not in {stage.name for stage in cost.stages(plan_of())[0]}

@@ -36,6 +36,10 @@ CHANGES = {
         "runs": {"vanilla": {"milestones": [8]}},
     },
     "other": {"images": {**TINY["images"], "holdout": 98}, "runs": {"vanilla": {"milestones": [8]}}},
+    "measured": {
+        "measures": {"cos": {"measure": "gradient-cosine", "images": 4, "shards": 2, "alignment": "HASTE"}},
+        "runs": {"HASTE": {"alignment": "HASTE", "measures": ["cos"]}, "vanilla": {"measures": ["cos"]}},
+    },
     "latent": {"autoencoder": {**TINY["autoencoder"], "dtype": "float16"}, "runs": {"vanilla": {"seed": 1}}},
 }
 
@@ -56,7 +60,7 @@ def files_of(plan):
     found = [path for store in stores for path in (*store.shard_files, store.manifest)]
     parts = [plan.autoencoder, *(one.part for one in detectors), *plan.teachers.values()]
     found += [part.manifest for part in parts if part]
-    found += [plan.path(state) for state in plan.planned()] + plan.shown
+    found += [plan.path(state) for state in plan.planned()] + plan.shown + plan.measure_files
     found += [path for evaluation in plan.evaluations.values() for path in evaluation.sample_files]
     return sorted({Path(path) for path in found})
 

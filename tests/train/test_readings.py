@@ -24,7 +24,7 @@ from haste.plan.names import State
 from haste.teachers import encoder, targets
 from haste.train import loop, readings, state, stops
 from haste.train.distributed import Group
-from haste.train.gradient_angles import Angles
+from haste.train.gradient_angles import Gradients
 from haste.train.step import Objective
 
 TINY = yaml.safe_load((Path(__file__).parent.parent / "tiny.yaml").read_text())
@@ -249,7 +249,7 @@ MOMENTS = {
 
 # A term stops at its third reading, at step 10.
 ANGLE = {"trigger": "gradient-angle", "after": 4, "every": 2, "threshold": 1, "patience": 3, "images": 12, "shards": 3}
-MEASURING = {"while it is measured": before(Angles, "_negatives", lambda self, held: True)}
+MEASURING = {"while it is measured": before(Gradients, "_negatives", lambda self, held: True)}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 # account of jobs and times.
 
 rule report:
-    input: plan.shown
+    input: plan.shown, plan.measure_files
     output:
         report(plan.report, category="Report", labels={"page": plan.config.name}),
         plan.report_made,

@@ -20,11 +20,7 @@ def before(wildcards):
         files.append(plan.path(segment.parent))
     if segment.after:
         files.append(plan.path(segment.after))
-    files += [plan.targets[name].manifest for name in segment.targets]
-    if segment.teachers:
-        files.append(plan.images.manifest)
-        files += [plan.teachers[name].manifest for name in segment.teachers if plan.teachers[name]]
-    return files
+    return files + plan.aligned_from(segment)
 
 
 def on_cluster(wildcards, resources):

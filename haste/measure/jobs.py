@@ -1,0 +1,173 @@
+"""What the rule on measures does for a plan, and `haste measure` for a person."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from haste import config as configuration
+from haste import extensions
+from haste.config import MEASURES, MODELS, Config
+from haste.files import artefact
+from haste.files.provenance import read_header
+from haste.measure.measure import KIND, check_rows, read
+from haste.measure.subject import opened
+from haste.models.exchange import open_weights
+from haste.plan.measures import Measurement
+from haste.plan.names import State
+from haste.plan.plan import Plan
+from haste.train.distributed import Group, enough_memory, joined
+
+
+def measure(plan: Plan, what: Measurement, keep: bool, json: Path | None = None) -> dict[str, Any] | None:
+    """Measure, or read what was measured before.
+
+    Args:
+        plan: where everything lies.
+        what: the measure of a state.
+        keep: whether to write the result where the plan has it.
+        json: where else to write it.
+
+    Returns:
+        The result, in the first process; None in others.
+
+    Raises:
+        ValueError: what it needs is missing or damaged, or `haste.measure.measure.check_rows` refuses the rows.
+        FloatingPointError: a number is not finite.
+    """
+    found: dict[str, Any] | None
+    if Path(what.file).exists():
+        found = read(what.file)
+    else:
+        torch.set_num_threads(plan.config.runtime.threads)
+        with joined(plan.config.runtime.device) as group, enough_memory():
+            found = _measured(plan, what, group)
+            found = found if group.is_first else None
+    if found is not None and keep and not Path(what.file).exists():
+        artefact.write_json(what.file, found)
+    if found is not None and json is not None:
+        artefact.write_json(json, found)
+    return found
+
+
+def _measured(plan: Plan, what: Measurement, group: Group) -> dict[str, Any]:
+    started, spec = time.monotonic(), plan.config.measures[what.label]
+    kind = spec.made
+    subject, state = opened(plan, what, kind.weights, kind.seed, group)
+    rows = check_rows(kind, kind.run(subject), f"{what.label} of {state['file']}")
+    seconds = time.monotonic() - started
+    made = artefact.provenance(key=what.key, recipe=what.recipe, inputs=subject.inputs.identities, seconds=seconds)
+    header = {"schema": artefact.SCHEMA, "kind": KIND, "key": what.key, "measure": spec.measure}
+    columns = {"axes": list(kind.axes), "values": dict(kind.values)}
+    about = {"settings": kind.model_dump(mode="json"), "terms": what.recipe["terms"], "state": state}
+    return {**header, **about, **columns, "rows": rows, "notes": subject.notes, "provenance": made}
+
+
+# -- what a person asks for --------------------------------------------------------------------------------------------
+
+
+def asked(
+    config: Config,
+    name: str,
+    file: str,
+    *,
+    model: str | None = None,
+    layout: str | None = None,
+    alignment: str | None = None,
+) -> tuple[Plan, Measurement, bool]:
+    """What `haste measure NAME FILE` means.
+
+    Args:
+        config: the configuration.
+        name: one of its measures, or of all measures there are, with default settings.
+        file: a state as TRAJECTORY/STEP or by its file; a checkpoint; or a measurement by its name.
+        model: what a checkpoint holds; None is what a row says that names it, or else what its weights tell.
+        layout: whose checkpoint it is; None as `model`, or else tells by its content.
+        alignment: what to compare with where the row has none of its own.
+
+    Returns:
+        A plan that has it, the measurement, and whether the configuration itself asks for it.
+
+    Raises:
+        ValueError: no such measure, state or file; or the measure does not go with it.
+    """
+    plan = Plan(config)
+    if file in plan.measurements and plan.measurements[file].label == name:
+        return plan, plan.measurements[file], True
+    raw = config.model_dump(mode="json")
+    _put_measure(raw, name, alignment)
+    state = _own_state(plan, file)
+    if state is None:
+        kind, row = "evaluate", _put_row(raw, config, file, model, layout)
+    else:
+        kind, row = "runs", _run_through(plan, state)
+    for every in (*raw["runs"].values(), *raw["evaluate"].values()):  # an alignment for one row need not fit others
+        every["measures"] = []
+    raw[kind][row]["measures"] = [name]
+    with_it = Plan(configuration.resolve(raw))
+    if state is None:
+        state = next(one.evaluation.state for one in with_it.rows if one.run == row)
+    found = with_it.measurement(row, state, name)
+    return with_it, found, found.name in plan.measurements
+
+
+def _put_measure(raw: dict[str, Any], name: str, alignment: str | None) -> None:
+    if name not in raw["measures"]:
+        known = sorted({*raw["measures"], *MEASURES, *extensions.names("measures")})
+        if name not in known:
+            raise ValueError(f"measure {name!r}: expected one of the configuration or of {', '.join(known)}")
+        raw["measures"][name] = {"measure": name}
+    if alignment is not None:
+        raw["measures"][name] = {**raw["measures"][name], "alignment": alignment}
+
+
+def _own_state(plan: Plan, file: str) -> State | None:
+    """The state of the plan that a name or a file stands for."""
+    path = Path(file)
+    if not path.exists() and file.rpartition("/")[0] not in plan.trajectories:
+        expected = "a state of the configuration, by its file or as TRAJECTORY/STEP, or a checkpoint from elsewhere"
+        raise ValueError(f"{file}: no such file; expected {expected}")
+    if not path.exists():
+        return plan.parse(file)
+    try:
+        header = read_header(path)
+        state = plan.parse(f"{header.get('trajectory')}/{header['step']}")
+    except (ValueError, IsADirectoryError):  # somebody else's
+        return None
+    return state if Path(plan.path(state)).exists() and path.samefile(plan.path(state)) else None
+
+
+def _run_through(plan: Plan, state: State) -> str:
+    """A run that passes through a state."""
+    return next(
+        run
+        for (run, _), pieces in plan.pieces.items()
+        if any(piece.trajectory == state.trajectory and piece.holds(state.step) for piece in pieces)
+    )
+
+
+def _put_row(raw: dict[str, Any], config: Config, file: str, model: str | None, layout: str | None) -> str:
+    """A row that evaluates a checkpoint: one that is there, or a new one. Returns its name."""
+    for known, spec in config.evaluate.items():
+        if Path(spec.checkpoint).exists() and Path(spec.checkpoint).samefile(file):
+            return known
+    name = Path(file).name
+    while name in raw["runs"] or name in raw["evaluate"]:
+        name += "'"
+    sampling = next(iter(config.sampling), "ode-50")  # nothing is drawn, but a row has one
+    row = {"checkpoint": file, "model": model or _model_of(config, file, layout), "sampling": [sampling], "step": 0}
+    raw["evaluate"][name] = row if layout is None else {**row, "layout": layout}
+    return name
+
+
+def _model_of(config: Config, file: str, layout: Any) -> str:
+    """What a checkpoint of a SiT holds, by its weights."""
+    shape = open_weights(file, layout=layout).shape
+    known = {**MODELS, **config.models}
+    for name, model in known.items():
+        if "architecture" not in shape and model.settings.items() <= shape.items():
+            return name
+    raise ValueError(f"{file}: of no model of this configuration or of the papers; expected one, or --model")

@@ -1,0 +1,152 @@
+"""What a measure is given: a network, opened with the images and teachers that it is measured with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from haste.config import process_in
+from haste.diffusion.process import Process
+from haste.models.build import build_model
+from haste.plan.measures import Measurement
+from haste.plan.plan import Plan
+from haste.train import state as states
+from haste.train.distributed import Group
+from haste.train.gradient_angles import Gradients
+from haste.train.inputs import Inputs
+from haste.train.state import Learner
+from haste.train.warm_start import checkpoint_elsewhere, projector_in
+
+
+@dataclasses.dataclass
+class Subject:
+    """A network that is measured. Its images are seen as in training, with noise and latent draws of their own.
+
+    Attributes:
+        learner: the network, `learner.model`, on the device and in the numbers of its training; its projectors. Nothing
+            trains it, and its average is not there.
+        inputs: what it is measured with: `batches`, `precision`, teachers' `targets`.
+        asked: the alignment terms to compare with, with their layers and weights.
+        terms: those of them that can be: a feature loss needs a projector.
+        group: the processes; each takes its share of the images.
+        part: images a pass of the networks.
+        notes: sentences on what was left out.
+    """
+
+    learner: Learner
+    inputs: Inputs
+    asked: Mapping[str, Mapping[str, Any]]
+    group: Group
+    part: int
+    notes: list[str]
+
+    @property
+    def model(self) -> Any:
+        """The network, a `haste.models.denoiser.Denoiser`."""
+        return self.learner.model
+
+    @property
+    def terms(self) -> Mapping[str, Mapping[str, Any]]:
+        """See the class."""
+        return self.inputs.terms
+
+    @property
+    def process(self) -> Process:
+        """What the network was trained to predict; times t in [0, 1] are those of its `place`."""
+        return process_in(self.inputs.recipe)
+
+    def gradients(self) -> Gradients:
+        """Gradients of its losses by its blocks."""
+        scale: Any = self.learner.scaler.scale
+        return Gradients(self.inputs.objective(self.learner), self.inputs, part=self.part, scale=scale)
+
+
+def opened(plan: Plan, what: Measurement, weights: str, seed: int, group: Group) -> tuple[Subject, dict[str, Any]]:
+    """The network of a state, own or imported, ready to be measured; and what to say of it in the result.
+
+    Args:
+        plan: where everything lies.
+        what: the state, and the alignment to compare with.
+        weights: `model` or `ema`.
+        seed: of the choice of images, and of their noise.
+        group: the processes.
+
+    Raises:
+        ValueError: the state, a store or a teacher is missing, damaged, or not what the state was trained with.
+    """
+    source = (_elsewhere if what.state.trajectory in plan.elsewhere else _own)(plan, what, weights)
+    recipe = {**source.recipe, "seed": seed}
+    subject = _with_terms(plan, what, recipe, what.terms, group)
+    if "features" in subject.terms and not _take_projector(source, subject.learner):
+        subject = _with_terms(plan, what, recipe, {k: v for k, v in what.terms.items() if k != "features"}, group)
+        subject.notes.append("features left out: there is no projector")
+    for name, identity in subject.inputs.identities.items():
+        if (found := source.inputs.get(name, identity)) != identity:
+            raise ValueError(
+                f"{source.about['file']}: was trained with {name} {found[:12]}, but {name} is now {identity[:12]}. "
+                "Bring the earlier one back, or measure with another alignment."
+            )
+    subject.learner.model.load_state_dict(dict(source.weights))
+    if source.scale is not None:
+        kept = {"scale": source.scale, "_growth_tracker": 0}
+        subject.learner.scaler.load_state_dict({**subject.learner.scaler.state_dict(), **kept})
+    return subject, source.about
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What a file holds of a network: its recipe, weights and possible projectors, the loss scale of fp16, identities
+    of what it was trained with, and what to say of it."""
+
+    recipe: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+    projectors: tuple[Mapping[str, Tensor], ...]
+    scale: float | None
+    inputs: Mapping[str, str]
+    about: dict[str, Any]
+
+
+def _own(plan: Plan, what: Measurement, which: str) -> _Source:
+    path, trajectory = Path(plan.path(what.state)), plan.trajectories[what.state.trajectory]
+    prefixes = (f"{which}/", "projectors/features/", "scaler/scale")
+    header, tensors = states.read(path, key=trajectory.key, prefixes=prefixes)
+    with torch.device("meta"):
+        like = build_model(trajectory.recipe)
+    weights, heads = states.weights_in(tensors, which, like, path), "projectors/features/"
+    head = {name.removeprefix(heads): value for name, value in tensors.items() if name.startswith(heads)}
+    about = {"trajectory": trajectory.name, "step": what.state.step, "file": str(path), "weights": which}
+    scale = tensors["scaler/scale"].item() if "scaler/scale" in tensors else None
+    return _Source(trajectory.recipe, weights, (head,) if head else (), scale, header["inputs"], about)
+
+
+def _elsewhere(plan: Plan, what: Measurement, which: str) -> _Source:
+    spec, trajectory = plan.elsewhere[what.state.trajectory], plan.trajectories[what.state.trajectory]
+    found = checkpoint_elsewhere(plan, trajectory.name)
+    which = which if which in found.weights else next(iter(found.weights))
+    about = {"trajectory": trajectory.name, "step": spec.step, "file": spec.checkpoint, "weights": which}
+    training = {**plan.config.training.model_dump(exclude={"process"}), **trajectory.recipe["training"]}
+    recipe = {**trajectory.recipe, "training": training}
+    return _Source(recipe, found.weights[which], found.projectors, None, {}, about | {"sha256": found.sha256})
+
+
+def _with_terms(
+    plan: Plan, what: Measurement, recipe: Mapping[str, Any], terms: Mapping[str, dict[str, Any]], group: Group
+) -> Subject:
+    cached = tuple(kind for kind in what.cached if kind in terms)
+    inputs = Inputs(plan, dataclasses.replace(what.segment, terms=dict(terms), cached=cached), recipe, group)
+    runtime, batch = plan.config.runtime, recipe["training"]["batch"]
+    part = max(1, batch // (runtime.processes * runtime.accumulate))
+    return Subject(inputs.learner(), inputs, what.terms, group, part, [])
+
+
+def _take_projector(source: _Source, learner: Learner) -> bool:
+    head = learner.projectors["features"]
+    found = projector_in(source.projectors, head)
+    if found is not None:
+        head.load_state_dict(dict(found))
+    return found is not None

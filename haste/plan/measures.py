@@ -1,0 +1,100 @@
+"""The measures of a plan: what is measured of which states, against which alignment, and the files that it makes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from haste.config import Config, measured_terms
+from haste.files.artefact import fingerprint
+from haste.plan.data import Data
+from haste.plan.names import RECIPE, Row, Segment, State
+from haste.plan.runs import named_terms
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One measure of one state.
+
+    label: of the measure, in the configuration; run: the row; terms: the alignment that it is compared with, teachers
+    as the configuration calls them; cached: those whose targets lie on disk; file: where the result lies.
+    """
+
+    label: str
+    run: str
+    state: State
+    terms: dict[str, dict[str, Any]]
+    cached: tuple[str, ...]
+    recipe: dict[str, Any]
+    file: str
+
+    @property
+    def segment(self) -> Segment:
+        """As if a job trained with these terms: what opens its inputs asks for one."""
+        return Segment(self.state, None, None, self.terms, (), self.cached)
+
+    @property
+    def key(self) -> str:
+        """Hash of all that decides the result."""
+        return fingerprint(self.recipe)
+
+    @property
+    def name(self) -> str:
+        """STATE/MEASURE-HASH, as rules and people write it."""
+        return "/".join(self.file.removesuffix(".json").split("/")[-2:])
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredRow:
+    """One measure of one run's state, as the report shows it."""
+
+    run: str
+    step: int
+    seed: int
+    measurement: Measurement
+
+
+class Measures:
+    """What is measured of states.
+
+    Attributes:
+        rows: lines of the report; several may share a measurement.
+        by_name: the measurements.
+    """
+
+    def __init__(self, config: Config, data: Data, rows: Iterable[Row]):
+        """
+        Args:
+            config: the configuration.
+            data: stores and networks.
+            rows: of the result table, whose states are measured.
+        """
+        self.config, self.data = config, data
+        states = dict.fromkeys((row.run, row.step, row.seed, row.evaluation.state) for row in rows)
+        self.rows = [
+            MeasuredRow(run, step, seed, self.of(run, state, label))
+            for run, step, seed, state in states
+            for label in (config.runs.get(run) or config.evaluate[run]).measures
+        ]
+        self.by_name: dict[str, Measurement] = {}
+        for row in self.rows:  # of runs that share a state, the first one's
+            self.by_name.setdefault(row.measurement.name, row.measurement)
+
+    def of(self, run: str, state: State, label: str) -> Measurement:
+        """A measure, by its name in the configuration, of a state that a row passes through or evaluates."""
+        spec, terms = self.config.measures[label], measured_terms(self.config, run, label)
+        recipe = {
+            "recipe": RECIPE,
+            "state": str(state),
+            "latents": self.data.latents.key,
+            "measure": spec.measure,
+            "settings": spec.decided,
+            "terms": named_terms(self.config, self.data, terms),
+        }
+        if run in self.config.evaluate:  # which says nothing of it; of a state's own training it is in the state's name
+            recipe["precision"] = self.config.training.precision
+        kind = "".join(c if c.isascii() and (c.isalnum() or c in "._") else "-" for c in spec.measure)
+        file = f"{self.data.root}/measures/{state.trajectory}.{state.step:08d}/{kind}-{fingerprint(recipe)}.json"
+        cached = tuple(kind for kind, term in terms.items() if self.config.teachers[term["teacher"]].caches(kind))
+        return Measurement(label, run, state, terms, cached, recipe, file)

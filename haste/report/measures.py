@@ -1,0 +1,265 @@
+"""A table and figures of any measure: its file says which columns tell where it looked, and which what it found.
+
+A line of the table is a run at a step, at one place of all axes but the first one of numbers, x, whose places stand
+side by side while they are few. A figure has x along the bottom and a line a run; where there are many places of
+another axis of numbers it is a heat map of that against x, one a run, of the run's last step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from haste.report.content import Measured, Report
+from haste.report.figures import INK, Panel, Style, draw_band, draw_line, new_figure, styles, to_svg
+from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell, to_text
+
+SIDE_BY_SIDE = 12  # places of x that have a column each
+APART = 3  # places of a second axis of numbers that have a panel each; more are a heat map
+FADED = 0.35  # opacity of the lines of earlier steps
+DIGITS = 3  # of the largest value, at least
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that one measure found.
+
+    Attributes:
+        name: of the measure, in the configuration.
+        ones: its files.
+        frame: their rows, with `run`, `seed` and `step`.
+        x: the first axis of numbers that has several places; "" without one.
+        others: further axes of numbers that have several places.
+        words: axes of words.
+        values: column of a value -> the column of its standard error, or "".
+    """
+
+    name: str
+    ones: Sequence[Measured]
+    frame: pd.DataFrame
+    x: str
+    others: Sequence[str]
+    words: Sequence[str]
+    values: Mapping[str, str]
+
+    @classmethod
+    def of(cls, name: str, ones: Sequence[Measured]) -> Findings:
+        """From the files of one measure."""
+        rows = [
+            {**row, "run": one.run, "seed": one.seed, "step": one.step} for one in ones for row in one.found["rows"]
+        ]
+        axes, values = ones[0].found["axes"], ones[0].found["values"]
+        columns = ["run", "seed", "step", *axes, *values, *filter(None, values.values())]
+        frame = pd.DataFrame(rows, columns=pd.Index(columns))
+        numbers = [axis for axis in axes if pd.api.types.is_numeric_dtype(frame[axis])]
+        several = [axis for axis in numbers if frame[axis].nunique() > 1]
+        words = [axis for axis in axes if axis not in numbers]
+        return cls(name, ones, frame, several[0] if several else "", several[1:], words, values)
+
+    @property
+    def steps(self) -> list[int]:
+        """All steps, in order."""
+        return sorted(self.frame["step"].unique())
+
+    def seeds(self, run: str, step: int) -> set[int]:
+        """The seeds of which there is a file."""
+        return {one.seed for one in self.ones if (one.run, one.step) == (run, step)}
+
+    def groups(self, frame: pd.DataFrame, columns: Sequence[str]) -> Iterator[tuple[tuple[Any, ...], pd.DataFrame]]:
+        """Rows by their places in some columns, in the order in which they come; all of them without columns."""
+        if not columns:
+            yield (), frame
+            return
+        for place, part in frame.groupby(list(columns), sort=False):
+            yield place if isinstance(place, tuple) else (place,), part
+
+    @property
+    def slug(self) -> str:
+        """The name as files and anchors have it."""
+        return "measure-" + "".join(c if c.isascii() and c.isalnum() else "-" for c in self.name)
+
+
+def findings(report: Report) -> list[Findings]:
+    """What every measure found, in the order of the configuration; those that found nothing are left out."""
+    names = dict.fromkeys(one.name for one in report.measures)
+    found = [Findings.of(name, [one for one in report.measures if one.name == name]) for name in names]
+    return [one for one in found if len(one.frame)]
+
+
+def anchor(report: Report, one: Measured) -> str:
+    """The id of the place on the page that says how a file was made."""
+    return f"made-measure-{report.measures.index(one)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def measure_tables(report: Report) -> list[Table]:
+    """A table a measure."""
+    return [_table(report.seeds, lambda one: anchor(report, one), found) for found in findings(report)]
+
+
+def _table(seeds_of: Mapping[str, Sequence[int]], link_of: Callable[[Measured], str], found: Findings) -> Table:
+    frame, value = found.frame, next(iter(found.values))
+    wide = bool(found.x) and len(found.values) == 1 and frame[found.x].nunique() <= SIDE_BY_SIDE
+    across = sorted(frame[found.x].unique()) if wide else []
+    keys = [*(["step"] if len(found.steps) > 1 else []), *found.words, *found.others]
+    keys += [found.x] if found.x and not wide else []
+    entries, before = [], None
+    for (run, step), part in found.groups(frame, ["run", "step"]):
+        ones = [one for one in found.ones if (one.run, one.step) == (run, step)]
+        seeds, link = seeds_of.get(run, [ones[0].seed]), link_of(ones[0])
+        for place, lines in found.groups(part, [key for key in keys if key != "step"]):
+            where = {"step": step, **dict(zip([key for key in keys if key != "step"], place, strict=True))}
+            cells = [text_cell(run), *(_place(where[key]) for key in keys)]
+            if wide:
+                cells += [_cell(found, lines[lines[found.x] == x], value, seeds, link) for x in across]
+            else:
+                cells += [_cell(found, lines, name, seeds, link) for name in found.values]
+            entries.append(Entry(cells, first=run != before))
+            before = run
+    values = [f"{found.x} {x:g}" for x in across] or list(found.values)
+    heads = [Head("run"), *(Head(key, key not in found.words) for key in keys), *(Head(name, True) for name in values)]
+    title = f"{found.name}: {value} at each {found.x}" if wide else found.name
+    return Table(found.slug, title, heads, entries, _notes(found, value))
+
+
+def _place(value: Any) -> Cell:
+    """Where it was looked: a number with its digits, or a word."""
+    return text_cell(value) if isinstance(value, str) else Cell(f"{value:,g}", value)
+
+
+def _cell(found: Findings, lines: pd.DataFrame, name: str, seeds: Sequence[int], link: str) -> Cell:
+    """One value: with its standard error, or the mean over several seeds with their spread, where none is missing."""
+    values, places = list(lines[name]), _places(found.frame[name])
+    if len(values) < len(seeds) or not values:
+        text = "; ".join(f"{value:.{places}f}" for value in values)
+        return Cell(text, link=link) if text else number_cell(None, places)
+    error = found.values[name]
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else float(lines[error].iloc[0]) if error else None
+    return number_cell(float(np.mean(values)), places, spread=spread, link=link)
+
+
+def _places(values: pd.Series) -> int:
+    largest = float(values.abs().max())
+    return min(6, max(0, DIGITS - 1 - math.floor(math.log10(largest)))) if largest else 0
+
+
+def _notes(found: Findings, value: str) -> list[str]:
+    """What is the same for all lines, and what the files say that was left out."""
+    first, constant = found.ones[0].found, found.frame.nunique()
+    said = [f"{axis} {found.frame[axis].iloc[0]:g}" for axis in _numbers(found) if constant[axis] == 1]
+    said += [
+        f"{name} {_words(setting)}" for name, setting in first.get("settings", {}).items() if name not in first["axes"]
+    ]
+    notes = [f"{first['measure']}: {', '.join(said)}."]
+    if found.values[value]:
+        several = any(len(found.seeds(one.run, one.step)) > 1 for one in found.ones)
+        notes.append(f"± is {'the spread over seeds of training, or with one ' if several else ''}the standard error.")
+    left: dict[str, list[str]] = {}
+    for one in found.ones:
+        for note in one.found["notes"]:
+            left.setdefault(note, []).append(f"{one.run} at step {one.step:,}")
+    return notes + [f"{note[0].upper()}{note[1:]}: {', '.join(dict.fromkeys(where))}." for note, where in left.items()]
+
+
+def _numbers(found: Findings) -> list[str]:
+    return [axis for axis in found.ones[0].found["axes"] if axis not in found.words]
+
+
+def _words(value: Any) -> str:
+    return "as configured" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def measure_panels(report: Report) -> list[tuple[str, list[Panel]]]:
+    """Name -> figures of every measure that has something to draw: more than one place, or more than one step."""
+    drawn = styles(report)
+    found = [(one.name, list(_panels(one, drawn))) for one in findings(report)]
+    return [(name, panels) for name, panels in found if panels]
+
+
+def _panels(found: Findings, drawn: Mapping[str, Style]) -> Iterator[Panel]:
+    number = itertools.count()
+    crowded = [axis for axis in found.others if found.frame[axis].nunique() > APART]
+    for value in found.values:
+        if crowded:
+            last = found.frame[found.frame["step"] == found.frame.groupby("run")["step"].transform("max")]
+            others = [axis for axis in (*found.words, *found.others) if axis != crowded[0]]
+            for place, part in found.groups(last, ["run", *others]):
+                yield _heat_map(found, value, crowded[0], part, place, f"{found.slug}-{next(number)}")
+        elif found.x or len(found.steps) > 1:
+            apart = [*found.words, *found.others]
+            for place, part in found.groups(found.frame, apart):
+                where = [
+                    f"{name} {at:g}" if name in found.others else str(at) for name, at in zip(apart, place, strict=True)
+                ]
+                yield _lines(found, value, part, ", ".join([value, *where]), drawn, f"{found.slug}-{next(number)}")
+
+
+def _lines(found: Findings, value: str, part: pd.DataFrame, title: str, drawn: Mapping[str, Style], name: str) -> Panel:
+    """A line a run over x, earlier steps fainter; or over steps, where there is no x."""
+    x, error = found.x or "step", found.values[value]
+    figure, axes = new_figure(title, x)
+    if part[value].min() < 0 < part[value].max():
+        axes.axhline(0, color=INK, lw=0.8, alpha=0.5)
+    ends = []
+    for (run, *step), lines in found.groups(part, ["run", *(["step"] if found.x else [])]):
+        last = not step or step[0] == found.frame.loc[found.frame["run"] == run, "step"].max()
+        by_x = lines.groupby(x)
+        mean, several = by_x[value].mean(), by_x[value].count().max() > 1
+        spread = by_x[value].std(ddof=1).fillna(0) if several else by_x[error].mean() if error else 0 * mean
+        if last:
+            draw_band(axes, drawn[run], mean.index, mean, spread)
+            ends.append(f"{run} {mean.iloc[-1]:.3g} at {x} {mean.index[-1]:g}")
+        draw_line(axes, drawn[run], mean.index, mean, marker="o", alpha=1.0 if last else FADED)
+    faint = "Faint: earlier steps." if found.x and len(found.steps) > 1 else ""
+    return Panel(title, "", faint, to_svg(figure, name, f"{title} over {x}: {'; '.join(ends)}"))
+
+
+def _heat_map(found: Findings, value: str, y: str, part: pd.DataFrame, place: Sequence[Any], name: str) -> Panel:
+    """One run's values at its last step, x along the bottom and y upwards, in colours around 0 where signs differ."""
+    table = part.pivot_table(index=y, columns=found.x, values=value, aggfunc="mean")
+    title = ", ".join([value, *map(str, place)])
+    figure, axes = new_figure(y, found.x)
+    most, signed = float(np.nanmax(np.abs(table.to_numpy()))) or 1.0, float(np.nanmin(table.to_numpy())) < 0
+    low, colours = (-most, "PuOr") if signed else (0.0, "viridis")
+    drawn = axes.pcolormesh(np.ma.masked_invalid(table.to_numpy()), vmin=low, vmax=most, cmap=colours)
+    for ticks, labels, put in (
+        (np.arange(table.shape[1]) + 0.5, table.columns, axes.set_xticks),
+        (np.arange(table.shape[0]) + 0.5, table.index, axes.set_yticks),
+    ):
+        every = max(1, math.ceil(len(labels) / 10))
+        put(ticks[::every], [f"{label:g}" for label in labels[::every]])
+    axes.grid(visible=False)
+    bar = figure.colorbar(drawn, ax=axes)
+    bar.ax.tick_params(colors=INK)
+    bar.outline.set_edgecolor(INK)  # type: ignore[operator]
+    top = float(np.nanmax(table.to_numpy()))
+    spoken = f"{title} by {found.x} and {y}: from {float(np.nanmin(table.to_numpy())):.3g} to {top:.3g}"
+    step = int(part["step"].iloc[0])
+    return Panel(title, "", f"{title}, step {step:,}.", to_svg(figure, name, spoken))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A terminal
+
+
+def terminal(name: str, run: str, found: Mapping[str, Any], width: int = 100) -> str:
+    """What one file says, for a terminal."""
+    one = Measured(name, run, 0, found["state"]["step"], found)
+    if not found["rows"]:
+        return f"{name} of {run}: nothing could be measured\n" + "".join(f"  {note}\n" for note in found["notes"])
+    table = _table({}, lambda _: "", Findings.of(name, [one]))
+    state = f"{found['state']['trajectory']}, step {one.step:,}"
+    return to_text([table], f"{name} of {state}", max(width, len(state) + len(name) + 4))

@@ -1,0 +1,112 @@
+"""Any measure's table and figures: from the columns that its files name, whatever the measure is."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+
+import pytest
+
+from haste.report import formats, measures, page
+from haste.report.content import Measured, Report, Row
+
+AXES, VALUES = ["term", "t", "block"], {"cosine": "error"}
+
+
+def measured(run, step, rows, seed=0, axes=AXES, values=VALUES, notes=(), name="cos"):
+    state = {"trajectory": "T", "step": step, "file": "f"}
+    found = {"measure": "kind", "settings": {"images": 14}, "axes": axes, "values": values, "rows": rows}
+    return Measured(
+        name, run, seed, step, {**found, "notes": list(notes), "state": state, "provenance": {}}, f"{run}.json"
+    )
+
+
+def rows(scale=1.0, blocks=(1,), times=(0.1, 0.5)):
+    return [
+        {"term": term, "t": t, "block": block, "cosine": scale * sign * t * block, "error": 0.01}
+        for term, sign in (("features", 1), ("attention", -1))
+        for t in times
+        for block in blocks
+    ]
+
+
+def report(*ones, **more):
+    score = {"detector": {"name": "d", "identity": "d"}, "scores": {"fd": 2.0}, "samples": 10, "state": {"step": 1}}
+    lines = [Row(run, "SiT", "HASTE", "–", 0, 8, score) for run in dict.fromkeys(one.run for one in ones)]
+    return Report("n", "t", "", lines, [], [], [], [], [], {}, "", measures=ones, **more)
+
+
+def as_csv(built):
+    (table,) = measures.measure_tables(built)
+    return list(csv.reader(io.StringIO(formats.to_csv(table)))), table
+
+
+def test_places_of_the_first_axis_of_numbers_stand_side_by_side_and_what_is_the_same_for_all_is_a_note():
+    found, table = as_csv(report(measured("a", 8, rows()), measured("b", 8, rows(2.0), notes=["x left out: no y"])))
+    assert found[0] == ["run", "term", "t 0.1", "t 0.1 ±", "t 0.5", "t 0.5 ±"]
+    assert found[1] == ["a", "features", "0.1", "0.01", "0.5", "0.01"]
+    assert [line[:3] for line in found[3:]] == [["b", "features", "0.2"], ["b", "attention", "-0.2"]]
+    assert table.notes[0] == "kind: block 1, images 14." and "X left out: no y: b at step 8." in table.notes
+
+
+def test_many_places_are_lines_of_the_table():
+    found, _ = as_csv(report(measured("a", 8, rows(times=[i / 20 for i in range(1, 15)]))))
+    assert found[0] == ["run", "term", "t", "cosine", "cosine ±"] and len(found) == 1 + 2 * 14
+
+
+def test_steps_and_further_axes_have_columns_where_they_differ():
+    found, _ = as_csv(report(measured("a", 8, rows(blocks=(1, 2))), measured("a", 16, rows(blocks=(1, 2)))))
+    assert found[0][:4] == ["run", "step", "term", "block"]
+    assert [line[1] for line in found[1:]] == ["8"] * 4 + ["16"] * 4
+
+
+def test_over_seeds_a_value_is_a_mean_with_its_spread_and_none_where_a_seed_is_missing():
+    both = [measured("a", 8, rows(), seed=0), measured("a", 8, rows(3.0), seed=1)]
+    found, _ = as_csv(report(*both, seeds={"a": [0, 1]}))
+    assert [float(x) for x in found[1][2:4]] == pytest.approx([0.2, 0.1 * 2**0.5])
+    _, table = as_csv(report(*both, seeds={"a": [0, 1, 2]}))
+    assert table.column("t 0.1")[0].text == "0.10; 0.30" and table.column("t 0.1")[0].value is None
+
+
+def test_a_measure_of_several_values_has_a_column_for_each():
+    ones = [{"layer": i, "accuracy": 0.1 * i, "loss": 2.0} for i in (1, 2)]
+    found, _ = as_csv(report(measured("a", 8, ones, axes=["layer"], values={"accuracy": "", "loss": ""})))
+    assert found[:2] == [["run", "layer", "accuracy", "loss"], ["a", "1", "0.1", "2.0"]]
+    assert len(measures.measure_panels(report(measured("a", 8, ones, axes=["layer"], values={"accuracy": ""})))) == 1
+
+
+def test_a_line_a_run_a_panel_a_word_and_a_heat_map_where_there_are_many_blocks():
+    ((name, few),) = measures.measure_panels(report(measured("a", 8, rows(blocks=(1, 2))), measured("b", 8, rows())))
+    assert name == "cos"
+    assert [panel.title for panel in few] == [
+        f"cosine, {term}, block {block}"
+        for term, block in (("features", 1), ("features", 2), ("attention", 1), ("attention", 2))
+    ]
+    assert "a 0.5 at t 0.5; b 0.5 at t 0.5" in few[0].svg
+    ((_, many),) = measures.measure_panels(
+        report(measured("a", 8, rows(blocks=range(1, 9))), measured("a", 16, rows(2.0, range(1, 9))))
+    )
+    assert [panel.title for panel in many] == ["cosine, a, features", "cosine, a, attention"]
+    assert many[1].caption == "cosine, a, attention, step 16." and "from -8 to -0.2" in many[1].svg
+
+
+def test_where_there_is_one_place_alone_steps_are_the_axis_and_one_step_makes_no_figure():
+    one = [{"cost": 2.0}]
+    several = report(*(measured("a", step, one, axes=[], values={"cost": ""}) for step in (8, 16)))
+    ((_, panels),) = measures.measure_panels(several)
+    assert "cost over step: a 2 at step 16" in panels[0].svg
+    assert measures.measure_panels(report(measured("a", 8, one, axes=[], values={"cost": ""}))) == []
+    assert as_csv(several)[0][1:] == [["a", "8", "2.0"], ["a", "16", "2.0"]]
+
+
+def test_every_value_leads_to_the_place_that_says_how_it_was_made(tmp_path):
+    built = report(measured("a", 8, rows()), measured("a<b>", 8, rows(2.0)))
+    page.write(dataclasses.replace(built, seeds={"a": [0], "a<b>": [0]}), tmp_path)
+    text = (tmp_path / "index.html").read_text()
+    for number, file in ((0, "a.json"), (1, "a&lt;b&gt;.json")):
+        assert f'href="#made-measure-{number}"' in text
+        assert file in text.split(f'id="made-measure-{number}"')[1]
+    assert (tmp_path / "measure-cos.csv").exists() and "a<b>" not in text
+    page.write(report(measured("a", 8, [])), tmp_path)  # it found nothing
+    assert not (tmp_path / "measure-cos.csv").exists()

@@ -1,0 +1,17 @@
+# What is measured of states beside their scores: one rule for all measures, by the name of what is measured.
+
+rule measure:
+    input: ancient(lambda wildcards: plan.measured_from(plan.measurements[f"{wildcards.state}/{wildcards.what}"]))
+    output: f"{plan.root}/measures/{{state}}/{{what}}.json"
+    log: log_of("measure-{state}-{what}")
+    benchmark: time_of("measure-{state}-{what}")
+    threads: THREADS
+    params: label=lambda wildcards: plan.measurements[f"{wildcards.state}/{wildcards.what}"].label
+    shell: "haste measure {params.label:q} {wildcards.state:q}/{wildcards.what:q} -c {CONFIG:q} > {log:q} 2>&1"
+
+
+rule measures:
+    input: plan.measure_files
+
+
+localrules: measures
