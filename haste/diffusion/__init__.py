@@ -1,1 +1,1 @@
-"""Processes (what a network predicts, and how samples follow), samplers as plain functions, classifier-free guidance."""
+"""Processes (what a network predicts, and how samples follow), samplers as plain functions, and guidance."""
