@@ -1,1 +1,1 @@
-"""What a network is trained to predict (processes), samplers as plain functions, and classifier-free guidance."""
+"""Processes (what a network predicts, and how samples follow), samplers as plain functions, and guidance."""
