@@ -143,6 +143,11 @@ class Plan:
         shown = decides(Config, self.config.model_dump(mode="json", exclude={"results"}))
         for kind, schema in (("runs", Run), ("evaluate", Evaluate)):
             shown[kind] = {name: decides(schema, row) for name, row in shown[kind].items()}
+        # Keys that are younger than people's reports stay out of the name while they are at their defaults.
+        if self.config.condition.name == "labels":
+            del shown["condition"]
+        if self.config.training.process is None:
+            del shown["training"]["process"]
         return f"{self.folder}/report/made-{fingerprint(shown)}.json"
 
     @property

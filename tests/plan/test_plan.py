@@ -512,3 +512,9 @@ def test_equal_names_mean_equal_weights_so_far_and_segments_train_with_them(rows
                     assert found == pytest.approx(weights_by_hand(ends, shape, step))
                 state = segment.parent
             assert segment.start == 0
+
+
+@pytest.mark.parametrize(("file", "name"), [("digits", "06015fad432d"), ("digits-seeds", "a0d43c22bd63")])
+def test_new_keys_at_their_defaults_leave_the_names_of_reports_that_people_have(file, name):
+    raw = yaml.safe_load((ROOT / "config" / f"{file}.yaml").read_text())
+    assert Plan(config.resolve(raw)).report_made == f"results/{file}/report/made-{name}.json"
