@@ -80,8 +80,8 @@ def guided(
     A guided evaluation is one call on a doubled batch, conditional first; outside the interval, or with scale <= 1, it
     is one conditional call on the batch itself. x (B, ...), t a float in [0, 1]; `condition` and `null`, the null
     condition, are tensors with B rows, or mappings of such. For an SDE sampler this equals guiding the drift,
-    which is affine in the velocity. With `channels`, only the first so many channels are guided, and the others are the
-    conditional ones, as in DiT's and SiT's samplers with 3 of 4 latent channels. ValueError for an empty interval.
+    which is affine in the velocity. With `channels`, only that many channels, the first ones, are guided; the others
+    are conditional, as in DiT's and SiT's samplers with 3 of 4 latent channels. ValueError for an empty interval.
     """
     low, high = interval
     if low > high:
