@@ -1,17 +1,17 @@
-"""The one schema of a configuration, and what the field calls its models and teachers. No torch.
+"""The schema of a configuration, and the published names of models and teachers. No torch.
 
-A configuration is a mapping (YAML or JSON). `resolve` checks it whole before anything runs: an unknown key, a layer
-that a model does not have, or a name that nothing defines is a `ValueError` that says where, what was found and what
+A configuration is a mapping (YAML or JSON). `resolve` checks all of it before anything runs: an unknown key, a layer
+that a model does not have, or an undefined name is a `ValueError` that says where, what was found and what
 was expected. `config/README.md` explains every key.
 
 Each file imports only from those above it:
 
-    keys        what sections are made of: `Strict`, kinds of numbers, and the marks that keep a key out of names
+    keys        building blocks of sections: `Strict`, kinds of numbers, and the marks that keep a key out of names
     parts       sections on images and networks: autoencoder, teachers, detectors, models
     schema      sections on alignment, training, sampling and runs, and the whole: `Config`
-    published   sizes, layers and depths of the papers, and what a name stands for
-    derived     what follows: terms with their layers, when they fall and stop, taps and cost of models
-    faults      what is wrong with a configuration, in words
+    published   sizes, layers and depths of the papers, and definitions of predefined names
+    derived     consequences: terms with their layers, when they fall and stop, taps and cost of models
+    faults      error messages about a configuration
     reading     from a file or a mapping to a `Config`
 """
 
@@ -76,72 +76,3 @@ from haste.config.schema import (
     Trigger,
 )
 from haste.networks.registry import DETECTORS, TEACHERS
-
-__all__ = [
-    "ALIGNED_HEADS",
-    "DENOISERS",
-    "DETECTORS",
-    "LABEL",
-    "LATER",
-    "MAPPINGS",
-    "MEASURES",
-    "MODELS",
-    "PRESETS",
-    "REPA_DEPTH",
-    "TEACHERS",
-    "TERMS",
-    "Alignment",
-    "AttentionTerm",
-    "Autoencoder",
-    "Cache",
-    "Config",
-    "Detector",
-    "Evaluate",
-    "FeatureTerm",
-    "Float",
-    "Images",
-    "Measure",
-    "Model",
-    "OtherModel",
-    "Positive",
-    "Ramps",
-    "Rate",
-    "Run",
-    "Runtime",
-    "Sampling",
-    "Seed",
-    "Share",
-    "Stops",
-    "Strict",
-    "Teacher",
-    "Timesteps",
-    "Training",
-    "Trigger",
-    "alignment_named",
-    "architecture_named",
-    "check_samplers",
-    "condition_entry",
-    "condition_in",
-    "decides",
-    "facts_in",
-    "facts_of_other",
-    "falls_from",
-    "load",
-    "measure_named",
-    "measured_terms",
-    "model_entry",
-    "model_in",
-    "model_named",
-    "number",
-    "process_in",
-    "read",
-    "resolve",
-    "submitted",
-    "taps_of",
-    "teacher_shape",
-    "teacher_tokens",
-    "terms_of",
-    "training_elsewhere",
-    "training_entry",
-    "triggers_of",
-]

@@ -1,4 +1,4 @@
-"""What follows from a configuration: the layers that each term aligns and when it stops, taps and cost of models."""
+"""Values derived from a configuration: the layers that each term aligns and when it stops, taps and cost of models."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from haste.networks.spec import Facts, Tap, sit_facts, sit_taps
 
 
 def model_in(recipe: Mapping[str, Any]) -> Model | OtherModel:
-    """The model that a trajectory's recipe names."""
+    """The model in a trajectory's recipe."""
     return model_of({name: value for name, value in recipe["model"].items() if name not in ("input_size", "channels")})
 
 
 def model_entry(config: Config, model: Model | OtherModel) -> dict[str, Any]:
-    """What of a model enters a recipe, with the size of its latents."""
+    """A model's entries in a recipe, with the size of its latents."""
     return {**model.decided, "input_size": config.latent_size, "channels": config.autoencoder.channels}
 
 
 def facts_in(recipe: Mapping[str, Any]) -> Facts:
-    """Taps, parameters and operations of the model that a trajectory's recipe names."""
+    """Taps, parameters and operations of the model in a trajectory's recipe."""
     if isinstance(model_in(recipe), Model):
         return sit_facts(recipe["model"], recipe["classes"])
     process = {"process": recipe["training"].get("process")}
@@ -33,9 +33,9 @@ def facts_in(recipe: Mapping[str, Any]) -> Facts:
     return facts_of_other(json.dumps({**kept, "training": process}, sort_keys=True))
 
 
-@functools.cache  # it is built, if without memory
+@functools.cache  # it builds the network, though without memory
 def facts_of_other(recipe: str) -> Facts:
-    """Of a network that is no SiT; what of the recipe decides it, as JSON."""
+    """Taps and cost of a network other than SiT; `recipe` is its deciding part, as JSON."""
     found = json.loads(recipe)
     model, size = model_in(found), found["model"]
     return architecture_named(model.architecture).facts(
@@ -53,7 +53,7 @@ OF_INTERPOLANT = ("path", "timesteps")  # keys of `training`
 
 
 def process_of(model: Model | OtherModel) -> str:
-    """The name of the process that a network is for."""
+    """The name of a network's process."""
     return "interpolant" if isinstance(model, Model) else architecture_named(model.architecture).process
 
 
@@ -66,12 +66,12 @@ def process_in(recipe: Mapping[str, Any]) -> Any:
 
 
 def condition_of(model: Model | OtherModel) -> str:
-    """The name of the condition that a network understands."""
+    """The name of a network's condition."""
     return "labels" if isinstance(model, Model) else architecture_named(model.architecture).condition
 
 
 def condition_entry(config: Config) -> dict[str, Any]:
-    """What of what samples are told enters a recipe."""
+    """The condition's entries in a recipe."""
     return {"classes": config.images.classes, **config.condition.entry}
 
 
@@ -83,19 +83,19 @@ def condition_in(recipe: Mapping[str, Any]) -> Any:
 
 
 def training_entry(config: Config, run: str) -> dict[str, Any]:
-    """What of a run's training enters its recipe."""
+    """The entries of a run's training in its recipe."""
     training, process = config.training_of(run), process_of(model_named(config, config.runs[run].model))
     decided = decides(Training, training.model_dump(exclude={"process"}))
     return _by_process(process, training.process, decided)
 
 
 def training_elsewhere(config: Config, row: Evaluate) -> dict[str, Any]:
-    """What a recipe says of the training of weights from elsewhere."""
+    """The training entries in the recipe of imported weights."""
     return _by_process(process_of(model_named(config, row.model)), config.training.process, {"path": row.path})
 
 
 def _by_process(name: str, given: Process | None, decided: dict[str, Any]) -> dict[str, Any]:
-    """The interpolant's keys, or another process with its own, as far as they are given, in their place."""
+    """The interpolant's keys or, for another process, its section instead, as far as given."""
     if name == "interpolant":
         return decided
     chosen = given if given is not None and given.name == name else Process(name=name)
@@ -103,7 +103,7 @@ def _by_process(name: str, given: Process | None, decided: dict[str, Any]) -> di
 
 
 def taps_of(config: Config, name: str) -> Mapping[str, Tap]:
-    """What a model lets the alignment losses see, by name.
+    """The taps that a model offers to the alignment losses, by name.
 
     Raises:
         ValueError: the network cannot be built for these latents.
@@ -115,7 +115,7 @@ def taps_of(config: Config, name: str) -> Mapping[str, Tap]:
 
 
 def blocks_of(config: Config, name: str) -> int:
-    """Blocks of a model that can be told apart."""
+    """Number of a model's distinguishable blocks."""
     model = model_named(config, name)
     if isinstance(model, Model):
         return model.depth
@@ -128,12 +128,12 @@ def _facts_of(config: Config, model: OtherModel) -> Facts:
 
 
 def heads_of(taps: Mapping[str, Tap], layers: Collection[int]) -> int:
-    """Heads that all of these layers have."""
+    """The number of heads that all of these layers have."""
     return min(taps[f"attention.{layer}"].heads or 0 for layer in layers)
 
 
 def falls_from(config: Config, run: str) -> dict[str, int | None]:
-    """Term -> the first step at which it may not be what it would be if it never stopped; None if it never stops."""
+    """Term -> the first step at which its stop may have an effect; None if it never stops."""
     found: dict[str, int | None] = {}
     for kind in terms_of(config, run):
         stop, ramp = getattr(config.runs[run].stop, kind), getattr(config.runs[run].ramp, kind)
@@ -142,7 +142,7 @@ def falls_from(config: Config, run: str) -> dict[str, int | None]:
 
 
 def triggers_of(config: Config, run: str) -> dict[str, Trigger]:
-    """The terms of a run that a trigger stops, with that."""
+    """The terms of a run that a trigger stops, with the trigger."""
     stops = {kind: getattr(config.runs[run].stop, kind) for kind in terms_of(config, run)}
     return {kind: stop for kind, stop in stops.items() if isinstance(stop, Trigger)}
 
@@ -153,8 +153,8 @@ def terms_of(config: Config, run: str) -> dict[str, dict[str, Any]]:
 
 
 def measured_terms(config: Config, row: str, measure: str) -> dict[str, dict[str, Any]]:
-    """The alignment terms that a measure compares with on a row of `runs` or `evaluate`, as `terms_of` gives them: the
-    row's own or, where it has none, those of `measures.NAME.alignment`; none where the measure asks for none."""
+    """The alignment terms that a measure compares with on a row of `runs` or `evaluate`, as in `terms_of`: the
+    row's own or, if it has none, those of `measures.NAME.alignment`; none if the measure needs none."""
     spec, run = config.measures[measure], config.runs.get(row)
     if "alignment" not in spec.made.needs:
         return {}

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in words: faults of the schema, and of what must fit together. No torch."""
+"""Error messages about a configuration: faults of the schema, and settings that do not fit together. No torch."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ from haste.config.schema import (
 from haste.networks.registry import DETECTORS, TEACHERS
 from haste.networks.spec import Tap, blocks
 
-# What timm's vision transformers have in their names; only loading one shows whether it is there and plain.
+# Words in the names of timm's vision transformers; only loading one shows whether it exists and is a plain one.
 _TIMM = re.compile(r"deit|.*vit_")
 
 MOST_READINGS = 50_000  # of a trigger; some hundred bytes each
 
 
 def explain(fault: Any, whole: Collection[tuple[str, str]] = ()) -> str:
-    """A fault in a line, by the path that the configuration has.
+    """A fault as one line, with the path in the configuration.
 
-    whole: run and key of each `stop` and `ramp` that was written once for all terms.
+    whole: run and key of each `stop` and `ramp` that was given once for all terms.
     """
     path = list(fault["loc"])
     if path[:1] == ["runs"] and tuple(path[1:3]) in whole and path[3:4] and path[3] in TERMS:
@@ -66,11 +66,11 @@ def explain(fault: Any, whole: Collection[tuple[str, str]] = ()) -> str:
 
 
 def _keys_at(path: tuple[Any, ...]) -> list[str]:
-    """The keys that the schema knows at a path: what the nearest right spelling is looked for among."""
+    """The keys that the schema has at a path, as candidates for the nearest right spelling."""
     kind: Any = Config
     for part in path:
         known = (model.model_fields[part].annotation for model in _models_in(kind) if part in model.model_fields)
-        kind = get_args(kind)[1] if get_origin(kind) is dict else next(known, kind)  # pydantic's own words lead nowhere
+        kind = get_args(kind)[1] if get_origin(kind) is dict else next(known, kind)  # pydantic adds words of its own
     return [key for model in _models_in(kind)[:1] for key in model.model_fields]
 
 
@@ -81,9 +81,9 @@ def _models_in(kind: Any) -> list[type[Strict]]:
 
 
 def faults_of(config: Config) -> list[str]:
-    """What the schema cannot see, a line each: whatever does not fit together, or that nothing is called."""
+    """Faults that the schema cannot find, one line each: settings that do not fit together, and undefined names."""
     if faults := _faults_of_architectures(config):
-        return faults  # what the network has decides whether the rest fits it
+        return faults  # further checks depend on the network
     faults = (
         _faults_of_names(config) + _faults_of_data(config) + _faults_of_models(config) + _faults_of_teachers(config)
     )
@@ -97,7 +97,7 @@ def faults_of(config: Config) -> list[str]:
     faults += [fault for kind, name in rows for fault in _unknown_measures(config, kind, name)]
     faults = faults or [fault for name in config.runs for fault in _faults_of_angles(config, name)]
     faults = faults or [fault for kind, name in rows for fault in _faults_of_measuring(config, kind, name)]
-    return list(dict.fromkeys(faults))  # runs that share a faulty alignment tell it once
+    return list(dict.fromkeys(faults))  # runs that share a faulty alignment report it once
 
 
 def _faults_of_names(config: Config) -> list[str]:
@@ -130,14 +130,14 @@ def _faults_of_data(config: Config) -> list[str]:
         faults += [f"detector.{name}: the same as {n}" for n in names[:place] if config.detector[n] == detector]
         found = detector.pretrained.name if detector.pretrained else None
         if found is not None and found in extensions.names("detectors"):
-            continue  # what it needs is known when it is loaded
+            continue  # its requirements are only known when it is loaded
         if found is not None and found not in DETECTORS:
             at = f"detector.{name}.pretrained.name"
             faults.append(f"{at}: nothing is called {found!r}{nearest(found, DETECTORS)}")
         elif found is not None and resolution < DETECTORS[found].smallest:
             least = f"images of {DETECTORS[found].smallest} px or more"
             faults.append(f"images.resolution: {resolution}, but detector {name} ({found}) reads {least}")
-        elif found is None and (resolution < 8 or resolution % 4):  # two halvings, and something left to look at
+        elif found is None and (resolution < 8 or resolution % 4):  # two halvings, and something must remain
             faults.append(f"images.resolution: {resolution}, but detector {name} reads images of 8, 12, 16, ... px")
     if config.condition.name != "labels":
         faults += [
@@ -156,7 +156,7 @@ def _faults_of_data(config: Config) -> list[str]:
 
 
 def _trained_here(config: Config) -> list[str]:
-    """The networks that the pipeline trains on the images, as the configuration names them."""
+    """The networks that the pipeline trains on the images, by their keys in the configuration."""
     found: dict[str, Autoencoder | Teacher | Detector] = {"autoencoder": config.autoencoder}
     found |= {f"teachers.{name}": teacher for name, teacher in config.teachers.items()}
     found |= {f"detector.{name}": detector for name, detector in config.detector.items()}
@@ -164,8 +164,8 @@ def _trained_here(config: Config) -> list[str]:
 
 
 def _faults_of_architectures(config: Config) -> list[str]:
-    """Networks that cannot be built for these latents, are not what they say, do not understand what they are told, or
-    cannot do what `runtime` asks."""
+    """Networks that cannot be built for these latents, contradict their declarations, do not support the condition, or
+    do not support `runtime`."""
     faults, trained = [], {run.model for run in config.runs.values()}
     told = config.condition.name
     rows: list[Run | Evaluate] = [*config.runs.values(), *config.evaluate.values()]
@@ -201,7 +201,7 @@ def _size(model: Model | OtherModel) -> str:
 
 
 def _faults_of_sampling(config: Config) -> list[str]:
-    """A preset's name stands for its solver everywhere."""
+    """A preset's name must have the preset's solver."""
     return [
         f"sampling.{name}.{key}: {getattr(way, key)}, but the preset {name} has {value}; expected another name"
         for name, way in config.sampling.items()
@@ -230,7 +230,7 @@ def _faults_of_teachers(config: Config) -> list[str]:
 
 
 def _faults_of_alignment(config: Config, name: str) -> list[str]:
-    """What is wrong with an alignment whatever model it is used with, and also if it is not used."""
+    """Faults of an alignment that do not depend on the model, found even if it is not used."""
     faults = []
     for kind in Stops.model_fields:
         term, at = getattr(config.alignments[name], kind), f"alignments.{name}.{kind}"
@@ -324,7 +324,7 @@ def _faults_of_evaluate(config: Config, name: str) -> list[str]:
 
 
 def _faults_of_process(config: Config, name: str) -> list[str]:
-    """Keys of `training` that belong to another process than the network's."""
+    """Keys of `training` that belong to a process other than the network's."""
     model, training = config.runs[name].model, config.training_of(name)
     process, given = process_of(model_named(config, model)), training.process
     found = {"process": given.name} if given is not None and given.name != process else {}
@@ -336,11 +336,11 @@ def _faults_of_process(config: Config, name: str) -> list[str]:
 
 
 def check_samplers(config: Config) -> None:
-    """Refuse samplers that do not suit the process of the network that they would sample. Those of other packages are
-    imported, which `resolve` does not do.
+    """Refuse samplers that do not suit the process of the network they would sample. This imports samplers of other
+    packages, which `resolve` does not do.
 
     Raises:
-        ValueError: a line for every row and sampler.
+        ValueError: one line for every row and sampler.
     """
     faults = []
     for section in ("runs", "evaluate"):
@@ -379,7 +379,7 @@ def _faults_of_stop(config: Config, run: Run, where: str) -> list[str]:
 
 
 def _faults_of_readings(run: Run, where: str) -> list[str]:
-    """Every state keeps all readings so far, in a header that has an end."""
+    """Limits the readings, because every state keeps all of them in a header of limited size."""
     last, faults = run.milestones[-1], []
     for kind, stop in ((kind, getattr(run.stop, kind)) for kind in TERMS):
         if isinstance(stop, Trigger) and (count := (last - stop.after) // stop.every) > MOST_READINGS:
@@ -389,7 +389,7 @@ def _faults_of_readings(run: Run, where: str) -> list[str]:
 
 
 def _faults_of_angles(config: Config, name: str) -> list[str]:
-    """Gradients that nobody could take: while all terms are active, or once those have stopped that stop apart."""
+    """Gradients that cannot be taken: while all terms are active, or after separately stopped terms have stopped."""
     terms, stop, faults = terms_of(config, name), config.runs[name].stop, []
     active = {kind: term for kind, term in terms.items() if getattr(stop, kind) != 0}
     for kind, watch in triggers_of(config, name).items():
@@ -404,7 +404,7 @@ def _faults_of_angles(config: Config, name: str) -> list[str]:
 
 
 def _faults_of_measure(config: Config, name: str) -> list[str]:
-    """An alignment that is not there, or of which a measure makes nothing."""
+    """An alignment that is undefined, or that a measure does not use."""
     spec, at = config.measures[name], f"measures.{name}.alignment"
     if spec.alignment is None:
         return []
@@ -424,7 +424,7 @@ def _unknown_measures(config: Config, kind: str, name: str) -> list[str]:
 
 
 def _faults_of_measuring(config: Config, kind: str, name: str) -> list[str]:
-    """What a row's measures could not measure of its states."""
+    """What a row's measures cannot measure of its states."""
     row, faults = getattr(config, kind)[name], []
     own = kind == "runs" and alignment_named(config, row.alignment) != Alignment()
     for one in row.measures:
@@ -471,7 +471,7 @@ def _faults_of_ramp(run: Run, where: str) -> list[str]:
 
 
 def _faults_of_fit(config: Config, name: str, aligned: str) -> list[str]:
-    """What is wrong with an alignment for a model, which must have the layers and heads."""
+    """Faults of an alignment for a model, which must have the layers and heads."""
     alignment, taps = alignment_named(config, aligned), taps_of(config, name)
     at, depths = f"alignments.{aligned}", blocks(taps, "tokens")
     faults = []

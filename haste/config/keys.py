@@ -1,4 +1,4 @@
-"""What every section of a configuration is made of: strictness, kinds of numbers, marks of its keys. No torch."""
+"""Building blocks of every section of a configuration: strictness, kinds of numbers, marks of keys. No torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from haste import extensions
 
 
 class Strict(BaseModel):
-    """A part of the configuration: unknown keys, wrong types, infinity and NaN are errors, values never change."""
+    """A section of the configuration: unknown keys, wrong types, infinity and NaN are errors; frozen, no coercion."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def number(value: Any) -> Any:
-    """The number that a text writes; anything else as it is."""
+    """A number written as text; anything else unchanged."""
     # YAML 1.1 reads 1e-4 (no dot) as text; users mean the number.
     if isinstance(value, str):
         try:
@@ -32,11 +32,11 @@ Float = Annotated[float, BeforeValidator(number)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[Float, Field(gt=0)]
 Share = Annotated[Float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what every generator takes, and a 64-bit integer holds
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # every generator accepts it, and it fits into a 64-bit integer
 
 
 def or_added(group: str) -> WrapValidator:
-    """Takes, beside the names of the schema, those that other packages add to a group of `haste.extensions`."""
+    """Accepts, besides the names of the schema, those that other packages add to a group of `haste.extensions`."""
 
     def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         return value if isinstance(value, str) and value in extensions.names(group) else handler(value)
@@ -45,15 +45,15 @@ def or_added(group: str) -> WrapValidator:
 
 
 class _Mark:
-    """Says of a key how it enters a recipe; see `decides`."""
+    """Marks how a key enters a recipe; see `decides`."""
 
 
-LATER = _Mark()  # younger than results that people have: at its default it stays out, and their names stay
+LATER = _Mark()  # newer than existing results: at its default it stays out of recipes, so that their names stay
 LABEL = _Mark()  # decides nothing by itself
 
 
 def decides(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a section enters a recipe, by the marks of its keys.
+    """The entries of a section in a recipe, by the marks of its keys.
 
     Args:
         kind: the section's schema.
@@ -68,14 +68,14 @@ def decides(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def completed(kind: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys that stand beside a name, those that are left to their defaults written out.
+    """Keys beside a name, with omitted ones set to their defaults.
 
     Args:
-        kind: their schema, of whatever bears the name.
+        kind: the schema of the keys.
         given: the keys.
 
     Raises:
-        ValueError: a key that the schema does not know, or a value that it refuses.
+        ValueError: an unknown key, or a value that the schema refuses.
     """
     if unknown := [name for name in given if name not in kind.model_fields]:
         raise ValueError(f"unknown key {unknown[0]!r}{nearest(unknown[0], kind.model_fields)}")
@@ -83,7 +83,7 @@ def completed(kind: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]
 
 
 def nearest(found: Any, known: Any) -> str:
-    """What ends a fault of a name that nothing has: the nearest right spelling, or else all of them."""
+    """The end of a message about an undefined name: the nearest right spelling, or else all of them."""
     spelt = {name.lower(): name for name in sorted(known)}
     close = difflib.get_close_matches(str(found).lower(), spelt, n=1, cutoff=0.5)
     return f"; did you mean {spelt[close[0]]!r}?" if close else f"; known: {', '.join(sorted(known)) or 'none'}"

@@ -12,7 +12,7 @@ from haste.config.keys import Float, Positive, Rate, Seed, Strict, completed, de
 
 
 def _whole(value: Any) -> Any:
-    # 2.0e12 reads better than thirteen digits, and is a whole number all the same.
+    # 2.0e12 is more readable than thirteen digits, and still a whole number.
     found = number(value)
     return int(found) if isinstance(found, float) and found.is_integer() else value
 
@@ -35,7 +35,7 @@ class Images(Strict):
     source: Literal["digits", "folder", "archive"] = "folder"
     path: str | None = None
     resolution: Positive
-    holdout: Annotated[int, Field(ge=0)]  # the networks that are trained here are judged on these images
+    holdout: Annotated[int, Field(ge=0)]  # the networks that are trained here are evaluated on these images
     classes: Annotated[int, Field(ge=0)]
     on_bad_image: Literal["fail", "skip"] = "fail"
     shards: Positive = 1
@@ -94,7 +94,7 @@ class Autoencoder(Strict):
 
     @property
     def factor(self) -> int:
-        """Pixels a latent cell spans, along each side."""
+        """Pixels per latent cell, along each side."""
         return self._chosen.factor
 
 
@@ -118,14 +118,14 @@ class TrainedTeacher(Strict):
 
 
 class PretrainedTeacher(Strict):
-    """A frozen vision encoder by its name in `TEACHERS` or in timm, and its weights if they lie on disk."""
+    """A frozen vision encoder by its name in `TEACHERS` or in timm, and its weights file, if given."""
 
     name: str
     weights: str | None = None
 
 
 class Teacher(Strict):
-    """Either `trained` here or `pretrained`; what of its targets is kept on disk, and how many components of them."""
+    """Either `trained` here or `pretrained`; which targets are cached on disk, and their number of components."""
 
     trained: TrainedTeacher | None = None
     pretrained: PretrainedTeacher | None = None
@@ -139,19 +139,19 @@ class Teacher(Strict):
         return _exactly_one(self)
 
     def caches(self, kind: str) -> bool:
-        """Whether the targets of a kind of alignment loss, `features` or `attention`, are kept on disk."""
+        """Whether the targets of a kind of alignment loss, `features` or `attention`, are cached on disk."""
         return kind in self.cache.split("+")
 
 
 class Cache(Strict):
-    """How the targets of cached teachers are kept on disk."""
+    """How the targets of cached teachers are stored on disk."""
 
     max_bytes: Annotated[int, Field(ge=1), BeforeValidator(_whole)] = 200_000_000_000
     shards: Positive = 1
 
 
 class TrainedDetector(Strict):
-    """A small convolutional classifier that the pipeline trains; its features judge the samples."""
+    """A small convolutional classifier that the pipeline trains; the scores compare its features."""
 
     steps: Positive
     batch: Positive = 128
@@ -161,7 +161,7 @@ class TrainedDetector(Strict):
 
 
 class PretrainedDetector(Strict):
-    """A public network by its name in `DETECTORS`, and its weights if they lie on disk."""
+    """A public network by its name in `DETECTORS`, and its weights file, if given."""
 
     name: str
     weights: str | None = None
@@ -181,26 +181,26 @@ class Detector(Strict):
         return _exactly_one(self)
 
 
-# Architectures of the denoising network: name -> where its class is, which is imported where it is asked for.
+# Architectures of the denoising network: name -> import path of its class, which is imported on request.
 DENOISERS = {"sit": "haste.models.sit:SiT"}
-# What a network is trained to predict, likewise.
+# Training objectives, likewise.
 PROCESSES = {"interpolant": "haste.diffusion.interpolant:Interpolant"}
-# What a sample is told beside x and t, likewise.
+# Conditions, the network's inputs besides x and t, likewise.
 CONDITIONS = {"labels": "haste.data.condition:Labels"}
 
 
 def _class_named(group: str, name: str, own: Mapping[str, str], expected: str, *taken: str) -> Any:
-    """A class with Settings: one of ours, or of another package.
+    """A class with Settings, from this package or another.
 
     Args:
         group: of `haste.extensions`.
-        name: what is asked for.
-        own: name -> where it is, of this package.
-        expected: what such a class is derived from.
+        name: the requested name.
+        own: name -> import path, in this package.
+        expected: the required base class.
         taken: keys that no Settings may have.
 
     Raises:
-        ValueError: nothing is called so; or what is cannot be imported, or has no settings, or some that are taken.
+        ValueError: the name is undefined; or the class cannot be imported, has no settings, or has some that are taken.
     """
     if name in own:
         return extensions.at(own[name])
@@ -232,7 +232,7 @@ def condition_named(name: str) -> Any:
 
 
 class _Named(BaseModel):
-    """Something by its name, with the keys that it has beside it; without any, the name alone will do."""
+    """A name together with its own keys; without keys, the name alone is accepted."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -245,7 +245,7 @@ class _Named(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, given: Any) -> Any:
-        """Check the keys, and write out those that are left to their defaults."""
+        """Check the keys, and write out omitted ones with their defaults."""
         given = {"name": given} if isinstance(given, str) else given
         if not isinstance(given, dict) or not isinstance(name := given.get("name"), str):
             return given
@@ -254,12 +254,12 @@ class _Named(BaseModel):
 
     @property
     def decided(self) -> dict[str, Any]:
-        """What of it enters a recipe."""
+        """Its entries in a recipe."""
         return {"name": self.name, **decides(self._schema(self.name), dict(self.model_extra or {}))}
 
 
 class Process(_Named):
-    """A training objective that is not the interpolant."""
+    """A training objective other than the interpolant."""
 
     @classmethod
     def _schema(cls, name: str) -> type[BaseModel]:
@@ -269,27 +269,27 @@ class Process(_Named):
 
 
 class Condition(_Named):
-    """What samples are told."""
+    """The condition of samples."""
 
     @classmethod
     def _schema(cls, name: str) -> type[BaseModel]:
-        return Strict if name == "labels" else condition_named(name).Settings  # known without importing numpy
+        return Strict if name == "labels" else condition_named(name).Settings  # avoids importing numpy
 
     @property
     def entry(self) -> dict[str, Any]:
-        """What of it enters a recipe: nothing for labels, of which a recipe has the number of classes."""
+        """Its entries in a recipe: none for labels, since a recipe has the number of classes."""
         return {} if self.name == "labels" else {"condition": self.decided}
 
 
-# Measures of a state: name -> where its class is, which is imported where it is asked for.
+# Measures of a state: name -> import path of the class, which is imported on request.
 MEASURES = {"gradient-cosine": "haste.measure.gradient_cosine:GradientCosine"}
 
 
 def measure_named(name: str) -> Any:
-    """The class of a measure, a `haste.measure.measure.Measure`: one of ours, or of another package.
+    """The class of a measure, a `haste.measure.measure.Measure`, from this package or another.
 
     Raises:
-        ValueError: nothing is called so; or what is cannot be imported, or is no measure.
+        ValueError: the name is undefined; or the class cannot be imported, or is not a measure.
     """
     if name in MEASURES:
         return extensions.at(MEASURES[name])
@@ -322,17 +322,17 @@ class Model(Strict):
 
     @property
     def decided(self) -> dict[str, Any]:
-        """What of it enters a recipe."""
+        """Its entries in a recipe."""
         return self.model_dump()
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What its class is made with, beside what the latents and labels say."""
+        """Its constructor arguments, besides those from the latents and the condition."""
         return self.model_dump()
 
 
 class OtherModel(BaseModel):
-    """A network that is no SiT: its keys, and what they may be, are those of its architecture's `Settings`."""
+    """A network other than SiT; its keys are those of its architecture's `Settings`."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -341,25 +341,25 @@ class OtherModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, given: Any) -> Any:
-        """Check the keys, and write out those that are left to their defaults."""
+        """Check the keys, and write out omitted ones with their defaults."""
         schema = architecture_named(given["architecture"]).Settings
         rest = {name: value for name, value in given.items() if name != "architecture"}
         return {"architecture": given["architecture"], **completed(schema, rest)}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What its class is made with, beside what the latents and labels say."""
+        """Its constructor arguments, besides those from the latents and the condition."""
         return dict(self.model_extra or {})
 
     @property
     def decided(self) -> dict[str, Any]:
-        """What of it enters a recipe."""
+        """Its entries in a recipe."""
         schema = architecture_named(self.architecture).Settings
         return {"architecture": self.architecture, **decides(schema, self.settings)}
 
 
 def model_of(given: Any) -> Model | OtherModel:
-    """What an entry of `models` describes: a SiT, unless it names another architecture."""
+    """An entry of `models`: a SiT, unless it names another architecture."""
     if isinstance(given, Model | OtherModel):
         return given
     name = given.get("architecture", "sit") if isinstance(given, dict) else "sit"

@@ -1,4 +1,4 @@
-"""What the field calls its models, teachers and layers, and what a name in a configuration stands for. No torch."""
+"""Published names of models, teachers and layers, and their definitions. No torch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ALIGNED_HEADS = 12
 
 
 def model_named(config: Config, name: str) -> Model | OtherModel:
-    """The size behind a model's name: the configuration's own first, then the published ones."""
+    """The size of a model by its name: the configuration's own first, then the published ones."""
     return config.models.get(name) or MODELS[name]
 
 
 def alignment_named(config: Config, name: str) -> Alignment:
-    """The terms behind an alignment's name; `vanilla` needs no entry."""
+    """The terms of an alignment by its name; `vanilla` needs no entry."""
     return config.alignments.get(name) or Alignment()
 
 
@@ -41,7 +41,7 @@ def teacher_shape(teacher: Teacher) -> tuple[int, int] | None:
 
 
 def teacher_tokens(config: Config, name: str) -> tuple[int, int] | None:
-    """(width, tokens an image) of a teacher, or None for a timm name that is not in `TEACHERS`."""
+    """(width, tokens per image) of a teacher, or None for a timm name that is not in `TEACHERS`."""
     teacher, resolution = config.teachers[name], config.images.resolution
     if teacher.trained:
         return teacher.trained.width, (resolution // teacher.trained.patch) ** 2

@@ -1,4 +1,4 @@
-"""From a file or a mapping to a `Config`: YAML, defaults and presets laid under rows, every check. No torch."""
+"""From a file or a mapping to a `Config`: YAML, defaults and presets merged into rows, all checks. No torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from haste.config.faults import explain, faults_of
 from haste.config.keys import nearest
 from haste.config.schema import PRESETS, TERMS, Config, Run, for_both
 
-MOST_ENTRIES = 1_000_000  # in a configuration, aliases written out
+MOST_ENTRIES = 1_000_000  # in a configuration, with aliases expanded
 
 
 class _Once(yaml.SafeLoader):
-    """A loader that refuses a key that stands twice in one mapping; YAML would silently take the last.
+    """A loader that refuses a duplicate key in one mapping; YAML would silently take the last.
 
-    Aliases of aliases, a line each, can stand for more entries than there is memory, and one may refer to itself: these
-    are refused before anything is built from them.
+    A few lines of nested aliases can expand to more entries than fit into memory, and an alias may refer to itself:
+    both are refused before anything is built from them.
     """
 
     def get_single_node(self) -> yaml.Node | None:
@@ -31,7 +31,7 @@ class _Once(yaml.SafeLoader):
         return node
 
     def _count(self, node: yaml.Node, known: dict[int, int]) -> int:
-        """The entries of a node, its aliases written out."""
+        """The number of entries of a node, with aliases expanded."""
         if id(node) in known:
             if not known[id(node)]:
                 raise ValueError(f"line {node.start_mark.line + 1}: what begins here refers to itself")
@@ -45,7 +45,7 @@ class _Once(yaml.SafeLoader):
         return known[id(node)]
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Looked at as written: later, `<<` mixes in keys that may well be overridden.
+        # Checked as written: later, `<<` merges in keys that may be overridden.
         node = super().compose_mapping_node(anchor)
         assert node is not None
         lines: dict[str, int] = {}
@@ -72,16 +72,16 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_once)
-    except ValueError:  # not JSON, or a key twice: JSON is YAML, whose loader knows the line
+    except ValueError:  # not JSON, or a duplicate key: JSON is also YAML, whose loader knows the line
         return yaml.load(text, _Once)
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """What a configuration file (YAML or JSON) says, before `resolve` looks at it.
+    """The contents of a configuration file (YAML or JSON), before `resolve` checks it.
 
     Raises:
-        ValueError: the file is missing, not YAML, not a mapping, or has a key twice; the message names the file, and
-            the key with its line.
+        ValueError: the file is missing, not YAML, not a mapping, or has a duplicate key; the message names the file,
+            and the key with its line.
     """
     try:
         raw = _parsed(Path(path).read_text(encoding="utf-8"))
@@ -112,10 +112,10 @@ def load(path: str | Path) -> Config:
 
 
 def submitted(raw: Mapping[str, Any]) -> Config:
-    """What a workflow's job was submitted with, though the file may have been edited since.
+    """The configuration that a workflow's job was submitted with, even if the file was edited since.
 
     Args:
-        raw: what the file says now, of which the name and the results folder are taken.
+        raw: the current contents of the file, of which the name and the results folder are used.
 
     Raises:
         ValueError: the resolved configuration that the workflow's start wrote there cannot be read.
@@ -124,27 +124,27 @@ def submitted(raw: Mapping[str, Any]) -> Config:
 
 
 def resolve(raw: Mapping[str, Any]) -> Config:
-    """Check a configuration and lay its `defaults` under every row of `runs`.
+    """Check a configuration and merge its `defaults` into every row of `runs`.
 
-    Layers that an alignment leaves out stay open: `terms_of` takes them from the published mapping of the row's model.
-    The result resolves to itself, so it can be written down and read again.
+    Layers that an alignment omits stay open: `terms_of` takes them from the published mapping of the row's model.
+    The result resolves to itself, so it can be written to a file and read again.
 
     Raises:
-        ValueError: with one line per fault: its full path, what was found, what was expected.
+        ValueError: one line per fault: its full path, what was found, what was expected.
     """
     raw, whole = _with_defaults(_plain(raw))
     try:
         config = Config.model_validate(_with_presets(raw))
     except ValidationError as error:
         lines = [explain(fault, whole) for fault in error.errors()]
-        raise ValueError("\n".join(dict.fromkeys(lines))) from None  # what stands for both terms is told once
+        raise ValueError("\n".join(dict.fromkeys(lines))) from None  # a fault of both terms is reported once
     if faults := faults_of(config):
         raise ValueError("\n".join(faults))
     return config
 
 
 def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain data, as a file can hold it: Snakemake hands over subclasses of dict."""
+    """Plain data, as in a file: Snakemake passes subclasses of dict."""
     try:
         text = json.dumps(raw, default=str, ensure_ascii=False)
         text.encode()  # half a surrogate pair is text that no file can hold
@@ -152,14 +152,14 @@ def _plain(raw: Mapping[str, Any]) -> dict[str, Any]:
     except UnicodeEncodeError as error:
         raise ValueError(f"the configuration: {error}") from error
     except (TypeError, RecursionError) as error:
-        raise ValueError(f"the configuration: {error}") from error  # a date as a key, or lists in lists in lists
+        raise ValueError(f"the configuration: {error}") from error  # a date as a key, or too deeply nested lists
 
 
 def _with_defaults(raw: dict[str, Any]) -> tuple[dict[str, Any], set[tuple[str, str]]]:
-    """Lay the defaults under the rows, and write out what stands there for several keys.
+    """Merge the defaults into the rows, and expand values given for several keys.
 
     Returns:
-        The configuration, and run and key of each `stop` and `ramp` that was written once for all terms.
+        The configuration, and run and key of each `stop` and `ramp` that was given once for all terms.
     """
     defaults = raw.get("defaults") or {}
     if not (isinstance(raw.get("runs"), dict) and isinstance(defaults, dict)):
@@ -175,7 +175,7 @@ def _with_defaults(raw: dict[str, Any]) -> tuple[dict[str, Any], set[tuple[str, 
 
 
 def _with_presets(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Define the presets that rows name and nothing defines; an entry of a preset's name is laid over it."""
+    """Add the presets that rows name and the configuration does not define; an entry of that name overrides keys."""
     sampling = raw.get("sampling", {})
     rows = [row for kind in ("runs", "evaluate") if isinstance(raw.get(kind), dict) for row in raw[kind].values()]
     if not isinstance(sampling, dict):
@@ -191,17 +191,17 @@ def _with_presets(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _over(defaults: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row on top of the defaults; sections that both have, such as `training` and `stop`, are joined key by key."""
+    """A row on top of the defaults; sections in both, such as `training` and `stop`, are merged key by key."""
     both = {key for key in defaults if isinstance(defaults[key], dict) and isinstance(row.get(key), dict)}
     both -= {key for key in both if for_both(defaults[key]) or for_both(row[key])}
-    other = {"seed": "seeds", "seeds": "seed"}  # a row's own one or several push the defaults' several or one aside
+    other = {"seed": "seeds", "seeds": "seed"}  # a row's own seed or seeds override the defaults' seeds or seed
     hidden = {other[key] for key in other if key in row and other[key] not in row}
     kept = {key: value for key, value in defaults.items() if key not in hidden}
     return {**kept, **row, **{key: {**defaults[key], **row[key]} for key in both}}
 
 
 def _spread(row: dict[str, Any], alignments: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a `stop` or `ramp` that stands for all terms as those of the terms that the row's alignment has."""
+    """Expand a `stop` or `ramp` given for all terms to the terms of the row's alignment."""
     name = row.get("alignment", "vanilla")
     terms = alignments.get(name) if isinstance(name, str) else None
     if not isinstance(terms, dict):
@@ -214,7 +214,7 @@ def _spread(row: dict[str, Any], alignments: Mapping[str, Any]) -> dict[str, Any
 
 
 def _seeded(row: dict[str, Any]) -> dict[str, Any]:
-    """Where only `seeds` is given, `seed` is its first."""
+    """If only `seeds` is given, `seed` is its first."""
     seeds = row.get("seeds")
     return {**row, "seed": seeds[0]} if isinstance(seeds, list) and seeds and "seed" not in row else row
 

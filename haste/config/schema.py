@@ -51,7 +51,7 @@ class FeatureTerm(Strict):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, given: Any) -> Any:
-        """Fill in what NT-Xent needs."""
+        """Set the defaults of NT-Xent."""
         if not isinstance(given, dict) or given.get("similarity") != "nt-xent":
             return given
         full = {"temperature": 0.1, "negatives": "image", **given}
@@ -95,7 +95,7 @@ TERMS: dict[str, type[Strict]] = {"features": FeatureTerm, "attention": Attentio
 
 
 class Trigger(Strict):
-    """Stops a term by what is seen while training. Beside these keys it has the parameters of its trigger."""
+    """Stops a term by readings during training. Besides these keys it has the parameters of its trigger."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -106,7 +106,7 @@ class Trigger(Strict):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, given: Any) -> Any:
-        """Check the parameters, and write out those that are left to their defaults."""
+        """Check the parameters, and write out omitted ones with their defaults."""
         if not isinstance(given, dict) or not isinstance(given.get("trigger"), str):
             return given
         kind = triggers.named(given["trigger"])
@@ -132,11 +132,11 @@ class Trigger(Strict):
 
     @property
     def decided(self) -> dict[str, Any]:
-        """What of it enters a recipe."""
+        """Its entries in a recipe."""
         return decides(triggers.named(self.trigger), decides(Trigger, self.model_dump()))
 
 
-# What a stop can be, by the word that pydantic puts into the path of a fault within it.
+# The kinds of a stop, by the words that pydantic puts into the path of a fault within it.
 STOP_TAGS = {"<step>": int, "<trigger>": Trigger}
 Stop = Annotated[
     Annotated[int, Field(ge=0), Tag("<step>")] | Annotated[Trigger, Tag("<trigger>")],
@@ -145,14 +145,14 @@ Stop = Annotated[
 
 
 class Stops(Strict):
-    """When each term stops: at a step, by a trigger, or never (None). In a configuration one may stand for both."""
+    """When each term stops: at a step, by a trigger, or never (None). In a configuration one value may be for both."""
 
     features: Stop | None = None
     attention: Stop | None = None
 
 
 class Ramps(Strict):
-    """Steps before its stop over which the weight of each term falls to 0; None is at once."""
+    """Steps before its stop over which the weight of each term falls to 0; None drops it at once."""
 
     features: Annotated[int, Field(ge=2)] | None = None
     attention: Annotated[int, Field(ge=2)] | None = None
@@ -175,7 +175,7 @@ def _distinct(names: list[Any]) -> list[Any]:
 
 
 class Timesteps(Strict):
-    """How training draws its times t."""
+    """The distribution of training times t."""
 
     distribution: Literal["uniform", "lognormal"] = "uniform"
     mu: Float = 0.0
@@ -189,7 +189,7 @@ class Timesteps(Strict):
 
 
 class Training(Strict):
-    """What decides the result of training: every key here is part of a trajectory's name."""
+    """Settings that decide the result of training: every key is part of a trajectory's name."""
 
     path: Literal["linear", "cosine"] = "linear"
     timesteps: Annotated[Timesteps, LATER] = Timesteps()
@@ -207,7 +207,7 @@ class Training(Strict):
 
 
 class Runtime(Strict):
-    """How the work is done. Nothing here is part of a name, because nothing here decides a result."""
+    """How the work is executed. No key is part of a name, because none decides a result."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     processes: Positive = 1
@@ -223,17 +223,17 @@ class Runtime(Strict):
     sample_batch: Positive = 256
 
 
-# What the papers' tables are sampled with (REPA; HASTE). Keys beside `preset` win.
+# The sampling settings of the papers' tables (REPA; HASTE). Keys beside `preset` override them.
 PRESETS: dict[str, dict[str, Any]] = {
     "sde-250": {"sampler": "euler-maruyama", "steps": 250},
     "ode-50": {"sampler": "euler", "steps": 50},
     "heun-125": {"sampler": "heun", "steps": 125},
 }
-# dopri5 as SiT runs it.
+# dopri5 with SiT's settings.
 _TOLERANCES = {"rtol": 1e-3, "atol": 1e-6}
 
 
-# Samplers of this package, and the process that each is for.
+# Samplers of this package, and the process of each.
 SAMPLERS = {name: "interpolant" for name in ("euler", "heun", "euler-maruyama", "dopri5")}
 
 
@@ -248,7 +248,7 @@ class Sampling(Strict):
     guidance: Annotated[Float, Field(ge=0)] = 1.0
     interval: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.0, 1.0]
     guided_channels: Annotated[Literal["all", 3], LATER] = "all"
-    count: Annotated[int, Field(ge=4)] = 50_000  # precision and recall look at 3 neighbours of each
+    count: Annotated[int, Field(ge=4)] = 50_000  # precision and recall use the 3 nearest neighbours of each
     labels: Literal["random", "balanced"] = "random"
     pixels: Literal["truncate", "round"] = "truncate"
     seed: Seed = 0
@@ -256,7 +256,7 @@ class Sampling(Strict):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, given: Any) -> Any:
-        """Lay the preset under the keys; dopri5 has tolerances in the place of steps."""
+        """Use the preset for omitted keys; dopri5 has tolerances instead of steps."""
         if not isinstance(given, dict):
             return given
         preset = given.get("preset")
@@ -289,7 +289,7 @@ class Sampling(Strict):
 
 
 class Measure(Strict):
-    """Something that is measured of a state. Beside these keys it has those of its kind."""
+    """A diagnostic of a state. Besides these keys it has those of its measure."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -299,7 +299,7 @@ class Measure(Strict):
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, given: Any) -> Any:
-        """Check the kind's own keys, and write out those that are left to their defaults."""
+        """Check the measure's own keys, and write out omitted ones with their defaults."""
         if not isinstance(given, dict) or not isinstance(given.get("measure"), str):
             return given
         kind = measure_named(given["measure"])
@@ -319,12 +319,12 @@ class Measure(Strict):
 
     @property
     def decided(self) -> dict[str, Any]:
-        """What of its kind's own keys enters a recipe."""
+        """The entries of the measure's own keys in a recipe."""
         return decides(measure_named(self.measure), self.model_extra or {})
 
 
 class Run(Strict):
-    """A row of the table: which model, which alignment, when to stop it, how to sample."""
+    """A row of the table: model, alignment, when to stop it, how to sample."""
 
     model: str
     alignment: str = "vanilla"
@@ -346,7 +346,7 @@ class Run(Strict):
 
     @property
     def all_seeds(self) -> list[int]:
-        """The seeds that the row is trained with, each a trajectory of its own."""
+        """The row's seeds, each with its own trajectory."""
         return self.seeds or [self.seed]
 
     @model_validator(mode="after")
@@ -372,7 +372,7 @@ class Evaluate(Strict):
 
 
 class Config(Strict):
-    """A whole configuration, as `resolve` returns it: defaults merged, names looked up, everything checked."""
+    """A whole configuration, as `resolve` returns it: defaults merged, names resolved, everything checked."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     title: str = ""
@@ -400,5 +400,5 @@ class Config(Strict):
         return self.images.resolution // self.autoencoder.factor
 
     def training_of(self, run: str) -> Training:
-        """The training settings of a run: the common ones with the row's own on top."""
+        """The training settings of a run: the common ones, overridden by the row's own."""
         return Training(**{**self.training.model_dump(), **self.runs[run].training})

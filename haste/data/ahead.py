@@ -1,4 +1,4 @@
-"""Work done by threads ahead of its use, in order."""
+"""Work done by threads ahead of use, in order."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Made = TypeVar("Made")
 def made_ahead(
     make: Callable[[Given], Made], given: Iterable[Given], *, threads: int, depth: int, name: str
 ) -> Iterator[Made]:
-    """What `make` makes of each, in order, `depth` of them ahead of use; what nobody asks for any more is dropped.
+    """The results of `make` for each item, in order, `depth` of them ahead of use; unused ones are cancelled.
 
     Raises:
-        Whatever `make` raises, where its result would have come.
+        Whatever `make` raises, at the place of its result.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix=name) as pool:
         waiting: collections.deque[Future[Made]] = collections.deque()

@@ -1,6 +1,6 @@
-"""What one training step sees, as a function of (seed, step) alone: samples, noise, times and what they are told.
+"""Batches of training as a function of (seed, step): samples, noise, times and conditions.
 
-B batch, C latent channels, h x w latent cells, R pixels a side.
+B batch, C latent channels, h x w latent cells, R pixels per side.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from haste.files.store import Store
 from haste.networks.spec import each
 
 CPU = torch.device("cpu")
-WORKERS = 2  # drawing normal numbers is most of the work, and numpy lets others run meanwhile
+WORKERS = 2  # drawing normal numbers is most of the work, and numpy releases Python's lock meanwhile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Batch:
     draw: Tensor  # (B, C, h, w) float32, standard normal: z = mean + std * draw
     noise: Tensor  # (B, C, h, w) float32, standard normal: eps
     t: Tensor  # (B,) float32 in [0, 1]
-    condition: Tensor | Mapping[str, Tensor]  # what the network is told, with a row a sample; see `Condition`
-    images: Tensor | None  # (B, R, R, 3) uint8, only when a teacher looks at them
+    condition: Tensor | Mapping[str, Tensor]  # the network's input y, one row per sample; see `Condition`
+    images: Tensor | None  # (B, R, R, 3) uint8, only if a teacher runs online
     targets: Mapping[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)  # (teacher, field) -> (B, ...)
-    rows: Tensor | None = None  # (B,) int64: the samples' places in the batch of all processes
+    rows: Tensor | None = None  # (B,) int64: the samples' positions in the batch of all ranks
     weights: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)  # term -> (B,) float64, see `Batches`
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with every tensor changed in the same way."""
+        """The batch with a function applied to every tensor."""
         changed: dict[str, Any] = {}
         for name in (field.name for field in dataclasses.fields(self) if field.name != "step"):
             found = getattr(self, name)
@@ -54,18 +54,18 @@ class Batch:
         return self.map(lambda x: x.pin_memory().to(device, non_blocking=True))
 
     def microbatches(self, count: int) -> list[Batch]:
-        """The batch cut into equal parts, in order: what accumulating a gradient goes through."""
+        """The batch cut into equal parts, in order, for gradient accumulation."""
         return [self.map(lambda x, i=i: x.chunk(count)[i]) for i in range(count)]  # type: ignore[misc]
 
 
 class Times(Protocol):
-    """What batches ask of a process, a `haste.diffusion.process.Process`."""
+    """The part of `haste.diffusion.process.Process` that batches use."""
 
     def times(self, uniforms: Callable[[str], np.ndarray], normals: Callable[[str], np.ndarray]) -> Tensor:
         """(B,) float32 in [0, 1]."""
 
     def place(self, t: float) -> float:
-        """The time nearest to t that it has."""
+        """Its time nearest to t."""
 
 
 class Batches:
@@ -87,16 +87,17 @@ class Batches:
         """
         Args:
             latents: store with `moments` and the fields of the condition.
-            images: store with field `image`, or None where no teacher looks.
-            seed: decides order, noise, times and what is dropped.
-            size: samples a batch, B.
+            images: store with field `image`, or None if no teacher runs online.
+            seed: determines order, noise, times and dropped conditions.
+            size: samples per batch, B.
             process: draws the times.
-            condition: what samples are told.
-            class_dropout: share of the samples that are told nothing, in [0, 1).
-            targets: teacher -> its store of targets, a row an image, and the fields to read.
+            condition: the condition of samples.
+            class_dropout: share of the samples that get the null condition, in [0, 1).
+            targets: teacher -> its store of targets, one row per image, and the fields to read.
             t_min: alignment term -> the time below which a sample does not count for it. A batch then has weights for
-                that term: those of samples that count are equal, the others 0, and over the batch of all processes
-                they add up to B (to 0 where no sample counts). So a mean over samples, each times its weight, is the
+                that term: those of samples that count are equal, the others 0, and they sum to B over the batch of all
+                ranks (to 0 if no sample counts). So a mean over samples times their weights is the mean over those
+                that count, also when averaged over equal parts of the batch on any rank.
                 mean over those that count, also as the average over equal parts of the batch: in whatever process.
 
         Raises:
@@ -123,7 +124,7 @@ class Batches:
 
     @classmethod
     def of(cls, recipe: Mapping[str, Any], latents: Store, images: Store | None = None, **more: Any) -> Batches:
-        """The batches of a trajectory's recipe; `more` as `__init__` takes it."""
+        """The batches of a trajectory's recipe; `more` as in `__init__`."""
         training = recipe["training"]
         return cls(
             latents,
@@ -137,7 +138,7 @@ class Batches:
         )
 
     def __call__(self, step: int, visits: range | None = None) -> Batch:
-        """The batch of the step that comes after `step` steps, or only its rows `visits`, which are the same then."""
+        """The batch of the step after `step` steps, or only its rows `visits`, which are the same then."""
         visits = range(self.size) if visits is None else visits
         chosen = self.samples.start + order.batch_indices(self.seed, step, self.size, len(self.samples))
         chosen = chosen[visits.start : visits.stop]
@@ -156,16 +157,16 @@ class Batches:
         )
 
     def reading_indices(self, count: int) -> np.ndarray:
-        """`count` random training images to measure with, or all if there are fewer: the same whenever it is asked.
+        """`count` random training images to measure with, or all if there are fewer; the same at every call.
 
-        (M,) int64, places in the stores; those of a smaller count are the first of them.
+        (M,) int64, indices in the stores; those of a smaller count are the first of them.
         """
         return self.samples.start + order.choice(self.seed, "measured images", 0, count, len(self.samples))
 
     def measured(self, indices: np.ndarray, rows: range) -> Batch:
-        """Images of `indices` in their order, nothing dropped of what they are told, without times.
+        """Images of `indices` in their order, with their conditions not dropped, without times.
 
-        Latent draw and noise are each image's own: what is measured twice differs by the weights alone.
+        Latent draw and noise depend on the image alone, so two measurements differ only by the weights.
         """
         chosen = indices[rows.start : rows.stop]
         moments = self._moments(chosen)
@@ -182,8 +183,8 @@ class Batches:
         )
 
     def _moments(self, chosen: np.ndarray) -> Tensor:
-        """Mean and std of some images' latents; refuses those that no encoder writes, before a step turns them into
-        losses that say nothing of the cause."""
+        """Mean and std of some images' latents; refuses values that no encoder writes, because the losses of a step
+        would not show the cause."""
         moments = torch.from_numpy(self.latents.read("moments", chosen).astype(np.float32))
         if not moments.isfinite().all():
             broken = int(chosen[int((~moments.flatten(1).isfinite().all(dim=1)).nonzero()[0, 0])])
@@ -191,7 +192,7 @@ class Batches:
         return moments
 
     def _told(self, chosen: np.ndarray, step: int, visits: Sequence[int], dropout: float) -> Any:
-        """What some images are told."""
+        """The conditions of some images."""
         rows = {name: self.latents.read(name, chosen) for name in self.condition.fields}
         if fault := self.condition.fault(rows):
             raise ValueError(f"{self.latents.folder}: {fault}")
@@ -199,7 +200,7 @@ class Batches:
         return each(torch.from_numpy, told)
 
     def _for_teachers(self, chosen: np.ndarray) -> dict[str, Any]:
-        """What a batch has for or from teachers."""
+        """A batch's images and targets for teachers."""
         images = None if self.images is None else torch.from_numpy(self.images.read("image", chosen))
         stored = {
             (name, field): torch.from_numpy(store.read(field, chosen))
@@ -216,7 +217,7 @@ class Batches:
         )
 
     def _weights(self, step: int, visits: range) -> dict[str, Tensor]:
-        """Times are a function of position: every process knows those of the whole batch, and nobody has to ask."""
+        """Times are a function of position: every rank computes those of the whole batch without communication."""
         if not self.t_min:
             return {}
         times = self._times(step, range(self.size)).double()
@@ -240,6 +241,6 @@ class Batches:
 
 
 def _shape_of(moments: Tensor) -> tuple[int, ...]:
-    """(C, h, w) of the latents that these are mean and std of."""
+    """(C, h, w) of the latents with these means and stds."""
     channels, *cells = moments.shape[1:]
     return (channels // 2, *cells)

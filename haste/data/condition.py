@@ -1,7 +1,7 @@
-"""A condition: what a sample is told beside x and t. No torch.
+"""A condition: the network's input besides x and t. No torch.
 
-It has two forms, and nobody but its own class looks into either. *Rows* are what files keep: fields, each an array with
-a row a sample. *Told* is what a network gets as y: an array with a row a sample, or a mapping of such.
+It has two forms, which only its own class interprets. *Rows* are stored in files: fields, each an array with
+one row per sample. *Told* is the network's input y: an array with one row per sample, or a mapping of such.
 
 Shapes: N samples, B samples of a batch.
 """
@@ -23,13 +23,13 @@ Told = NDArray[Any] | Mapping[str, NDArray[Any]]
 
 
 class Condition:
-    """What every condition offers. It is made as `Class(classes=, **settings)`, with the number of the images' classes,
-    and holds no random state. A network says by name which one it understands (`haste.models.denoiser.Denoiser`).
+    """The interface of every condition. It is constructed as `Class(classes=, **settings)`, with the images' number of
+    classes, and holds no random state. A network names its condition (`haste.models.denoiser.Denoiser`).
 
     Attributes:
         Settings: the keys of `condition` beside `name`, each with a default; they are part of the latents' name.
         fields: field -> shape of a sample's row and its dtype.
-        arguments: what a network is made with, beside the size of its latents and its own settings.
+        arguments: the network's constructor arguments, besides the size of its latents and its own settings.
     """
 
     Settings: ClassVar[type[Strict]] = Strict
@@ -37,28 +37,29 @@ class Condition:
     arguments: Mapping[str, Any]
 
     def rows(self, said: Rows) -> Rows:
-        """Rows of pictures, to be kept beside their latents.
+        """Rows of images, to be stored beside their latents.
 
         Args:
-            said: what the image store has of them: `image` (N, R, R, 3) uint8, `label` (N,) int64.
+            said: the image store's arrays: `image` (N, R, R, 3) uint8, `label` (N,) int64.
         """
         raise NotImplementedError(f"{type(self).__name__}.rows")
 
     def told(self, rows: Rows) -> Told:
-        """What a network gets of rows."""
+        """The network's input for rows."""
         raise NotImplementedError(f"{type(self).__name__}.told")
 
     def null(self, count: int) -> Told:
-        """What it gets of `count` samples that are told nothing, of the shapes and dtypes of `told`."""
+        """The null condition of `count` samples, with the shapes and dtypes of `told`."""
         raise NotImplementedError(f"{type(self).__name__}.null")
 
     def batch(self, rows: Rows, *, seed: int, step: int, visits: Sequence[int], dropout: float) -> Told:
-        """What a training step tells: each sample's own, or, for a share `dropout` of them, nothing.
+        """The network's input in a training step: each sample's own condition or, for a share `dropout`, the null one.
 
         Args:
             rows: of the batch, or of a part of it.
-            seed: the run's.
+            seed: of the run.
             step: steps done before this one.
+            visits: the samples' positions in the batch.
             visits: the samples' places in the batch.
             dropout: in [0, 1).
         """
@@ -73,23 +74,24 @@ class Condition:
         return each(replaced, told, self.null(len(dropped)))
 
     def sampled(self, sampling: Sampling, indices: range) -> Rows:
-        """Rows of samples to be drawn; those of sample i follow from `sampling` (its seed, ...) and i alone."""
+        """Rows of samples to be drawn; those of sample i depend only on `sampling` (its seed, ...) and i."""
         raise NotImplementedError(f"{type(self).__name__}.sampled")
 
     def fault(self, rows: Rows) -> str:
-        """What is wrong with rows that a store holds; nothing where they can be used."""
+        """What is wrong with rows in a store; empty if they can be used."""
         return ""
 
     def columns(self, rows: Rows, most: int) -> tuple[NDArray[np.int64], list[Any]] | None:
-        """How a picture of samples is laid out: each sample's column, (N,), -1 for none, and the columns' titles.
+        """The layout of a grid of samples: each sample's column, (N,), -1 for none, and the columns' titles.
 
-        At most `most` columns; None where they would mean nothing.
+        At most `most` columns; None if columns have no meaning.
         """
         return None
 
 
 class Labels(Condition):
-    """One of so many classes, as an int64; one more stands for none. Without classes every label is 0, which is it."""
+    """One of a number of classes, as an int64; one more is the null class. Without classes every label is 0, the null
+    class."""
 
     def __init__(self, *, classes: int):
         self.classes = classes
@@ -117,7 +119,7 @@ class Labels(Condition):
         return {"label": np.minimum((drawn * self.classes).astype(np.int64), self.classes - 1)}
 
     def fault(self, rows: Rows) -> str:
-        """Labels that are no classes."""
+        """Labels outside the classes."""
         labels, most = rows["label"], max(0, self.classes - 1)
         if len(labels) and not (labels.min() >= 0 and labels.max() <= most):
             return f"labels {labels.min()}..{labels.max()}, expected 0..{most}"

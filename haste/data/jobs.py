@@ -1,4 +1,4 @@
-"""What the rules on images and latents do for a plan."""
+"""The functions behind the rules on images and latents, for a plan."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from haste.plan.plan import Plan
 
 
 def make_images(plan: Plan, shard: int | None, workers: int | None = None) -> None:
-    """Write one shard of the images, or, without one, check all shards and write the manifest.
+    """Write one shard of the images or, without one, check all shards and write the manifest.
 
     Args:
-        plan: what the configuration asks for.
+        plan: of the configuration.
         shard: which one, counted from 0.
-        workers: pictures that are decoded at once; None is `runtime.threads`.
+        workers: images decoded at once; None is `runtime.threads`.
 
     Raises:
-        ValueError: pictures that cannot be used; or as `haste.data.prepare`.
+        ValueError: images that cannot be used; or as `haste.data.prepare`.
     """
     store, workers = plan.images, _workers(plan, workers)
     source, skipped = _source(plan)
@@ -38,10 +38,10 @@ def make_images(plan: Plan, shard: int | None, workers: int | None = None) -> No
 
 
 def check_images(plan: Plan, workers: int | None = None) -> None:
-    """Print which pictures cannot be used, and write the list where such are left out.
+    """Print which images cannot be used, and write the list if these are to be left out.
 
     Raises:
-        ValueError: the source has no pictures to check.
+        ValueError: the source has no image files to check.
     """
     workers, source = _workers(plan, workers), _source(plan, without=[])[0]
     if not isinstance(source, prepare.Folder):
@@ -53,7 +53,7 @@ def check_images(plan: Plan, workers: int | None = None) -> None:
 
 
 def _source(plan: Plan, without: Bad | None = None) -> tuple[Source, Bad | None]:
-    """The pictures, and those that are left out where this is asked for (after `--check` has found them)."""
+    """The source of the images, without unusable ones if the configuration says so (after `--check` has found them)."""
     spec, options = plan.config.images, dict[str, Any]()
     if plan.checked_images and without is None:
         without = prepare.read_checked(plan.checked_images, _source(plan, without=[])[0])
@@ -67,7 +67,7 @@ def _source(plan: Plan, without: Bad | None = None) -> tuple[Source, Bad | None]
 
 
 def _workers(plan: Plan, asked: int | None) -> int:
-    """How many pictures are decoded at once, which changes nothing but the time it takes."""
+    """How many images are decoded at once, which only affects the time."""
     if asked is not None and asked < 1:
         raise ValueError(f"--workers {asked}: expected at least 1")
     return asked or plan.config.runtime.threads
@@ -79,10 +79,10 @@ def _progress(what: str) -> Callable[[int, int], None]:
 
 
 def make_latents(plan: Plan, shard: int | None) -> None:
-    """Encode one shard of the images, or, without one, check all shards and write the manifest.
+    """Encode one shard of the images or, without one, check all shards and write the manifest.
 
     Raises:
-        ValueError: the autoencoder is not what the configuration says; or as `haste.data.latents`.
+        ValueError: the autoencoder does not match the configuration; or as `haste.data.latents`.
     """
     store, images = plan.latents, Store.of(plan.images)
     made = artefact.provenance(key=store.key, recipe=store.recipe, inputs={"images": images.identity})
@@ -97,10 +97,10 @@ def make_latents(plan: Plan, shard: int | None) -> None:
 
 
 def check_autoencoder(plan: Plan, autoencoder: Autoencoder) -> None:
-    """Refuse an autoencoder of other channels or another factor than the configuration says.
+    """Refuse an autoencoder whose channels or factor differ from the configuration.
 
     Raises:
-        ValueError: says both.
+        ValueError: names both.
     """
     spec = plan.config.autoencoder
     if (autoencoder.channels, autoencoder.factor) != (spec.channels, spec.factor):

@@ -1,7 +1,7 @@
-"""Latents: the frozen autoencoder, the store of what it says of every image, and pixels back.
+"""Latents: the frozen autoencoder, the store of its posterior for every image, and decoding.
 
 Shapes: B batch, C latent channels, f downsampling factor, H = W image side, h = w = H / f latent side.
-The store holds the posterior's mean and std (2C, h, w), unscaled; a training step draws z = mean + std n and brings it
+The store holds the posterior's mean and std (2C, h, w), unscaled; a training step draws z = mean + std n and maps it
 to the diffusion model's scale, (z - shift) * scale. Decoding undoes scale and shift.
 """
 
@@ -31,10 +31,10 @@ _INDEX = "diffusion_pytorch_model.safetensors.index.json"
 def fetch(where: str | Path) -> Path:
     """The folder of an autoencoder in diffusers' layout: `where` itself, or the hub's cache after a download.
 
-    Only the configuration and safetensors files are asked for, so nothing that is fetched can run code.
+    Only the configuration and safetensors files are downloaded, so nothing can execute code.
 
     Raises:
-        ValueError: neither a folder nor a hub id that can be reached or lies in the cache.
+        ValueError: neither a folder nor a hub id that can be reached or is cached.
     """
     folder = Path(where).expanduser()
     if folder.is_dir():
@@ -85,7 +85,7 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     expected = {"latent_channels": int, "block_out_channels": list, "scaling_factor": int | float}
     expected |= {"shift_factor": int | float} if config.get("shift_factor") is not None else {}
     for name, kind in expected.items():
-        if name in config and not isinstance(config[name], kind):  # what is left out has diffusers' default
+        if name in config and not isinstance(config[name], kind):  # a missing key has diffusers' default
             raise ValueError(f"{path}: {name} is {config[name]!r}, expected {getattr(kind, '__name__', kind)}")
     return config
 
@@ -96,9 +96,9 @@ class Autoencoder:
     Attributes:
         model: the network.
         channels: C, latent channels.
-        factor: f, pixels a latent cell along one side.
-        scale: what latents are multiplied by for the diffusion model.
-        shift: what is subtracted before that.
+        factor: f, pixels per latent cell along one side.
+        scale: factor of latents for the diffusion model.
+        shift: subtracted before scaling.
         identity: sha256 of the weights.
         device: where it computes.
     """
@@ -118,13 +118,13 @@ class Autoencoder:
 
         Args:
             where: folder, or a hub id such as "stabilityai/sd-vae-ft-mse".
-            device: where to compute, as torch names it.
+            device: torch's name of the device to compute on.
 
         Raises:
-            ValueError: nothing there, another kind of model, weights that do not fit their configuration, or a hub
+            ValueError: not found, another kind of model, weights that do not fit their configuration, or a hub
                 that cannot be reached.
         """
-        # 5 s to import, so only here, and from the module itself rather than the package.
+        # 5 s to import, so only here, and from the module itself instead of the package.
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         from safetensors import SafetensorError
 
@@ -143,7 +143,7 @@ class Autoencoder:
         except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
             raise ValueError(f"{files[0]}: cannot be loaded as an AutoencoderKL ({error})") from error
         model, info = loaded
-        # diffusers only warns, and leaves what is missing at random.
+        # diffusers only warns, and leaves missing weights random.
         wrong = {name: sorted(map(str, found))[:4] for name, found in info.items() if found}
         if wrong:
             raise ValueError(f"{files[0]}: the weights do not fit {_CONFIG}: {wrong}")
@@ -168,12 +168,12 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, z: torch.Tensor, scale: float | None = None, shift: float | None = None) -> torch.Tensor:
-        """Images of latents at the diffusion model's scale.
+        """Decode latents at the diffusion model's scale.
 
         Args:
             z: (B, C, h, w), any float dtype.
-            scale: what the latents were multiplied by when they were made; None: this autoencoder's own factor.
-            shift: what was taken from them before that; None: this autoencoder's own.
+            scale: the latents' scale; None: this autoencoder's own.
+            shift: the latents' shift; None: this autoencoder's own.
 
         Returns:
             (B, 3, h f, w f) float32, nominally in [-1, 1], not clipped.
@@ -210,7 +210,7 @@ def to_pixels(x: torch.Tensor, rounding: Literal["truncate", "round"] = "truncat
     """Images in [-1, 1] as pixels.
 
     Args:
-        x: (B, 3, H, W) float; what lies outside [-1, 1] is clipped.
+        x: (B, 3, H, W) float; values outside [-1, 1] are clipped.
         rounding: "truncate" is clamp(255 (x + 1) / 2), cut to an integer (REPA, HASTE); "round" is
             clamp(127.5 x + 128), cut to an integer (DiT, SiT).
 
@@ -243,25 +243,25 @@ def encode_shard(
 ) -> Path:
     """Write one shard of a latents store: moments (2C, h, w) and the condition's fields, samples in the images' order.
 
-    The content depends on the batch by float rounding only; a store made with another number of shards may therefore
-    differ in last bits, and then has another identity.
+    The content depends on the batch size only by float rounding; a store made with another number of shards may
+    therefore differ in its last bits, and then has another identity.
 
     Args:
         folder: the latents store's folder.
-        images: an open store with image (R, R, 3) uint8, and beside it what is known of each.
-        autoencoder: what encodes.
+        images: an open store with image (R, R, 3) uint8 and the other fields of each image.
+        autoencoder: the encoder.
         key: hash of the recipe.
         recipe: how the store is made, JSON.
         shard: which shard, from 0.
-        shards: how many there are.
+        shards: the number of shards.
         provenance: how this shard is made, JSON.
-        condition: what is kept of each image beside its latents, for a model to be told.
-        batch: images a pass.
-        dtype: how moments are stored.
+        condition: its rows are stored beside the latents.
+        batch: images per forward pass.
+        dtype: of the stored moments.
         progress: called with (samples written, samples of this shard).
 
     Raises:
-        ValueError: a resolution that the autoencoder cannot halve, or moments that are not finite in `dtype`.
+        ValueError: a resolution that the factor does not divide, or moments that are not finite in `dtype`.
     """
     facts = _facts(images, autoencoder)
     side = facts["size"]
@@ -303,7 +303,7 @@ def _encode(
     for low in range(0, len(samples), batch):
         rows = samples[low : low + batch]
         said = {name: images.read(name, rows) for name in images.fields}
-        with np.errstate(over="ignore"):  # an overflow is found and named below
+        with np.errstate(over="ignore"):  # an overflow is found and reported below
             moments = autoencoder.moments(said["image"]).cpu().numpy().astype(dtype)
         broken = np.flatnonzero(~np.isfinite(moments).all(axis=(1, 2, 3)))
         if len(broken):
@@ -320,10 +320,10 @@ def encode_join(
     shards: int,
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Join the shards of a latents store. No autoencoder is needed: the shards say what made them.
+    """Join the shards of a latents store. No autoencoder is needed, because the shards record what made them.
 
-    The manifest carries the images' splits, and beside the usual entries: classes, images and autoencoder (identities),
-    channels, scale, shift, factor, size (h).
+    The manifest contains the images' splits, and besides the usual entries: classes, images and autoencoder
+    (identities), channels, scale, shift, factor, size (h).
 
     Returns:
         The manifest.

@@ -1,7 +1,7 @@
-"""Randomness as a function of position: what is drawn depends on where it is used, never on what was drawn before.
+"""Randomness as a function of position: a draw depends on where it is used, never on earlier draws.
 
 Every stream is a numpy Philox generator, keyed by the seed and the purpose, whose 256-bit counter starts at the
-position. So a run that is stopped and started again, split over more processes or cut into other batches draws the
+position. So a run that is stopped and restarted, split over more processes or cut into other batches draws the
 same numbers. The raw output of a bit generator is frozen by numpy's compatibility policy; orders and uniforms are made
 from it alone. Normals go through numpy's ziggurat, which may change with a numpy release (the version is recorded).
 """
@@ -36,7 +36,7 @@ def generator(seed: int, purpose: str, *position: int) -> np.random.Generator:
     for name, value in [("seed", seed), *(("position", p) for p in position)]:
         if not 0 <= value < _WORD:
             raise ValueError(f"random {name} is {value}, expected an integer in [0, 2**64)")
-    # Word 0 counts the draws; the missing coordinates are 0, which the length in the key tells from a given 0.
+    # Word 0 counts the draws; missing coordinates are 0, and the length in the key distinguishes them from a given 0.
     counter = np.array([0, *position, *[0] * (3 - len(position))], dtype=np.uint64)
     key = np.array([seed, _purpose_word(purpose, len(position))], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
@@ -50,8 +50,8 @@ def _purpose_word(purpose: str, coordinates: int) -> int:
 
 @functools.lru_cache(maxsize=4)  # a batch touches one epoch or two neighbours; training and a probe may alternate
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order in which an epoch visits n samples: (n,) int64, read-only because it is kept and shared."""
-    # Sorting random keys needs only raw numbers; with 64 bits a tie is rare, and "stable" settles it the same way.
+    """The order in which an epoch visits n samples: (n,) int64, read-only because it is cached and shared."""
+    # Sorting random keys needs only raw numbers; with 64 bits a tie is rare, and "stable" resolves it the same way.
     keys = generator(seed, "order", epoch).bit_generator.random_raw(n)
     order = np.argsort(np.asarray(keys, dtype=np.uint64), kind="stable").astype(np.int64)
     order.setflags(write=False)
@@ -66,8 +66,8 @@ def batch_indices(seed: int, step: int, batch: int, n: int) -> np.ndarray:
     Args:
         seed: seed of the order.
         step: steps taken before this one, from 0.
-        batch: samples a step, over all processes; a process takes its slice of the result.
-        n: samples of the data set.
+        batch: samples per step, over all ranks; a rank takes its slice of the result.
+        n: samples in the data set.
 
     Raises:
         ValueError: n or batch is below 1.
@@ -83,13 +83,13 @@ def batch_indices(seed: int, step: int, batch: int, n: int) -> np.ndarray:
 
 
 def choice(seed: int, purpose: str, step: int, count: int, n: int) -> np.ndarray:
-    """`count` of the places 0 .. n - 1, none twice, in random order: (min(count, n),) int64."""
+    """`count` of the indices 0 .. n - 1 without repetition, in random order: (min(count, n),) int64."""
     keys = generator(seed, purpose, step).bit_generator.random_raw(n)
     return np.argsort(np.asarray(keys, dtype=np.uint64), kind="stable")[:count].astype(np.int64)
 
 
 def normals(seed: int, purpose: str, step: int, positions: Sequence[int], shape: Sequence[int]) -> np.ndarray:
-    """Standard normal (len(positions), *shape) float32; row r depends on seed, purpose, step and positions[r] alone."""
+    """Standard normal (len(positions), *shape) float32; row r depends only on seed, purpose, step and positions[r]."""
     drawn = np.empty((len(positions), *shape), dtype=np.float32)
     for row, position in enumerate(positions):
         stream = generator(seed, purpose, step, int(position))
@@ -98,7 +98,7 @@ def normals(seed: int, purpose: str, step: int, positions: Sequence[int], shape:
 
 
 def uniforms(seed: int, purpose: str, step: int, positions: Sequence[int], shape: Sequence[int] = ()) -> np.ndarray:
-    """Uniform in [0, 1), (len(positions), *shape) float64; row r depends on seed, purpose, step, positions[r] alone."""
+    """Uniform in [0, 1), (len(positions), *shape) float64; row r depends only on seed, purpose, step, positions[r]."""
     size = int(np.prod(shape, dtype=np.int64))
     raw = np.empty((len(positions), size), dtype=np.uint64)
     for row, position in enumerate(positions):

@@ -1,4 +1,4 @@
-"""Images in: a source of pictures becomes a store of square uint8 RGB images and labels.
+"""Images in: a source of images becomes a store of square uint8 RGB images and labels.
 
 A source is a class with `count`, `classes`, `holdout`, `listing` and `load`, and one line in `SOURCES`. Sources put the
 held-out images last, so that the splits of the store are two ranges.
@@ -24,22 +24,22 @@ from haste.files.listing import Files, Parts
 from haste.files.store import Progress, join, shard_range, write_shard
 
 KIND = "images"
-# What is read whatever a file is called. Pillow knows more formats, and some of them start other programs.
+# The accepted formats, whatever a file is called. Pillow knows more, and some of them start other programs.
 FORMATS = ("PNG", "JPEG", "WEBP")
 _BATCH = 64
-_SHOWN = 10  # pictures named in a message
+_SHOWN = 10  # images named in a message
 Bad = list[tuple[str, str]]  # name and reason
 
 
 class Source(Protocol):
-    """Labelled pictures, held-out ones last.
+    """Labelled images, held-out ones last.
 
     Attributes:
-        count: pictures in all.
-        classes: name of each class; a label is a place in it.
-        holdout: how many of the last pictures are held out from training.
-        resolution: R, the side of the squares that `load` gives.
-        listing: hash of which pictures these are, equal in every job that shares the work.
+        count: number of all images.
+        classes: name of each class; a label is an index into it.
+        holdout: how many of the last images are held out from training.
+        resolution: R, the side of the squares that `load` returns.
+        listing: hash that identifies the set of images, equal in every job that shares the work.
 
     A source without labels has no classes, and its label is always 0, which is then the null class.
     """
@@ -51,10 +51,10 @@ class Source(Protocol):
     listing: str
 
     def load(self, i: int) -> tuple[np.ndarray, int]:
-        """Picture i as (R, R, 3) uint8, and its label.
+        """Image i as (R, R, 3) uint8, and its label.
 
         Raises:
-            ValueError: the picture cannot be read; the message names its file.
+            ValueError: the image cannot be read; the message names its file.
         """
         ...
 
@@ -80,10 +80,10 @@ class Digits:
 
 
 class Folder:
-    """Pictures in class folders, labelled by the folders' sorted order, or in one flat folder with the single label 0.
+    """Images in class folders, labelled by the folders' sorted order, or in one flat folder with the single label 0.
 
-    Without labels, any pictures anywhere below the folder. Held-out pictures are chosen by a permutation that depends
-    on `seed` and the number of pictures only.
+    Without labels, any images anywhere below the folder. Held-out images are chosen by a permutation that depends
+    only on `seed` and the number of images.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Folder:
         labelled: bool = True,
         without: frozenset[str] = frozenset(),
     ) -> None:
-        """`without` are the names of pictures to leave out, as `check` gives them."""
+        """`without` are the names of images to leave out, as `check` returns them."""
         self.root, self.resolution = Path(path), resolution
         self.classes, files = self._scan(labelled)
         files = [(parts, label) for parts, label in files if "/".join(parts) not in without]
@@ -108,10 +108,10 @@ class Folder:
         self.listing = artefact.fingerprint([[parts, label] for parts, label in self._files])
 
     def load(self, i: int) -> tuple[np.ndarray, int]:
-        """Picture i as (R, R, 3) uint8, and its label.
+        """Image i as (R, R, 3) uint8, and its label.
 
         Raises:
-            ValueError: the file is not a picture that can be read.
+            ValueError: the file is not a readable image.
         """
         path, (parts, label) = self.root / self.name(i), self._files[i]
         try:
@@ -120,7 +120,7 @@ class Folder:
             raise ValueError(f"{path}: not a picture that can be read ({_reason(error, path)})") from error
 
     def name(self, i: int) -> str:
-        """The file of picture i, below the folder."""
+        """The file of image i, below the folder."""
         return "/".join(self._files[i][0])
 
     def _scan(self, labelled: bool) -> tuple[list[str], Files]:
@@ -131,10 +131,10 @@ class Folder:
 
 
 class Archive(Folder):
-    """Pictures in a .zip or .tar, or in a folder of such, as a `Folder` would have them if they were unpacked there.
+    """Images in a .zip or .tar, or in a folder of such, in the order that a `Folder` of the unpacked files has.
 
-    Folders that all pictures lie in count for nothing, so it does not matter whether `train/` was packed or what is in
-    it. Where a NAME.cls lies beside every NAME.jpg, as in WebDataset's shards, the number in it is the label.
+    Folders common to all images are ignored, so it does not matter whether `train/` or its contents were packed.
+    If a NAME.cls exists beside every NAME.jpg, as in WebDataset's shards, the number in it is the label.
     """
 
     def _scan(self, labelled: bool) -> tuple[list[str], Files]:
@@ -155,16 +155,16 @@ SOURCES = {"digits": Digits, "folder": Folder, "archive": Archive}
 
 
 def open_source(name: str, *, resolution: int, holdout: int, **options: Any) -> Source:
-    """Open a source of pictures by its name.
+    """Open a source of images by its name.
 
     Args:
         name: a key of `SOURCES`.
         resolution: side of the squares, pixels.
-        holdout: pictures to hold out from training.
-        options: what the source needs beside: `path` and `seed` for a folder.
+        holdout: images to hold out from training.
+        options: the source's other arguments: `path` and `seed` for a folder.
 
     Raises:
-        ValueError: no such source, an option it does not have, or nothing to read.
+        ValueError: no such source, an unknown option, or nothing to read.
     """
     if name not in SOURCES:
         raise ValueError(f"image source {name!r}: expected one of {sorted(SOURCES)}")
@@ -178,7 +178,7 @@ def open_source(name: str, *, resolution: int, holdout: int, **options: Any) -> 
 
 
 def _regular(path: Path) -> Path:
-    if not path.is_file():  # a pipe or a device would be waited for
+    if not path.is_file():  # reading a pipe or a device would block
         raise ValueError("a link to nothing" if path.is_symlink() and not path.exists() else "not a regular file")
     if not path.stat().st_size:
         raise ValueError("an empty file")
@@ -186,24 +186,24 @@ def _regular(path: Path) -> Path:
 
 
 def _opened(file: Path | io.BytesIO) -> Image.Image:
-    """The picture in a file, as `upright_rgb` makes it."""
+    """The image in a file, as `upright_rgb` makes it."""
     with Image.open(file, formats=FORMATS) as image:
-        # A camera's MPO is a JPEG with a preview behind it.
+        # A camera's MPO is a JPEG with a preview after it.
         if image.format != "MPO" and getattr(image, "is_animated", False):
             raise ValueError(f"animated: {getattr(image, 'n_frames', 'several')} pictures, expected one")
         return upright_rgb(image)
 
 
 def _reason(error: Exception, path: Path) -> str:
-    """What is wrong with a picture, without its path: reasons are compared, counted and kept."""
+    """What is wrong with an image, without its path: reasons are compared, counted and stored."""
     return str(error).replace(repr(str(path)), "").replace(str(path), "").strip(" :") or type(error).__name__
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """A picture as RGB, turned as its EXIF says, transparency on white, 16-bit grey by its upper byte.
+    """An image as RGB, rotated by its EXIF orientation, transparency on white, 16-bit grey by its upper byte.
 
-    White, because what has transparency is mostly drawn for a page; on black, dark drawings would vanish. CMYK becomes
-    RGB by Pillow's formula; colour profiles are not applied, as in ADM's preparation.
+    White, because most transparent images are drawn for a page; on black, dark drawings would vanish. CMYK is converted
+    to RGB by Pillow's formula; colour profiles are not applied, as in ADM's preparation.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
@@ -218,7 +218,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop: halve with BOX while the short side is at least 2 x size, BICUBIC to it, cut the centre."""
+    """ADM's centre crop: halve with BOX while the short side is at least 2 x size, BICUBIC to size, crop the centre."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -228,12 +228,12 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def check(source: Folder, workers: int = 1, progress: Progress | None = None) -> Bad:
-    """Read every picture of a folder: names and reasons of those that cannot be used, in order.
+    """Read every image of a folder: names and reasons of those that cannot be used, in order.
 
     Args:
         source: the folder.
-        workers: threads that decode pictures; the result does not depend on it.
-        progress: called with (pictures read, pictures).
+        workers: threads that decode images; the result does not depend on it.
+        progress: called with (images read, images).
     """
     bad: Bad = []
     done = 0
@@ -249,10 +249,10 @@ def check(source: Folder, workers: int = 1, progress: Progress | None = None) ->
 
 
 def write_checked(path: Path | str, source: Folder, bad: Bad, *, key: str) -> None:
-    """Keep what `check` found.
+    """Store what `check` found.
 
     Raises:
-        ValueError: no picture can be used.
+        ValueError: no image can be used.
     """
     if len(bad) == source.count:
         raise ValueError(f"{source.root}: {told(bad)}, expected some that can")
@@ -262,10 +262,10 @@ def write_checked(path: Path | str, source: Folder, bad: Bad, *, key: str) -> No
 
 
 def read_checked(path: Path | str, source: Source) -> Bad:
-    """What `check` found in a source.
+    """The stored result of `check` for a source.
 
     Raises:
-        ValueError: the source was not checked, or is another one by now.
+        ValueError: the source was not checked, or has changed since.
     """
     found = artefact.read_json(path, "checked")
     if found["listing"] != source.listing:
@@ -277,7 +277,7 @@ def read_checked(path: Path | str, source: Source) -> Bad:
 
 
 def told(bad: Bad) -> str:
-    """How many pictures cannot be used, why, and the first ones by name."""
+    """How many images cannot be used, why, and the first ones by name."""
     reasons = collections.Counter(reason for _, reason in bad).most_common()
     counts = "; ".join(f"{count} {reason}" for reason, count in reasons[:_SHOWN])
     names = ", ".join(name for name, _ in bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
@@ -300,17 +300,17 @@ def prepare_shard(
 
     Args:
         folder: the store's folder.
-        source: where the pictures come from.
+        source: of the images.
         key: hash of the recipe.
         recipe: how the store is made, JSON.
         shard: which shard, from 0.
-        shards: how many there are.
+        shards: the number of shards.
         provenance: how this shard is made, JSON.
-        workers: threads that decode pictures; the result does not depend on it.
+        workers: threads that decode images; the result does not depend on it.
         progress: called with (images written, images of this shard).
 
     Raises:
-        ValueError: a picture cannot be read; the message names it.
+        ValueError: an image cannot be read; the message names it.
     """
     size = source.resolution
     return write_shard(
@@ -330,7 +330,7 @@ def prepare_shard(
 
 
 def _facts(source: Source) -> dict[str, Any]:
-    # The listing makes `join` refuse shards of a folder that changed between them.
+    # The listing makes `join` refuse shards if the folder changed between them.
     return {"classes": source.classes, "resolution": source.resolution, "listing": source.listing}
 
 
@@ -339,7 +339,7 @@ def _load(source: Source, samples: range, workers: int) -> Iterator[dict[str, np
     for loaded in _attempts(source, samples, workers):
         good = [found for found in loaded if not isinstance(found, ValueError)]
         bad += [found for found in loaded if isinstance(found, ValueError)]
-        if not bad:  # else the shard is lost, and all that is wrong with it is said at once
+        if not bad:  # otherwise the shard is lost, and all its errors are reported at once
             images, labels = zip(*good, strict=True)
             yield {"image": np.stack(images), "label": np.array(labels, dtype=np.int64)}
     if bad:
@@ -351,7 +351,7 @@ def _load(source: Source, samples: range, workers: int) -> Iterator[dict[str, np
 
 
 def _attempts(source: Source, samples: range, workers: int) -> Iterator[list[tuple[np.ndarray, int] | ValueError]]:
-    """Pictures and labels in batches, a refusal in the place of a picture that cannot be read."""
+    """Images and labels in batches, with an error instead of an image that cannot be read."""
 
     def attempt(i: int) -> tuple[np.ndarray, int] | ValueError:
         try:
@@ -359,7 +359,7 @@ def _attempts(source: Source, samples: range, workers: int) -> Iterator[list[tup
         except ValueError as refusal:
             return refusal
 
-    with ThreadPoolExecutor(workers) as pool:  # Pillow decodes and resizes outside Python's lock
+    with ThreadPoolExecutor(workers) as pool:  # Pillow decodes and resizes without Python's lock
         for low in range(0, len(samples), _BATCH):
             yield list(pool.map(attempt, samples[low : low + _BATCH]))
 
@@ -376,7 +376,7 @@ def prepare_join(
 ) -> dict[str, Any]:
     """Join the shards of an image store; its splits are "train" and "held_out", its manifest names the classes.
 
-    The manifest also names the pictures that were left out, `skipped`, each with the reason.
+    The manifest also names the skipped images, `skipped`, each with the reason.
 
     Returns:
         The manifest.

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from haste.networks.spec import each
 
-# Times come from grids computed in float64: 0.7 may arrive as 0.7000000000000001 and is still meant to be the end.
+# Times come from grids computed in float64: 0.7 may arrive as 0.7000000000000001 and must still count as the end.
 _TIME_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class Guided:
-    """A field of (x, t) that guides where it should; made by `guided`."""
+    """A field of (x, t) that applies guidance on an interval of times; made by `guided`."""
 
     model_field: Callable[[Tensor, float, Any], Tensor]
     condition: Any
@@ -34,7 +34,7 @@ class Guided:
         return self._evaluate(x, t, self.active(t))
 
     def freeze_guidance(self, t: float) -> Callable[[Tensor, float], Tensor]:
-        """This field with the decision of time t, whatever time it is asked at."""
+        """This field with guidance on or off as at time t, whatever time it is evaluated at."""
         active = self.active(t)
         return lambda x, time: self._evaluate(x, time, active)
 
@@ -46,7 +46,7 @@ class Guided:
         return self.freeze_guidance(t)
 
     def row(self, i: int) -> "Guided":
-        """This field for sample i of the batch alone."""
+        """This field for only sample i of the batch."""
         condition, null = (each(lambda piece: piece[i : i + 1], told) for told in (self.condition, self.null))
         return replace(self, condition=condition, null=null)
 
@@ -78,10 +78,10 @@ def guided(
     """`model_field(x, t, condition)` as a field of (x, t): uncond + scale (cond - uncond) for low <= t <= high.
 
     A guided evaluation is one call on a doubled batch, conditional first; outside the interval, or with scale <= 1, it
-    is one call on the batch itself with its condition. x (B, ...), t a float in [0, 1]; `condition` and `null`, which
-    stands for none, are tensors with B rows, or mappings of such. For an SDE sampler this equals guiding the drift,
-    which is affine in the velocity. With `channels`, only so many are guided, the first ones, and the others are the
-    conditional ones: what DiT's and SiT's samplers do with 3 of 4 latent channels. ValueError for an empty interval.
+    is one conditional call on the batch itself. x (B, ...), t a float in [0, 1]; `condition` and `null`, the null
+    condition, are tensors with B rows, or mappings of such. For an SDE sampler this equals guiding the drift,
+    which is affine in the velocity. With `channels`, only that many channels, the first ones, are guided; the others
+    are conditional, as in DiT's and SiT's samplers with 3 of 4 latent channels. ValueError for an empty interval.
     """
     low, high = interval
     if low > high:

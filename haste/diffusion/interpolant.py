@@ -16,7 +16,7 @@ from haste.diffusion.samplers import Field, Sampler
 
 
 class Interpolant(Process):
-    """See the top of the file. Its settings are the configuration's `training.path` and `training.timesteps`."""
+    """See the top of the file. The settings are the configuration's `training.path` and `training.timesteps`."""
 
     class Settings(Strict):
         path: Literal[*PATHS] = "linear"  # type: ignore[valid-type]
@@ -26,7 +26,7 @@ class Interpolant(Process):
         """
         Args:
             path: a name of PATHS.
-            timesteps: how times are drawn, as `haste.config.Timesteps` has it; None draws them uniformly.
+            timesteps: how times are drawn, as in `haste.config.Timesteps`; None draws them uniformly.
         """
         self.path, self.timesteps = PATHS[path], dict(timesteps or {"distribution": "uniform"})
 
@@ -42,14 +42,14 @@ class Interpolant(Process):
         return interpolate(self.path, z, noise, t)[0]
 
     def losses(self, predicted: Tensor, z: Tensor, noise: Tensor, t: Tensor) -> dict[str, Tensor]:
-        """SiT Eq. 2 with the velocity as target; every sample has as many entries, so one mean serves."""
+        """SiT Eq. 2 with the velocity as target; all samples have the same size, so a single mean is enough."""
         velocity = interpolate(self.path, z, noise, t)[1]
         return {"denoising": (predicted - velocity).square().mean()}
 
     def sample(
         self, sampler: Sampler, field: Field, x: Tensor, sampling: Sampling, noise: Callable[[int], Tensor]
     ) -> Tensor:
-        """See `Process`; the field is the velocity. Solvers of the ODE take no noise, adaptive ones no steps."""
+        """See `Process`; the field is the velocity. ODE solvers take no noise, adaptive ones no steps."""
         if sampler.evaluations is None:
             return sampler.run(field, x, sampling.rtol, sampling.atol)
         if sampler.stochastic:

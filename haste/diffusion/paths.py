@@ -1,6 +1,6 @@
 """Interpolants between data and noise: x_t = alpha_t x + sigma_t eps, t = 0 is data, t = 1 is noise (SiT, section 2).
 
-Times are Python floats or tensors of shape (B,); everything keeps the precision it is given, so float64 stays float64.
+Times are Python floats or tensors of shape (B,); the precision of the input is kept, so float64 stays float64.
 """
 
 import math
@@ -57,7 +57,7 @@ PATHS: dict[str, Path] = {path.name: path for path in (LINEAR, COSINE)}
 
 
 def _beside(t: float | Tensor, x: Tensor) -> float | Tensor:
-    """A batch of times (B,) as (B, 1, ..., 1), so that it multiplies x (B, ...); a float as it is."""
+    """A batch of times (B,) as (B, 1, ..., 1), so that it multiplies x (B, ...); a float is returned unchanged."""
     if not isinstance(t, Tensor) or t.ndim == 0:
         return t
     assert t.shape == x.shape[:1], (tuple(t.shape), tuple(x.shape))

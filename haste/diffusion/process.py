@@ -1,7 +1,7 @@
 """A process: what a network is trained to predict, and how samples follow from its predictions.
 
-Everything outside asks for a time t in [0, 1], where 0 is data and 1 is noise: batches, `t_min`, guidance intervals,
-triggers and measures. Only the process knows what the network is given in its place.
+All other code uses times t in [0, 1], where 0 is data and 1 is noise: batches, `t_min`, guidance intervals,
+triggers and measures. Only the process knows how a network receives time.
 
 Shapes: B batch, C latent channels, h x w latent cells, O = `outputs(C)` channels of the network.
 """
@@ -23,9 +23,10 @@ Draws = Callable[[str], NDArray[Any]]
 
 
 class Process:
-    """What every training objective offers. It is made with its `Settings` as keywords, and holds no random state.
+    """The interface of every training objective. It is constructed with its `Settings` as keywords, and holds no
+    random state.
 
-    A network says by name which process it is for (`haste.models.denoiser.Denoiser.process`), and so does a sampler
+    A network names its process (`haste.models.denoiser.Denoiser.process`), and so does a sampler
     (`haste.diffusion.samplers.Sampler.process`).
 
     Attributes:
@@ -39,16 +40,16 @@ class Process:
         return channels
 
     def guided(self, channels: int) -> int:
-        """How many of the outputs guidance extrapolates, the first ones; the others are those of the conditional
+        """How many of the outputs are guided, the first ones; the others are those of the conditional
         evaluation."""
         return self.outputs(channels)
 
     def place(self, t: float) -> float:
-        """The time nearest to t that the process has, both in [0, 1]; monotone, and a number that float32 holds."""
+        """The process's time nearest to t, both in [0, 1]; monotone, and exact in float32."""
         return t
 
     def times(self, uniforms: Draws, normals: Draws) -> Tensor:
-        """Times of a batch in [0, 1], (B,) float32, each a time that the process has.
+        """Times of a batch in [0, 1], (B,) float32, each a time of the process.
 
         Args:
             uniforms: numbers in [0, 1), float64, by purpose.
@@ -57,7 +58,7 @@ class Process:
         raise NotImplementedError(f"{type(self).__name__}.times")
 
     def time(self, t: Tensor) -> Tensor:
-        """What a network is given for times t (B,) in [0, 1]: here t itself."""
+        """The network's time input for times t (B,) in [0, 1]: by default t itself."""
         return t
 
     def noised(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -65,10 +66,10 @@ class Process:
         raise NotImplementedError(f"{type(self).__name__}.noised")
 
     def losses(self, predicted: Tensor, z: Tensor, noise: Tensor, t: Tensor) -> Mapping[str, Tensor]:
-        """The loss of a batch, a mean over its samples, by name: `denoising` is trained, and others go to the log.
+        """The losses of a batch, means over its samples, by name: `denoising` is trained, the others are only logged.
 
         Args:
-            predicted: (B, O, h, w), what the network makes of x_t; float32 or float64.
+            predicted: (B, O, h, w), the network's output at x_t; float32 or float64.
             z: latents, (B, C, h, w).
             noise: as for `noised`.
             t: (B,) in [0, 1].
@@ -76,7 +77,7 @@ class Process:
         raise NotImplementedError(f"{type(self).__name__}.losses")
 
     def field(self, network: Any) -> Callable[[Tensor, float, Any], Tensor]:
-        """What samplers ask, before guidance: (x (B, C, h, w), t in [0, 1], condition) -> outputs (B, O, h, w).
+        """The field of samplers, before guidance: (x (B, C, h, w), t in [0, 1], condition) -> outputs (B, O, h, w).
 
         Args:
             network: a `haste.models.denoiser.Denoiser`, which computes in float32.
@@ -94,7 +95,7 @@ class Process:
         """Latents (B, C, h, w), float64, from standard normals x at t = 1.
 
         Args:
-            sampler: one that is for this process.
+            sampler: one for this process.
             field: (x, t) -> outputs, guided.
             x: (B, C, h, w).
             sampling: its settings, such as `steps`.

@@ -1,13 +1,13 @@
 """Samplers: plain functions of a velocity, from noise at t = 1 to data at t = 0.
 
-`velocity(x, t)` takes the state and the time as a Python float and returns the velocity, shaped as x. The state is held
-in float64; what the model computes in is the caller's affair. No sampler touches a random state: noise is handed in.
+`velocity(x, t)` takes the state and the time as a Python float and returns the velocity, shaped as x. The state is kept
+in float64; the caller chooses the model's precision. No sampler uses a random state: noise is an argument.
 
-A velocity may know more than its value:
-    freeze_guidance(t)   itself with every decision it takes by time (whether to guide) fixed as at time t
+A velocity may have further methods:
+    freeze_guidance(t)   itself with every decision that depends on time (whether to guide) fixed as at time t
     jumps     the times at which such a decision changes, so that it is not smooth there
-    row(i)    itself for sample i of the batch alone
-Heun asks for the first, so that both evaluations of a step have the same guidance; dopri5 for all of them.
+    row(i)    itself for only sample i of the batch
+Heun uses the first, so that both evaluations of a step have the same guidance; dopri5 uses all of them.
 """
 
 import warnings
@@ -22,7 +22,7 @@ from torch import Tensor
 from haste import extensions
 from haste.diffusion.paths import LINEAR, Path, score_from_velocity
 
-Field = Callable[[Tensor, float], Tensor]  # of (x, t): what a network says there, guided; here the velocity
+Field = Callable[[Tensor, float], Tensor]  # of (x, t): the guided output of a network; here the velocity
 
 
 def time_grid(steps: int, first: float = 1.0, last: float = 0.0) -> list[float]:
@@ -33,7 +33,7 @@ def time_grid(steps: int, first: float = 1.0, last: float = 0.0) -> list[float]:
 
 
 def sde_grid(steps: int, last: float = 0.04) -> list[float]:
-    """The `steps` times 1 .. `last`, evenly spaced, at which the model is asked, and then 0."""
+    """The `steps` times 1 .. `last`, evenly spaced, at which the model is evaluated, and then 0."""
     if not 0.0 < last < 1.0:
         raise ValueError(f"last = {last}: the last noisy time must lie strictly between 0 and 1")
     if steps < 2:
@@ -70,7 +70,7 @@ def euler_maruyama(
 ) -> Tensor:
     """Reverse SDE dx = (v - w/2 s) dt + sqrt(w) dW with w_t = 2 sigma_t (SiT, section 2). Returns float64.
 
-    steps - 1 noisy steps go from t = 1 to `last`, one more, without noise, from `last` to 0: `steps` evaluations.
+    steps - 1 noisy steps go from t = 1 to `last`, then one without noise from `last` to 0: `steps` evaluations.
     `noise(i)` gives the standard normals of noisy step i = 0 .. steps - 2, shaped as x.
     """
     x = x.double()
@@ -85,12 +85,12 @@ def euler_maruyama(
 def dopri5(velocity: Field, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6) -> Tensor:
     """The same ODE by torchdiffeq's adaptive Dormand-Prince 5(4), one sample at a time. Returns float64, as x.
 
-    torchdiffeq chooses its steps by the error of all it is given, so a batch would make every sample depend on the
-    others. Alone, a sample has its own steps and its own number of evaluations. A velocity that jumps is solved from
-    jump to jump, each stretch with its own decision: no step straddles one. Times stay within [0, 1], where torchdiffeq
-    would by itself step past the end and interpolate back.
+    torchdiffeq chooses its steps by the error of the whole batch, so in a batch every sample would depend on the
+    others. Separately, each sample has its own steps and its own number of evaluations. A velocity with jumps is solved
+    from jump to jump, each interval with its own decision: no step straddles a jump. Times stay within [0, 1];
+    torchdiffeq by itself would step past the end and interpolate back.
     """
-    from torchdiffeq import odeint  # brings scipy, which no other sampler needs
+    from torchdiffeq import odeint  # imports scipy, which no other sampler needs
 
     x, ends = x.double(), []
     for i in range(len(x)):
@@ -98,7 +98,7 @@ def dopri5(velocity: Field, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6) -
         for high, low in pairwise([1.0, *sorted(getattr(velocity, "jumps", ()), reverse=True), 0.0]):
             slope = _guidance_frozen(own, (high + low) / 2)
             state = odeint(
-                # its first guess of a step, which it then corrects, may be longer than the whole stretch
+                # its first guess of a step, corrected later, may be longer than the whole interval
                 lambda t, y, slope=slope, ends=(low, high): slope(y, min(max(float(t), ends[0]), ends[1])).double(),
                 state,
                 torch.tensor([high, low], dtype=torch.float64, device=x.device),
@@ -116,7 +116,7 @@ def _guidance_frozen(velocity: Any, t: float) -> Field:
 
 
 class Counted:
-    """A velocity that counts, for every sample of its batch, how often it is asked, and tells how far it has come."""
+    """A velocity that counts the evaluations of every sample of its batch, and reports progress."""
 
     def __init__(
         self,
@@ -127,10 +127,10 @@ class Counted:
     ):
         """
         Args:
-            velocity: what is asked.
-            counts: (B,) integers, which grow; a guided evaluation counts once.
-            told: called with the share of the work that is done, 0 to 1, before every evaluation.
-            share: where this velocity's part of the work begins and ends.
+            velocity: the velocity to wrap.
+            counts: (B,) integers, which are incremented; a guided evaluation counts once.
+            told: called with the completed share of the work, 0 to 1, before every evaluation.
+            share: the start and end of this velocity's part of the work.
         """
         self.velocity, self.counts, self.told, self.share = velocity, counts, told, share
 
@@ -141,7 +141,7 @@ class Counted:
         return self.velocity(x, t)
 
     def freeze_guidance(self, t: float) -> "Counted":
-        """Counting in the same place; see the top of the file."""
+        """Also counts in `counts`; see the top of the file."""
         return Counted(_guidance_frozen(self.velocity, t), self.counts, self.told, self.share)
 
     def held(self, t: float) -> "Counted":
@@ -152,7 +152,7 @@ class Counted:
         return self.freeze_guidance(t)
 
     def row(self, i: int) -> "Counted":
-        """Counting for sample i; see the top of the file."""
+        """Counts for sample i; see the top of the file."""
         rows = len(self.counts)
         return Counted(self.velocity.row(i), self.counts[i : i + 1], self.told, (i / rows, (i + 1) / rows))
 
@@ -164,10 +164,10 @@ class Counted:
 
 @dataclass(frozen=True)
 class Sampler:
-    """run: the function; evaluations: model calls, given steps; stochastic: whether it takes `noise`.
+    """run: the function; evaluations: model calls for a number of steps; stochastic: whether it takes `noise`.
 
-    Without `evaluations` the sampler is adaptive: it takes `rtol` and `atol` in the place of steps. `process` names the
-    training objective that it is for, whose `sample` calls it (`haste.diffusion.process.Process`).
+    Without `evaluations` the sampler is adaptive: it takes `rtol` and `atol` instead of steps. `process` names its
+    training objective, whose `sample` calls it (`haste.diffusion.process.Process`).
     """
 
     run: Callable[..., Tensor]
@@ -188,9 +188,9 @@ SAMPLERS = extensions.Table(
 
 
 def nfe(name: str, steps: int | None) -> int | None:
-    """Function evaluations of one sample: how often the network is asked (a guided evaluation counts once).
+    """Function evaluations per sample: how often the network is called (a guided evaluation counts once).
 
-    None for an adaptive sampler: only counting tells.
+    None for an adaptive sampler, whose evaluations can only be counted.
     """
     if name not in SAMPLERS:
         raise ValueError(f"no sampler {name!r}: the samplers are {', '.join(sorted(SAMPLERS))}")

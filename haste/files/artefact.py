@@ -26,21 +26,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from haste import extensions
+
 SCHEMA = 1
 FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a full disk or quota
 # Our temporary names, and the file of six random characters that safetensors writes before it renames it to ours.
 _LEFT_BEHIND = (".*.part", ".tmp??????")
-EXTENSIONS = (
-    "samplers",
-    "metrics",
-    "detectors",
-    "teachers",
-    "models",
-    "triggers",
-    "processes",
-    "conditions",
-    "measures",
-)  # entry-point groups, see `haste.extensions`
 LIBRARIES = ("torch", "timm", "diffusers", "torch-fidelity", "torchdiffeq", "numpy", "h5py", "snakemake", "safetensors")
 
 
@@ -242,7 +233,7 @@ def _versions() -> dict[str, str]:
     for name in LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-    added = (point.dist for group in EXTENSIONS for point in metadata.entry_points(group=f"haste.{group}"))
+    added = (point.dist for group in extensions.GROUPS for point in metadata.entry_points(group=f"haste.{group}"))
     return found | {package.name: package.version for package in added if package}
 
 

@@ -1,1 +1,1 @@
-"""What is measured of a state beside its scores."""
+"""Diagnostics of a state other than its scores."""

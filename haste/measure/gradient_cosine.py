@@ -1,8 +1,8 @@
 """The cosine between the gradients of alignment and denoising, by block and t (HASTE, arXiv 2505.16792, Tables 1, 2).
 
-Where it is positive, a step along one loss is, to first order, also a step down the other; where it is negative,
-alignment pulls against what is trained. What a trigger measures while training is measured here of any network: of
-each alignment term, and of all together by their weights, as they are in the configuration, without warm-up and ramp.
+Where it is positive, a step along one loss also decreases the other to first order; where it is negative,
+alignment works against the denoising loss. This is the quantity of the trigger `gradient-angle`, for any network: of
+each alignment term, and of all terms together with the configuration's weights, without warm-up and ramp.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from haste.measure.measure import Measure, Row
 if TYPE_CHECKING:
     from haste.measure.subject import Subject
 
-TOGETHER = "alignment"  # what the rows of all terms together are called
-MOST_BYTES = 8e9  # that gradients may take at once; more is measured in several passes over the images
+TOGETHER = "alignment"  # label of the rows of all terms together
+MOST_BYTES = 8e9  # the most that gradients may take at once; larger requests take several passes over the images
 
 Several = Annotated[int, Field(ge=2)]
 Terms = Mapping[str, Mapping[str, Any]]
@@ -32,12 +32,12 @@ class GradientCosine(Measure):
     """See the file. Images, latent draws and noise are the same for every network, no label is dropped.
 
     Attributes:
-        images: random training images; all where there are fewer.
-        shards: groups of images over whose jackknife the standard error is taken.
-        t: every image is seen at each of these; HASTE's Table 2 has the default ones.
+        images: number of random training images; all if there are fewer.
+        shards: groups of images for the jackknife of the standard error.
+        t: every image is used at each of these; the defaults are those of HASTE's Table 2.
         blocks: blocks with respect to whose parameters the gradients are, counted from 1; `all` is every block that the
-            alignment reaches; None the one after which features are read or, where only attention is aligned, the last
-            one that is.
+            alignment reaches; None is the block whose output the feature loss aligns or, if only attention is aligned,
+            the last aligned one.
     """
 
     needs: ClassVar = frozenset({"alignment"})
@@ -76,7 +76,7 @@ class GradientCosine(Measure):
         ]
 
     def flops(self, terms: int, forward: float, teachers: float) -> float:
-        """See `Measure`: at every t a forward pass, and a backward pass for each loss."""
+        """See `Measure`: a forward pass at every t, and a backward pass for each loss."""
         return self.images * (len(self.t) * (1 + 2 * (terms + 1)) * forward + teachers)
 
     def run(self, subject: Subject) -> Iterator[Row]:
@@ -97,7 +97,7 @@ class GradientCosine(Measure):
         return list(range(1, reached(terms) + 1)) if self.blocks == "all" else list(self.blocks)
 
     def _bytes(self, subject: Subject, blocks: Sequence[int]) -> float:
-        """Of the gradients by one block at one t: float64 sums, and for each group what is kept of them."""
+        """Bytes of the gradients by one block at one t: float64 sums, and the kept copy of each group."""
         sizes = [sum(p.numel() for p in subject.model.block_list[block - 1].parameters()) for block in blocks]
         return (len(subject.terms) + 1) * max(sizes) * (8 + 4 * self.shards)
 
@@ -124,7 +124,7 @@ class GradientCosine(Measure):
 
 
 def _sets(terms: Terms) -> dict[str, Terms]:
-    """Each term alone, and all together where there are several."""
+    """Each term alone, and all together if there are several."""
     found: dict[str, Terms] = {kind: {kind: term} for kind, term in terms.items()}
     return found | ({TOGETHER: terms} if len(terms) > 1 else {})
 

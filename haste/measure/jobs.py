@@ -1,4 +1,4 @@
-"""What the rule on measures does for a plan, and `haste measure` for a person."""
+"""The functions behind the rule on measures, for a plan, and behind `haste measure`."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from haste.train.distributed import Group, enough_memory, joined
 
 
 def measure(plan: Plan, what: Measurement, keep: bool, json: Path | None = None) -> dict[str, Any] | None:
-    """Measure, or read what was measured before.
+    """Take a measure, or read its existing result.
 
     Args:
-        plan: where everything lies.
+        plan: with the paths of all files.
         what: the measure of a state.
-        keep: whether to write the result where the plan has it.
-        json: where else to write it.
+        keep: whether to write the result to its path in the plan.
+        json: another file to write it to.
 
     Returns:
-        The result, in the first process; None in others.
+        The result, on rank 0; None on others.
 
     Raises:
-        ValueError: what it needs is missing or damaged, or `haste.measure.measure.check_rows` refuses the rows.
+        ValueError: an input is missing or damaged, or `haste.measure.measure.check_rows` refuses the rows.
         FloatingPointError: a number is not finite.
     """
     found: dict[str, Any] | None
@@ -66,7 +66,7 @@ def _measured(plan: Plan, what: Measurement, group: Group) -> dict[str, Any]:
     return {**header, **about, **columns, "rows": rows, "notes": subject.notes, "provenance": made}
 
 
-# -- what a person asks for --------------------------------------------------------------------------------------------
+# -- `haste measure` ---------------------------------------------------------------------------------------------------
 
 
 def asked(
@@ -78,21 +78,21 @@ def asked(
     layout: str | None = None,
     alignment: str | None = None,
 ) -> tuple[Plan, Measurement, bool]:
-    """What `haste measure NAME FILE` means.
+    """Resolve the arguments of `haste measure NAME FILE`.
 
     Args:
         config: the configuration.
-        name: one of its measures, or of all measures there are, with default settings.
+        name: one of its measures, or any known measure, with default settings.
         file: a state as TRAJECTORY/STEP or by its file; a checkpoint; or a measurement by its name.
-        model: what a checkpoint holds; None is what a row says that names it, or else what its weights tell.
-        layout: whose checkpoint it is; None as `model`, or else tells by its content.
-        alignment: what to compare with where the row has none of its own.
+        model: a checkpoint's model; None uses a row that names the checkpoint, or else its weights.
+        layout: whose checkpoint it is; None as `model`, or else detects it from the content.
+        alignment: what to compare with if the row has none.
 
     Returns:
-        A plan that has it, the measurement, and whether the configuration itself asks for it.
+        A plan that contains it, the measurement, and whether the configuration itself requests it.
 
     Raises:
-        ValueError: no such measure, state or file; or the measure does not go with it.
+        ValueError: no such measure, state or file; or the measure does not fit it.
     """
     plan = Plan(config)
     if file in plan.measurements and plan.measurements[file].label == name:
@@ -125,7 +125,7 @@ def _put_measure(raw: dict[str, Any], name: str, alignment: str | None) -> None:
 
 
 def _own_state(plan: Plan, file: str) -> State | None:
-    """The state of the plan that a name or a file stands for."""
+    """The state of the plan with this name or file."""
     path = Path(file)
     if not path.exists() and file.rpartition("/")[0] not in plan.trajectories:
         expected = "a state of the configuration, by its file or as TRAJECTORY/STEP, or a checkpoint from elsewhere"
@@ -135,7 +135,7 @@ def _own_state(plan: Plan, file: str) -> State | None:
     try:
         header = read_header(path)
         state = plan.parse(f"{header.get('trajectory')}/{header['step']}")
-    except (ValueError, IsADirectoryError):  # somebody else's
+    except (ValueError, IsADirectoryError):  # not one of our states
         return None
     return state if Path(plan.path(state)).exists() and path.samefile(plan.path(state)) else None
 
@@ -150,21 +150,21 @@ def _run_through(plan: Plan, state: State) -> str:
 
 
 def _put_row(raw: dict[str, Any], config: Config, file: str, model: str | None, layout: str | None) -> str:
-    """A row that evaluates a checkpoint: one that is there, or a new one. Returns its name."""
+    """A row that evaluates a checkpoint: an existing one, or a new one. Returns its name."""
     for known, spec in config.evaluate.items():
         if Path(spec.checkpoint).exists() and Path(spec.checkpoint).samefile(file):
             return known
     name = Path(file).name
     while name in raw["runs"] or name in raw["evaluate"]:
         name += "'"
-    sampling = next(iter(config.sampling), "ode-50")  # nothing is drawn, but a row has one
+    sampling = next(iter(config.sampling), "ode-50")  # nothing is sampled, but a row needs one
     row = {"checkpoint": file, "model": model or _model_of(config, file, layout), "sampling": [sampling], "step": 0}
     raw["evaluate"][name] = row if layout is None else {**row, "layout": layout}
     return name
 
 
 def _model_of(config: Config, file: str, layout: Any) -> str:
-    """What a checkpoint of a SiT holds, by its weights."""
+    """A SiT checkpoint's model, from its weights."""
     shape = open_weights(file, layout=layout).shape
     known = {**MODELS, **config.models}
     for name, model in known.items():

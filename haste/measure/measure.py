@@ -1,8 +1,8 @@
-"""What can be measured of a state beside its scores: the contract of a measure, and the file that one leaves. No torch.
+"""The interface of a measure, a diagnostic of a state other than its scores, and its result file. No torch.
 
-A measure looks at a network as training or somebody else left it, and says what it finds in rows: some columns say
-where it looked (a block, a t), the others what it found there. Its file names its columns, so whatever shows it needs
-to know nothing else of it. The class is imported when a configuration names it, before anything runs: it imports torch
+A measure examines a trained or imported network and returns rows: some columns give the location
+(a block, a t), the others the values measured there. The file names its columns, so that the report can show it
+without further knowledge. The class is imported when a configuration names it, before anything runs, and imports torch
 only where it computes.
 """
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 KIND = "measure"
 
-#: Column -> where it was looked (a whole number, a number or a word), or what was found there (a number).
+#: Column -> a location (a whole number, a number or a word), or a measured value (a number).
 Row = Mapping[str, str | int | float]
 
 
 class Measure(Strict):
-    """What an entry of MEASURES is derived from. Its fields are its keys in the configuration, beside `measure` and
-    `alignment`: their types, bounds and defaults are those of pydantic and checked before anything runs. All of them
-    are part of the result's name; one that came later is marked `LATER`.
+    """The base class of the entries of MEASURES. Its fields are its keys in the configuration, beside `measure` and
+    `alignment`; their types, bounds and defaults are pydantic's and checked before anything runs. All of them
+    are part of the result's name; one that is added later is marked `LATER`.
 
     Attributes:
-        needs: what must be there beside the network and the images: `alignment`, for the losses against teachers.
-        axes: columns that say where it was looked. Numbers are axes of the figure, words have a panel each.
-        values: columns of what was found -> the column of its standard error, "" where it has none.
-        weights: which of a state's weights; a file with one set alone gives that.
+        needs: requirements besides the network and the images: `alignment`, for the losses against teachers.
+        axes: location columns. Numbers are axes of the figure, words have a panel each.
+        values: value columns -> the column of the standard error, "" if there is none.
+        weights: which of a state's weights; a file with only one set gives that one.
         seed: of the choice of images, and of their noise.
     """
 
@@ -46,45 +46,45 @@ class Measure(Strict):
     seed: Seed = 0
 
     def faults(self, terms: Mapping[str, Mapping[str, Any]], blocks: int) -> list[str]:
-        """What of it no job could measure, before anything runs: each line begins with the key.
+        """What cannot be measured, before anything runs: each line begins with the key.
 
         Args:
             terms: the alignment terms to compare with, with their layers; none without `alignment` in `needs`.
-            blocks: of the network, as far as they can be told apart; 0 where they cannot.
+            blocks: number of the network's distinguishable blocks; 0 if there are none.
         """
         return []
 
     def flops(self, terms: int, forward: float, teachers: float) -> float | None:
-        """Operations of measuring one state, for `haste plan`; None where nobody counted them.
+        """Operations of measuring one state, for `haste plan`; None if unknown.
 
         Args:
-            terms: how many alignment terms it compares with.
+            terms: number of alignment terms to compare with.
             forward: operations of the network's forward pass on an image; a backward pass takes twice as many.
-            teachers: of the teachers' on an image.
+            teachers: operations of the teachers' forward passes on an image.
         """
         return None
 
     def run(self, subject: Subject) -> Iterable[Row]:
-        """Measure. Every process calls it, all get the same rows. What cannot be measured of this network is left out
-        and told in `subject.notes`.
+        """Measure. A collective call, with the same rows on all ranks. What cannot be measured for this network is
+        left out and reported in `subject.notes`.
 
         Args:
-            subject: the network, opened, and what was asked for by `needs`.
+            subject: the opened network, and what `needs` requests.
         """
         raise NotImplementedError(f"{type(self).__name__}.run")
 
 
 def check_rows(measure: Measure, rows: Iterable[Row], of: str) -> list[dict[str, Any]]:
-    """The rows of a measure, with the columns that it has.
+    """The checked rows of a measure.
 
     Args:
         measure: whose rows these are.
-        rows: as `run` gives them.
+        rows: as `run` returns them.
         of: what was measured, for messages.
 
     Raises:
         ValueError: a row without one of the columns, or with another.
-        FloatingPointError: a number is not finite; says which, and where.
+        FloatingPointError: a number is not finite; the message says which, and where.
     """
     errors = [error for error in measure.values.values() if error]
     columns, found = [*measure.axes, *measure.values, *errors], [dict(row) for row in rows]
@@ -99,10 +99,10 @@ def check_rows(measure: Measure, rows: Iterable[Row], of: str) -> list[dict[str,
 
 
 def read(path: Path | str) -> dict[str, Any]:
-    """What a measure found: its file, checked.
+    """The checked result file of a measure.
 
     Raises:
-        ValueError: missing, damaged, or no such file.
+        ValueError: missing, damaged, or not such a file.
     """
     found = artefact.read_json(path, KIND)
     artefact.check_entries(path, found, measure=str, axes=list, values=dict, rows=list, notes=list, provenance=dict)

@@ -1,4 +1,4 @@
-"""What a measure is given: a network, opened with the images and teachers that it is measured with."""
+"""The subject of a measure: a network, opened with its images and teachers."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from haste.train.warm_start import checkpoint_elsewhere, projector_in
 
 @dataclasses.dataclass
 class Subject:
-    """A network that is measured. Its images are seen as in training, with noise and latent draws of their own.
+    """The measured network. Its images are prepared as in training, with noise and latent draws of their own.
 
     Attributes:
-        learner: the network, `learner.model`, on the device and in the numbers of its training; its projectors. Nothing
-            trains it, and its average is not there.
-        inputs: what it is measured with: `batches`, `precision`, teachers' `targets`.
+        learner: the network, `learner.model`, on the device and in training precision; its projectors. It is not
+            trained, and has no average.
+        inputs: the inputs of measuring: `batches`, `precision`, teachers' `targets`.
         asked: the alignment terms to compare with, with their layers and weights.
-        terms: those of them that can be: a feature loss needs a projector.
-        group: the processes; each takes its share of the images.
-        part: images a pass of the networks.
+        terms: those of them that are possible: a feature loss needs a projector.
+        group: the ranks; each takes its share of the images.
+        part: images per forward pass.
         notes: sentences on what was left out.
     """
 
@@ -57,7 +57,7 @@ class Subject:
 
     @property
     def process(self) -> Process:
-        """What the network was trained to predict; times t in [0, 1] are those of its `place`."""
+        """The network's training objective; its `place` maps times t in [0, 1] to its own."""
         return process_in(self.inputs.recipe)
 
     def gradients(self) -> Gradients:
@@ -67,17 +67,17 @@ class Subject:
 
 
 def opened(plan: Plan, what: Measurement, weights: str, seed: int, group: Group) -> tuple[Subject, dict[str, Any]]:
-    """The network of a state, own or imported, ready to be measured; and what to say of it in the result.
+    """Open the network of a trained or imported state; also returns notes for the result.
 
     Args:
-        plan: where everything lies.
+        plan: with the paths of all files.
         what: the state, and the alignment to compare with.
         weights: `model` or `ema`.
         seed: of the choice of images, and of their noise.
-        group: the processes.
+        group: the ranks.
 
     Raises:
-        ValueError: the state, a store or a teacher is missing, damaged, or not what the state was trained with.
+        ValueError: the state, a store or a teacher is missing, damaged, or not the one the state was trained with.
     """
     source = (_elsewhere if what.state.trajectory in plan.elsewhere else _own)(plan, what, weights)
     recipe = {**source.recipe, "seed": seed}
@@ -100,8 +100,8 @@ def opened(plan: Plan, what: Measurement, weights: str, seed: int, group: Group)
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """What a file holds of a network: its recipe, weights and possible projectors, the loss scale of fp16, identities
-    of what it was trained with, and what to say of it."""
+    """A network's entries in a file: its recipe, weights and possible projectors, the loss scale of fp16, identities
+    of its training inputs, and notes."""
 
     recipe: Mapping[str, Any]
     weights: Mapping[str, Tensor]

@@ -1,7 +1,7 @@
 """Improved precision and recall (Kynkäänniemi et al. 2019, Eq. 1 to 3): balls around images in feature space.
 
 Squared distances come from matrix products in float64, one block of rows at a time, on a GPU if there is one. The
-distances that become radii are computed again from differences, so that twins are exactly 0 apart.
+distances that become radii are recomputed from differences, so that duplicates are exactly 0 apart.
 
 N and M points, D feature width.
 """
@@ -19,7 +19,7 @@ from haste.metrics.frechet import checked_features
 from haste.metrics.progress import Progress
 
 BLOCK = 1024  # points of a block of distances
-SLACK = 1e-12  # of the squared norms: gaps to a sphere below the rounding error of float64 count as none
+SLACK = 1e-12  # of the squared norms: a gap to a sphere below float64's rounding error counts as 0
 
 
 def precision_recall(
@@ -28,13 +28,13 @@ def precision_recall(
     """Precision and recall, each in [0, 1].
 
     Precision is the share of fakes (N, D) inside the ball of some real image, whose radius is the distance to its k-th
-    nearest other real image; recall the share of reals (M, D) inside the ball of some fake. A point on the sphere is
-    inside: a gap below 1e-12 of the squared norms (after moving the origin to the mean of the reals) counts as none.
+    nearest other real image; recall is the share of reals (M, D) inside the ball of some fake. A point on the sphere is
+    inside: a gap below 1e-12 of the squared norms (after moving the origin to the mean of the reals) counts as 0.
 
     Args:
         real, fake: features, any float type.
         k: which neighbour's distance is the radius.
-        device: where to take the products; None is the GPU if there is one.
+        device: where to compute the products; None is the GPU if there is one.
 
     Raises:
         ValueError: k or fewer rows on a side, different widths, or values that are not finite.
@@ -58,7 +58,7 @@ def precision_recall(
 
 
 def radii(features: NDArray, k: int = 3, device: torch.device | str | None = None) -> NDArray[np.float64]:
-    """Distance (N,) of each row of features (N, D) to its k-th nearest other row (itself excluded; twins count).
+    """Distance (N,) of each row of features (N, D) to its k-th nearest other row (not itself; duplicates count).
 
     Raises:
         ValueError: k < 1, or not more than k rows.
@@ -84,13 +84,13 @@ def _blocks(points: Tensor) -> Iterator[slice]:
 
 
 def _distances(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """Squared distances (N, M) of rows (N, D) and (M, D), the squared norms in them times `scale`."""
+    """Squared distances (N, M) of rows (N, D) and (M, D), with their squared norms multiplied by `scale`."""
     mine, theirs = (scale * torch.linalg.vecdot(x, x) for x in (a, b))
     return torch.addmm(theirs, a, b.T, alpha=-2).add_(mine[:, None])
 
 
 def _squared_radii(points: Tensor, k: int, progress: Progress) -> Tensor:
-    """Squared distance (N,) of each point to its k-th nearest other. A pair of blocks serves both."""
+    """Squared distance (N,) of each point to its k-th nearest other. A pair of blocks serves both directions."""
     far = torch.full((len(points), k), torch.inf, dtype=points.dtype, device=points.device)
     who = torch.zeros_like(far, dtype=torch.long)
 

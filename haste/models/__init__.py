@@ -1,4 +1,4 @@
-"""Denoising networks and the projector heads that are trained beside them."""
+"""Denoising networks and the projectors that are trained with them."""
 
 from haste import moved
 

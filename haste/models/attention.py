@@ -1,12 +1,12 @@
-"""Fused attention that also gives the logsumexp of its logits, with the gradient of both.
+"""Fused attention that also returns the logsumexp of its logits, with gradients through both.
 
 Shapes: B batch, H heads, N tokens, K head width.
 
-The kernels compute logsumexp(S), S = K^(-1/2) q k^T, on their way to the output and keep it for their backward, but no
-gradient may enter through it. It can come in by another door: with P = softmax(S), the kernel's backward takes
-    dS = P * (dO V^T - rowsum(dO * O)),   and logsumexp's gradient g belongs into the bracket: dS = P * (... + g).
-So the values get a further column of ones, dO there gets g, and O gets 0: dO V^T gains g, rowsum(dO * O) gains nothing.
-No kernel of our own, no N x N map, no second pass over the logits.
+The kernels compute logsumexp(S), S = K^(-1/2) q k^T, with the output and keep it for their backward pass, but accept no
+gradient of it. It can be passed in another way: with P = softmax(S), the kernel's backward computes
+    dS = P * (dO V^T - rowsum(dO * O)),   and logsumexp's gradient g belongs inside the bracket: dS = P * (... + g).
+So the values get an extra column of ones, with g in dO and 0 in O there: dO V^T gains g, rowsum(dO * O) is unchanged.
+This needs no custom kernel, no N x N map and no second pass over the logits.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 log = logging.getLogger("haste.models")
 
-_STEP = 8  # the kernels want widths that are multiples of it
+_STEP = 8  # the kernels need widths that are multiples of it
 _HALF = (torch.bfloat16, torch.float16)
 
 
 def attention_with_logsumexp(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """softmax(S) v, shaped as q, and logsumexp(S) over the keys, (B, H, N) in float32 or q's own higher precision.
 
-    q, k, v (B, H, N, K). On a GPU q, k and v must be in half precision, as its kernel demands.
+    q, k, v (B, H, N, K). On a GPU q, k and v must be in half precision, as its kernel requires.
     """
     return _Attention.apply(q, k, v)  # type: ignore[no-any-return]
 
@@ -49,8 +49,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         q, k, v, out, logsumexp = ctx.saved_tensors
         width = q.shape[-1]
-        # g is small and a factor of the whole gradient: what its rounding to half precision loses goes into a second
-        # column.
+        # g is small and multiplies the whole gradient, so a second column holds the error of its rounding to half
+        # precision.
         high = grad_logsumexp.to(q.dtype)
         low = (grad_logsumexp - high).to(q.dtype)
         room = (0, -(width + 2) % _STEP)
@@ -63,14 +63,14 @@ class _Attention(torch.autograd.Function):
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Any, ...]:
-    """Output, logsumexp, and whatever else the kernel's backward asks for."""
+    """Output, logsumexp, and the other tensors that the kernel's backward needs."""
     if q.is_cuda:
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
 
 
 def _backward(given: tuple[Tensor, ...], rest: list[Any], scale: float) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v, given (grad_out, q, k, v, out, logsumexp) and what `_forward` had besides."""
+    """Gradients of q, k and v, given (grad_out, q, k, v, out, logsumexp) and the other results of `_forward`."""
     if given[0].is_cuda:
         *lengths, seed, offset = rest[:6]
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
@@ -83,7 +83,7 @@ def _backward(given: tuple[Tensor, ...], rest: list[Any], scale: float) -> tuple
 def logsumexp_works(device: str, dtype: torch.dtype | None, width: int) -> bool:
     """Whether this machine's kernel gives logsumexp and its gradient for a head width, found by trying it once.
 
-    It reaches below torch's public functions, so it is trusted only where it agrees with the formula. Always False on
+    It uses torch functions that are not public, so it is used only where it agrees with the formula. Always False on
     a CPU, where the attention loss has a better way, and in full precision, for which GPUs have no such kernel.
     """
     if torch.device(device).type != "cuda" or dtype not in _HALF or width > 248:

@@ -10,7 +10,7 @@ from haste.models.denoiser import Denoiser
 
 
 def build_model(recipe: Mapping[str, Any]) -> Denoiser:
-    """The model of a trajectory's recipe, its parameters not yet initialised to anything in particular."""
+    """The model of a trajectory's recipe, with its parameters not yet initialised."""
     model, size = model_in(recipe), recipe["model"]
     shape = {"input_size": size["input_size"], "in_channels": size["channels"], **condition_in(recipe).arguments}
     return architecture_named(model.architecture)(**shape, **model.settings)

@@ -1,14 +1,14 @@
-"""Weights of a SiT from other people's files, and ours for other people's programs.
+"""Weights of a SiT from other projects' files, and ours for other programs.
 
-Read are
+Supported layouts:
     ours    states and imported weights: safetensors with a header
-    REPA    what REPA and HASTE save: a .pt of {"model", "ema", "opt", "args", "steps"}, or one bare set of weights
-    SiT     what SiT saves: the same, with twice the output channels, of which the first half counts, and time from
+    REPA    files of REPA and HASTE: a .pt of {"model", "ema", "opt", "args", "steps"}, or one bare set of weights
+    SiT     files of SiT: the same, with twice the output channels, of which the first half is used, and time from
             noise (t = 0) to data (t = 1)
-whatever the file's name. Nothing in a file is executed: a .pt is read by torch's restricted unpickler, which builds
-tensors and plain data, and of all classes `argparse.Namespace` alone. Anything else in it is refused by name.
+The file's name does not matter. Nothing in a file is executed: a .pt is read by torch's restricted unpickler, which
+builds tensors and plain data, and only the class `argparse.Namespace`. Anything else in it is refused by name.
 
-What is read has our names (which are REPA's), our time (t = 0 is data) and as many output channels as input channels.
+The result has our names (which are REPA's), our time (t = 0 is data) and as many output channels as input channels.
 Shapes: D model width, p patch size, C channels, F = 256 timestep features.
 """
 
@@ -42,22 +42,22 @@ SETS = ("model", "ema")
 Weights = Mapping[str, Tensor]
 Size = tuple[int, int, int]  # depth, width, heads
 
-_WRAPPERS = ("module.", "_orig_mod.")  # what DDP and torch.compile put before every name
+_WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DDP and torch.compile add to every name
 _MOST_HEADER = 100_000_000  # bytes; safetensors' own limit
 _SHOWN = 4  # names in a message
-_PATHS = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}  # what REPA and SiT call our interpolants
+_PATHS = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}  # REPA's and SiT's names for our interpolants
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Weights of a SiT, as read from a file.
 
-    file: where they lay; sha256: of the file; layout: one of LAYOUTS.
-    shape: what `SiT` takes: depth, width, heads, patch_size, mlp_ratio, input_size, in_channels, classes; of another
+    file: its path; sha256: of the file; layout: one of LAYOUTS.
+    shape: arguments of `SiT`: depth, width, heads, patch_size, mlp_ratio, input_size, in_channels, classes; for another
         architecture its name, its settings and the last three.
     weights: "model" and "ema", whichever the file has (a bare set counts as "ema"), each name -> tensor.
     projectors: heads onto teachers' features, in the file's order, each name -> tensor.
-    facts: what else the file says, plain data: step, path, args, ...
+    facts: other contents of the file, plain data: step, path, args, ...
     """
 
     file: str
@@ -72,7 +72,7 @@ class Checkpoint:
         """One set of weights, "model" or "ema".
 
         Raises:
-            ValueError: the file has no such set; names what it has.
+            ValueError: the file has no such set; the message names those it has.
         """
         if which not in self.weights:
             raise ValueError(f"{self.file}: has no {which!r} weights, only {', '.join(map(repr, self.weights))}")
@@ -96,15 +96,15 @@ def read_checkpoint(
 
     Args:
         path: the file.
-        layout: whose file it is; None tells by what is in it. SiT's must be told, for DiT's have the same names.
-        expected: what is known of `Checkpoint.shape`; a file that differs is refused. Attention heads, which no weight
-            shows, are taken from here, from the file's header or, by depth and width, from `sizes`; input_size from
-            here where the file holds no positions.
+        layout: whose file it is; None detects it from the content. SiT's must be given: DiT's have the same names.
+        expected: known entries of `Checkpoint.shape`; a file that differs is refused. The number of attention heads,
+            which weights do not show, comes from here, from the file's header or, by depth and width, from `sizes`;
+            input_size comes from here if the file holds no positions.
         sizes: known (depth, width, heads).
 
     Raises:
-        ValueError: the file is missing, truncated, foreign or holds code; or weights are missing, of another shape,
-            not finite or not known. The message names the file, what was found and what was expected.
+        ValueError: the file is missing, truncated, foreign or contains code; or weights are missing, of another shape,
+            not finite or unknown. The message names the file, what was found and what was expected.
     """
     trees, facts = _opened(Path(path))
     where = str(path)
@@ -122,9 +122,9 @@ def read_checkpoint(
 
 
 def read_weights_of(path: Path | str, model: nn.Module, shape: Mapping[str, Any]) -> Checkpoint:
-    """Read the weights of any network from a file: a state, imported weights, or a .pt as REPA lays it out.
+    """Read the weights of any network from a file: a state, imported weights, or a .pt in REPA's layout.
 
-    Names must be those of `model`, but for what DDP and torch.compile put before them.
+    Names must be those of `model`, apart from the prefixes of DDP and torch.compile.
 
     Args:
         path: the file.
@@ -152,12 +152,12 @@ def read_weights_of(path: Path | str, model: nn.Module, shape: Mapping[str, Any]
 
 
 def _opened(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The sets of weights in a file, as they are named there (projectors included), and what else it says."""
+    """The sets of weights in a file under its own names (projectors included), and its other contents."""
     if not path.is_file():
         raise ValueError(f"{path}: expected a checkpoint, found {'a folder' if path.exists() else 'nothing'}")
     with open(path, "rb") as file:
         start = file.read(9)
-    # safetensors begin with the length of their JSON header.
+    # safetensors files begin with the length of their JSON header.
     is_safetensors = len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < _MOST_HEADER
     return _from_safetensors(path) if is_safetensors else _from_torch(path)
 
@@ -191,7 +191,7 @@ def _from_safetensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
 def _facts_of_header(header: Mapping[str, Any]) -> dict[str, Any]:
     if not header:
         return {}
-    recipe = header.get("recipe") or {}  # a state's; what is imported says the same by itself
+    recipe = header.get("recipe") or {}  # of a state; imported weights have the same entries at the top level
     size = {**(header.get("model") or recipe.get("model") or {})}
     training = recipe.get("training") or {}
     facts = {"ours": True, "heads": size.get("heads"), "step": header.get("step"), "source": header.get("source")}
@@ -200,14 +200,14 @@ def _facts_of_header(header: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_torch(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    # Mapped files are read where they are used: the optimiser, most of such a file, is never read.
+    # A mapped file is read on access, so the optimiser, most of such a file, is never read.
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True, "mmap": zipfile.is_zipfile(path)}
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, **options)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: refused: {_refused(str(error))}") from error
-    except Exception as error:  # on bytes that are no checkpoint the unpickler raises whatever it stumbles on
+    except Exception as error:  # the unpickler raises all kinds of errors on bytes that are no checkpoint
         first = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"{path}: expected a checkpoint, found a truncated or foreign file ({first})") from error
     if not isinstance(found, Mapping):
@@ -222,10 +222,10 @@ def _from_torch(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any
 
 
 def _path_said(path: Path, args: Mapping[str, Any]) -> str | None:
-    """The interpolant that a run's arguments name, if they do.
+    """The interpolant in a run's arguments, if they name one.
 
     Raises:
-        ValueError: the model was trained on another interpolant than ours, or predicts something else than velocity.
+        ValueError: the model was trained on another interpolant than ours, or predicts something other than velocity.
     """
     predicts, name = args.get("prediction"), args.get("path_type")
     if predicts not in (None, "v", "velocity"):
@@ -236,7 +236,7 @@ def _path_said(path: Path, args: Mapping[str, Any]) -> str | None:
 
 
 def _refused(message: str) -> str:
-    """What the unpickler stumbled on, without its advice to load the file all the same."""
+    """The unpickler's error, without its advice to load the file anyway."""
     match = re.search(r"GLOBAL ([\w.]+)", message)
     if match:
         return (
@@ -252,7 +252,7 @@ def _tensors(tree: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def _plain(value: Any) -> Any:
-    """Plain data as it is; anything else as its text."""
+    """Plain data unchanged; anything else as its text."""
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
@@ -266,7 +266,7 @@ def _check_trees(path: Path, trees: Mapping[str, Mapping[str, Tensor]], found: M
 
 
 def _tidy(tree: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], tuple[Weights, ...]]:
-    """Weights under our names, and the projectors apart from them."""
+    """Weights under our names, and the projectors separately."""
     bare = {_unwrapped(name): value for name, value in tree.items()}
     count = len({name.split(".")[1] for name in bare if name.startswith("blocks.")})
     weights: dict[str, Tensor] = {}
@@ -275,13 +275,13 @@ def _tidy(tree: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor], tu
         if match := re.fullmatch(r"projectors\.(\d+)\.(.+)", name):
             heads.setdefault(int(match[1]), {})[match[2]] = value
         elif match := re.fullmatch(r"decoder_blocks\.(\d+)\.(.+)", name):
-            # Older REPA files count the blocks behind the aligned one anew.
+            # Older REPA files number the blocks after the aligned one from 0 again.
             weights[f"blocks.{count + int(match[1])}.{match[2]}"] = value
         else:
             weights[name] = value
     if any("norm1_" in name or name.startswith(("joint_blocks.", "context_embedder.")) for name in weights):
         raise ValueError(f"{where}: the weights of a joint text and image transformer, expected those of a SiT")
-    # A run without a teacher leaves a projector onto nothing.
+    # A run without a teacher leaves a projector of width 0.
     return weights, tuple(heads[i] for i in sorted(heads) if all(value.numel() for value in heads[i].values()))
 
 
@@ -292,7 +292,7 @@ def _unwrapped(name: str) -> str:
 
 
 def _layout(weights: Mapping[str, Weights], facts: Mapping[str, Any], told: str | None, where: str) -> str:
-    """Whose file it is, and whether that is what was said."""
+    """The detected layout, checked against the given one."""
     tree = next(iter(weights.values()))
     if told == "ours" and not facts.get("ours"):
         raise ValueError(f"{where}: has no header of ours, expected a state, or weights that were imported")
@@ -326,7 +326,7 @@ def _shape(
     sizes: Iterable[Size],
     where: str,
 ) -> dict[str, Any]:
-    """What `SiT` takes, from the shapes of the weights; what was told is checked."""
+    """Arguments of `SiT`, from the shapes of the weights; given values are checked."""
     needed = ("y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight", "x_embedder.proj.weight")
     missing = [name for name in needed if name not in tree or tree[name].ndim < 2]
     if missing:
@@ -373,10 +373,10 @@ def _input_size(positions: Tensor | None, patch: int, told: int | None, where: s
 
 
 def _with_positions(tree: Weights, shape: Mapping[str, Any]) -> Weights:
-    """A set with positions, which are computed where the file leaves them out."""
+    """A set with positions, which are computed if the file omits them."""
     if "pos_embed" in tree:
         return tree
-    model = SiT(**{**shape, "depth": 1})  # one block is as good as all
+    model = SiT(**{**shape, "depth": 1})  # one block is enough for its positions
     return {**tree, "pos_embed": model.pos_embed}
 
 
@@ -385,7 +385,7 @@ def _turned(tree: Weights, shape: Mapping[str, Any]) -> dict[str, Tensor]:
 
     Time enters as the features [cos t w | sin t w], and those of 1 - t are a rotation of those of t:
         cos((1 - t) w) = cos w cos t w + sin w sin t w,   sin((1 - t) w) = sin w cos t w - cos w sin t w.
-    So the first linear layer takes the rotation into its weights, the last one the sign, and nothing else changes.
+    So the rotation goes into the weights of the first linear layer and the sign into the last; all others stay.
     """
     turned = dict(tree)
     first = tree["t_embedder.mlp.0.weight"].double()  # (D, F)
@@ -403,10 +403,10 @@ def _turned(tree: Weights, shape: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _checked(tree: Weights, model: nn.Module, where: str) -> dict[str, Tensor]:
-    """A set that fits the model, half precision as float32.
+    """A set that fits the model, with half precision converted to float32.
 
     Raises:
-        ValueError: names missing, unknown and misshapen weights, and those that are not finite numbers.
+        ValueError: names the missing, unknown and misshapen weights, and those that are not finite.
     """
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tree.items()}
@@ -438,14 +438,14 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-# ---- out
+# ---- writing
 
 
 def save_imported(path: Path | str, checkpoint: Checkpoint, provenance: Mapping[str, Any]) -> None:
-    """Write all that was read as one safetensors file: `model/NAME`, `ema/NAME`, `projectors/I/NAME`, and a header.
+    """Write everything that was read as one safetensors file: `model/NAME`, `ema/NAME`, `projectors/I/NAME`, a header.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; what was there before is untouched.
+        OSError: the disk is full or the folder is not writable; an existing file stays as it was.
     """
     tensors = {f"{which}/{name}": value for which, tree in checkpoint.weights.items() for name, value in tree.items()}
     for place, head in enumerate(checkpoint.projectors):
@@ -454,11 +454,11 @@ def save_imported(path: Path | str, checkpoint: Checkpoint, provenance: Mapping[
 
 
 def save_bare(path: Path | str, checkpoint: Checkpoint, which: str, provenance: Mapping[str, Any]) -> None:
-    """Write one set of weights as safetensors under REPA's bare names, for `load_state_dict` anywhere.
+    """Write one set of weights as safetensors under REPA's bare names, for any `load_state_dict`.
 
     Raises:
         ValueError: the checkpoint has no such set.
-        OSError: the disk is full or the folder cannot be written.
+        OSError: the disk is full or the folder is not writable.
     """
     _save(path, dict(checkpoint.chosen(which)), checkpoint, provenance)
 
@@ -476,15 +476,15 @@ def _save(path: Path | str, tensors: dict[str, Tensor], checkpoint: Checkpoint, 
         or {"file": Path(checkpoint.file).name, "sha256": checkpoint.sha256, "layout": checkpoint.layout},
         "provenance": dict(made),
     }
-    tensors = {name: value.clone() for name, value in tensors.items()}  # safetensors refuses memory that is shared
+    tensors = {name: value.clone() for name, value in tensors.items()}  # safetensors refuses shared memory
     with artefact.replacing(path) as aside, artefact.saving_tensors(path):
         save_file(tensors, aside, metadata={"haste": json.dumps(header, sort_keys=True)})
 
 
 def save_repa(path: Path | str, checkpoint: Checkpoint, args: Mapping[str, Any]) -> None:
-    """Write a .pt as REPA's: {"model", "ema", "args": Namespace, "steps"}, projectors in both sets.
+    """Write a .pt like REPA's: {"model", "ema", "args": Namespace, "steps"}, projectors in both sets.
 
-    Of projectors no average is kept, so the same stand in both. A set that the checkpoint lacks is left out.
+    Projectors have no average, so both sets contain the same ones. A set that the checkpoint lacks is left out.
 
     Args:
         path: the file to write.
@@ -492,7 +492,7 @@ def save_repa(path: Path | str, checkpoint: Checkpoint, args: Mapping[str, Any])
         args: becomes the Namespace.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written.
+        OSError: the disk is full or the folder is not writable.
     """
     heads = {f"projectors.{i}.{name}": v for i, head in enumerate(checkpoint.projectors) for name, v in head.items()}
     found: dict[str, Any] = {which: {**tree, **heads} for which, tree in checkpoint.weights.items()}
@@ -502,7 +502,7 @@ def save_repa(path: Path | str, checkpoint: Checkpoint, args: Mapping[str, Any])
     with artefact.replacing(path) as aside:
         try:
             torch.save(found, aside)
-        except RuntimeError as error:  # what torch's writer raises on a full disk, without saying so
+        except RuntimeError as error:  # torch's writer raises it on a full disk, without saying so
             if not shutil.disk_usage(aside.parent).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
             raise OSError(f"{path}: could not be written: {error}") from error

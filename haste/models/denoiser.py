@@ -1,4 +1,4 @@
-"""What every denoising network has in common: what the trainer, the samplers and the alignment losses ask of it.
+"""The interface of every denoising network, used by the trainer, the samplers and the alignment losses.
 
 Shapes: B batch, C channels, N tokens, D width of the tokens, H heads, K head width.
 """
@@ -22,22 +22,22 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 class Denoiser(nn.Module):
     """A denoising network. A subclass is an architecture: `forward`, `taps`, and the keys of a configuration.
 
-    It is made as `Class(input_size=, in_channels=, classes=, **settings)`, the settings as `Settings` has checked them;
-    of another condition than labels, with that one's `arguments` in the place of `classes`.
-    Its forward pass draws no random numbers and changes nothing; what it computes of an image depends on no other image
-    of the batch; every parameter takes part in it. Otherwise a run that was killed would not end in the same bits.
+    It is constructed as `Class(input_size=, in_channels=, classes=, **settings)`, with settings checked by `Settings`;
+    for a condition other than labels, with that condition's `arguments` instead of `classes`.
+    Its forward pass draws no random numbers and changes no state; an image's output does not depend on the others of
+    the batch; every parameter takes part in it. Otherwise a run that was killed would not end with the same bits.
 
     Settings            a `haste.config.Strict`: the keys of `models.NAME`, with their types, ranges and defaults
     input_size          height and width of the latents
     in_channels         their channels, C
-    process             the name of the process that it is for, which says what it predicts and what it is given as t
-    condition           the name of the condition that it understands, which says what it is given as y
-    null_class          the label that stands for none: `classes`, the number of labels; 0 of another condition
-    taps                what `forward` hands out when asked, by name
-    block_list          its blocks, where they can be told apart
-    can_checkpoint      whether it follows `checkpoint_blocks`: a configuration that asks others for it is refused
-    checkpoint_blocks   True asks to keep only the blocks' inputs for the backward pass, as `through` does
-    own_logsumexp       True asks tapped attention for its logsumexp; to follow is up to the network
+    process             the name of its process, which defines its prediction and its time input t
+    condition           the name of its condition, which defines its input y
+    null_class          the label of the null condition: `classes`, the number of labels; 0 for another condition
+    taps                the taps that `forward` can return, by name
+    block_list          its blocks, if they can be distinguished
+    can_checkpoint      whether it supports `checkpoint_blocks`; if not, configurations that request it are refused
+    checkpoint_blocks   True requests that only the blocks' inputs are kept for the backward pass, as in `through`
+    own_logsumexp       True requests the logsumexp of tapped attention; a network may ignore it
     """
 
     Settings: ClassVar[Any] = None
@@ -54,38 +54,39 @@ class Denoiser(nn.Module):
         self.checkpoint_blocks = self.own_logsumexp = False
 
     def forward(self, x: Tensor, t: Tensor, y: Any, taps: Collection[str] = ()) -> tuple[Tensor, dict[str, Any]]:
-        """What it predicts at x (B, C, H, W), t (B,) and y, and the taps asked for.
+        """The prediction at x (B, C, H, W), t (B,) and y, and the requested taps.
 
-        Of `interpolant` it predicts the velocity, (B, C, H, W), and t lies in [0, 1], where 0 is data; of another
-        `haste.diffusion.process.Process` `outputs(C)` channels, and t is what its `time` gives. y is (B,) int64
-        of `labels`; of another `haste.data.condition.Condition` what its `told` gives, as tensors.
+        For `interpolant` it is the velocity, (B, C, H, W), and t is in [0, 1], where 0 is data; for another
+        `haste.diffusion.process.Process` it has `outputs(C)` channels, and t is the result of its `time`. y is (B,)
+        int64 for `labels`; for another `haste.data.condition.Condition` it is the result of its `told`, as tensors.
         A tap "tokens.m" is (B, N, D), rows of the grid first; "attention.i" is an `AttentionTap`.
         """
         raise NotImplementedError(f"{type(self).__name__}.forward")
 
     def through(self, block: Callable[..., Any], *inputs: Any) -> Any:
-        """What a block makes of its inputs; with `checkpoint_blocks` they alone are kept for the backward pass."""
+        """The output of a block; with `checkpoint_blocks` only its inputs are kept for the backward pass."""
         if self.checkpoint_blocks and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
 
     @property
     def block_list(self) -> Sequence[nn.Module]:
-        """Its blocks in order, block 1 first: out of block m comes the tap "tokens.m".
+        """Its blocks in order, block 1 first: the output of block m is the tap "tokens.m".
 
-        Those in `blocks`, where that is an `nn.ModuleList`, else none: then no gradient can be taken by block.
+        Those in `blocks`, if that is an `nn.ModuleList`, else none: then gradients by block are not possible.
         """
         found = getattr(self, "blocks", None)
         return list(found) if isinstance(found, nn.ModuleList) else []
 
     def initialise(self, generator: torch.Generator) -> None:
-        """First numbers, from `generator` alone: Xavier-uniform weights, N(0, 0.02^2) tables, zero biases.
+        """Initialise from `generator` alone: Xavier-uniform weights, N(0, 0.02^2) tables, zero biases.
 
-        A network that begins otherwise, or has parameters outside linear, convolution, embedding and norm layers,
+        A network with another initialisation, or with parameters outside linear, convolution, embedding and norm
+        layers, extends this.
         extends this.
 
         Raises:
-            ValueError: a layer's parameters are of no kind that this knows.
+            ValueError: a layer has parameters of an unknown kind.
         """
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):
@@ -102,18 +103,18 @@ class Denoiser(nn.Module):
     def facts(
         cls, settings: Mapping[str, Any], *, process: Any, condition: Any, input_size: int, in_channels: int
     ) -> Facts:
-        """Taps, parameters and operations, from a network without memory; its answer is checked on the way.
+        """Taps, parameters and operations, from a network on the meta device; also checks the shapes of its outputs.
 
         Args:
-            settings: as `Settings` has checked them.
-            process: the `haste.diffusion.process.Process` that it is for.
-            condition: the `haste.data.condition.Condition` that it understands.
-            input_size: as the class is made with.
-            in_channels: as the class is made with.
+            settings: as checked by `Settings`.
+            process: its `haste.diffusion.process.Process`.
+            condition: its `haste.data.condition.Condition`.
+            input_size: as for the constructor.
+            in_channels: as for the constructor.
 
         Raises:
-            ValueError: settings that do not go with the latents; or outputs or taps are not of the shape that they
-                are said to be.
+            ValueError: settings that do not fit the latents; or outputs or taps that do not have their declared
+                shapes.
         """
         y = each(lambda piece: torch.from_numpy(piece).to("meta"), condition.null(1))
         with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -1,4 +1,4 @@
-"""Checkpoints in and out: other people's weights as a file of ours, and ours as files for other programs."""
+"""Checkpoints in and out: other projects' weights as a file of ours, and ours as files for other programs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES = {(model.depth, model.width, model.heads) for model in MODELS.values()}
 
 
 def open_weights(path: Path | str, **options: Any) -> Checkpoint:
-    """`haste.models.checkpoints.read_checkpoint`, which then knows the heads of published sizes.
+    """`haste.models.checkpoints.read_checkpoint` with the attention heads of the published sizes.
 
     Raises:
         ValueError: the file is refused; the message says why.
@@ -40,18 +40,18 @@ def import_weights(
     heads: int | None = None,
     input_size: int | None = None,
 ) -> Checkpoint:
-    """Read weights of any known layout and write them as ours, without the optimiser.
+    """Read weights of any known layout and write them in ours, without the optimiser.
 
     Args:
         source: the file to read.
         out: the .safetensors file to write.
-        layout: whose file it is; None tells by what is in it.
-        model: what the weights must be; None takes any size.
+        layout: whose file it is; None detects it from the content.
+        model: the expected model; None accepts any size.
         heads: attention heads, for sizes that were not published.
-        input_size: side of the latent grid, where the file does not show it.
+        input_size: side of the latent grid, if the file does not show it.
 
     Raises:
-        ValueError: the file is refused, or is not that model; or `out` is there already.
+        ValueError: the file is refused, or is not that model; or `out` exists already.
         OSError: `out` cannot be written.
     """
     _check_out(source, out, ".safetensors")
@@ -63,7 +63,7 @@ def import_weights(
 
 
 def export_weights(source: Path, out: Path, *, form: str, which: str = "ema") -> Checkpoint:
-    """Write the weights of a state, or of anything that can be imported, for other programs.
+    """Write the weights of a state, or of any importable file, for other programs.
 
     Args:
         source: a state, or a file of any known layout.
@@ -72,7 +72,7 @@ def export_weights(source: Path, out: Path, *, form: str, which: str = "ema") ->
         which: "ema" or "model", for safetensors.
 
     Raises:
-        ValueError: no such form, the source is refused, has no such weights, or `out` is there already.
+        ValueError: no such form, the source is refused or has no such weights, or `out` exists already.
         OSError: `out` cannot be written.
     """
     if form not in FORMATS:
@@ -100,14 +100,14 @@ def _of_state(source: Path) -> Checkpoint | None:
 
 
 def weights_by_recipe(file: Path | str, recipe: Mapping[str, Any]) -> Checkpoint:
-    """Weights of another architecture than SiT: the recipe says which, the file only holds them."""
+    """Weights of another architecture than SiT, which the recipe names; the file only holds tensors."""
     with torch.device("meta"):
         model = build_model(recipe)
     return checkpoints.read_weights_of(file, model, shape_in(recipe))
 
 
 def shape_in(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's model as `Checkpoint.shape` has it."""
+    """A recipe's model in the form of `Checkpoint.shape`."""
     size = {("in_channels" if name == "channels" else name): value for name, value in recipe["model"].items()}
     return {**size, "classes": recipe["classes"]}
 
@@ -120,7 +120,7 @@ def _check_out(source: Path, out: Path, suffix: str) -> None:
 
 
 def _arguments(found: Checkpoint) -> dict[str, Any]:
-    """The arguments of REPA's training script that say what the weights are."""
+    """The arguments of REPA's training script that describe the weights."""
     said: Mapping[str, Any] = found.facts.get("args") or {}
     name = next((name for name, model in MODELS.items() if model.settings.items() <= found.shape.items()), None)
     widths = [len(head[max(head)]) for head in found.projectors]  # rows of the last layer

@@ -9,9 +9,9 @@ from haste.models.layers import fill_xavier
 class Projector(nn.Sequential):
     """Three linear layers with SiLU between: (..., width_in) -> (..., width_out).
 
-    Its keys `0.weight` .. `4.bias`, put under `projectors.0.`, are those of REPA's checkpoints. It is no part of the
-    model: it draws from a generator of its own, so that a model has the same numbers with and without one. Without a
-    generator it starts from seed 0.
+    Its keys `0.weight` .. `4.bias`, under `projectors.0.`, are those of REPA's checkpoints. It is not part of the
+    model: it draws from its own generator, so that a model has the same initial weights with and without one. Without
+    a generator it uses seed 0.
     """
 
     def __init__(self, width_in: int, width_out: int, hidden: int = 2048, generator: torch.Generator | None = None):

@@ -2,8 +2,8 @@
 
 Shapes: B batch, C channels, N tokens, D model width, H heads, K head width (D = H K).
 
-Every layer that holds numbers has `initialise(generator)`. Numbers are drawn on the generator's device in float32 and
-then copied, so that one seed gives one model on every device and in every precision.
+Every layer with parameters has `initialise(generator)`. Numbers are drawn on the generator's device in float32 and
+then copied, so that one seed gives the same model on every device and in every precision.
 """
 
 import math
@@ -56,7 +56,7 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
 
     The first half of the channels encodes the column x, the second half the row y; in each, the sines of x w_i come
     before the cosines, with w_i = 10000^(-i / (D / 4)) ("Attention Is All You Need", section 3.5, in two dimensions as
-    MAE and DiT have it). Computed in float64. ValueError if `width` is not a multiple of 4.
+    in MAE and DiT). Computed in float64. ValueError if `width` is not a multiple of 4.
     """
     if width % 4:
         raise ValueError(f"position embedding of width {width}: a multiple of 4 is needed (sin and cos of x and of y)")
@@ -70,7 +70,7 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
 def timestep_features(t: Tensor, features: int = 256) -> Tensor:
     """t (B,) -> (B, features): [cos(t w_i) | sin(t w_i)] with w_i = 10000^(-i / (features / 2)).
 
-    `t` enters as it is given: in [0, 1] for SiT, 0..999 for DiT. The result has t's precision, at least float32.
+    `t` is not rescaled: it is in [0, 1] for SiT, 0..999 for DiT. The result has t's precision, at least float32.
     """
     half = features // 2
     t = t.to(torch.promote_types(t.dtype, torch.float32))
@@ -127,9 +127,9 @@ class LabelEmbedding(nn.Module):
 
 
 class AttentionTap(NamedTuple):
-    """q and k, each (B, H, N, K), as they enter the logits K^(-1/2) q k^T, and logsumexp of these over keys, (B, H, N).
+    """q and k, each (B, H, N, K), as in the logits K^(-1/2) q k^T, and logsumexp of these over keys, (B, H, N).
 
-    `logsumexp` is None where the attention does not give it.
+    `logsumexp` is None if the attention does not compute it.
     """
 
     q: Tensor
@@ -151,7 +151,7 @@ class Attention(nn.Module):
         fill_xavier(self.proj, generator)
 
     def forward(self, x: Tensor, with_logsumexp: bool = False) -> tuple[Tensor, AttentionTap]:
-        """x (B, N, D) -> (B, N, D), and what the logits are made of; with their logsumexp only if asked for."""
+        """x (B, N, D) -> (B, N, D), and the tap; with the logits' logsumexp only if requested."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)  # (B, N, 3, H, K)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 of (B, H, N, K)
@@ -217,11 +217,11 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, condition: Tensor, tap: bool = False, with_logsumexp: bool = False
     ) -> tuple[Tensor, AttentionTap | None]:
-        """x (B, N, D), condition (B, D) -> (B, N, D), and the attention's inner values if `tap`, else None."""
+        """x (B, N, D), condition (B, D) -> (B, N, D), and the attention's tap if `tap`, else None."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition)
         attended, inner = self.attn(modulate(self.norm1(x), shift_a, scale_a), tap and with_logsumexp)
         tapped = inner if tap else None
-        del inner  # nothing may hold them while the rest of the block runs
+        del inner  # free them before the rest of the block runs
         x = x + gate_a.unsqueeze(1) * attended
         x = x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
         return x, tapped

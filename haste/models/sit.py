@@ -21,7 +21,7 @@ class SiT(Denoiser):
     input_size      height and width of the (latent) image
     in_channels     its channels; the velocity has as many
     classes         number of labels; the null class is one more, `null_class`
-    generator       where the initial numbers come from (see `initialise`); without one, seed 0
+    generator       source of the initial weights (see `initialise`); without one, seed 0
 
     ValueError if the patches do not tile the image or the heads do not divide the width.
     """
@@ -66,7 +66,7 @@ class SiT(Denoiser):
         """The published initialisation (DiT), from `generator` alone.
 
         Zero modulations and output, N(0, 0.02^2) label table and timestep MLP, Xavier-uniform elsewhere, zero biases.
-        The global random state has no say, and anything built beside the model leaves its numbers alone.
+        It does not use the global random state, so anything built beside the model does not affect its weights.
         """
         self.x_embedder.initialise(generator)
         self.t_embedder.initialise(generator)
@@ -78,13 +78,13 @@ class SiT(Denoiser):
         self.pos_embed.copy_(sincos_positions(self.width, self.grid))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, dict[str, Any]]:
-        """Velocity (B, C, H, W) at x (B, C, H, W), t (B,) in [0, 1] (0 is data), y (B,) int64, and the taps asked for.
+        """Velocity (B, C, H, W) at x (B, C, H, W), t (B,) in [0, 1] (0 is data), y (B,) int64, and the requested taps.
 
         taps: "tokens.m"     hidden tokens (B, N, D) after block m, counted from 1
               "attention.i"  `AttentionTap` of block i counted from 0: the q and k that enter K^(-1/2) q k^T, each
                              (B, H, N, K), and with `own_logsumexp` that of these logits, (B, H, N)
 
-        A tap that is not asked for costs nothing, and one that is changes no number. Labels are never dropped here: to
+        Taps cost nothing unless requested, and do not change the velocity. Labels are never dropped here: to
         train without a label, pass `null_class`. ValueError for a tap that this model does not have.
         """
         self._check_taps(taps)
@@ -111,7 +111,7 @@ class SiT(Denoiser):
                 )
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
-        """(B, N, p p C) -> (B, C, H, W); within a patch rows come first, then columns, then channels."""
+        """(B, N, p p C) -> (B, C, H, W); within a patch the order is rows, columns, channels."""
         rows, columns, p = *self.grid, self.patch_size
         patches = patches.view(-1, rows, columns, p, p, self.in_channels)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, rows * p, columns * p)

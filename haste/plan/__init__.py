@@ -1,4 +1,4 @@
-"""From the table of runs to names of files: trajectories, states, samples, scores. No torch. Start at `plan.plan`."""
+"""From the table of runs to file names: trajectories, states, samples, scores. No torch. Start at `plan.plan`."""
 
 from haste import moved
 

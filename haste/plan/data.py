@@ -1,4 +1,4 @@
-"""The data of a plan: stores of images and latents, networks trained here, detectors, files from outside."""
+"""The data of a plan: stores of images and latents, networks trained here, detectors, external files."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from haste.plan.names import RECIPE, Artefact, Detector
 
 
 class Data:
-    """What training, sampling and scoring start from.
+    """The inputs of training, sampling and scoring.
 
     Attributes:
-        identities: file from outside -> sha256 of its content, by which it is named.
+        identities: external file -> sha256 of its content, which enters names.
         images, latents: the two stores.
         autoencoder: the one trained here, or None.
         encoder, decoder: what encodes images and decodes samples: that part's folder, or a folder or hub id.
         teachers: name -> the network trained here, None for a public one.
-        detectors: by name; the first one leads: its Frechet distance orders curves and grids.
-        checked_images: the list of pictures that cannot be used, where such are left out; else None.
+        detectors: by name; the first one is the main one: its Frechet distance orders curves and grids.
+        checked_images: the list of unusable images, if these are left out; else None.
     """
 
     def __init__(self, config: Config):
@@ -55,20 +55,20 @@ class Data:
         return Artefact(kind, key, dict(recipe), f"{self.root}/stores/{kind}-{key}", shards)
 
     def part(self, kind: str, name: str, settings: Mapping[str, Any]) -> Artefact:
-        """Something trained or fitted on the images."""
+        """A network or components, trained or fitted on the images."""
         recipe = {"recipe": RECIPE, "part": kind, "images": self.images.key, **settings}
         key = fingerprint(recipe)
         return Artefact(kind, key, recipe, f"{self.root}/parts/{kind}-{key}", name=name)
 
     def features(self, of: str, source: str, kind: str, detector: str, shards: int) -> Artefact:
-        """What a detector (its kind and key) sees in samples or images: `of` names their folder, `source` decides."""
+        """A detector's (its kind and key) features of some images: `of` names their folder, `source` is hashed."""
         recipe = {"recipe": RECIPE, "of": source, "detector": detector}
         return Artefact("features", fingerprint(recipe), recipe, f"{self.root}/features/{of}/{kind}-{detector}", shards)
 
     def _images(self) -> Artefact:
         spec = self.config.images
         recipe = {"recipe": RECIPE, **spec.model_dump(exclude={"shards", "on_bad_image"})}
-        if spec.on_bad_image == "skip":  # a store that may leave pictures out is not taken for one that may not
+        if spec.on_bad_image == "skip":  # a store that may leave images out is not the same as one that may not
             recipe["on_bad_image"] = "skip"
         return self.store("images", recipe, spec.shards)
 
@@ -92,7 +92,7 @@ class Data:
         return Detector(name, kind, weights, key, part, reference, spec.reference, floor)
 
     def teacher_key(self, name: str) -> str:
-        """What names a teacher in a recipe: a trained one's key, or the pretrained one's name and file of weights."""
+        """What identifies a teacher in a recipe: a trained one's key, or the pretrained one's name and weights file."""
         part, spec = self.teachers[name], self.config.teachers[name].pretrained
         if part:
             return part.key
@@ -103,16 +103,16 @@ class Data:
         """A detector by its name.
 
         Raises:
-            ValueError: this configuration has none of that name.
+            ValueError: this configuration has no detector of that name.
         """
         if name not in self.detectors:
             raise ValueError(f"detector {name!r}: not in this configuration, which has {', '.join(self.detectors)}")
         return self.detectors[name]
 
     def feature_bytes(self, detector: Detector) -> int | None:
-        """Disk that a detector's features of one image take: float32 numbers, and a label.
+        """Bytes on disk of a detector's features of one image: float32 numbers, and a label.
 
-        None for a detector of another package, whose width is known when it is loaded.
+        None for a detector of another package, whose width is only known once it is loaded.
         """
         spec, public = self.config.detector[detector.name].trained, DETECTORS.get(detector.kind)
         if spec is not None:
@@ -121,10 +121,10 @@ class Data:
 
     @functools.cached_property  # a large folder takes minutes to walk
     def image_count(self) -> int:
-        """Images of the store, or, before there is one, of its source, which is read as the first job will.
+        """Number of images in the store or, before it exists, in its source, counted as the first job will do it.
 
         Raises:
-            ValueError: the source is missing, has no pictures, fewer than are held out, or other classes.
+            ValueError: the source is missing, has no images, fewer than are held out, or other classes.
         """
         manifest, spec = Path(self.images.manifest), self.config.images
         if manifest.exists():
@@ -137,7 +137,7 @@ class Data:
 
 
 def _identities(config: Config, root: str) -> dict[str, str]:
-    """Identities of the files that come from outside; of one that is gone since, as it was."""
+    """Identities of the external files; for one that has been removed since, its earlier identity."""
     starts = {row.warm_start for row in config.runs.values() if row.warm_start is not None}
     files = [*(spec.checkpoint for spec in config.evaluate.values()), *sorted(starts)]
     files += [spec.reference for spec in config.detector.values() if spec.reference is not None]

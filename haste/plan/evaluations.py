@@ -1,4 +1,4 @@
-"""The evaluations of a plan: samples of states, what detectors see in them, scores; of weights from elsewhere too."""
+"""The evaluations of a plan: samples of states, detectors' features of them, scores; also of imported weights."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from haste.plan.runs import Runs, readable_name
 
 
 class Evaluations:
-    """What is drawn and scored.
+    """What is sampled and scored.
 
     Attributes:
         rows: lines of the result table; several may share an evaluation.
         by_name: the evaluations.
-        elsewhere: trajectory of a checkpoint that nobody trains here -> what the configuration says of it.
+        elsewhere: trajectory of a checkpoint that is not trained here -> its section of the configuration.
         trajectories: of those checkpoints, by name.
     """
 
@@ -61,7 +61,7 @@ class Evaluations:
         return found
 
     def _state_elsewhere(self, spec: Evaluate) -> State:
-        """A state that nobody trains. Its step says nothing of what it is, so it stands in the row alone."""
+        """A state that is not trained here. Its step does not identify it, so the step is only in the row."""
         model = model_named(self.config, spec.model)
         recipe = {
             "recipe": RECIPE,
@@ -80,7 +80,7 @@ class Evaluations:
         """A set of samples by its name.
 
         Raises:
-            ValueError: this configuration has none of that name.
+            ValueError: this configuration has no set of that name.
         """
         if name not in self.by_name:
             raise ValueError(

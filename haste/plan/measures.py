@@ -1,4 +1,4 @@
-"""The measures of a plan: what is measured of which states, against which alignment, and the files that it makes."""
+"""The measures of a plan: which measure is taken of which state, against which alignment, and the resulting files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Measurement:
     """One measure of one state.
 
     label: of the measure, in the configuration; run: the row; terms: the alignment that it is compared with, teachers
-    as the configuration calls them; cached: those whose targets lie on disk; file: where the result lies.
+    by their names in the configuration; cached: the terms with cached targets; file: the result's path.
     """
 
     label: str
@@ -31,23 +31,23 @@ class Measurement:
 
     @property
     def segment(self) -> Segment:
-        """As if a job trained with these terms: what opens its inputs asks for one."""
+        """A segment with these terms, as for a training job: opening the inputs requires one."""
         return Segment(self.state, None, None, self.terms, (), self.cached)
 
     @property
     def key(self) -> str:
-        """Hash of all that decides the result."""
+        """Hash of everything that decides the result."""
         return fingerprint(self.recipe)
 
     @property
     def name(self) -> str:
-        """STATE/MEASURE-HASH, as rules and people write it."""
+        """STATE/MEASURE-HASH, as in rules and commands."""
         return "/".join(self.file.removesuffix(".json").split("/")[-2:])
 
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredRow:
-    """One measure of one run's state, as the report shows it."""
+    """One measure of one run's state, as shown in the report."""
 
     run: str
     step: int
@@ -56,7 +56,7 @@ class MeasuredRow:
 
 
 class Measures:
-    """What is measured of states.
+    """The measurements of states.
 
     Attributes:
         rows: lines of the report; several may share a measurement.
@@ -78,7 +78,7 @@ class Measures:
             for label in (config.runs.get(run) or config.evaluate[run]).measures
         ]
         self.by_name: dict[str, Measurement] = {}
-        for row in self.rows:  # of runs that share a state, the first one's
+        for row in self.rows:  # for a shared state, of the first run
             self.by_name.setdefault(row.measurement.name, row.measurement)
 
     def of(self, run: str, state: State, label: str) -> Measurement:
@@ -92,7 +92,7 @@ class Measures:
             "settings": spec.decided,
             "terms": named_terms(self.config, self.data, terms),
         }
-        if run in self.config.evaluate:  # which says nothing of it; of a state's own training it is in the state's name
+        if run in self.config.evaluate:  # an imported checkpoint has no alignment in its name; a trained state has
             recipe["precision"] = self.config.training.precision
         kind = "".join(c if c.isascii() and (c.isalnum() or c in "._") else "-" for c in spec.measure)
         file = f"{self.data.root}/measures/{state.trajectory}.{state.step:08d}/{kind}-{fingerprint(recipe)}.json"

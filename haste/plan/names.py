@@ -1,4 +1,4 @@
-"""What a plan is made of, by name and by path: artefacts, trajectories, states, segments, evaluations. No torch."""
+"""The elements of a plan, with names and paths: artefacts, trajectories, states, segments, evaluations. No torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from haste.config import Sampling
 from haste.files.artefact import fingerprint
 
-RECIPE = 1  # raised when the method changes such that equal settings no longer give equal results
-STORES = ("images", "latents", "targets", "features")  # kinds that are shards and a manifest; others are one folder
+RECIPE = 1  # raised when the method changes so that equal settings no longer give equal results
+STORES = ("images", "latents", "targets", "features")  # kinds with shards and a manifest; others are one folder
 
 
 @dataclasses.dataclass(frozen=True)
 class Artefact:
-    """Something on disk that a recipe decides: a store or a trained part."""
+    """An artefact on disk that is determined by a recipe: a store or a trained part."""
 
     kind: str
     key: str
@@ -26,7 +26,7 @@ class Artefact:
 
     @property
     def manifest(self) -> str:
-        """The file whose presence says that the artefact is whole."""
+        """The file whose presence means that the artefact is complete."""
         return f"{self.folder}/{'manifest' if self.kind in STORES else 'part'}.json"
 
     @property
@@ -45,14 +45,14 @@ class Trajectory:
 
     @classmethod
     def of(cls, words: str, recipe: dict[str, Any]) -> Trajectory:
-        """What a recipe decides, under a name that begins with words for people."""
+        """An artefact determined by a recipe; its name begins with readable words."""
         key = fingerprint(recipe)
         return cls(f"{words}-{key}", key, recipe)
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """The stretch of a run's lineage that lies on one trajectory: its states have low < step <= high."""
+    """The part of a run's lineage that is on one trajectory: its states have low < step <= high."""
 
     trajectory: str
     low: int
@@ -81,10 +81,10 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """One training job: from `parent` (None: from the beginning) to `state`, with the terms active in between.
+    """One training job: from `parent` (None: from scratch) to `state`, with the terms active in between.
 
-    `after` is an earlier state of the same trajectory that is still to be made though this job does not start from it
-    (a milestone put in before a finished one): one trajectory has one trainer at a time.
+    `after` is an earlier state of the same trajectory that is still to be made, although this job does not start from
+    it (a milestone inserted before a finished one): a trajectory has one trainer at a time.
     """
 
     state: State
@@ -92,16 +92,16 @@ class Segment:
     after: State | None
     terms: dict[str, dict[str, Any]]
     pieces: tuple[Piece, ...]
-    cached: tuple[str, ...] = ()  # the terms whose targets lie on disk
+    cached: tuple[str, ...] = ()  # the terms with cached targets
 
     @property
     def start(self) -> int:
-        """Steps done before the first one of this segment, if nothing newer is found."""
+        """Steps done before the first one of this segment, if no newer state is found."""
         return self.parent.step if self.parent else 0
 
     @property
     def teachers(self) -> list[str]:
-        """Names of the teachers that look at images: none after the last stop, none whose targets are cached."""
+        """Names of the teachers that run online: none after the last stop, none whose targets are cached."""
         return sorted({term["teacher"] for kind, term in self.terms.items() if kind not in self.cached})
 
     @property
@@ -112,11 +112,11 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Detector:
-    """A network that judges samples, and where what it sees in the real images lies.
+    """A network whose features the scores compare, and where its features of the real images are.
 
-    name: in this configuration; kind: `cnn` of one that is trained here, as `part`, or a public one's name; weights: a
-    public one's file, None for the hub's; reference_file: ADM's .npz that the reference is made of, None for the image
-    store; floor: scores of real images against real ones.
+    name: in this configuration; kind: `cnn` for one that is trained here, as `part`, or a public one's name; weights: a
+    public one's file, None for the hub's; reference_file: ADM's .npz that the reference is made from, None for the
+    image store; floor: scores of real images against real ones.
     """
 
     name: str
@@ -130,7 +130,7 @@ class Detector:
 
     @property
     def looks(self) -> str:
-        """Name of the folder that holds what it sees, whatever it looks at."""
+        """Name of the folder for its features, whatever the images."""
         return f"{self.kind}-{self.key}"
 
     @property
@@ -141,7 +141,7 @@ class Detector:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What one detector sees in a set of samples, and the score that comes of it."""
+    """One detector's features of a set of samples, and the score computed from them."""
 
     detector: Detector
     features: Artefact
@@ -150,7 +150,7 @@ class Judgement:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Samples of one state, drawn in one way, and what detectors make of them, the leading one first."""
+    """Samples of one state with one set of sampling settings, their features and scores, the main detector first."""
 
     name: str
     state: State
@@ -163,26 +163,26 @@ class Evaluation:
 
     @property
     def key(self) -> str:
-        """Hash of how the samples are drawn."""
+        """Hash of the sampling settings."""
         return fingerprint(self.recipe)
 
     @property
     def features(self) -> Artefact:
-        """What the leading detector sees."""
+        """The main detector's features."""
         return self.judgements[0].features
 
     @property
     def score(self) -> str:
-        """The leading detector's score."""
+        """The main detector's score."""
         return self.judgements[0].score
 
     def judgement(self, detector: str) -> Judgement:
-        """By the detector's name."""
+        """The features and score of one detector, by its name."""
         return next(one for one in self.judgements if one.detector.name == detector)
 
     @property
     def grid(self) -> str:
-        """The picture of its first samples by class."""
+        """The image of its first samples by class."""
         return f"{self.folder}/grid.png"
 
     def sample_file(self, shard: int) -> str:
@@ -191,7 +191,7 @@ class Evaluation:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether all samples are there."""
+        """Whether all samples exist."""
         return all(Path(path).exists() for path in self.sample_files)
 
     @property

@@ -1,13 +1,13 @@
-"""Everything that a configuration asks for, by name and by path: the one object that commands, rules and people hold.
+"""Everything that a configuration needs, with names and paths: the one object that commands and rules use.
 
 Its parts, each made from those above it:
 
     names         artefacts, trajectories, states, segments, detectors, evaluations
-    data          stores, networks trained here, detectors and their references, files from outside
-    targets       what of the teachers is kept on disk
+    data          stores, networks trained here, detectors and their references, external files
+    targets       teacher targets that are cached on disk
     runs          from the table of runs to trajectories, states and the jobs that make them
-    evaluations   samples, features and scores; checkpoints from elsewhere
-    measures      what else is measured of states
+    evaluations   samples, features and scores; imported checkpoints
+    measures      other diagnostics of states
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from haste.plan.targets import Targets
 
 
 class Plan:
-    """What a configuration asks for. What `__init__` takes over from its parts is explained there.
+    """What a configuration needs. Attributes that `__init__` copies from the parts are documented there.
 
     Attributes:
-        root, folder: of all results; of this configuration's own, results/<configuration>.
+        root, folder: of all results; of this configuration, results/<configuration>.
         config_file: the resolved configuration that every job reads.
-        report: the page that everything ends in.
-        references: what the detectors see in the real images.
-        trajectories: by name, those that are trained and those of checkpoints from elsewhere.
-        notes: what in the configuration has no effect, or can no longer be made.
+        report: the final page.
+        references: the detectors' features of the real images.
+        trajectories: by name, both trained ones and those of imported checkpoints.
+        notes: which settings have no effect, or ask for what can no longer be made.
     """
 
     def __init__(self, config: Config):
@@ -70,20 +70,20 @@ class Plan:
 
     @property
     def image_count(self) -> int:
-        """Images of the store, or, before there is one, of its source; refuses what `Data.image_count` refuses."""
+        """Images of the store or, before it exists, of its source; raises as `Data.image_count`."""
         return self._data.image_count
 
     def check(self) -> None:
-        """Refuse, before anything is submitted, what the first jobs would refuse, and in their words.
+        """Refuse, before anything is submitted, what the first jobs would refuse, with the same messages.
 
-        Only what is still to be made needs its source: one that is gone since is no fault. Of pictures the names are
-        looked at, of a reference the headers.
+        Only artefacts that are still to be made need their sources; a source that was removed later is not an error.
+        Only the names of images and the headers of references are read.
 
         Raises:
-            ValueError: pictures or a reference that cannot be used, a sampler that does not suit a network, or more
-                disk than the configuration allows itself.
+            ValueError: images or a reference that cannot be used, a sampler that does not suit a network, or more
+                disk than the configuration allows.
         """
-        from haste.files import npz  # numpy takes its time, and few commands come here
+        from haste.files import npz  # numpy is slow to import, and few commands come here
 
         _ = self.image_count
         for detector in self.detectors.values():
@@ -94,37 +94,37 @@ class Plan:
         self.check_cache()
 
     def path(self, state: State) -> str:
-        """Where a state lies."""
+        """The path of a state."""
         if state.trajectory in self.elsewhere:
             return self.elsewhere[state.trajectory].checkpoint
         return f"{self.root}/states/{state.trajectory}/{state.file}"
 
     def drawn_from(self, evaluation: Evaluation) -> list[str]:
-        """The files beside the detector's that a set of samples is drawn from.
+        """The files that a set of samples is drawn from, except the detector's.
 
-        A checkpoint from elsewhere needs the decoder alone, which knows the latents' scale. The checkpoint itself is
-        not among the files: its content is in the samples' name, and samples that exist outlive it.
+        An imported checkpoint needs only the decoder, which knows the latents' scale. The checkpoint itself is
+        not listed: its content is in the samples' name, and existing samples remain valid without it.
         """
         if evaluation.state.trajectory in self.elsewhere:
             return [self.autoencoder.manifest] if self.autoencoder else []
         return [self.path(evaluation.state), self.latents.manifest]
 
     def aligned_from(self, segment: Segment) -> list[str]:
-        """The files that a job takes its alignment's targets from."""
+        """The files that a job reads its alignment targets from."""
         files = [self.targets[name].manifest for name in segment.targets]
         if segment.teachers:
             files.append(self.images.manifest)
         return files + [part.manifest for name in segment.teachers if (part := self.teachers[name])]
 
     def measured_from(self, measurement: Measurement) -> list[str]:
-        """The files that a measure is made from. Of a checkpoint from elsewhere as in `drawn_from`."""
+        """The files that a measure is made from. For an imported checkpoint see `drawn_from`."""
         state, latents = measurement.state, self.latents.manifest
         own = [] if state.trajectory in self.elsewhere else [self.path(state)]
         return [latents, *own, *self.aligned_from(measurement.segment)]
 
     @property
     def measure_files(self) -> list[str]:
-        """What is measured of states, a file each."""
+        """The measurements of states, one per file."""
         return [measurement.file for measurement in self.measurements.values()]
 
     @property
@@ -133,13 +133,13 @@ class Plan:
         return [path for path in self.references if not Path(path).exists()]
 
     def label(self, run: str, seed: int) -> str:
-        """What to call one seed of a run: by the run's name alone where it has no other."""
+        """Label of one seed of a run: only the run's name if it has no other seed."""
         seeds = [] if run in self.config.evaluate else self.config.runs[run].all_seeds
         return f"{run} (seed {seed})" if len(seeds) > 1 else run
 
     @property
     def report_made(self) -> str:
-        """How the page was made. Its name follows from the whole configuration: another table is another file."""
+        """The page's provenance record. Its name follows from the whole configuration: other tables, other files."""
         shown = decides(Config, self.config.model_dump(mode="json", exclude={"results"}))
         for kind, schema in (("runs", Run), ("evaluate", Evaluate)):
             shown[kind] = {name: decides(schema, row) for name, row in shown[kind].items()}
@@ -152,7 +152,7 @@ class Plan:
 
     @property
     def shown(self) -> list[str]:
-        """The files that the page shows: every score, and the pictures of each row's first seed."""
+        """The files that the page shows: every score, and the grids of each row's first seed."""
         scores = [judgement.score for row in self.rows for judgement in row.evaluation.judgements]
         first = {run: row.seed for run, row in self.config.runs.items()}
         grids = [row.evaluation.grid for row in self.rows if row.seed == first.get(row.run, row.seed)]

@@ -1,13 +1,13 @@
 """The training of a plan: runs -> trajectories -> states, and the segments that make them.
 
-A *state* is what training has made of a model by some step. Its name follows from what decides it and from nothing
-else: the recipe (data, model, optimiser, seed, ...), which alignment terms were active on which steps so far, and the
-step. So runs that agree up to a step share that trunk, and where training is cut never shows in a name.
+A *state* is the checkpoint of a model after some step. Its name follows only from what decides it: the recipe (data,
+model, optimiser, seed, ...), which alignment terms were active on which steps so far, and the step. So runs that agree
+up to a step share that trunk, and a name never shows where training was cut.
 
-A *trajectory* is a folder of states. A term that is still active writes its interval as open, [0, None): the
-trajectory of a run that will stop at tau is, up to tau, the very trajectory of the run that never stops. From tau on
-the interval is closed, [0, tau), which is another name: a branch. A weight that falls before tau is a branch from where
-it begins to fall. A run's way through trajectories is a list of `Piece`s.
+A *trajectory* is a folder of states. A term that is still active has an open interval, [0, None): a run that will stop
+at tau is, up to tau, on the same trajectory as the run that never stops. From tau on the interval is closed, [0, tau),
+which gives another name: a branch. If a weight falls before tau, the branch begins where it begins to fall. A run's way
+through trajectories is a list of `Piece`s.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from haste.plan.names import RECIPE, Piece, Segment, State, Trajectory
 
 
 class Runs:
-    """What training makes.
+    """The result of the table's training.
 
     Attributes:
         trajectories: by name.
-        pieces: (run, seed) -> its way through trajectories; every seed of a row is trained on its own.
-        cuts: trajectory -> the steps whose states some run asks for, or from which a branch starts.
+        pieces: (run, seed) -> its way through trajectories; every seed of a row is trained separately.
+        cuts: trajectory -> the steps whose states a run needs, or from which a branch starts.
     """
 
     def __init__(self, config: Config, data: Data):
@@ -51,9 +51,9 @@ class Runs:
 
     def _pieces(self, run: str, seed: int) -> Iterator[Piece]:
         """A new piece begins where a term's weight begins to fall, where a trigger begins to watch it, and where the
-        term stops at a step that the configuration names.
+        term stops at a step given in the configuration.
 
-        Up to there nothing of the stop is in the recipe: the trunk is that of the run that never stops.
+        Before that, the recipe contains nothing about the stop: the trunk is that of the run that never stops.
         """
         terms, row = terms_of(self.config, run), self.config.runs[run]
         triggers, falls = configuration.triggers_of(self.config, run), configuration.falls_from(self.config, run)
@@ -76,7 +76,7 @@ class Runs:
             yield Piece(self._trajectory(run, seed, active), low, high)
 
     def _trajectory(self, run: str, seed: int, terms: dict[str, dict[str, Any]]) -> str:
-        """Put down a trajectory; returns its name."""
+        """Add a trajectory; returns its name."""
         row, model = self.config.runs[run], configuration.model_named(self.config, self.config.runs[run].model)
         named = named_terms(self.config, self.data, terms)
         recipe = {
@@ -103,16 +103,16 @@ class Runs:
         return State(piece.trajectory, step)
 
     def planned(self) -> list[State]:
-        """Every state that some run asks for, or that a branch starts from."""
+        """Every state that a run needs, or that a branch starts from."""
         return sorted(State(name, step) for name, steps in self.cuts.items() for step in steps)
 
     def trained(self, aligned: bool) -> list[str]:
-        """Names of the trajectories on whose own steps an alignment loss is active, or none is."""
+        """Names of the trajectories whose own steps have, or do not have, an active alignment loss."""
         terms = {name: found.recipe["terms"].values() for name, found in self.trajectories.items()}
         return [name for name, its in terms.items() if any(term["active"][1] is None for term in its) == aligned]
 
     def parse(self, name: str) -> State:
-        """The state behind `trajectory/step`, as rules and people write it.
+        """The state named `trajectory/step`, as in rules and commands.
 
         Raises:
             ValueError: no run of this configuration passes through it.
@@ -129,7 +129,7 @@ class Runs:
         return state
 
     def on_disk(self, trajectory: str) -> frozenset[int]:
-        """Steps of the finished states that a trajectory's folder holds (looked up once)."""
+        """Steps of the finished states in a trajectory's folder (looked up once)."""
         if trajectory not in self._on_disk:
             folder = Path(self.data.root, "states", trajectory)
             names = [STATE_NAME.match(path.name) for path in folder.iterdir()] if folder.is_dir() else []
@@ -137,7 +137,7 @@ class Runs:
         return self._on_disk[trajectory]
 
     def segment(self, state: State) -> Segment:
-        """The job that makes a state: from the nearest earlier state that exists on disk or is planned."""
+        """The job that makes a state, from the nearest earlier state that exists on disk or is planned."""
         found = self._lineage(state)
         assert found is not None, state
         run, pieces = found
@@ -155,9 +155,9 @@ class Runs:
         return Segment(state, parent, None if before == parent else before, terms, pieces, cached)
 
     def _lineage(self, state: State) -> tuple[str, tuple[Piece, ...]] | None:
-        """A run that passes through a state, and its pieces from the beginning up to the one that holds the state.
+        """A run that passes through a state, and its pieces from the beginning up to the one that contains the state.
 
-        Any such run will do, for up to the state they are one.
+        Any such run will do, because they are identical up to the state.
         """
         for (run, _), pieces in self.pieces.items():
             for number, piece in enumerate(pieces, start=1):
@@ -166,7 +166,7 @@ class Runs:
         return None
 
     def _active(self, run: str, trajectory: str) -> dict[str, dict[str, Any]]:
-        """The alignment terms that are active on a trajectory's own steps, with all of their settings."""
+        """The alignment terms that are active on a trajectory's own steps, with all their settings."""
         recipe = self.trajectories[trajectory].recipe["terms"]
         return {
             kind: {**term, "ramp": recipe[kind].get("ramp"), "trigger": recipe[kind].get("trigger")}
@@ -176,7 +176,7 @@ class Runs:
 
     @property
     def notes(self) -> list[str]:
-        """What in the configuration has no effect."""
+        """Settings of the configuration that have no effect."""
         return [
             f"{run}: {found}"
             for run, row in self.config.runs.items()
@@ -186,19 +186,19 @@ class Runs:
 
 
 def named_terms(config: Config, data: Data, terms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Alignment terms as recipes have them: what decides them, and the teacher by its key."""
+    """Alignment terms as in recipes: the settings that decide them, and the teacher by its key."""
     named = {
         kind: {**decides(TERMS[kind], term), "teacher": data.teacher_key(term["teacher"])}
         for kind, term in terms.items()
     }
-    # Where targets come from is no part of a name: on disk they are rounded, and that is all. Components are.
+    # The source of targets is not in a name, because caching only rounds them. Components do enter the name.
     if "features" in terms and (components := config.teachers[terms["features"]["teacher"]].pca):
         named["features"]["pca"] = components
     return named
 
 
 def readable_name(model: Model | OtherModel, terms: dict[str, dict[str, Any]], otherwise: str = "vanilla") -> str:
-    """A name that people can tell apart, made of nothing but the recipe (labels may differ between configurations)."""
+    """A readable name that depends only on the recipe (labels may differ between configurations)."""
     if isinstance(model, Model):
         size = next((n.replace("/", "-") for n, m in configuration.MODELS.items() if m == model), None)
         words = [size or f"SiT-d{model.depth}w{model.width}p{model.patch_size}"]
@@ -212,9 +212,9 @@ def readable_name(model: Model | OtherModel, terms: dict[str, dict[str, Any]], o
 
 
 def _beyond(stop: Trigger | int | None, kind: str, begin: int | None, last: int) -> str:
-    """What to say of a stop that cannot come before the last milestone; nothing where it can, or where there is none.
+    """A note on a stop that cannot come before the last milestone; empty if it can, or if there is none.
 
-    begin: where the term leaves what it would be without the stop, as `falls_from` says.
+    begin: the step where the stop first affects the term, as in `falls_from`.
     """
     if isinstance(stop, Trigger):
         if stop.first <= last:

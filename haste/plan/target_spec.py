@@ -1,4 +1,4 @@
-"""What a cache of teacher targets holds, how large it is, and what would fit. No torch.
+"""The contents of a cache of teacher targets, its size, and settings that would fit. No torch.
 
 B bytes, N patch tokens, D width of the features, H heads, K head width, P principal components.
 """
@@ -13,12 +13,12 @@ from typing import Any
 from haste.files.units import readable
 
 DTYPE = "float16"
-BYTES = 2  # a number of DTYPE
+BYTES = 2  # per number of DTYPE
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What decides the size of a teacher's targets: tokens N, width D and heads H."""
+    """What determines the size of a teacher's targets: tokens N, width D and heads H."""
 
     tokens: int
     width: int
@@ -28,7 +28,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class TargetSpec:
-    """The targets of one teacher that some runs ask for: features, and queries and keys of the first heads of layers.
+    """The targets of one teacher that the runs need: features, and queries and keys of the first heads of layers.
 
     attention: (layer, heads) pairs in order of layers, which are counted from 0.
     """
@@ -38,14 +38,14 @@ class TargetSpec:
 
     @classmethod
     def of(cls, kind: str, term: Mapping[str, Any]) -> TargetSpec:
-        """What one alignment term asks for; kind: `features` or `attention`."""
+        """The needs of one alignment term; kind: `features` or `attention`."""
         if kind == "features":
             return cls(features=True)
         return cls(attention=tuple((layer, term["heads"]) for layer in sorted(set(term["teacher_layers"]))))
 
     @classmethod
     def read(cls, recipe: Mapping[str, Any]) -> TargetSpec:
-        """What a store's recipe says that it holds."""
+        """The contents of a store, from its recipe."""
         pairs = sorted((int(layer), int(heads)) for layer, heads in (recipe.get("attention") or {}).items())
         return cls(bool(recipe.get("features")), tuple(pairs))
 
@@ -60,7 +60,7 @@ class TargetSpec:
         return TargetSpec(self.features or other.features, tuple(sorted(layers.items())))
 
     def covers(self, other: TargetSpec) -> bool:
-        """Whether a store of this serves who asks for the other."""
+        """Whether a store with this content can be used where the other is needed."""
         return self | other == self
 
     @property
@@ -73,7 +73,7 @@ class TargetSpec:
         """Field -> (shape of an image's row, dtype): features (N, D), or (N, P) with P = pca; queries, keys (H, N, K).
 
         Raises:
-            ValueError: more heads asked for than the teacher has.
+            ValueError: more heads are needed than the teacher has.
         """
         found: dict[str, tuple[int, ...]] = {"features": (shape.tokens, pca or shape.width)} if self.features else {}
         for layer, heads in self.attention:
@@ -85,18 +85,18 @@ class TargetSpec:
 
 
 def bytes_per_image(wanted: TargetSpec, shape: Shape, pca: int | None) -> int:
-    """Bytes that one image's targets take: N D numbers of features (N P with components), 2 N K a head and layer."""
+    """Bytes of one image's targets: N D numbers of features (N P with components), 2 N K per head and layer."""
     return BYTES * sum(math.prod(row) for row, _ in wanted.layout(shape, pca).values())
 
 
 def flops_per_image(shape: Shape) -> float:
-    """Floating-point operations of a teacher's forward pass: 2 a weight and token (12 D^2 weights a block), and
+    """Floating-point operations of a teacher's forward pass: 2 per weight and token (12 D^2 weights per block), and
     attention."""
     return shape.depth * (24.0 * shape.width**2 * shape.tokens + 4.0 * shape.tokens**2 * shape.width)
 
 
 def fitting(wanted: TargetSpec, shape: Shape, pca: int | None, images: int, room: int) -> Iterator[str]:
-    """What of a teacher's targets would fit in a room of bytes, as settings, the most first."""
+    """Settings of a teacher's targets that would fit into a number of bytes, largest first."""
     alone = TargetSpec(features=True)
     if not wanted.features:
         return

@@ -1,4 +1,4 @@
-"""The teacher targets of a plan: which stores hold them, what they take on disk, and whether they may."""
+"""The teacher targets of a plan: which stores hold them, their size on disk, and whether it is allowed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from haste.plan.target_spec import DTYPE, Shape, TargetSpec, bytes_per_image, fi
 
 
 class Targets:
-    """One store for each teacher that is cached and that a run or a measure asks, with what they ask for together.
+    """One store for each cached teacher that a run or a measure uses, with everything that they need.
 
     Attributes:
         stores: teacher -> the store of its targets.
-        pca: teacher -> the principal components of its features, where the configuration asks for some.
+        pca: teacher -> the principal components of its features, if the configuration asks for some.
     """
 
     def __init__(self, config: Config, data: Data):
@@ -36,7 +36,7 @@ class Targets:
         self._held = {name: TargetSpec.read(store.recipe) for name, store in self.stores.items()}
 
     def _store(self, name: str, wanted: TargetSpec) -> Artefact:
-        """A teacher's store: a finished one that holds what is wanted, and perhaps more, else one to be made."""
+        """A teacher's store: a finished one that holds at least what is needed, else a new one."""
         pca = self.pca[name].key if name in self.pca else None
         base = {"recipe": RECIPE, "images": self.data.images.key, "teacher": self.data.teacher_key(name)}
         base |= {"pca": pca, "dtype": DTYPE}
@@ -53,30 +53,30 @@ class Targets:
                 found = artefact.read_json(manifest, "store")
                 recipe, key, shards = found["recipe"], found["key"], len(found["shards"])
                 fits = base.items() <= recipe.items() and TargetSpec.read(recipe).covers(wanted)
-            except (ValueError, KeyError, TypeError, AttributeError):  # nobody's store: a new one is made beside it
+            except (ValueError, KeyError, TypeError, AttributeError):  # not one of our stores: make a new one beside it
                 continue
             if fits and manifest.parent.name == f"targets-{key}":
                 yield Artefact("targets", key, recipe, f"{root}/stores/targets-{key}", shards)
 
     def shape(self, name: str) -> Shape | None:
-        """What the size of a teacher's targets follows from; None where only loading it can tell."""
+        """The shape that determines the size of a teacher's targets; None if only loading it can tell."""
         tokens, shape = teacher_tokens(self.config, name), teacher_shape(self.config.teachers[name])
         return Shape(tokens[1], tokens[0], shape[1], shape[0]) if tokens and shape else None
 
     def bytes_of(self, name: str, images: int, shape: Shape | None = None) -> int | None:
-        """Bytes that a teacher's store takes for so many images; None where only loading the teacher can tell."""
+        """Bytes of a teacher's store for a number of images; None if only loading the teacher can tell."""
         shape, components = shape or self.shape(name), self.config.teachers[name].pca
         return None if shape is None else images * bytes_per_image(self._held[name], shape, components)
 
     def check(self, images: int | None = None, shapes: Mapping[str, Shape] | None = None) -> None:
-        """Refuse cached targets that take more disk than they may.
+        """Refuse cached targets that take more disk than allowed.
 
         Args:
-            images: how many there are; None counts them.
+            images: their number; None counts them.
             shapes: of teachers that were loaded; the size of others is known by their name or not at all.
 
         Raises:
-            ValueError: beyond `cache.max_bytes`; the message says what each teacher takes and what would fit.
+            ValueError: beyond `cache.max_bytes`; the message lists each teacher's size and settings that would fit.
         """
         if not self.stores:
             return
@@ -99,7 +99,7 @@ class Targets:
 
 
 def _asked(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The alignment terms that training or a measure has targets for, by kind."""
+    """The alignment terms for which training or a measure has targets, by kind."""
     for run, row in config.runs.items():
         yield from ((kind, term) for kind, term in terms_of(config, run).items() if getattr(row.stop, kind) != 0)
     measures = {name: row.measures for rows in (config.runs, config.evaluate) for name, row in rows.items()}

@@ -1,11 +1,11 @@
-"""Batches of samples as they are drawn, kept aside until their shard is whole: a kill costs the batch it falls into.
+"""Batches of samples, kept until their shard is complete, so that a kill costs only the current batch.
 
-    SAMPLES/.batches/START.npz          START the place of a batch's first sample
-    SAMPLES/.batches/shard-I-of-N.npz   a second name of a finished shard, which takes no room
+    SAMPLES/.batches/START.npz          START the index of a batch's first sample
+    SAMPLES/.batches/shard-I-of-N.npz   a second name (hard link) of a finished shard, which takes no space
 
-Every reader of samples looks for finished shards only. A batch gets its name when it is whole, and says what it was
-drawn from: one of other weights is drawn again. A finished shard has its second name until its score is there, because
-Snakemake removes what a job makes before it runs the job again, and drawing is what costs most.
+Readers of samples look only for finished shards. A batch gets its name when it is complete, and records its source: a
+batch from other weights is drawn again. A finished shard keeps its second name until its score exists, because
+Snakemake removes a job's outputs before it reruns the job, and sampling is the most expensive step.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def drawn(
     Args:
         folder: where the batches are kept; see `folder_of`.
         indices: the samples, from the first to the last.
-        size: samples drawn at once. Kept batches may have another size; what is new fits between them.
+        size: samples per batch. Kept batches may have another size; new ones fill the gaps between them.
         source: identities of what the samples are drawn from.
-        draw: range -> arrays with a row a sample.
+        draw: range -> arrays with one row per sample.
     """
     starts, low = _starts(folder, indices), indices.start
     while low < indices.stop:
@@ -59,27 +59,27 @@ def drawn(
 
 
 def _keep_batch(path: Path, found: Arrays, source: Mapping[str, str]) -> None:
-    # Another process that drew the same shard may finish first and clear the place away: nothing is lost by that.
+    # Another process that drew the same shard may finish first and remove the folder: nothing is lost by that.
     with contextlib.suppress(FileNotFoundError), artefact.replacing(path) as aside, open(aside, "wb") as file:
         np.savez(file, **found, **{_SOURCE: np.array(artefact.canonical(dict(source)))})  # type: ignore[arg-type]
 
 
 def folder_of(samples: Path) -> Path:
-    """Where the batches of a folder of samples are kept: of all its shards, however many they are."""
+    """Where the batches of a folder of samples are kept, for all its shards."""
     return samples / ".batches"
 
 
 def keep(shard: Path, folder: Path) -> None:
     """Give a finished shard its second name, under which `again` finds it."""
     name = folder / shard.name
-    with contextlib.suppress(OSError):  # a file system without hard links: it would be drawn again, to the same bits
+    with contextlib.suppress(OSError):  # a file system without hard links: it would be drawn again, with the same bits
         folder.mkdir(exist_ok=True)
         name.unlink(missing_ok=True)
         os.link(shard, name)
 
 
 def again(shard: Path, folder: Path, wanted: Callable[[Path], bool]) -> bool:
-    """Whether a finished shard is there, under its own name or its second one; it then has its own (again).
+    """Whether a finished shard exists under its own name or its second one; if so, it has its own name afterwards.
 
     Args:
         shard: its own name.
@@ -106,18 +106,18 @@ def _whole(path: Path) -> bool:
 
 
 def forget(folder: Path, indices: range) -> None:
-    """Remove the batches that begin in a range of samples: its shard is whole."""
+    """Remove the batches that begin in a range of samples, whose shard is complete."""
     for start in _starts(folder, indices):
         _path(folder, start).unlink(missing_ok=True)
 
 
 def close(folder: Path) -> None:
-    """Remove the place where batches were kept: all shards are whole, so that nobody draws."""
+    """Remove the folder of kept batches, once all shards are complete."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def mean_nfe(files: Sequence[str | Path]) -> float | None:
-    """Function evaluations a sample, counted when they were drawn, averaged over shards; None where one is not known.
+    """Function evaluations per sample, counted during sampling, averaged over shards; None if one is not known.
 
     Raises:
         ValueError: a shard cannot be read.
@@ -126,7 +126,7 @@ def mean_nfe(files: Sequence[str | Path]) -> float | None:
     for path in files:
         try:
             found = _counts(path)
-        except FileNotFoundError:  # samples may be gone when their features are scored
+        except FileNotFoundError:  # samples may have been removed when their features are scored
             return None
         if "nfe" not in found:
             return None
@@ -139,7 +139,7 @@ def _counts(path: str | Path) -> Arrays:
     try:
         return read_npz(path, "samples", ["nfe"])  # the images beside it may be gigabytes
     except ValueError:
-        return read_npz(path, "samples")  # what is wrong with it, or samples that have no counts
+        return read_npz(path, "samples")  # report what is wrong with it, or accept samples that have no counts
 
 
 def _path(folder: Path, start: int) -> Path:
@@ -156,7 +156,7 @@ def _length(found: Arrays) -> int:
 
 
 def _read(path: Path, source: Mapping[str, str], most: int) -> Arrays | None:
-    """A kept batch; None if it cannot be read, is of another source, or reaches beyond `most` samples."""
+    """A kept batch; None if it cannot be read, is of another source, or extends beyond `most` samples."""
     try:
         found = read_npz(path, "a batch of samples")
     except (OSError, ValueError) as error:

@@ -1,6 +1,6 @@
-"""Grids of samples: one column a class, so that the same column of two grids shows the same class. No torch.
+"""Grids of samples: one column per class, so that the same column of two grids shows the same class. No torch.
 
-Shapes: N images, R pixels a side, C classes.
+Shapes: N images, R pixels per side, C classes.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from haste.files.provenance import provenance_of
 from haste.plan.names import Evaluation
 from haste.plan.plan import Plan
 
-GAP = 2  # pixels between neighbouring images, half of it on each side: columns then have equal widths
+GAP = 2  # pixels between neighbouring images, half of it on each side, so that columns have equal widths
 
 
 def class_grid(
     images: np.ndarray, labels: np.ndarray, *, per_class: int, scale: int, classes: Sequence[int] | None = None
 ) -> Image.Image:
-    """Lay out the first `per_class` samples of each label, in index order, one column a class.
+    """Lay out the first `per_class` samples of each label, in index order, one column per class.
 
     Sample j of column c has its top left corner at (c * cell + GAP / 2, j * cell + GAP / 2), cell = R * scale + GAP.
 
     Args:
         images: (N, R, R, 3) uint8, 0..255.
         labels: (N,) integers.
-        per_class: rows of the grid, at most: no column has more samples than the grid has rows.
-        scale: how many pixels a side each pixel becomes (nearest neighbour, so that small images stay sharp).
-        classes: the label of each column; all labels that occur, ascending, if not given.
+        per_class: maximum number of rows; further samples of a class are not shown.
+        scale: side in pixels of each enlarged pixel (nearest neighbour, so that small images stay sharp).
+        classes: the label of each column; by default all labels that occur, ascending.
 
     Returns:
-        An RGBA image of (C * cell, rows * cell) pixels, rows being those that have a sample in some column. Gaps and
+        An RGBA image of (C * cell, rows * cell) pixels; rows without any sample are omitted. Gaps and
         missing samples are transparent.
 
     Raises:
@@ -62,7 +62,7 @@ def class_grid(
 
 
 def columns_for(count: int, *, most: int, rows: int) -> int:
-    """Columns (at most `most`) of a grid without classes that leave the fewest places empty in at most `rows` rows."""
+    """Columns (at most `most`) of a grid without classes that leave the fewest cells empty in at most `rows` rows."""
     shown = min(count, most * rows)
     return -(-shown // max(1, -(-shown // most)))
 
@@ -78,7 +78,7 @@ def _check(images: np.ndarray, labels: np.ndarray, per_class: int, scale: int) -
 
 
 def write_png(path: Path | str, image: Image.Image, about: Mapping[str, Any]) -> None:
-    """Write an image as PNG, whole or not at all; `about`, how it was made, goes into it as the text `haste`."""
+    """Write an image as PNG atomically; `about`, its provenance record, is stored in it as the text `haste`."""
     words = PngInfo()
     words.add_text("haste", canonical(dict(about)))
     with replacing(path) as aside:
@@ -86,12 +86,12 @@ def write_png(path: Path | str, image: Image.Image, about: Mapping[str, Any]) ->
 
 
 COLUMNS = 10  # classes in a grid
-PER_CLASS = 4  # samples a class in a grid
-SCALE = 2  # screen pixels a sample's pixel, for small images
+PER_CLASS = 4  # samples per class in a grid
+SCALE = 2  # screen pixels per sample pixel, for small images
 
 
 def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
-    """The first samples in columns, as their condition lays them out (one a class); or in columns of no meaning.
+    """The first samples in columns by their condition (one per class), or in columns without meaning.
 
     Equal seeds: equal columns and equal noise for every method.
     """

@@ -1,6 +1,6 @@
-"""Samples of a state, drawn such that image i depends on (seed, i) alone, and what detectors see in them.
+"""Samples of a state, such that image i depends only on (seed, i), and detectors' features of them.
 
-B batch, C latent channels, h x w latent cells, R pixels a side.
+B batch, C latent channels, h x w latent cells, R pixels per side.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = logging.getLogger("haste.sample")
 
 @dataclasses.dataclass(frozen=True)
 class Painter:
-    """What turns seeds into images: a model, how it is sampled, what it is told, and the decoder."""
+    """Turns seeds into images: a model, its sampling settings, its process and condition, and the decoder."""
 
     model: Denoiser
     sampling: Sampling
@@ -48,16 +48,16 @@ class Painter:
     shift: float
 
     def paint(self, indices: range) -> tuple[np.ndarray, Any]:
-        """Images (B, R, R, 3) uint8 and what the model was told of each: of labels (B,) int64."""
+        """Images (B, R, R, 3) uint8 and the condition of each: labels (B,) int64, or rows of another condition."""
         found = self.draw(indices)
         return found["image"], self.condition.told({name: found[name] for name in self.condition.fields})
 
     @torch.inference_mode()
     def draw(self, indices: range, told: Callable[[float], None] = lambda share: None) -> dict[str, np.ndarray]:
-        """Images as `paint` gives them, under `image`, the rows of their condition by its fields (`label`), and `nfe`:
-        evaluations of each, (B,) int64.
+        """The images of `paint` as `image`, the rows of their condition by its fields (`label`), and `nfe`:
+        the evaluations of each, (B,) int64.
 
-        A guided evaluation counts once. `told` hears the share of the work that is done, before every evaluation.
+        A guided evaluation counts once. `told` is called with the completed share of the work before every evaluation.
         """
         rows = self.condition.sampled(self.sampling, indices)
         z, counts = self.latents(indices, rows, told)
@@ -69,11 +69,11 @@ class Painter:
     def latents(
         self, indices: range, rows: Rows, told: Callable[[float], None] = lambda share: None
     ) -> tuple[Tensor, Tensor]:
-        """Latents (B, C, h, w) float64, at the model's scale, and how often the model was asked for each, (B,) int64.
+        """Latents (B, C, h, w) float64, at the model's scale, and the number of evaluations of each, (B,) int64.
 
         Args:
             indices: which samples.
-            rows: what they are told, as the condition's `sampled` gives it.
+            rows: their conditions, as the condition's `sampled` returns them.
             told: as for `draw`.
         """
         sampling, process, device = self.sampling, self.process, next(self.model.parameters()).device
@@ -101,17 +101,17 @@ class Painter:
         return found
 
     def _guided_channels(self) -> int | None:
-        """How many of the outputs guidance extrapolates; None for all."""
+        """How many of the outputs are guided; None for all."""
         asked, channels = self.sampling.guided_channels, self.model.in_channels
         count = self.process.guided(channels) if asked == "all" else asked
         return None if count == self.process.outputs(channels) else count
 
 
 def painter_of(plan: Plan, evaluation: Evaluation) -> Painter:
-    """What draws an evaluation's samples: its model and decoder, and the scale of the model's latents.
+    """The painter of an evaluation's samples: model, decoder, and the scale of the model's latents.
 
     Raises:
-        ValueError: state, decoder or latents are not those that belong together.
+        ValueError: state, decoder or latents do not belong together.
     """
     device = choose_device(plan.config.runtime.device)
     trajectory = plan.trajectories[evaluation.state.trajectory]
@@ -128,7 +128,7 @@ def painter_of(plan: Plan, evaluation: Evaluation) -> Painter:
 
 
 def _check_same_latents(plan: Plan, header: dict[str, Any], manifest: dict[str, Any], decoder: Autoencoder) -> None:
-    """A state is sampled with the latents' scale and the decoder that it was trained for, or not at all."""
+    """Refuse latents with another scale or a decoder other than those that the state was trained for."""
     trained, found = header["inputs"]["latents"], manifest["identity"]
     if trained != found:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Sets of finished images, from wherever they come: ADM's .npz, a folder, a zip, our own shards, an image store.
+"""Sets of finished images from any source: ADM's .npz, a folder, a zip, our own shards, an image store.
 
-Streamed, never whole in memory. N images of H x W pixels, uint8 RGB.
+Images are streamed, never all in memory. N images of H x W pixels, uint8 RGB.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from haste.files.npz import BROKEN, check_images, foreign, header_of
 from haste.files.store import MANIFEST, Store
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-DECODERS = min(8, os.cpu_count() or 1)  # threads that decode pictures
+DECODERS = min(8, os.cpu_count() or 1)  # threads that decode images
 LOSSY = (".jpg", ".jpeg", ".webp")
-OTHERS = (".tif", ".tiff", ".gif", ".jp2", ".jxl", ".avif", ".heic", ".heif", ".ppm")  # pictures that are not read
+OTHERS = (".tif", ".tiff", ".gif", ".jp2", ".jxl", ".avif", ".heic", ".heif", ".ppm")  # image formats that are not read
 
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """A set of images that can be gone through any number of times, in one order.
+    """A set of images that can be read any number of times, always in the same order.
 
-    path: where it lies; count: images; size: height and width in pixels; kind: how it is packed, in words;
-    files: what it is read from; lossy: how many of the images lie in files whose format may have changed their pixels;
-    left_out: how many pictures there are beside them, in formats that are not read.
+    path: its path; count: images; size: height and width in pixels; kind: how it is packed, in words;
+    files: the files it is read from; lossy: how many of the images are in files whose format may have changed their
+    pixels; left_out: how many more images there are in formats that are not read.
     """
 
     path: Path
@@ -49,15 +49,15 @@ class Samples:
     left_out: int = 0
 
     def batches(self, most: int) -> Iterator[np.ndarray]:
-        """The images in order, (B, H, W, 3) uint8 with B = `most` but for the last.
+        """The images in order, (B, H, W, 3) uint8 with B = `most` except in the last batch.
 
         Raises:
-            ValueError: an image cannot be read, or is not like the first; the message names it.
+            ValueError: an image cannot be read, or differs in size from the first; the message names it.
         """
         return self.cut(itertools.repeat(most))
 
     def cut(self, sizes: Iterable[int]) -> Iterator[np.ndarray]:
-        """The images in order, in pieces of these sizes, as long as there are sizes and images. Raises as `batches`."""
+        """The images in order, in pieces of these sizes, while sizes and images last. Raises as `batches`."""
         rows = self._rows()
         left = np.zeros((0, *self.size, 3), np.uint8)
         for size in sizes:
@@ -76,14 +76,14 @@ class Samples:
             yield from part()
 
     def identity(self) -> str:
-        """sha256 over the pixels in order: equal for equal images, whatever they were packed in."""
+        """sha256 over the pixels in order: equal for equal images, however they are packed."""
         digest = hashlib.sha256()
         for batch in self.batches(64):
             digest.update(np.ascontiguousarray(batch).data)
         return digest.hexdigest()
 
     def stamp(self) -> str:
-        """Hash of the files' paths, sizes and times: while it stays, they need not be read again to know the pixels."""
+        """Hash of the files' paths, sizes and times: while it is unchanged, the pixels need not be read again."""
         stats = [(str(file.resolve()), file.stat()) for file in self.files]
         return artefact.fingerprint([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], length=64)
 
@@ -92,12 +92,12 @@ def open_samples(path: Path | str) -> Samples:
     """Open a set of images.
 
     Args:
-        path: an .npz with `arr_0` (N, H, W, 3) uint8 (ADM's sample files), a folder of such shards as `haste sample`
-            writes, a folder of images at any depth, a .zip of images, or the folder of an image store, of which the
-            held-out images are left out; pictures in sorted order of their names.
+        path: an .npz with `arr_0` (N, H, W, 3) uint8 (ADM's sample files), a folder of shards as `haste sample`
+            writes them, a folder of images at any depth, a .zip of images, or the folder of an image store, whose
+            held-out images are skipped; images in sorted order of their names.
 
     Raises:
-        ValueError: nothing there, nothing in it, or something that is not such images; says what was found.
+        ValueError: missing, empty, or not such images; the message says what was found.
     """
     path = Path(path)
     if not path.exists():
@@ -199,7 +199,7 @@ def _rows_of_array(file: Path, rows: int = 64) -> Iterator[np.ndarray]:
             yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
 
 
-# ---- picture files
+# ---- image files
 
 
 def _of_folder(path: Path) -> Samples:
@@ -215,8 +215,8 @@ def _of_zip(path: Path) -> Samples:
         archive = zipfile.ZipFile(path)
     except BROKEN as error:
         raise ValueError(f"{path}: expected a .zip, found a truncated or foreign file ({error})") from error
-    # Entries are read where they lie, never unpacked, so an entry's name can lead nowhere.
-    # In the order of the folder that was packed, folder by folder.
+        # Entries are read in place and never unpacked, so an entry's name cannot lead outside.
+        # The order is that of the packed folder, folder by folder.
     names = sorted((name for name in archive.namelist() if _is_picture(name)), key=lambda name: name.split("/"))
     pictures = [(f"{path}:{name}", lambda name=name: archive.open(name)) for name in names]
     found = _of_pictures(path, pictures, "zip of pictures", (path,))  # type: ignore[arg-type]
@@ -224,7 +224,7 @@ def _of_zip(path: Path) -> Samples:
 
 
 def _is_picture(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
-    """By its name; what macOS puts beside pictures is none."""
+    """Whether the name is that of an image; files that macOS adds to archives are not."""
     *folders, last = name.split("/")
     return last.lower().endswith(suffixes) and not last.startswith("._") and "__MACOSX" not in folders
 
@@ -248,7 +248,7 @@ def _of_pictures(
 
 
 def _decoded(pictures: list[tuple[str, Callable[[], Any]]]) -> Iterator[np.ndarray]:
-    """The pictures in order, decoded by some threads ahead of use."""
+    """The images in order, decoded by some threads ahead of use."""
     return made_ahead(lambda one: _picture(*one), pictures, threads=DECODERS, depth=4 * DECODERS, name="pictures")
 
 

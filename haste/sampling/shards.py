@@ -1,4 +1,4 @@
-"""Samples in shards: drawn batch by batch, kept on the way, written as ADM's .npz."""
+"""Samples in shards: drawn in batches, kept until the shard is complete, written as ADM's .npz."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from haste.files.units import clock
 from haste.sampling import batches
 from haste.sampling.painter import Painter, log
 
-_REST = ("arr_0", "nfe", "haste")  # what is in such a file beside the fields of the condition
+_REST = ("arr_0", "nfe", "haste")  # arrays in such a file besides the fields of the condition
 
 
 def draw_shard(
@@ -32,21 +32,21 @@ def draw_shard(
     batch: int,
     inputs: dict[str, str],
 ) -> None:
-    """Draw one shard into ADM's .npz: `arr_0` uint8 NHWC, `arr_1` labels, and how they were made as `haste`. Of another
-    condition than labels, its fields have their own names.
+    """Draw one shard into ADM's .npz: `arr_0` uint8 NHWC, `arr_1` labels, and the provenance record as `haste`. For a
+    condition other than labels, its fields have their own names.
 
-    Images go to the file as they are drawn, so memory holds one batch of them. Batches are kept aside: after a kill
-    the same call draws only what is missing, to the same bits, and nothing where the shard is whole.
-    `haste.sampling.batches.forget` removes them. Beside ADM's arrays the .npz has `nfe`, each sample's evaluations.
+    Images are written as they are drawn, so memory holds one batch of them. Batches are kept: after a kill
+    the same call draws only what is missing, with the same bits, and nothing if the shard is complete.
+    `haste.sampling.batches.forget` removes them. Besides ADM's arrays the .npz has `nfe`, each sample's evaluations.
 
     Args:
-        painter: what draws.
+        painter: draws the samples.
         path: the .npz to write.
         key: the samples' key.
         recipe: the samples' recipe.
         shard: which shard, from 0.
-        shards: how many there are.
-        batch: images drawn at once; changes nothing but float rounding.
+        shards: the number of shards.
+        batch: images per batch; changes results only by float rounding.
         inputs: identities of state and autoencoder, to be recorded.
     """
     started, indices = time.monotonic(), shard_range(painter.sampling.count, shard, shards)
@@ -83,7 +83,7 @@ def draw_shard(
 
 
 def _is_of(path: Path, key: str, inputs: dict[str, str]) -> bool:
-    """Whether a finished shard was drawn so, and from the same weights."""
+    """Whether a finished shard has this recipe and was drawn from the same weights."""
     try:
         header = asked(path)[1]
         return (header["key"], header["inputs"]) == (key, inputs)
@@ -93,7 +93,7 @@ def _is_of(path: Path, key: str, inputs: dict[str, str]) -> bool:
 
 
 class _Watch:
-    """Shows how far a shard is, with rate and time to go, at most every `PAUSE` seconds and at its end."""
+    """Shows the progress of a shard, with rate and time left, at most every `PAUSE` seconds and at its end."""
 
     PAUSE = 10.0
 
@@ -103,12 +103,12 @@ class _Watch:
         self.started = self.shown = time.monotonic()
 
     def __call__(self, begun: float) -> None:
-        """So many samples' worth of work is done on the batch that is being drawn."""
+        """Report work on the current batch, as a number of samples."""
         if time.monotonic() - self.shown >= self.PAUSE:
             self._show(self.done + begun)
 
     def finished(self, samples: int, new: bool) -> None:
-        """A batch is drawn, or was found."""
+        """Report that a batch was drawn or found."""
         self.done += samples
         self.kept += 0 if new else samples
         if self.done == self.count:
@@ -117,7 +117,7 @@ class _Watch:
             self(0.0)
 
     def reached(self, done: int, count: int) -> None:
-        """So many samples are done, of `count`."""
+        """Report the number of finished samples, of `count`."""
         self.finished(done - self.done, new=True)
 
     def _show(self, done: float) -> None:
@@ -130,10 +130,10 @@ class _Watch:
 
 
 def asked(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """What was asked of a shard's samples, the rows of their condition, and the record of how they were made.
+    """The requested arrays of a shard's samples, the rows of their condition, and the provenance record.
 
     Raises:
-        ValueError: missing, truncated, or not such as `draw_shard` writes.
+        ValueError: missing, truncated, or not as `draw_shard` writes it.
     """
     names = {entry: field for field, entry in ADM.items()}
     try:

@@ -1,8 +1,8 @@
-"""Checkpoints of a segment: which state training goes on from, what is checked and put on record there, and where the
-next ones are saved. What is in the file of a state: `haste/train/state.py`.
+"""Checkpoints of a segment: find the state to continue from, check and record what changed, and save the next states.
+The contents of a state file are defined in `haste/train/state.py`.
 
     step-00250000.safetensors          kept: the segment's end, every `keep_every` steps, where a trigger stopped a term
-    rolling/step-00251000.safetensors  on the way: the newest two, gone once the segment's end is saved
+    rolling/step-00251000.safetensors  intermediate: the newest two, removed once the segment's end is saved
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from haste.train.state import Learner
 
 log = logging.getLogger("haste.train")
 
-ROLLING = 2  # the newest may be lost with its disk's cache; then the one before is there
+ROLLING = 2  # the newest may be lost with the disk's write cache; then the one before remains
 
 
 class Checkpoints:
-    """The states of one segment on disk. Every process has one; rank 0 alone writes.
+    """The states of one segment on disk. Every rank has one; only rank 0 writes.
 
     Attributes:
-        folder: the trajectory's.
+        folder: of the trajectory.
     """
 
     def __init__(self, plan: Plan, segment: Segment, group: Group):
         """
         Args:
-            plan: where states lie.
+            plan: where states are.
             segment: the job.
-            group: the processes.
+            group: the ranks.
         """
         self.segment, self.group = segment, group
         self.trajectory = plan.trajectories[segment.state.trajectory]
@@ -50,17 +50,17 @@ class Checkpoints:
         self.parent = Path(plan.path(before)) if before else None
         self.parent_key = plan.trajectories[before.trajectory].key if before else None
         self.runtime = plan.config.runtime
-        # On record from here on; see `resume`.
-        self.inputs: dict[str, str] = {}  # name -> identity of all that this lineage was trained with
-        self.sources: dict[str, str] = {}  # term -> where its targets come from
-        self.changes: list[str] = []  # what was done in another way further back, equal but for rounding
+        # What new states record; see `resume`.
+        self.inputs: dict[str, str] = {}  # name -> identity of every input that this lineage was trained with
+        self.sources: dict[str, str] = {}  # term -> source of its targets
+        self.changes: list[str] = []  # earlier changes of settings that alter results only by rounding
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the trajectory's folder, in which one job trains at a time, and remove what killed writers left there.
+        """Lock the trajectory's folder, in which one job trains at a time, and remove leftovers of killed writers.
 
         Raises:
-            ValueError: somebody else holds it.
+            ValueError: another process holds the lock.
         """
         if not self.group.is_first:
             yield
@@ -71,7 +71,7 @@ class Checkpoints:
             yield
 
     def describe(self) -> None:
-        """Write what the trajectory is into its folder."""
+        """Write the trajectory's description into its folder."""
         if self.group.is_first:
             about = {"key": self.trajectory.key, "recipe": self.trajectory.recipe}
             about |= {"provenance": artefact.provenance(key=self.trajectory.key)}
@@ -79,10 +79,10 @@ class Checkpoints:
                 self.folder / "trajectory.json", {"schema": artefact.SCHEMA, "kind": "trajectory", **about}
             )
 
-    # -- going on --------------------------------------------------------------------------------------------------
+    # -- resuming --------------------------------------------------------------------------------------------------
 
     def confirm(self) -> None:
-        """Check that the segment's state, which exists, is of this trajectory, and do what a kill behind its save left.
+        """Check that the segment's existing state is of this trajectory, and finish what a kill after its save left.
 
         Raises:
             ValueError: it cannot be read, or is of another trajectory.
@@ -95,15 +95,15 @@ class Checkpoints:
             self._forget_rolling(keep=0)
 
     def newest(self, reached: int | None = None) -> Path | None:
-        """The newest state on the segment's way that can be read, else the one that it starts from; None: begin.
+        """The newest readable state of the segment, else its parent state; None to begin from scratch.
 
-        All processes must call it, and are told the same.
+        A collective call: rank 0 decides and broadcasts the result.
 
         Args:
-            reached: the step whose state was just saved, if one was.
+            reached: the step whose state was just saved, if any.
 
         Raises:
-            ValueError: what was just saved is not the newest.
+            ValueError: the newest state is not the one just saved.
         """
         found = self.group.broadcast(self._newest)
         if reached is not None and (found is None or read_header(found)["step"] != reached):
@@ -124,23 +124,23 @@ class Checkpoints:
         return self.parent
 
     def _on_the_way(self, folder: Path) -> list[tuple[int, Path]]:
-        """Step and file of a folder's states on the segment's way, newest first; others are of other stretches."""
+        """Step and file of the states in a folder within the segment, newest first; others belong to other segments."""
         names = [STATE_NAME.match(path.name) for path in folder.glob("step-*")]
         steps = sorted((int(match[1]) for match in names if match), reverse=True)
         way = range(self.segment.start + 1, self.segment.state.step + 1)
         return [(step, folder / State(self.trajectory.name, step).file) for step in steps if step in way]
 
     def resume(self, path: Path | None, learner: Learner, inputs: Inputs, watches: Watches) -> int:
-        """Go on from a state: put it into learner and watches, and on record what was done in another way before it.
+        """Load a state into learner and watches, and record which settings differ from those it was made with.
 
         Args:
-            path: the state's file, as `newest` gives it; None begins.
+            path: the state's file, as `newest` returns it; None begins from scratch.
             learner: takes its tensors.
-            inputs: what training goes on with.
-            watches: take what triggers have read so far.
+            inputs: with which training continues.
+            watches: take the readings of the triggers so far.
 
         Returns:
-            Its step, 0 without one.
+            The state's step, 0 without one.
 
         Raises:
             ValueError: the state cannot be read or does not fit, or was trained with other inputs.
@@ -166,10 +166,10 @@ class Checkpoints:
                     f"{path}: was trained with {name} {found[:12]}, but {name} is now {identity[:12]}. "
                     "Bring the earlier one back, or remove this trajectory's states to train them anew."
                 )
-        self.inputs = {**header["inputs"], **self.inputs}  # which teacher it once had stays on record
+        self.inputs = {**header["inputs"], **self.inputs}  # earlier teachers stay on record
 
     def _note_changes(self, header: Mapping[str, Any], path: Path) -> None:
-        """Say what is done in another way from here on, and put on record, for good, where targets come from now."""
+        """Log what differs from here on, and permanently record changes in the source of targets."""
         made = header["provenance"]
         if made["code"] != artefact.code_version():
             log.warning("%s was made by other code (%s)", path, made["code"])
@@ -186,7 +186,7 @@ class Checkpoints:
     # -- saving ----------------------------------------------------------------------------------------------------
 
     def is_due(self, step: int) -> bool:
-        """Whether the state after `step` steps is saved whatever happens."""
+        """Whether the state after `step` steps is always saved."""
         return step % self.runtime.save_every == 0 or self._is_kept(step)
 
     def _is_kept(self, step: int) -> bool:
@@ -194,16 +194,16 @@ class Checkpoints:
         return every is not None and step % every == 0
 
     def save(self, learner: Learner, watches: Watches, step: int, *, last: bool) -> None:
-        """Save the state after `step` steps, and then let go of rolling ones. All processes must call it.
+        """Save the state after `step` steps, then remove old rolling states. A collective call.
 
         Args:
             learner: its tensors.
-            watches: what triggers have read so far.
+            watches: the readings of the triggers so far.
             step: steps done.
-            last: whether training ends here, or goes on without a term; such a state is kept.
+            last: whether training ends here, or continues without a term; such a state is kept.
 
         Raises:
-            OSError: the disk is full or the folder cannot be written; what was there before is untouched.
+            OSError: the disk is full or the folder is not writable; existing files stay as they were.
         """
         averages = watches.averages()
         if not self.group.is_first:

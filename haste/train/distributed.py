@@ -1,4 +1,4 @@
-"""The processes that train together: who this one is, which rows of a batch are its own, and what all agree on."""
+"""The group of ranks that train together: this process's rank, its rows of a batch, and collective calls."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from haste.networks.devices import choose_device
 
 Value = TypeVar("Value")
 
-# DDP rebuilds its buckets after the first backward; from the second on, a step reduces as every later one does.
+# DDP rebuilds its buckets after the first backward pass; from the second on, the order of reduction is fixed.
 WARM_UPS = 2
-# Steps from a process's word until all act on it. One is enough for it to travel unnoticed.
+# Steps between a rank's request and the step at which all act on it. One is enough to hide the communication.
 LAG = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """This process among those that train together; a group of one needs no process group."""
+    """This rank in its group; a group of one needs no process group. Only methods marked so are collective calls."""
 
     rank: int
     size: int
@@ -40,10 +40,10 @@ class Group:
         return self.rank == 0
 
     def rows(self, batch: int, microbatches: int) -> range:
-        """The rows of a batch that are this rank's own, which it goes through in so many equal microbatches.
+        """This rank's rows of a batch, which it processes in a number of equal microbatches.
 
         Raises:
-            ValueError: the batch cannot be cut into that many equal microbatches.
+            ValueError: the batch cannot be divided into equal microbatches.
         """
         if batch % (self.size * microbatches):
             raise ValueError(
@@ -54,10 +54,10 @@ class Group:
         return range(self.rank * own, (self.rank + 1) * own)
 
     def broadcast(self, ask: Callable[[], Value]) -> Value:
-        """What rank 0 finds, told to all: they look at one disk, but not at one moment. Everybody must call it.
+        """Broadcast what rank 0 finds: all ranks see the same disk, but not at the same moment. A collective call.
 
         Raises:
-            ValueError: rank 0 could not say; everybody then raises the same.
+            ValueError: rank 0 raised one; all ranks then raise the same.
         """
         if self.size == 1:
             return ask()
@@ -73,7 +73,7 @@ class Group:
         return answer[0]
 
     def mean(self, values: Sequence[float]) -> list[float]:
-        """Each value averaged over the group. Everybody must call it."""
+        """Each value averaged over the ranks. A collective call."""
         if self.size == 1:
             return list(values)
         summed = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -81,35 +81,35 @@ class Group:
         return (summed / self.size).tolist()
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum of everybody's tensors, in each one's place. Everybody must call it. Without gradient."""
+        """The sum of all ranks' tensors, written into each one. A collective call. No gradient."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def peak_memory_mb(self) -> float:
-        """Largest memory so far: of the GPU's allocator, or of the process on a CPU."""
+        """Peak memory so far: of the GPU's allocator, or of the process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e6
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
     def free(self) -> None:
-        """Give back the memory that nothing holds any more, and measure the peak anew."""
+        """Release unused memory, and reset the peak."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def wait(self) -> None:
-        """Until everybody is here."""
+        """Wait until all ranks are here (a barrier)."""
         if self.size > 1:
             dist.barrier()
 
 
 class Agreement:
-    """A number that all processes learn at one and the same step, and that no step waits for.
+    """A number that all ranks receive at the same step, without any step waiting for it.
 
-    What a process says after a step travels while the next one is computed, through gloo and past the GPU; what came
-    of it is read LAG steps later, by all.
+    A value given after a step is reduced while the next one is computed, through gloo and without the GPU; all ranks
+    read the result LAG steps later.
     """
 
     def __init__(self, group: Group):
@@ -117,9 +117,9 @@ class Agreement:
         self.asked: collections.deque[tuple[dist.Work, Tensor]] = collections.deque()
 
     def largest(self, value: int) -> int:
-        """Say a value; the largest that anybody said LAG calls ago, 0 before that. Alone, the value itself.
+        """Give a value; returns the largest given LAG calls ago, 0 before that. In a group of one, the value itself.
 
-        Everybody must call it as often, and `settle` at the end.
+        All ranks must call it equally often, and `settle` at the end.
         """
         if self.group.size == 1:
             return value
@@ -133,14 +133,14 @@ class Agreement:
         return int(found)
 
     def settle(self) -> None:
-        """Hear what is still on its way: before anything else is asked, or the group parts."""
+        """Wait for pending reductions, before another collective call or the end of the group."""
         while self.asked:
             self._heard()
 
 
 @contextlib.contextmanager
 def joined(device: str) -> Generator[Group]:
-    """Join the processes that RANK, WORLD_SIZE and LOCAL_RANK in the environment tell of; alone without them."""
+    """Join the group that RANK, WORLD_SIZE and LOCAL_RANK in the environment describe; a group of one without them."""
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     own = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if own.type == "cuda":
@@ -148,7 +148,7 @@ def joined(device: str) -> Generator[Group]:
     if size == 1:
         yield Group(0, 1, own)
         return
-    # Words between processes go through gloo also where gradients go through NCCL: asking costs no GPU a wait.
+    # CPU tensors go through gloo even if gradients go through NCCL, so their reductions never wait for the GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", rank=rank, world_size=size)
     try:
         yield Group(rank, size, own)
@@ -158,7 +158,7 @@ def joined(device: str) -> Generator[Group]:
 
 @contextlib.contextmanager
 def enough_memory() -> Generator[None]:
-    """Say which settings would help where memory runs out.
+    """Suggest settings that help when memory runs out.
 
     Raises:
         ValueError: out of memory.
@@ -176,5 +176,5 @@ def enough_memory() -> Generator[None]:
 
 
 def wrap(module: nn.Module, group: Group) -> nn.Module:
-    """The module with gradients averaged over the group; itself in a group of one."""
+    """The module wrapped in DDP, which averages gradients over the group; unchanged in a group of one."""
     return module if group.size == 1 else DistributedDataParallel(module, gradient_as_bucket_view=True)

@@ -1,11 +1,11 @@
-"""Cosines between the gradients of alignment and denoising: of any network, and while training without a trace in it.
+"""Cosines between the gradients of alignment and denoising, of any network, and during training without affecting it.
 
-The losses are those of training, in its precision; while training, of the weights as they are and not of their
-average. Images, latent draws and noise are the same at every reading, no label is dropped, and each image is seen at
-every time asked for. Parameters get no gradient, and DDP, which waits for those, hears nothing: `torch.autograd.grad`
-hands them out.
+The losses are those of training, in its precision; during training they are of the raw weights, not of their
+average. Images, latent draws and noise are the same at every reading, no label is dropped, and each image is used at
+every requested time. `torch.autograd.grad` returns the gradients, so a parameter's `.grad` is not set and DDP's hooks
+are not called.
 
-M images, S groups of them, T times, L losses, P numbers of a block, W processes.
+M images, S groups of them, T times, L losses, P parameters of a block, W ranks.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from haste.train.step import Objective, draws_negatives, gather_negatives, weigh
 #: (The objective's terms of a batch, t) -> the losses whose gradients are compared.
 Losses = Callable[[Mapping[str, Tensor], float], list[Tensor]]
 
-CHUNK = 2**18  # numbers of a block whose inner products are taken at once, in float64
+CHUNK = 2**18  # parameters of a block whose inner products are taken at once, in float64
 
 
 class Gradients:
-    """Gradients of losses by blocks of the network, as a table of their inner products."""
+    """Gradients of losses with respect to blocks of the network, as a table of their inner products."""
 
     def __init__(self, objective: Objective, inputs: Inputs, *, part: int, scale: Callable[[Tensor], Tensor]):
         """
         Args:
             objective: the losses, not wrapped.
-            inputs: whose images, teachers and precision are measured with; each process takes its share of the images.
-            part: images a pass of the networks.
-            scale: of a loss, so that small gradients are not lost in fp16. A cosine has no scale.
+            inputs: images, teachers and precision to measure with; each rank takes its share of the images.
+            part: images per forward pass.
+            scale: scales a loss, so that small gradients do not underflow in fp16. A cosine does not depend on it.
         """
         self.objective, self.inputs, self.part, self.scale = objective, inputs, part, scale
         self.batches, self.group = inputs.batches, inputs.group
@@ -50,21 +50,21 @@ class Gradients:
     def products(
         self, losses: Losses, count: int, *, images: int, shards: int, times: Sequence[float], blocks: Sequence[int]
     ) -> NDArray[np.float64]:
-        """Inner products of the groups' gradients of L losses, (T, blocks, L, S, L, S). Everybody must call it.
+        """Inner products of the groups' gradients of L losses, (T, blocks, L, S, L, S). A collective call.
 
         Args:
             losses: (the objective's terms of a batch, t) -> L losses, means over the batch.
-            count: how many they are, L.
-            images: M, random training images, the same whenever they are asked for; all where there are fewer.
-            shards: S, groups of images; as many as there are images where those are fewer.
-            times: each image is seen at each of them.
-            blocks: with respect to whose parameters, counted from 1.
+            count: L, the number of losses.
+            images: M, random training images, the same at every call; all of them if there are fewer.
+            shards: S, groups of images; at most the number of images.
+            times: each image is used at each of them.
+            blocks: whose parameters the gradients are with respect to, counted from 1.
         """
         indices = self.batches.reading_indices(images)
         negatives = self._negatives(indices)
         parameters = [_parameters(self.objective, block) for block in blocks]
         groups = min(shards, len(indices))
-        kept: list[list[Tensor]] = [[] for _ in blocks]  # by block and group: this process's part of P, (T, L, P / W)
+        kept: list[list[Tensor]] = [[] for _ in blocks]  # by block and group: this rank's part of P, (T, L, P / W)
         for number in range(groups):
             rows = _share(range(len(indices)), number, groups)
             sums = self._sums(indices, rows, (losses, count), times, parameters, negatives)
@@ -84,7 +84,7 @@ class Gradients:
         blocks: Sequence[Sequence[Tensor]],
         negatives: tuple[Tensor, Tensor] | None,
     ) -> list[Tensor]:
-        """Gradients summed over a group of images and over the processes: for each block (T, L, P) float64."""
+        """Gradients summed over a group of images and over ranks: for each block (T, L, P) float64."""
         parameters = [parameter for block in blocks for parameter in block]
         sizes = [sum(parameter.numel() for parameter in block) for block in blocks]
         compared, count = losses
@@ -95,31 +95,31 @@ class Gradients:
                 with self.inputs.precision():
                     found = self.objective(now, seen, negatives)
                 mine = compared(found, t)
-                for which in range(count):  # the last to ask for one lets go of what its passes kept
+                for which in range(count):  # popping the last reference to a loss frees its graph
                     sums[place, which] += _gradient(self.scale(mine.pop(0) * len(batch.t)), parameters)
         return list(self.group.total(sums).split(sizes, dim=-1))
 
     def _looked_at(self, indices: NDArray[np.int64], rows: range) -> Iterator[tuple[Batch, dict[str, TeacherTargets]]]:
-        """Some of the images in parts, with what the teachers say of them."""
+        """Some of the images in parts, with the teachers' targets of them."""
         for low in range(0, len(rows), self.part):
             batch = self.batches.measured(indices, rows[low : low + self.part]).to(self.group.device)
             yield batch, self.inputs.targets(batch)
 
     def _negatives(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor] | None:
-        """Where training compares with tokens of its whole batch: those of the first images, as many as a batch has."""
+        """Negatives, if training takes them from its whole batch: tokens of the first images, as many as in a batch."""
         terms = self.objective.terms
         if not draws_negatives(terms):
             return None
         teacher, size = terms["features"]["teacher"], min(self.batches.size, len(indices))
         rows = _share(range(size), self.group.rank, self.group.size)
-        looked = self._looked_at(indices, rows or range(1))  # who has none learns how wide they are
+        looked = self._looked_at(indices, rows or range(1))  # a rank without rows still needs their width
         features = torch.cat([f for _, seen in looked if (f := seen[teacher].features) is not None])[: len(rows)]
         return gather_negatives(features, rows, terms, seed=self.batches.seed, step=0, size=size, group=self.group)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """What one pass over the images measures: of these terms together, by each of the blocks, at each of the times."""
+    """What one pass over the images measures: these terms together, at each of the blocks and times."""
 
     done: int
     images: int
@@ -130,15 +130,15 @@ class Pass:
 
 
 class Angles:
-    """What triggers ask for of angles. What two of them ask for at one step is measured once."""
+    """The angles that triggers request. A request that several of them make at one step is measured once."""
 
     def __init__(self, objective: Objective, inputs: Inputs, *, compiled: bool, **how: Any):
         """
         Args:
             objective: the losses, not wrapped.
             inputs: of training.
-            compiled: whether the networks are. Here they run as they are written: other numbers of images would be
-                compiled anew, and training might then run the code that was made for these.
+            compiled: whether the networks are compiled. Measuring runs them uncompiled: other batch sizes would cause
+                recompilation, and training might then use the code compiled for these sizes.
             how: as `Gradients`.
         """
         self.objective, self.compiled = objective, compiled
@@ -146,12 +146,12 @@ class Angles:
         self.known: dict[Pass, NDArray[np.float64]] = {}
 
     def values(self, done: int, kind: str, asked: Mapping[str, Angle]) -> dict[str, float]:
-        """What a trigger needs of angles, by its names. Everybody must call it.
+        """The angles that a trigger needs, by its names for them. A collective call.
 
         Args:
-            done: steps done. Terms and weights are those of the last of them.
+            done: steps done. Terms and weights are those of the last step.
             kind: the term that the trigger watches.
-            asked: by name.
+            asked: the requests, by name.
         """
         found, alike = {}, dict[tuple[int, int, str], dict[str, Angle]]()
         for name, one in asked.items():
@@ -178,10 +178,10 @@ class Angles:
         return self.known[asked]
 
     def _products(self, asked: Pass) -> NDArray[np.float64]:
-        """Inner products of the groups' gradients, (T, blocks, 2, S, 2, S): of alignment first, of denoising second."""
+        """Inner products of the groups' gradients, (T, blocks, 2, S, 2, S): alignment first, denoising second."""
 
         def losses(found: Mapping[str, Tensor], t: float) -> list[Tensor]:
-            """Alignment, by the weights of the last step and without terms that do not count at t; and denoising."""
+            """Alignment, with the weights of the last step and without terms that do not count at t; and denoising."""
             place = self.objective.process.place
             counts = counting({kind: self.objective.terms[kind] for kind in asked.terms}, t, place)
             weighed = [weight_of(term, asked.done - 1) * found[kind] for kind, term in counts.items()]
@@ -192,7 +192,7 @@ class Angles:
 
 
 def _share(whole: range, part: int, parts: int) -> range:
-    """One of so many parts, which differ by one at most."""
+    """One of a number of nearly equal parts, whose sizes differ by at most one."""
     return whole[len(whole) * part // parts : len(whole) * (part + 1) // parts]
 
 
@@ -207,7 +207,7 @@ def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 
 def _inner(groups: Sequence[Tensor]) -> Tensor:
-    """S tensors (T, L, P) -> their inner products, (T, L S, L S) float64, a piece of P at a time."""
+    """S tensors (T, L, P) -> their inner products, (T, L S, L S) float64, computed over pieces of P."""
     times, losses, size = groups[0].shape
     found = groups[0].new_zeros(times, losses * len(groups), losses * len(groups), dtype=torch.float64)
     for low in range(0, size, CHUNK):

@@ -1,7 +1,7 @@
-"""What a segment is trained with, opened: latents and images, teachers and their stored targets, and losses of these.
+"""The opened inputs of a segment: latents and images, teachers and their stored targets, and the losses on them.
 
-Nothing here knows of an optimiser, of an earlier step or of what is saved: the loop trains with `Inputs`, and whoever
-measures a state opens the same ones for the terms that he asks about.
+This file is independent of the optimiser, of earlier steps and of what is saved. The loop trains with `Inputs`, and
+measures of a state open the same inputs for the terms that they need.
 
 B images of a microbatch, N teacher tokens, D teacher width.
 """
@@ -35,26 +35,26 @@ class Inputs:
     """The opened inputs of a segment.
 
     Attributes:
-        recipe: what the trajectory is trained by.
-        terms: the alignment terms that are active, with their settings.
-        group: the processes.
-        batches: what every step sees.
-        teachers: name -> teacher, on the device; only those that are asked while training.
-        identities: `latents`, `teacher of TERM`, `components of TERM` -> identity. By term: what a configuration calls
-            a teacher is its own affair.
-        sources: term -> where its targets come from: asked `online`, or `cached` and the identity of the store.
+        recipe: of the trajectory.
+        terms: the active alignment terms, with their settings.
+        group: the ranks.
+        batches: the batch of every step.
+        teachers: name -> teacher, on the device; only those that run online.
+        identities: `latents`, `teacher of TERM`, `components of TERM` -> identity. Keyed by term, because the name of
+            a teacher is the configuration's own choice.
+        sources: term -> source of its targets: `online`, or `cached` and the identity of the store.
     """
 
     def __init__(self, plan: Plan, segment: Segment, recipe: Mapping[str, Any], group: Group):
         """
         Args:
-            plan: where stores and teachers lie.
-            segment: its terms, and which of them have their targets on disk.
-            recipe: its `seed`, `classes`, `model` and `training` hold; that of the segment's trajectory.
-            group: the processes.
+            plan: where stores and teachers are.
+            segment: its terms, and which of them have cached targets.
+            recipe: of the segment's trajectory; `seed`, `classes`, `model` and `training` are used.
+            group: the ranks.
 
         Raises:
-            ValueError: a store is missing or damaged, or made from other images or by another teacher than the rest.
+            ValueError: a store is missing or damaged, or made from other images or by another teacher than the others.
         """
         self.recipe, self.terms, self.group = recipe, segment.terms, group
         self.settings = recipe["training"]
@@ -78,18 +78,18 @@ class Inputs:
                 self.sources[kind] = f"cached, {self.cached.stores[name].identity}"
 
     def _teacher_dtype(self) -> torch.dtype | None:
-        """Half precision on a GPU where the student uses it too; on a CPU autocast does that."""
+        """Half precision on a GPU if the student uses it too; on a CPU autocast handles this."""
         if self.settings["precision"] == "fp64":
             return torch.float64
         return self.half if self.group.device.type == "cuda" else None
 
     def _batches(self, plan: Plan) -> Batches:
-        images = Store.of(plan.images) if self.teachers else None  # after the last stop nobody looks at the images
+        images = Store.of(plan.images) if self.teachers else None  # after the last stop no images are needed
         targets = {name: (store, self.cached.fields[name]) for name, store in self.cached.stores.items()}
         return Batches.of(self.recipe, Store.of(plan.latents), images, targets=targets, t_min=t_min_of(self.terms))
 
     def learner(self) -> Learner:
-        """A learner before its first step, on the device. Its optimiser holds no moments, and so no memory, yet."""
+        """A learner before its first step, on the device. Its optimiser has allocated no moments yet."""
         widths = {name: teacher.width for name, teacher in self.teachers.items()}
         widths |= {name: width for name in self.cached.stores if (width := self.cached.width(name))}
         learner = new_learner(self.recipe, self.terms, widths, self.group.device)
@@ -98,7 +98,7 @@ class Inputs:
         return learner
 
     def _logsumexp_works(self, learner: Learner) -> bool:
-        """Whether the attention that is aligned can give the logsumexp of its logits on this machine."""
+        """Whether the aligned attention layers can return the logsumexp of their logits on this machine."""
         layers = self.terms["attention"]["student_layers"] if "attention" in self.terms else ()
         taps = [learner.model.taps[f"attention.{layer}"] for layer in layers]
         widths = {tap.width // tap.heads for tap in taps if tap.heads}
@@ -111,21 +111,21 @@ class Inputs:
         return Objective(learner, self.terms, process=process_in(self.recipe), **scaling)
 
     def precision(self) -> AbstractContextManager[Any]:
-        """What networks compute in: autocast in half precision, else as their parameters are."""
+        """Context for the networks' forward pass: autocast in half precision, else nothing."""
         return torch.autocast(self.group.device.type, self.half) if self.half else contextlib.nullcontext()
 
     def targets(self, batch: Batch) -> dict[str, TeacherTargets]:
-        """What each teacher says of a batch's images, asked now or read with the batch."""
+        """Targets of each teacher for a batch's images, computed now or read with the batch."""
         with self.precision():
             seen = teacher_targets(self.teachers, self.online, batch.images)
             return self.cached.with_stored(seen, batch.targets)
 
     def negatives(self, seen: Sequence[Mapping[str, TeacherTargets]], rows: range, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens of the whole batch that features are compared with; see `gather_negatives`. Everybody must call it.
+        """Tokens of the whole batch as negatives; see `gather_negatives`. A collective call: all ranks must make it.
 
         Args:
-            seen: `targets` of this process's microbatches, features (B, N, D) each.
-            rows: this process's rows of the whole batch.
+            seen: `targets` of this rank's microbatches, features (B, N, D) each.
+            rows: this rank's rows of the whole batch.
             step: steps done before this one.
         """
         teacher = self.terms["features"]["teacher"]

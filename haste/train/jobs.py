@@ -1,4 +1,4 @@
-"""What the rules on small networks do for a plan."""
+"""The functions behind the rules that train small networks, for a plan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from haste.plan.names import Artefact
 from haste.plan.plan import Plan
 from haste.train import small_networks
 
-MOST_IMAGES = 50_000  # what a network that trains in minutes looks at
+MOST_IMAGES = 50_000  # the most images for a network that trains in minutes
 
 
 def train_autoencoder(plan: Plan) -> None:
@@ -31,7 +31,7 @@ def train_teacher(plan: Plan, name: str) -> None:
     """Train one of the small teachers.
 
     Raises:
-        ValueError: the configuration trains none of this name.
+        ValueError: the configuration trains no teacher of this name.
     """
     part = plan.teachers.get(name)
     if part is None:
@@ -45,7 +45,7 @@ def train_detector(plan: Plan, name: str | None) -> None:
     """Train one of the small detectors; without a name, the only one.
 
     Raises:
-        ValueError: the configuration trains none of this name; or several, and there is no name.
+        ValueError: the configuration trains no detector of this name; or several, and no name is given.
     """
     mine = {name: detector.part for name, detector in plan.detectors.items() if detector.part}
     name = name or (next(iter(mine)) if len(mine) == 1 else None)
@@ -68,7 +68,7 @@ def _training_images(plan: Plan) -> dict[str, Any]:
     for split, images, labels in (("train", "images", "labels"), ("held_out", "held_out", "held_out_labels")):
         rows = _spread(store.range(split))
         found[images], found[labels] = store.read("image", rows), store.read("label", rows)
-        if not plan.config.images.classes:  # without labels, a task that needs none
+        if not plan.config.images.classes:  # without labels, use a task that needs none
             found[images], found[labels] = small_networks.quarter_turns(found[images])
     return found
 

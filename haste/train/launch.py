@@ -1,4 +1,4 @@
-"""Start the processes of a training job on this machine. What they do is `haste.train.loop.train`, launched or not."""
+"""Start the ranks of a training job on this machine. Each runs `haste.train.loop.train`, launched or not."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from haste.plan.names import State
 from haste.plan.plan import Plan
 from haste.train.loop import train
 
-# What a process refuses with; the launcher passes it on as a refusal and not as a crash.
+# Errors by which a rank refuses its work; the launcher reports them as refusals, not as crashes.
 REFUSALS = ("ValueError", "OSError", "FloatingPointError", "FileNotFoundError", "PermissionError")
 
 
 def launch(plan: Plan, state: State) -> Path:
-    """Make a state with the configured number of processes on this machine.
+    """Make a state with the configured number of ranks on this machine.
 
-    Inside a process that somebody else launched (torchrun, srun) it joins those and starts none of its own. When one
-    process dies, all end within seconds.
+    A process that was itself launched as a rank (torchrun, srun) joins its group and starts no others. When one
+    rank dies, all end within seconds.
 
     Returns:
         The state's file.
 
     Raises:
-        ValueError: a process refused; the message is that of the first one.
-        RuntimeError: a process died; the message holds its traceback.
+        ValueError: a rank refused; the message is that of the first one.
+        RuntimeError: a rank died; the message contains its traceback.
     """
     if "RANK" in os.environ or plan.config.runtime.processes == 1:
         return train(plan, state)
@@ -51,7 +51,7 @@ def launch(plan: Plan, state: State) -> Path:
         monitor_interval=0.2,
         start_method="spawn",
     )
-    # torchrun's own default, without its warning
+    # torchrun's own default, set here to avoid its warning
     os.environ.setdefault("OMP_NUM_THREADS", str(plan.config.runtime.threads))
     try:
         elastic_launch(settings, work)(plan.config.model_dump_json(), str(state))
@@ -62,7 +62,7 @@ def launch(plan: Plan, state: State) -> Path:
 
 
 def work(resolved: str, name: str) -> None:
-    """One process: read the configuration that the launcher resolved, and train."""
+    """One rank: read the configuration that the launcher resolved, and train."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
     _die_with_the_launcher()
@@ -77,14 +77,14 @@ def work(resolved: str, name: str) -> None:
 
 
 def _die_with_the_launcher() -> None:
-    # kill -9 of the launcher must not leave processes that train on while its successor starts.
+    # kill -9 of the launcher must not leave ranks that train on while its successor starts.
     if sys.platform == "linux":
         set_death_signal = 1
         ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGKILL)
 
 
 def _reason(rank: int, failure: object) -> Exception:
-    """The exception that a process died of, told in this one."""
+    """The exception that ended a rank, as one to raise in this process."""
     message = getattr(failure, "message", "")
     found: dict[str, Any] = message if isinstance(message, dict) else {"message": str(message)}
     text = str(found.get("message", ""))

@@ -1,11 +1,11 @@
 """Training, one segment at a time. Start reading here.
 
-`train(plan, state)` makes a state, and the same call again continues: it looks for the newest valid state on the way,
-goes on from there, and after a kill at any moment ends in the same bits. What a step does depends on (recipe, step)
-alone, never on what the process did before. Several processes each take their rows of every batch.
+`train(plan, state)` makes a state. Calling it again continues: it looks for the newest valid state of the segment,
+continues from there, and after a kill at any moment ends with the same bits. A step depends only on (recipe, step),
+never on what the process did before. Each rank takes its rows of every batch.
 
-What a segment is trained with is opened in `haste/train/inputs.py`, its states are found, restored and saved in
-`haste/train/checkpoint.py`, triggers read in `haste/train/readings.py`.
+`haste/train/inputs.py` opens what a segment is trained with, `haste/train/checkpoint.py` finds, restores and saves its
+states, and `haste/train/readings.py` makes the readings of triggers.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from haste.train.warm_start import warm_start
 log = logging.getLogger("haste.train")
 
 
-class Interrupted(Exception):  # noqa: N818 - no error: it was asked for
-    """Training was asked to stop and did, its last step saved; the same call goes on from there."""
+class Interrupted(Exception):  # noqa: N818 - not an error: it was requested
+    """Training stopped on request after saving its last step; the same call continues from there."""
 
     def __init__(self, step: int, reason: int):
         super().__init__(f"interrupted after step {step}, which is saved")
@@ -52,22 +52,22 @@ class Interrupted(Exception):  # noqa: N818 - no error: it was asked for
 def train(plan: Plan, state: State, interrupted: Callable[[], int] | None = None) -> Path:
     """Make a state: begin, or continue from the newest valid state on its lineage.
 
-    Alone, or as one of the processes that RANK and WORLD_SIZE in the environment tell of.
+    Runs alone, or as one of the ranks that RANK and WORLD_SIZE in the environment describe.
 
     Args:
-        plan: what the configuration asks for.
+        plan: the plan of the configuration.
         state: which state to make.
-        interrupted: asked after every step; what it says is 0 to go on, or a reason to stop. The largest reason that
-            any process has holds for all of them; where there are several, they stop together one step later.
+        interrupted: called after every step; returns 0 to continue, or a reason to stop. The largest reason of any
+            rank applies to all of them; several ranks stop together one step later.
 
     Returns:
         The state's file.
 
     Raises:
-        ValueError: somebody else is training this trajectory; or data, teacher or an earlier state is not what the
-            states before were made with.
-        FloatingPointError: a loss is not finite; the states before are kept.
-        Interrupted: `interrupted` gave a reason.
+        ValueError: another process is training this trajectory; or data, teacher or an earlier state differ from
+            those that the previous states were made with.
+        FloatingPointError: a loss is not finite; earlier states are kept.
+        Interrupted: `interrupted` returned a reason.
     """
     torch.set_num_threads(plan.config.runtime.threads)
     with joined(plan.config.runtime.device) as group, enough_memory():
@@ -78,7 +78,7 @@ def _train(plan: Plan, state: State, group: Group, interrupted: Callable[[], int
     path, segment = Path(plan.path(state)), plan.segment(state)
     exists, before = group.broadcast(path.exists), segment.parent
     if before and not exists and not group.broadcast(Path(plan.path(before)).exists):
-        _train(plan, before, group, interrupted)  # the workflow orders this; a person need not
+        _train(plan, before, group, interrupted)  # the workflow schedules this itself; a direct call need not
     checkpoints = Checkpoints(plan, segment, group)
     with checkpoints.locked():
         if group.broadcast(path.exists):
@@ -86,17 +86,17 @@ def _train(plan: Plan, state: State, group: Group, interrupted: Callable[[], int
             return path
         checkpoints.describe()
         reached = None
-        # Where a trigger stops a term, all is opened anew from the state there, as any later start would: what follows
-        # is to the bit that of a run which stops at this step by its configuration.
+        # Where a trigger stops a term, everything is opened anew from the state there, as in any later start. So the
+        # result is bit for bit that of a run whose configuration stops at this step.
         while reached != state.step:
             reached = _open(plan, segment, checkpoints, checkpoints.newest(reached)).run(interrupted)
-            group.free()  # teacher, projector and their moments go before what stays is opened
+            group.free()  # free teacher, projector and their moments before the remaining terms are opened
         group.wait()
     return path
 
 
 def _open(plan: Plan, segment: Segment, checkpoints: Checkpoints, found: Path | None) -> Loop:
-    """The loop of a segment from a state on, with the terms that no trigger has stopped before it."""
+    """The loop of a segment from a state on, with the terms that no trigger stopped before it."""
     segment = stops.without_stopped(segment, read_header(found) if found else {})
     recipe, group = checkpoints.trajectory.recipe, checkpoints.group
     inputs, watches = Inputs(plan, segment, recipe, group), Watches(segment, group)
@@ -109,15 +109,15 @@ def _open(plan: Plan, segment: Segment, checkpoints: Checkpoints, found: Path | 
 
 @dataclasses.dataclass
 class Loop:
-    """Steps of a segment, and what a process holds for them."""
+    """The steps of a segment, and what a rank holds for them."""
 
-    begin: int  # steps done before the first of these
-    end: int  # steps done after the last
+    begin: int  # steps done before the first step
+    end: int  # steps done after the last step
     inputs: Inputs  # what is trained with
-    learner: Learner  # what is trained
+    learner: Learner  # the trained parameters and their optimiser
     watches: Watches  # the triggers of the terms
-    checkpoints: Checkpoints  # where states are saved
-    runtime: Runtime  # how it is computed
+    checkpoints: Checkpoints  # where states are found and saved
+    runtime: Runtime  # settings that do not change the result
 
     def __post_init__(self) -> None:
         self.group, self.settings = self.inputs.group, self.inputs.settings
@@ -131,7 +131,7 @@ class Loop:
         self.objective = wrap(objective, self.group)
 
     def run(self, interrupted: Callable[[], int] | None = None) -> int:
-        """Train to the end, or to where a trigger stops a term; the state there is saved. Returns its step.
+        """Train to the end, or until a trigger stops a term, and save the state there. Returns its step.
 
         Raises:
             FloatingPointError: a loss is not finite.
@@ -155,7 +155,7 @@ class Loop:
                 if last or reason:
                     agreement.settle()
                 if reason:
-                    self.group.wait()  # nobody is done before the state is on disk
+                    self.group.wait()  # no rank returns before the state is on disk
                     raise Interrupted(done, reason)
                 if last:
                     break
@@ -172,8 +172,8 @@ class Loop:
         return journal
 
     def _warm_up(self) -> None:
-        """Backward twice for nothing: DDP orders its reductions anew after the first backward, so the first step after
-        a restart would add up in another order than the same step of an undisturbed run."""
+        """Run backward passes whose gradients are discarded: DDP rebuilds its buckets after the first one, so the first
+        step after a restart would sum in a different order than the same step of an uninterrupted run."""
         if isinstance(self.objective, DistributedDataParallel):
             batch = self.inputs.batches(self.begin, self.rows).to(self.group.device)
             for _ in range(WARM_UPS):
@@ -181,19 +181,19 @@ class Loop:
                 self.learner.optimizer.zero_grad(set_to_none=True)
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
-        """Backward, update, and what triggers read of it. Returns the losses and the gradient's norm."""
+        """Backward, update, and the triggers' averages. Returns the losses and the gradient's norm."""
         losses, settings = self._backward(batch), self.settings
         self.watches.add(losses, batch.weights)
         skip = settings["nonfinite"] == "skip"
         return {**losses, "grad_norm": update(self.learner, clip=settings["clip"], ema=settings["ema"], skip=skip)}
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
-        """Gradients of the whole group's batch, scaled for fp16; returns this process's mean of each loss term."""
+        """Gradients of the whole group's batch, scaled for fp16; returns this rank's mean of each loss term."""
         means: dict[str, Tensor] = {}
         microbatches = batch.microbatches(self.runtime.accumulate)
         targets: Iterable[dict[str, TeacherTargets]] = map(self.inputs.targets, microbatches)
         negatives, count = None, len(microbatches)
-        if draws_negatives(self.inputs.terms):  # tokens of all microbatches are compared with: targets come first
+        if draws_negatives(self.inputs.terms):  # negatives come from all microbatches, so compute all targets first
             targets = list(targets)
             negatives = self.inputs.negatives(targets, self.rows, batch.step)
         for number, (microbatch, seen) in enumerate(zip(microbatches, targets, strict=True), start=1):

@@ -1,9 +1,9 @@
-"""What triggers see while training, and what they decide.
+"""The readings of triggers during training, and their decisions.
 
-Each process averages what its own rows give, on its device: nothing in a step waits. At a reading the processes'
-averages are averaged, which is exact since an average is linear; what costs passes of its own is measured then too
-(`haste/train/gradient_angles.py`); rank 0 asks the trigger and tells the others. A state holds the averages
-of every process, so that going on with as many ends in the same bits.
+Each rank averages the values of its own rows on its device, so no step waits. At a reading the averages are averaged
+over ranks, which is exact because an average is linear. Measurements that need their own passes are made then too
+(`haste/train/gradient_angles.py`). Rank 0 asks the trigger and broadcasts the decision. A state holds the averages
+of every rank, so that continuing with the same number of ranks gives the same bits.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ log = logging.getLogger("haste.train")
 
 
 def residual(kind: str, term: Mapping[str, Any], loss: Tensor, share: Tensor) -> Tensor:
-    """What is left of a term's loss, times the share of samples that count: `share` - cosine, else the loss itself.
+    """Residual of a term's loss, times the share of samples that count: `share` - cosine, else the loss itself.
 
     Args:
         kind: `features` or `attention`.
         term: its settings.
-        loss: the term's, as `Objective` gives it: 0 where no sample counts.
-        share: mean weight of this process's samples; over all processes it is 1, or 0 where no sample counts.
+        loss: the term's, as `Objective` returns it: 0 where no sample counts.
+        share: mean weight of this rank's samples; over all ranks it is 1, or 0 where no sample counts.
     """
     by_angle = kind == "features" and term.get("similarity", "cosine") == "cosine"
-    return share + loss if by_angle else loss  # the loss of features is -cosine (REPA, Eq. 8)
+    return share + loss if by_angle else loss  # the feature loss is -cosine (REPA, Eq. 8)
 
 
 class Watch:
-    """One term's trigger at work: its averages, its readings so far, and what it decided.
+    """One term's running trigger: its averages, its readings so far, and its decision.
 
-    B samples, K averages, W processes.
+    B samples, K averages, W ranks.
 
     Attributes:
-        sums: (2, K) float64: of values times weights, and of weights, both weighed by decay^age.
+        sums: (2, K) float64: of values times weights, and of weights, both weighted by decay^age.
         history: the readings so far.
-        seconds: wall time that readings took so far.
-        stopped: step, reason and trajectory of the stop, once there is one.
+        seconds: wall time of the readings so far.
+        stopped: step, reason and trajectory of the stop, once it has happened.
     """
 
     def __init__(self, kind: str, term: Mapping[str, Any], group: Group):
         """
         Args:
-            kind: the term's.
+            kind: of the term.
             term: its settings, with those of its trigger.
-            group: the processes.
+            group: the ranks.
 
         Raises:
-            ValueError: a parameter that the trigger does not take.
+            ValueError: a parameter that the trigger does not accept.
         """
         self.kind, self.term, self.settings, self.group = kind, term, dict(term["trigger"]), group
         own = {key: value for key, value in self.settings.items() if key not in ("trigger", "after", "every")}
@@ -79,11 +79,11 @@ class Watch:
 
     @torch.no_grad()
     def add(self, found: Mapping[str, Tensor], weights: Tensor | None) -> None:
-        """Take a step's losses, of this process's rows. What is not finite is left out: such a step teaches nothing.
+        """Add a step's losses of this rank's rows. Skips non-finite values, because such a step carries no information.
 
         Args:
-            found: `Objective`'s losses.
-            weights: (B,) of the samples for this term; None where all count alike.
+            found: the losses of `Objective`.
+            weights: (B,) of the samples for this term; None if all count equally.
         """
         if self.stopped is not None or not self.averages:
             return
@@ -96,17 +96,17 @@ class Watch:
         self.sums = torch.where(new.isfinite().all(dim=0), updated, self.sums)
 
     def is_due(self, done: int) -> bool:
-        """Whether a reading comes after `done` steps."""
+        """Whether a reading is due after `done` steps."""
         fresh = not self.history or self.history[-1].step < done
         return self.stopped is None and fresh and done >= self.first and (done - self.after) % self.every == 0
 
     def read(self, done: int, trajectory: str, angles: Angles | None = None) -> bool:
-        """Make the reading after `done` steps and ask the trigger. Everybody must call it.
+        """Make the reading after `done` steps and ask the trigger. A collective call.
 
         Args:
             done: steps done.
-            trajectory: the name of the one that is trained, for the record.
-            angles: measures them, where the trigger needs some.
+            trajectory: name of the trajectory being trained, for the record.
+            angles: measures angles, if the trigger needs some.
 
         Returns:
             Whether the trigger stops the term.
@@ -126,7 +126,7 @@ class Watch:
         return self.stopped is not None
 
     def _averaged(self) -> dict[str, float] | None:
-        """The averages over all processes; None if no step was of any use to one of them yet."""
+        """The averages over all ranks; None if some average has no weight yet."""
         if not self.averages:
             return {}
         agreed = self.group.mean(self.sums.flatten().tolist())
@@ -136,7 +136,7 @@ class Watch:
         return {name: value / weight for name, value, weight in zip(self.averages, values, weights, strict=True)}
 
     def _is_finite(self, done: int, found: Mapping[str, float]) -> bool:
-        """Whether all of it are numbers. The angle with a gradient that is 0, or overflowed, is none."""
+        """Whether all values are finite. The angle with a gradient that is 0, or overflowed, is not."""
         wrong = [name for name, value in found.items() if not math.isfinite(value)]
         if wrong and self.group.is_first:
             log.warning("step %d: no reading for %s: %s not finite", done, self.kind, ", ".join(wrong))
@@ -151,7 +151,7 @@ class Watch:
             log.info("step %d: %s %s %s: %s", done, self.settings["trigger"], does, self.kind, decision.reason)
 
     def record(self) -> dict[str, Any]:
-        """What a state's header says of it."""
+        """The entry for a state's header."""
         readings = [{"step": reading.step, **reading.values} for reading in self.history]
         return {
             "trigger": self.settings,
@@ -161,17 +161,17 @@ class Watch:
         }
 
     def gathered(self) -> Tensor:
-        """(W, 2, K): every process's sums. All must call it."""
+        """(W, 2, K): every rank's sums. A collective call."""
         found = torch.zeros(self.group.size, *self.sums.shape, dtype=torch.float64, device=self.sums.device)
         found[self.group.rank] = self.sums
         return self.group.total(found) if self.averages else found
 
     def go_on(self, record: Mapping[str, Any], sums: Tensor | None, path: Path) -> None:
-        """Continue from what a state says.
+        """Continue from the record in a state.
 
         Args:
             record: as `record` made it.
-            sums: as `gathered` made it; None where there are none.
+            sums: as `gathered` made it; None if there are none.
             path: the state's file, for messages.
 
         Raises:
@@ -190,42 +190,42 @@ class Watch:
 
 
 class Watches:
-    """The triggers of a segment's terms at work, and the records of those that have stopped their term before it."""
+    """The running triggers of a segment's terms, and the records of those that stopped their term before it."""
 
     def __init__(self, segment: Segment, group: Group):
         """
         Args:
-            segment: its terms; those without a trigger are not watched.
-            group: the processes.
+            segment: its terms; those without a trigger are ignored.
+            group: the ranks.
         """
         self.trajectory = segment.state.trajectory
         self.of = {kind: Watch(kind, term, group) for kind, term in segment.terms.items() if term["trigger"]}
         self.stopped: dict[str, Any] = {}
 
     def add(self, found: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Take a step's losses, and by term the weights of its samples where they do not count alike; see `Watch`."""
+        """Add a step's losses, and by term the weights of its samples if they do not count equally; see `Watch`."""
         for kind, watch in self.of.items():
             watch.add(found, weights.get(kind))
 
     def read(self, done: int, angles: Angles) -> bool:
-        """Make the readings that are due after `done` steps. Everybody must call it. Returns whether a term stops."""
+        """Make the readings that are due after `done` steps. A collective call. Returns whether a term stops."""
         due = [watch for watch in self.of.values() if watch.is_due(done)]
         return any(
             [watch.read(done, self.trajectory, angles) for watch in due]
-        )  # each of them, whatever the others say
+        )  # every one of them, whatever the others decide
 
     def header(self) -> dict[str, Any]:
-        """What a state's header says of triggers: `triggers`, by term; nothing where none ever watched."""
+        """The header's entry `triggers`, by term; empty if there never was a trigger."""
         records = {**self.stopped, **{kind: watch.record() for kind, watch in self.of.items()}}
         return {"triggers": records} if records else {}
 
     def averages(self) -> dict[str, Tensor]:
-        """Tensors of a state, `readings/TERM`, of the triggers that go on. Everybody must call it."""
+        """Tensors of a state, `readings/TERM`, of the running triggers. A collective call."""
         going = {kind: watch for kind, watch in self.of.items() if watch.stopped is None}
         return {f"readings/{kind}": watch.gathered() for kind, watch in going.items()}
 
     def go_on(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Continue from a state; a trigger that it does not know of begins at its own first step.
+        """Continue from a state; a trigger that the state does not know begins at its own first step.
 
         Args:
             header: of the state.
@@ -233,7 +233,7 @@ class Watches:
             path: its file, for messages.
 
         Raises:
-            ValueError: it has no readings of a term that was watched before it, or they do not fit the trigger.
+            ValueError: readings of a term that was watched before the state are missing or do not fit the trigger.
         """
         records = header.get("triggers", {})
         self.stopped = {kind: record for kind, record in records.items() if kind not in self.of}

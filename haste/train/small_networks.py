@@ -1,7 +1,7 @@
 """The small networks that the pipeline trains itself: an autoencoder, a teacher and a detector for small images.
 
-Seconds on one CPU thread. Each ends as a folder, written whole or not at all: the weights in the layout of the library
-that reads them, and `part.json`, which says what the part is, how it was made and how good it is.
+Training takes seconds on one CPU thread. The output is a folder, written atomically: the weights in the layout of the
+library that reads them, and `part.json`, which records what the part is, how it was made and how good it is.
 
 Everything follows from the seed: initialisation, the order of images, and noise, whatever the caller drew before.
 
@@ -31,7 +31,7 @@ from haste.metrics.detectors import SmallCNN
 log = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 256
-NORM = (0.5, 0.5, 0.5)  # mean and std of a channel that bring 0..1 to -1..1
+NORM = (0.5, 0.5, 0.5)  # mean and std per channel that map 0..1 to -1..1
 
 
 # ---- training
@@ -54,9 +54,9 @@ def fit(
     Args:
         network: left in evaluation mode.
         loss: (indices (B,) of the batch's images, generator for its noise) -> scalar.
-        count: number of images; each is seen once before any is seen again.
+        count: number of images; each is used once before any is used again.
         seed: of the order and the noise.
-        steps, batch, lr: number of steps, images a step, highest learning rate.
+        steps, batch, lr: number of steps, images per step, highest learning rate.
         name: for the log and for errors.
         weight_decay: AdamW's, times the learning rate.
 
@@ -85,7 +85,7 @@ def fit(
 
 
 def _batches(count: int, steps: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices (B,) of each step: random permutations of 0..count-1, one after the other, cut into batches."""
+    """Indices (B,) of each step: consecutive random permutations of 0..count-1, cut into batches."""
     stream = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
         while len(stream) < batch:
@@ -96,7 +96,7 @@ def _batches(count: int, steps: int, batch: int, generator: torch.Generator) -> 
 
 @contextmanager
 def _initialising(seed: int) -> Iterator[None]:
-    """Libraries initialise from torch's global generator: seed it for the block, and give it back as it was."""
+    """Libraries initialise from torch's global generator: seed it for the block, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -161,7 +161,7 @@ def train_autoencoder(
 
 
 def _autoencoder(resolution: int, channels: int, width: int, factor: int) -> Any:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # 5 s to import, and only this part needs it
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # 5 s to import, only needed here
 
     levels = factor.bit_length()
     return AutoencoderKL(
@@ -209,7 +209,7 @@ def train_teacher(
 ) -> dict[str, float]:
     """Train a small timm VisionTransformer to classify, as a teacher for alignment.
 
-    Its classifier reads the mean of the patch tokens, so that they, which a student is aligned with, carry the classes.
+    Its classifier reads the mean of the patch tokens, so that these tokens, the alignment targets, encode the classes.
 
     Args:
         images, held_out: uint8 NHWC (M, R, R, 3); labels, held_out_labels: (M,) integers 0..classes-1.
@@ -240,7 +240,7 @@ def train_teacher(
         "qk_norm": True,
     }
     network = _vision_transformer(seed, kwargs)
-    # Weights decay strongly: 1,500 images are few for a transformer, and this is worth 2 points on unseen digits.
+    # Strong weight decay: 1,500 images are few for a transformer, and this gains 2 points on unseen digits.
     training = {"seed": seed, "steps": steps, "batch": batch, "lr": lr, "name": name, "weight_decay": 0.2}
     known, unseen = _labelled(images, labels), _labelled(held_out, held_out_labels)
     quality = _train_classifier(network, lambda shown: network(_unit(shown)), known, unseen, training)
@@ -254,7 +254,7 @@ def _vision_transformer(seed: int, kwargs: dict[str, Any]) -> nn.Module:
 
     with _initialising(seed):
         network = VisionTransformer(**kwargs)
-        # timm starts positions at 0.02, too faint beside the patches to be learned in some hundred steps.
+        # timm initialises positions with 0.02, too small compared with the patches to be learned in some hundred steps.
         nn.init.normal_(network.get_parameter("pos_embed"), std=0.5)
     return network
 
@@ -276,10 +276,10 @@ def train_detector(
     key: str | None = None,
     recipe: Any = None,
 ) -> dict[str, float]:
-    """Train a SmallCNN to classify, as the judge of samples.
+    """Train a SmallCNN to classify, as the detector of the scores.
 
     Args and errors as in `train_teacher`; width: channels of the first stage, a multiple of 4; turns: the labels are
-    `quarter_turns`, so that the detector's logits are of no use afterwards.
+    `quarter_turns`, so the detector's logits are not meaningful for samples.
 
     Returns:
         Quality: "accuracy" on `held_out`, in [0, 1] ("turn_accuracy" of turns).
@@ -304,9 +304,9 @@ def train_detector(
 
 
 def quarter_turns(images: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images without labels as a task: image i turned by i mod 4 quarter turns, and that number as its label.
+    """Images without labels as a classification task: image i turned by i mod 4 quarter turns, its label.
 
-    Telling how an image was turned needs the content of the image (Gidaris et al. 2018, "Unsupervised representation
+    Predicting the rotation requires the content of the image (Gidaris et al. 2018, "Unsupervised representation
     learning by predicting image rotations").
 
     Args:
@@ -320,7 +320,7 @@ def quarter_turns(images: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray
     return turned, turns.astype(np.int64)
 
 
-# ---- what they share
+# ---- shared by the parts
 
 Labelled = tuple[Tensor, Tensor]  # images uint8 NHWC (M, R, R, 3), labels int64 (M,)
 
@@ -356,7 +356,7 @@ def _train_classifier(
 
 
 def _shifted(images: Tensor, by: int, generator: torch.Generator) -> Tensor:
-    """Each image moved by -`by` to `by` pixels along each axis, its border repeated."""
+    """Each image shifted by -`by` to `by` pixels along each axis, its border repeated."""
     size = images.shape[1]
     steps = torch.randint(-by, by + 1, (2, len(images), 1), generator=generator)
     rows, columns = (torch.arange(size) + steps).clamp(0, size - 1)  # each (B, R)
@@ -374,7 +374,7 @@ def _reconstruction_mse(network: Any, pixels: Tensor) -> float:
 
 
 def _latent_std(network: Any, pixels: Tensor) -> float:
-    """Standard deviation over all entries of the latents drawn for these pixels: that of the means, plus the draws'."""
+    """Standard deviation over all entries of latents drawn for these pixels: of the means, plus the draws' own."""
     with torch.inference_mode():
         posteriors = [network.encode(x).latent_dist for x in pixels.split(EVALUATION_BATCH)]
     means = torch.cat([posterior.mean for posterior in posteriors]).double()
@@ -402,7 +402,7 @@ def _labelled(images: NDArray, labels: NDArray) -> Labelled:
 
 
 def _classes(labels: NDArray, held_out_labels: NDArray) -> int:
-    """Number of classes, from the labels to train on."""
+    """Number of classes, from the training labels."""
     classes = int(labels.max()) + 1
     if labels.min() < 0 or held_out_labels.min() < 0 or held_out_labels.max() >= classes:
         raise ValueError(

@@ -1,6 +1,6 @@
 """A learner (model, its average, projectors, optimiser) and its state on disk.
 
-A state is one safetensors file: nothing in it can execute. Tensors are named
+A state is one safetensors file, which cannot contain executable code. Tensors are named
     model/NAME  ema/NAME  projectors/TERM/NAME  optimizer/{exp_avg,exp_avg_sq,step}/PARAMETER  scaler/{scale,growth}
     readings/TERM
 and the header (metadata entry "haste", JSON) holds schema, key, recipe, step, input identities and provenance.
@@ -35,7 +35,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 class Learner:
     """Everything that training changes.
 
-    `projectors` has one head per active term that needs one; `scaler` multiplies the loss in fp16, else does nothing.
+    `projectors` has one head per active term that needs one; `scaler` multiplies the loss in fp16, else is disabled.
     """
 
     model: Denoiser
@@ -45,7 +45,7 @@ class Learner:
     scaler: torch.amp.GradScaler
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter, model first: the order in which the optimiser holds them."""
+        """Name -> parameter, model first: the optimiser's order."""
         return _named(self.model, self.projectors)
 
 
@@ -58,7 +58,7 @@ def _named(model: nn.Module, projectors: nn.ModuleDict) -> dict[str, nn.Paramete
 
 
 def _seeded(seed: int, purpose: str) -> torch.Generator:
-    # Each network has a stream of its own: adding a projector never moves the model's first numbers.
+    # Each network has its own stream: adding a projector does not change the model's initial weights.
     return torch.Generator().manual_seed(int(order.generator(seed, purpose).integers(2**63)))
 
 
@@ -74,7 +74,7 @@ def new_learner(
         recipe: a trajectory's recipe.
         terms: the active alignment terms.
         widths: teacher's name -> width of its tokens, for the terms that project onto them.
-        device: where it lives; its first numbers are the same everywhere.
+        device: where it is placed; the initial weights are the same everywhere.
     """
     model = build_model(recipe)
     model.initialise(_seeded(recipe["seed"], "initialise model"))
@@ -101,7 +101,7 @@ def new_learner(
 
 
 def tensors_of(learner: Learner) -> dict[str, Tensor]:
-    """Every tensor of a state by its name in the file."""
+    """All tensors of a state by their names in the file."""
     tensors = {f"model/{name}": value for name, value in learner.model.state_dict().items()}
     tensors |= {f"ema/{name}": value for name, value in learner.ema.state_dict().items()}
     for term, head in learner.projectors.items():
@@ -117,16 +117,16 @@ def tensors_of(learner: Learner) -> dict[str, Tensor]:
 
 
 def save(path: Path, learner: Learner, header: Mapping[str, Any], beside: Mapping[str, Tensor] | None = None) -> None:
-    """Write a state, whole or not at all.
+    """Write a state atomically.
 
     Args:
         path: the file.
         learner: what to write.
-        header: the entries of the header, but for schema and kind.
-        beside: tensors that are no learner's.
+        header: the entries of the header, except schema and kind.
+        beside: tensors that are not the learner's.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written; what was there before is untouched.
+        OSError: the disk is full or the folder is not writable; an existing file stays as it was.
     """
     header = {"schema": artefact.SCHEMA, "kind": STATE, **header}
     text = json.dumps(header, sort_keys=True)
@@ -144,7 +144,7 @@ def _opened(path: Path | str) -> Any:
 
 
 def read(path: Path | str, *, key: str, prefixes: tuple[str, ...] = ("",)) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a state; only tensors whose names begin with one of `prefixes`.
+    """Header and tensors of a state; only tensors whose names start with one of `prefixes`.
 
     Raises:
         ValueError: missing, truncated, foreign, of another schema, or a state of another trajectory than `key`.
@@ -155,15 +155,15 @@ def read(path: Path | str, *, key: str, prefixes: tuple[str, ...] = ("",)) -> tu
             raise ValueError(f"{path}: a state of trajectory {header.get('key')}, expected {key}")
         if artefact.fingerprint(header["recipe"]) != key:
             raise ValueError(f"{path}: damaged or edited: its recipe is not that of trajectory {key}")
-        names = [name for name in file.keys() if name.startswith(prefixes)]  # noqa: SIM118 - it is no mapping
+        names = [name for name in file.keys() if name.startswith(prefixes)]  # noqa: SIM118 - it is not a mapping
         return header, {name: file.get_tensor(name) for name in names}
 
 
 def restore(learner: Learner, tensors: Mapping[str, Tensor], path: Path | str) -> None:
-    """Put a state's tensors into a learner. Projectors that the learner no longer has are left out.
+    """Load a state's tensors into a learner. Projectors that the learner no longer has are skipped.
 
     Raises:
-        ValueError: a tensor is missing or has another shape; names the first ones.
+        ValueError: a tensor is missing or has another shape; the message names the first ones.
     """
     expected = {name: value for name, value in tensors_of(learner).items() if not name.startswith("optimizer/")}
     expected |= {
@@ -185,7 +185,7 @@ def restore(learner: Learner, tensors: Mapping[str, Tensor], path: Path | str) -
 
 
 def _check_fit(path: Path | str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that are missing, not known, or of another shape; names the first ones."""
+    """Refuse tensors that are missing, unknown, or of another shape; the message names the first ones."""
     wrong = [
         f"{name} (found {_shape(found.get(name))}, expected {_shape(expected.get(name))})"
         for name in dict.fromkeys([*expected, *found])
@@ -200,7 +200,7 @@ def _shape(tensor: Tensor | None) -> str:
 
 
 def ema_model(path: Path | str, *, key: str) -> tuple[Denoiser, dict[str, Any]]:
-    """The averaged model of a state, frozen, and the state's header: what samples are drawn from.
+    """The averaged (EMA) model of a state, frozen, from which samples are drawn, and the state's header.
 
     Raises:
         ValueError: as `read`; or its weights do not fit its recipe, or are not finite.
@@ -212,7 +212,7 @@ def ema_model(path: Path | str, *, key: str) -> tuple[Denoiser, dict[str, Any]]:
 
 
 def weights_in(tensors: Mapping[str, Tensor], which: str, like: nn.Module, path: Path | str) -> dict[str, Tensor]:
-    """One set of a state's weights, `model` or `ema`, by the names that the model has for them.
+    """One set of a state's weights, `model` or `ema`, under the model's own parameter names.
 
     Raises:
         ValueError: they do not fit the model, or are not finite.

@@ -1,4 +1,4 @@
-"""One training step: the losses, and what follows from them.
+"""One training step: the losses and the update.
 
 B batch, N student tokens, D student width, C latent channels.
 """
@@ -30,7 +30,7 @@ Terms = Mapping[str, Mapping[str, Any]]
 
 
 def taps_of(terms: Terms) -> set[str]:
-    """Names of the student's inner values that the active terms look at; none when none is active."""
+    """Names of the student's taps that the active terms need; empty if none is active."""
     taps = set()
     if "features" in terms:
         taps.add(f"tokens.{terms['features']['depth']}")
@@ -40,31 +40,31 @@ def taps_of(terms: Terms) -> set[str]:
 
 
 def t_min_of(terms: Terms) -> dict[str, float]:
-    """Term -> the time below which a sample does not count for it, where the term has one."""
+    """Term -> the time below which it ignores a sample, for terms that have one."""
     return {kind: term["t_min"] for kind, term in terms.items() if term.get("t_min")}
 
 
 def draws_negatives(terms: Terms) -> bool:
-    """Whether a term compares with tokens of the whole batch."""
+    """Whether a term draws negatives from tokens of the whole batch."""
     return terms.get("features", {}).get("negatives") == "batch"
 
 
 def gather_negatives(
     features: Tensor, rows: range, terms: Terms, *, seed: int, step: int, size: int, group: Group
 ) -> tuple[Tensor, Tensor]:
-    """Teacher features of some tokens of the whole batch: (M, D), and their places, (M,) int64.
+    """Teacher features of some tokens of the whole batch: (M, D), and their indices, (M,) int64.
 
-    Which tokens follows from seed and step alone, so every process chooses the same ones. Each puts those that it has
-    into a tensor of zeros; the sum over processes has them all, exactly.
+    The choice depends only on seed and step, so all ranks choose the same tokens. Each rank puts its own into a tensor
+    of zeros; the sum over ranks contains all of them exactly.
 
     Args:
-        features: (B, N, D) of this process's rows, in order.
-        rows: this process's rows of the whole batch.
+        features: (B, N, D) of this rank's rows, in order.
+        rows: this rank's rows of the whole batch.
         terms: the active terms.
-        seed: the run's.
+        seed: of the run.
         step: steps done before this one.
         size: samples in the whole batch.
-        group: the processes.
+        group: the ranks.
     """
     tokens = features.shape[1]
     count = terms["features"]["negative_count"]
@@ -78,7 +78,7 @@ def gather_negatives(
 
 
 def teacher_targets(teachers: Mapping[str, Teacher], terms: Terms, images: Tensor | None) -> dict[str, TeacherTargets]:
-    """What each teacher says of the clean images, asked once for all of these terms that it serves."""
+    """Outputs of each teacher for the clean images, with one forward pass for all the terms it serves."""
     seen: dict[str, TeacherTargets] = {}
     if images is None:
         assert not teachers
@@ -91,14 +91,14 @@ def teacher_targets(teachers: Mapping[str, Teacher], terms: Terms, images: Tenso
 
 
 class Objective(nn.Module):
-    """Model and projectors under one roof, so that whatever wraps them (DDP, a compiler) sees one forward."""
+    """Model and projectors in one module, so that a wrapper (DDP, a compiler) sees one forward pass."""
 
     def __init__(self, learner: Learner, terms: Terms, *, process: Process, scale: float, shift: float):
         """
         Args:
             learner: whose model and projectors are used.
             terms: active alignment terms with their layers and weights.
-            process: what the network predicts, and the loss of that.
+            process: what the network predicts, and the loss of the prediction.
             scale: scaling factor of the latents; with `shift`, z = (mean + std n - shift) scale.
             shift: see `scale`.
         """
@@ -113,13 +113,13 @@ class Objective(nn.Module):
         targets: Mapping[str, TeacherTargets],
         negatives: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The loss terms, unweighted: `denoising`, and `features` and `attention` where active; and what the process
-        says beside them, which nobody trains.
+        """The unweighted loss terms: `denoising`, `features` and `attention` where active, and the other losses of the
+        process, which are only logged.
 
         Args:
             batch: see `Batch`.
-            targets: `teacher_targets` at the batch's images, or what lies on disk of them.
-            negatives: `gather_negatives`, where the features are compared with tokens of the whole batch.
+            targets: `teacher_targets` of the batch's images, or the stored ones.
+            negatives: `gather_negatives`, if the features are compared with tokens of the whole batch.
         """
         dtype = next(self.model.parameters()).dtype
         z = draw(batch.moments, batch.draw, self.scale, self.shift).to(dtype)
@@ -138,7 +138,7 @@ class Objective(nn.Module):
         return found
 
     def _denoising(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The process's losses, of which one is trained."""
+        """The process's losses; only `denoising` is trained."""
         if "denoising" not in parts or not TERMS.keys().isdisjoint(parts):
             found = f"{type(self.process).__name__}: its losses are {', '.join(parts) or 'none'}"
             raise ValueError(f"{found}; expected denoising, and not {', '.join(TERMS)}")
@@ -176,12 +176,12 @@ class Objective(nn.Module):
 
 
 def weight_of(term: Mapping[str, Any], step: int) -> float:
-    """A term's weight as it is after `step` steps."""
+    """A term's weight after `step` steps."""
     return term["weight"] * schedule.factor(step, term)
 
 
 def total_loss(found: Mapping[str, Tensor], terms: Terms, step: int) -> Tensor:
-    """L = L_denoising + sum of weight * L_term (HASTE, Eq. 7), weights as they are after `step` steps."""
+    """L = L_denoising + sum of weight * L_term (HASTE, Eq. 7), with the weights after `step` steps."""
     total = found["denoising"]
     for kind, term in terms.items():
         total = total + weight_of(term, step) * found[kind]
@@ -189,20 +189,22 @@ def total_loss(found: Mapping[str, Tensor], terms: Terms, step: int) -> Tensor:
 
 
 def update(learner: Learner, *, clip: float | None, ema: float, skip: bool) -> Tensor:
-    """Clip the gradients, optimise, average. Returns the gradient's norm before clipping. Nothing waits for a GPU.
+    """Clip the gradients, step the optimiser, update the average. Does not wait for the GPU.
+
+    Returns the gradient's norm before clipping.
 
     Args:
         learner: holds the gradients, multiplied by its scaler's scale.
-        clip: largest norm of all gradients together; None for any.
+        clip: largest norm of all gradients together; None for no limit.
         ema: decay of the average.
-        skip: leave the parameters alone in a step whose gradient is not finite. (fp16 always does: its scaler then
+        skip: leave the parameters unchanged in a step whose gradient is not finite. (fp16 always does; its scaler then
             lowers the scale.)
     """
     learner.scaler.unscale_(learner.optimizer)
     parameters = list(learner.parameters().values())
     norm = nn.utils.clip_grad_norm_(parameters, clip if clip is not None else float("inf"))
     if skip and not learner.scaler.is_enabled():
-        # The fused optimiser's own switch, meant for scalers: it is read on the device.
+        # The fused optimiser's own flag, intended for scalers; it is read on the device.
         learner.optimizer.grad_scale, learner.optimizer.found_inf = None, (~norm.isfinite()).float()  # type: ignore
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()

@@ -1,8 +1,8 @@
 """Where triggers stopped alignment: `termination.json` in a trajectory's folder, and what it says of a run. No torch.
 
-A state's header has, in `triggers`, what each trigger has read and decided so far. The file repeats what led to a stop,
-for people and for the report; it is written after the state at the stop, and again by any later start that misses it.
-Until then the newest state is believed beside it.
+A state's header holds, in `triggers`, what each trigger has read and decided so far. The file repeats the record of a
+stop, for people and for the report. It is written after the state at the stop; if it is missing, a later start writes
+it again. Until then readers also use the newest state.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Stopped:
 
 
 def write(folder: Path, header: Mapping[str, Any]) -> None:
-    """Write the file where a state's header tells of a stop on its own trajectory that the file does not tell of.
+    """Write the file if a state's header has a stop on its own trajectory that the file does not have.
 
     Args:
-        folder: the trajectory's.
+        folder: of the trajectory.
         header: of a state.
     """
     own = _own(header)
@@ -46,7 +46,7 @@ def write(folder: Path, header: Mapping[str, Any]) -> None:
 
 
 def _own(header: Mapping[str, Any]) -> dict[str, Any]:
-    """What stopped terms on the trajectory of a state, as its header tells it."""
+    """The stops on a state's own trajectory, from its header."""
     return {
         kind: {
             **record["stopped"],
@@ -60,7 +60,7 @@ def _own(header: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _terms(folder: Path) -> dict[str, Any]:
-    """What the file says, by term; nothing where there is none or it is damaged: a start of training mends it."""
+    """Contents of the file, by term; empty if it is missing or damaged, which the next start of training repairs."""
     try:
         return _checked(folder / FILE, artefact.read_json(folder / FILE, KIND)["terms"])
     except (ValueError, KeyError):
@@ -75,19 +75,19 @@ def _checked(path: Path, terms: Any) -> dict[str, Any]:
 
 
 def _in_newest_state(folder: Path) -> dict[str, Any]:
-    """What the newest state that can be read says, by term: a state knows of all stops before it."""
+    """Stops in the newest readable state, by term: a state records all stops before it."""
     paths = [*folder.glob("step-*"), *folder.glob("rolling/step-*")]
     steps = {path: int(match[1]) for path in paths if (match := STATE_NAME.match(path.name))}
     for path in sorted(steps, key=steps.__getitem__, reverse=True):
         try:
             return _checked(path, _own(provenance_of(path)))
-        except (ValueError, KeyError, TypeError, AttributeError, OSError):  # damaged, or gone while we look
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):  # damaged, or removed meanwhile
             continue
     return {}
 
 
 def read(folder: Path) -> dict[str, Stopped]:
-    """Term -> what stopped it on a trajectory, as the file and the newest state say; nothing where none was stopped."""
+    """Term -> what stopped it on a trajectory, from the file and the newest state; empty if nothing was stopped."""
     terms = _in_newest_state(folder) | _terms(folder)
     return {
         kind: Stopped(term["step"], str(term["trigger"].get("trigger")), term["reason"]) for kind, term in terms.items()
@@ -95,10 +95,10 @@ def read(folder: Path) -> dict[str, Stopped]:
 
 
 def history(state: Path | str) -> dict[str, list[Reading]]:
-    """Term -> all readings of its trigger, as a state has them: what `haste.align.triggers.replayed` looks at.
+    """Term -> all readings of its trigger in a state, for `haste.align.triggers.replayed`.
 
     Raises:
-        ValueError: no state.
+        ValueError: not a state.
     """
     records = provenance_of(Path(state)).get("triggers", {})
     return {
@@ -115,13 +115,13 @@ def along(plan: Plan, run: str, seed: int) -> dict[str, Stopped]:
 
 
 def left(plan: Plan, segment: Segment) -> list[str]:
-    """The terms that are still active where a segment starts, as far as is known now."""
+    """The terms still active where a segment starts, as far as is known now."""
     stopped = _up_to(plan, segment.pieces, segment.start)
     return [kind for kind in segment.terms if kind not in stopped]
 
 
 def without_stopped(segment: Segment, header: Mapping[str, Any]) -> Segment:
-    """A segment without the terms that triggers had stopped before the state with this header was saved."""
+    """A segment without the terms that triggers stopped before the state with this header was saved."""
     stopped = {kind for kind, record in header.get("triggers", {}).items() if record["stopped"] is not None}
     terms = {kind: term for kind, term in segment.terms.items() if kind not in stopped}
     return dataclasses.replace(segment, terms=terms, cached=tuple(kind for kind in segment.cached if kind in terms))

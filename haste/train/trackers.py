@@ -1,4 +1,4 @@
-"""Where a journal's records also go: TensorBoard, Weights & Biases. A new one is a function and a line in TRACKERS."""
+"""Further outputs of a journal: TensorBoard, Weights & Biases. A new one is a function and a line in TRACKERS."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def open_tracker(kind: str, folder: Path, **about: Any) -> Track:
 def _tensorboard(folder: Path, *, name: str, config: Mapping[str, Any], begin: int) -> Track:
     from torch.utils.tensorboard import SummaryWriter
 
-    # What an interrupted stretch wrote beyond its last state comes again: TensorBoard is told to forget it.
+    # An interrupted run repeats the steps after its last state: TensorBoard drops its older records of them.
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=begin + 1)
 
     def track(record: dict[str, Any]) -> None:

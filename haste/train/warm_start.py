@@ -1,4 +1,4 @@
-"""Weights from elsewhere in a plan: what training begins from, and rows that were trained elsewhere."""
+"""Weights from other sources: the weights that training begins from, and rows that were trained elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def model_elsewhere(plan: Plan, trajectory: str) -> Denoiser:
     """The model of a row that was trained elsewhere.
 
     Raises:
-        ValueError: as `checkpoint_elsewhere`, or it has no such weights as the row asks for.
+        ValueError: as `checkpoint_elsewhere`, or it does not have the weights that the row asks for.
     """
     model = build_model(plan.trajectories[trajectory].recipe)
     found = checkpoint_elsewhere(plan, trajectory)
@@ -34,7 +34,7 @@ def checkpoint_elsewhere(plan: Plan, trajectory: str) -> Checkpoint:
     """The file of a row that was trained elsewhere.
 
     Raises:
-        ValueError: the file is refused, is not the model that the configuration says, or changed since it was named.
+        ValueError: the file is refused, is not the configuration's model, or has changed since it was named.
     """
     spec, recipe = plan.elsewhere[trajectory], plan.trajectories[trajectory].recipe
     found = _known(plan, spec.checkpoint, recipe, spec.layout)
@@ -44,20 +44,20 @@ def checkpoint_elsewhere(plan: Plan, trajectory: str) -> Checkpoint:
 
 
 def projector_in(heads: Iterable[Mapping[str, Tensor]], like: nn.Module) -> Mapping[str, Tensor] | None:
-    """The one of a file's heads that has the shape of a projector; None where none or several have."""
+    """The projection head in a file that has a projector's shape; None if there is none or more than one."""
     shapes = {name: value.shape for name, value in like.state_dict().items()}
     fits = [head for head in heads if {name: value.shape for name, value in head.items()} == shapes]
     return fits[0] if len(fits) == 1 else None
 
 
 def warm_start(plan: Plan, trajectory: str, learner: Learner) -> None:
-    """Put weights from elsewhere into a learner that begins; its optimiser is new.
+    """Load weights from a file into a new learner; its optimiser starts empty.
 
-    A file with one set of weights gives both the model and its average. A projector is taken where the file has one
-    of that shape, else it begins anew.
+    A file with one set of weights provides both the model and its average. A projector is loaded if the file has one
+    of that shape, else it keeps its initial weights.
 
     Raises:
-        ValueError: the file is refused, is not the recipe's model, or changed since it was named.
+        ValueError: the file is refused, is not the recipe's model, or has changed since it was named.
     """
     recipe = plan.trajectories[trajectory].recipe
     file = next(file for file, identity in plan.identities.items() if identity == recipe["warm_start"])
@@ -76,7 +76,7 @@ def warm_start(plan: Plan, trajectory: str, learner: Learner) -> None:
 
 
 def _trained_otherwise(found: Checkpoint, recipe: Mapping[str, Any]) -> tuple[str, Any] | None:
-    """How a file says that it was trained, and how a recipe says it, where that differs."""
+    """Training settings recorded in a file and in a recipe, where they differ."""
     path, process = found.facts.get("path"), found.facts.get("process")
     training = recipe["training"]
     expected = training.get("path") or training["process"]
@@ -88,7 +88,7 @@ def _trained_otherwise(found: Checkpoint, recipe: Mapping[str, Any]) -> tuple[st
 
 
 def _known(plan: Plan, file: str, recipe: Mapping[str, Any], layout: Any) -> Checkpoint:
-    """A file that the plan named by its content, checked to be that content and the recipe's model."""
+    """A file that the plan identified by its content, after checking that content and the model."""
     other = "architecture" in recipe["model"]
     found = weights_by_recipe(file, recipe) if other else open_weights(file, layout=layout, expected=shape_in(recipe))
     if found.sha256 != plan.identities[file]:

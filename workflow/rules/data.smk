@@ -78,13 +78,13 @@ rule latents_join:
     shell: "haste latents -c {CONFIG:q} --join > {log:q} 2>&1"
 
 
-# Targets of teachers that are cached: components where they are asked for, then shards, then the manifest.
+# Targets of cached teachers: components if requested, then shards, then the manifest.
 
 def teacher_of(made):
     return lambda wildcards: next(name for name, artefact in made.items() if artefact.key == wildcards.key)
 
 def looks(wildcards):
-    """What a teacher needs that looks at all images, and its components."""
+    """The inputs of a teacher's targets: the images, the teacher and its components."""
     name = teacher_of(plan.targets)(wildcards)
     parts = [part for part in (plan.teachers[name], plan.pca.get(name)) if part]
     return [plan.images.manifest, *(part.manifest for part in parts)]

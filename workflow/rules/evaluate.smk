@@ -1,4 +1,4 @@
-# Samples and their features in one job, then their scores. States are ancient() here too: their names say what they are.
+# Samples and their features in one job, then their scores. States are ancient() here too: their names identify them.
 import re
 
 PARTS = [detector.part.manifest for detector in plan.detectors.values() if detector.part]
@@ -9,13 +9,13 @@ def drawn(wildcards):
 
 
 def judgement(wildcards):
-    """By the score that comes of it."""
+    """One detector's judgement of a set of samples, by the score's name."""
     path = f"{plan.root}/scores/{wildcards.draw}.{wildcards.key}.json"
     return next(one for one in drawn(wildcards).judgements if one.score == path)
 
 
 def seen(wildcards):
-    """The detector behind a folder of features."""
+    """The detector of a folder of features."""
     return next(one for one in plan.detectors.values() if one.looks == wildcards.seen)
 
 
@@ -24,7 +24,7 @@ def floor_of(wildcards):
     return next(detector for detector in plan.detectors.values() if detector.floor == path)
 
 
-# All detectors look in one job; those that have looked before, at the same images, are left out.
+# All detectors run in one job; those that already have features of the same images are left out.
 rule reference:
     input: ancient(plan.images.manifest), ancient(PARTS)
     output: plan.references_missing or (plan.references if HERE else [])
@@ -34,10 +34,10 @@ rule reference:
     shell: "haste reference -c {CONFIG:q} > {log:q} 2>&1"
 
 
-# Two ways to the same features, so no samples have both: what is to be drawn is looked at in the same job; at samples that
-# are there already a detector that came later looks alone, and nothing is drawn again. Which it is, is decided by what is on
-# disk when Snakemake starts. A job on a node reads these lines again, after the node's death once more, when more is on disk:
-# there nothing is decided.
+# There are two ways to the same features, so each set of samples has only one. New samples get features in the same
+# job; for existing samples a detector added later runs alone, and nothing is drawn again. What is on disk when
+# Snakemake starts decides between them. A job on a node reads these lines again, and once more after a node failure,
+# when more is on disk: there nothing is decided.
 DRAWN, TO_DRAW = (
     [re.escape(name) for name, one in plan.evaluations.items() if not HERE or one.is_drawn == there]
     for there in (True, False)

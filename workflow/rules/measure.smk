@@ -1,4 +1,4 @@
-# What is measured of states beside their scores: one rule for all measures, by the name of what is measured.
+# Diagnostics of states other than their scores: one rule for all measures, by the name of the measurement.
 
 rule measure:
     input: ancient(lambda wildcards: plan.measured_from(plan.measurements[f"{wildcards.state}/{wildcards.what}"]))

@@ -1,5 +1,5 @@
-# One page, and its tables as files. `snakemake --report` shows what is marked with report(...) once more, with its own
-# account of jobs and times.
+# One page, and its tables as files. `snakemake --report` also shows everything marked with report(...), with its own
+# statistics of jobs and times.
 
 rule report:
     input: plan.shown, plan.measure_files

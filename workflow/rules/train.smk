@@ -1,15 +1,15 @@
-# A state from the state before it. Every edge is ancient(): nothing is ever trained again because a file was touched.
+# A state from the previous state. Every edge is ancient(): nothing is ever trained again because a file was touched.
 import re
 
 from haste.cluster import check
 
 
 def before(wildcards):
-    """What a segment starts from: the parent state, the latents and, while it aligns, images and teachers
+    """The inputs of a segment: the parent state, the latents and, while it aligns, images and teachers
     or their targets on disk.
 
-    A finished state starts from nothing: else a milestone put in before it, which then is its parent, would be a
-    reason to make it again (ancient() holds only for files that exist).
+    A finished state has no inputs. Otherwise a milestone inserted before it, which becomes its parent, would be a
+    reason to make it again (ancient() only applies to files that exist).
     """
     state = State(wildcards.trajectory, int(wildcards.step))
     if state.step in plan.on_disk(state.trajectory):
@@ -24,7 +24,7 @@ def before(wildcards):
 
 
 def on_cluster(wildcards, resources):
-    """With nodes in the profile, training is a job of the cluster: this rule submits it or attaches to it, and waits."""
+    """With nodes in the profile, training is a cluster job: this rule submits it or attaches to it, and waits."""
     if "nodes" not in resources.keys():
         if workflow.remote_exec:
             raise WorkflowError("The profile gives rule train no nodes: it would train where Snakemake runs.")
@@ -34,16 +34,16 @@ def on_cluster(wildcards, resources):
 
 
 def ask_the_cluster():
-    """Before anything is submitted: would SLURM take it?"""
+    """Check, before anything is submitted, whether SLURM would accept it."""
     if workflow.executor_plugin.name == "slurm":
         jobs = [job for job in workflow.dag.needrun_jobs() if job.rule.name.startswith("train") or not job.is_local]
         for doubt in check.check((job.rule.name, dict(job.resources.items())) for job in jobs):
             logger.warning(doubt)
 
 
-# A job may wait for hours behind others, and a job of the cluster that an earlier Snakemake submitted finish its state
-# meanwhile. Snakemake removes what a job makes before it runs it, unless it is to be updated.
-# Whether a segment aligns is a matter of its trajectory: two rules, so that a profile can ask for other resources.
+# A job may wait for hours behind others, and meanwhile a cluster job that an earlier Snakemake submitted may finish its
+# state. Snakemake removes a job's outputs before it runs the job, unless they are marked update().
+# Whether a segment aligns depends on its trajectory: two rules, so that a profile can request different resources.
 ALIGNED, PLAIN = ("|".join(map(re.escape, plan.trained(aligned))) or "(?!)" for aligned in (True, False))
 SNAKEMAKES_OWN = {"tmpdir", "disk_mb", "disk_mib", "mem_mib", "disk", "mem"}
 
@@ -56,9 +56,9 @@ rule train:
     wildcard_constraints: trajectory=ALIGNED
     threads: TRAIN_THREADS
     priority: 10  # what others wait for goes first
-    retries: 0  # it sees to that itself; and what somebody cancelled is not submitted behind their back
+    retries: 0  # the job retries by itself; and a job that a user cancelled must not be resubmitted
     params: cluster=on_cluster
-    # what a person should read at once goes to descriptor 3, past the log
+    # messages for the terminal go to descriptor 3, past the log
     shell: "haste train {wildcards.trajectory:q}/{wildcards.step} -c {CONFIG:q} {params.cluster:q} 3>&2 > {log:q} 2>&1"
 
 
