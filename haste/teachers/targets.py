@@ -48,12 +48,13 @@ def load_teacher(plan: Plan, name: str) -> Teacher:
     """A configuration's teacher, on the CPU.
 
     Raises:
-        ValueError: as `Teacher.load`.
+        ValueError: a teacher that is trained here is missing; or as `Teacher.load`.
     """
     from haste.teachers.encoder import Teacher  # timm takes seconds to import, and cached training never needs it
 
     part, spec = plan.teachers[name], plan.config.teachers[name].pretrained
     if part is not None:
+        artefact.read_json(part.manifest, "part")  # a folder that is gone would be taken for a name of timm's
         return Teacher.load(part.folder)
     assert spec is not None
     return Teacher.load(spec.name, resolution=plan.config.images.resolution, weights=spec.weights)

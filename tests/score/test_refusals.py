@@ -142,7 +142,7 @@ def test_two_detectors_are_never_mixed(draw, pack, real, make_detector, tmp_path
     ):
         score_images(stored["fake", "one"], stored["real", "two"])
     refused(second, stored["fake", "one"], stored["real", "two"], ["fake-", "features by detector", "requested"])
-    refused(first, fake, stored["real", "two"], ["real-", "compare nothing"])
+    refused(first, fake, stored["real", "two"], ["real-", "cannot be compared"])
     other = make_detector(kind="DINOv2-L", widths={"pool": 5})
     np.savez(tmp_path / "ref.npz", **MU)
     refused(other, fake, tmp_path / "ref.npz", ["mu and sigma of Inception and no images"])
@@ -158,7 +158,7 @@ def test_what_can_be_refused_beforehand_is_refused_before_anything_is_looked_at(
     other = make_detector(seed=1)
     other.network.register_forward_pre_hook(lambda module, given: looked.append(given))
     np.savez(tmp_path / "ref.npz", **MU)
-    refused(other, fake, stored, ["compare nothing"])
+    refused(other, fake, stored, ["cannot be compared"])
     refused(other, fake, tmp_path / "ref.npz", ["holds no images"], metrics=["fid", "recall"])
     refused(other, fake, None, ["FID: needs a reference"], metrics=["fid"])
     refused(other, pack("fake", 0 * draw(0, 20)), real, ["nothing but black"])
