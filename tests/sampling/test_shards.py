@@ -229,7 +229,7 @@ def test_a_finished_shard_is_drawn_again_only_where_it_is_damaged_or_of_other_we
     second.unlink()
     same(3)
     assert "expected samples" in caplog.text
-    monkeypatch.setattr("haste.train.state.weights_identity", lambda model: "of others")
+    monkeypatch.setattr("haste.score.jobs.weights_identity", lambda model: "of others")
     draw(plan, evaluation)
     assert len(asked) == 4
 
@@ -330,10 +330,10 @@ def test_the_score_has_the_evaluations_that_were_counted(trained):
 
 def test_progress_comes_within_a_batch_too_with_the_time_to_go(monkeypatch, caplog):
     """After 10 s the batch is half drawn: 10 of 40 images, 30 more take thrice as long."""
-    from haste.sampling import painter, shards
+    from haste.sampling import shards
 
     now = [100.0]
-    monkeypatch.setattr(painter.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(shards.time, "monotonic", lambda: now[0])
     caplog.set_level("INFO", logger="haste.sample")
     watch = shards._Watch("shard 0 of 1", 40)
     for now[0], begun in ((101.0, 1.0), (109.9, 9.0), (110.0, 10.0), (111.0, 11.0)):
