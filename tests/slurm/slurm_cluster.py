@@ -165,10 +165,11 @@ class Slurm:
             self._write_client(name)
 
     def _start_database(self) -> None:
-        data, sock = self.folder / "sql", self.folder / "sql.socket"
-        install = ["mariadb-install-db", f"--datadir={data}", "--auth-root-authentication-method=normal", "--user=root"]
-        self.ask(*install, "--skip-test-db")
-        daemon = ["mariadbd", "--no-defaults", "--user=root", f"--datadir={data}", f"--socket={sock}"]
+        data, sock, tmp = self.folder / "sql", self.folder / "sql.socket", self.folder / "sql.tmp"
+        tmp.mkdir()  # its own: a database that starts removes every temporary table it finds, another's in /tmp too
+        places = ["--user=root", f"--datadir={data}", f"--tmpdir={tmp}"]
+        self.ask("mariadb-install-db", "--auth-root-authentication-method=normal", "--skip-test-db", *places)
+        daemon = ["mariadbd", "--no-defaults", *places, f"--socket={sock}"]
         daemon += [f"--port={self.values['sql']}", "--bind-address=127.0.0.1", f"--pid-file={self.folder}/sql.pid"]
         self.start("mariadbd", *daemon, "--innodb-buffer-pool-size=64M", "--innodb-flush-log-at-trx-commit=0")
         client = ["mariadb", "--no-defaults", f"--socket={sock}", "--user=root"]
