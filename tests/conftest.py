@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import hashlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,16 +35,40 @@ def tiny() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def _finished_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("world") / "results"
-    path = root.parent / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "results": str(root)}))
-    shards = [["--shard", "0"], ["--shard", "1"], ["--join"]]
-    steps = [["images", *how] for how in shards]
-    steps += [["autoencoder"], ["teacher", "vit"], ["detector"], ["reference"], *(["latents", *how] for how in shards)]
-    for step in steps:
-        assert cli.main([step[0], "-c", str(path), *step[1:]]) == 0, step
-    return root
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """A function from a name and what fills a folder to that folder, to be read only.
+
+    It is filled once a test run, however many processes run the tests: the first that asks fills it, the others wait.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name: str, fill: Callable[[Path], None]) -> Path:
+        folder, done = base / f"once-{name}", base / f"once-{name}.done"
+        with open(base / f"once-{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def _finished_data(once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    def fill(folder: Path) -> None:
+        path = folder / "tiny.yaml"
+        path.write_text(yaml.safe_dump({**TINY, "results": str(folder / "results")}))
+        shards = [["--shard", "0"], ["--shard", "1"], ["--join"]]
+        steps = [["images", *how] for how in shards]
+        steps += [["autoencoder"], ["teacher", "vit"], ["detector"], ["reference"]]
+        for step in [*steps, *(["latents", *how] for how in shards)]:
+            assert cli.main([step[0], "-c", str(path), *step[1:]]) == 0, step
+
+    return once("data", fill) / "results"
 
 
 @pytest.fixture
@@ -124,18 +150,20 @@ class World:
 
 
 @pytest.fixture(scope="session")
-def finished_world(_finished_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_world(_finished_data: Path, once: Callable[[str, Callable[[Path], None]], Path]) -> Path:
     """A world in which one state is trained, sampled and scored."""
-    folder = tmp_path_factory.mktemp("finished")
-    shutil.copytree(_finished_data, folder / "results")
-    world = World(folder)
-    steps = [["train", str(world.plan.state("HASTE", 8))]]
-    steps += [[command, world.row().name] for command in ("sample", "evaluate", "grid")]
-    for step in steps:
-        assert cli.main([*step, "-c", str(world.file)]) == 0, step
-    exported = [str(world.state), str(folder / "theirs.pt"), "--format", "repa"]
-    assert cli.main(["export", *exported]) == 0
-    return folder
+
+    def fill(folder: Path) -> None:
+        shutil.copytree(_finished_data, folder / "results")
+        world = World(folder)
+        steps = [["train", str(world.plan.state("HASTE", 8))]]
+        steps += [[command, world.row().name] for command in ("sample", "evaluate", "grid")]
+        for step in steps:
+            assert cli.main([*step, "-c", str(world.file)]) == 0, step
+        exported = [str(world.state), str(folder / "theirs.pt"), "--format", "repa"]
+        assert cli.main(["export", *exported]) == 0
+
+    return once("world", fill)
 
 
 @pytest.fixture

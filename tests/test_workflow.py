@@ -52,7 +52,9 @@ class Workshop:
             "runs": RUNS,
             **changes,
         }
-        (self.folder / "tiny.yaml").write_text(yaml.safe_dump(raw))
+        artefact.write_json(
+            self.folder / "tiny.yaml", raw
+        )  # JSON is YAML; whole at once, since others may be reading it
         self.plan = Plan(config.resolve(raw))
         return self.plan
 
@@ -106,13 +108,13 @@ class Workshop:
 
 
 @pytest.fixture(scope="module")
-def finished(_finished_data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    shutil.copytree(_finished_data, folder / "results")
-    shop = Workshop(folder)
-    done = shop.snakemake()
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return shop
+def finished(_finished_data, once):
+    def fill(folder):
+        shutil.copytree(_finished_data, folder / "results")
+        done = Workshop(folder).snakemake()
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+    return Workshop(once("workflow", fill))
 
 
 @pytest.fixture

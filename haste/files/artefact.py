@@ -228,6 +228,7 @@ def code_version() -> dict[str, str]:
     return {"version": version, "source": digest.hexdigest()[:12]}
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
