@@ -8,7 +8,16 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from haste.config.keys import decides
-from haste.config.parts import Model, OtherModel, Process, architecture_named, condition_named, model_of, process_named
+from haste.config.parts import (
+    TRANSFORMERS,
+    Model,
+    OtherModel,
+    Process,
+    architecture_named,
+    condition_named,
+    model_of,
+    process_named,
+)
 from haste.config.published import ALIGNED_HEADS, MAPPINGS, REPA_DEPTH, alignment_named, model_named, teacher_shape
 from haste.config.schema import Config, Evaluate, Training, Trigger
 from haste.networks.spec import Facts, Tap, sit_facts, sit_taps
@@ -35,7 +44,7 @@ def facts_in(recipe: Mapping[str, Any]) -> Facts:
 
 @functools.cache  # it builds the network, though without memory
 def facts_of_other(recipe: str) -> Facts:
-    """Taps and cost of a network other than SiT; `recipe` is its deciding part, as JSON."""
+    """Taps and cost of a network other than SiT and DiT; `recipe` is its deciding part, as JSON."""
     found = json.loads(recipe)
     model, size = model_in(found), found["model"]
     return architecture_named(model.architecture).facts(
@@ -54,7 +63,9 @@ OF_INTERPOLANT = ("path", "timesteps")  # keys of `training`
 
 def process_of(model: Model | OtherModel) -> str:
     """The name of a network's process."""
-    return "interpolant" if isinstance(model, Model) else architecture_named(model.architecture).process
+    if isinstance(model, Model):
+        return TRANSFORMERS[model.architecture]
+    return architecture_named(model.architecture).process
 
 
 def process_in(recipe: Mapping[str, Any]) -> Any:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from haste import extensions
 from haste.config.keys import Float, Positive, Rate, Seed, Strict, completed, decides, nearest, number
@@ -182,9 +190,11 @@ class Detector(Strict):
 
 
 # Architectures of the denoising network: name -> import path of its class, which is imported on request.
-DENOISERS = {"sit": "haste.models.sit:SiT"}
+DENOISERS = {"sit": "haste.models.sit:SiT", "dit": "haste.models.dit:DiT"}
+# Those whose size is a `Model`, with the process of each: known without an import.
+TRANSFORMERS = {"sit": "interpolant", "dit": "ddpm"}
 # Training objectives, likewise.
-PROCESSES = {"interpolant": "haste.diffusion.interpolant:Interpolant"}
+PROCESSES = {"interpolant": "haste.diffusion.interpolant:Interpolant", "ddpm": "haste.diffusion.ddpm:DDPM"}
 # Conditions, the network's inputs besides x and t, likewise.
 CONDITIONS = {"labels": "haste.data.condition:Labels"}
 
@@ -265,7 +275,7 @@ class Process(_Named):
     def _schema(cls, name: str) -> type[BaseModel]:
         if name == "interpolant":
             raise ValueError("the keys of interpolant are training.path and training.timesteps, expected no process")
-        return process_named(name).Settings
+        return Strict if name == "ddpm" else process_named(name).Settings  # avoids importing torch
 
 
 class Condition(_Named):
@@ -303,9 +313,9 @@ def measure_named(name: str) -> Any:
 
 
 class Model(Strict):
-    """The size of a SiT."""
+    """The size of a SiT or a DiT."""
 
-    architecture: Annotated[Literal["sit"], Field(exclude=True)] = "sit"
+    architecture: Literal["sit", "dit"] = "sit"
     depth: Positive
     width: Positive
     heads: Positive
@@ -320,6 +330,11 @@ class Model(Strict):
             raise ValueError(f"width {self.width} is not divisible by 4, which the position embedding needs")
         return self
 
+    @model_serializer(mode="wrap")
+    def _without_the_default(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A SiT's architecture is written nowhere: its names are older than the key."""
+        return {key: value for key, value in whole(self).items() if (key, value) != ("architecture", "sit")}
+
     @property
     def decided(self) -> dict[str, Any]:
         """Its entries in a recipe."""
@@ -328,11 +343,11 @@ class Model(Strict):
     @property
     def settings(self) -> dict[str, Any]:
         """Its constructor arguments, besides those from the latents and the condition."""
-        return self.model_dump()
+        return self.model_dump(exclude={"architecture"})
 
 
 class OtherModel(BaseModel):
-    """A network other than SiT; its keys are those of its architecture's `Settings`."""
+    """A network other than SiT and DiT; its keys are those of its architecture's `Settings`."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -363,6 +378,6 @@ def model_of(given: Any) -> Model | OtherModel:
     if isinstance(given, Model | OtherModel):
         return given
     name = given.get("architecture", "sit") if isinstance(given, dict) else "sit"
-    if name != "sit" and isinstance(name, str):
+    if name not in TRANSFORMERS and isinstance(name, str):
         return OtherModel.model_validate(given)
     return Model.model_validate(given)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from haste.config.parts import Model, OtherModel, Teacher
 from haste.config.schema import Alignment, Config
 from haste.networks.registry import TEACHERS
 
-# Published sizes (DiT Table 1; SiT uses the same). L, D, H; the number behind the slash is the patch size.
+# Published sizes of DiT (its Table 1) and SiT. L, D, H; the number behind the slash is the patch size.
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+_SYSTEMS: dict[str, Literal["sit", "dit"]] = {"SiT": "sit", "DiT": "dit"}
 MODELS = {
-    f"SiT-{name}/{patch}": Model(depth=depth, width=width, heads=heads, patch_size=patch)
+    f"{system}-{name}/{patch}": Model(architecture=kind, depth=depth, width=width, heads=heads, patch_size=patch)
+    for system, kind in _SYSTEMS.items()
     for name, (depth, width, heads) in _SIZES.items()
     for patch in (2, 4, 8)
 }
 
 # HASTE Table 5: feature depth (from 1), student layers (from 0), teacher layers (from 0, a 12-layer ViT-B).
 _DEEP = (8, [4, 5, 6, 7], [8, 9, 10, 11])
-MAPPINGS = {"SiT-B/2": (5, [2, 3, 4], [7, 9, 11]), "SiT-L/2": _DEEP, "SiT-XL/2": _DEEP}
-REPA_DEPTH = {"SiT-B/2": 4, "SiT-L/2": 8, "SiT-XL/2": 8}
+MAPPINGS = {"SiT-B/2": (5, [2, 3, 4], [7, 9, 11]), "SiT-L/2": _DEEP, "SiT-XL/2": _DEEP, "DiT-XL/2": _DEEP}
+REPA_DEPTH = {"SiT-B/2": 4, "SiT-L/2": 8, "SiT-XL/2": 8, "DiT-XL/2": 8}
 ALIGNED_HEADS = 12
 
 

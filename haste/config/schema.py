@@ -228,23 +228,29 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sde-250": {"sampler": "euler-maruyama", "steps": 250},
     "ode-50": {"sampler": "euler", "steps": 50},
     "heun-125": {"sampler": "heun", "steps": 125},
+    "ddpm-250": {"sampler": "ddpm", "steps": 250},
+    # DiT's own samples of its Table 2, "cfg=1.50".
+    "ddpm-250-guided": {"sampler": "ddpm", "steps": 250, "guidance": 1.5, "guided_channels": 3, "pixels": "round"},
 }
 # dopri5 with SiT's settings.
 _TOLERANCES = {"rtol": 1e-3, "atol": 1e-6}
 
 
 # Samplers of this package, and the process of each.
-SAMPLERS = {name: "interpolant" for name in ("euler", "heun", "euler-maruyama", "dopri5")}
+SAMPLERS = {name: "interpolant" for name in ("euler", "heun", "euler-maruyama", "dopri5")} | {
+    name: "ddpm" for name in ("ddpm", "ddim")
+}
 
 
 class Sampling(Strict):
     """One way to draw samples from a state."""
 
-    preset: Annotated[Literal["sde-250", "ode-50", "heun-125"] | None, LABEL] = None
+    preset: Annotated[Literal["sde-250", "ode-50", "heun-125", "ddpm-250", "ddpm-250-guided"] | None, LABEL] = None
     sampler: Annotated[Literal[*SAMPLERS], or_added("samplers")] = "euler-maruyama"  # type: ignore[valid-type]
     steps: Positive | None = 250
     rtol: Annotated[Rate | None, LATER] = None
     atol: Annotated[Rate | None, LATER] = None
+    eta: Annotated[Share, LATER] = 0.0
     guidance: Annotated[Float, Field(ge=0)] = 1.0
     interval: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.0, 1.0]
     guided_channels: Annotated[Literal["all", 3], LATER] = "all"
@@ -272,8 +278,12 @@ class Sampling(Strict):
 
     @model_validator(mode="after")
     def _enough_steps(self) -> Sampling:
-        if self.sampler == "euler-maruyama" and self.steps is not None and self.steps < 2:
-            raise ValueError(f"steps {self.steps} is too few for euler-maruyama, expected at least 2")
+        if self.sampler in ("euler-maruyama", "ddpm", "ddim") and self.steps is not None and self.steps < 2:
+            raise ValueError(f"steps {self.steps} is too few for {self.sampler}, expected at least 2")
+        if SAMPLERS.get(self.sampler) == "ddpm" and self.steps is not None and self.steps > 1000:
+            raise ValueError(f"steps {self.steps} is more than the 1,000 steps that {self.sampler} chooses from")
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta {self.eta} is a key of ddim, which {self.sampler} does not have")
         return self
 
     @model_validator(mode="after")

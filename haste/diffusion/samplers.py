@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from haste import extensions
+from haste.diffusion import respacing
 from haste.diffusion.paths import LINEAR, Path, score_from_velocity
 
 Field = Callable[[Tensor, float], Tensor]  # of (x, t): the guided output of a network; here the velocity
@@ -183,6 +184,8 @@ SAMPLERS = extensions.Table(
         "heun": Sampler(heun, lambda steps: 2 * steps - 1),
         "euler-maruyama": Sampler(euler_maruyama, lambda steps: steps, stochastic=True),
         "dopri5": Sampler(dopri5, None),
+        "ddpm": Sampler(respacing.ancestral, lambda steps: steps, stochastic=True, process="ddpm"),
+        "ddim": Sampler(respacing.ddim, lambda steps: steps, stochastic=True, process="ddpm"),
     },
 )
 

@@ -5,7 +5,7 @@ Parameter names are those of REPA's checkpoints.
 """
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class SiT(Denoiser):
     """
 
     can_checkpoint = True
+    predictions: ClassVar[int] = 1  # output channels for each channel of the latents
     pos_embed: Tensor
 
     def __init__(
@@ -59,7 +60,7 @@ class SiT(Denoiser):
         # A buffer, not a frozen parameter: the key is the same, and no optimiser or parameter count ever meets it.
         self.register_buffer("pos_embed", torch.zeros(1, self.tokens, width))
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch_size * patch_size * in_channels)
+        self.final_layer = FinalLayer(width, patch_size * patch_size * self.predictions * in_channels)
         self.initialise(generator or torch.Generator("cpu").manual_seed(0))
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -106,12 +107,13 @@ class SiT(Denoiser):
         for tap in taps:
             if tap not in self.taps:
                 raise ValueError(
-                    f"no tap {tap!r}: a SiT of {self.depth} blocks has tokens.1 to tokens.{self.depth} "
-                    f"and attention.0 to attention.{self.depth - 1}"
+                    f"no tap {tap!r}: a {type(self).__name__} of {self.depth} blocks has tokens.1 to "
+                    f"tokens.{self.depth} and attention.0 to attention.{self.depth - 1}"
                 )
 
     def _unpatchify(self, patches: Tensor) -> Tensor:
         """(B, N, p p C) -> (B, C, H, W); within a patch the order is rows, columns, channels."""
         rows, columns, p = *self.grid, self.patch_size
-        patches = patches.view(-1, rows, columns, p, p, self.in_channels)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.in_channels, rows * p, columns * p)
+        channels = self.predictions * self.in_channels
+        patches = patches.view(-1, rows, columns, p, p, channels)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows * p, columns * p)

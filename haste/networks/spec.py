@@ -65,10 +65,11 @@ def sit_taps(depth: int, width: int, heads: int, side: int) -> dict[str, Tap]:
 
 
 def sit_facts(size: Mapping[str, Any], classes: int) -> Facts:
-    """Facts of a SiT without projectors, by formulas: nothing is built.
+    """Facts of a SiT or DiT without projectors, by formulas: nothing is built.
 
     Args:
-        size: depth, width, heads, patch_size, mlp_ratio, and input_size and channels of the latents.
+        size: depth, width, heads, patch_size, mlp_ratio, input_size and channels of the latents; architecture, if it
+            is not a SiT.
         classes: labels that it knows, the null class excluded.
     """
     depth, width, side = size["depth"], size["width"], size["input_size"] // size["patch_size"]
@@ -78,7 +79,8 @@ def sit_facts(size: Mapping[str, Any], classes: int) -> Facts:
     modulation = width + 1
     block = attention + mlp + 6 * width * modulation
     embeddings = patch * width + width + 256 * width + width + width * width + width + (classes + 1) * width
-    final = 2 * width * modulation + width * patch + patch
+    outputs = (2 if size.get("architecture") == "dit" else 1) * patch  # noise and variance, or the velocity
+    final = 2 * width * modulation + width * outputs + outputs
     weights = depth * (4 * width**2 + 2 * width**2 * size["mlp_ratio"])
     conditioning = depth * 6 * width**2  # once per image, not per token
     tokens = side**2

@@ -201,7 +201,8 @@ def readable_name(model: Model | OtherModel, terms: dict[str, dict[str, Any]], o
     """A readable name that depends only on the recipe (labels may differ between configurations)."""
     if isinstance(model, Model):
         size = next((n.replace("/", "-") for n, m in configuration.MODELS.items() if m == model), None)
-        words = [size or f"SiT-d{model.depth}w{model.width}p{model.patch_size}"]
+        system = {"sit": "SiT", "dit": "DiT"}[model.architecture]
+        words = [size or f"{system}-d{model.depth}w{model.width}p{model.patch_size}"]
     else:
         words = [re.sub(r"[^A-Za-z0-9._]", "-", model.architecture)]
     for kind, term in terms.items():
