@@ -397,6 +397,7 @@ BESIDE = {
     "detector.NAME.reference": {"trained": None, "pretrained": {"name": "inception"}},
     "sampling.NAME.rtol": {"sampler": "dopri5"},
     "sampling.NAME.atol": {"sampler": "dopri5"},
+    "sampling.NAME.eta": {"sampler": "ddim"},
     "training.timesteps.mu": {"distribution": "lognormal"},
     "training.timesteps.s": {"distribution": "lognormal"},
     "runs.NAME.ramp.shape": {"features": 3},
@@ -491,7 +492,7 @@ def test_the_example_has_the_trunk_the_branches_and_the_cost_that_the_documents_
 
 
 def test_the_published_mappings_in_the_document_are_those_of_the_code():
-    rows = re.findall(r"^\| `(SiT-\w+/2)` \| (\d+) \| (\d+) \| ([\d, ]+) \| ([\d, ]+) \|$", KEYS, re.MULTILINE)
+    rows = re.findall(r"^\| `([SD]iT-\w+/2)` \| (\d+) \| (\d+) \| ([\d, ]+) \| ([\d, ]+) \|$", KEYS, re.MULTILINE)
     layers = {name: (int(depth), *(yaml.safe_load(f"[{x}]") for x in pair)) for name, depth, _, *pair in rows}
     assert layers == config.MAPPINGS
     assert {name: int(alone) for name, _, alone, *_ in rows} == config.REPA_DEPTH

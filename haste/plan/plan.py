@@ -148,6 +148,9 @@ class Plan:
             del shown["condition"]
         if self.config.training.process is None:
             del shown["training"]["process"]
+        for way in shown["sampling"].values():
+            if not way["eta"]:
+                del way["eta"]
         return f"{self.folder}/report/made-{fingerprint(shown)}.json"
 
     @property

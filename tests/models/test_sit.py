@@ -9,6 +9,7 @@ from torch.nn import functional
 from haste.config import MODELS
 from haste.data.condition import Labels
 from haste.diffusion.interpolant import Interpolant
+from haste.models.dit import DiT
 from haste.models.heads import Projector
 from haste.models.sit import SiT
 from haste.networks.spec import sit_facts
@@ -240,17 +241,21 @@ def test_published_sizes_have_the_published_number_of_parameters(name, millions)
 
 
 def test_every_published_size_and_patch_runs_on_its_grid():
-    assert set(MODELS) == {f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)}
+    sizes = {f"{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)}
+    assert set(MODELS) == {f"{system}-{size}" for system in ("SiT", "DiT") for size in sizes}
     for name, shape in MODELS.items():
+        kind, channels = (SiT, 4) if name.startswith("SiT") else (DiT, 8)
         with torch.device("meta"):
-            model = SiT(input_size=32, in_channels=4, classes=1000, **shape.model_dump())
+            model = kind(input_size=32, in_channels=4, classes=1000, **shape.settings)
             x, t, y = torch.zeros(2, 4, 32, 32), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
-            velocity, taps = model(x, t, y, taps={"tokens.1"})
+            predicted, taps = model(x, t, y, taps={"tokens.1"})
         side = 32 // int(name.split("/")[1])
-        assert velocity.shape == x.shape and taps["tokens.1"].shape == (2, side * side, shape.width), name
-        assert sum(p.numel() for p in model.parameters()) == expected_parameters(
-            shape.depth, shape.width, shape.patch_size
-        )
+        assert predicted.shape == (2, channels, 32, 32), name
+        assert taps["tokens.1"].shape == (2, side * side, shape.width), name
+        found = sum(p.numel() for p in model.parameters())
+        more = 4 * shape.patch_size**2 * (shape.width + 1) if kind is DiT else 0  # of the last layer, for the variance
+        assert found == expected_parameters(shape.depth, shape.width, shape.patch_size) + more
+        assert found == sit_facts({**shape.decided, "input_size": 32, "channels": 4}, 1000).parameters
 
 
 def same(a: SiT, b: SiT) -> bool:
