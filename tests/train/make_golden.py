@@ -30,12 +30,14 @@ def main() -> None:
         for job in [*jobs, *(["latents", *how] for how in shards)]:
             assert cli.main([job[0], "-c", str(path), *job[1:]]) == 0
         plan, golden = Plan(config.resolve(raw)), {}
-        for run in ("vanilla", "REPA", "HASTE"):
-            state = plan.state(run, 10)
-            loop.train(plan, state)
-            records = journal.read(Path(plan.path(state)).parent / "log.jsonl")
+        dit = Plan(config.resolve(raw | {"models": {"dot": {**raw["models"]["dot"], "architecture": "dit"}}}))
+        for name in ("vanilla", "REPA", "HASTE", "DiT HASTE"):
+            own = dit if name.startswith("DiT") else plan
+            state = own.state(name.removeprefix("DiT "), 10)
+            loop.train(own, state)
+            records = journal.read(Path(own.path(state)).parent / "log.jsonl")
             drop = ("step", "images_per_s", "seconds", "time", "waiting", "memory_mb")
-            golden[run] = [{n: round(v, 6) for n, v in r.items() if n not in drop} for r in records]
+            golden[name] = [{n: round(v, 6) for n, v in r.items() if n not in drop} for r in records]
     (HERE / "golden.json").write_text(json.dumps(golden, indent=1) + "\n")
 
 
