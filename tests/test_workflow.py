@@ -137,6 +137,20 @@ def test_the_whole_path_ends_in_a_report_with_every_row(finished):
     assert (page.parent / "measure-cosine.csv").read_text().startswith("run,term,t 0.2,t 0.2 ±,t 0.8,t 0.8 ±\nvanilla,")
 
 
+def test_a_dit_is_trained_sampled_scored_and_reported_by_the_same_rules(shop):
+    ancestral = {"sampler": "ddpm", "steps": 3, "count": 20, "labels": "balanced", "guidance": 1.5}
+    plan = shop.configure(
+        models={"dot": {**TINY["models"]["dot"], "architecture": "dit"}},
+        sampling={"quick": ancestral},
+        runs={"DiT": {"alignment": "HASTE", "stop": 4, "milestones": [4, 8]}},
+    )
+    done = shop.snakemake()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    table = Path(plan.report).with_name("results.csv").read_text()
+    assert table.count("DiT") >= 2 and "ddpm" in table
+    assert Path(plan.path(plan.state("DiT", 8))).parent.name.startswith("DiT-d2w16p2-")
+
+
 def test_training_on_cached_targets_that_the_workflow_made_is_online_training_to_half_precision(make_plan, tmp_path):
     runs, (vit,) = {"HASTE": {"alignment": "HASTE", "milestones": [8]}}, TINY["teachers"].values()
     plan = make_plan(runs=runs)

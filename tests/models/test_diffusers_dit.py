@@ -1,0 +1,128 @@
+"""DiT and diffusers' own: the same outputs and the same latents from the same noise, out to a folder and back."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from safetensors.torch import load_file
+
+from haste.diffusion.ddpm import DDPM
+from haste.diffusion.respacing import ancestral
+from haste.models import diffusers_dit
+from haste.models.dit import DiT
+
+SHAPE = {
+    **{"depth": 3, "width": 32, "heads": 4, "patch_size": 2, "mlp_ratio": 4.0},
+    **{"input_size": 8, "in_channels": 4, "classes": 5},
+}
+
+
+@pytest.fixture
+def model():
+    """A DiT with no weight at 0."""
+    made = DiT(**SHAPE).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return made.eval()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    AutoencoderKL(
+        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    ).save_pretrained(tmp_path / "autoencoder")  # fmt: skip
+    out = tmp_path / "pipeline"
+    diffusers_dit.write_pipeline(out, model.state_dict(), SHAPE, tmp_path / "autoencoder", list("abcde"))
+    return out
+
+
+def questions(*steps):
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(len(steps), 4, 8, 8, generator=generator, dtype=torch.float64)
+    return x, torch.tensor(steps), torch.tensor([0, 5, 2, 4])[: len(steps)]  # 5 is the null class
+
+
+def test_the_pipeline_that_diffusers_loads_computes_our_outputs(model, folder):
+    pipeline = DiTPipeline.from_pretrained(folder)
+    assert pipeline.labels == {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4}
+    theirs = diffusers_dit.at_our_times(pipeline.transformer.double().eval())
+    x, k, y = questions(0, 1, 500, 999)
+    with torch.no_grad():
+        ours, _ = model(x, k.double(), y)
+        torch.testing.assert_close(theirs(x, timestep=k, class_labels=y).sample, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_as_loaded_it_differs_by_its_timestep_features_alone(model, folder):
+    theirs = DiTTransformer2DModel.from_pretrained(folder / "transformer").double().eval()
+    x, k, y = questions(0, 0, 900, 900)
+    with torch.no_grad():
+        apart = (theirs(x, timestep=k, class_labels=y).sample - model(x, k.double(), y)[0]).abs().amax(dim=(1, 2, 3))
+    assert (apart[:2] < 1e-5).all() and (apart[2:] > 1e-4).all()
+
+
+def test_the_same_noise_through_250_steps_gives_the_latents_of_diffusers_scheduler(model, folder, monkeypatch):
+    theirs = diffusers_dit.at_our_times(DiTTransformer2DModel.from_pretrained(folder / "transformer").double().eval())
+    scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
+    scheduler.set_timesteps(250)
+    generator = torch.Generator().manual_seed(3)
+    noise = [torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64) for _ in range(251)]
+    drawn = iter(noise[1:])
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: next(drawn))
+    labels, x, process = torch.tensor([1, 4]), noise[0], DDPM()
+
+    def outputs(x, t):
+        return model(x, process.time(torch.full((2,), t, dtype=torch.float32)).double(), labels)[0]
+
+    with torch.no_grad():
+        for k in scheduler.timesteps:
+            x = scheduler.step(theirs(x, timestep=k.expand(2), class_labels=labels).sample, k, x).prev_sample
+        ours = ancestral(outputs, noise[0], 250, lambda i: noise[1 + i])
+    scale = ours.abs().max()
+    assert scale.isfinite()
+    torch.testing.assert_close(x / scale, ours / scale, rtol=1e-3, atol=1e-4)  # their schedule is in float32
+
+
+def test_what_goes_out_comes_back_the_same(model, folder):
+    found = load_file(folder / "transformer" / diffusers_dit.WEIGHTS)
+    shape = diffusers_dit.shape_of(json.loads((folder / "transformer" / "config.json").read_text()))
+    assert shape == SHAPE
+    back = diffusers_dit.from_diffusers(found, shape["depth"])
+    expected = {name: value for name, value in model.state_dict().items() if name != "pos_embed"}
+    assert back.keys() == expected.keys()
+    assert all(torch.equal(back[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"_class_name": "UNet2DModel"}, "its _class_name is 'UNet2DModel', expected DiTTransformer2DModel"),
+        ({"norm_type": "layer_norm"}, "norm_type is 'layer_norm', expected 'ada_norm_zero'"),
+        ({"out_channels": 4}, "out_channels is 4, expected 8"),
+        ({"num_layers": None}, "has no 'num_layers'"),
+    ],
+)
+def test_another_network_is_refused_with_what_is_wrong(change, words):
+    found = {k: v for k, v in {**diffusers_dit.config_of(SHAPE), **change}.items() if v is not None}
+    with pytest.raises(ValueError, match=words):
+        diffusers_dit.shape_of(found)
+
+
+def test_embedders_that_differ_among_blocks_and_missing_weights_are_refused(folder):
+    found = load_file(folder / "transformer" / diffusers_dit.WEIGHTS)
+    name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
+    with pytest.raises(ValueError, match="block 1 has another timestep_embedder.linear_1.bias than block 0"):
+        diffusers_dit.from_diffusers({**found, name: found[name] + 1}, 3)
+    with pytest.raises(
+        ValueError, match="does not hold transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
+    ):
+        diffusers_dit.from_diffusers({key: value for key, value in found.items() if key != name}, 3)
+
+
+def test_a_network_that_diffusers_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="mlp_ratio is 2.0, and DiTTransformer2DModel has 4 alone"):
+        diffusers_dit.config_of({**SHAPE, "mlp_ratio": 2.0})
