@@ -11,7 +11,10 @@ from haste.config import DETECTORS, Config
 from haste.config import Detector as DetectorSpec
 from haste.files import artefact, listing
 from haste.files.artefact import fingerprint, remembered_identity
+from haste.files.sources import SourceRecord
 from haste.plan.names import RECIPE, Artefact, Detector
+
+WEIGHTS = ("*.safetensors", "*.bin", "config.json")  # files of a folder of weights that decide what it computes
 
 
 class Data:
@@ -22,15 +25,17 @@ class Data:
         images, latents: the two stores.
         autoencoder: the one trained here, or None.
         encoder, decoder: what encodes images and decodes samples: that part's folder, or a folder or hub id.
+        encoder_key, decoder_key: what identifies them in recipes.
         teachers: name -> the network trained here, None for a public one.
         detectors: by name; the first one is the main one: its Frechet distance orders curves and grids.
         checked_images: the list of unusable images, if these are left out; else None.
+        source: the record of what the images' source held; None for images of a library.
     """
 
     def __init__(self, config: Config):
         self.config, self.root = config, config.results.rstrip("/")
-        self.identities = _identities(config, self.root)
-        self.images = self._images()
+        self.identities, self._names = _identities(config, self.root), dict[str, str]()
+        self.source, self.images = self._images()
         skips = config.images.on_bad_image == "skip"
         self.checked_images = f"{self.images.folder}/checked.json" if skips else None
 
@@ -38,9 +43,11 @@ class Data:
         self.autoencoder = self.part("autoencoder", "autoencoder", trained.model_dump()) if trained else None
         if public:
             self.encoder, self.decoder = public.encode, public.decode or public.encode
+            self.encoder_key, self.decoder_key = self._named(self.encoder), self._named(self.decoder)
         else:
             assert self.autoencoder
             self.encoder = self.decoder = self.autoencoder.folder
+            self.encoder_key = self.decoder_key = self.autoencoder.key
         self.latents = self._latents()
 
         self.teachers: dict[str, Artefact | None] = {
@@ -65,24 +72,40 @@ class Data:
         recipe = {"recipe": RECIPE, "of": source, "detector": detector}
         return Artefact("features", fingerprint(recipe), recipe, f"{self.root}/features/{of}/{kind}-{detector}", shards)
 
-    def _images(self) -> Artefact:
+    def _images(self) -> tuple[SourceRecord | None, Artefact]:
         spec = self.config.images
         recipe = {"recipe": RECIPE, **spec.model_dump(exclude={"shards", "on_bad_image"})}
         if spec.on_bad_image == "skip":  # a store that may leave images out is not the same as one that may not
             recipe["on_bad_image"] = "skip"
-        return self.store("images", recipe, spec.shards)
+        plain = self.store("images", recipe, spec.shards)
+        if spec.path is None:
+            return None, plain
+        source = SourceRecord(self.root, Path(plain.folder).name)
+        content = source.content
+        return source, self.store("images", {**recipe, "content": content}, spec.shards) if content else plain
+
+    def _named(self, weights: str) -> str:
+        """Weights as recipes name them: by path or hub id, and by content too once that has changed."""
+        if weights in self._names:
+            return self._names[weights]
+        place = Path(weights)
+        files = sorted(file for kind in WEIGHTS for file in place.rglob(kind)) if place.is_dir() else [place]
+        memory = f"{self.root}/identities.json"
+        changed = [artefact.changed_identity(file, memory) for file in files if file.is_file()]
+        self._names[weights] = f"{weights} {fingerprint(changed)}" if any(changed) else weights
+        return self._names[weights]
 
     def _latents(self) -> Artefact:
         spec = self.config.autoencoder
-        encoder = self.autoencoder.key if self.autoencoder else self.encoder
-        recipe = {"recipe": RECIPE, "images": self.images.key, "autoencoder": encoder, "dtype": spec.dtype}
+        recipe = {"recipe": RECIPE, "images": self.images.key, "autoencoder": self.encoder_key, "dtype": spec.dtype}
         recipe |= self.config.condition.entry
         return self.store("latents", recipe, spec.shards)
 
     def _detector(self, name: str, spec: DetectorSpec) -> Detector:
         part = self.part("detector", name, spec.trained.model_dump()) if spec.trained else None
         kind, weights = (spec.pretrained.name, spec.pretrained.weights) if spec.pretrained else ("cnn", None)
-        key = fingerprint({"recipe": RECIPE, "detector": part.key if part else [kind, weights]})
+        public = [kind, weights and self._named(weights)]
+        key = fingerprint({"recipe": RECIPE, "detector": part.key if part else public})
         of, source = self.images.folder.rsplit("/", 1)[1], self.images.key
         if spec.reference is not None:
             source = self.identities[spec.reference]
@@ -97,7 +120,7 @@ class Data:
         if part:
             return part.key
         assert spec
-        return spec.name if spec.weights is None else f"{spec.name} from {spec.weights}"
+        return spec.name if spec.weights is None else f"{spec.name} from {self._named(spec.weights)}"
 
     def detector_named(self, name: str) -> Detector:
         """A detector by its name.
@@ -118,6 +141,17 @@ class Data:
         if spec is not None:
             return 4 * (4 * spec.width + self.config.images.classes) + 8
         return None if public is None else 4 * public.numbers + 8
+
+    @property
+    def notes(self) -> list[str]:
+        """Which files from outside are gone or are not what they were."""
+        gone = "is gone; what was made from it stays, and nothing more can be made"
+        changed = (
+            "was changed since results were first made with it. What is made with it now has new names; what exists "
+            "keeps its own, and goes on if the former content is put back"
+        )
+        lost = [f"{file}: {gone}" for file in self.identities if not Path(file).is_file()]
+        return lost + [f"{weights}: {changed}" for weights, name in self._names.items() if name != weights]
 
     @functools.cached_property  # a large folder takes minutes to walk
     def image_count(self) -> int:

@@ -59,8 +59,7 @@ class Plan:
         self.trajectories = runs.trajectories | evaluations.trajectories
         self.pieces, self.cuts, self.planned, self.trained = runs.pieces, runs.cuts, runs.planned, runs.trained
         self.state, self.parse, self.segment, self.on_disk = runs.state, runs.parse, runs.segment, runs.on_disk
-        gone = "is gone; what was made from it stays, and nothing more can be made"
-        self.notes = runs.notes + [f"{file}: {gone}" for file in data.identities if not Path(file).is_file()]
+        self.notes = runs.notes + data.notes
 
         self.rows, self.elsewhere = evaluations.rows, evaluations.elsewhere
         self.evaluations, self.evaluation = evaluations.by_name, evaluations.named
