@@ -10,7 +10,7 @@ from haste.config import condition_entry, condition_in
 from haste.data import latents, prepare
 from haste.data.latents import Autoencoder
 from haste.data.prepare import Bad, Source
-from haste.files import artefact, listing
+from haste.files import artefact, listing, walk
 from haste.files.store import Store
 from haste.networks.devices import choose_device
 from haste.plan.plan import Plan
@@ -48,6 +48,8 @@ def check_images(plan: Plan, workers: int | None = None) -> None:
         raise ValueError(f"images: {plan.config.images.source} are read as they are, there is nothing to check")
     bad = prepare.check(source, workers, progress=_progress("pictures checked"))
     print(prepare.told(bad) if bad else f"all {source.count} pictures can be used")
+    if source.unused:
+        print(walk.told(walk.grouped(source.unused)))
     if plan.checked_images:
         prepare.write_checked(plan.checked_images, source, bad, key=plan.images.key)
 
@@ -58,7 +60,8 @@ def _source(plan: Plan, without: Bad | None = None) -> tuple[Source, Bad | None]
     if plan.checked_images and without is None:
         without = prepare.read_checked(plan.checked_images, _source(plan, without=[])[0])
     if spec.path is not None:
-        options = {"path": spec.path} | ({"without": frozenset(name for name, _ in without)} if without else {})
+        options = {"path": spec.path, "classes": spec.classes, "labels": spec.labels}
+        options |= {"without": frozenset(name for name, _ in without)} if without else {}
     source = prepare.open_source(
         spec.source, resolution=spec.resolution, holdout=spec.holdout, labelled=bool(spec.classes), **options
     )

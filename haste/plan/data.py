@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from haste.config import DETECTORS, Config
+from haste.config import DETECTORS, Config, Images, decides
 from haste.config import Detector as DetectorSpec
-from haste.files import artefact, listing
+from haste.files import artefact, listing, walk
 from haste.files.artefact import fingerprint, remembered_identity
 from haste.plan.names import RECIPE, Artefact, Detector
 
@@ -67,7 +67,7 @@ class Data:
 
     def _images(self) -> Artefact:
         spec = self.config.images
-        recipe = {"recipe": RECIPE, **spec.model_dump(exclude={"shards", "on_bad_image"})}
+        recipe = {"recipe": RECIPE, **decides(Images, spec.model_dump(exclude={"shards", "on_bad_image"}))}
         if spec.on_bad_image == "skip":  # a store that may leave images out is not the same as one that may not
             recipe["on_bad_image"] = "skip"
         return self.store("images", recipe, spec.shards)
@@ -119,21 +119,31 @@ class Data:
             return 4 * (4 * spec.width + self.config.images.classes) + 8
         return None if public is None else 4 * public.numbers + 8
 
-    @functools.cached_property  # a large folder takes minutes to walk
+    @property
     def image_count(self) -> int:
         """Number of images in the store or, before it exists, in its source, counted as the first job will do it.
 
         Raises:
             ValueError: the source is missing, has no images, fewer than are held out, or other classes.
         """
+        return self._survey[0]
+
+    @property
+    def unused(self) -> list[dict[str, Any]]:
+        """What lies among the images and is not used, as `haste.files.walk.grouped`; raises as `image_count`."""
+        return self._survey[1]
+
+    @functools.cached_property  # a large folder takes minutes to walk
+    def _survey(self) -> tuple[int, list[dict[str, Any]]]:
         manifest, spec = Path(self.images.manifest), self.config.images
         if manifest.exists():
-            return artefact.read_json(manifest, "store")["count"]
-        where, (count, classes) = spec.path or spec.source, listing.survey(spec.source, spec.path, bool(spec.classes))
-        listing.checked_holdout(where, spec.holdout, count)
-        if classes is not None:
-            listing.check_classes(where, classes, spec.classes)
-        return count
+            made = artefact.read_json(manifest, "store")
+            return made["count"], made.get("unused", [])
+        where, found = spec.path or spec.source, listing.survey(spec.source, spec.path, spec.classes, spec.labels)
+        listing.checked_holdout(where, spec.holdout, len(found.files))
+        if found.classes is not None:
+            listing.check_classes(where, found.classes, spec.classes)
+        return len(found.files), walk.grouped(found.unused)
 
 
 def _identities(config: Config, root: str) -> dict[str, str]:

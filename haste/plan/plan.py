@@ -13,8 +13,9 @@ Its parts, each made from those above it:
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from haste.config import Config, Evaluate, Run, check_samplers, decides
+from haste.config import Config, Evaluate, Images, Run, check_samplers, decides
 from haste.files.artefact import fingerprint
 from haste.plan.data import Data
 from haste.plan.evaluations import Evaluations
@@ -72,6 +73,11 @@ class Plan:
     def image_count(self) -> int:
         """Images of the store or, before it exists, of its source; raises as `Data.image_count`."""
         return self._data.image_count
+
+    @property
+    def unused(self) -> list[dict[str, Any]]:
+        """What lies among the images and is not used, as `haste.files.walk.grouped`; raises as `image_count`."""
+        return self._data.unused
 
     def check(self) -> None:
         """Refuse, before anything is submitted, what the first jobs would refuse, with the same messages.
@@ -143,6 +149,7 @@ class Plan:
         shown = decides(Config, self.config.model_dump(mode="json", exclude={"results"}))
         for kind, schema in (("runs", Run), ("evaluate", Evaluate)):
             shown[kind] = {name: decides(schema, row) for name, row in shown[kind].items()}
+        shown["images"] = decides(Images, shown["images"])
         # Keys that are younger than people's reports stay out of the name while they are at their defaults.
         if self.config.condition.name == "labels":
             del shown["condition"]
