@@ -312,6 +312,7 @@ OTHER = {
     "description": "x",
     "results": "elsewhere",
     "images.path": "b",
+    "images.labels": "labels.csv",
     "images.resolution": 64,
     "images.on_bad_image": "skip",
     "autoencoder.trained.factor": 4,

@@ -111,13 +111,21 @@ def test_a_source_that_is_none_is_refused_by_the_plan_in_the_words_of_the_job(tm
 def test_what_the_plan_counts_is_what_the_job_reads(tmp_path, kind, classes):
     path = source(tmp_path, kind, [*TWELVE, "a/.hidden.png", ".cache/x.png", "a/deep/x.JPG", "b/notes.txt"])
     found = prepare.open_source(kind, resolution=8, holdout=2, path=path, labelled=bool(classes))
-    assert listing.survey(kind, str(path), bool(classes)) == (found.count, found.classes) == (13, found.classes)
+    counted = listing.survey(kind, str(path), classes)
+    assert (len(counted.files), counted.classes) == (found.count, found.classes) == (13, found.classes)
+    assert sorted(counted.unused) == sorted(found.unused)
+    assert {name for name, _ in found.unused} == {
+        "a/.hidden.png",
+        ".cache/" if kind == "folder" else ".cache/x.png",
+        "b/notes.txt",
+    }
 
 
 def test_labels_beside_the_pictures_are_left_to_the_job_for_each_is_a_file_to_read(tmp_path, monkeypatch):
     path = source(tmp_path, "archive", ["0.jpg", "0.cls", "1.jpg"])
     monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("read"))
-    assert listing.survey("archive", str(path), True) == (2, None)
+    counted = listing.survey("archive", str(path), 2)
+    assert (len(counted.files), counted.classes, counted.unused) == (2, None, [])
 
 
 def test_a_finished_store_needs_its_source_no_more(make_plan, capsys):

@@ -24,6 +24,7 @@ from typing import Any
 from haste.files import artefact
 
 KIND = "source"
+UNUSED = "; the change is not used"
 _NAMED = 3  # pictures named in a message
 
 Pictures = list[bytes]  # a line per picture, sorted: its relative name, its size in bytes and its label
@@ -86,15 +87,20 @@ class SourceRecord:
                 "which takes up what is there now under a new name, while what exists keeps its own"
             )
 
-    def use(self, where: str, pictures: Pictures) -> None:
+    def use(self, where: str, pictures: Pictures, before: int | None = None) -> None:
         """Take a content up: from now on, names are those of what is made from it.
 
         Args:
             where: the source, for messages.
             pictures: what it holds.
+            before: the number of pictures of the first content, if a store was made from one that nobody recorded.
         """
         now, since = identity_of(pictures), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        record = self.read() or {"schema": artefact.SCHEMA, "kind": KIND, "source": where, "first": now, "contents": {}}
+        record = self.read()
+        if record is None:
+            contents = {} if before is None else {"unknown": {"pictures": before, "since": since}}
+            first = now if before is None else "unknown"
+            record = {"schema": artefact.SCHEMA, "kind": KIND, "source": where, "first": first, "contents": contents}
         known = {now: {"pictures": len(pictures), "since": since}, **record["contents"]}
         with artefact.replacing(self._names(now)) as aside:
             aside.write_bytes(gzip.compress(b"".join(pictures), compresslevel=1, mtime=0))
@@ -126,10 +132,10 @@ class SourceRecord:
         since = f"since {known['since'][:10]}"
         if before is None:
             counts = f"{len(pictures):,} pictures, and {known['pictures']:,} on {known['since'][:10]}"
-            return f"{where}: {counts}; the change is not used"
+            return f"{where}: {counts}{UNUSED}"
         old, new = ({line.split(b"\t")[0] for line in each} for each in (before - {*pictures}, {*pictures} - before))
         parts = [_counted("added", new - old), _counted("removed", old - new), _counted("changed", new & old)]
-        return f"{where}: {', '.join(filter(None, parts))} {since}; the change is not used"
+        return f"{where}: {', '.join(filter(None, parts))} {since}{UNUSED}"
 
     def _names(self, identity: str) -> Path:
         return self.path.with_name(f"{self.name}-{identity}.gz")

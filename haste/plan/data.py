@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from haste.config import DETECTORS, Config
+from haste.config import DETECTORS, Config, Images, decides
 from haste.config import Detector as DetectorSpec
-from haste.files import artefact, listing
+from haste.files import artefact, listing, walk
 from haste.files.artefact import fingerprint, remembered_identity
-from haste.files.sources import SourceRecord
+from haste.files.listing import Listing
+from haste.files.sources import UNUSED, SourceRecord
 from haste.plan.names import RECIPE, Artefact, Detector
 
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")  # files of a folder of weights that decide what it computes
@@ -74,7 +75,7 @@ class Data:
 
     def _images(self) -> tuple[SourceRecord | None, Artefact]:
         spec = self.config.images
-        recipe = {"recipe": RECIPE, **spec.model_dump(exclude={"shards", "on_bad_image"})}
+        recipe = {"recipe": RECIPE, **decides(Images, spec.model_dump(exclude={"shards", "on_bad_image"}))}
         if spec.on_bad_image == "skip":  # a store that may leave images out is not the same as one that may not
             recipe["on_bad_image"] = "skip"
         plain = self.store("images", recipe, spec.shards)
@@ -153,21 +154,95 @@ class Data:
         lost = [f"{file}: {gone}" for file in self.identities if not Path(file).is_file()]
         return lost + [f"{weights}: {changed}" for weights, name in self._names.items() if name != weights]
 
-    @functools.cached_property  # a large folder takes minutes to walk
+    @property
     def image_count(self) -> int:
         """Number of images in the store or, before it exists, in its source, counted as the first job will do it.
 
         Raises:
             ValueError: the source is missing, has no images, fewer than are held out, or other classes.
         """
-        manifest, spec = Path(self.images.manifest), self.config.images
-        if manifest.exists():
-            return artefact.read_json(manifest, "store")["count"]
-        where, (count, classes) = spec.path or spec.source, listing.survey(spec.source, spec.path, bool(spec.classes))
-        listing.checked_holdout(where, spec.holdout, count)
-        if classes is not None:
-            listing.check_classes(where, classes, spec.classes)
-        return count
+        return self._survey[0]
+
+    @property
+    def unused(self) -> list[dict[str, Any]]:
+        """What lies among the images and is not used, as `haste.files.walk.grouped`; raises as `image_count`."""
+        return self._survey[1]
+
+    @functools.cached_property
+    def _survey(self) -> tuple[int, list[dict[str, Any]]]:
+        if Path(self.images.manifest).exists():
+            made = artefact.read_json(self.images.manifest, "store")
+            return made["count"], made.get("unused", [])
+        spec, found = self.config.images, self._listing
+        listing.checked_holdout(self.where, spec.holdout, len(found.files))
+        if found.classes is not None:
+            listing.check_classes(self.where, found.classes, spec.classes)
+        return len(found.files), walk.grouped(found.unused)
+
+    @functools.cached_property  # a large folder takes minutes to walk
+    def _listing(self) -> Listing:
+        spec = self.config.images
+        return listing.survey(spec.source, spec.path, spec.classes, spec.labels)
+
+    @property
+    def where(self) -> str:
+        """The images' source, for messages."""
+        return self.config.images.path or self.config.images.source
+
+    def check_source(self) -> None:
+        """Refuse images that are still to be made from a source that has changed since the first were.
+
+        Raises:
+            ValueError: says what was added, removed and changed; or as `image_count`.
+        """
+        if self.source and self.source.read() and not Path(self.images.manifest).exists():
+            self.source.check(self.where, listing.held(self._listing))
+
+    def use_source(self) -> None:
+        """Record what the source holds when the first images are made from it; later as `check_source`."""
+        if self.source:
+            held = listing.held(self._listing)
+            self.source.check(self.where, held) if self.source.read() else self.source.use(self.where, held)
+
+    def update_source(self) -> str:
+        """Take up what the source holds now, and say what that means; existing stores keep their names.
+
+        Raises:
+            ValueError: images that are no files; or as `image_count`.
+        """
+        if self.source is None:
+            raise ValueError(f"images: {self.where} are no files that could change")
+        changes, held = self.source_changes, listing.held(self._listing)
+        if not changes:
+            return f"{self.where}: nothing has changed since images were made from it, {len(held):,} pictures"
+        self.source.use(self.where, held, before=self._made_before)
+        return (
+            f"{changes.removesuffix(UNUSED)}they are used from now on. Images, and all that is made from them, have new "
+            "names; what exists keeps its own. The workflow makes them the next time it is run"
+        )
+
+    @functools.cached_property
+    def source_changes(self) -> str:
+        """How the source differs from what the images were made from, in a sentence; "" if not, or if it is gone."""
+        if self.source is None or not Path(self.where).exists():
+            return ""
+        try:
+            if self.source.read():
+                return self.source.changes(self.where, listing.held(self._listing))
+            before, now = self._made_before, len(self._listing.files)
+        except ValueError as refusal:
+            return f"{refusal}; existing images were made from what was there before"
+        if before in (None, now):
+            return ""
+        return f"{self.where}: {now:,} pictures, and {before:,} when the images were made{UNUSED}"
+
+    @property
+    def _made_before(self) -> int | None:
+        """How many pictures a store was made from, if one was made and nothing was recorded."""
+        if not Path(self.images.manifest).exists():
+            return None
+        made = artefact.read_json(self.images.manifest, "store")
+        return made["count"] + len(made.get("skipped", []))
 
 
 def _identities(config: Config, root: str) -> dict[str, str]:

@@ -302,7 +302,7 @@ def report(plan: Plan) -> Report:
         stages=stages(plan),
         provenance=artefact.provenance(inputs=inputs),
         config_text=yaml.safe_dump(made.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
-        notes=[*plan.notes, *notes, *unmeasured, *_older(plan)],
+        notes=[*plan.changes, *plan.notes, *notes, *unmeasured, *_older(plan)],
         benchmark=benchmark(plan),
         seeds={run: row.all_seeds for run, row in made.runs.items()},
         measures=measures,

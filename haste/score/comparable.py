@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from haste.files import walk
+
 PUBLISHED = 50_000  # samples behind published scores
 WIDTH = 2048  # width of Inception's features
 # ADM's references: name -> side of the 10,000 images under arr_0.
@@ -34,6 +36,11 @@ def notes(
         columns: the scores that were computed.
     """
     found = [*_of_images(samples), *_of_count(samples, columns)]
+    found += [
+        f"beside the images in {side['path']} there is more, {walk.told(side['unused'])}"
+        for side in (samples, reference or {})
+        if side.get("unused")
+    ]
     if reference is not None:
         found += _of_reference(reference, detectors)
         if samples["identity"] == reference["identity"] or _same_file(samples["path"], reference["path"]):
@@ -63,8 +70,6 @@ def _of_images(samples: Mapping[str, Any]) -> list[str]:
             f"{samples['lossy']:,} samples come from JPEG or WebP files, whose compression moves every score; "
             "published samples are lossless"
         )
-    if samples.get("left_out"):
-        found.append(f"{samples['left_out']:,} pictures beside the samples were left out: their formats are not read")
     return found
 
 

@@ -103,7 +103,7 @@ class Pixels:
             "black": self.dark,
             "brightness": self.brightness / max(1, self.count * height * width * 3),
             "lossy": self.samples.lossy,
-            "left_out": self.samples.left_out,
+            "unused": list(self.samples.unused),
         }
 
 
@@ -135,7 +135,7 @@ def extract_features(samples: Samples, detector: Detector, *, batch: int, folder
         view = view_of(_kept(folder, samples, detector) or _keep(folder, samples, detector, batch))
         # The stored features may come from other files with the same pixels: state the facts about these files.
         own: dict[str, Any] = {"path": str(samples.path), "kind": samples.kind}
-        own |= {"lossy": samples.lossy, "left_out": samples.left_out}
+        own |= {"lossy": samples.lossy, "unused": list(samples.unused)}
         return replace(view, facts=lambda: {**view.facts(), **own})
     pixels = Pixels(samples)
 
