@@ -186,7 +186,7 @@ class Data:
 
     @property
     def where(self) -> str:
-        """The images' source, for messages."""
+        """The images' source, as messages name it."""
         return self.config.images.path or self.config.images.source
 
     def check_source(self) -> None:
@@ -217,8 +217,8 @@ class Data:
             return f"{self.where}: nothing has changed since images were made from it, {len(held):,} pictures"
         self.source.use(self.where, held, before=self._made_before)
         return (
-            f"{changes.removesuffix(UNUSED)}they are used from now on. Images, and all that is made from them, have new "
-            "names; what exists keeps its own. The workflow makes them the next time it is run"
+            f"{changes.removesuffix(UNUSED)}; used from now on. Images and all that is made from them have new names; "
+            "what exists keeps its own. The next run of the workflow makes them"
         )
 
     @functools.cached_property
