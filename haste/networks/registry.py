@@ -40,6 +40,20 @@ class Encoder:
         """Patch tokens of an image of this side in pixels."""
         return (self.size // self.patch * resolution // 256) ** 2
 
+    def side(self, name: str, resolution: int) -> int:
+        """Side in pixels of its input for images of this side.
+
+        Raises:
+            ValueError: that is not a whole number of patches.
+        """
+        side, rest = divmod(self.size * resolution, 256)
+        if rest or side % self.patch or not side:
+            raise ValueError(
+                f"teacher {name}: images of {resolution} px give an input of {self.size * resolution / 256:g} px, "
+                f"which is not a whole number of patches of {self.patch} px"
+            )
+        return side
+
 
 BASE, LARGE = (12, 12, 768), (24, 16, 1024)  # blocks, heads, width
 # OpenAI trained CLIP with the sigmoid approximation of GELU; timm's plain variants use the exact one instead.

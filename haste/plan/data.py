@@ -138,7 +138,7 @@ class Data:
 
 def _identities(config: Config, root: str) -> dict[str, str]:
     """Identities of the external files; for one that has been removed since, its earlier identity."""
-    starts = {row.warm_start for row in config.runs.values() if row.warm_start is not None}
+    starts = {row.warm_start.file for row in config.runs.values() if row.warm_start is not None}
     files = [*(spec.checkpoint for spec in config.evaluate.values()), *sorted(starts)]
     files += [spec.reference for spec in config.detector.values() if spec.reference is not None]
     return {file: remembered_identity(file, f"{root}/identities.json") for file in dict.fromkeys(files)}

@@ -195,8 +195,8 @@ class Evil:
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize(
     ("planted", "named"),
-    [(Evil(), "system"), (pathlib.PurePosixPath("x"), "pathlib"), (argparse.ArgumentParser, "argparse.ArgumentParser")],
-    ids=["code", "path", "parser"],
+    [(Evil(), "system"), (argparse.ArgumentParser, "argparse.ArgumentParser"), (torch.nn.Linear(1, 1), "Linear")],
+    ids=["code", "parser", "network"],
 )
 def test_anything_but_tensors_plain_data_and_a_namespace_is_refused_by_name_and_not_run(
     tmp_path, monkeypatch, planted, named, zipped
@@ -266,9 +266,14 @@ def test_a_truncated_file_a_folder_and_nothing_are_told_apart(tmp_path):
     whole = (tmp_path / "whole.pt").read_bytes()
     save_file(numbers(1), tmp_path / "whole.safetensors")
     other = (tmp_path / "whole.safetensors").read_bytes()
-    for name, content in {"a.pt": whole[: len(whole) // 2], "b.pt": b"", "c.pt": b"root:x", "d.pt": other[:-9]}.items():
+    for name, content, words in [
+        ("a.pt", whole[: len(whole) // 2], "a truncated file: a zip archive without its end"),
+        ("b.pt", b"", "an empty file"),
+        ("c.pt", b"root:x", "a truncated or foreign file"),
+        ("d.pt", other[:-9], "a truncated or foreign file"),
+    ]:
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name}: expected a checkpoint, found a truncated or foreign file"):
+        with pytest.raises(ValueError, match=f"{name}: expected a checkpoint, found {words}"):
             read_checkpoint(tmp_path / name)
     for path, words in ((tmp_path, "found a folder"), (tmp_path / "none.pt", "found nothing")):
         with pytest.raises(ValueError, match=words):
