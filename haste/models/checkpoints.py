@@ -124,7 +124,7 @@ def _read(what: Described, name: str) -> Checkpoint:
     """The numbers of described weights, as float32 or float64."""
     with open(what.file, "rb") as file:
         # Mapped, so that the optimiser, most of such a file, is never read; copied on writing, as torch demands.
-        place = _placed(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        place = placed(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         weights = {which: {name: place(value) for name, value in tree.items()} for which, tree in what.sets.items()}
         heads = tuple({name: place(value) for name, value in head.items()} for head in what.projectors)
     for tree in weights.values():
@@ -140,7 +140,7 @@ def _read(what: Described, name: str) -> Checkpoint:
     return Checkpoint(what.file, artefact.file_identity(what.file), what.layout, what.shape, weights, heads, facts)
 
 
-def _placed(content: mmap.mmap) -> Callable[[Stored], Tensor]:
+def placed(content: mmap.mmap) -> Callable[[Stored], Tensor]:
     """The function that takes a tensor out of a mapped file."""
 
     def place(stored: Stored) -> Tensor:

@@ -69,7 +69,7 @@ def file(path: Path) -> str | None:
     return None
 
 
-def _zip(path: Path) -> str:
+def _zip(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -81,7 +81,7 @@ def _zip(path: Path) -> str:
     if names and all(name.endswith(".npy") for name in names):
         return "an .npz of NumPy arrays: expected PyTorch's weights"
     if "data.pkl" in last:
-        return "a damaged checkpoint of torch: download or copy it again"
+        return None
     return f"a zip archive of {', '.join(names[:3]) or 'nothing'}{', ...' if len(names) > 3 else ''}: unpack it first"
 
 

@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 from haste.networks import foreign
 
@@ -166,12 +166,14 @@ def _of_pickles(path: Path) -> Any:
     """Of torch before 1.6: a magic number, a version, the machine, what was saved, the storages' keys, the storages."""
     kept: dict[str, Storage] = {}
     with open(path, "rb") as file:
-        start = [_Unpickler(file).load() for _ in range(2)]
+        within = _Within(file, path.stat().st_size)
+        start = [_Unpickler(within).load() for _ in range(2)]
         if start != [_MAGIC, _PROTOCOL]:
             raise ValueError("no magic number of torch's")
-        if not _Unpickler(file).load().get("little_endian", True):
+        if not _Unpickler(within).load().get("little_endian", True):
             raise ValueError("its numbers have their largest byte first")
-        found, keys = _Unpickler(file, lambda storage, key: kept.update({key: storage})).load(), _Unpickler(file).load()
+        found = _Unpickler(within, lambda storage, key: kept.update({key: storage})).load()
+        keys = _Unpickler(within).load()
         for key in keys:
             storage = kept[key]
             (count,) = struct.unpack("<q", file.read(8))
@@ -182,6 +184,19 @@ def _of_pickles(path: Path) -> Any:
         if kept.keys() - set(keys) or file.tell() > path.stat().st_size:
             raise ValueError("ends before its numbers")
     return found
+
+
+class _Within:
+    """A file from which no more is read than there is: Python allocates what it is asked for."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self.file, self.size, self.readline = file, size, file.readline
+
+    def read(self, count: int) -> bytes:
+        """This many bytes. Raises EOFError where there are fewer."""
+        if count > self.size - self.file.tell():
+            raise EOFError(f"ends before {count:,} bytes more")
+        return self.file.read(count)
 
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
@@ -197,6 +212,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         self._place, self._storages = place, dict[str, Storage]()
 
     def find_class(self, module: str, name: str) -> Any:
+        module = "builtins" if module == "__builtin__" else module  # as older protocols call it
         if module == "torch" and name in SIZES:
             return name
         if module in ("torch", "torch.storage") and name.removesuffix("Storage") in _STORAGES:
@@ -221,7 +237,8 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         return self._storages[key]
 
     def _load_bytearray(self) -> None:
-        raise ValueError("a bytearray")  # it is allocated before it is read
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(self.read(size))  # the original allocates it before it reads
 
     dispatch[pickle.BYTEARRAY8[0]] = _load_bytearray
 

@@ -28,7 +28,7 @@ LABELS = "y_embedder.embedding_table.weight"
 # Where programs put sets of weights, and which of ours each is; None: the average if there is no other.
 _SETS = {"model": "model", "ema": "ema", "state_dict": None, "current_model_state": "model"}
 _SETS |= {"model_state_dict": "model", "ema_state_dict": "ema", "model_ema": "ema", "module": "model"}
-_STEPS = ("steps", "step", "global_step", "train_steps")
+_STEPS = ("steps", "step", "global_step", "global_steps", "train_steps")
 _SHOWN = 4  # names in a message
 _PATHS = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}  # REPA's and SiT's names for our interpolants
 _SHORT = reprlib.Repr()

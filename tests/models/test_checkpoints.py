@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -149,6 +150,67 @@ def test_prefixes_of_wrappers_and_the_blocks_of_older_files_mean_the_same_weight
     new, older = (read_checkpoint(tmp_path / name, expected=HEADS) for name in ("new.pt", "old.pt"))
     assert set(older.weights) == {"ema"} and set(older.weights["ema"]) == set(new.weights["ema"])
     assert all(torch.equal(older.weights["ema"][name], value) for name, value in new.weights["ema"].items())
+
+
+def prefixed(prefix, found):
+    return {prefix + name: value for name, value in found.items()}
+
+
+BESIDE = {"vae.encoder.conv_in.weight": torch.ones(2), "loss.weight": torch.ones(1), "initted": torch.tensor(True)}
+OTHERS = {  # as they lie in a file -> the sets that are read
+    "Lightning's": ({"state_dict": {**prefixed("model.", numbers(1)), **BESIDE}, "global_step": 7}, {"ema": 1}),
+    "Lightning's, with an average": (
+        {"state_dict": {**prefixed("net.", numbers(1)), **prefixed("net_ema.", numbers(2)), **BESIDE}},
+        {"model": 1, "ema": 2},
+    ),
+    "Lightning's WeightAveraging": (
+        {"state_dict": prefixed("model.", numbers(2)), "current_model_state": prefixed("model.", numbers(1))},
+        {"model": 1, "ema": 2},
+    ),
+    "latent-diffusion's": (
+        {
+            "state_dict": {
+                **prefixed("model.diffusion_model.", numbers(1)),
+                **{f"model_ema.{name.replace('.', '')}": value for name, value in numbers(2).items()},
+                "model_ema.decay": torch.tensor(0.9),
+            }
+        },
+        {"model": 1, "ema": 2},
+    ),
+    "ema_pytorch's": (
+        {**prefixed("online_model.module.", numbers(1)), **prefixed("ema_model.module.", numbers(2)), **BESIDE},
+        {"model": 1, "ema": 2},
+    ),
+    "an average under ema_model.": (
+        {"ema": prefixed("ema_model.", numbers(2)), "model": numbers(1)},
+        {"model": 1, "ema": 2},
+    ),
+    "DeepSpeed's": ({"module": numbers(1), "global_steps": 3}, {"model": 1}),
+    "a trainer's": ({"model_state_dict": numbers(1), "ema_state_dict": numbers(2)}, {"model": 1, "ema": 2}),
+    "NumPy beside": ({"ema": numbers(2), "best_fid": np.float64(3.5), "random": np.random.get_state()}, {"ema": 2}),
+    "paths beside": ({"ema": numbers(2), "args": argparse.Namespace(**ARGS, out=pathlib.Path("a/b"))}, {"ema": 2}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_weights_are_found_where_other_trainers_put_them(tmp_path, name):
+    held, expected = OTHERS[name]
+    torch.save(held, tmp_path / "a.pt")
+    found = [read_checkpoint(tmp_path / "a.pt", expected=HEADS)]
+    assert found[0].facts["step"] == held.get("global_step", held.get("global_steps"))
+    if all(isinstance(value, torch.Tensor) for value in held.values()):
+        save_file(held, tmp_path / "a.safetensors")
+        found.append(read_checkpoint(tmp_path / "a.safetensors", expected=HEADS))
+    for one in found:
+        assert one.weights.keys() == expected.keys()
+        for which, seed in expected.items():
+            assert all(torch.equal(one.weights[which][name], value) for name, value in numbers(seed).items())
+
+
+def test_two_networks_in_a_file_are_refused(tmp_path):
+    torch.save({**prefixed("a.", numbers(1)), **prefixed("b.", numbers(2))}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt: holds several networks, one of them under 'b\.'; expected one"):
+        read_checkpoint(tmp_path / "a.pt", expected=HEADS)
 
 
 def test_projectors_come_apart_from_the_model_and_one_onto_nothing_is_none(tmp_path):
