@@ -125,17 +125,19 @@ def folder(path: Path) -> str:
     return f"a folder{': give one of its files, ' + ', '.join(files[:4]) if files else ''}"
 
 
+VISION = "the weights of a vision transformer, as teachers are"
 # Names in a set of weights -> what it is. The first that fits.
 _WEIGHTS = {
     r"\blora[._](A|B|up|down)\b|\.lora_|^lora_": "LoRA's updates of a network: merge them into its weights first",
     r"^(state|param_groups)$": "the state of an optimiser alone: the weights lie in another file",
     r"^shadow_params$": "an average without names (shadow_params): copy it into the network and save its state_dict()",
     r"norm1_|^joint_blocks\.|^context_embedder\.": "the weights of a joint text and image transformer",
+    r"(^|\.)x_embedder\.proj\.": "the weights of a diffusion transformer",
     r"^transformer_blocks\.0\.": "a transformer in diffusers' layout, whose names and timestep features are others",
     r"(^|\.)diffusion_model\.input_blocks\.|^input_blocks\.|^down_blocks\.0\.": "the weights of a U-Net",
     r"(^|\.)(quant_conv\.|decoder\.up|decoder\.mid)": "the weights of an autoencoder",
     r"(^|\.)Mixed_6d\.|^Conv2d_1a_3x3\.": "the weights of Inception",
-    r"(^|\.)(patch_embed\.proj|visual\.conv1|cls_token)": "the weights of a vision transformer, as teachers are",
+    r"(^|\.)(patch_embed\.proj|visual\.conv1|cls_token)": VISION,
     r"^(text_model|text_encoder|encoder\.block)\.": "the weights of a text encoder",
 }
 

@@ -35,6 +35,9 @@ def check_transformer(file: Path, called: str, spec: Encoder | None) -> None:
         return
     trees = list(_trees(headers.contents(file, f"the weights of {called}")[0]))
     names = [name for tree in trees for name in tree]
+    said = foreign.weights(names) if names else "no tensors by name"
+    if said not in (None, foreign.VISION):
+        raise ValueError(f"{file}: expected the weights of {called}, found {said}")
     for tree in trees:
         blocks = {int(match[1]): tree[name].shape for name in tree if (match := _BLOCK.search(name))}
         patches = [value.shape[-1] for name, value in tree.items() if _PATCHES.search(name)]
@@ -46,10 +49,6 @@ def check_transformer(file: Path, called: str, spec: Encoder | None) -> None:
                 raise ValueError(
                     f"{file}: these are not weights of {called}: found {words(*found)}, expected {words(*expected)}"
                 )
-        if blocks:
-            return
-    if not names or (said := foreign.weights(names)):
-        raise ValueError(f"{file}: expected the weights of {called}, found {said if names else 'no tensors by name'}")
 
 
 def _trees(held: Any, depth: int = 0) -> Iterator[Mapping[str, Stored]]:

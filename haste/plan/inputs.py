@@ -118,7 +118,11 @@ def _transformer(spec: Any, called: str) -> None:
     public = TEACHERS.get(spec.name)
     if spec.weights is not None:
         weights.check_transformer(Path(spec.weights), called, public)
-    elif public is not None and (found := weights.in_cache(f"timm/{public.timm}", "model.safetensors", called)):
+    elif (
+        public is not None
+        and public.on_hub
+        and (found := weights.in_cache(f"timm/{public.timm}", "model.safetensors", called))
+    ):
         weights.check_transformer(found, called, public)
 
 
