@@ -237,8 +237,9 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         return self._storages[key]
 
     def _load_bytearray(self) -> None:
-        (size,) = struct.unpack("<Q", self.read(8))
-        self.append(self.read(size))  # the original allocates it before it reads
+        reader: Any = self
+        (size,) = struct.unpack("<Q", reader.read(8))
+        reader.append(reader.read(size))  # the original allocates it before it reads
 
     dispatch[pickle.BYTEARRAY8[0]] = _load_bytearray
 

@@ -22,7 +22,8 @@ class Encoder:
     timm: its name in timm; patch: side of a patch in pixels; size: side of its input in pixels for images of 256 px (it
     scales with the images); depth, heads, width: its blocks, their heads, and the width of its tokens; norm: mean and
     std of each channel on the scale 0..1; final_norm: whether the features pass the last normalisation; resize_first:
-    whether images are resized before they are normalised; on_hub: whether timm keeps its weights on the hub; overrides: differences from timm's architecture.
+    whether images are resized before they are normalised; on_hub: whether timm keeps its weights on the hub; overrides:
+    differences from timm's architecture.
     """
 
     timm: str

@@ -148,7 +148,7 @@ def starts(parts: Parts) -> None:
 
 def elsewhere(parts: Parts) -> None:
     """Refuse checkpoints of `evaluate` that are not the row's model, or were trained on something else."""
-    states = {one.state.trajectory for one in [*parts.drawn(), *parts.measured()]}
+    states = {one.state.trajectory for one in parts.drawn()} | {one.state.trajectory for one in parts.measured()}
     for name in sorted(states & parts.evaluations.elsewhere.keys()):
         spec, recipe = parts.evaluations.elsewhere[name], parts.evaluations.trajectories[name].recipe
         if (found := _described(spec.checkpoint, recipe, spec.layout)) is not None:

@@ -434,6 +434,17 @@ def test_bare_weights_go_out_under_bare_names_and_come_back_bit_for_bit(make_pla
         read_checkpoint(tmp_path / "model.safetensors").chosen("model")
 
 
+def test_a_file_of_no_published_size_goes_out_where_its_heads_are_said(tmp_path, capsys):
+    found = repa(tmp_path / "a.pt")
+    out = ["export", str(tmp_path / "a.pt"), str(tmp_path / "a.safetensors"), "--format", "safetensors"]
+    assert cli.main(out) == 2
+    assert "no published size" in capsys.readouterr().err
+    assert cli.main([*out, "--heads", "4"]) == 0
+    again = read_checkpoint(tmp_path / "a.safetensors")
+    assert again.shape["heads"] == 4
+    assert all(torch.equal(value, found["ema"][name]) for name, value in again.weights["ema"].items())
+
+
 def test_a_header_of_another_kind_is_refused(tmp_path):
     save_file(numbers(1), tmp_path / "a.safetensors", metadata={"haste": json.dumps({"kind": "part", "schema": 1})})
     with pytest.raises(ValueError, match="expected a state or weights, found kind 'part'"):
