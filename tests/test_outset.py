@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -278,6 +279,12 @@ WITHIN = {
 def test_whatever_a_configuration_names_outside_itself_is_looked_at_by_the_plan():
     found = set(texts())
     assert found - WITHIN == set(INPUTS), "say in haste.plan.inputs.INPUTS what looks at it before the first job"
+
+
+def test_the_document_lists_what_is_looked_at():
+    page = Path(__file__).parent.parent.joinpath("docs", "architecture.md").read_text()
+    table = page.split("## What is looked at before the first job")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE) == list(INPUTS)
 
 
 def thrown(capsys, *command):

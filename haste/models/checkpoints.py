@@ -18,10 +18,9 @@ import argparse
 import dataclasses
 import errno
 import json
-import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,8 +33,9 @@ from haste.files import artefact
 from haste.models.layers import sincos_positions
 from haste.models.sit import SiT
 from haste.networks import layouts
-from haste.networks.headers import SIZES, Stored
-from haste.networks.layouts import KIND, Described, Size
+from haste.networks.layouts import Described, Size
+from haste.networks.sets import KIND
+from haste.networks.tensors import placed
 
 Weights = Mapping[str, Tensor]
 
@@ -122,11 +122,9 @@ def read_weights_of(
 
 def _read(what: Described, name: str) -> Checkpoint:
     """The numbers of described weights, as float32 or float64."""
-    with open(what.file, "rb") as file:
-        # Mapped, so that the optimiser, most of such a file, is never read; copied on writing, as torch demands.
-        place = placed(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-        weights = {which: {name: place(value) for name, value in tree.items()} for which, tree in what.sets.items()}
-        heads = tuple({name: place(value) for name, value in head.items()} for head in what.projectors)
+    place = placed(what.file)
+    weights = {which: {name: place(value) for name, value in tree.items()} for which, tree in what.sets.items()}
+    heads = tuple({name: place(value) for name, value in head.items()} for head in what.projectors)
     for tree in weights.values():
         if broken := [
             one for one, value in tree.items() if not value.is_floating_point() or not value.isfinite().all()
@@ -138,20 +136,6 @@ def _read(what: Described, name: str) -> Checkpoint:
     weights = {which: {name: _widened(value) for name, value in tree.items()} for which, tree in weights.items()}
     facts = dict(what.facts)
     return Checkpoint(what.file, artefact.file_identity(what.file), what.layout, what.shape, weights, heads, facts)
-
-
-def placed(content: mmap.mmap) -> Callable[[Stored], Tensor]:
-    """The function that takes a tensor out of a mapped file."""
-
-    def place(stored: Stored) -> Tensor:
-        dtype, storage = getattr(torch, stored.dtype), stored.storage
-        count = storage.count * SIZES[storage.dtype] // SIZES[stored.dtype]
-        if not count:
-            return torch.empty(stored.shape, dtype=dtype)
-        flat = torch.frombuffer(content, dtype=dtype, count=count, offset=storage.start)
-        return flat.as_strided(stored.shape, stored.stride, stored.offset)
-
-    return place
 
 
 def _widened(value: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def _zip(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError):
+    except Exception:  # a damaged directory raises errors of all kinds
         return "a truncated file: a zip archive without its end, as a download or copy leaves that broke off"
     last = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in last and any("code/" in name for name in names):
@@ -132,7 +132,7 @@ _WEIGHTS = {
     r"^(state|param_groups)$": "the state of an optimiser alone: the weights lie in another file",
     r"^shadow_params$": "an average without names (shadow_params): copy it into the network and save its state_dict()",
     r"norm1_|^joint_blocks\.|^context_embedder\.": "the weights of a joint text and image transformer",
-    r"(^|\.)x_embedder\.proj\.": "the weights of a diffusion transformer",
+    r"(^|\.)x_embedder\.proj\.weight$": "the weights of a diffusion transformer",
     r"^transformer_blocks\.0\.": "a transformer in diffusers' layout, whose names and timestep features are others",
     r"(^|\.)diffusion_model\.input_blocks\.|^input_blocks\.|^down_blocks\.0\.": "the weights of a U-Net",
     r"(^|\.)(quant_conv\.|decoder\.up|decoder\.mid)": "the weights of an autoencoder",

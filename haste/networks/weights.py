@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from haste.networks import foreign, headers
-from haste.networks.headers import Stored
+from haste.networks.pickles import Stored
 from haste.networks.registry import Encoder
 
 # A block's attention, as timm, the authors of DINO, MAE and I-JEPA, and OpenAI's CLIP name it.
@@ -72,7 +72,7 @@ def check_inception(file: Path) -> None:
         raise ValueError(f"{file}: expected the weights of inception, found no file")
     held, _ = headers.contents(file, "the weights of inception")
     if not isinstance(held, Mapping) or not all(isinstance(value, Stored) for value in held.values()):
-        raise ValueError(f"{file}: expected tensors by name, found {type(held).__name__}")
+        raise ValueError(f"{file}: expected tensors by name, found {headers.kind(held)}")
     for name, shape in _INCEPTION.items():
         found = held[name].shape if name in held else foreign.weights(held) or "none"
         if found != shape:

@@ -4,7 +4,6 @@ import argparse
 import collections
 import datetime
 import io
-import mmap
 import os
 import pathlib
 import pickle
@@ -20,8 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from haste.models.checkpoints import placed
-from haste.networks import headers
+from haste.networks import headers, pickles
+from haste.networks.tensors import read
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.uint8, torch.bool]
 DTYPES += [torch.complex64, torch.float8_e4m3fn, torch.uint16]
@@ -30,17 +29,7 @@ quick = settings(deadline=None, suppress_health_check=[HealthCheck.function_scop
 
 def found_in(path):
     """What a file holds, with its tensors read from where the headers say that they lie."""
-    with open(path, "rb") as file:
-        place = placed(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-
-    def filled(held):
-        if isinstance(held, headers.Stored):
-            return place(held)
-        if isinstance(held, dict):
-            return {name: filled(value) for name, value in held.items()}
-        return [filled(value) for value in held] if isinstance(held, list | tuple) else held
-
-    return filled(headers.contents(path)[0])
+    return read(path, "weights")
 
 
 @st.composite
@@ -113,8 +102,8 @@ def test_numbers_paths_and_collections_are_plain_data(tmp_path, name, protocol, 
     options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
     path = saved(tmp_path / "a.pt", {"x": given_, "args": argparse.Namespace(x=given_)}, **options)
     held, _ = headers.contents(path)
-    assert held["x"] == expected and type(held["x"]) in (type(expected), headers._Dictionary)
-    assert isinstance(held["args"], headers.Namespace) and held["args"].entries["x"] == expected
+    assert held["x"] == expected and type(held["x"]) in (type(expected), pickles._Dictionary)
+    assert isinstance(held["args"], pickles.Namespace) and held["args"].entries["x"] == expected
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
@@ -166,7 +155,7 @@ def pickled(path, content):
 
 
 def test_a_pickle_changes_none_of_the_functions_and_classes_that_it_is_given(tmp_path):
-    before = dict(headers.Namespace.__dict__)
+    before = dict(pickles.Namespace.__dict__)
     changes = [
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.",  # attributes of a function
         b"\x80\x02cargparse\nNamespace\nN}X\x07\x00\x00\x00entriesK\x01s\x86b.",  # attributes of a class
@@ -179,7 +168,7 @@ def test_a_pickle_changes_none_of_the_functions_and_classes_that_it_is_given(tmp
             assert "a.pt: " in str(refusal)
         else:
             assert not isinstance(held, dict) or list(held.items()) == []
-    assert dict(headers.Namespace.__dict__) == before and not hasattr(headers._tensor, "a")
+    assert dict(pickles.Namespace.__dict__) == before and not hasattr(pickles._tensor, "a")
 
 
 @pytest.fixture(scope="module")
