@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -278,7 +279,9 @@ WITHIN = {
 
 def test_whatever_a_configuration_names_outside_itself_is_looked_at_by_the_plan():
     found = set(texts())
-    assert found - WITHIN == set(INPUTS), "say in haste.plan.inputs.INPUTS what looks at it before the first job"
+    assert found - WITHIN == set(INPUTS) - {"runtime.trackers"}, (
+        "say in haste.plan.inputs.INPUTS what looks at it before the first job"
+    )
 
 
 def test_the_document_lists_what_is_looked_at():
@@ -541,6 +544,12 @@ def test_weights_of_other_classes_begin_with_a_new_table_where_the_run_says_so(m
     sit(tmp_path / "theirs.pt", classes=1000)
     start = {"file": str(tmp_path / "theirs.pt"), "classes": "new"}
     make_plan(runs={"a": {"milestones": [3], "warm_start": start}}).check()
+
+
+def test_a_tracker_that_is_not_installed_is_refused_by_the_plan(make_plan, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    plan = make_plan(runtime={"trackers": ["wandb"]})
+    assert thrown(capsys, "plan", "-c", plan.file) == "runtime.trackers: wandb is not installed (`pip install wandb`)"
 
 
 def test_the_plan_reads_no_numbers_of_weights(make_plan, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ Only names and headers are read. Of what is finished nothing is looked at: it ne
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,7 +168,19 @@ def _described(file: str, recipe: dict[str, Any], layout: str | None, classes: b
     return layouts.described_as(file, recipe["model"]["architecture"], shapes, expected) if shapes else None
 
 
-#: Every path, file and hub name in a configuration, and what looks at it; a test walks the schema for others.
+def trackers(parts: Parts) -> None:
+    """Refuse a tracker whose library is missing."""
+    for kind in parts.config.runtime.trackers if parts.trained() else ():
+        check_tracker(kind)
+
+
+def check_tracker(kind: str) -> None:
+    """Refuse a tracker of `runtime.trackers` whose library is missing; raises ValueError."""
+    if kind == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise ValueError("runtime.trackers: wandb is not installed (`pip install wandb`)")
+
+
+#: Every path, file, hub name and library in a configuration, and what looks at it; a test walks the schema for others.
 INPUTS: dict[str, Callable[[Parts], None]] = {
     "images.path": images,
     "autoencoder.pretrained.encode": encoder,
@@ -179,6 +192,7 @@ INPUTS: dict[str, Callable[[Parts], None]] = {
     "detector.NAME.reference": references,
     "runs.NAME.warm_start.file": starts,
     "evaluate.NAME.checkpoint": elsewhere,
+    "runtime.trackers": trackers,
 }
 
 
