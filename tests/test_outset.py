@@ -395,6 +395,10 @@ def test_offline_only_what_lies_in_the_cache_is_taken_by_the_plan(make_plan, tmp
     (cached / "snapshots").mkdir()
     vae(cached / "snapshots" / "abc")
     plan.check()
+    (cached / "snapshots" / "abc").rename(tmp_path / "vae")  # a pipeline's repository
+    (cached / "snapshots" / "abc").mkdir()
+    (tmp_path / "vae").rename(cached / "snapshots" / "abc" / "vae")
+    plan.check()
 
 
 VIT = {"patch_embed.proj.weight": (768, 3, 14, 14), **{f"blocks.{i}.attn.qkv.weight": (2304, 768) for i in range(12)}}

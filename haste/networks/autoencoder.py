@@ -13,6 +13,7 @@ from haste.networks import headers
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
 _INSIDE = "vae"  # its folder in a pipeline's
+CONFIGS = (CONFIG, f"{_INSIDE}/{CONFIG}")
 #: What is downloaded of a hub's repository: no pickles, so nothing that could run code.
 PATTERNS = [
     f"{inside}{name}"

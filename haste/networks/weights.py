@@ -96,17 +96,17 @@ def check_timm_name(name: str) -> None:
         raise ValueError(f"teacher {name}: neither a folder, nor in timm, nor one of this package's names")
 
 
-def in_cache(repository: str, file: str, called: str) -> Path | None:
-    """A file of the hub's that lies on this machine; None if a job will fetch it.
+def in_cache(repository: str, called: str, *files: str) -> Path | None:
+    """The first of these files of the hub's that lies on this machine; None if a job will fetch it.
 
     Raises:
         ValueError: it is not here, and HF_HUB_OFFLINE forbids to fetch it.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
-    found = try_to_load_from_cache(repository, file)
-    if isinstance(found, str):
-        return Path(found)
+    for file in files:
+        if isinstance(found := try_to_load_from_cache(repository, file), str):
+            return Path(found)
     if constants.HF_HUB_OFFLINE:
         raise ValueError(
             f"{called}: its weights ({repository}) are not on this machine, and HF_HUB_OFFLINE forbids to fetch them. "

@@ -5,10 +5,12 @@ Only names and headers are read. Of what is finished nothing is looked at: it ne
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from haste import extensions
 from haste.config import Config, Model, facts_in, model_in
@@ -22,8 +24,9 @@ from haste.plan.runs import Runs
 from haste.plan.targets import Targets
 
 
-class Parts(NamedTuple):
-    """What a plan is made of."""
+@dataclasses.dataclass
+class Parts:
+    """What a plan is made of, and what is still to be made of it (looked up once)."""
 
     config: Config
     data: Data
@@ -32,21 +35,22 @@ class Parts(NamedTuple):
     evaluations: Evaluations
     measures: Measures
 
+    @functools.cached_property
     def trained(self) -> list[Segment]:
         """The training jobs that are still to run."""
         missing = (s for s in self.runs.planned() if s.step not in self.runs.on_disk(s.trajectory))
         return [self.runs.segment(state) for state in missing]
 
+    @functools.cached_property
     def drawn(self) -> list[Evaluation]:
         """The samples that are still to be drawn."""
-        ends = {one.name: [one.grid, *(judged.score for judged in one.judgements)] for one in self.all_drawn}
-        return [one for one in self.all_drawn if not _exist(ends[one.name]) and not one.is_drawn]
+        return [
+            one
+            for one in self.evaluations.by_name.values()
+            if not _exist([one.grid, *(judged.score for judged in one.judgements)]) and not one.is_drawn
+        ]
 
-    @property
-    def all_drawn(self) -> list[Evaluation]:
-        """All samples."""
-        return list(self.evaluations.by_name.values())
-
+    @functools.cached_property
     def measured(self) -> list[Measurement]:
         """The measurements that are still to be taken."""
         return [one for one in self.measures.by_name.values() if not Path(one.file).exists()]
@@ -63,13 +67,13 @@ def images(parts: Parts) -> None:
 
 def encoder(parts: Parts) -> None:
     """Refuse a public autoencoder that could not encode the images."""
-    if not Path(parts.data.latents.manifest).exists() and (parts.trained() or parts.measured()):
+    if not Path(parts.data.latents.manifest).exists() and (parts.trained or parts.measured):
         _autoencoder(parts, parts.data.encoder)
 
 
 def decoder(parts: Parts) -> None:
     """Refuse a public autoencoder that could not decode the samples."""
-    if parts.drawn():
+    if parts.drawn:
         _autoencoder(parts, parts.data.decoder)
 
 
@@ -79,7 +83,7 @@ def _autoencoder(parts: Parts, where: str) -> None:
         return
     folder = autoencoder.folder_named(where)
     if folder is None:
-        cached = weights.in_cache(where, autoencoder.CONFIG, f"autoencoder {where}")
+        cached = weights.in_cache(where, f"autoencoder {where}", *autoencoder.CONFIGS)
         folder = cached.parent if cached and autoencoder.has_weights(cached.parent) else None
     if folder is not None:
         found = autoencoder.opened(folder)
@@ -88,7 +92,7 @@ def _autoencoder(parts: Parts, where: str) -> None:
 
 def teachers(parts: Parts) -> None:
     """Refuse public teachers whose weights are missing or another network's, or whose patches do not fit the images."""
-    jobs = [*parts.trained(), *(one.segment for one in parts.measured())]
+    jobs = [*parts.trained, *(one.segment for one in parts.measured)]
     stores = {name for name, store in parts.targets.stores.items() if not Path(store.manifest).exists()}
     for name in sorted(stores.union(*(job.teachers for job in jobs))):
         spec = parts.config.teachers[name].pretrained
@@ -105,7 +109,12 @@ def teachers(parts: Parts) -> None:
 def detectors(parts: Parts) -> None:
     """Refuse public detectors whose weights are missing or another network's."""
     for detector in parts.data.detectors.values():
-        scores = [one.score for drawn in parts.all_drawn for one in drawn.judgements if one.detector == detector]
+        scores = [
+            one.score
+            for drawn in parts.evaluations.by_name.values()
+            for one in drawn.judgements
+            if one.detector == detector
+        ]
         spec = parts.config.detector[detector.name].pretrained
         if spec is None or spec.name not in DETECTORS or _exist([detector.reference.manifest, detector.floor, *scores]):
             continue
@@ -122,25 +131,25 @@ def _transformer(spec: Any, called: str) -> None:
     elif (
         public is not None
         and public.on_hub
-        and (found := weights.in_cache(f"timm/{public.timm}", "model.safetensors", called))
+        and (found := weights.in_cache(f"timm/{public.timm}", called, "model.safetensors"))
     ):
         weights.check_transformer(found, called, public)
 
 
 def references(parts: Parts) -> None:
     """Refuse references that are not ADM's."""
-    from haste.files import npz  # numpy is slow to import, and few commands come here
-
     for detector in parts.data.detectors.values():
         made, file = Path(detector.reference.manifest), detector.reference_file
         if file is not None and Path(file).is_file() and not made.exists():
+            from haste.files import npz  # numpy is slow to import
+
             npz.check_reference(file)
 
 
 def starts(parts: Parts) -> None:
     """Refuse files of `warm_start` that are not the run's model."""
     files = {identity: file for file, identity in parts.data.identities.items()}
-    for segment in parts.trained():
+    for segment in parts.trained:
         recipe = parts.runs.trajectories[segment.state.trajectory].recipe
         if segment.parent is None and (start := recipe.get("warm_start")):
             kept = isinstance(start, str)
@@ -149,7 +158,7 @@ def starts(parts: Parts) -> None:
 
 def elsewhere(parts: Parts) -> None:
     """Refuse checkpoints of `evaluate` that are not the row's model, or were trained on something else."""
-    states = {one.state.trajectory for one in parts.drawn()} | {one.state.trajectory for one in parts.measured()}
+    states = {one.state.trajectory for one in parts.drawn} | {one.state.trajectory for one in parts.measured}
     for name in sorted(states & parts.evaluations.elsewhere.keys()):
         spec, recipe = parts.evaluations.elsewhere[name], parts.evaluations.trajectories[name].recipe
         if (found := _described(spec.checkpoint, recipe, spec.layout)) is not None:
@@ -170,7 +179,7 @@ def _described(file: str, recipe: dict[str, Any], layout: str | None, classes: b
 
 def trackers(parts: Parts) -> None:
     """Refuse a tracker whose library is missing."""
-    for kind in parts.config.runtime.trackers if parts.trained() else ():
+    for kind in parts.config.runtime.trackers if parts.trained else ():
         check_tracker(kind)
 
 
