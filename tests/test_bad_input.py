@@ -733,7 +733,7 @@ NPZS = [
 # ---- weights of the small networks
 
 MODEL, VAE = "model.safetensors", "diffusion_pytorch_model.safetensors"
-MISFIT, VAE_MISFIT = f"{MODEL}: these weights do not fit", f"{VAE}: the weights do not fit"
+MISFIT, VAE_MISFIT = f"{MODEL}: these weights do not fit", f"{VAE}: does not fit the AutoencoderKL of its config.json"
 CONFIG = "config.json: expected an AutoencoderKL configuration, found"
 
 

@@ -11,6 +11,7 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, get_args, get_origin
 
 import numpy as np
@@ -24,6 +25,7 @@ from haste.config import resolve
 from haste.data import prepare
 from haste.files import listing
 from haste.files.npz import WIDTHS
+from haste.networks import autoencoder
 from haste.networks.registry import TEACHERS
 from haste.networks.spec import sit_shapes
 from haste.plan.inputs import INPUTS
@@ -298,13 +300,13 @@ def thrown(capsys, *command):
 AUTOENCODER = {"autoencoder": {"pretrained": {"encode": "vae", "channels": 4, "factor": 2}}}
 
 
-def vae(folder, **changes):
+def vae(folder, more=MappingProxyType({}), **changes):
     """An autoencoder's folder, whose weights are a header alone."""
     folder.mkdir()
     settings = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 16], "latent_channels": 4, **changes}
     (folder / "config.json").write_text(json.dumps(settings))
-    shapes = {"encoder.conv_in.weight": (8, 3, 3, 3), "decoder.conv_in.weight": (16, 4, 3, 3)}
-    sparse(folder / "diffusion_pytorch_model.safetensors", {**shapes, "decoder.conv_out.weight": (3, 8, 3, 3)})
+    shapes = autoencoder.shapes({**settings, "latent_channels": 4})
+    sparse(folder / "diffusion_pytorch_model.safetensors", {**shapes, **more})
 
 
 def sparse(path, shapes, dtype="F32"):
@@ -337,8 +339,8 @@ VAES = {  # what lies there -> what is said
         "diffusion_pytorch_model.bin: pickled weights, which are not loaded",
     ),
     "truncated weights": (
-        lambda folder: (vae(folder), os.truncate(next(folder.glob("*.safetensors")), 900)),
-        "expected the weights of an autoencoder, found a truncated or foreign file (900 bytes, expected",
+        lambda folder: (vae(folder), [os.truncate(path, path.stat().st_size - 100) for path in folder.glob("*.safe*")]),
+        "expected the weights of an autoencoder, found a truncated or foreign file (",
     ),
     "a pointer of git-lfs": (
         lambda folder: (
@@ -347,7 +349,11 @@ VAES = {  # what lies there -> what is said
         ),
         "expected the weights of an autoencoder, found a pointer of git-lfs",
     ),
-    "other channels": (lambda folder: vae(folder, latent_channels=16), "decoder.conv_in.weight: found (16, 4, 3, 3)"),
+    "other channels": (
+        lambda folder: vae(folder, latent_channels=16),
+        "encoder.conv_out.weight (found (8, 16, 3, 3), expected (32, 16, 3, 3))",
+    ),
+    "a weight too many": (lambda folder: vae(folder, more={"x": (1,)}), "not known: x"),
     "another factor": (
         lambda folder: vae(folder, block_out_channels=[8, 8, 16]),
         "has 4 channels and factor 4, the configuration says 4 and 2",

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from haste.networks import headers
+from haste.networks import headers, layouts
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model"
+# Names of attention that the public weights of Stable Diffusion still have.
+_NEWER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLDER = re.compile(r"(?<=attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
 _INSIDE = "vae"  # its folder in a pipeline's
 CONFIGS = (CONFIG, f"{_INSIDE}/{CONFIG}")
 #: What is downloaded of a hub's repository: no pickles, so nothing that could run code.
@@ -74,17 +77,47 @@ def opened(folder: Path) -> Found:
     held: dict[str, Any] = {}
     for file in files:
         held |= headers.contents(file, "the weights of an autoencoder")[0]
-    widths, channels = config.get("block_out_channels", [64]), found.channels
-    expected = {"encoder.conv_in.weight": (widths[0], 3, 3, 3), "decoder.conv_out.weight": (3, widths[0], 3, 3)}
-    expected |= {"decoder.conv_in.weight": (widths[-1], channels, 3, 3)}
-    wrong = [
-        f"{name}: found {held[name].shape if name in held else 'none'}, expected {shape}"
-        for name, shape in expected.items()
-        if name not in held or held[name].shape != shape
-    ]
-    if wrong:
-        raise ValueError(f"{files[0]}: the weights do not fit {CONFIG}: {'; '.join(wrong)}")
+    if (expected := shapes(config)) is not None:
+        renamed = {_OLDER.sub(lambda match: _NEWER[match[0]], name): value for name, value in held.items()}
+        layouts.check_fit(str(files[0]), f"the AutoencoderKL of its {CONFIG}", renamed, expected)
     return found
+
+
+def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of an AutoencoderKL's weights by their names; None for one with other blocks than the usual ones."""
+    widths, c = config.get("block_out_channels", [64]), config.get("latent_channels", 4)
+    blocks = [*config.get("down_block_types", []), *config.get("up_block_types", [])]
+    if not {"DownEncoderBlock2D", "UpDecoderBlock2D"}.issuperset(blocks):
+        return None
+    first, last, layers = widths[0], widths[-1], config.get("layers_per_block", 1)
+    attention = config.get("mid_block_add_attention", True)
+    layer: dict[str, tuple[int, ...]] = {}
+    for half, block, order, more in (("encoder", "down", widths, 0), ("decoder", "up", widths[::-1], 1)):
+        for i, (before, after) in enumerate(zip([order[0], *order], order, strict=False)):
+            at = f"{half}.{block}_blocks.{i}"
+            for j in range(layers + more):
+                layer |= _resnet(f"{at}.resnets.{j}", after if j else before, after)
+            if i < len(order) - 1:
+                layer[f"{at}.{block}samplers.0.conv"] = (after, after, 3, 3)
+        for j in range(2):
+            layer |= _resnet(f"{half}.mid_block.resnets.{j}", last, last)
+        for name in ("to_q", "to_k", "to_v", "to_out.0") if attention else ():
+            layer[f"{half}.mid_block.attentions.0.{name}"] = (last, last)
+        if attention:
+            layer[f"{half}.mid_block.attentions.0.group_norm"] = (last,)
+        layer[f"{half}.conv_norm_out"] = (order[-1],)
+    layer |= {"encoder.conv_in": (first, 3, 3, 3), "encoder.conv_out": (2 * c, last, 3, 3)}
+    layer |= {"decoder.conv_in": (last, c, 3, 3), "decoder.conv_out": (3, first, 3, 3)}
+    layer |= {"quant_conv": (2 * c, 2 * c, 1, 1)} if config.get("use_quant_conv", True) else {}
+    layer |= {"post_quant_conv": (c, c, 1, 1)} if config.get("use_post_quant_conv", True) else {}
+    biases = {f"{name}.bias": shape[:1] for name, shape in layer.items()}
+    return {f"{name}.weight": shape for name, shape in layer.items()} | biases
+
+
+def _resnet(at: str, before: int, after: int) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {f"{at}.norm1": (before,), f"{at}.conv1": (after, before, 3, 3)}
+    found |= {f"{at}.norm2": (after,), f"{at}.conv2": (after, after, 3, 3)}
+    return found if before == after else {**found, f"{at}.conv_shortcut": (after, before, 1, 1)}
 
 
 def check_size(channels: int, factor: int, expected: Any) -> None:

@@ -72,7 +72,9 @@ def described(
         shapes |= {name: (2 * shapes[name][0], *shapes[name][1:]) for name in (_OUT, "final_layer.linear.bias")}
     for tree in sets.values():
         absent = {"pos_embed"} - tree.keys()  # it is computed
-        check_fit(file, "SiT", tree, {name: value for name, value in shapes.items() if name not in absent})
+        check_fit(
+            file, "a SiT of this size", tree, {name: value for name, value in shapes.items() if name not in absent}
+        )
     projectors = next((heads for _, heads in tidy.values() if heads), ())
     return Described(file, found, shape, sets, projectors, facts)
 
@@ -92,7 +94,7 @@ def described_as(file: str, name: str, shapes: Mapping[str, tuple[int, ...]], sh
     trees, facts = opened(file, list(shapes))
     split = {which: _without_projectors(tree) for which, tree in trees.items()}
     for tree, _ in split.values():
-        check_fit(file, name, tree, shapes)
+        check_fit(file, f"a {name} of this size", tree, shapes)
     heads = next((heads for _, heads in split.values() if heads), ())
     return Described(file, "ours", shape, {which: tree for which, (tree, _) in split.items()}, heads, facts)
 
@@ -111,9 +113,7 @@ def check_fit(file: str, name: str, tree: Mapping[str, Any], shapes: Mapping[str
     }
     if faults := [f"{what}: {some(names)}" for what, names in wrong.items() if names]:
         said = foreign.weights(wrong["not known"]) if wrong["missing"] else None
-        raise ValueError(
-            f"{file}: does not fit a {name} of this size; {'; '.join(faults)}{f' ({said})' if said else ''}"
-        )
+        raise ValueError(f"{file}: does not fit {name}; {'; '.join(faults)}{f' ({said})' if said else ''}")
 
 
 def some(names: Sequence[str]) -> str:

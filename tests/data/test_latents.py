@@ -16,7 +16,7 @@ from haste.data.condition import Labels
 from haste.data.latents import Autoencoder, draw, encode_join, encode_shard, to_pixels
 from haste.files.artefact import file_identity
 from haste.files.store import Store, join, shard_range, write_shard
-from haste.networks.autoencoder import PATTERNS
+from haste.networks.autoencoder import PATTERNS, shapes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -207,6 +207,23 @@ def test_the_older_names_of_attention_load_as_the_newer(saved, copied):
     save_file(weights, copied / WEIGHTS, metadata={"format": "pt"})
     images = pixels(2)
     assert torch.equal(Autoencoder.load(copied).moments(images), Autoencoder.load(saved[0]).moments(images))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    widths=st.lists(st.sampled_from([8, 16, 24]), min_size=1, max_size=4),
+    layers=st.integers(1, 3),
+    channels=st.integers(1, 8),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+)
+def test_the_shapes_that_a_configuration_stands_for_are_diffusers(widths, layers, channels, flags):
+    names = ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")
+    config = {"block_out_channels": widths, "layers_per_block": layers, "latent_channels": channels}
+    config |= dict(zip(names, flags, strict=True)) | {"norm_num_groups": 4}
+    blocks = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
+    with torch.device("meta"):
+        model = AutoencoderKL(**config, **{key: value * len(widths) for key, value in blocks.items()})
+    assert shapes(config) == {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def halved(folder):
