@@ -531,6 +531,15 @@ def test_weights_that_are_not_the_rows_model_are_refused_by_the_plan_in_the_jobs
     assert thrown(capsys, *job, "-c", plan.file) == refused
 
 
+@pytest.mark.parametrize("role", ["warm_start", "evaluate"])
+def test_a_folder_in_the_place_of_weights_is_named_for_what_it_is(tiny, tmp_path, role):
+    (tmp_path / "model_index.json").touch()
+    row = {"checkpoint": str(tmp_path), "model": "dot", "sampling": ["quick"], "step": 8}
+    rows = {"evaluate": {"a": row}} if role == "evaluate" else {"runs": {"a": {"warm_start": str(tmp_path)}}}
+    with pytest.raises(ValueError, match="expected a checkpoint, found a folder: diffusers' pipeline"):
+        Plan(resolve({**tiny, **rows}))
+
+
 @pytest.mark.parametrize(
     ("changes", "row", "words"),
     [
