@@ -92,8 +92,10 @@ class Archives:
             parts = (*place, *_parts(archive.path, name))
             if parts in self._found:
                 raise ValueError(f"{archive.path}: {name!r} is twice, expected every name once")
-            if len(parts) == len(place) or any(is_hidden(part) for part in parts[len(place) :]):
-                self.unused.append(("/".join(parts) or name, HIDDEN))
+            if len(parts) == len(place):
+                self.unused.append((f"{archive.path.name}:{name}", "a file without a name"))
+            elif any(is_hidden(part) for part in parts[len(place) :]):
+                self.unused.append(("/".join(parts), HIDDEN))
             elif isinstance(archive, _Tar) and (inside := archive.nested(name, entry)):
                 self._add(inside, parts)
             else:
@@ -135,7 +137,7 @@ class _Zip:
         for entry in self._archive.infolist():
             if entry.flag_bits & 1:
                 raise ValueError(f"{self.path}: {entry.filename!r} is encrypted")
-            if not entry.is_dir():
+            if not entry.filename.endswith("/"):
                 yield entry.filename, entry
 
     def read(self, entry: zipfile.ZipInfo) -> bytes:

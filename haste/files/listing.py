@@ -162,12 +162,12 @@ def _in_order(
 
 
 def pictures_among(tree: Tree, suffixes: tuple[str, ...]) -> list[Parts]:
-    """The pictures of a tree by their names, in arbitrary order.
+    """The pictures of a tree by their names, sorted.
 
     Raises:
         ValueError: there are none.
     """
-    pictures = [parts for parts in tree.names if parts[-1].lower().endswith(suffixes)]
+    pictures = sorted(parts for parts in tree.names if parts[-1].lower().endswith(suffixes))
     if not pictures:
         rest = told(grouped([*tree.unused, *(("/".join(parts), _reason(parts[-1])) for parts in tree.names)]))
         raise ValueError(f"{tree.root}: found no pictures, expected {', '.join(suffixes)}{'; ' * bool(rest)}{rest}")

@@ -44,11 +44,14 @@ class Rows:
         self._held: collections.OrderedDict[tuple[str, int], Any] = collections.OrderedDict()
         self._lock = threading.Lock()
         self._files = {file.name: file for file in self._found()}
-        for name in self._files:
+        for name, file in self._files.items():
             with self._opened(name) as opened:
+                schema = opened.schema_arrow
                 counts = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
-                self._image = _image_column(self._files[name], opened.schema_arrow)
-            ends = [sum(counts[:number]) for number in range(len(counts) + 1)]
+            if min(counts, default=0) < 0 or sum(counts) > file.stat().st_size:
+                raise ValueError(f"{file}: says that it has {sum(counts):,} rows, which is more than its bytes")
+            self._image = _image_column(file, schema)
+            ends = [0, *itertools.accumulate(counts)]
             self._groups[name] = [range(low, high) for low, high in itertools.pairwise(ends)]
             self.names += [(name, str(row)) for row in range(ends[-1])]
         if not self.names:
@@ -86,13 +89,15 @@ class Rows:
         classes, found = list[str](), list[Any]()
         for number, (name, file) in enumerate(self._files.items()):
             with self._opened(name) as opened:
-                names = _class_names(opened.schema_arrow)
-                asked = column or _label_column(file, opened.schema_arrow.names, names)
-                if asked not in opened.schema_arrow.names:
-                    raise ValueError(f"{file}: no column {asked!r}, found {', '.join(opened.schema_arrow.names)}")
-                if number and names.get(asked, []) != classes:
-                    raise ValueError(f"{file}: names other classes than {next(iter(self._files))}")
-                classes = names.get(asked, [])
+                schema = opened.schema_arrow
+            names = _class_names(schema)
+            asked = column or _label_column(file, schema.names, names)
+            if asked not in schema.names:
+                raise ValueError(f"{file}: no column {asked!r}, found {', '.join(schema.names)}")
+            if number and names.get(asked, []) != classes:
+                raise ValueError(f"{file}: names other classes than {next(iter(self._files))}")
+            classes = names.get(asked, [])
+            with self._opened(name) as opened:
                 found += opened.read(columns=[asked]).column(0).to_pylist()
         wrong = next((row for row, one in enumerate(found) if not _is_label(one, classes)), None)
         if wrong is not None:
@@ -136,14 +141,13 @@ class Rows:
     def _opened(self, name: str) -> Generator[Any]:
         file = self._files[name]
         try:
-            import pyarrow
             from pyarrow import parquet
         except ImportError as error:
             raise ValueError(f"{file}: reading {SUFFIX} needs pyarrow: pip install 'haste[parquet]'") from error
         try:
             with parquet.ParquetFile(file) as opened:
                 yield opened
-        except (pyarrow.ArrowException, OSError) as error:
+        except Exception as error:  # of many classes, where a file is damaged
             what = " ".join(str(error).split())[:200]
             raise ValueError(f"{file}: expected a {SUFFIX}, found a truncated or foreign file ({what})") from error
 

@@ -236,7 +236,7 @@ def _of_pictures(
     files: Callable[[list[Parts]], Sequence[Path]],
 ) -> Samples:
     """The images of a tree in sorted order of their names; `files` are those on disk that hold them."""
-    found = sorted(listing.pictures_among(tree, SUFFIXES))
+    found = listing.pictures_among(tree, SUFFIXES)
     between = "/" if isinstance(tree, walk.Directory) else ":"
     images = [(f"{tree.root}{between}{'/'.join(parts)}", partial(file, parts)) for parts in found]
     first = _picture(*images[0])
