@@ -41,6 +41,7 @@ class Rows:
         """
         self.root, self.unused, self.names = Path(path), Unused(), list[Parts]()
         self._groups: dict[str, list[range]] = {}
+        self._images: dict[str, str] = {}  # the column of pictures, by file
         self._held: collections.OrderedDict[tuple[str, int], Any] = collections.OrderedDict()
         self._lock = threading.Lock()
         self._files = {file.name: file for file in self._found()}
@@ -50,7 +51,7 @@ class Rows:
                 counts = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
             if min(counts, default=0) < 0 or sum(counts) > file.stat().st_size:
                 raise ValueError(f"{file}: says that it has {sum(counts):,} rows, which is more than its bytes")
-            self._image = _image_column(file, schema)
+            self._images[name] = _image_column(file, schema)
             ends = [0, *itertools.accumulate(counts)]
             self._groups[name] = [range(low, high) for low, high in itertools.pairwise(ends)]
             self.names += [(name, str(row)) for row in range(ends[-1])]
@@ -68,7 +69,7 @@ class Rows:
         with self._lock:
             if (name, group) not in self._held:
                 with self._opened(name) as opened:
-                    self._held[name, group] = opened.read_row_group(group, columns=[self._image]).column(0)
+                    self._held[name, group] = opened.read_row_group(group, columns=[self._images[name]]).column(0)
                 while len(self._held) > _HELD:
                     self._held.popitem(last=False)
             value = self._held[name, group][row - self._groups[name][group].start].as_py()

@@ -170,7 +170,7 @@ def whole(tmp_path_factory):
     return path.read_bytes(), path
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(at=st.lists(st.integers(0, 10_000), min_size=1, max_size=4), byte=st.integers(0, 255), cut=st.booleans())
 def test_of_a_damaged_file_every_picture_is_read_or_refused_by_name(whole, at, byte, cut):
     content, path = bytearray(whole[0]), whole[1]
