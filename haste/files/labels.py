@@ -78,13 +78,20 @@ def of_cls(where: Path, names: Collection[Parts], pictures: Collection[Parts], r
     beside, labels, used = {name for name in names if name[-1].endswith(CLS)}, Labels(), set[Parts]()
     for parts in pictures:
         name = (*parts[:-1], parts[-1].split(".")[0] + CLS)
-        word = read(name).strip() if name in beside else b"no .cls beside it"
+        word = _word(read, name) if name in beside else b"no .cls beside it"
         if not word.isdigit() or len(word) > 18:
-            found = word[:20].decode(errors="replace")
+            found = word[:40].decode(errors="replace")
             raise ValueError(f"{where}: the label of {'/'.join(parts)} is {found!r}, expected a number")
         labels[parts] = int(word)
         used.add(name)
     return labels, used, []
+
+
+def _word(read: Read, name: Parts) -> bytes:
+    try:
+        return read(name).strip()
+    except ValueError as error:
+        return str(error).encode()
 
 
 def of_csv(file: Path | str, where: Path, pictures: Mapping[Parts, Parts]) -> tuple[list[str], Labels, Unused]:

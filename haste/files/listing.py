@@ -8,11 +8,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from haste.files import archives, labels, parquet
+from haste.files import archives, labels, parquet, walk
 from haste.files.labels import Labels
 from haste.files.walk import Directory, Parts, Unused, grouped, told
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = walk.PICTURES
 OTHERS = (".tif", ".tiff", ".gif", ".bmp", ".jp2", ".jxl", ".avif", ".heic", ".heif", ".ppm", ".jfif", ".dng", ".svg")
 DIGITS = 1797  # images in scikit-learn's dataset
 Files = list[tuple[Parts, int]]  # paths and labels

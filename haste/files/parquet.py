@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from haste.files.walk import EMPTY, Directory, Parts, Unused
+from haste.files.walk import EMPTY, Directory, Parts, Unused, why_unreadable
 
 SUFFIX = ".parquet"
 _HELD = 2  # groups of rows in memory at once
@@ -119,6 +119,8 @@ class Rows:
             found = self._of_folder(Directory(self.root))
         else:
             found = [self.root] if self.root.is_file() else []
+        if wrong := next((file for file in found if why_unreadable(file)), None):
+            raise ValueError(f"{wrong}: expected a {SUFFIX}, found {why_unreadable(wrong)}")
         if not found or any(file.suffix != SUFFIX for file in found):
             raise ValueError(f"{self.root}: expected {SUFFIX} files, found {found[0].name if found else 'none'}")
         return found

@@ -119,9 +119,7 @@ def open_samples(path: Path | str) -> Samples:
         if shards:
             return _of_shards(path, shards)
         inside = walk.Directory(path)
-        return _of_pictures(
-            inside, "folder of pictures", inside.file, lambda found: [path.joinpath(*one) for one in found]
-        )
+        return _of_pictures(inside, "folder of pictures", inside.file, partial(_on_disk, path))
     if path.suffix == ".npz":
         return _of_arrays(path, [path], ".npz")
     if path.suffix.lower() in archives.SUFFIXES:
@@ -255,6 +253,14 @@ def _of_pictures(
     lossy = sum(name.lower().endswith(LOSSY) for name, _ in images)
     unused = walk.grouped(listing.unused_by(tree, found))
     return Samples(tree.root, len(images), size, kind, tuple(files(found)), (rows,), lossy, unused)
+
+
+def _on_disk(root: Path, found: list[Parts]) -> list[Path]:
+    files = [root.joinpath(*parts) for parts in found]
+    for file in files:
+        if reason := walk.why_unreadable(file):
+            raise ValueError(f"{file}: cannot be read as an image ({reason})")
+    return files
 
 
 def _picture(name: str, file: _Read) -> np.ndarray | None:

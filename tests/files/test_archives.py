@@ -172,6 +172,35 @@ def test_many_class_tars_are_read_with_few_files_open_at_once(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def test_zips_of_classes_are_classes_and_as_many_are_opened_as_there_are(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    (tmp_path / "in").mkdir()
+    for place in range(60):
+        packed(tmp_path / f"in/{place:03d}.zip", {f"{place}.png": picture(place)})
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        assert labelled(opened(tmp_path / "in", holdout=0)) == {f"{place}.png": f"{place:03d}" for place in range(60)}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_tar_beside_pictures_in_a_tar_is_named_and_not_opened(tmp_path):
+    inner = packed(tmp_path / "inner.tar", {"cat/9.png": picture(9)}).read_bytes()
+    source = opened(packed(tmp_path / "a.tar", {**pictures(), "cat/more.tar": inner}))
+    assert source.count == 12
+    assert source.unused == [("cat/more.tar", "files of .tar, which another images.source reads")]
+
+
+def test_what_cannot_be_read_is_no_archive_whatever_its_name(tmp_path):
+    (tmp_path / "in" / "folder.tar").mkdir(parents=True)
+    packed(tmp_path / "in/a.tar", pictures())
+    (tmp_path / "in/b.tar").symlink_to("nowhere")
+    (tmp_path / "in/c.tar").touch()
+    os.mkfifo(tmp_path / "in/d.zip")
+    reasons = {"b.tar": "a link to nothing", "c.tar": "an empty file", "d.zip": "not a regular file"}
+    assert dict(opened(tmp_path / "in").unused) == reasons
+
+
 def test_tars_that_were_joined_by_cat_are_read_to_the_end_and_such_zips_are_refused(tmp_path):
     files = pictures()
     halves = dict(list(files.items())[::2]), dict(list(files.items())[1::2])

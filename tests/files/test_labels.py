@@ -116,6 +116,12 @@ def test_numbers_beside_pictures_are_labels_in_a_flat_folder_and_class_folders_a
     assert {name for name, _ in source.unused} == {"a/1.cls", "b/2.cls"}
 
 
+def test_an_empty_number_beside_a_picture_is_refused_by_name(tmp_path, opened):
+    files = {"0.png": None, "1.png": None, "0.cls": "0", "1.cls": b""}
+    with pytest.raises(ValueError, match=r"in.*: the label of 1\.png is 'an empty file', expected a number"):
+        opened(lying(tmp_path / "in", files))
+
+
 # ---- a table
 
 
