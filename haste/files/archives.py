@@ -200,7 +200,7 @@ class _Tar:
                     raise tarfile.ReadError(f"entry {count} has no size")
                 if not entry.isdir():
                     self._entries.append((entry.name, _extent(entry)))
-                archive.members.clear()  # a million of them take gigabytes
+                archive.members.clear()  # type: ignore[attr-defined] # a million of them take gigabytes
                 count, end = count + 1, archive.offset
         if self._entries and not count:
             raise tarfile.ReadError(f"{self._end - begin:,} bytes behind its end are no archive")

@@ -280,7 +280,7 @@ def _read(name: str, file: _Read, then: Callable[[Image.Image], T]) -> T:
         raise ValueError(f"{name}: cannot be read as an image ({pictures.reason(error, name)})") from error
 
 
-def _odd(where: Path, images: list[tuple[str, _Read]]) -> ValueError:
+def _odd(where: Path, images: Sequence[tuple[str, _Read]]) -> ValueError:
     """The error for a set in which not all images are RGB of one size: it names those that are not as most are."""
     shapes = {name: _read(name, file, lambda image: (image.mode, *image.size)) for name, file in images}
     sizes = collections.Counter(shape for shape in shapes.values() if shape[0] == "RGB") or {("RGB", 0, 0): 1}

@@ -184,6 +184,19 @@ def test_zips_of_classes_are_classes_and_as_many_are_opened_as_there_are(tmp_pat
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.timeout(60)
+def test_an_entry_whose_size_leads_back_to_the_first_one_is_refused(tmp_path):
+    content = bytearray(packed(tmp_path / "a.tar", {"a.png": bytes(10), "b.png": bytes(10)}).read_bytes())
+    header = content[1024:1536]
+    header[124:136] = (-1536).to_bytes(12, "big", signed=True)  # as GNU's tar writes large numbers
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    content[1024:1536] = header
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.tar: expected a \.tar, found .* has no size"):
+        Archives(tmp_path / "a.tar")
+
+
 def test_a_tar_beside_pictures_in_a_tar_is_named_and_not_opened(tmp_path):
     inner = packed(tmp_path / "inner.tar", {"cat/9.png": picture(9)}).read_bytes()
     source = opened(packed(tmp_path / "a.tar", {**pictures(), "cat/more.tar": inner}))
