@@ -49,7 +49,7 @@ class Archives:
         """
         self.root = Path(path)
         self.unused: Unused = []
-        self._found: dict[Parts, tuple[_Zip | _Tar, Any, int]] = {}
+        self._found: dict[Parts, tuple[_Zip | _Tar, Any, int]] = {}  # archive, entry, depth of the archive
         self.files = self._archives()
         for file in self.files:
             opened = _Zip(file) if file.suffix.lower() == ".zip" else _Tar(file)
@@ -91,7 +91,7 @@ class Archives:
         return [path]
 
     def _add(self, archive: _Zip | _Tar, place: Parts) -> None:
-        entries = list(archive.entries())
+        entries: list[tuple[str, Any]] = list(archive.entries())
         tars_alone = not any(name.lower().endswith(PICTURES) for name, _ in entries)
         for name, entry in entries:
             parts = (*place, *_parts(archive.path, name))
