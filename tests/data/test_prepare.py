@@ -1,6 +1,7 @@
 """Pictures become squares with the right labels, and held-out ones come last."""
 
 import os
+import struct
 from typing import Any
 
 import numpy as np
@@ -339,6 +340,20 @@ def test_a_check_finds_the_same_pictures_and_what_is_left_is_a_store_that_says_s
         (tmp_path / "in" / name).unlink()
     clean = prepare.open_source("folder", resolution=8, holdout=4, path=tmp_path / "in")
     assert clean.listing == left.listing and stored(tmp_path / "clean", clean).identity == stores[0].identity
+
+
+@pytest.mark.parametrize("error", [TypeError, MemoryError, RecursionError, struct.error, KeyError, AssertionError])
+def test_no_error_of_a_picture_of_whatever_class_leaves_without_the_files_name(tmp_path, monkeypatch, error):
+    save(tmp_path / "in" / "a.png")
+    source = prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in")
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    assert prepare.check(source) == [("a.png", error.__name__)]
+    with pytest.raises(ValueError, match=r"in/a\.png: not a picture that can be read"):
+        source.load(0)
 
 
 def test_a_folder_that_changed_since_it_was_checked_is_refused(tmp_path):

@@ -131,6 +131,14 @@ def test_shards_whose_names_begin_anew_in_each_are_kept_apart(tmp_path):
     assert labelled(opened(shards, holdout=0)) == {f"{s}.tar/{name}/0.png": name for s in range(2) for name in "ab"}
 
 
+def test_numbers_in_another_archive_than_their_pictures_are_labels_too(tmp_path):
+    (tmp_path / "both").mkdir()
+    packed(tmp_path / "both/images.tar", {f"{i}.jpg": picture(i, "jpg") for i in range(4)})
+    packed(tmp_path / "both/labels.tar", {f"{i}.cls": b"%d" % (i % 2) for i in range(4)})
+    source = opened(tmp_path / "both", holdout=0)
+    assert labelled(source) == {f"{i}.jpg": str(i % 2) for i in range(4)} and not source.unused
+
+
 def test_two_archives_with_a_dataset_json_each_have_their_own_labels(tmp_path):
     (tmp_path / "both").mkdir()
     for part in range(2):

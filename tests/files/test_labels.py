@@ -79,6 +79,9 @@ def test_a_dataset_json_of_another_kind_is_a_file_that_is_not_used(tmp_path, ope
         source = opened(lying(tmp_path / "in", {"a/1.png": None, "b/2.png": None, "dataset.json": json.dumps(other)}))
         assert source.classes == ["a", "b"]
         assert source.unused == [("dataset.json", "no pictures by their names (.json)")]
+    for elsewhere in (edm([["1.png", 0]]), json.dumps({"labels": None})):
+        source = opened(lying(tmp_path / "in", {"dataset.json": "{}", "a/meta/dataset.json": elsewhere}))
+        assert source.classes == ["a", "b"]
 
 
 @pytest.mark.parametrize(

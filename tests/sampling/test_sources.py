@@ -45,7 +45,9 @@ def test_of_a_set_that_is_not_of_one_kind_the_odd_ones_are_named_with_the_way_to
         (tmp_path / "large/000.png").rename(folder / f"0-large-{i}.png")
     with pytest.raises(ValueError) as error:
         read(open_samples(folder))
-    said = str(error.value)
+    with pytest.raises(ValueError) as early:
+        open_samples(folder).check()
+    assert (said := str(error.value)) == str(early.value)
     assert "4 of 24 images" in said and "expected RGB of 16 x 16 px" in said
     for name in ("0-large-0.png", "0-large-1.png", "0-large-2.png"):
         assert f"{name}: mode RGB, 20 x 16 px" in said
