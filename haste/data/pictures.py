@@ -10,7 +10,7 @@ import io
 import re
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -39,7 +39,7 @@ class AnimatedError(ValueError):
     """Several pictures where one is expected."""
 
 
-def opened(file: Path | io.BytesIO, then: Callable[[Image.Image], T], formats: Sequence[str] = FORMATS) -> T:
+def opened(file: Path | io.BytesIO, then: Callable[[Image.Image], T], formats: tuple[str, ...] = FORMATS) -> T:
     """What `then` makes of the image in a file, such as `upright_rgb`.
 
     Where what stands beside the pixels is damaged, the pixels alone are read.
@@ -66,7 +66,7 @@ def reason(error: Exception, *paths: Path | str) -> str:
     return words.strip(" :") or type(error).__name__
 
 
-def _made(file: Path | io.BytesIO, then: Callable[[Image.Image], T], formats: Sequence[str]) -> T:
+def _made(file: Path | io.BytesIO, then: Callable[[Image.Image], T], formats: tuple[str, ...]) -> T:
     with Image.open(file, formats=formats) as image:
         # A camera's MPO is a JPEG with a preview after it.
         if image.format != "MPO" and getattr(image, "is_animated", False):
@@ -137,11 +137,11 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _orientation(image: Image.Image) -> int | None:
+def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # of many classes, for what one wrong byte beside the pixels did
-        return None
+        return 1
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

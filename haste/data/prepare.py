@@ -246,7 +246,7 @@ def told(bad: Bad) -> str:
     """How many images cannot be used, why, and the first ones by name."""
     reasons = collections.Counter(reason for _, reason in bad).most_common()
     counts = "; ".join(f"{count} {reason}" for reason, count in reasons[:_SHOWN])
-    names = ", ".join(name for name, _ in bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
+    names = ", ".join(walk.printable(name) for name, _ in bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
     return f"{len(bad)} pictures cannot be used: {counts} ({names})"
 
 

@@ -8,6 +8,7 @@ whole is refused: it has no random access.
 from __future__ import annotations
 
 import os
+import resource
 import tarfile
 import zipfile
 import zlib
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from haste.files.walk import EMPTY, HIDDEN, Directory, Parts, Unused, is_hidden
+from haste.files.walk import EMPTY, HIDDEN, PICTURES, Directory, Parts, Unused, is_hidden, why_unreadable
 
 SUFFIXES = (".zip", ".tar")
 MOST = 1 << 30  # most bytes of one file; more is not a picture
@@ -48,7 +49,7 @@ class Archives:
         """
         self.root = Path(path)
         self.unused: Unused = []
-        self._found: dict[Parts, tuple[_Zip | _Tar, Any, int]] = {}
+        self._found: dict[Parts, tuple[_Zip | _Tar, Any, int]] = {}  # archive, entry, depth of the archive
         self.files = self._archives()
         for file in self.files:
             opened = _Zip(file) if file.suffix.lower() == ".zip" else _Tar(file)
@@ -79,11 +80,13 @@ class Archives:
         path = self.root
         if path.is_dir():
             inside = Directory(path)
-            found = [name for name in inside.names if len(name) == 1 and _is_archive(name[0])]
-            self.unused += [*inside.unused, *(("/".join(name), _beside(name)) for name in {*inside.names} - {*found})]
+            found = [name for name in inside.names if len(name) == 1 and not _beside(path, name)]
+            rest = {*inside.names} - {*found}
+            self.unused += [*inside.unused, *(("/".join(name), _beside(path, name)) for name in rest)]
             if not found:
                 deeper = next((f"; they are in {name[0]}" for name in inside.names if _is_archive(name[-1])), "")
                 raise ValueError(f"{path}: a folder without archives, expected {' or '.join(SUFFIXES)}{deeper}")
+            _allow_open_files(len(found))
             return sorted(path.joinpath(*name) for name in found)
         if path.name.lower().endswith(_COMPRESSED):
             raise ValueError(f"{path}: compressed as a whole, so it has no random access; expected a .tar")
@@ -93,13 +96,17 @@ class Archives:
         return [path]
 
     def _add(self, archive: _Zip | _Tar, place: Parts) -> None:
-        for name, entry in archive.entries():
+        entries: list[tuple[str, Any]] = list(archive.entries())
+        tars_alone = not any(name.lower().endswith(PICTURES) for name, _ in entries)
+        for name, entry in entries:
             parts = (*place, *_parts(archive.path, name))
             if parts in self._found:
                 raise ValueError(f"{archive.path}: {name!r} is twice, expected every name once")
-            if len(parts) == len(place) or any(is_hidden(part) for part in parts[len(place) :]):
-                self.unused.append(("/".join(parts) or name, HIDDEN))
-            elif isinstance(archive, _Tar) and (inside := archive.nested(name, entry)):
+            if len(parts) == len(place):
+                self.unused.append((f"{archive.path.name}:{name}", "a file without a name"))
+            elif any(is_hidden(part) for part in parts[len(place) :]):
+                self.unused.append(("/".join(parts), HIDDEN))
+            elif isinstance(archive, _Tar) and tars_alone and (inside := archive.nested(name, entry)):
                 self._add(inside, parts)
             else:
                 self._found[parts] = (archive, entry, len(place))
@@ -109,10 +116,23 @@ def _is_archive(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def _beside(name: Parts) -> str:
+def _beside(folder: Path, name: Parts) -> str:
+    """Why a file of a folder of archives is not used; empty if it is one of them."""
     if name[-1].lower().endswith(_COMPRESSED):
         return "compressed as a whole"
-    return "an archive in a folder below" if _is_archive(name[-1]) else "beside the archives, not in one"
+    if not _is_archive(name[-1]):
+        return "beside the archives, not in one"
+    return "an archive in a folder below" if len(name) > 1 else why_unreadable(folder / name[0]) or ""
+
+
+def _allow_open_files(count: int) -> None:
+    """A .zip stays open, and there may be one a class."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 256
+    if resource.RLIM_INFINITY != soft < wanted:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+        )
 
 
 def _parts(archive: Path, name: str) -> Parts:
@@ -140,7 +160,7 @@ class _Zip:
         for entry in self._archive.infolist():
             if entry.flag_bits & 1:
                 raise ValueError(f"{self.path}: {entry.filename!r} is encrypted")
-            if not entry.is_dir():
+            if not entry.filename.endswith("/"):
                 yield entry.filename, entry
 
     def size(self, entry: zipfile.ZipInfo) -> int:
@@ -188,7 +208,7 @@ class _Tar:
                     raise tarfile.ReadError(f"entry {count} has no size")
                 if not entry.isdir():
                     self._entries.append((entry.name, _extent(entry)))
-                archive.members.clear()  # a million of them take gigabytes
+                archive.members.clear()  # type: ignore[attr-defined] # a million of them take gigabytes
                 count, end = count + 1, archive.offset
         if self._entries and not count:
             raise tarfile.ReadError(f"{self._end - begin:,} bytes behind its end are no archive")

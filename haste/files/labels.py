@@ -34,7 +34,7 @@ def of_json(where: Path, names: Collection[Parts], pictures: Collection[Parts], 
     """
     files = sorted(name for name in names if name[-1] == JSON)
     tables = {parts[:-1]: table for parts in files if (table := _table(where, parts, read)) is not None}
-    if not tables:
+    if not any(picture[: len(above)] == above for above in tables for picture in pictures):
         return None
     labels: Labels = {}
     known = any(tables.values())  # otherwise the tool was given no labels
@@ -69,22 +69,35 @@ def _is_pair(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
 
 
-def of_cls(where: Path, names: Collection[Parts], pictures: Collection[Parts], read: Read) -> Found:
+def of_cls(where: Path, files: Mapping[Parts, Parts], pictures: Mapping[Parts, Parts], read: Read) -> Found:
     """Labels by the number in the .cls beside each picture.
+
+    Args:
+        where: the folder or archive, for messages.
+        files: path of a .cls, as it compares with that of a picture -> where it is.
+        pictures: picture -> its path.
+        read: reads a file.
 
     Raises:
         ValueError: a picture has none, or it holds no number.
     """
-    beside, labels, used = {name for name in names if name[-1].endswith(CLS)}, Labels(), set[Parts]()
-    for parts in pictures:
-        name = (*parts[:-1], parts[-1].split(".")[0] + CLS)
-        word = read(name).strip() if name in beside else b"no .cls beside it"
-        if not word.isdigit() or len(word) > 18:
-            found = word[:20].decode(errors="replace")
-            raise ValueError(f"{where}: the label of {'/'.join(parts)} is {found!r}, expected a number")
-        labels[parts] = int(word)
-        used.add(name)
+    labels, used = Labels(), set[Parts]()
+    for picture, path in pictures.items():
+        beside = files.get((*path[:-1], path[-1].split(".")[0] + CLS))
+        word = b"no .cls beside it" if beside is None else _word(read, beside)
+        if beside is None or not word.isdigit() or len(word) > 18:
+            found = word[:40].decode(errors="replace")
+            raise ValueError(f"{where}: the label of {'/'.join(path)} is {found!r}, expected a number")
+        labels[picture] = int(word)
+        used.add(beside)
     return labels, used, []
+
+
+def _word(read: Read, name: Parts) -> bytes:
+    try:
+        return read(name).strip()
+    except ValueError as error:
+        return str(error).encode()
 
 
 def of_csv(file: Path | str, where: Path, pictures: Mapping[Parts, Parts]) -> tuple[list[str], Labels, Unused]:

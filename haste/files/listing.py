@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from haste.files import archives, labels, parquet
+from haste.files import archives, labels, parquet, walk
 from haste.files.labels import Labels
 from haste.files.sources import Pictures, pictures_of
 from haste.files.walk import Directory, Parts, Unused, grouped, told
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = walk.PICTURES
 OTHERS = (".tif", ".tiff", ".gif", ".bmp", ".jp2", ".jxl", ".avif", ".heic", ".heif", ".ppm", ".jfif", ".dng", ".svg")
 DIGITS = 1797  # images in scikit-learn's dataset
 Files = list[tuple[Parts, int]]  # paths and labels
@@ -131,15 +131,16 @@ def listed(
         names, found, lost = labels.of_csv(table, tree.root, below)
         return _in_order(tree, names, found, shown, lost=lost)
     flat = all(len(path) == 1 for path in below.values())
+    whole = shown if apart else inner  # by which pictures with numbers have always been called
     written = labels.of_json(tree.root, tree.names, pictures, tree.read)
     cls = {name for name in tree.names if name[-1].endswith(labels.CLS)}
     if written is None and cls and (not isinstance(tree, Directory) or (flat and classes != 1)):
         if lazily:
             return _in_order(tree, None, dict.fromkeys(pictures, 0), shown, cls)
-        written = labels.of_cls(tree.root, cls, pictures, tree.read)
+        beside = {parts if apart else tree.inner(parts): parts for parts in cls}
+        written = labels.of_cls(tree.root, beside, whole, tree.read)
     if written is not None:
         found, used, lost = written
-        whole = shown if apart else inner  # the name that such a picture has always had
         return _in_order(tree, _numbered(tree.root, found), found, whole, used, lost)
     origins = {parts: parts[: -len(path)] for parts, path in inner.items()}
     if flat and classes != 1 and len({*origins.values()}) > 1:
@@ -170,19 +171,18 @@ def _in_order(
 ) -> Listing:
     files = sorted(((shown[parts], label) for parts, label in found.items()), key=lambda one: (one[1], one[0]))
     places = {shown[parts]: parts for parts in found if shown[parts] is not parts}
-    rest = [("/".join(parts), _reason(parts[-1])) for parts in tree.names if parts not in found and parts not in used]
-    return Listing(classes, files, places, [*tree.unused, *rest, *(lost or [])], tree.size)
+    return Listing(classes, files, places, [*unused_by(tree, {*found, *used}), *(lost or [])], tree.size)
 
 
 def pictures_among(tree: Tree, suffixes: tuple[str, ...]) -> list[Parts]:
-    """The pictures of a tree by their names, in arbitrary order.
+    """The pictures of a tree by their names, sorted.
 
     Raises:
         ValueError: there are none.
     """
-    pictures = [parts for parts in tree.names if parts[-1].lower().endswith(suffixes)]
+    pictures = sorted(parts for parts in tree.names if parts[-1].lower().endswith(suffixes))
     if not pictures:
-        rest = told(grouped([*tree.unused, *(("/".join(parts), _reason(parts[-1])) for parts in tree.names)]))
+        rest = told(grouped(unused_by(tree, ())))
         raise ValueError(f"{tree.root}: found no pictures, expected {', '.join(suffixes)}{'; ' * bool(rest)}{rest}")
     return pictures
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from haste.files.walk import EMPTY, Directory, Parts, Unused
+from haste.files.walk import EMPTY, Directory, Parts, Unused, why_unreadable
 
 SUFFIX = ".parquet"
 _HELD = 2  # groups of rows in memory at once
@@ -41,15 +41,19 @@ class Rows:
         """
         self.root, self.unused, self.names = Path(path), Unused(), list[Parts]()
         self._groups: dict[str, list[range]] = {}
+        self._images: dict[str, str] = {}  # the column of pictures, by file
         self._held: collections.OrderedDict[tuple[str, int], Any] = collections.OrderedDict()
         self._lock = threading.Lock()
         self._files = {file.name: file for file in self._found()}
         self._sizes = {name: file.stat().st_size for name, file in self._files.items()}
-        for name in self._files:
+        for name, file in self._files.items():
             with self._opened(name) as opened:
+                schema = opened.schema_arrow
                 counts = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
-                self._image = _image_column(self._files[name], opened.schema_arrow)
-            ends = [sum(counts[:number]) for number in range(len(counts) + 1)]
+            if min(counts, default=0) < 0 or sum(counts) > self._sizes[name]:
+                raise ValueError(f"{file}: says that it has {sum(counts):,} rows, which is more than its bytes")
+            self._images[name] = _image_column(file, schema)
+            ends = [0, *itertools.accumulate(counts)]
             self._groups[name] = [range(low, high) for low, high in itertools.pairwise(ends)]
             self.names += [(name, str(row)) for row in range(ends[-1])]
         if not self.names:
@@ -66,7 +70,7 @@ class Rows:
         with self._lock:
             if (name, group) not in self._held:
                 with self._opened(name) as opened:
-                    self._held[name, group] = opened.read_row_group(group, columns=[self._image]).column(0)
+                    self._held[name, group] = opened.read_row_group(group, columns=[self._images[name]]).column(0)
                 while len(self._held) > _HELD:
                     self._held.popitem(last=False)
             value = self._held[name, group][row - self._groups[name][group].start].as_py()
@@ -91,13 +95,15 @@ class Rows:
         classes, found = list[str](), list[Any]()
         for number, (name, file) in enumerate(self._files.items()):
             with self._opened(name) as opened:
-                names = _class_names(opened.schema_arrow)
-                asked = column or _label_column(file, opened.schema_arrow.names, names)
-                if asked not in opened.schema_arrow.names:
-                    raise ValueError(f"{file}: no column {asked!r}, found {', '.join(opened.schema_arrow.names)}")
-                if number and names.get(asked, []) != classes:
-                    raise ValueError(f"{file}: names other classes than {next(iter(self._files))}")
-                classes = names.get(asked, [])
+                schema = opened.schema_arrow
+            names = _class_names(schema)
+            asked = column or _label_column(file, schema.names, names)
+            if asked not in schema.names:
+                raise ValueError(f"{file}: no column {asked!r}, found {', '.join(schema.names)}")
+            if number and names.get(asked, []) != classes:
+                raise ValueError(f"{file}: names other classes than {next(iter(self._files))}")
+            classes = names.get(asked, [])
+            with self._opened(name) as opened:
                 found += opened.read(columns=[asked]).column(0).to_pylist()
         wrong = next((row for row, one in enumerate(found) if not _is_label(one, classes)), None)
         if wrong is not None:
@@ -118,6 +124,8 @@ class Rows:
             found = self._of_folder(Directory(self.root))
         else:
             found = [self.root] if self.root.is_file() else []
+        if wrong := next((file for file in found if why_unreadable(file)), None):
+            raise ValueError(f"{wrong}: expected a {SUFFIX}, found {why_unreadable(wrong)}")
         if not found or any(file.suffix != SUFFIX for file in found):
             raise ValueError(f"{self.root}: expected {SUFFIX} files, found {found[0].name if found else 'none'}")
         return found
@@ -141,14 +149,13 @@ class Rows:
     def _opened(self, name: str) -> Generator[Any]:
         file = self._files[name]
         try:
-            import pyarrow
             from pyarrow import parquet
         except ImportError as error:
             raise ValueError(f"{file}: reading {SUFFIX} needs pyarrow: pip install 'haste[parquet]'") from error
         try:
             with parquet.ParquetFile(file) as opened:
                 yield opened
-        except (pyarrow.ArrowException, OSError) as error:
+        except Exception as error:  # of many classes, where a file is damaged
             what = " ".join(str(error).split())[:200]
             raise ValueError(f"{file}: expected a {SUFFIX}, found a truncated or foreign file ({what})") from error
 

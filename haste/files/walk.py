@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 Parts = tuple[str, ...]  # of a path
 Unused = list[tuple[str, str]]  # names and reasons
 
@@ -29,6 +30,16 @@ _KEPT = 10_000  # names of one reason in a record
 def is_hidden(name: str) -> bool:
     """Whether a name is one that people do not see: programs' own files, such as macOS's ._NAME beside NAME."""
     return name.startswith(".") or name in LEFT_BEHIND
+
+
+def why_unreadable(path: Path) -> str | None:
+    """Why a file cannot be read, of whatever name: reading a pipe or a device would block."""
+    try:
+        if path.is_file():
+            return None if path.stat().st_size else EMPTY
+        return NO_TARGET if path.is_symlink() and not path.exists() else NOT_REGULAR
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 class Directory:
@@ -121,10 +132,8 @@ class Directory:
             ValueError: it is no regular file, or an empty one.
         """
         path = self.root.joinpath(*parts)
-        if not path.is_file():  # reading a pipe or a device would block
-            raise ValueError(NO_TARGET if path.is_symlink() and not path.exists() else NOT_REGULAR)
-        if not path.stat().st_size:
-            raise ValueError(EMPTY)
+        if reason := why_unreadable(path):
+            raise ValueError(reason)
         return path
 
     def read(self, parts: Parts) -> bytes:
@@ -160,5 +169,9 @@ def told(groups: Iterable[dict[str, Any]]) -> str:
 
 
 def _first(names: Sequence[str], count: int) -> str:
-    shown = [name.encode("utf-8", "backslashreplace").decode() for name in names[:_SHOWN]]
-    return ", ".join(shown) + (", ..." if count > len(shown) else "")
+    return ", ".join(map(printable, names[:_SHOWN])) + (", ..." if count > _SHOWN else "")
+
+
+def printable(name: str) -> str:
+    """A name for people to read: no control characters, and nothing that is no text."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)

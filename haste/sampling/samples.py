@@ -56,6 +56,7 @@ class Samples:
     _parts: tuple[Callable[[], Iterator[np.ndarray]], ...]
     lossy: int = 0
     unused: Sequence[dict[str, Any]] = ()
+    check: Callable[[], None] = lambda: None  # looks at headers alone; raises ValueError as `batches` would
 
     def batches(self, most: int) -> Iterator[np.ndarray]:
         """The images in order, (B, H, W, 3) uint8 with B = `most` except in the last batch.
@@ -119,9 +120,7 @@ def open_samples(path: Path | str) -> Samples:
         if shards:
             return _of_shards(path, shards)
         inside = walk.Directory(path)
-        return _of_pictures(
-            inside, "folder of pictures", inside.file, lambda found: [path.joinpath(*one) for one in found]
-        )
+        return _of_pictures(inside, "folder of pictures", inside.file, partial(_on_disk, path))
     if path.suffix == ".npz":
         return _of_arrays(path, [path], ".npz")
     if path.suffix.lower() in archives.SUFFIXES:
@@ -236,12 +235,14 @@ def _of_pictures(
     files: Callable[[list[Parts]], Sequence[Path]],
 ) -> Samples:
     """The images of a tree in sorted order of their names; `files` are those on disk that hold them."""
-    found = sorted(listing.pictures_among(tree, SUFFIXES))
+    found = listing.pictures_among(tree, SUFFIXES)
     between = "/" if isinstance(tree, walk.Directory) else ":"
     images = [(f"{tree.root}{between}{'/'.join(parts)}", partial(file, parts)) for parts in found]
+    check = partial(_check_alike, tree.root, images)
     first = _picture(*images[0])
     if first is None:
-        raise _odd(tree.root, images)
+        check()
+    assert first is not None
     size = (first.shape[0], first.shape[1])
 
     def rows() -> Iterator[np.ndarray]:
@@ -249,12 +250,23 @@ def _of_pictures(
         decoded = made_ahead(lambda one: _picture(*one), images, threads=DECODERS, depth=4 * DECODERS, name="pictures")
         for pixels in decoded:
             if pixels is None or pixels.shape[:2] != size:
-                raise _odd(tree.root, images)
+                check()
+            assert pixels is not None
             yield pixels[None]
 
     lossy = sum(name.lower().endswith(LOSSY) for name, _ in images)
     unused = walk.grouped(listing.unused_by(tree, found))
-    return Samples(tree.root, len(images), size, kind, tuple(files(found)), (rows,), lossy, unused)
+    whole = Samples(tree.root, len(images), size, kind, tuple(files(found)), (rows,), lossy, unused)
+    # An archive's files have no headers apart: they would be read twice.
+    return dataclasses.replace(whole, check=check) if isinstance(tree, walk.Directory) else whole
+
+
+def _on_disk(root: Path, found: list[Parts]) -> list[Path]:
+    files = [root.joinpath(*parts) for parts in found]
+    for file in files:
+        if reason := walk.why_unreadable(file):
+            raise ValueError(f"{file}: cannot be read as an image ({reason})")
+    return files
 
 
 def _picture(name: str, file: _Read) -> np.ndarray | None:
@@ -274,15 +286,25 @@ def _read(name: str, file: _Read, then: Callable[[Image.Image], T]) -> T:
         raise ValueError(f"{name}: cannot be read as an image ({pictures.reason(error, name)})") from error
 
 
-def _odd(where: Path, images: list[tuple[str, _Read]]) -> ValueError:
-    """The error for a set in which not all images are RGB of one size: it names those that are not as most are."""
-    shapes = {name: _read(name, file, lambda image: (image.mode, *image.size)) for name, file in images}
-    sizes = collections.Counter(shape for shape in shapes.values() if shape[0] == "RGB") or {("RGB", 0, 0): 1}
-    usual = max(sizes, key=sizes.__getitem__)
-    odd = [f"{name}: mode {s[0]}, {s[1]} x {s[2]} px" for name, s in shapes.items() if s != usual]
-    of = f" of {usual[1]} x {usual[2]} px" if usual[1] else ""
-    return ValueError(
-        f"{'; '.join(odd[:_SHOWN])}{'; ...' if len(odd) > _SHOWN else ''}. {len(odd)} of {len(images)} images in "
-        f"{where} are not as the others, expected RGB{of}. Remove those that are no samples; of photos, `haste images` "
-        "makes crops of one size, and the folder of that store (stores/images-*) is such a set"
+def _check_alike(where: Path, images: Sequence[tuple[str, _Read]]) -> None:
+    """Refuse a set in which not all images are RGB of one size: the error names those that are not as most are."""
+
+    def shape(one: tuple[str, _Read]) -> tuple[str, int, int]:
+        return _read(*one, lambda image: (image.mode, *image.size))
+
+    shapes = [*made_ahead(shape, list(images), threads=DECODERS, depth=4 * DECODERS, name="headers")]
+    usual = max(
+        collections.Counter(one for one in shapes if one[0] == "RGB").items(), key=lambda one: one[1], default=None
     )
+    odd = [
+        f"{n}: mode {s[0]}, {s[1]} x {s[2]} px"
+        for (n, _), s in zip(images, shapes, strict=True)
+        if not usual or s != usual[0]
+    ]
+    if odd:
+        of = f" of {usual[0][1]} x {usual[0][2]} px" if usual else ""
+        raise ValueError(
+            f"{'; '.join(odd[:_SHOWN])}{'; ...' if len(odd) > _SHOWN else ''}. {len(odd)} of {len(images)} images in "
+            f"{where} are not as the others, expected RGB{of}. Remove those that are no samples; of photos, `haste "
+            "images` makes crops of one size, and the folder of that store (stores/images-*) is such a set"
+        )

@@ -108,11 +108,13 @@ class Pixels:
 
 
 def probe(samples: Samples) -> None:
-    """Test the first images, so that a common mistake is reported before hours of work.
+    """Test all headers and the first images, so that a common mistake is reported before hours of work.
 
     Raises:
-        ValueError: they cannot be read, or hold only values that result from casting floats to bytes without scaling.
+        ValueError: they cannot be read or are not alike, or hold only values that result from casting floats to bytes
+            without scaling.
     """
+    samples.check()
     for images in samples.cut([PROBE]):
         Pixels(samples).add(images)
 

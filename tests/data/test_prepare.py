@@ -1,6 +1,7 @@
 """Pictures become squares with the right labels, and held-out ones come last."""
 
 import os
+import struct
 from typing import Any
 
 import numpy as np
@@ -341,6 +342,20 @@ def test_a_check_finds_the_same_pictures_and_what_is_left_is_a_store_that_says_s
     assert clean.listing == left.listing and stored(tmp_path / "clean", clean).identity == stores[0].identity
 
 
+@pytest.mark.parametrize("error", [TypeError, MemoryError, RecursionError, struct.error, KeyError, AssertionError])
+def test_no_error_of_a_picture_of_whatever_class_leaves_without_the_files_name(tmp_path, monkeypatch, error):
+    save(tmp_path / "in" / "a.png")
+    source = prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in")
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    assert prepare.check(source) == [("a.png", error.__name__)]
+    with pytest.raises(ValueError, match=r"in/a\.png: not a picture that can be read"):
+        source.load(0)
+
+
 def test_a_folder_that_changed_since_it_was_checked_is_refused(tmp_path):
     save(tmp_path / "in" / "a.png")
     source = prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in")
@@ -399,6 +414,6 @@ def test_names_that_are_no_text_are_kept_apart_and_can_be_written_down(tmp_path)
     assert [os.fsencode(name) for name, _ in bad] == [b"\xfe.png"]
     prepare.write_checked(tmp_path / "checked.json", source, bad, key="k")
     assert prepare.read_checked(tmp_path / "checked.json", source) == bad
-    print(prepare.told(bad).encode("utf-8", "backslashreplace"))
+    assert prepare.told(bad).encode() == b"1 pictures cannot be used: 1 an empty file (\\udcfe.png)"
     without = frozenset(name for name, _ in bad)
     assert prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in", without=without).count == 2
