@@ -164,9 +164,10 @@ def _trained_here(config: Config) -> list[str]:
 
 
 def _faults_of_architectures(config: Config) -> list[str]:
-    """Networks that cannot be built for these latents, contradict their declarations, do not support the condition, or
-    do not support `runtime`."""
+    """Networks that cannot be built for these latents, contradict their declarations, do not support the condition,
+    `runtime` or `training.time_dtype`."""
     faults, trained = [], {run.model for run in config.runs.values()}
+    precise = {run.model for name, run in config.runs.items() if "time_dtype" in config.training_of(name).decided}
     told = config.condition.name
     rows: list[Run | Evaluate] = [*config.runs.values(), *config.evaluate.values()]
     for name in dict.fromkeys(row.model for row in rows):
@@ -176,16 +177,15 @@ def _faults_of_architectures(config: Config) -> list[str]:
         try:
             if isinstance(model, OtherModel) and condition_of(model) == told:
                 taps_of(config, name)
-                if config.runtime.checkpoint_blocks and name in trained and not _can_checkpoint(model):
-                    found = f"true, but models.{name} ({model.architecture}) cannot compute its blocks again"
+                kind, who = architecture_named(model.architecture), f"models.{name} ({model.architecture})"
+                if config.runtime.checkpoint_blocks and name in trained and not kind.can_checkpoint:
+                    found = f"true, but {who} cannot compute its blocks again"
                     faults.append(f"runtime.checkpoint_blocks: {found}; expected false")
+                if name in precise and not kind.can_precise_time:
+                    faults.append(f"training.time_dtype: fp32, but {who} has no such setting; expected null")
         except ValueError as error:
             faults.append(f"models.{name}: {error}")
     return faults
-
-
-def _can_checkpoint(model: OtherModel) -> bool:
-    return architecture_named(model.architecture).can_checkpoint
 
 
 def _faults_of_models(config: Config) -> list[str]:
