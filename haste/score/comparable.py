@@ -33,7 +33,7 @@ def notes(
         detectors: the detectors that were used.
         columns: the scores that were computed.
     """
-    found = [*_of_images(samples), *_of_count(samples, columns)]
+    found = [*of_images(samples), *_of_count(samples, columns)]
     if reference is not None:
         found += _of_reference(reference, detectors)
         if samples["identity"] == reference["identity"] or _same_file(samples["path"], reference["path"]):
@@ -45,7 +45,8 @@ def _same_file(one: str, other: str) -> bool:
     return Path(one).resolve() == Path(other).resolve()
 
 
-def _of_images(samples: Mapping[str, Any]) -> list[str]:
+def of_images(samples: Mapping[str, Any]) -> list[str]:
+    """Remarks on the images themselves, by what is known of them: copies, black ones, lossy files."""
     found = []
     if samples.get("copies"):
         found.append(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from haste.files import artefact
 from haste.files.store import Store
-from haste.metrics.scores import METRICS
+from haste.metrics.scores import METRICS, finite
+from haste.score.comparable import of_images
 from haste.score.sides import read_reference, spaced
 
 READ = 4096  # rows read at once
@@ -56,11 +57,12 @@ def reference_statistics(
 
 
 def values(samples: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
-    """The value of every metric that both sides have a statistic for."""
+    """The value of every metric that both sides have a statistic for. FloatingPointError if one is not finite."""
     found: dict[str, float] = {}
     for name, stats in samples.items():
         if _is_scored(name, reference):
-            found |= METRICS[name].value(stats, reference.get(name) if METRICS[name].reference else None)
+            real = reference.get(name) if METRICS[name].reference else None
+            found |= finite(METRICS[name].value(stats, real), "the samples")
     return found
 
 
@@ -98,7 +100,16 @@ def notes(samples: dict[str, Any], reference: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(sentence for sentences in found for sentence in sentences))
 
 
-def score(features: Store, reference: Store, *, detector: str, about: dict[str, Any], key: str, path: Path) -> dict:
+def score(
+    features: Store,
+    reference: Store,
+    *,
+    detector: str,
+    about: dict[str, Any],
+    key: str,
+    path: Path,
+    pixels: Mapping[str, Any] | None = None,
+) -> dict:
     """Score samples against real images and write the JSON from which the table is made.
 
     Args:
@@ -108,9 +119,11 @@ def score(features: Store, reference: Store, *, detector: str, about: dict[str, 
         about: what else determines comparability: state, sampling, NFE.
         key: the score's key.
         path: where to write.
+        pixels: `haste.sampling.looks.facts` of the samples, for remarks.
 
     Raises:
         ValueError: the features of the two sides are by different detectors.
+        FloatingPointError: a score is not finite.
     """
     started = time.monotonic()
     _check_detectors(features, reference)
@@ -126,7 +139,7 @@ def score(features: Store, reference: Store, *, detector: str, about: dict[str, 
         "samples": features.count,
         "reference": against,
         "scores": found,
-        "notes": [*_notes_on(features, against), *notes(mine, real)],
+        "notes": [*of_images(pixels or {}), *_notes_on(features, against), *notes(mine, real)],
         "provenance": artefact.provenance(key=key, inputs=inputs, seconds=time.monotonic() - started),
     }
     artefact.write_json(path, result)

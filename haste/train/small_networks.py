@@ -61,7 +61,7 @@ def fit(
         weight_decay: AdamW's, times the learning rate.
 
     Raises:
-        ValueError: the loss is no longer finite.
+        ValueError: the loss, or a weight at the end, is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay)
@@ -81,6 +81,8 @@ def fit(
         optimiser.step()
         if (step + 1) % 100 == 0 or step + 1 == steps:
             log.info("%s: step %d of %d, loss %.4f", name, step + 1, steps, value.item())
+    if broken := [key for key, weight in network.named_parameters() if not weight.isfinite().all()]:
+        raise ValueError(f"{name}: {broken[0]} is not finite after step {steps}; expected a lower lr than {lr}")
     network.eval()
 
 
