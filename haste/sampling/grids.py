@@ -101,7 +101,7 @@ def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
     sets, told, inputs = list[Samples](), list[dict[str, np.ndarray]](), dict[str, str]()
     entries = {name: ADM.get(name, name) for name in condition.fields}
     for path in evaluation.sample_files:
-        found, samples = read_npz(path, "samples", list(entries.values())), open_samples(path)
+        samples, found = open_samples(path), read_npz(path, "samples", list(entries.values()))
         rows = {name: found[entry] for name, entry in entries.items()}
         fits = all(rows[name].shape == (samples.count, *row) for name, (row, _) in condition.fields.items())
         if samples.size[0] != samples.size[1] or not fits:

@@ -34,7 +34,7 @@ from haste.train.warm_start import model_elsewhere
 
 log = logging.getLogger("haste.sample")
 
-DECODED_PIXELS = 2**20  # of the images that are decoded at once: 16 of 256 px, where a decoder holds 0.4 GB for each
+DECODED_PIXELS = 2**20  # of the images that are decoded at once: 16 of 256 px, for each of which a decoder holds 0.2 GB
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from haste.sampling import batches, looks
 from haste.sampling.painter import painter_of
 from haste.sampling.shards import draw_shard
 from haste.score.features import feature_shard, reference_of_file, reference_shard
-from haste.score.workflow import floor, score
+from haste.score.workflow import floor, kept_moments, score
 from haste.train.state import weights_identity
 
 
@@ -42,6 +42,8 @@ def make_references(plan: Plan) -> None:
             reference_of_file(Path(detector.reference_file), judge, folder=folder, **common)
         provenance = artefact.provenance(**common)
         store.join(made.folder, kind="features", shards=1, splits={}, provenance=provenance, **common)
+        if detector.reference_file is None:
+            kept_moments(Store.of(made))
 
 
 def sample(plan: Plan, evaluation: Evaluation, shard: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,12 +13,16 @@ import numpy as np
 
 from haste.files import artefact
 from haste.files.store import Store
+from haste.metrics.frechet import Moments
 from haste.metrics.scores import METRICS, finite
 from haste.score.comparable import of_images
-from haste.score.sides import read_reference, spaced
+from haste.score.sides import Side, read_reference, spaced, write_reference
+
+log = logging.getLogger("haste.score")
 
 READ = 4096  # rows read at once
-MOMENTS = "moments.npz"  # beside the features of a reference file's images: the file's own means and covariances
+MOMENTS = "moments.npz"  # beside the features of real images: their means and covariances, or those of a reference file
+OF_MOMENTS = ("frechet", "sfid")  # the metrics that these are the statistics of
 FLOOR = 50_000  # most real images on each side of the floor: the usual number of samples
 
 
@@ -79,18 +85,37 @@ def real_statistics(reference: Store) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         ValueError: the file's statistics are missing, or not those that the features were stored with.
     """
-    stats, facts = reference_statistics(reference), reference.manifest
-    about = {"images": reference.count, "identity": reference.identity}
-    if "moments" not in facts:
-        return stats, about
+    about, facts = {"images": reference.count, "identity": reference.identity}, reference.manifest
     path = reference.folder / MOMENTS
-    if not path.is_file() or artefact.file_identity(path) != facts["moments"]:
+    if "moments" not in facts:
+        moments = kept_moments(reference)
+    elif not path.is_file() or artefact.file_identity(path) != facts["moments"]:
         raise ValueError(f"{path}: missing, or not what was stored with {reference.folder}; remove that folder")
-    moments = read_reference(path).moments
-    own = {name: moments.get(METRICS[name].needs[0]) for name in ("frechet", "sfid")}
-    stats = {name: one for name, one in stats.items() if name not in own}
-    about |= {"file": facts["file_name"], "sha256": facts["file"]}
-    return stats | {name: one for name, one in own.items() if one is not None}, about
+    else:
+        moments = read_reference(path).moments
+        about |= {"file": facts["file_name"], "sha256": facts["file"]}
+    own = {name: moments[METRICS[name].needs[0]] for name in OF_MOMENTS if METRICS[name].needs[0] in moments}
+    return reference_statistics(reference, metrics=[name for name in METRICS if name not in OF_MOMENTS]) | own, about
+
+
+def kept_moments(reference: Store) -> dict[str, Moments]:
+    """The moments of all real images by output, kept beside their features: ImageNet's 21 GB are read once, not once
+    a score. Computed where there is no such file, or one of other features.
+    """
+    path = reference.folder / MOMENTS
+    try:
+        found = read_reference(path) if path.exists() else None
+        if found is not None and (found.about.get("source") or {}).get("identity") == reference.identity:
+            return dict(found.moments)
+    except ValueError as error:
+        log.warning("%s; it is computed again", error)
+    stats = reference_statistics(reference, metrics=OF_MOMENTS)
+    about = {"path": str(reference.folder), "images": reference.count, "identity": reference.identity}
+    side = Side(about, {"outputs": {}, **_detector("reference", reference)}, stats)
+    with contextlib.suppress(OSError):  # a folder that is not ours to write to
+        write_reference(path, side)
+        return dict(read_reference(path).moments)
+    return {METRICS[name].needs[0]: one for name, one in stats.items()}
 
 
 def notes(samples: dict[str, Any], reference: dict[str, Any]) -> list[str]:
