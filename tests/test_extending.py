@@ -345,7 +345,7 @@ def test_what_a_network_cannot_do_is_refused_by_the_key(tiny, installed):
         config.resolve(tiny)
     tiny["runtime"].pop("checkpoint_blocks")
     tiny["training"] |= {"precision": "bf16", "time_dtype": "fp32"}
-    with pytest.raises(ValueError, match=r"^training\.time_dtype: fp32, but models\.theirs \(u_vit\) has no such"):
+    with pytest.raises(ValueError, match=r"^runs\.vanilla: training\.time_dtype: fp32, but theirs has no such"):
         config.resolve(tiny)
 
 

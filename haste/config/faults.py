@@ -164,10 +164,9 @@ def _trained_here(config: Config) -> list[str]:
 
 
 def _faults_of_architectures(config: Config) -> list[str]:
-    """Networks that cannot be built for these latents, contradict their declarations, do not support the condition,
-    `runtime` or `training.time_dtype`."""
+    """Networks that cannot be built for these latents, contradict their declarations, do not support the condition, or
+    do not support `runtime`."""
     faults, trained = [], {run.model for run in config.runs.values()}
-    precise = {run.model for name, run in config.runs.items() if "time_dtype" in config.training_of(name).decided}
     told = config.condition.name
     rows: list[Run | Evaluate] = [*config.runs.values(), *config.evaluate.values()]
     for name in dict.fromkeys(row.model for row in rows):
@@ -177,12 +176,10 @@ def _faults_of_architectures(config: Config) -> list[str]:
         try:
             if isinstance(model, OtherModel) and condition_of(model) == told:
                 taps_of(config, name)
-                kind, who = architecture_named(model.architecture), f"models.{name} ({model.architecture})"
+                kind = architecture_named(model.architecture)
                 if config.runtime.checkpoint_blocks and name in trained and not kind.can_checkpoint:
-                    found = f"true, but {who} cannot compute its blocks again"
+                    found = f"true, but models.{name} ({model.architecture}) cannot compute its blocks again"
                     faults.append(f"runtime.checkpoint_blocks: {found}; expected false")
-                if name in precise and not kind.can_precise_time:
-                    faults.append(f"training.time_dtype: fp32, but {who} has no such setting; expected null")
         except ValueError as error:
             faults.append(f"models.{name}: {error}")
     return faults
@@ -324,15 +321,20 @@ def _faults_of_evaluate(config: Config, name: str) -> list[str]:
 
 
 def _faults_of_process(config: Config, name: str) -> list[str]:
-    """Keys of `training` that belong to a process other than the network's."""
+    """Keys of `training` that belong to a process other than the network's, or that the network does not have."""
     model, training = config.runs[name].model, config.training_of(name)
-    process, given = process_of(model_named(config, model)), training.process
+    network = model_named(config, model)
+    process, given = process_of(network), training.process
     found = {"process": given.name} if given is not None and given.name != process else {}
     if process != "interpolant":
         for key in OF_INTERPOLANT:
             if getattr(training, key) != Training.model_fields[key].default:
                 found[key] = "interpolant"
-    return [f"runs.{name}: training.{key} is of {owner}, but {model} is for {process}" for key, owner in found.items()]
+    faults = [f"runs.{name}: training.{key} is of {own}, but {model} is for {process}" for key, own in found.items()]
+    other = isinstance(network, OtherModel) and not architecture_named(network.architecture).can_precise_time
+    if other and "time_dtype" in training.decided:
+        faults.append(f"runs.{name}: training.time_dtype: fp32, but {model} has no such setting; expected null")
+    return faults
 
 
 def check_samplers(config: Config) -> None:

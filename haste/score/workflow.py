@@ -88,7 +88,7 @@ def real_statistics(reference: Store) -> tuple[dict[str, Any], dict[str, Any]]:
     about, facts = {"images": reference.count, "identity": reference.identity}, reference.manifest
     path = reference.folder / MOMENTS
     if "moments" not in facts:
-        moments = kept_moments(reference)
+        moments: Mapping[str, Moments] = kept_moments(reference)
     elif not path.is_file() or artefact.file_identity(path) != facts["moments"]:
         raise ValueError(f"{path}: missing, or not what was stored with {reference.folder}; remove that folder")
     else:
