@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from haste.data.latents import Autoencoder
 from haste.files import artefact
 from haste.files.store import Store, join, write_shard
 from haste.metrics.neighbours import precision_recall
 from haste.metrics.scores import METRICS, NEIGHBOURS
-from haste.plan.plan import Plan
 from haste.sampling import grids, looks
 from haste.score import workflow
 from haste.train.jobs import _spread
@@ -98,21 +98,29 @@ def test_precision_and_recall_hold_at_most_5_float32_copies_of_the_samples_featu
 
 
 @pytest.fixture
-def drawn(make_plan, tmp_path) -> tuple[Plan, Any]:
-    """50,000 samples of 16 px, which are 38 MB, and their plan."""
-    plan = make_plan(sampling={"quick": {"sampler": "euler", "steps": 2, "count": SAMPLES}})
-    (shard,) = plan.rows[0].evaluation.sample_files
-    Path(shard).parent.mkdir(parents=True)
-    block, labels = np.zeros((SAMPLES, SIDE, SIDE, 3), np.uint8), np.arange(SAMPLES) % 10
-    block[:, 0, 0, 0], block[:, 0, 0, 1] = np.arange(SAMPLES) % 251, 7
-    header = {"schema": artefact.SCHEMA, "kind": "samples", "inputs": {}}
-    np.savez(shard, arr_0=block, arr_1=labels, haste=np.array(artefact.canonical(header)))
-    return plan, plan.rows[0].evaluation
+def drawn(make_plan) -> Any:
+    """The evaluation of 50,000 samples of 16 px in two shards, which are 38 MB; its plan is beside it."""
+    sampling = {"quick": {"sampler": "euler", "steps": 2, "count": SAMPLES}}
+    plan = make_plan(sampling=sampling, runtime={"sample_shards": 2})
+    evaluation, block = plan.rows[0].evaluation, np.zeros((SAMPLES // 2, SIDE, SIDE, 3), np.uint8)
+    header = np.array(artefact.canonical({"schema": artefact.SCHEMA, "kind": "samples", "inputs": {}}))
+    for shard, path in enumerate(evaluation.sample_files):
+        numbers = np.arange(SAMPLES // 2) + shard * (SAMPLES // 2)
+        block[...] = (numbers % 251)[:, None, None, None]
+        labels = np.where(numbers < SAMPLES // 2 + 3, numbers % 9, numbers % 10)  # the first nines are in the second
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, arr_0=block, arr_1=labels, haste=header)
+    return plan, evaluation
 
 
-def test_the_grid_of_50000_samples_holds_its_40_images_alone(drawn):
+def test_the_grid_of_50000_samples_in_two_shards_holds_its_40_images_alone(drawn):
     plan, evaluation = drawn
     assert peak(lambda: grids.paint_grid(plan, evaluation)) < 10 * MB
+    cell = SIDE * grids.SCALE + grids.GAP
+    shown = np.asarray(Image.open(evaluation.grid))[cell // 2 :: cell, cell // 2 :: cell, 0]
+    expected = [[column + 9 * row for row in range(4)] for column in range(9)]  # the first four of each label
+    expected.append([(25_009 + 10 * row) % 251 for row in range(4)])
+    np.testing.assert_array_equal(shown, np.array(expected).T)
 
 
 def test_50000_samples_whose_facts_were_not_kept_are_read_in_pieces(drawn):
