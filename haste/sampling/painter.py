@@ -67,7 +67,7 @@ class Painter:
         rows = self.condition.sampled(self.sampling, indices)
         z, counts = self.latents(indices, rows, told)
         most = max(1, DECODED_PIXELS // (self.autoencoder.factor * self.model.input_size) ** 2)
-        pieces = [slice(low, low + most) for low in range(0, len(z), most)]
+        pieces = [slice(low, low + most) for low in range(0, len(z) or 1, most)]
         image = np.concatenate([self._decoded(z[piece], indices[piece]) for piece in pieces])
         return {"image": image, **rows, "nfe": counts.numpy()}
 
