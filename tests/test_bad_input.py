@@ -430,13 +430,13 @@ OTHER_DETECTOR = [
     ),
 ]
 SAMPLES = [
-    ("samples truncated", on(samples, cut), f"{DRAWN}: expected samples, found a truncated or foreign file"),
-    ("samples of a stranger", drawn(pictures=np.zeros(3)), f"{DRAWN}: expected samples", "arr_0"),
-    ("samples pickled", drawn(arr_0=np.array([{}], object)), f"{DRAWN}: expected samples", "allow_pickle"),
+    ("samples truncated", on(samples, cut), f"{DRAWN}: expected an .npz, found a truncated or foreign file"),
+    ("samples of a stranger", drawn(pictures=np.zeros(3)), f"{DRAWN}: expected images under arr_0, found pictures"),
+    ("samples pickled", drawn(arr_0=np.array([{}], object)), f"{DRAWN}: arr_0 is pickled, which is never read"),
     (
         "samples of another shape",
         drawn(arr_0=TWENTY[:, :, 0, 0], arr_1=np.zeros(20, int)),
-        f"{DRAWN}: images of shape (20, 8)",
+        f"{DRAWN}: arr_0 has shape (20, 8), expected (N, H, W, 3)",
     ),
     ("samples without their labels", drawn(arr_0=TWENTY, arr_1=np.zeros(3, int)), f"{DRAWN}: ", "labels of shape (3,)"),
 ]

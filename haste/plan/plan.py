@@ -156,8 +156,9 @@ class Plan:
         # Keys that are younger than people's reports stay out of the name while they are at their defaults.
         if self.config.condition.name == "labels":
             del shown["condition"]
-        if self.config.training.process is None:
-            del shown["training"]["process"]
+        for key in ("process", "time_dtype"):
+            if shown["training"][key] is None:
+                del shown["training"][key]
         return f"{self.folder}/report/made-{fingerprint(shown)}.json"
 
     @property

@@ -35,7 +35,7 @@ def notes(
         detectors: the detectors that were used.
         columns: the scores that were computed.
     """
-    found = [*_of_images(samples), *_of_count(samples, columns)]
+    found = [*of_images(samples), *_of_count(samples, columns)]
     found += [
         f"beside the images in {side['path']} there is more, {walk.told(side['unused'])}"
         for side in (samples, reference or {})
@@ -52,7 +52,8 @@ def _same_file(one: str, other: str) -> bool:
     return Path(one).resolve() == Path(other).resolve()
 
 
-def _of_images(samples: Mapping[str, Any]) -> list[str]:
+def of_images(samples: Mapping[str, Any]) -> list[str]:
+    """Remarks on the images themselves, by what is known of them: copies, black ones, lossy files."""
     found = []
     if samples.get("copies"):
         found.append(
