@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from haste import extensions
-from haste.config.keys import Float, Positive, Rate, Seed, Strict, completed, decides, nearest, number
+from haste.config.keys import LATER, Float, Positive, Rate, Seed, Strict, completed, decides, nearest, number
 
 
 def _whole(value: Any) -> Any:
@@ -40,8 +40,9 @@ def _exactly_one(part: Any) -> Any:
 class Images(Strict):
     """Where the images come from and how they are prepared."""
 
-    source: Literal["digits", "folder", "archive"] = "folder"
+    source: Literal["digits", "folder", "archive", "parquet"] = "folder"
     path: str | None = None
+    labels: Annotated[str | None, LATER] = None
     resolution: Positive
     holdout: Annotated[int, Field(ge=0)]  # the networks that are trained here are evaluated on these images
     classes: Annotated[int, Field(ge=0)]
@@ -51,9 +52,10 @@ class Images(Strict):
     @model_validator(mode="after")
     def _has_path(self) -> Images:
         if (self.source == "digits") != (self.path is None):
-            raise ValueError("sources 'folder' and 'archive' need a path, and only they take one")
-        if self.source == "digits" and self.on_bad_image == "skip":
-            raise ValueError("on_bad_image skip is for sources 'folder' and 'archive', found 'digits'")
+            raise ValueError("sources 'folder', 'archive' and 'parquet' need a path, and only they take one")
+        if self.source == "digits" and (self.on_bad_image == "skip" or self.labels):
+            key = "labels" if self.labels else "on_bad_image skip"
+            raise ValueError(f"{key} is for sources 'folder', 'archive' and 'parquet', found 'digits'")
         return self
 
 

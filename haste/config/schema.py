@@ -10,6 +10,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainSerializer,
     PlainValidator,
     SerializeAsAny,
     Tag,
@@ -203,7 +204,14 @@ class Training(Strict):
     ema: Annotated[Float, Field(ge=0, lt=1)] = 0.9999
     class_dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.1
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    time_dtype: Annotated[Literal["fp32"] | None, LATER] = None
     nonfinite: Literal["stop", "skip"] = "stop"
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """Its entries in a recipe, except those of `process`; in full precision `time_dtype` decides nothing."""
+        unused = {"time_dtype": None} if self.precision in ("fp32", "fp64") else {}
+        return decides(Training, self.model_dump(exclude={"process"}) | unused)
 
 
 class Runtime(Strict):
@@ -333,6 +341,22 @@ class Measure(Strict):
         return decides(measure_named(self.measure), self.model_extra or {})
 
 
+class WarmStart(Strict):
+    """The weights that a run begins from; `classes: new` puts a new table of classes in the place of the file's."""
+
+    file: str
+    classes: Literal["kept", "new"] = "kept"
+
+
+def _start(given: Any) -> Any:
+    return {"file": given} if isinstance(given, str) else given
+
+
+def _short(start: WarmStart | None) -> Any:
+    """A file alone as its path, as it was written before there were other keys."""
+    return start.file if start and start.classes == "kept" else start and start.model_dump()
+
+
 class Run(Strict):
     """A row of the table: model, alignment, when to stop it, how to sample."""
 
@@ -346,7 +370,7 @@ class Run(Strict):
     sampling: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
     measures: Annotated[list[str], AfterValidator(_distinct), LATER] = []
     training: dict[str, Any] = {}
-    warm_start: str | None = None
+    warm_start: Annotated[WarmStart | None, BeforeValidator(_start), PlainSerializer(_short)] = None
 
     @model_validator(mode="after")
     def _one_seed_or_several(self) -> Run:

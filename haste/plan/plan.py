@@ -8,14 +8,17 @@ Its parts, each made from those above it:
     runs          from the table of runs to trajectories, states and the jobs that make them
     evaluations   samples, features and scores; imported checkpoints
     measures      other diagnostics of states
+    inputs        what the configuration names outside itself, looked at before the first job
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from haste.config import Config, Evaluate, Run, check_samplers, decides
+from haste.config import Config, Evaluate, Images, Run, check_samplers, decides
 from haste.files.artefact import fingerprint
+from haste.plan import inputs
 from haste.plan.data import Data
 from haste.plan.evaluations import Evaluations
 from haste.plan.measures import Measurement, Measures
@@ -28,6 +31,7 @@ class Plan:
     """What a configuration needs. Attributes that `__init__` copies from the parts are documented there.
 
     Attributes:
+        data: the stores and their source.
         root, folder: of all results; of this configuration, results/<configuration>.
         config_file: the resolved configuration that every job reads.
         report: the final page.
@@ -42,7 +46,7 @@ class Plan:
         targets, runs = Targets(config, data), Runs(config, data)
         evaluations = Evaluations(config, data, runs)
 
-        self._data, self.root, self.identities = data, data.root, data.identities
+        self.data, self.root, self.identities = data, data.root, data.identities
         self.folder = f"{data.root}/{config.name}"
         self.config_file, self.report = f"{self.folder}/config.json", f"{self.folder}/report/index.html"
         self.images, self.latents, self.checked_images = data.images, data.latents, data.checked_images
@@ -59,37 +63,42 @@ class Plan:
         self.trajectories = runs.trajectories | evaluations.trajectories
         self.pieces, self.cuts, self.planned, self.trained = runs.pieces, runs.cuts, runs.planned, runs.trained
         self.state, self.parse, self.segment, self.on_disk = runs.state, runs.parse, runs.segment, runs.on_disk
-        gone = "is gone; what was made from it stays, and nothing more can be made"
-        self.notes = runs.notes + [f"{file}: {gone}" for file in data.identities if not Path(file).is_file()]
+        self.notes = runs.notes + data.notes
 
         self.rows, self.elsewhere = evaluations.rows, evaluations.elsewhere
         self.evaluations, self.evaluation = evaluations.by_name, evaluations.named
 
         measures = Measures(config, data, evaluations.rows)
+        self._parts = inputs.Parts(config, data, targets, runs, evaluations, measures)
         self.measured, self.measurements, self.measurement = measures.rows, measures.by_name, measures.of
 
     @property
     def image_count(self) -> int:
         """Images of the store or, before it exists, of its source; raises as `Data.image_count`."""
-        return self._data.image_count
+        return self.data.image_count
+
+    @property
+    def unused(self) -> list[dict[str, Any]]:
+        """What lies among the images and is not used, as `haste.files.walk.grouped`; raises as `image_count`."""
+        return self.data.unused
+
+    @property
+    def changes(self) -> list[str]:
+        """How the images' source differs from what they were made from, and what to do; nothing if it does not."""
+        said = self.data.source_changes
+        return [f"{said}. `haste images --update` takes the change up, under new names"] if said else []
 
     def check(self) -> None:
         """Refuse, before anything is submitted, what the first jobs would refuse, with the same messages.
 
-        Only artefacts that are still to be made need their sources; a source that was removed later is not an error.
-        Only the names of images and the headers of references are read.
+        Only what is still to be made needs its sources; a source that was removed later is not an error. Only names
+        and headers are read.
 
         Raises:
-            ValueError: images or a reference that cannot be used, a sampler that does not suit a network, or more
-                disk than the configuration allows.
+            ValueError: an input that a job would refuse (`haste.plan.inputs.INPUTS` has all of them), a sampler that
+                does not suit a network, or more disk than the configuration allows.
         """
-        from haste.files import npz  # numpy is slow to import, and few commands come here
-
-        _ = self.image_count
-        for detector in self.detectors.values():
-            made, file = Path(detector.reference.manifest), detector.reference_file
-            if file is not None and Path(file).is_file() and not made.exists():
-                npz.check_reference(file)
+        inputs.check(self._parts)
         check_samplers(self.config)
         self.check_cache()
 
@@ -143,11 +152,13 @@ class Plan:
         shown = decides(Config, self.config.model_dump(mode="json", exclude={"results"}))
         for kind, schema in (("runs", Run), ("evaluate", Evaluate)):
             shown[kind] = {name: decides(schema, row) for name, row in shown[kind].items()}
+        shown["images"] = decides(Images, shown["images"])
         # Keys that are younger than people's reports stay out of the name while they are at their defaults.
         if self.config.condition.name == "labels":
             del shown["condition"]
-        if self.config.training.process is None:
-            del shown["training"]["process"]
+        for key in ("process", "time_dtype"):
+            if shown["training"][key] is None:
+                del shown["training"][key]
         for way in shown["sampling"].values():
             if not way["eta"]:
                 del way["eta"]
