@@ -192,6 +192,7 @@ def check_tracker(kind: str) -> None:
 #: Every path, file, hub name and library in a configuration, and what looks at it; a test walks the schema for others.
 INPUTS: dict[str, Callable[[Parts], None]] = {
     "images.path": images,
+    "images.labels": images,
     "autoencoder.pretrained.encode": encoder,
     "autoencoder.pretrained.decode": decoder,
     "teachers.NAME.pretrained.name": teachers,
