@@ -141,6 +141,18 @@ def test_labels_beside_the_pictures_are_left_to_the_job_for_each_is_a_file_to_re
     assert (len(counted.files), counted.classes, counted.unused) == (2, None, [])
 
 
+def test_a_table_of_labels_that_the_first_job_refuses_is_refused_by_the_plan_in_its_words(tmp_path, capsys):
+    path, table = source(tmp_path, "folder", TWELVE), tmp_path / "labels.csv"
+    images = {"path": str(path), "labels": str(table), "resolution": 8, "classes": 2, "holdout": 2}
+    file = configured(tmp_path, images=images)
+    for written, words in (("name,label\na/0.png,x\n", "labels.csv: has no label for a/1.png"), ("x", "has columns x")):
+        table.write_text(written)
+        plan, job = (said(capsys, *command, "-c", file) for command in (["plan"], ["images", "--shard", 0]))
+        assert plan == job and words in plan
+    table.write_text("name,label\n" + "".join(f"{name},{name[0]}\n" for name in TWELVE))
+    assert cli.main(["plan", "-c", str(file)]) == 0
+
+
 def test_a_finished_store_needs_its_source_no_more(make_plan, capsys):
     images = {**TINY["images"], "source": "folder", "path": "gone", "classes": 2}
     plan = make_plan(images=images)
