@@ -9,9 +9,9 @@ from slurm_world import World
 
 pytestmark = pytest.mark.timeout(3000)
 
-# The job that trains the autoencoder waits for as long as a file is there.
+# The job that trains the detector waits for as long as a file is there.
 HELD = """
-if "autoencoder" in sys.argv[1:2]:
+if "detector" in sys.argv[1:2]:
     while os.path.exists(os.environ["HASTE_BRAKE"]):
         time.sleep(0.1)
 """
@@ -33,34 +33,41 @@ def stages(slurm):
     return [(comment, state) for state, name, comment in jobs if name.startswith("haste-tiny-")]
 
 
-def test_the_whole_workflow_ends_where_three_jobs_are_allowed_and_each_job_runs_once(limited, data, tmp_path):
-    runs = {"vanilla": {"milestones": [4, 8]}}
-    world = World(tmp_path / "w", data, limited, runs, {"sample_shards": 4})
-    for made in (*world.root.glob("parts/autoencoder-*"), *world.root.glob("stores/latents-*")):
-        shutil.rmtree(made)
+def test_the_workflow_ends_where_three_jobs_are_allowed_and_each_job_runs_once(limited, data, tmp_path):
+    world = World(tmp_path / "w", data, limited, {"vanilla": {"milestones": [8]}}, {"sample_shards": 3})
+    (detector,) = world.root.glob("parts/detector-*")
+    shutil.rmtree(detector)
     with open(world.folder / "brakes" / "sitecustomize.py", "a") as file:
         file.write(HELD)
     world.brake(pace=0, ceiling=99)
-    other = limited.ask("sbatch", "--parsable", "--hold", "--wrap=true", "--output=/dev/null")
+    held = ("--hold", "--account=haste", "--wrap=true", "--output=/dev/null")
+    others = [limited.ask("sbatch", "--parsable", *held).strip() for _ in range(3)]
+
+    # the queue is full of other jobs: everything waits, and goes on when two of them are gone
+    full, snakemake = "SLURM takes no more jobs now (AssocMaxSubmitJobLimit)", world.start()
+    world.until("training and a stage wait", lambda: world.log.read_text().count(full) == 2, 90)
+    assert full in world.told("vanilla", 8)
+    assert full in world.haste("status", "-c", world.file).stdout
+    limited.ask("scancel", *others[1:])
 
     # Snakemake dies alone, its job goes on: the next one attaches to it
-    snakemake = world.start()
-    world.until("the autoencoder is trained", lambda: ("rule_autoencoder", "RUNNING") in stages(limited))
+    detector = f"rule_detector_wildcards_{detector.name.removeprefix('detector-')}"
+    world.until("the detector is trained", lambda: (detector, "RUNNING") in stages(limited), 90)
     snakemake.kill()
     snakemake.wait()
     snakemake = world.start()
     world.until("it attached", lambda: "Attached to SLURM job" in world.log.read_text())
     world.release()
 
-    # samples of the first state and training of the second want the two places that are left
+    # three shards of samples are no array: it would never fit beside the other job
     world.finish(snakemake)
     said = world.log.read_text()
     assert "SLURM will not take all jobs at once (AssocMaxSubmitJobLimit)" in said
-    assert "SLURM takes no more jobs now (AssocMaxSubmitJobLimit)" in said
+    assert full in said
     assert "Error" not in said
     found = stages(limited)
     assert {state for _, state in found} == {"COMPLETED"}
     assert set(Counter(comment for comment, _ in found).values()) == {1}, "a job ran twice"
-    assert sum("rule_sample_" in comment for comment, _ in found) == 8
-    assert limited.ask("squeue", "--noheader", "--format=%A").split() == other.split(), "others' jobs are left alone"
+    assert sum("rule_sample_" in comment for comment, _ in found) == 3
+    assert limited.ask("squeue", "--noheader", "--format=%A").split() == others[:1], "others' jobs are left alone"
     assert Path(world.plan.report).exists()
