@@ -2,7 +2,7 @@
 
 | what happens | Snakemake's executor | here |
 |---|---|---|
-| the queue takes no more jobs of the user | the job fails | it is submitted when there is room |
+| the queue takes no more jobs, or its controller is away | the job fails | it is submitted later |
 | an array is refused, perhaps as larger than a limit | all its jobs fail | each is submitted by itself |
 | jobs outlive a killed Snakemake | the next one submits the same beside them | it attaches to them |
 | Ctrl-C while jobs are submitted | the rest is submitted after the others are cancelled | the rest is not submitted |
@@ -12,6 +12,7 @@ Its own methods are used, also those that are not documented: `tests/cluster/tes
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -26,6 +27,8 @@ from haste.cluster import job as jobs
 from haste.cluster import queue, slurm
 from haste.files import artefact
 from haste.plan.plan import Plan
+
+AWAY = "Unable to contact slurm controller"
 
 
 class Patient(Executor):
@@ -55,10 +58,11 @@ class Patient(Executor):
 
     def report_job_submission(self, job_info: SubmittedJobInfo, register_job: bool = True) -> None:
         """Record a job that SLURM has taken."""
-        queue.full(self.plan).unlink(missing_ok=True)
         log = str((job_info.aux or {}).get("slurm_logfile", ""))
-        with open(queue.record(self.plan), "a") as file:
-            file.write(json.dumps([self._output(job_info.job), job_info.external_jobid, log]) + "\n")
+        with contextlib.suppress(OSError):  # on a full disk a job is no less submitted
+            queue.full(self.plan).unlink(missing_ok=True)
+            with open(queue.record(self.plan), "a") as file:
+                file.write(json.dumps([self._output(job_info.job), job_info.external_jobid, log]) + "\n")
         super().report_job_submission(job_info, register_job)
 
     # -- refusals --------------------------------------------------------------------------------------------------
@@ -73,7 +77,8 @@ class Patient(Executor):
 
     def _report_job_error_threadsafe(self, job_info: SubmittedJobInfo, msg: str) -> None:
         """Submit a refused job later where that may help; called in a thread."""
-        in_array, limit = getattr(self.inside, "array", False), slurm.full(msg)
+        in_array = getattr(self.inside, "array", False)
+        limit = slurm.full(msg) or (AWAY if AWAY in msg else "")
         if not (in_array or limit):
             super()._report_job_error_threadsafe(job_info, msg)
             return
@@ -85,7 +90,8 @@ class Patient(Executor):
 
     def _tell(self, limit: str) -> None:
         words = f"SLURM takes no more jobs now ({limit}). The others are submitted when there is room."
-        queue.full(self.plan).write_text(f"{words}\n")
+        with contextlib.suppress(OSError):
+            queue.full(self.plan).write_text(f"{words}\n")
         if limit not in self.said:
             self.logger.warning(words)
         self.said.add(limit)

@@ -32,6 +32,7 @@ rule part:
 SBATCH = """
 case "$*" in *--array*) echo "sbatch: error: AssocMaxSubmitJobLimit" >&2; exit 1;; esac
 [ -e room ] || { touch room; echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1; }
+[ -e back ] || { touch back; echo "sbatch: error: Unable to contact slurm controller (connect failure)" >&2; exit 1; }
 n=$(echo "$*" | sed 's/.*_wildcards_\\([0-9]*\\).*/\\1/')
 case $n in 3) echo "sbatch: error: QOSMaxCpuPerJobLimit" >&2; exit 1;; esac
 touch ../work/results/$n; echo 10$n
@@ -89,6 +90,7 @@ def test_what_the_queue_refuses_is_submitted_later_and_what_lives_already_is_att
     assert "77_2" in record.read_text() and '"78"' not in record.read_text()
     assert {path.name for path in work.glob("results/[0-9]")} == {"0", "1", "2"}
     assert "SLURM takes no more jobs now (QOSMaxSubmitJobPerUserLimit)" in said()
+    assert "SLURM takes no more jobs now (Unable to contact slurm controller)" in said()
     assert "3 of 5 steps" in said(), "a job that SLURM never takes ends only itself"
     assert set(single(cluster)) == {"0", "2", "3"} and single(cluster).count("3") == 1
     assert not (work / "results" / "tiny" / "queue-full.txt").exists()
