@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from slurm_world import World
 
+from haste.cluster import job as jobs
+
 pytestmark = pytest.mark.timeout(3000)
 
 # The job that trains the detector waits for as long as a file is there.
@@ -20,17 +22,17 @@ if "detector" in sys.argv[1:2]:
 @pytest.fixture
 def limited(slurm):
     """The cluster, where a user may have three jobs."""
-    for limit in ("3", "-1"):
-        slurm.ask("sacctmgr", "-i", "modify", "user", "root", "set", f"MaxSubmitJobs={limit}")
-        if limit == "3":
-            yield slurm
+    change = ("sacctmgr", "-i", "modify", "user", "root", "set")
+    slurm.ask(*change, "MaxSubmitJobs=3")
+    yield slurm
+    slurm.ask(*change, "MaxSubmitJobs=-1")
 
 
-def stages(slurm):
-    """The jobs of the stages so far: their rule and wildcards -> how they stand."""
-    text = slurm.ask("squeue", "--states=all", "--array", "--noheader", "--format=%T|%j|%k", patience=120)
-    jobs = [line.split("|") for line in text.splitlines()]
-    return [(comment, state) for state, name, comment in jobs if name.startswith("haste-tiny-")]
+def stages(world):
+    """The jobs of the stages so far: their rule and wildcards, and how they stand."""
+    name = ("--name", jobs.name_of_stages(world.plan))
+    text = world.slurm.ask("squeue", *name, "--states=all", "--array", "--noheader", "--format=%k|%T", patience=120)
+    return [tuple(line.split("|")) for line in text.splitlines()]
 
 
 def test_the_workflow_ends_where_three_jobs_are_allowed_and_each_job_runs_once(limited, data, tmp_path):
@@ -52,7 +54,7 @@ def test_the_workflow_ends_where_three_jobs_are_allowed_and_each_job_runs_once(l
 
     # Snakemake dies alone, its job goes on: the next one attaches to it
     detector = f"rule_detector_wildcards_{detector.name.removeprefix('detector-')}"
-    world.until("the detector is trained", lambda: (detector, "RUNNING") in stages(limited), 90)
+    world.until("the detector is trained", lambda: (detector, "RUNNING") in stages(world), 90)
     snakemake.kill()
     snakemake.wait()
     snakemake = world.start()
@@ -65,7 +67,7 @@ def test_the_workflow_ends_where_three_jobs_are_allowed_and_each_job_runs_once(l
     assert "SLURM will not take all jobs at once (AssocMaxSubmitJobLimit)" in said
     assert full in said
     assert "Error" not in said
-    found = stages(limited)
+    found = stages(world)
     assert {state for _, state in found} == {"COMPLETED"}
     assert set(Counter(comment for comment, _ in found).values()) == {1}, "a job ran twice"
     assert sum("rule_sample_" in comment for comment, _ in found) == 3
