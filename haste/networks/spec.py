@@ -86,15 +86,16 @@ def sit_facts(size: Mapping[str, Any], classes: int) -> Facts:
 
 
 def sit_shapes(size: Mapping[str, Any], classes: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a SiT's weights by their names, without projectors; arguments as for `sit_facts`."""
+    """Shapes of a SiT's or DiT's weights by their names, without projectors; arguments as for `sit_facts`."""
     width, patch, channels = size["width"], size["patch_size"], size["channels"]
+    outputs = (2 if size.get("architecture") == "dit" else 1) * channels  # noise and its variance, or the velocity
     hidden, tokens = int(width * size["mlp_ratio"]), (size["input_size"] // patch) ** 2
     linear = {"t_embedder.mlp.0": (width, 256), "t_embedder.mlp.2": (width, width)}
     for block in (f"blocks.{place}" for place in range(size["depth"])):
         linear |= {f"{block}.attn.qkv": (3 * width, width), f"{block}.attn.proj": (width, width)}
         linear |= {f"{block}.mlp.fc1": (hidden, width), f"{block}.mlp.fc2": (width, hidden)}
         linear |= {f"{block}.adaLN_modulation.1": (6 * width, width)}
-    linear |= {"final_layer.linear": (patch * patch * channels, width)}
+    linear |= {"final_layer.linear": (patch * patch * outputs, width)}
     linear |= {"final_layer.adaLN_modulation.1": (2 * width, width)}
     weights = {"x_embedder.proj": (width, channels, patch, patch), **linear}
     shapes = {f"{name}.weight": shape for name, shape in weights.items()}
