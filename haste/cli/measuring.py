@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from haste.cli.shared import Commands, plan_of
+from haste.networks.layouts import LAYOUTS
 
 
 def add(to: Commands) -> None:
@@ -14,7 +15,7 @@ def add(to: Commands) -> None:
     sub.add_argument("name", help="a measure of the configuration, or, with default settings, gradient-cosine")
     sub.add_argument("file", help="a state, by its file or as TRAJECTORY/STEP, or a checkpoint from elsewhere")
     sub.add_argument("--model", help="what a checkpoint from elsewhere holds (what its row or its weights say)")
-    sub.add_argument("--layout", choices=("ours", "REPA", "SiT"), help="whose checkpoint it is; SiT's must be told")
+    sub.add_argument("--layout", choices=LAYOUTS, help="whose checkpoint it is; SiT's and DiT's must be told")
     sub.add_argument("--alignment", help="of the configuration, to compare with where the row has none")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from haste.cli.shared import DEFAULT_CONFIG, Commands, plan_of
+from haste.networks.layouts import LAYOUTS
 
 
 def add(to: Commands) -> None:
@@ -27,17 +28,21 @@ def add(to: Commands) -> None:
 
 
 def _add_exchange(to: Commands) -> None:
-    words = "make a checkpoint of REPA, HASTE, SiT or this package a file of weights of ours"
+    words = "make a checkpoint of REPA, HASTE, SiT, DiT or this package a file of weights of ours"
     took = to.command("import", _import, words)
-    took.add_argument("file", type=Path, help="a .pt of REPA, HASTE or SiT, a .ckpt of Lightning, or a state")
+    took.add_argument(
+        "file", type=Path, help="a .pt of REPA, HASTE, SiT or DiT, a .ckpt, a state, or diffusers' folder"
+    )
     took.add_argument("out", type=Path, help="the .safetensors file to write")
     gave = to.command("export", _export, "write the weights of a state for other programs")
     gave.add_argument("file", type=Path, help="a state, or any file that can be imported")
-    gave.add_argument("out", type=Path, help="the file to write")
-    gave.add_argument("--format", choices=("safetensors", "repa"), required=True, help="bare weights, or REPA's .pt")
+    gave.add_argument("out", type=Path, help="the file to write, for diffusers a folder")
+    form = "bare weights, REPA's .pt, or the folder that diffusers' DiTPipeline loads"
+    gave.add_argument("--format", choices=("safetensors", "repa", "diffusers"), required=True, help=form)
+    gave.add_argument("--vae", type=Path, help="for diffusers: the folder of an AutoencoderKL to put into it")
     gave.add_argument("--weights", choices=("ema", "model"), default="ema", help="which, for safetensors (ema)")
     for sub in (took, gave):
-        sub.add_argument("--layout", choices=("ours", "REPA", "SiT"), help="whose file it is; SiT's must be told")
+        sub.add_argument("--layout", choices=LAYOUTS, help="whose file it is; SiT's and DiT's must be told")
         size = sub.add_mutually_exclusive_group()
         size.add_argument("--model", help="what the weights must be, such as SiT-XL/2")
         size.add_argument("--heads", type=int, help="attention heads, for sizes that were not published")
@@ -88,15 +93,16 @@ def _import(arguments: argparse.Namespace) -> None:
     from haste.models import exchange
 
     found = exchange.import_weights(arguments.file, arguments.out, **_told(arguments))
-    shape = ", ".join(f"{name} {value:g}" for name, value in found.shape.items())
+    size = {name: value for name, value in found.shape.items() if name != "architecture"}
+    shape = ", ".join(f"{name} {value:g}" for name, value in size.items())
     print(f"{arguments.out}: {' and '.join(found.weights)} of {arguments.file} ({found.layout}'s layout; {shape})")
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from haste.models import exchange
 
-    form, which = arguments.format, arguments.weights
-    exchange.export_weights(arguments.file, arguments.out, form=form, which=which, **_told(arguments))
+    form = {"form": arguments.format, "which": arguments.weights, "vae": arguments.vae}
+    exchange.export_weights(arguments.file, arguments.out, **form, **_told(arguments))
     print(f"{arguments.out}: written")
 
 

@@ -400,7 +400,7 @@ class Evaluate(Strict):
     measures: Annotated[list[str], AfterValidator(_distinct), LATER] = []
     path: Literal["linear", "cosine"] = "linear"
     weights: Literal["ema", "model"] = "ema"
-    layout: Literal["ours", "REPA", "SiT"] | None = None
+    layout: Literal["ours", "REPA", "SiT", "DiT"] | None = None
     method: str = "elsewhere"
     seed: Seed = 0
 

@@ -1,14 +1,16 @@
-"""Weights of a SiT from other projects' files, and ours for other programs.
+"""Weights of a SiT or DiT from other projects' files, and ours for other programs.
 
 Supported layouts:
     ours    states and imported weights: safetensors with a header
     REPA    files of REPA and HASTE: a .pt of {"model", "ema", "opt", "args", "steps"}, or one bare set of weights
     SiT     files of SiT: the same, with twice the output channels, of which the first half is used, and time from
             noise (t = 0) to data (t = 1)
+    DiT     files of DiT: as SiT's, with the noise and its variance as output channels, and integer steps as time
 The file's name does not matter. Nothing in a file is executed: `haste.networks.headers` finds the tensors' places, and
 here the numbers are read from there.
 
-The result has our names (which are REPA's), our time (t = 0 is data) and as many output channels as input channels.
+The result has our names (which are REPA's), our time (t = 0 is data) and, for a SiT, as many output channels as input
+channels.
 Shapes: D model width, p patch size, C channels, F = 256 timestep features.
 """
 
@@ -30,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from haste.files import artefact
+from haste.models.dit import DiT
 from haste.models.layers import sincos_positions
 from haste.models.sit import SiT
 from haste.networks import layouts
@@ -42,7 +45,7 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights of a SiT, as read from a file.
+    """Weights of a SiT or DiT, as read from a file.
 
     file: its path; sha256: of the file; layout: one of `layouts.LAYOUTS`.
     shape: arguments of `SiT`: depth, width, heads, patch_size, mlp_ratio, input_size, in_channels, classes; for another
@@ -70,7 +73,8 @@ class Checkpoint:
 
     def model(self, which: str = "ema") -> SiT:
         """The model with one set of weights, float32, frozen."""
-        model = SiT(**self.shape)
+        kind = DiT if self.shape.get("architecture") == "dit" else SiT
+        model = kind(**{name: value for name, value in self.shape.items() if name != "architecture"})
         model.load_state_dict(dict(self.chosen(which)))
         return model.requires_grad_(False).eval()
 
@@ -78,15 +82,16 @@ class Checkpoint:
 def read_checkpoint(
     path: Path | str,
     *,
-    layout: Literal["ours", "REPA", "SiT"] | None = None,
+    layout: Literal["ours", "REPA", "SiT", "DiT"] | None = None,
     expected: Mapping[str, Any] | None = None,
     sizes: Iterable[Size] = (),
 ) -> Checkpoint:
-    """Read the weights of a SiT from a file of any known layout.
+    """Read the weights of a SiT or DiT from a file of any known layout.
 
     Args:
         path: the file.
-        layout: whose file it is; None detects it from the content. SiT's must be given: DiT's have the same names.
+        layout: whose file it is; None detects it from the content. SiT's and DiT's have the same names and shapes, so
+            they must be given, unless the file has the name under which they publish it.
         expected: known entries of `Checkpoint.shape`; a file that differs is refused. The number of attention heads,
             which weights do not show, comes from here, from the file's header or, by depth and width, from `sizes`;
             input_size comes from here if the file holds no positions.
@@ -97,7 +102,7 @@ def read_checkpoint(
             not finite or unknown. The message names the file, what was found and what was expected.
     """
     described = layouts.described(str(path), layout, expected, sizes)
-    found = _read(described, "SiT")
+    found = _read(described, "DiT" if described.shape.get("architecture") == "dit" else "SiT")
     if described.layout != "SiT":
         return found
     return dataclasses.replace(found, weights={n: _turned(tree, described.shape) for n, tree in found.weights.items()})
@@ -130,7 +135,7 @@ def _read(what: Described, name: str) -> Checkpoint:
             one for one, value in tree.items() if not value.is_floating_point() or not value.isfinite().all()
         ]:
             raise ValueError(f"{what.file}: does not fit a {name} of this size; not finite: {layouts.some(broken)}")
-        if name == "SiT" and "pos_embed" not in tree:
+        if name in ("SiT", "DiT") and "pos_embed" not in tree:
             side = what.shape["input_size"] // what.shape["patch_size"]
             tree["pos_embed"] = sincos_positions(what.shape["width"], (side, side))[None]
     weights = {which: {name: _widened(value) for name, value in tree.items()} for which, tree in weights.items()}

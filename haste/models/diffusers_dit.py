@@ -8,8 +8,9 @@ other outputs, also with the public files of DiT; `at_our_times` corrects a load
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from haste.files import artefact
+from haste.models.checkpoints import Checkpoint
+from haste.models.layers import sincos_positions
+from haste.networks import headers, layouts
+from haste.networks.spec import sit_shapes
+from haste.networks.tensors import placed
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 CLASS = "DiTTransformer2DModel"
@@ -156,7 +162,11 @@ def shape_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_pipeline(
-    folder: Path, weights: Mapping[str, Tensor], shape: Mapping[str, Any], autoencoder: Path | None, labels: list[str]
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    shape: Mapping[str, Any],
+    autoencoder: Path | None = None,
+    labels: Sequence[str] | None = None,
 ) -> None:
     """Write the folder that `DiTPipeline.from_pretrained` loads.
 
@@ -165,13 +175,14 @@ def write_pipeline(
         weights: of the DiT, ours.
         shape: its arguments.
         autoencoder: a folder of an AutoencoderKL, copied as `vae`; None leaves it out, to be given to the loader.
-        labels: names of the classes, in order.
+        labels: names of the classes, in order; None numbers them.
 
     Raises:
         OSError: the folder exists, or cannot be written.
     """
     transformer = config_of(shape)
-    index: dict[str, Any] = {"_class_name": "DiTPipeline", "id2label": dict(enumerate(labels))}
+    names = labels or [str(number) for number in range(shape["classes"])]
+    index: dict[str, Any] = {"_class_name": "DiTPipeline", "id2label": dict(enumerate(names))}
     index |= {"scheduler": ["diffusers", "DDPMScheduler"], "transformer": ["diffusers", CLASS]}
     index["vae"] = ["diffusers", "AutoencoderKL"] if autoencoder else [None, None]
     folder.mkdir(parents=True)
@@ -184,6 +195,37 @@ def write_pipeline(
     if autoencoder:
         shutil.copytree(autoencoder, folder / "vae")
     artefact.write_json(folder / "model_index.json", index)  # last: without it nothing loads
+
+
+def read_folder(folder: Path) -> Checkpoint:
+    """The DiT in diffusers' folder of a pipeline, or of its transformer.
+
+    Raises:
+        ValueError: there is none, or another network; the message names the file.
+    """
+    place = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    config, file = place / CONFIG, place / WEIGHTS
+    if not config.is_file() or not file.is_file():
+        raise ValueError(f"{folder}: expected diffusers' folder of a DiT, with {CONFIG} and {WEIGHTS}")
+    held, _ = headers.contents(str(file))
+    try:
+        shape = shape_of(json.loads(config.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{config}: {error}") from error
+    place_of = placed(str(file))
+    try:
+        found = from_diffusers({name: place_of(value) for name, value in held.items()}, shape["depth"])
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    side = shape["input_size"] // shape["patch_size"]
+    found["pos_embed"] = sincos_positions(shape["width"], (side, side))[None]
+    layouts.check_fit(str(file), "a DiT of this size", found, sit_shapes(_sized(shape), shape["classes"]))
+    shape["architecture"] = "dit"
+    return Checkpoint(str(file), artefact.file_identity(file), "diffusers", shape, {"ema": found})
+
+
+def _sized(shape: Mapping[str, Any]) -> dict[str, Any]:
+    return {**shape, "channels": shape["in_channels"], "architecture": "dit"}
 
 
 def at_our_times(transformer: Any) -> Any:

@@ -7,23 +7,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from haste.config import MODELS, Model, facts_in
+from haste.config import MODELS, Model, facts_in, model_in
 from haste.files import artefact
 from haste.files.provenance import read_header
-from haste.models import checkpoints
+from haste.models import checkpoints, diffusers_dit
 from haste.models.checkpoints import Checkpoint
 from haste.networks.layouts import expected_in
 
 log = logging.getLogger("haste.exchange")
 
-FORMATS = ("safetensors", "repa")
+FORMATS = ("safetensors", "repa", "diffusers")
 SIZES = {(model.depth, model.width, model.heads) for model in MODELS.values()}
 
 
 def open_weights(
     path: Path | str,
     *,
-    layout: Literal["ours", "REPA", "SiT"] | None = None,
+    layout: Literal["ours", "REPA", "SiT", "DiT"] | None = None,
     model: Model | None = None,
     heads: int | None = None,
     input_size: int | None = None,
@@ -51,7 +51,7 @@ def import_weights(source: Path, out: Path, **options: Any) -> Checkpoint:
     """Read weights of any known layout and write them in ours, without the optimiser.
 
     Args:
-        source: the file to read.
+        source: the file to read, or diffusers' folder of a DiT.
         out: the .safetensors file to write.
         options: layout, model, heads and input_size, as for `open_weights`.
 
@@ -60,19 +60,23 @@ def import_weights(source: Path, out: Path, **options: Any) -> Checkpoint:
         OSError: `out` cannot be written.
     """
     _check_out(source, out, ".safetensors")
-    found = open_weights(source, **options)
+    found = diffusers_dit.read_folder(source) if source.is_dir() else open_weights(source, **options)
     checkpoints.save_imported(out, found, artefact.provenance(inputs={"source": found.sha256}))
     return found
 
 
-def export_weights(source: Path, out: Path, *, form: str, which: str = "ema", **options: Any) -> Checkpoint:
+def export_weights(
+    source: Path, out: Path, *, form: str, which: str = "ema", vae: Path | None = None, **options: Any
+) -> Checkpoint:
     """Write the weights of a state, or of any importable file, for other programs.
 
     Args:
         source: a state, or a file of any known layout.
-        out: the file to write.
-        form: "safetensors": one set of weights under bare names; "repa": a .pt with both sets, as REPA reads it.
-        which: "ema" or "model", for safetensors.
+        out: the file to write, for "diffusers" a folder.
+        form: "safetensors": one set of weights under bare names; "repa": a .pt with both sets, as REPA reads it;
+            "diffusers": of a DiT, the folder that `DiTPipeline` loads.
+        which: "ema" or "model", unless for REPA.
+        vae: for diffusers, a folder of an AutoencoderKL to put into it.
         options: layout, model, heads and input_size, as for `open_weights`.
 
     Raises:
@@ -81,26 +85,30 @@ def export_weights(source: Path, out: Path, *, form: str, which: str = "ema", **
     """
     if form not in FORMATS:
         raise ValueError(f"format {form!r}: expected one of {', '.join(FORMATS)}")
-    _check_out(source, out, ".safetensors" if form == "safetensors" else ".pt")
+    _check_out(source, out, {"safetensors": ".safetensors", "repa": ".pt", "diffusers": ""}[form])
     found = _of_state(source) or open_weights(source, **options)
     if form == "repa" and "architecture" in found.shape:
         raise ValueError(
             f"{source}: its network is a {found.shape['architecture']}, and REPA's programs know SiT alone"
         )
+    if form == "diffusers" and found.shape.get("architecture") != "dit":
+        raise ValueError(f"{source}: not a DiT; diffusers has no pipeline for other networks of this package")
     if form == "repa":
         checkpoints.save_repa(out, found, _arguments(found))
+    elif form == "diffusers":
+        diffusers_dit.write_pipeline(out, found.chosen(which), found.shape, vae)
     else:
         checkpoints.save_bare(out, found, which, artefact.provenance(inputs={"source": found.sha256}))
     return found
 
 
 def _of_state(source: Path) -> Checkpoint | None:
-    """The weights of a state of another architecture than SiT; None for any other file."""
+    """The weights of a state of another architecture than SiT and DiT; None for any other file."""
     try:
         recipe = read_header(source)["recipe"]
     except ValueError:
         return None
-    return weights_by_recipe(source, recipe) if "architecture" in recipe["model"] else None
+    return None if isinstance(model_in(recipe), Model) else weights_by_recipe(source, recipe)
 
 
 def weights_by_recipe(file: Path | str, recipe: Mapping[str, Any]) -> Checkpoint:
@@ -110,7 +118,7 @@ def weights_by_recipe(file: Path | str, recipe: Mapping[str, Any]) -> Checkpoint
 
 
 def _check_out(source: Path, out: Path, suffix: str) -> None:
-    if out.suffix != suffix:
+    if suffix and out.suffix != suffix:
         raise ValueError(f"{out}: expected a name that ends in {suffix}")
     if out.exists():
         raise ValueError(f"{out}: is there already; remove it, or give another name for what is made of {source}")

@@ -1,4 +1,4 @@
-"""What weights in a file are: whose layout, which sets, and the size of the SiT that they are of. No torch.
+"""What weights in a file are: whose layout, which sets, and the size of the SiT or DiT that they are of. No torch.
 
 Everything follows from headers (`haste.networks.headers`), so that a plan can refuse what a job would refuse.
 Shapes: D model width, p patch size, C channels.
@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from haste.networks import foreign
@@ -17,7 +18,9 @@ from haste.networks.pickles import Stored
 from haste.networks.sets import Tree, opened
 from haste.networks.spec import sit_shapes
 
-LAYOUTS = ("ours", "REPA", "SiT")
+LAYOUTS = ("ours", "REPA", "SiT", "DiT")
+# Names under which SiT and DiT publish their files.
+_PUBLISHED = re.compile(r"([SD]iT)-(?:S|B|L|XL)-[248]-\d+x\d+\.pt")
 Size = tuple[int, int, int]  # depth, width, heads
 
 _PATCHES, _OUT = "x_embedder.proj.weight", "final_layer.linear.weight"
@@ -56,7 +59,9 @@ def chosen(file: str, sets: Mapping[str, Any], which: str) -> Any:
 def described(
     file: str, layout: str | None = None, expected: Mapping[str, Any] | None = None, sizes: Iterable[Size] = ()
 ) -> Described:
-    """The weights of a SiT in a file of any known layout. Arguments as for `haste.models.checkpoints.read_checkpoint`.
+    """The weights of a SiT or DiT in a file of any known layout.
+
+    Arguments as for `haste.models.checkpoints.read_checkpoint`.
 
     Raises:
         ValueError: the file is missing, truncated, foreign or contains code; or weights are missing, of another shape,
@@ -65,15 +70,19 @@ def described(
     trees, facts = opened(file, [_PATCHES])
     tidy = {which: _tidy(tree, file) for which, tree in trees.items()}
     sets = {which: tree for which, (tree, _) in tidy.items()}
-    found = _layout(sets, facts, layout, file)
+    found, system = _layout(sets, facts, layout, expected or {}, file)
     shape = _shape(next(iter(sets.values())), facts, expected or {}, sizes, file)
+    shape |= {"architecture": "dit"} if system == "DiT" else {}
     shapes = sit_shapes({**shape, "channels": shape["in_channels"]}, shape["classes"])
     if found == "SiT":
         shapes |= {name: (2 * shapes[name][0], *shapes[name][1:]) for name in (_OUT, "final_layer.linear.bias")}
     for tree in sets.values():
         absent = {"pos_embed"} - tree.keys()  # it is computed
         check_fit(
-            file, "a SiT of this size", tree, {name: value for name, value in shapes.items() if name not in absent}
+            file,
+            f"a {system} of this size",
+            tree,
+            {name: value for name, value in shapes.items() if name not in absent},
         )
     projectors = next((heads for _, heads in tidy.values() if heads), ())
     return Described(file, found, shape, sets, projectors, facts)
@@ -171,14 +180,16 @@ def _tidy(tree: Tree, file: str) -> tuple[Tree, tuple[Tree, ...]]:
         match = re.fullmatch(r"decoder_blocks\.(\d+)\.(.+)", name)
         weights[f"blocks.{count + int(match[1])}.{match[2]}" if match else name] = value
     if _PATCHES not in weights and (said := foreign.weights(weights)):
-        raise ValueError(f"{file}: expected the weights of a SiT, found {said}")
+        raise ValueError(f"{file}: expected the weights of a SiT or DiT, found {said}")
     if any("norm1_" in name or name.startswith(("joint_blocks.", "context_embedder.")) for name in weights):
         raise ValueError(f"{file}: the weights of a joint text and image transformer, expected those of a SiT")
     return weights, heads
 
 
-def _layout(sets: Mapping[str, Tree], facts: Mapping[str, Any], told: str | None, file: str) -> str:
-    """The detected layout, checked against the given one."""
+def _layout(
+    sets: Mapping[str, Tree], facts: Mapping[str, Any], told: str | None, expected: Mapping[str, Any], file: str
+) -> tuple[str, str]:
+    """The detected layout, checked against the given one, and "SiT" or "DiT", whose network it is."""
     tree = next(iter(sets.values()))
     if told == "ours" and not facts.get("ours"):
         raise ValueError(f"{file}: has no header of ours, expected a state, or weights that were imported")
@@ -188,27 +199,45 @@ def _layout(sets: Mapping[str, Tree], facts: Mapping[str, Any], told: str | None
         raise ValueError(f"{file}: expected a SiT's {_PATCHES} and {_OUT}; found {names}, ...")
     entries = math.prod(patch.shape[1:])  # C p p
     if len(out) == entries:
-        if told == "SiT":
-            raise ValueError(f"{file}: as many output channels as input channels; expected twice as many in SiT's")
-        return "ours" if facts.get("ours") else "REPA"
-    if len(out) != 2 * entries:
+        if told in ("SiT", "DiT"):
+            raise ValueError(f"{file}: as many output channels as input channels; expected twice as many in {told}'s")
+        found, system = "ours" if facts.get("ours") else "REPA", "SiT"
+    elif len(out) != 2 * entries:
         raise ValueError(f"{file}: {len(out)} output entries a patch, expected {entries} (REPA) or {2 * entries} (SiT)")
-    if told != "SiT":
+    elif facts.get("ours") and facts.get("architecture") == "dit":
+        found, system = "ours", "DiT"
+    else:
+        found = system = _whose(file, told)
+    asked = "DiT" if expected.get("architecture") == "dit" else "SiT"
+    if "depth" in expected and asked != system:
+        raise ValueError(f"{file}: the weights of a {system}, but the model is a {asked}")
+    return found, system
+
+
+def _whose(file: str, told: str | None) -> str:
+    """Whether weights with twice as many output channels are SiT's or DiT's, which have the same names and shapes."""
+    match = _PUBLISHED.fullmatch(Path(file).name)
+    named = match[1] if match else None
+    if told in ("SiT", "DiT"):
+        if named not in (None, told):
+            raise ValueError(f"{file}: is said to be {told}'s, but {named} publishes a file of this name")
+        return told
+    if named is None:
         raise ValueError(
-            f"{file}: twice as many output channels as input channels, which SiT's files have and DiT's. If it is "
-            "SiT's, say so (layout SiT). DiT's predict noise and are not read"
+            f"{file}: twice as many output channels as input channels, which the files of SiT and of DiT have. Say "
+            "whose it is: layout SiT (a velocity), or layout DiT (noise and its variance)"
         )
-    return "SiT"
+    return named
 
 
 def _shape(
     tree: Tree, facts: Mapping[str, Any], told: Mapping[str, Any], sizes: Iterable[Size], file: str
 ) -> dict[str, Any]:
-    """Arguments of `SiT`, from the shapes of the weights; given values are checked."""
+    """Arguments of `SiT` or `DiT`, from the shapes of the weights; given values are checked."""
     needed = (LABELS, "blocks.0.mlp.fc1.weight", _PATCHES)
     missing = [name for name in needed if name not in tree or tree[name].ndim < 2]
     if missing:
-        raise ValueError(f"{file}: does not hold {', '.join(missing)}, expected the weights of a SiT")
+        raise ValueError(f"{file}: does not hold {', '.join(missing)}, expected the weights of a SiT or DiT")
     width, channels, patch, _ = tree[_PATCHES].shape
     places = {int(match[1]) for name in tree if (match := re.match(r"blocks\.(\d+)\.", name))}
     depth = len(places)
@@ -223,7 +252,8 @@ def _shape(
     shape["mlp_ratio"] = ratio if exact else math.nextafter(ratio, math.inf)
     shape["heads"] = facts.get("heads") or told.get("heads") or _heads(depth, width, sizes, file)
     shape["input_size"] = _input_size(tree.get("pos_embed"), patch, told.get("input_size"), file)
-    wrong = [f"{name}: found {shape[name]}, expected {value}" for name, value in told.items() if shape[name] != value]
+    known = {name: value for name, value in told.items() if name != "architecture"}
+    wrong = [f"{name}: found {shape[name]}, expected {value}" for name, value in known.items() if shape[name] != value]
     if wrong:
         raise ValueError(f"{file}: not the model that was asked for; {'; '.join(wrong)}")
     if width % shape["heads"]:

@@ -77,6 +77,7 @@ def _facts_of_header(header: Mapping[str, Any]) -> dict[str, Any]:
     size = {**(header.get("model") or recipe.get("model") or {})}
     training = recipe.get("training") or {}
     facts = {"ours": True, "heads": size.get("heads"), "step": header.get("step"), "source": header.get("source")}
+    facts |= {"architecture": size.get("architecture")}
     said = {name: header.get(name) or training.get(name) for name in ("path", "process")}
     return facts | said | {"args": header.get("args")}
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from haste.config import Model, model_in
 from haste.models.build import build_model
 from haste.models.checkpoints import Checkpoint
 from haste.models.denoiser import Denoiser
@@ -81,7 +82,7 @@ def warm_start(plan: Plan, trajectory: str, learner: Learner) -> None:
 def _known(plan: Plan, file: str, recipe: Mapping[str, Any], layout: Any, classes: bool = True) -> Checkpoint:
     """A file that the plan identified by its content, after checking that content and the model."""
     expected = expected_in(recipe, classes)
-    other = "architecture" in recipe["model"]
+    other = not isinstance(model_in(recipe), Model)
     found = weights_by_recipe(file, recipe) if other else open_weights(file, layout=layout, expected=expected)
     if found.sha256 != plan.identities[file]:
         raise ValueError(

@@ -114,6 +114,30 @@ def test_repas_file_computes_what_another_implementation_computes_with_its_weigh
     assert checkpoint.shape == {**SMALL, "mlp_ratio": 4.0}
 
 
+@pytest.mark.parametrize(("name", "layout"), [("DiT-XL-2-512x512.pt", None), ("mine.pt", "DiT")])
+def test_dits_file_computes_noise_and_variance_at_the_step(tmp_path, name, layout):
+    weights = {key: value for key, value in numbers(5, channels=8).items() if key != "pos_embed"}
+    torch.save(weights, tmp_path / name)
+    expected = {**SMALL, "architecture": "dit"}
+    checkpoint = read_checkpoint(tmp_path / name, layout=layout, expected=expected)
+    assert checkpoint.layout == "DiT" and checkpoint.shape == {**expected, "mlp_ratio": 4.0}
+    x, _, y = questions()
+    steps = torch.tensor([0, 500, 999])
+    with torch.no_grad():
+        predicted, _ = checkpoint.model()(x, steps.float(), y)
+        theirs = diffusers_twin(weights, 8)(x, timestep=steps, class_labels=y).sample
+    torch.testing.assert_close(predicted, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_published_name_says_whose_a_file_is_and_another_word_is_refused(tmp_path):
+    for name in ("SiT-XL-2-256x256.pt", "DiT-XL-2-256x256.pt"):
+        torch.save(numbers(5, channels=8), tmp_path / name)
+        assert read_checkpoint(tmp_path / name, expected=HEADS).layout == name[:3]
+        other = "DiT" if name.startswith("SiT") else "SiT"
+        with pytest.raises(ValueError, match=f"is said to be {other}'s, but {name[:3]} publishes a file of this name"):
+            read_checkpoint(tmp_path / name, layout=other, expected=HEADS)
+
+
 @pytest.mark.parametrize("bare", [True, False])
 def test_sits_file_runs_in_our_time_with_its_first_channels(tmp_path, bare):
     weights = numbers(5, channels=8)
@@ -303,8 +327,20 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, words):
         ({"state_dict": {}, "epoch": 3}, {}, "found 'state_dict', 'epoch'"),
         ([torch.ones(1)], {}, "expected a dictionary of weights, found list"),
         (torch.ones(3), {}, "expected a dictionary of weights, found Tensor"),
-        (numbers(5, channels=8), {}, "If it is SiT's, say so .layout SiT.. DiT's predict noise"),
+        (
+            numbers(5, channels=8),
+            {},
+            "Say whose it is: layout SiT .a velocity., or layout DiT .noise and its variance.",
+        ),
         (numbers(5), {"expected": HEADS, "layout": "SiT"}, "expected twice as many in SiT's"),
+        (numbers(5), {"expected": HEADS, "layout": "DiT"}, "expected twice as many in DiT's"),
+        (numbers(5), {"expected": {**SMALL, "architecture": "dit"}}, "the weights of a SiT, but the model is a DiT"),
+        (numbers(5, channels=8), {"expected": SMALL, "layout": "DiT"}, "the weights of a DiT, but the model is a SiT"),
+        (
+            numbers(5, channels=8),
+            {"expected": {**SMALL, "architecture": "dit"}, "layout": "SiT"},
+            "the weights of a SiT, but the model is a DiT",
+        ),
         (numbers(5), {"expected": HEADS, "layout": "ours"}, "has no header of ours"),
         (numbers(5), {"expected": {"heads": 5}}, "5 heads do not divide its width 32"),
         (

@@ -8,10 +8,13 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from safetensors.torch import load_file
 
+from haste.cli import main as cli
 from haste.diffusion.ddpm import DDPM
 from haste.diffusion.respacing import ancestral
 from haste.models import diffusers_dit
 from haste.models.dit import DiT
+from haste.models.exchange import open_weights
+from haste.models.sit import SiT
 
 SHAPE = {
     **{"depth": 3, "width": 32, "heads": 4, "patch_size": 2, "mlp_ratio": 4.0},
@@ -126,3 +129,31 @@ def test_embedders_that_differ_among_blocks_and_missing_weights_are_refused(fold
 def test_a_network_that_diffusers_does_not_have_is_refused():
     with pytest.raises(ValueError, match="mlp_ratio is 2.0, and DiTTransformer2DModel has 4 alone"):
         diffusers_dit.config_of({**SHAPE, "mlp_ratio": 2.0})
+
+
+def test_an_exported_state_is_a_pipeline_and_comes_back_by_import(model, tmp_path):
+    weights = {name: value.float() for name, value in model.state_dict().items()}
+    torch.save(weights, tmp_path / "mine.pt")
+    told = ["--layout", "DiT", "--heads", "4"]
+    out, back = tmp_path / "pipeline", tmp_path / "back.safetensors"
+    assert cli.main(["export", str(tmp_path / "mine.pt"), str(out), "--format", "diffusers", *told]) == 0
+    assert cli.main(["import", str(out), str(back)]) == 0
+    found = open_weights(back)
+    assert found.layout == "ours" and found.shape == {**SHAPE, "architecture": "dit"}
+    assert all(torch.equal(found.weights["ema"][name], value) for name, value in weights.items())
+    assert isinstance(found.model(), DiT)
+    again = tmp_path / "again"
+    assert cli.main(["export", str(back), str(again), "--format", "diffusers"]) == 0
+    one, two = (load_file(folder / "transformer" / diffusers_dit.WEIGHTS) for folder in (out, again))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_what_cannot_go_out_or_come_in_is_refused_in_a_line(tmp_path, capsys):
+    sit = SiT(**SHAPE)
+    torch.save(sit.state_dict(), tmp_path / "sit.pt")
+    out = str(tmp_path / "out")
+    assert cli.main(["export", str(tmp_path / "sit.pt"), out, "--format", "diffusers", "--heads", "4"]) == 2
+    assert "not a DiT; diffusers has no pipeline" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["import", str(tmp_path / "empty"), f"{out}.safetensors"]) == 2
+    assert "expected diffusers' folder of a DiT" in capsys.readouterr().err
