@@ -809,7 +809,7 @@ DETECTORS = [
 AUTOENCODERS = [
     ("autoencoder: a key missing", vae(gone("decoder.conv_in.bias")), VAE_MISFIT, "decoder.conv_in.bias"),
     ("autoencoder: a key too many", vae(added("extra.weight")), VAE_MISFIT, "extra.weight"),
-    ("autoencoder: truncated", on(within("autoencoder", VAE), cut), f"{VAE}: cannot be loaded"),
+    ("autoencoder: truncated", on(within("autoencoder", VAE), cut), f"{VAE}: expected the weights"),
     ("autoencoder: no weights", on(within("autoencoder", VAE), removed), f"found no {VAE}"),
     ("autoencoder: no configuration", on(within("autoencoder", "config.json"), removed), f"{CONFIG} FileNotFoundError"),
     ("autoencoder: half a configuration", on(within("autoencoder", "config.json"), cut), f"{CONFIG} JSONDecodeError"),

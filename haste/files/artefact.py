@@ -96,6 +96,10 @@ def _sync_folder(folder: Path) -> None:
 
 def _sync(path: Path) -> None:
     with open(path, "rb+") as file:
+        if os.fstat(file.fileno()).st_mode & 0o777 == 0o600:  # safetensors' doing: colleagues could not read it
+            mask = os.umask(0o077)
+            os.umask(mask)
+            os.fchmod(file.fileno(), 0o666 & ~mask)
         os.fsync(file.fileno())
 
 

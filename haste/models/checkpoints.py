@@ -28,12 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from haste.files import artefact
+from haste.files import tensors as files
 from haste.models.sit import SiT
 
 KIND = "weights"
@@ -163,13 +162,13 @@ def _opened(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
 
 
 def _from_safetensors(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as file:
-            kept = [name for name in file.keys() if not name.startswith(("optimizer/", "scaler/"))]  # noqa: SIM118
-            tensors = {name: file.get_tensor(name) for name in kept}
+    with files.opened(path, "checkpoint") as file:
+        kept = [name for name in file.keys() if not name.startswith(("optimizer/", "scaler/"))]  # noqa: SIM118
+        tensors = files.read(path, file, kept)
+        try:
             header = json.loads((file.metadata() or {}).get("haste", "{}"))
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected a checkpoint, found a truncated or foreign file ({error})") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: expected a checkpoint, found a damaged header ({error})") from error
     if header.get("kind") not in (None, "state", KIND):
         raise ValueError(f"{path}: expected a state or weights, found kind {header['kind']!r}")
     trees: dict[str, dict[str, Tensor]] = {}
@@ -476,9 +475,7 @@ def _save(path: Path | str, tensors: dict[str, Tensor], checkpoint: Checkpoint, 
         or {"file": Path(checkpoint.file).name, "sha256": checkpoint.sha256, "layout": checkpoint.layout},
         "provenance": dict(made),
     }
-    tensors = {name: value.clone() for name, value in tensors.items()}  # safetensors refuses shared memory
-    with artefact.replacing(path) as aside, artefact.saving_tensors(path):
-        save_file(tensors, aside, metadata={"haste": json.dumps(header, sort_keys=True)})
+    files.write(path, {name: value.clone() for name, value in tensors.items()}, header)  # no shared memory
 
 
 def save_repa(path: Path | str, checkpoint: Checkpoint, args: Mapping[str, Any]) -> None:

@@ -116,7 +116,7 @@ def _run_in_child(plan, target, die_after=None):
 
 def _tear_saves(monkeypatch, die_on):
     """In the `die_on`-th save: write half the file, then SIGKILL oneself."""
-    whole, count = state.save_file, [0]
+    whole, count = state.files.save_file, [0]
 
     def torn(tensors, path, metadata):
         count[0] += 1
@@ -125,7 +125,7 @@ def _tear_saves(monkeypatch, die_on):
             os.truncate(path, Path(path).stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(state, "save_file", torn)
+    monkeypatch.setattr(state.files, "save_file", torn)
 
 
 def test_kill_at_20_random_moments_and_in_the_middle_of_saves_changes_no_bit(make_plan, monkeypatch):
@@ -274,10 +274,10 @@ def test_a_full_disk_stops_with_a_message_and_keeps_the_last_good_state(make_pla
 
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"half")
-        raise state.safetensors.SafetensorError("No space left on device (os error 28)")
+        raise state.files.safetensors.SafetensorError("No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(state, "save_file", full)
+        patch.setattr(state.files, "save_file", full)
         assert cli.main(["train", str(plan.state("vanilla", 16)), "-c", str(plan.file)]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert Path(plan.path(plan.state("vanilla", 8))).read_bytes() == good
