@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from haste.config import condition_in
-from haste.files import artefact
+from haste.files import artefact, locks
 from haste.files.artefact import canonical, replacing
 from haste.files.npz import ADM, read_npz
 from haste.files.provenance import provenance_of
@@ -95,6 +95,12 @@ def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
 
     Equal seeds: equal columns and equal noise for every method.
     """
+    with locks.making(evaluation.grid, anew=True) as todo:
+        if todo:
+            _paint(plan, evaluation)
+
+
+def _paint(plan: Plan, evaluation: Evaluation) -> None:
     condition = condition_in(plan.trajectories[evaluation.state.trajectory].recipe)
     images, told, inputs = [], list[dict[str, np.ndarray]](), dict[str, str]()
     for path in evaluation.sample_files:

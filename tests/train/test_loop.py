@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from haste.cli import main as cli
 from haste.data.batches import Batches
 from haste.data.condition import Labels
 from haste.diffusion.interpolant import Interpolant
-from haste.files import artefact, journal
+from haste.files import journal, locks
 from haste.files.store import Store, join, write_shard
 from haste.models.sit import SiT
 from haste.teachers import encoder
@@ -171,12 +172,19 @@ def test_a_finished_state_is_never_trained_again(make_plan):
     assert path.stat().st_mtime_ns == before
 
 
-def test_two_trainers_on_one_trajectory_the_second_is_refused(make_plan):
+def test_two_trainers_on_one_trajectory_the_second_waits_says_for_whom_and_finds_the_state(make_plan, caplog):
     plan = make_plan()
     target = plan.state("vanilla", 8)
-    with artefact.holding(Path(plan.path(target)).parent / "lock", "x"), pytest.raises(ValueError) as refusal:
-        loop.train(plan, target)
-    assert f"process {os.getpid()}" in str(refusal.value)
+    path = Path(plan.path(target))
+    with caplog.at_level("INFO"), locks.holding(path.parent / "lock", "x"):
+        second = threading.Thread(target=loop.train, args=(plan, target))
+        second.start()
+        while "waiting for" not in caplog.text:
+            time.sleep(0.01)
+        assert not path.exists()
+    second.join()
+    assert path.exists()
+    assert re.search(rf"waiting for trajectory {path.parent.name}: .* by process {os.getpid()} on ", caplog.text)
 
 
 def test_rolling_states_are_the_newest_two_and_gone_at_the_end(make_plan):
