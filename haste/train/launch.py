@@ -7,7 +7,6 @@ import json
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import socket
 import sys
@@ -76,10 +75,12 @@ def _launch(plan: Plan, state: State) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     _on_term(lambda: [os.kill(rank.pid, signal.SIGTERM) for rank in multiprocessing.active_children() if rank.pid])
     try:
-        elastic_launch(settings, work)(plan.config.model_dump_json(), str(state))
+        saved = elastic_launch(settings, work)(plan.config.model_dump_json(), str(state))[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise _reason(rank, failure) from None
+    if saved is not None:
+        raise Interrupted(saved, 1)
 
 
 def _on_term(do: Callable[[], Any]) -> None:
@@ -94,8 +95,8 @@ def _until_term() -> Callable[[], int]:
     return lambda: int(bool(told))
 
 
-def work(resolved: str, name: str) -> None:
-    """One rank: read the configuration that the launcher resolved, and train."""
+def work(resolved: str, name: str) -> int | None:
+    """One rank: read the configuration that the launcher resolved, and train. Returns the last step if interrupted."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
     _die_with_the_launcher()
@@ -107,7 +108,15 @@ def work(resolved: str, name: str) -> None:
         datefmt="%H:%M:%S",
     )
     plan = Plan(config.resolve(json.loads(resolved)))
-    record(train)(plan, plan.parse(name), interrupted)
+    return record(_train)(plan, plan.parse(name), interrupted)
+
+
+def _train(plan: Plan, state: State, interrupted: Callable[[], int]) -> int | None:
+    try:
+        train(plan, state, interrupted)
+    except Interrupted as stop:  # not as an error, which the launcher would log with a traceback
+        return stop.step
+    return None
 
 
 def _die_with_the_launcher() -> None:
@@ -123,8 +132,6 @@ def _reason(rank: int, failure: object) -> Exception:
     found: dict[str, Any] = message if isinstance(message, dict) else {"message": str(message)}
     text = str(found.get("message", ""))
     kind, _, words = text.partition(": ")
-    if kind.rpartition(".")[2] == "Interrupted" and (step := re.search(r"\d+", words)):
-        return Interrupted(int(step[0]), 1)
     if kind.rpartition(".")[2] in REFUSALS:
         return ValueError(words)
     trace = found.get("extraInfo", {}).get("py_callstack", "")
