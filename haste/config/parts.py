@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from haste import extensions
-from haste.config.keys import Float, Positive, Rate, Seed, Strict, completed, decides, nearest, number
+from haste.config.keys import Float, Place, Positive, Rate, Seed, Strict, completed, decides, nearest, number
 
 
 def _whole(value: Any) -> Any:
@@ -33,7 +33,7 @@ class Images(Strict):
     """Where the images come from and how they are prepared."""
 
     source: Literal["digits", "folder", "archive"] = "folder"
-    path: str | None = None
+    path: Place | None = None
     resolution: Positive
     holdout: Annotated[int, Field(ge=0)]  # the networks that are trained here are evaluated on these images
     classes: Annotated[int, Field(ge=0)]
@@ -65,8 +65,8 @@ class TrainedAutoencoder(Strict):
 class PretrainedAutoencoder(Strict):
     """A diffusers AutoencoderKL: a hub id or a folder."""
 
-    encode: str
-    decode: str | None = None
+    encode: Place
+    decode: Place | None = None
     channels: Positive = 4
     factor: Positive = 8
 
@@ -120,8 +120,8 @@ class TrainedTeacher(Strict):
 class PretrainedTeacher(Strict):
     """A frozen vision encoder by its name in `TEACHERS` or in timm, and its weights file, if given."""
 
-    name: str
-    weights: str | None = None
+    name: Place
+    weights: Place | None = None
 
 
 class Teacher(Strict):
@@ -164,7 +164,7 @@ class PretrainedDetector(Strict):
     """A public network by its name in `DETECTORS`, and its weights file, if given."""
 
     name: str
-    weights: str | None = None
+    weights: Place | None = None
 
 
 class Detector(Strict):
@@ -172,7 +172,7 @@ class Detector(Strict):
 
     trained: TrainedDetector | None = None
     pretrained: PretrainedDetector | None = None
-    reference: str | None = None
+    reference: Place | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Detector:

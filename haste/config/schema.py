@@ -18,7 +18,20 @@ from pydantic import (
 
 from haste.align import triggers
 from haste.align.schedule import SHAPES
-from haste.config.keys import LABEL, LATER, Float, Positive, Rate, Seed, Share, Strict, decides, nearest, or_added
+from haste.config.keys import (
+    LABEL,
+    LATER,
+    Float,
+    Place,
+    Positive,
+    Rate,
+    Seed,
+    Share,
+    Strict,
+    decides,
+    nearest,
+    or_added,
+)
 from haste.config.parts import (
     Autoencoder,
     Cache,
@@ -336,7 +349,7 @@ class Run(Strict):
     sampling: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
     measures: Annotated[list[str], AfterValidator(_distinct), LATER] = []
     training: dict[str, Any] = {}
-    warm_start: str | None = None
+    warm_start: Place | None = None
 
     @model_validator(mode="after")
     def _one_seed_or_several(self) -> Run:
@@ -359,7 +372,7 @@ class Run(Strict):
 class Evaluate(Strict):
     """A row without training: a checkpoint that was trained elsewhere, and how to sample it."""
 
-    checkpoint: str
+    checkpoint: Place
     model: str
     sampling: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
     step: Annotated[int, Field(ge=0)]
@@ -377,7 +390,7 @@ class Config(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     title: str = ""
     description: str = ""
-    results: str = "results"
+    results: Place = "results"
     images: Images
     autoencoder: Autoencoder
     teachers: dict[str, Teacher] = {}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from haste import config
-from haste.files import locks
+from haste.files import artefact, locks
 from haste.plan.names import State
 from haste.plan.plan import Plan
 from haste.train.loop import Interrupted, train
@@ -79,6 +79,11 @@ def _launch(plan: Plan, state: State) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise _reason(rank, failure) from None
+    except OSError as error:
+        if error.filename is not None or error.errno not in artefact.FULL:
+            raise
+        where = "/dev/shm or the folder for temporary files"  # Python does not say which
+        raise OSError(error.errno, f"{os.strerror(error.errno)}: several processes need some of it", where) from error
     if saved is not None:
         raise Interrupted(saved, 1)
 
