@@ -88,7 +88,8 @@ def _sync_folder(folder: Path) -> None:
     # A rename is durable only once its folder is flushed.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with contextlib.suppress(OSError):  # some network and FUSE file systems refuse it for a folder
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -98,7 +99,8 @@ def _sync(path: Path) -> None:
         if os.fstat(file.fileno()).st_mode & 0o777 == 0o600:  # safetensors' doing: colleagues could not read it
             mask = os.umask(0o077)
             os.umask(mask)
-            os.fchmod(file.fileno(), 0o666 & ~mask)
+            with contextlib.suppress(OSError):  # a file system without modes
+                os.fchmod(file.fileno(), 0o666 & ~mask)
         os.fsync(file.fileno())
 
 

@@ -72,7 +72,7 @@ def _launch(plan: Plan, state: State) -> None:
     # torchrun's own default, set here to avoid its warning
     os.environ.setdefault("OMP_NUM_THREADS", str(plan.config.runtime.threads))
     # gloo would look for this machine by its name, or on the interface that a cluster's settings name
-    os.environ["GLOO_SOCKET_IFNAME"] = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    os.environ["GLOO_SOCKET_IFNAME"] = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     _on_term(lambda: [os.kill(rank.pid, signal.SIGTERM) for rank in multiprocessing.active_children() if rank.pid])
     try:
         saved = elastic_launch(settings, work)(plan.config.model_dump_json(), str(state))[0]

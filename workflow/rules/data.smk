@@ -1,4 +1,9 @@
 # Images, the small networks that the pipeline trains on them, and latents.
+import os
+import sys
+
+# Jobs find `haste` beside the Python that runs Snakemake, also where nobody activated its environment.
+os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', os.defpath)}"
 
 if plan.checked_images:
 
