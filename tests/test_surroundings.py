@@ -1,6 +1,7 @@
 """What the package takes for granted, tried without it; docs/surroundings.md lists all of it."""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -113,6 +114,26 @@ def test_the_workflow_finds_its_command_where_its_environment_is_not_activated_a
     done = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert Path(target).exists()
+
+
+def test_a_file_system_that_offers_less_is_done_without(world, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(95, "Operation not supported")
+
+    whole = os.fsync
+    for name in ("link", "fchmod"):
+        monkeypatch.setattr(os, name, refused)
+    monkeypatch.setattr(os, "fsync", lambda file: refused() if stat.S_ISDIR(os.fstat(file).st_mode) else whole(file))
+    for path in world.root.glob("samples/*/*.npz"):
+        path.unlink()
+    assert cli.main(["sample", world.row().name, "-c", str(world.file)]) == 0
+    assert cli.main(["train", world.last, "-c", str(world.file)]) == 0
+
+
+def test_every_row_of_the_document_names_a_test_that_is_there():
+    told = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "surroundings.md").read_text())
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert told and not [name for name in told if f"def {name}(" not in sources]
 
 
 def test_files_of_a_whole_workflow_follow_the_umask(world):

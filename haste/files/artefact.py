@@ -164,7 +164,21 @@ def _host() -> str:
     return re.sub(r"[^\w.-]", "-", socket.gethostname())[:40]
 
 
-def sweep(folder: Path | str, *, below: bool = False, of: str | None = None, locked: bool = False) -> None:
+def tidy(folder: Path | str) -> None:
+    """Before a workflow starts: `sweep` a folder and all below it, and date what comes from the future now.
+
+    Snakemake refuses an output that is older than an input, which may come from a machine whose clock is ahead.
+    """
+    now = time.time()
+    for path in Path(folder).rglob("*"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            if path.stat().st_mtime > now:
+                os.utime(path)
+        if path.name.endswith(".part"):
+            sweep(path.parent)
+
+
+def sweep(folder: Path | str, *, of: str | None = None, locked: bool = False) -> None:
     """Remove temporary files and folders of dead writers; those of living ones stay.
 
     Without a lock, a writer of this machine is dead if there is no such process, and one of another machine (or of an
@@ -172,11 +186,10 @@ def sweep(folder: Path | str, *, below: bool = False, of: str | None = None, loc
 
     Args:
         folder: where they lie.
-        below: also in all folders below it.
         of: the name of a file or folder whose lock the caller holds: whoever wrote it is dead.
         locked: the caller holds the folder's lock: whoever wrote here is dead.
     """
-    left = [*(Path(folder).rglob if below else Path(folder).glob)(".*.part")]
+    left = [*Path(folder).glob(".*.part")]
     if locked:  # also what safetensors writes before it renames it to ours
         left += Path(folder).glob(".tmp??????")
     for path in left:

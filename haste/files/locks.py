@@ -110,8 +110,9 @@ def attempt(path: Path | str, *, shared: bool = False) -> Any:
         ValueError: the disk has no locks.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as opened:
+    # `making` removes lock and folder behind itself: then this is tried again.
+    with contextlib.suppress(FileNotFoundError, FileExistsError), contextlib.ExitStack() as opened:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = opened.enter_context(open(path, "a+"))
         if not _flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, path.parent):
             return None

@@ -139,7 +139,7 @@ def leftovers(folder):
 
 def test_a_start_sweeps_what_the_dead_left_and_nothing_that_a_living_process_here_or_elsewhere_writes(tmp_path):
     names = leftovers(tmp_path)
-    artefact.sweep(tmp_path.parent, below=True)
+    artefact.tidy(tmp_path.parent)
     assert {name for name, path in names.items() if path.exists()} == {"living", "elsewhere", "earlier"}
 
 
@@ -152,7 +152,18 @@ def test_whoever_holds_an_artefacts_lock_sweeps_what_was_left_of_it_wherever_its
 def test_a_writers_own_temporary_file_outlives_a_sweep_by_another_process(tmp_path):
     with artefact.replacing(tmp_path / "shard.h5") as aside:
         aside.write_text("half")
-        sweep = "import sys; from haste.files import artefact; artefact.sweep(sys.argv[1], below=True)"
+        sweep = "import sys; from haste.files import artefact; artefact.tidy(sys.argv[1])"
         assert subprocess.run([sys.executable, "-c", sweep, str(tmp_path)]).returncode == 0
         assert aside.read_text() == "half"
     assert (tmp_path / "shard.h5").read_text() == "half"
+
+
+def test_a_start_dates_what_comes_from_a_machine_whose_clock_is_ahead(tmp_path):
+    (tmp_path / "stores").mkdir()
+    ahead, before = tmp_path / "stores" / "manifest.json", tmp_path / "stores" / "shard.h5"
+    for path, when in ((ahead, time.time() + 7200), (before, time.time() - 7200)):
+        path.touch()
+        os.utime(path, (when, when))
+    artefact.tidy(tmp_path)
+    assert ahead.stat().st_mtime <= time.time()
+    assert before.stat().st_mtime < time.time() - 7000
