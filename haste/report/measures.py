@@ -7,6 +7,7 @@ another axis of numbers it is a heat map of that against x, one a run, of the ru
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from haste.files.artefact import fingerprint
 from haste.report.content import Measured, Report
 from haste.report.figures import INK, Panel, Style, draw_band, draw_line, new_figure, styles, to_svg
 from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell, to_text
@@ -81,8 +83,9 @@ class Findings:
 
     @property
     def slug(self) -> str:
-        """The name as files and anchors have it."""
-        return "measure-" + "".join(c if c.isascii() and c.isalnum() else "-" for c in self.name)
+        """The name as files and anchors have it, different for every name."""
+        plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in self.name)
+        return f"measure-{plain}" if plain == self.name else f"measure-{plain}-{fingerprint(self.name, 4)}"
 
 
 def findings(report: Report) -> list[Findings]:
@@ -256,10 +259,12 @@ def _heat_map(found: Findings, value: str, y: str, part: pd.DataFrame, place: Se
 
 
 def terminal(name: str, run: str, found: Mapping[str, Any], width: int = 100) -> str:
-    """What one file says, for a terminal."""
+    """What one file says, for a terminal. The run's column is left out: the title says which state it is."""
     one = Measured(name, run, 0, found["state"]["step"], found)
     if not found["rows"]:
         return f"{name} of {run}: nothing could be measured\n" + "".join(f"  {note}\n" for note in found["notes"])
     table = _table({}, lambda _: "", Findings.of(name, [one]))
-    state = f"{found['state']['trajectory']}, step {one.step:,}"
+    entries = [dataclasses.replace(entry, cells=entry.cells[1:]) for entry in table.entries]
+    table = dataclasses.replace(table, heads=table.heads[1:], entries=entries)
+    state = f"{run} ({found['state']['trajectory']}), step {one.step:,}"
     return to_text([table], f"{name} of {state}", max(width, len(state) + len(name) + 4))

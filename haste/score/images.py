@@ -365,7 +365,7 @@ def _check_sizes(samples: Samples | Store | Reference, reference: Samples | Stor
     if mine is not None and theirs is not None and mine != theirs:
         raise ValueError(
             f"{_path(samples)}: images of {mine[0]} x {mine[1]} px, but those of the reference {_path(reference)} are "
-            f"{theirs[0]} x {theirs[1]} px; scores across sizes compare nothing"
+            f"{theirs[0]} x {theirs[1]} px; images of different sizes cannot be compared"
         )
 
 

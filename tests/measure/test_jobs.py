@@ -51,7 +51,8 @@ def test_a_measure_of_the_configuration_is_made_once_and_says_how_it_was_made(me
     for name in (what.name, measuring.state, what.state):  # however it is called
         capsys.readouterr()
         run(measuring, "cos", name)
-        assert "HASTE  attention" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert said.startswith("cos of HASTE (") and "attention" in said
     assert Path(what.file).stat().st_mtime_ns == written
     assert cli.main(["show", what.file]) == 0
 

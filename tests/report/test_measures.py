@@ -69,6 +69,18 @@ def test_over_seeds_a_value_is_a_mean_with_its_spread_and_none_where_a_seed_is_m
     assert table.column("t 0.1")[0].text == "0.10; 0.30" and table.column("t 0.1")[0].value is None
 
 
+def test_measures_whose_names_differ_have_tables_in_different_files():
+    built = report(*(measured("a", 8, rows(), name=name) for name in ("a b", "a-b", "a_b", "ab", "ä")))
+    assert len({table.name for table in measures.measure_tables(built)}) == 5
+
+
+def test_a_terminal_is_told_the_run_and_state_once_and_each_place_has_a_line_of_its_own():
+    run = "a run with a name as long as a state's, with all that it aligns and until when"
+    words = measures.terminal("cos", run, measured("a", 8, rows()).found)
+    assert words.splitlines()[0] == f"cos of {run} (T), step 8" and words.count("a run") == 1
+    assert [line.split()[0] for line in words.splitlines() if "0.01" in line] == ["features", "attention"]
+
+
 def test_a_measure_of_several_values_has_a_column_for_each():
     ones = [{"layer": i, "accuracy": 0.1 * i, "loss": 2.0} for i in (1, 2)]
     found, _ = as_csv(report(measured("a", 8, ones, axes=["layer"], values={"accuracy": "", "loss": ""})))
