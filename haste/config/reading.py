@@ -42,7 +42,8 @@ class _Once(yaml.SafeLoader):
             if not known[id(node)]:
                 raise ValueError(f"line {node.start_mark.line + 1}: what begins here refers to itself")
             return known[id(node)]
-        if node.tag in _NUMBERS and isinstance(node.value, str) and (":" in node.value or _OCTAL.match(node.value)):
+        number = isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS
+        if number and (":" in node.value or _OCTAL.match(node.value)):
             raise self._misread(node)
         known[id(node)], parts = 0, node.value if isinstance(node, yaml.CollectionNode) else []
         inner = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
@@ -67,7 +68,7 @@ class _Once(yaml.SafeLoader):
                 lines[name] = line
         return node
 
-    def _misread(self, node: yaml.ScalarNode) -> ValueError:
+    def _misread(self, node: yaml.Node) -> ValueError:
         where, found = f"line {node.start_mark.line + 1}: {node.value}", repr(self.construct_object(node))
         return ValueError(f"{where} is {found} in YAML, hardly what is meant; write it in quotes, or otherwise")
 

@@ -99,7 +99,7 @@ def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
     def digest(value: Tensor) -> str:
         found = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.reshape(-1).view(torch.uint8).numpy())
+        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
         return found.hexdigest()[:32]
 
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -73,7 +73,7 @@ def _launch(plan: Plan, state: State) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(plan.config.runtime.threads))
     # gloo would look for this machine by its name, or on the interface that a cluster's settings name
     os.environ["GLOO_SOCKET_IFNAME"] = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
-    _on_term(lambda: [os.kill(rank.pid, signal.SIGTERM) for rank in multiprocessing.active_children() if rank.pid])
+    _on_term(_tell_the_ranks)
     try:
         saved = elastic_launch(settings, work)(plan.config.model_dump_json(), str(state))[0]
     except ChildFailedError as error:
@@ -86,6 +86,11 @@ def _launch(plan: Plan, state: State) -> None:
         raise OSError(error.errno, f"{os.strerror(error.errno)}: several processes need some of it", where) from error
     if saved is not None:
         raise Interrupted(saved, 1)
+
+
+def _tell_the_ranks() -> None:
+    for rank in multiprocessing.active_children():
+        rank.terminate()  # TERM, at which a rank saves
 
 
 def _on_term(do: Callable[[], Any]) -> None:
