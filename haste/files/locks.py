@@ -80,7 +80,7 @@ def making(path: Path | str, *, done: Path | str | None = None, anew: bool = Fal
     path, done = Path(path), Path(done or path)
     lock = path.parent / ".locks" / path.name
     with waiting(lock, str(path)) as waited:
-        artefact.sweep(path.parent, of=path.name)
+        artefact.sweep(path.parent, of=path.name if _taken() else None)
         try:
             to_do = not done.exists() or (anew and not waited)
             if not to_do:
@@ -127,7 +127,7 @@ def attempt(path: Path | str, *, shared: bool = False) -> Any:
 
 
 def _flock(file: Any, how: int, folder: Path) -> bool:
-    if os.environ.get(SETTING) == "none":
+    if not _taken():
         _without_locks(folder)
         return True
     try:
@@ -141,6 +141,10 @@ def _flock(file: Any, how: int, folder: Path) -> bool:
             "Use another disk for the results, or have this one mounted with locks (Lustre: flock, NFS: lock). Or "
             f"set {SETTING}=none, and make sure yourself that one workflow at a time uses this folder"
         ) from error
+
+
+def _taken() -> bool:
+    return os.environ.get(SETTING) != "none"
 
 
 @functools.cache
