@@ -574,8 +574,8 @@ def their_weights(change: Callable[[dict], Any]) -> Damage:
 
 
 CHECKPOINTS = [
-    ("truncated", on(their_file, cut), "theirs.pt: expected a checkpoint, found a truncated or foreign"),
-    ("empty", on(their_file, filled, b""), "theirs.pt: expected a checkpoint, found a truncated"),
+    ("truncated", on(their_file, cut), "theirs.pt: expected a checkpoint, found a truncated file"),
+    ("empty", on(their_file, filled, b""), "theirs.pt: expected a checkpoint, found an empty file"),
     ("missing", on(their_file, removed), "theirs.pt: expected a checkpoint, found nothing"),
     ("a folder", on(their_file, a_folder), "theirs.pt: expected a checkpoint, found a folder"),
     ("code", theirs(lambda t: t.update(hook=Shell())), "theirs.pt: refused", "system", "could run code"),
@@ -744,7 +744,7 @@ NPZS = [
 # ---- weights of the small networks
 
 MODEL, VAE = "model.safetensors", "diffusion_pytorch_model.safetensors"
-MISFIT, VAE_MISFIT = f"{MODEL}: these weights do not fit", f"{VAE}: the weights do not fit"
+MISFIT, VAE_MISFIT = f"{MODEL}: these weights do not fit", f"{VAE}: does not fit the AutoencoderKL of its config.json"
 CONFIG = "config.json: expected an AutoencoderKL configuration, found"
 
 
@@ -820,7 +820,7 @@ DETECTORS = [
 AUTOENCODERS = [
     ("autoencoder: a key missing", vae(gone("decoder.conv_in.bias")), VAE_MISFIT, "decoder.conv_in.bias"),
     ("autoencoder: a key too many", vae(added("extra.weight")), VAE_MISFIT, "extra.weight"),
-    ("autoencoder: truncated", on(within("autoencoder", VAE), cut), f"{VAE}: expected the weights"),
+    ("autoencoder: truncated", on(within("autoencoder", VAE), cut), f"{VAE}: expected the weights of an autoencoder"),
     ("autoencoder: no weights", on(within("autoencoder", VAE), removed), f"found no {VAE}"),
     ("autoencoder: no configuration", on(within("autoencoder", "config.json"), removed), f"{CONFIG} FileNotFoundError"),
     ("autoencoder: half a configuration", on(within("autoencoder", "config.json"), cut), f"{CONFIG} JSONDecodeError"),

@@ -213,8 +213,9 @@ def test_a_process_of_its_own_ends_with_code_2_and_the_message_alone(world, dama
         ({"runs": {"a": {"alignment": "HASTEE"}}}, "runs.a.alignment: nothing is called 'HASTEE'"),
         ({"results": "/"}, "results: '/', expected a folder"),
         ({"images": None}, "images: "),
+        ({"autoencoder": {"pretrained": {"encode": "/no/vae", "factor": 2}}}, "autoencoder /no/vae: no such folder"),
     ],
-    ids=["a name", "a folder", "nothing"],
+    ids=["a name", "a folder", "nothing", "an input"],
 )
 def test_a_dry_run_of_the_workflow_says_the_same_and_writes_nothing(world, changes, word):
     world.file.write_text(yaml.safe_dump({**world.raw, **changes}))

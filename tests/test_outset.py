@@ -1,21 +1,34 @@
 """What the first jobs would refuse, `haste plan` refuses in their words, by names and headers alone."""
 
+import argparse
 import copy
 import io
+import json
+import math
+import os
+import re
 import shutil
+import sys
 import zipfile
 from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from haste import config
 from haste.cli import main as cli
 from haste.config import resolve
 from haste.data import prepare
 from haste.files import listing
 from haste.files.npz import WIDTHS
+from haste.networks import autoencoder
+from haste.networks.registry import TEACHERS
+from haste.networks.spec import sit_shapes
+from haste.plan.inputs import INPUTS
 from haste.plan.plan import Plan
 from haste.score.features import reference_of_file
 
@@ -231,3 +244,339 @@ def test_a_reference_that_is_gone_since_or_changed_after_it_was_used_stops_no_pl
     path.unlink()
     assert cli.main(["plan", "-c", str(file)]) == 0
     assert "ref.npz: is gone" in " ".join(capsys.readouterr().out.split())  # lines end where the terminal does
+
+
+# ---- everything else that is named outside the configuration
+
+
+def texts(model=config.Config, path=""):
+    """The keys whose values are free text or lists of it, by their paths; other values are checked by the schema."""
+    found = []
+    for name, field in model.model_fields.items():
+        at = f"{path}.{name}".lstrip(".")
+        found += texts_in(field.annotation, at)
+    return found
+
+
+def texts_in(kind, at):
+    if isinstance(kind, type) and issubclass(kind, config.Strict):
+        return texts(kind, at)
+    if get_origin(kind) is dict:
+        return texts_in(get_args(kind)[1], f"{at}.NAME")
+    if get_origin(kind) is Literal:
+        return []
+    return [at] if kind is str else list(dict.fromkeys(one for part in get_args(kind) for one in texts_in(part, at)))
+
+
+# Free text that names nothing outside the configuration: what it names is checked by `resolve`.
+WITHIN = {
+    *("name", "title", "description", "results", "evaluate.NAME.method"),
+    *("alignments.NAME.features.teacher", "alignments.NAME.attention.teacher", "measures.NAME.alignment"),
+    *("measures.NAME.measure", "condition.name", "training.process.name", "models.NAME.architecture"),
+    *("runs.NAME.stop.features.trigger", "runs.NAME.stop.attention.trigger", "sampling.NAME.sampler"),
+    *(f"{rows}.NAME.{key}" for rows in ("runs", "evaluate") for key in ("model", "sampling", "measures")),
+    "runs.NAME.alignment",
+}
+
+
+def test_whatever_a_configuration_names_outside_itself_is_looked_at_by_the_plan():
+    found = set(texts())
+    assert found - WITHIN == set(INPUTS) - {"runtime.trackers"}, (
+        "say in haste.plan.inputs.INPUTS what looks at it before the first job"
+    )
+
+
+def test_the_document_lists_what_is_looked_at():
+    page = Path(__file__).parent.parent.joinpath("docs", "architecture.md").read_text()
+    table = page.split("## What is looked at before the first job")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE) == list(INPUTS)
+
+
+def thrown(capsys, *command):
+    """What a refused command says; a job says the same as the plan."""
+    return said(capsys, *command).strip()
+
+
+AUTOENCODER = {"autoencoder": {"pretrained": {"encode": "vae", "channels": 4, "factor": 2}}}
+
+
+def vae(folder, more=MappingProxyType({}), **changes):
+    """An autoencoder's folder, whose weights are a header alone."""
+    folder.mkdir()
+    settings = {"_class_name": "AutoencoderKL", "block_out_channels": [8, 16], "latent_channels": 4, **changes}
+    (folder / "config.json").write_text(json.dumps(settings))
+    shapes = autoencoder.shapes({**settings, "latent_channels": 4})
+    sparse(folder / "diffusion_pytorch_model.safetensors", {**shapes, **more})
+
+
+def sparse(path, shapes, dtype="F32"):
+    """A file of weights, well-formed and full of zeros, that takes no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+VAES = {  # what lies there -> what is said
+    "nothing": (lambda folder: None, "no such folder"),
+    "a file": (lambda folder: folder.write_bytes(b"x"), "a file"),
+    "an empty folder": (lambda folder: folder.mkdir(), "config.json: expected an AutoencoderKL configuration"),
+    "another network": (
+        lambda folder: vae(folder, _class_name="UNet2DModel"),
+        "_class_name is 'UNet2DModel', expected",
+    ),
+    "no weights": (
+        lambda folder: (vae(folder), next(folder.glob("*.safetensors")).unlink()),
+        "found no diffusion_pytorch_model.safetensors",
+    ),
+    "pickled weights": (
+        lambda folder: (vae(folder), next(folder.glob("*.safetensors")).rename(folder / "diffusion_pytorch_model.bin")),
+        "diffusion_pytorch_model.bin: pickled weights, which are not loaded",
+    ),
+    "truncated weights": (
+        lambda folder: (vae(folder), [os.truncate(path, path.stat().st_size - 100) for path in folder.glob("*.safe*")]),
+        "expected the weights of an autoencoder, found a truncated or foreign file (",
+    ),
+    "a pointer of git-lfs": (
+        lambda folder: (
+            vae(folder),
+            next(folder.glob("*.safetensors")).write_text("version https://git-lfs.github.com"),
+        ),
+        "expected the weights of an autoencoder, found a pointer of git-lfs",
+    ),
+    "other channels": (
+        lambda folder: vae(folder, latent_channels=16),
+        "encoder.conv_out.weight (found (8, 16, 3, 3), expected (32, 16, 3, 3))",
+    ),
+    "a weight too many": (lambda folder: vae(folder, more={"x": (1,)}), "not known: x"),
+    "another factor": (
+        lambda folder: vae(folder, block_out_channels=[8, 8, 16]),
+        "has 4 channels and factor 4, the configuration says 4 and 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_an_autoencoder_that_the_job_refuses_is_refused_by_the_plan_in_its_words(make_plan, tmp_path, capsys, name):
+    make, words = VAES[name]
+    make(tmp_path / "vae")
+    pretrained = {"encode": str(tmp_path / "vae"), "channels": 4, "factor": 2}
+    plan = make_plan(autoencoder={"pretrained": pretrained})
+    refused = thrown(capsys, "plan", "-c", plan.file)
+    assert (words in refused and str(tmp_path / "vae") in refused) or "the configuration says" in refused
+    if name != "another factor":  # the job opens the weights first, which are zeros here
+        assert thrown(capsys, "latents", "--shard", 0, "-c", plan.file) == refused
+    plan = make_plan(
+        autoencoder={"pretrained": {**pretrained, "encode": "some/autoencoder", "decode": str(tmp_path / "vae")}}
+    )
+    assert thrown(capsys, "plan", "-c", plan.file) == refused
+
+
+@pytest.mark.parametrize("where", ["plain", "fp16", "pipeline"])
+def test_an_autoencoder_that_the_job_takes_is_taken_by_the_plan(make_plan, tmp_path, where):
+    folder = tmp_path / "all" / "vae"
+    folder.parent.mkdir()
+    vae(folder)
+    if where == "fp16":
+        weights = folder / "diffusion_pytorch_model.safetensors"
+        weights.rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    given = {"encode": str(folder.parent if where == "pipeline" else folder), "channels": 4, "factor": 2}
+    make_plan(autoencoder={"pretrained": given}).check()
+
+
+def test_offline_only_what_lies_in_the_cache_is_taken_by_the_plan(make_plan, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    plan = make_plan(autoencoder={"pretrained": {"encode": "some/autoencoder", "channels": 4, "factor": 2}})
+    plan.check()  # a job would fetch it
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "autoencoder some/autoencoder: its weights" in thrown(capsys, "plan", "-c", plan.file)
+    cached = tmp_path / "cache" / "models--some--autoencoder"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    (cached / "snapshots").mkdir()
+    vae(cached / "snapshots" / "abc")
+    plan.check()
+    (cached / "snapshots" / "abc").rename(tmp_path / "vae")  # a pipeline's repository
+    (cached / "snapshots" / "abc").mkdir()
+    (tmp_path / "vae").rename(cached / "snapshots" / "abc" / "vae")
+    plan.check()
+
+
+VIT = {"patch_embed.proj.weight": (768, 3, 14, 14), **{f"blocks.{i}.attn.qkv.weight": (2304, 768) for i in range(12)}}
+SMALL = {"patch_embed.proj.weight": (384, 3, 14, 14), **{f"blocks.{i}.attn.qkv.weight": (1152, 384) for i in range(12)}}
+NETWORKS = {
+    "nothing": (None, "expected the weights of {}, found no file"),
+    "a smaller one": (
+        SMALL,
+        "not weights of {}: found 12 blocks of width 384, patches of 14 px, expected 12 blocks of w",
+    ),
+    "other patches": ({**VIT, "patch_embed.proj.weight": (768, 3, 16, 16)}, "patches of 16 px, expected 12 blocks"),
+    "half of it": (dict(list(VIT.items())[:7]), "found 6 blocks of width 768"),
+    "a SiT": ({**VIT, "x_embedder.proj.weight": (768, 4, 2, 2)}, "of {}, found the weights of a diffusion transformer"),
+    "another network": ({"Mixed_6d.x.weight": (2, 2)}, "expected the weights of {}, found the weights of Inception"),
+}
+
+
+@pytest.mark.parametrize("role", ["teacher", "detector"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_teacher_or_detector_of_another_network_is_refused_by_the_plan(make_plan, tmp_path, capsys, role, name):
+    shapes, words = NETWORKS[name]
+    file = tmp_path / "weights.safetensors"
+    if shapes is not None:
+        sparse(file, shapes)
+    network = {"pretrained": {"name": "DINOv2-B", "weights": str(file)}}
+    images = {**TINY["images"], "resolution": 256}
+    own = {"autoencoder": {"trained": {"steps": 2, "factor": 2}}, "images": images}
+    plan = make_plan(**own, **({"teachers": {"vit": network}} if role == "teacher" else {"detector": {"d": network}}))
+    refused = thrown(capsys, "plan", "-c", plan.file)
+    assert refused.startswith(f"{file}: ") and words.format(f"{role} DINOv2-B") in refused
+
+
+@pytest.mark.parametrize("name", ["DINOv2-B", "DINOv2-B-reg", "DINO-B", "CLIP-L"])
+def test_the_weights_that_timm_writes_are_taken_by_the_plan(make_plan, tmp_path, name):
+    import timm
+    import torch
+
+    spec = TEACHERS[name]
+    with torch.device("meta"):
+        network = timm.create_model(spec.timm, **spec.overrides)
+    sparse(tmp_path / "w.safetensors", {name: tuple(value.shape) for name, value in network.state_dict().items()})
+    teacher = {"pretrained": {"name": name, "weights": str(tmp_path / "w.safetensors")}}
+    make_plan(images={**TINY["images"], "resolution": 256}, teachers={"vit": teacher}).check()
+
+
+@pytest.mark.parametrize("name", sorted(TEACHERS))
+def test_a_public_teachers_weights_are_timms_of_this_name_on_the_hub(name):
+    import timm
+
+    on_hub = timm.get_pretrained_cfg(TEACHERS[name].timm).hf_hub_id
+    assert on_hub == (f"timm/{TEACHERS[name].timm}" if TEACHERS[name].on_hub else None)
+
+
+def test_a_teacher_that_timm_does_not_know_is_refused_by_the_plan(make_plan, capsys):
+    plan = make_plan(teachers={"vit": {"pretrained": {"name": "vit_bse_patch16_224"}}})
+    assert "teacher vit_bse_patch16_224: neither a folder, nor in timm" in thrown(capsys, "plan", "-c", plan.file)
+    make_plan(teachers={"vit": {"pretrained": {"name": "vit_tiny_patch16_224.augreg_in21k"}}}).check()
+
+
+def test_patches_that_do_not_fit_the_images_are_refused_by_the_plan(make_plan, capsys):
+    plan = make_plan(teachers={"vit": {"pretrained": {"name": "DINOv2-B"}}})
+    assert "images of 8 px give an input of 7 px, which is not a" in thrown(capsys, "plan", "-c", plan.file)
+
+
+INCEPTIONS = {
+    "torch-fidelity's": ((1008, 2048), "Mixed_6d.branch1x1.conv.weight", ""),
+    "torchvision's": (
+        (1000, 2048),
+        "Mixed_6d.branch1x1.conv.weight",
+        "fc.weight is (1000, 2048), expected (1008, 2048)",
+    ),
+    "another": ((1008, 2048), "x.weight", "Mixed_6d.branch1x1.conv.weight is none"),
+}
+
+
+@pytest.mark.parametrize("name", INCEPTIONS)
+def test_another_inception_is_refused_by_the_plan(make_plan, tmp_path, capsys, name):
+    import torch
+
+    shape, layer, words = INCEPTIONS[name]
+    torch.save({"fc.weight": torch.zeros(shape), layer: torch.zeros(192, 768, 1, 1)}, tmp_path / "inception.pth")
+    network = {"pretrained": {"name": "inception", "weights": str(tmp_path / "inception.pth")}}
+    plan = make_plan(images={**TINY["images"], "resolution": 32}, detector={"fid": network})
+    if not words:
+        return plan.check()
+    refused = thrown(capsys, "plan", "-c", plan.file)
+    assert f"{tmp_path}/inception.pth: expected torch-fidelity's Inception v3, found other weights" in refused
+    assert words in refused
+
+
+def sit(path, classes=10, size=4, time="linear", depth=2, channels=4, **more):
+    """Weights of the tiny configuration's SiT in REPA's layout, with something changed."""
+    import torch
+
+    shape = {"depth": depth, "width": 16, "patch_size": 2, "mlp_ratio": 4.0, "input_size": size, "channels": channels}
+    weights = {name: torch.zeros(shape) for name, shape in sit_shapes(shape, classes).items()}
+    torch.save({"ema": weights, "args": argparse.Namespace(path_type=time), **more}, path)
+
+
+WEIGHTS = {
+    "other classes": ({"classes": 1000}, "not the model that was asked for; classes: found 1000, expected 10"),
+    "another grid": ({"size": 8}, "not the model that was asked for; input_size: found 8, expected 4"),
+    "another depth": ({"depth": 3}, "depth: found 3, expected 2"),
+    "other channels": ({"channels": 16}, "in_channels: found 16, expected 4"),
+    "code": ({"hook": os.system}, "refused: it holds posix.system, which could run code"),
+}
+
+
+@pytest.mark.parametrize("role", ["warm_start", "evaluate"])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_that_are_not_the_rows_model_are_refused_by_the_plan_in_the_jobs_words(
+    make_plan, tmp_path, capsys, role, name
+):
+    changes, words = WEIGHTS[name]
+    sit(tmp_path / "theirs.pt", **changes)
+    row = {"checkpoint": str(tmp_path / "theirs.pt"), "model": "dot", "sampling": ["quick"], "step": 8}
+    rows = {"evaluate": {"a": row}, "runs": {}}
+    if role == "warm_start":
+        rows = {"runs": {"a": {"milestones": [3], "warm_start": str(tmp_path / "theirs.pt")}}}
+    plan = make_plan(**rows)
+    refused = thrown(capsys, "plan", "-c", plan.file)
+    assert refused.startswith(f"{tmp_path}/theirs.pt: ") and words in refused
+    job = ["sample", plan.rows[0].evaluation.name] if role == "evaluate" else ["train", str(plan.state("a", 3))]
+    assert thrown(capsys, *job, "-c", plan.file) == refused
+
+
+@pytest.mark.parametrize("role", ["warm_start", "evaluate"])
+def test_a_folder_in_the_place_of_weights_is_named_for_what_it_is(tiny, tmp_path, role):
+    (tmp_path / "model_index.json").touch()
+    row = {"checkpoint": str(tmp_path), "model": "dot", "sampling": ["quick"], "step": 8}
+    rows = {"evaluate": {"a": row}} if role == "evaluate" else {"runs": {"a": {"warm_start": str(tmp_path)}}}
+    with pytest.raises(ValueError, match="expected a checkpoint, found a folder: diffusers' pipeline"):
+        Plan(resolve({**tiny, **rows}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "row", "words"),
+    [
+        ({"time": "cosine"}, {}, "was trained on the cosine path, but the row says linear"),
+        ({}, {"weights": "model"}, "has no 'model' weights, only 'ema'"),
+        ({}, {"layout": "SiT"}, "expected twice as many in SiT's"),
+    ],
+)
+def test_a_checkpoint_that_is_not_what_the_row_says_is_refused_by_the_plan(
+    make_plan, tmp_path, capsys, changes, row, words
+):
+    sit(tmp_path / "theirs.pt", **changes)
+    given = {"checkpoint": str(tmp_path / "theirs.pt"), "model": "dot", "sampling": ["quick"], "step": 8, **row}
+    plan = make_plan(runs={}, evaluate={"a": given})
+    refused = thrown(capsys, "plan", "-c", plan.file)
+    assert refused.startswith(f"{tmp_path}/theirs.pt: ") and words in refused
+    assert thrown(capsys, "sample", plan.rows[0].evaluation.name, "-c", plan.file) == refused
+
+
+def test_weights_of_other_classes_begin_with_a_new_table_where_the_run_says_so(make_plan, tmp_path):
+    sit(tmp_path / "theirs.pt", classes=1000)
+    start = {"file": str(tmp_path / "theirs.pt"), "classes": "new"}
+    make_plan(runs={"a": {"milestones": [3], "warm_start": start}}).check()
+
+
+def test_a_tracker_that_is_not_installed_is_refused_by_the_plan(make_plan, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    plan = make_plan(runtime={"trackers": ["wandb"]})
+    assert thrown(capsys, "plan", "-c", plan.file) == "runtime.trackers: wandb is not installed (`pip install wandb`)"
+
+
+def test_the_plan_reads_no_numbers_of_weights(make_plan, tmp_path, monkeypatch):
+    import torch
+
+    sit(tmp_path / "theirs.pt", classes=10)
+    rows = {"runs": {"a": {"milestones": [3], "warm_start": str(tmp_path / "theirs.pt")}}}
+    plan = make_plan(**rows)
+    monkeypatch.setattr(torch, "frombuffer", lambda *given, **named: pytest.fail("numbers were read"))
+    monkeypatch.setattr(torch, "load", lambda *given, **named: pytest.fail("numbers were read"))
+    plan.check()

@@ -120,6 +120,9 @@ def test_a_handful_of_pictures_goes_all_the_way(plan, capsys):
 
 def test_pictures_are_checked_once_before_their_shards_where_bad_ones_are_left_out(tmp_path):
     root = MINE.parent.parent
+    (tmp_path / "pictures").mkdir()  # empty files: only their names are counted
+    for i in range(yaml.safe_load(MINE.read_text())["images"]["holdout"] + 1):
+        (tmp_path / "pictures" / f"{i}.png").touch()
     command = [sys.executable, "-m", "snakemake", "-n", "--cores", "1", "--snakefile", str(root / "workflow/Snakefile")]
     command += ["--workflow-profile", str(root / "profiles/default"), "--configfile", str(MINE)]
     done = subprocess.run([*command, "--directory", str(tmp_path)], capture_output=True, text=True)

@@ -272,6 +272,10 @@ def test_samples_have_mean_and_covariance_of_the_closed_form(installed, guidance
         ({"training": {"process": "interpolant"}}, "training.process: the keys of interpolant are training.path and"),
         ({"training": {"path": "cosine"}}, "runs.HASTE: training.path is of interpolant, but dot is for redraw"),
         (
+            {"runs": {"HASTE": {"training": {"path": "linear"}}}},  # the default, but written out
+            "runs.HASTE: training.path is of interpolant, but dot is for redraw",
+        ),
+        (
             {"training": {"timesteps": {"distribution": "lognormal"}}},
             "runs.HASTE: training.timesteps is of interpolant, but dot is for redraw",
         ),

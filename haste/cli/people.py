@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from haste.cli.shared import DEFAULT_CONFIG, Commands, plan_of
 
@@ -28,18 +29,19 @@ def add(to: Commands) -> None:
 def _add_exchange(to: Commands) -> None:
     words = "make a checkpoint of REPA, HASTE, SiT or this package a file of weights of ours"
     took = to.command("import", _import, words)
-    took.add_argument("file", type=Path, help="a .pt of REPA, HASTE or SiT, or a state")
+    took.add_argument("file", type=Path, help="a .pt of REPA, HASTE or SiT, a .ckpt of Lightning, or a state")
     took.add_argument("out", type=Path, help="the .safetensors file to write")
-    took.add_argument("--layout", choices=("ours", "REPA", "SiT"), help="whose file it is; SiT's must be told")
-    size = took.add_mutually_exclusive_group()
-    size.add_argument("--model", help="what the weights must be, such as SiT-XL/2")
-    size.add_argument("--heads", type=int, help="attention heads, for sizes that were not published")
-    took.add_argument("--input-size", type=int, help="side of the latent grid, where the file does not show it")
     gave = to.command("export", _export, "write the weights of a state for other programs")
     gave.add_argument("file", type=Path, help="a state, or any file that can be imported")
     gave.add_argument("out", type=Path, help="the file to write")
     gave.add_argument("--format", choices=("safetensors", "repa"), required=True, help="bare weights, or REPA's .pt")
     gave.add_argument("--weights", choices=("ema", "model"), default="ema", help="which, for safetensors (ema)")
+    for sub in (took, gave):
+        sub.add_argument("--layout", choices=("ours", "REPA", "SiT"), help="whose file it is; SiT's must be told")
+        size = sub.add_mutually_exclusive_group()
+        size.add_argument("--model", help="what the weights must be, such as SiT-XL/2")
+        size.add_argument("--heads", type=int, help="attention heads, for sizes that were not published")
+        sub.add_argument("--input-size", type=int, help="side of the latent grid, where the file does not show it")
 
 
 def _plan(arguments: argparse.Namespace) -> None:
@@ -83,14 +85,9 @@ def _table(arguments: argparse.Namespace) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from haste.config import MODELS
     from haste.models import exchange
 
-    if arguments.model is not None and arguments.model not in MODELS:
-        raise ValueError(f"--model {arguments.model!r}: expected one of {', '.join(MODELS)}")
-    model = MODELS.get(arguments.model)
-    options = {"layout": arguments.layout, "heads": arguments.heads, "input_size": arguments.input_size}
-    found = exchange.import_weights(arguments.file, arguments.out, model=model, **options)
+    found = exchange.import_weights(arguments.file, arguments.out, **_told(arguments))
     shape = ", ".join(f"{name} {value:g}" for name, value in found.shape.items())
     print(f"{arguments.out}: {' and '.join(found.weights)} of {arguments.file} ({found.layout}'s layout; {shape})")
 
@@ -98,5 +95,16 @@ def _import(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from haste.models import exchange
 
-    exchange.export_weights(arguments.file, arguments.out, form=arguments.format, which=arguments.weights)
+    form, which = arguments.format, arguments.weights
+    exchange.export_weights(arguments.file, arguments.out, form=form, which=which, **_told(arguments))
     print(f"{arguments.out}: written")
+
+
+def _told(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is said of a file of weights."""
+    from haste.config import MODELS
+
+    if arguments.model is not None and arguments.model not in MODELS:
+        raise ValueError(f"--model {arguments.model!r}: expected one of {', '.join(MODELS)}")
+    options = {"layout": arguments.layout, "heads": arguments.heads, "input_size": arguments.input_size}
+    return {**options, "model": MODELS.get(arguments.model)}

@@ -292,6 +292,10 @@ def _faults_of_run(config: Config, name: str) -> list[str]:
     if faults:
         return faults
     faults = _faults_of_model(config, run, where) + _faults_of_process(config, name)
+    if run.warm_start and run.warm_start.classes == "new" and not isinstance(model_named(config, run.model), Model):
+        faults.append(
+            f"{where}.warm_start.classes: new, but where {run.model} keeps its classes is not known; only SiT's"
+        )
     faults += _faults_of_stop(config, run, where)
     faults += _faults_of_readings(run, where)
     return faults + _faults_of_ramp(run, where) + _faults_of_fit(config, run.model, run.alignment)
@@ -330,7 +334,7 @@ def _faults_of_process(config: Config, name: str) -> list[str]:
     found = {"process": given.name} if given is not None and given.name != process else {}
     if process != "interpolant":
         for key in OF_INTERPOLANT:
-            if getattr(training, key) != Training.model_fields[key].default:
+            if key in config.runs[name].training or getattr(training, key) != Training.model_fields[key].default:
                 found[key] = "interpolant"
     return [f"runs.{name}: training.{key} is of {owner}, but {model} is for {process}" for key, owner in found.items()]
 

@@ -10,6 +10,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    PlainSerializer,
     PlainValidator,
     SerializeAsAny,
     Tag,
@@ -336,6 +337,22 @@ class Measure(Strict):
         return decides(measure_named(self.measure), self.model_extra or {})
 
 
+class WarmStart(Strict):
+    """The weights that a run begins from; `classes: new` puts a new table of classes in the place of the file's."""
+
+    file: Place
+    classes: Literal["kept", "new"] = "kept"
+
+
+def _start(given: Any) -> Any:
+    return {"file": given} if isinstance(given, str) else given
+
+
+def _short(start: WarmStart | None) -> Any:
+    """A file alone as its path, as it was written before there were other keys."""
+    return start.file if start and start.classes == "kept" else start and start.model_dump()
+
+
 class Run(Strict):
     """A row of the table: model, alignment, when to stop it, how to sample."""
 
@@ -349,7 +366,7 @@ class Run(Strict):
     sampling: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
     measures: Annotated[list[str], AfterValidator(_distinct), LATER] = []
     training: dict[str, Any] = {}
-    warm_start: Place | None = None
+    warm_start: Annotated[WarmStart | None, BeforeValidator(_start), PlainSerializer(_short)] = None
 
     @model_validator(mode="after")
     def _one_seed_or_several(self) -> Run:

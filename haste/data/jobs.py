@@ -13,6 +13,7 @@ from haste.data.latents import Autoencoder
 from haste.data.prepare import Bad, Source
 from haste.files import artefact, listing, locks
 from haste.files.store import Store
+from haste.networks.autoencoder import check_size
 from haste.networks.devices import choose_device
 from haste.plan.plan import Plan
 
@@ -107,9 +108,4 @@ def check_autoencoder(plan: Plan, autoencoder: Autoencoder) -> None:
     Raises:
         ValueError: names both.
     """
-    spec = plan.config.autoencoder
-    if (autoencoder.channels, autoencoder.factor) != (spec.channels, spec.factor):
-        raise ValueError(
-            f"autoencoder: has {autoencoder.channels} channels and factor {autoencoder.factor}, "
-            f"the configuration says {spec.channels} and {spec.factor}"
-        )
+    check_size(autoencoder.channels, autoencoder.factor, plan.config.autoencoder)

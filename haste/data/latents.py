@@ -8,7 +8,6 @@ to the diffusion model's scale, (z - shift) * scale. Decoding undoes scale and s
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,12 +19,9 @@ import torch
 from haste.data.condition import Condition
 from haste.files import artefact
 from haste.files.store import Progress, Store, join, shard_range, write_shard
-from haste.networks import hub
+from haste.networks import autoencoder, hub
 
 KIND = "latents"
-_CONFIG = "config.json"
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 
 def fetch(where: str | Path) -> Path:
@@ -36,58 +32,18 @@ def fetch(where: str | Path) -> Path:
     Raises:
         ValueError: neither a folder nor a hub id that can be reached or is cached.
     """
-    folder = Path(where).expanduser()
-    if folder.is_dir():
+    if (folder := autoencoder.folder_named(where)) is not None:
         return folder
-    hint = (
-        f"Give a folder with {_CONFIG} and {_WEIGHTS}, or load it once where there is internet (the hub keeps a copy)"
-    )
-    if folder.is_absolute() or str(where).startswith((".", "~")) or str(where).count("/") > 1:
-        raise ValueError(f"autoencoder {where}: no such folder. {hint}.")
     from huggingface_hub import snapshot_download  # a network client, only for hub ids
 
     try:
-        files = [_CONFIG, _WEIGHTS, _INDEX, "*-of-*.safetensors"]
-        return hub.from_hub(partial(snapshot_download, str(where), allow_patterns=files), _has_weights)
+        ask = partial(snapshot_download, str(where), allow_patterns=autoencoder.PATTERNS)
+        return hub.from_hub(ask, autoencoder.has_weights)
     except (OSError, ValueError) as error:  # the hub's own errors derive from these
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"autoencoder {where}: not a folder, and not to be had from the hub ({first}). {hint}."
+            f"autoencoder {where}: not a folder, and not to be had from the hub ({first}). {autoencoder.HINT}."
         ) from error
-
-
-def _has_weights(folder: Path) -> bool:
-    return (folder / _WEIGHTS).is_file() or (folder / _INDEX).is_file()
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _WEIGHTS).is_file():
-        return [folder / _WEIGHTS]
-    if (folder / _INDEX).is_file():
-        parts = json.loads((folder / _INDEX).read_text())["weight_map"].values()
-        return [folder / Path(name).name for name in sorted(set(parts))]
-    raise ValueError(
-        f"{folder}: found no {_WEIGHTS}; pickled weights (.bin, .pt) are not loaded, because they can run code"
-    )
-
-
-def _checked_config(folder: Path) -> dict[str, Any]:
-    path = folder / _CONFIG
-    try:
-        config = json.loads(path.read_text())
-        found = config.get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: expected an AutoencoderKL configuration, found {type(error).__name__}") from error
-    if found != "AutoencoderKL":
-        raise ValueError(f"{path}: _class_name is {found!r}, expected 'AutoencoderKL'")
-    if config.get("latents_mean") or config.get("latents_std"):
-        raise ValueError(f"{path}: latents_mean and latents_std are set, expected one scaling_factor and shift_factor")
-    expected = {"latent_channels": int, "block_out_channels": list, "scaling_factor": int | float}
-    expected |= {"shift_factor": int | float} if config.get("shift_factor") is not None else {}
-    for name, kind in expected.items():
-        if name in config and not isinstance(config[name], kind):  # a missing key has diffusers' default
-            raise ValueError(f"{path}: {name} is {config[name]!r}, expected {getattr(kind, '__name__', kind)}")
-    return config
 
 
 class Autoencoder:
@@ -114,7 +70,7 @@ class Autoencoder:
 
     @classmethod
     def load(cls, where: str | Path, *, device: str = "cpu") -> Autoencoder:
-        """Load from a folder in diffusers' layout (config.json, safetensors) or by hub id.
+        """Load from a folder in diffusers' layout (config.json, safetensors; also a pipeline's) or by hub id.
 
         Args:
             where: folder, or a hub id such as "stabilityai/sd-vae-ft-mse".
@@ -128,17 +84,17 @@ class Autoencoder:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         from safetensors import SafetensorError
 
-        folder = fetch(where)
-        _checked_config(folder)
-        files = _weight_files(folder)
+        found = autoencoder.opened(fetch(where))
+        files = found.files
         identity = _files_identity(files)
-        if (beside := folder / "part.json").is_file():  # trained here
+        if (beside := found.folder / "part.json").is_file():  # trained here
             expected = str(artefact.read_json(beside, "part").get("identity"))
             if identity != expected:
                 raise ValueError(f"{files[0]}: expected the weights {expected[:12]}, found {identity[:12]}")
         try:
             loaded: Any = AutoencoderKL.from_pretrained(
-                str(folder),
+                str(found.folder),
+                variant=found.variant,
                 use_safetensors=True,
                 local_files_only=True,
                 low_cpu_mem_usage=False,
@@ -151,7 +107,7 @@ class Autoencoder:
         # diffusers only warns, and leaves missing weights random.
         wrong = {name: sorted(map(str, found))[:4] for name, found in info.items() if found}
         if wrong:
-            raise ValueError(f"{files[0]}: the weights do not fit {_CONFIG}: {wrong}")
+            raise ValueError(f"{files[0]}: the weights do not fit {autoencoder.CONFIG}: {wrong}")
         return cls(model, model.config, identity, device)
 
     @torch.no_grad()

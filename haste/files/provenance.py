@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from haste.files import artefact
+from haste.networks.headers import safetensors_header
 
 STATE = "state"
 STATE_NAME = re.compile(r"step-(\d{8,})\.safetensors$")
@@ -67,22 +68,9 @@ def _of_picture(path: Path) -> dict[str, Any]:
 
 def _of_state(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(_safetensors(path)[0]["__metadata__"]["haste"])
+        return json.loads(safetensors_header(path)[0]["__metadata__"]["haste"])
     except (ValueError, KeyError, TypeError):
         return {}
-
-
-def _safetensors(path: Path | str) -> tuple[dict[str, Any], int]:
-    """The JSON header of a safetensors file (names, types and offsets of the tensors, and "__metadata__"), and the
-    offset at which the tensors begin.
-
-    Raises:
-        ValueError: it has no such header.
-        OSError: it cannot be read.
-    """
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(min(length, 100_000_000))), 8 + length
 
 
 def read_header(path: Path | str) -> dict[str, Any]:
@@ -92,7 +80,7 @@ def read_header(path: Path | str) -> dict[str, Any]:
         ValueError: missing, truncated, foreign, or of another schema.
     """
     try:
-        found, begin = _safetensors(path)
+        found, begin = safetensors_header(path)
         places = [entry["data_offsets"][1] for name, entry in found.items() if name != "__metadata__"]
         if (size := Path(path).stat().st_size) != (expected := begin + max(places, default=0)):
             raise ValueError(f"{size} bytes, expected {expected}")

@@ -94,6 +94,16 @@ def read(path: Path | str, file: Any, names: Iterable[str]) -> dict[str, Tensor]
     return found
 
 
+def check(path: Path | str, but: tuple[str, ...] = ()) -> None:
+    """Compare all tensors of a file with their digests, except those whose names begin with one of `but`.
+
+    Raises:
+        ValueError: as `opened` and `read`.
+    """
+    with opened(path, "checkpoint") as file:
+        read(path, file, [name for name in file.keys() if not name.startswith(but)])  # noqa: SIM118 - no mapping
+
+
 def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """sha256 over dtype, shape and bytes of each tensor, as 32 hexadecimal digits."""
 

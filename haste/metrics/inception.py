@@ -7,7 +7,6 @@ Its weights file is torch-fidelity's (a state dict in torch's own format); it is
 from __future__ import annotations
 
 import io
-import pickle
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from torch.nn import functional
 
 from haste.files import artefact
 from haste.metrics.detector import Detector
-from haste.networks import hub
+from haste.networks import hub, tensors
+from haste.networks.weights import check_inception
 
 POOL, SPATIAL, LOGITS = 2048, 17 * 17 * 7, 1008
 CHANNELS = 7  # channels of Mixed_6d.branch1x1 that sFID reads
@@ -114,16 +114,8 @@ def weight_file() -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: expected the weights of inception, found no file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: expected weights alone, found what cannot be read safely as such") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: expected the weights of inception, found a truncated or foreign file") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected tensors by name, found {type(state).__name__}")
+    check_inception(path)
+    state = tensors.read(path, "the weights of inception")
     bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if bad:
         raise ValueError(f"{path}: the weights {bad[0]} hold NaN or infinity")

@@ -126,7 +126,8 @@ class Denoiser(nn.Module):
         for name, tap in model.taps.items():
             _check_tap(cls.__name__, name, tapped.get(name), tap)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return Facts(dict(model.taps), parameters, float(counter.get_total_flops()), len(model.block_list))
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        return Facts(dict(model.taps), parameters, float(counter.get_total_flops()), len(model.block_list), shapes)
 
 
 def _check_tap(owner: str, name: str, found: Any, tap: Tap) -> None:

@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from haste.config import MODELS, Model
+from haste.config import MODELS, Model, facts_in
 from haste.files import artefact
 from haste.files.provenance import read_header
 from haste.models import checkpoints
-from haste.models.build import build_model
 from haste.models.checkpoints import Checkpoint
+from haste.networks.layouts import expected_in
 
 log = logging.getLogger("haste.exchange")
 
@@ -22,47 +20,52 @@ FORMATS = ("safetensors", "repa")
 SIZES = {(model.depth, model.width, model.heads) for model in MODELS.values()}
 
 
-def open_weights(path: Path | str, **options: Any) -> Checkpoint:
-    """`haste.models.checkpoints.read_checkpoint` with the attention heads of the published sizes.
-
-    Raises:
-        ValueError: the file is refused; the message says why.
-    """
-    return checkpoints.read_checkpoint(path, sizes=SIZES, **options)
-
-
-def import_weights(
-    source: Path,
-    out: Path,
+def open_weights(
+    path: Path | str,
     *,
     layout: Literal["ours", "REPA", "SiT"] | None = None,
     model: Model | None = None,
     heads: int | None = None,
     input_size: int | None = None,
+    expected: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
+    """`haste.models.checkpoints.read_checkpoint`, with the attention heads of the published sizes.
+
+    Args:
+        path: the file to read.
+        layout: whose file it is; None detects it from the content.
+        model: the expected model; None accepts any size.
+        heads: attention heads, for sizes that were not published.
+        input_size: side of the latent grid, if the file does not show it.
+        expected: instead of these, all known entries of `Checkpoint.shape`.
+
+    Raises:
+        ValueError: the file is refused, or is not that model; the message says why.
+    """
+    told = expected or {**(model.model_dump() if model else {"heads": heads}), "input_size": input_size}
+    told = {name: value for name, value in told.items() if value is not None}
+    return checkpoints.read_checkpoint(path, sizes=SIZES, layout=layout, expected=told)
+
+
+def import_weights(source: Path, out: Path, **options: Any) -> Checkpoint:
     """Read weights of any known layout and write them in ours, without the optimiser.
 
     Args:
         source: the file to read.
         out: the .safetensors file to write.
-        layout: whose file it is; None detects it from the content.
-        model: the expected model; None accepts any size.
-        heads: attention heads, for sizes that were not published.
-        input_size: side of the latent grid, if the file does not show it.
+        options: layout, model, heads and input_size, as for `open_weights`.
 
     Raises:
         ValueError: the file is refused, or is not that model; or `out` exists already.
         OSError: `out` cannot be written.
     """
     _check_out(source, out, ".safetensors")
-    told = model.model_dump() if model else {"heads": heads}
-    told = {name: value for name, value in {**told, "input_size": input_size}.items() if value is not None}
-    found = open_weights(source, layout=layout, expected=told)
+    found = open_weights(source, **options)
     checkpoints.save_imported(out, found, artefact.provenance(inputs={"source": found.sha256}))
     return found
 
 
-def export_weights(source: Path, out: Path, *, form: str, which: str = "ema") -> Checkpoint:
+def export_weights(source: Path, out: Path, *, form: str, which: str = "ema", **options: Any) -> Checkpoint:
     """Write the weights of a state, or of any importable file, for other programs.
 
     Args:
@@ -70,6 +73,7 @@ def export_weights(source: Path, out: Path, *, form: str, which: str = "ema") ->
         out: the file to write.
         form: "safetensors": one set of weights under bare names; "repa": a .pt with both sets, as REPA reads it.
         which: "ema" or "model", for safetensors.
+        options: layout, model, heads and input_size, as for `open_weights`.
 
     Raises:
         ValueError: no such form, the source is refused or has no such weights, or `out` exists already.
@@ -78,7 +82,7 @@ def export_weights(source: Path, out: Path, *, form: str, which: str = "ema") ->
     if form not in FORMATS:
         raise ValueError(f"format {form!r}: expected one of {', '.join(FORMATS)}")
     _check_out(source, out, ".safetensors" if form == "safetensors" else ".pt")
-    found = _of_state(source) or open_weights(source)
+    found = _of_state(source) or open_weights(source, **options)
     if form == "repa" and "architecture" in found.shape:
         raise ValueError(
             f"{source}: its network is a {found.shape['architecture']}, and REPA's programs know SiT alone"
@@ -101,15 +105,8 @@ def _of_state(source: Path) -> Checkpoint | None:
 
 def weights_by_recipe(file: Path | str, recipe: Mapping[str, Any]) -> Checkpoint:
     """Weights of another architecture than SiT, which the recipe names; the file only holds tensors."""
-    with torch.device("meta"):
-        model = build_model(recipe)
-    return checkpoints.read_weights_of(file, model, shape_in(recipe))
-
-
-def shape_in(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's model in the form of `Checkpoint.shape`."""
-    size = {("in_channels" if name == "channels" else name): value for name, value in recipe["model"].items()}
-    return {**size, "classes": recipe["classes"]}
+    name, shapes = recipe["model"]["architecture"], facts_in(recipe).shapes
+    return checkpoints.read_weights_of(file, name, shapes, expected_in(recipe))
 
 
 def _check_out(source: Path, out: Path, suffix: str) -> None:

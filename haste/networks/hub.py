@@ -6,7 +6,6 @@ Files are read without running code from them. timm is imported only when it is 
 from __future__ import annotations
 
 import contextlib
-import pickle
 import socket
 import urllib.error
 import urllib.request
@@ -16,7 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError
+
+from haste.networks import tensors
+from haste.networks.weights import check_transformer
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -139,32 +140,39 @@ def timm_transformer(timm_name: str, weights: Path, called: str, **options: Any)
     """
     import timm
 
-    if not weights.is_file():
-        raise ValueError(f"{weights}: expected the weights of {called}, found no file")
+    check_transformer(weights, called, None)
+    state = None if weights.suffix in (".npz", ".npy") else _state(tensors.read(weights, f"the weights of {called}"))
+    source = {"file": str(weights)} if state is None else {"state_dict": state}
     try:
-        network = timm.create_model(
-            timm_name, pretrained=True, pretrained_cfg_overlay={"file": str(weights)}, num_classes=0, **options
-        )
-    except (RuntimeError, KeyError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        network = timm.create_model(timm_name, pretrained=True, pretrained_cfg_overlay=source, num_classes=0, **options)
+    except (RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"{weights}: these are not weights of {called} ({timm_name}): {error}") from error
-    if wrong := _left_over(network, weights):
+    cast(Any, network).pretrained_cfg.pop("state_dict", None)  # it would stay in memory
+    if state is not None and (wrong := _left_over(network, state)):
         raise ValueError(f"{weights}: these are not weights of {called} ({timm_name}): {wrong}")
     return cast("VisionTransformer", network)
 
 
-def _left_over(network: Any, weights: Path) -> str:
+def _state(held: Any) -> Any:
+    """The weights within a file, chosen as timm's own loader does, which reads no NumPy beside them."""
+    from timm.models import clean_state_dict
+
+    places = (name for name in ("state_dict_ema", "model_ema", "state_dict", "model") if held.get(name) is not None)
+    return clean_state_dict(held[name] if (name := next(places, None)) else held)
+
+
+def _left_over(network: Any, state: dict[str, Any]) -> str:
     """Weights of a network that a file lacks, and of the file that the network lacks, in words.
 
     If timm defines the network with a classifier, which is not built here, its loader accepts any file and leaves
     missing weights random.
     """
-    from timm.models import load_state_dict
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     known = network.pretrained_cfg
-    if not known.get("num_classes") or weights.suffix in (".npz", ".npy"):
+    if not known.get("num_classes"):
         return ""
-    found = checkpoint_filter_fn(load_state_dict(str(weights), weights_only=True), network).keys()
+    found = checkpoint_filter_fn(state, network).keys()
     heads = (f"{known.get('classifier') or 'head'}.{part}" for part in ("weight", "bias"))
     sides = {
         "missing": network.state_dict().keys() - found,

@@ -22,7 +22,8 @@ class Encoder:
     timm: its name in timm; patch: side of a patch in pixels; size: side of its input in pixels for images of 256 px (it
     scales with the images); depth, heads, width: its blocks, their heads, and the width of its tokens; norm: mean and
     std of each channel on the scale 0..1; final_norm: whether the features pass the last normalisation; resize_first:
-    whether images are resized before they are normalised; overrides: differences from timm's architecture.
+    whether images are resized before they are normalised; on_hub: whether timm keeps its weights on the hub; overrides:
+    differences from timm's architecture.
     """
 
     timm: str
@@ -34,11 +35,26 @@ class Encoder:
     norm: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
     final_norm: bool = True
     resize_first: bool = False
+    on_hub: bool = True
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def tokens(self, resolution: int) -> int:
         """Patch tokens of an image of this side in pixels."""
         return (self.size // self.patch * resolution // 256) ** 2
+
+    def side(self, name: str, resolution: int) -> int:
+        """Side in pixels of its input for images of this side.
+
+        Raises:
+            ValueError: that is not a whole number of patches.
+        """
+        side, rest = divmod(self.size * resolution, 256)
+        if rest or side % self.patch or not side:
+            raise ValueError(
+                f"teacher {name}: images of {resolution} px give an input of {self.size * resolution / 256:g} px, "
+                f"which is not a whole number of patches of {self.patch} px"
+            )
+        return side
 
 
 BASE, LARGE = (12, 12, 768), (24, 16, 1024)  # blocks, heads, width
@@ -52,7 +68,7 @@ TEACHERS: dict[str, Encoder] = {
     "DINOv2-B-reg": Encoder("vit_base_patch14_reg4_dinov2.lvd142m", 14, 224, *BASE),
     "DINO-B": Encoder("vit_base_patch16_224.dino", 16, 256, *BASE),
     "MAE-L": Encoder("vit_large_patch16_224.mae", 16, 256, *LARGE, final_norm=False),
-    "I-JEPA-H": Encoder("vit_huge_patch14_gap_224.in1k_ijepa", 14, 224, 32, 16, 1280),
+    "I-JEPA-H": Encoder("vit_huge_patch14_gap_224.in1k_ijepa", 14, 224, 32, 16, 1280, on_hub=False),
     "CLIP-L": _clip("vit_large_patch14_clip_224.openai", 14, 224, *LARGE),
     "CLIP-B/16": _clip("vit_base_patch16_clip_224.openai", 16, 224, *BASE),
     "SigLIP-L": Encoder("vit_large_patch16_siglip_256.webli", 16, 256, *LARGE, norm=HALF),

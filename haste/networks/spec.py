@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,12 +31,14 @@ class Facts:
     parameters: trainable parameters.
     flops: floating-point operations of one image's forward pass, two per multiplication.
     blocks: number of blocks with parameters of their own; block m is the one before "tokens.m".
+    shapes: of all its weights, by their names in files.
     """
 
     taps: Mapping[str, Tap]
     parameters: int
     flops: float
     blocks: int = 0
+    shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 def each(change: Callable[..., Any], told: Any, *more: Any) -> Any:
@@ -72,15 +75,27 @@ def sit_facts(size: Mapping[str, Any], classes: int) -> Facts:
         classes: labels that it knows, the null class excluded.
     """
     depth, width, side = size["depth"], size["width"], size["input_size"] // size["patch_size"]
-    hidden, patch = int(width * size["mlp_ratio"]), size["patch_size"] ** 2 * size["channels"]
-    attention = 4 * width * width + 4 * width
-    mlp = 2 * width * hidden + hidden + width
-    modulation = width + 1
-    block = attention + mlp + 6 * width * modulation
-    embeddings = patch * width + width + 256 * width + width + width * width + width + (classes + 1) * width
-    final = 2 * width * modulation + width * patch + patch
+    shapes = sit_shapes(size, classes)
+    parameters = sum(math.prod(shape) for name, shape in shapes.items() if name != "pos_embed")
     weights = depth * (4 * width**2 + 2 * width**2 * size["mlp_ratio"])
     conditioning = depth * 6 * width**2  # once per image, not per token
     tokens = side**2
     flops = 2.0 * (weights * tokens + conditioning) + 4.0 * depth * tokens**2 * width
-    return Facts(sit_taps(depth, width, size["heads"], side), depth * block + embeddings + final, flops, depth)
+    return Facts(sit_taps(depth, width, size["heads"], side), parameters, flops, depth, shapes)
+
+
+def sit_shapes(size: Mapping[str, Any], classes: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a SiT's weights by their names, without projectors; arguments as for `sit_facts`."""
+    width, patch, channels = size["width"], size["patch_size"], size["channels"]
+    hidden, tokens = int(width * size["mlp_ratio"]), (size["input_size"] // patch) ** 2
+    linear = {"t_embedder.mlp.0": (width, 256), "t_embedder.mlp.2": (width, width)}
+    for block in (f"blocks.{place}" for place in range(size["depth"])):
+        linear |= {f"{block}.attn.qkv": (3 * width, width), f"{block}.attn.proj": (width, width)}
+        linear |= {f"{block}.mlp.fc1": (hidden, width), f"{block}.mlp.fc2": (width, hidden)}
+        linear |= {f"{block}.adaLN_modulation.1": (6 * width, width)}
+    linear |= {"final_layer.linear": (patch * patch * channels, width)}
+    linear |= {"final_layer.adaLN_modulation.1": (2 * width, width)}
+    weights = {"x_embedder.proj": (width, channels, patch, patch), **linear}
+    shapes = {f"{name}.weight": shape for name, shape in weights.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in weights.items()}
+    return shapes | {"y_embedder.embedding_table.weight": (classes + 1, width), "pos_embed": (1, tokens, width)}

@@ -11,6 +11,7 @@ from haste.config import DETECTORS, Config
 from haste.config import Detector as DetectorSpec
 from haste.files import artefact, listing
 from haste.files.artefact import fingerprint, remembered_identity
+from haste.networks import foreign
 from haste.plan.names import RECIPE, Artefact, Detector
 
 
@@ -138,7 +139,9 @@ class Data:
 
 def _identities(config: Config, root: str) -> dict[str, str]:
     """Identities of the external files; for one that has been removed since, its earlier identity."""
-    starts = {row.warm_start for row in config.runs.values() if row.warm_start is not None}
+    starts = {row.warm_start.file for row in config.runs.values() if row.warm_start is not None}
     files = [*(spec.checkpoint for spec in config.evaluate.values()), *sorted(starts)]
+    if folders := [Path(file) for file in files if Path(file).is_dir()]:
+        raise ValueError(f"{folders[0]}: expected a checkpoint, found {foreign.folder(folders[0])}")
     files += [spec.reference for spec in config.detector.values() if spec.reference is not None]
     return {file: remembered_identity(file, f"{root}/identities.json") for file in dict.fromkeys(files)}

@@ -8,6 +8,7 @@ Its parts, each made from those above it:
     runs          from the table of runs to trajectories, states and the jobs that make them
     evaluations   samples, features and scores; imported checkpoints
     measures      other diagnostics of states
+    inputs        what the configuration names outside itself, looked at before the first job
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from haste.config import Config, Evaluate, Run, check_samplers, decides
 from haste.files.artefact import fingerprint
+from haste.plan import inputs
 from haste.plan.data import Data
 from haste.plan.evaluations import Evaluations
 from haste.plan.measures import Measurement, Measures
@@ -66,6 +68,7 @@ class Plan:
         self.evaluations, self.evaluation = evaluations.by_name, evaluations.named
 
         measures = Measures(config, data, evaluations.rows)
+        self._parts = inputs.Parts(config, data, targets, runs, evaluations, measures)
         self.measured, self.measurements, self.measurement = measures.rows, measures.by_name, measures.of
 
     @property
@@ -76,20 +79,14 @@ class Plan:
     def check(self) -> None:
         """Refuse, before anything is submitted, what the first jobs would refuse, with the same messages.
 
-        Only artefacts that are still to be made need their sources; a source that was removed later is not an error.
-        Only the names of images and the headers of references are read.
+        Only what is still to be made needs its sources; a source that was removed later is not an error. Only names
+        and headers are read.
 
         Raises:
-            ValueError: images or a reference that cannot be used, a sampler that does not suit a network, or more
-                disk than the configuration allows.
+            ValueError: an input that a job would refuse (`haste.plan.inputs.INPUTS` has all of them), a sampler that
+                does not suit a network, or more disk than the configuration allows.
         """
-        from haste.files import npz  # numpy is slow to import, and few commands come here
-
-        _ = self.image_count
-        for detector in self.detectors.values():
-            made, file = Path(detector.reference.manifest), detector.reference_file
-            if file is not None and Path(file).is_file() and not made.exists():
-                npz.check_reference(file)
+        inputs.check(self._parts)
         check_samplers(self.config)
         self.check_cache()
 

@@ -89,7 +89,8 @@ class Runs:
             "terms": named,
         }
         if row.warm_start is not None:
-            recipe["warm_start"] = self.data.identities[row.warm_start]
+            start = self.data.identities[row.warm_start.file]
+            recipe["warm_start"] = start if row.warm_start.classes == "kept" else {"file": start, "classes": "new"}
         found = Trajectory.of(f"{readable_name(model, named)}-s{seed}", recipe)
         self.trajectories[found.name] = found
         return found.name

@@ -143,7 +143,7 @@ def settings(plan: Plan, run: str) -> dict[str, str]:
     found = {name: _words(value) for name, value in training.model_dump().items()}
     found["timesteps"] = _times(training.timesteps)
     if row.warm_start:
-        found["warm start"] = row.warm_start
+        found["warm start"] = row.warm_start.file + (", new classes" if row.warm_start.classes == "new" else "")
     teachers = {kind: _teacher(plan, term["teacher"]) for kind, term in terms.items()}
     if teachers:
         same = len(set(teachers.values())) == 1

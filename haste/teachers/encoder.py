@@ -256,15 +256,10 @@ ADDED = extensions.Table("teachers", {}, taken=TEACHERS)
 
 def _from_timm(name: str, resolution: int, weights: str | Path | None) -> Teacher:
     spec = known(name)
-    size, rest = divmod(spec.size * resolution, 256)
-    if rest or size % spec.patch or not size:
-        raise ValueError(
-            f"teacher {name}: images of {resolution} px give an input of {spec.size * resolution / 256:g} px, "
-            f"which is not a whole number of patches of {spec.patch} px"
-        )
+    side = spec.side(name, resolution)
     path = weight_file(name) if weights is None else Path(weights)
     return Teacher(
-        hub.timm_transformer(spec.timm, path, f"teacher {name}", img_size=size, **spec.overrides),
+        hub.timm_transformer(spec.timm, path, f"teacher {name}", img_size=side, **spec.overrides),
         identity=artefact.file_identity(path),
         norm=spec.norm,
         final_norm=spec.final_norm,

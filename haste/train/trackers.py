@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from haste.plan.inputs import check_tracker
+
 Track = Callable[[dict[str, Any]], None]
 
 
@@ -39,10 +41,9 @@ def _tensorboard(folder: Path, *, name: str, config: Mapping[str, Any], begin: i
 
 
 def _wandb(folder: Path, *, name: str, config: Mapping[str, Any], begin: int) -> Track:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError("runtime.trackers: wandb is not installed (`pip install wandb`)") from error
+    check_tracker("wandb")
+    import wandb
+
     run = wandb.init(id=name[-64:], name=name, config=dict(config), dir=str(folder), resume="allow")
     return lambda record: run.log(record, step=record["step"])
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from haste.models.build import build_model
 from haste.models.checkpoints import Checkpoint
 from haste.models.denoiser import Denoiser
-from haste.models.exchange import open_weights, shape_in, weights_by_recipe
+from haste.models.exchange import open_weights, weights_by_recipe
+from haste.networks.layouts import LABELS, check_trained, expected_in, trained_otherwise
 from haste.plan.plan import Plan
 from haste.train.state import Learner
 
@@ -38,8 +39,7 @@ def checkpoint_elsewhere(plan: Plan, trajectory: str) -> Checkpoint:
     """
     spec, recipe = plan.elsewhere[trajectory], plan.trajectories[trajectory].recipe
     found = _known(plan, spec.checkpoint, recipe, spec.layout)
-    if said := _trained_otherwise(found, recipe):
-        raise ValueError(f"{spec.checkpoint}: was trained {said[0]}, but the row says {said[1]}")
+    check_trained(spec.checkpoint, found.facts, recipe["training"])
     return found
 
 
@@ -54,18 +54,21 @@ def warm_start(plan: Plan, trajectory: str, learner: Learner) -> None:
     """Load weights from a file into a new learner; its optimiser starts empty.
 
     A file with one set of weights provides both the model and its average. A projector is loaded if the file has one
-    of that shape, else it keeps its initial weights.
+    of that shape, else it keeps its initial weights; so does the table of classes, if the recipe asks for a new one.
 
     Raises:
         ValueError: the file is refused, is not the recipe's model, or has changed since it was named.
     """
     recipe = plan.trajectories[trajectory].recipe
-    file = next(file for file, identity in plan.identities.items() if identity == recipe["warm_start"])
-    found = _known(plan, file, recipe, None)
-    sets = dict(found.weights)
+    start = recipe["warm_start"]
+    kept = isinstance(start, str)
+    file = next(file for file, identity in plan.identities.items() if identity == (start if kept else start["file"]))
+    found = _known(plan, file, recipe, None, classes=kept)
+    own = {} if kept else {LABELS: learner.model.state_dict()[LABELS].clone()}
+    sets = {which: {**tree, **own} for which, tree in found.weights.items()}
     learner.model.load_state_dict(sets.get("model") or sets["ema"])
     learner.ema.load_state_dict(sets.get("ema") or sets["model"])
-    if said := _trained_otherwise(found, recipe):
+    if said := trained_otherwise(found.facts, recipe["training"]):
         log.warning("%s was trained %s, going on with another", file, said[0])
     if "features" not in learner.projectors:
         return
@@ -75,22 +78,11 @@ def warm_start(plan: Plan, trajectory: str, learner: Learner) -> None:
     log.info("%s: the projector %s", file, "begins anew" if fits is None else "is the file's")
 
 
-def _trained_otherwise(found: Checkpoint, recipe: Mapping[str, Any]) -> tuple[str, Any] | None:
-    """Training settings recorded in a file and in a recipe, where they differ."""
-    path, process = found.facts.get("path"), found.facts.get("process")
-    training = recipe["training"]
-    expected = training.get("path") or training["process"]
-    if path is not None and path != expected:
-        return f"on the {path} path", expected
-    if process is not None and process != expected:
-        return f"by {process}", expected
-    return None
-
-
-def _known(plan: Plan, file: str, recipe: Mapping[str, Any], layout: Any) -> Checkpoint:
+def _known(plan: Plan, file: str, recipe: Mapping[str, Any], layout: Any, classes: bool = True) -> Checkpoint:
     """A file that the plan identified by its content, after checking that content and the model."""
+    expected = expected_in(recipe, classes)
     other = "architecture" in recipe["model"]
-    found = weights_by_recipe(file, recipe) if other else open_weights(file, layout=layout, expected=shape_in(recipe))
+    found = weights_by_recipe(file, recipe) if other else open_weights(file, layout=layout, expected=expected)
     if found.sha256 != plan.identities[file]:
         raise ValueError(
             f"{file}: holds {found.sha256[:12]}, but {plan.identities[file][:12]} when it was named. It changed while "

@@ -29,7 +29,7 @@ PLACES = {
     "detector.fid.reference": lambda raw, path: raw.update(
         detector={"fid": {"pretrained": {"name": "inception"}, "reference": path}}
     ),
-    "runs.vanilla.warm_start": lambda raw, path: raw["runs"].update(vanilla={"warm_start": path}),
+    "runs.vanilla.warm_start.file": lambda raw, path: raw["runs"].update(vanilla={"warm_start": path}),
     "evaluate.theirs.checkpoint": lambda raw, path: raw.update(
         evaluate={"theirs": {"checkpoint": path, "model": "dot", "sampling": ["quick"], "step": 8}}
     ),

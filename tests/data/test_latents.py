@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from haste.data.condition import Labels
 from haste.data.latents import Autoencoder, draw, encode_join, encode_shard, to_pixels
 from haste.files.artefact import file_identity
 from haste.files.store import Store, join, shard_range, write_shard
+from haste.networks.autoencoder import PATTERNS, shapes
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -205,6 +207,85 @@ def test_the_older_names_of_attention_load_as_the_newer(saved, copied):
     save_file(weights, copied / WEIGHTS, metadata={"format": "pt"})
     images = pixels(2)
     assert torch.equal(Autoencoder.load(copied).moments(images), Autoencoder.load(saved[0]).moments(images))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    widths=st.lists(st.sampled_from([8, 16, 24]), min_size=1, max_size=4),
+    layers=st.integers(1, 3),
+    channels=st.integers(1, 8),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+)
+def test_the_shapes_that_a_configuration_stands_for_are_diffusers(widths, layers, channels, flags):
+    names = ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention")
+    config = {"block_out_channels": widths, "layers_per_block": layers, "latent_channels": channels}
+    config |= dict(zip(names, flags, strict=True)) | {"norm_num_groups": 4}
+    blocks = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
+    with torch.device("meta"):
+        model = AutoencoderKL(**config, **{key: value * len(widths) for key, value in blocks.items()})
+    assert shapes(config) == {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def halved(folder):
+    """The variant that people download: half precision, under a name that says so."""
+    weights = {name: value.half() for name, value in load_file(folder / WEIGHTS).items()}
+    (folder / WEIGHTS).unlink()
+    save_file(weights, folder / WEIGHTS.replace(".safe", ".fp16.safe"), metadata={"format": "pt"})
+    return weights
+
+
+def test_the_half_precision_variant_alone_is_taken(saved, copied):
+    weights = halved(copied)
+    found = Autoencoder.load(copied)
+    for name, value in found.model.state_dict().items():
+        assert value.dtype == torch.float32 and torch.equal(value, weights[name].float())
+    images = pixels(2)
+    torch.testing.assert_close(found.moments(images), Autoencoder.load(saved[0]).moments(images), rtol=0.01, atol=0.01)
+
+
+def test_the_whole_precision_goes_before_the_half(saved, copied):
+    weights = halved(copied)
+    shutil.copy(saved[0] / WEIGHTS, copied)
+    assert weights and Autoencoder.load(copied).identity == file_identity(saved[0] / WEIGHTS)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_whole_pipelines_folder_is_taken_by_its_autoencoder(saved, tmp_path, half):
+    shutil.copytree(saved[0], tmp_path / "vae")
+    (tmp_path / "model_index.json").write_text("{}")
+    if half:
+        halved(tmp_path / "vae")
+    name = WEIGHTS.replace(".safe", ".fp16.safe") if half else WEIGHTS
+    assert Autoencoder.load(tmp_path).identity == file_identity(tmp_path / "vae" / name)
+
+
+def test_of_a_hubs_repository_no_pickle_and_no_other_network_is_fetched():
+    files = [
+        "config.json",
+        WEIGHTS,
+        "vae/config.json",
+        f"vae/{WEIGHTS}",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    ]
+    others = ["diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.bin", "unet/" + WEIGHTS, "model_index.json"]
+    fetched = list(filter_repo_objects(files + others, allow_patterns=PATTERNS))
+    assert fetched == files
+
+
+BARE = {
+    "vae-ft-mse-840000-ema-pruned.safetensors": "one bare file, which does not say its architecture; ",
+    "diffusion_pytorch_model.bin": "pickled weights, which are not loaded, because they can run code; save_pretrained",
+    "vae.pt": "pickled weights",
+}
+
+
+@pytest.mark.parametrize("name", BARE)
+def test_bare_files_are_named_for_what_they_are_alone_and_in_a_folder(saved, tmp_path, name):
+    shutil.copy(saved[0] / WEIGHTS, tmp_path / name)
+    for where in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError) as refusal:
+            Autoencoder.load(where)
+        assert f"{name}: {BARE[name]}" in str(refusal.value)
 
 
 @pytest.mark.parametrize("change", ["missing", "added", "reshaped"])

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -151,6 +152,67 @@ def test_prefixes_of_wrappers_and_the_blocks_of_older_files_mean_the_same_weight
     assert all(torch.equal(older.weights["ema"][name], value) for name, value in new.weights["ema"].items())
 
 
+def prefixed(prefix, found):
+    return {prefix + name: value for name, value in found.items()}
+
+
+BESIDE = {"vae.encoder.conv_in.weight": torch.ones(2), "loss.weight": torch.ones(1), "initted": torch.tensor(True)}
+OTHERS = {  # as they lie in a file -> the sets that are read
+    "Lightning's": ({"state_dict": {**prefixed("model.", numbers(1)), **BESIDE}, "global_step": 7}, {"ema": 1}),
+    "Lightning's, with an average": (
+        {"state_dict": {**prefixed("net.", numbers(1)), **prefixed("net_ema.", numbers(2)), **BESIDE}},
+        {"model": 1, "ema": 2},
+    ),
+    "Lightning's WeightAveraging": (
+        {"state_dict": prefixed("model.", numbers(2)), "current_model_state": prefixed("model.", numbers(1))},
+        {"model": 1, "ema": 2},
+    ),
+    "latent-diffusion's": (
+        {
+            "state_dict": {
+                **prefixed("model.diffusion_model.", numbers(1)),
+                **{f"model_ema.{name.replace('.', '')}": value for name, value in numbers(2).items()},
+                "model_ema.decay": torch.tensor(0.9),
+            }
+        },
+        {"model": 1, "ema": 2},
+    ),
+    "ema_pytorch's": (
+        {**prefixed("online_model.module.", numbers(1)), **prefixed("ema_model.module.", numbers(2)), **BESIDE},
+        {"model": 1, "ema": 2},
+    ),
+    "an average under ema_model.": (
+        {"ema": prefixed("ema_model.", numbers(2)), "model": numbers(1)},
+        {"model": 1, "ema": 2},
+    ),
+    "DeepSpeed's": ({"module": numbers(1), "global_steps": 3}, {"model": 1}),
+    "a trainer's": ({"model_state_dict": numbers(1), "ema_state_dict": numbers(2)}, {"model": 1, "ema": 2}),
+    "NumPy beside": ({"ema": numbers(2), "best_fid": np.float64(3.5), "random": np.random.get_state()}, {"ema": 2}),
+    "paths beside": ({"ema": numbers(2), "args": argparse.Namespace(**ARGS, out=pathlib.Path("a/b"))}, {"ema": 2}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_weights_are_found_where_other_trainers_put_them(tmp_path, name):
+    held, expected = OTHERS[name]
+    torch.save(held, tmp_path / "a.pt")
+    found = [read_checkpoint(tmp_path / "a.pt", expected=HEADS)]
+    assert found[0].facts["step"] == held.get("global_step", held.get("global_steps"))
+    if all(isinstance(value, torch.Tensor) for value in held.values()):
+        save_file(held, tmp_path / "a.safetensors")
+        found.append(read_checkpoint(tmp_path / "a.safetensors", expected=HEADS))
+    for one in found:
+        assert one.weights.keys() == expected.keys()
+        for which, seed in expected.items():
+            assert all(torch.equal(one.weights[which][name], value) for name, value in numbers(seed).items())
+
+
+def test_two_networks_in_a_file_are_refused(tmp_path):
+    torch.save({**prefixed("a.", numbers(1)), **prefixed("b.", numbers(2))}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt: holds several networks, one of them under 'b\.'; expected one"):
+        read_checkpoint(tmp_path / "a.pt", expected=HEADS)
+
+
 def test_projectors_come_apart_from_the_model_and_one_onto_nothing_is_none(tmp_path):
     found = repa(tmp_path / "a.pt")
     (head,) = read_checkpoint(tmp_path / "a.pt", expected=HEADS).projectors
@@ -195,8 +257,8 @@ class Evil:
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize(
     ("planted", "named"),
-    [(Evil(), "system"), (pathlib.PurePosixPath("x"), "pathlib"), (argparse.ArgumentParser, "argparse.ArgumentParser")],
-    ids=["code", "path", "parser"],
+    [(Evil(), "system"), (argparse.ArgumentParser, "argparse.ArgumentParser"), (torch.nn.Linear(1, 1), "Linear")],
+    ids=["code", "parser", "network"],
 )
 def test_anything_but_tensors_plain_data_and_a_namespace_is_refused_by_name_and_not_run(
     tmp_path, monkeypatch, planted, named, zipped
@@ -266,9 +328,14 @@ def test_a_truncated_file_a_folder_and_nothing_are_told_apart(tmp_path):
     whole = (tmp_path / "whole.pt").read_bytes()
     save_file(numbers(1), tmp_path / "whole.safetensors")
     other = (tmp_path / "whole.safetensors").read_bytes()
-    for name, content in {"a.pt": whole[: len(whole) // 2], "b.pt": b"", "c.pt": b"root:x", "d.pt": other[:-9]}.items():
+    for name, content, words in [
+        ("a.pt", whole[: len(whole) // 2], "a truncated file: a zip archive without its end"),
+        ("b.pt", b"", "an empty file"),
+        ("c.pt", b"root:x", "a truncated or foreign file"),
+        ("d.pt", other[:-9], "a truncated or foreign file"),
+    ]:
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name}: expected a checkpoint, found a truncated or foreign file"):
+        with pytest.raises(ValueError, match=f"{name}: expected a checkpoint, found {words}"):
             read_checkpoint(tmp_path / name)
     for path, words in ((tmp_path, "found a folder"), (tmp_path / "none.pt", "found nothing")):
         with pytest.raises(ValueError, match=words):
@@ -365,6 +432,17 @@ def test_bare_weights_go_out_under_bare_names_and_come_back_bit_for_bit(make_pla
         model.load_state_dict(found)
     with pytest.raises(ValueError, match="has no 'model' weights, only 'ema'"):
         read_checkpoint(tmp_path / "model.safetensors").chosen("model")
+
+
+def test_a_file_of_no_published_size_goes_out_where_its_heads_are_said(tmp_path, capsys):
+    found = repa(tmp_path / "a.pt")
+    out = ["export", str(tmp_path / "a.pt"), str(tmp_path / "a.safetensors"), "--format", "safetensors"]
+    assert cli.main(out) == 2
+    assert "no published size" in capsys.readouterr().err
+    assert cli.main([*out, "--heads", "4"]) == 0
+    again = read_checkpoint(tmp_path / "a.safetensors")
+    assert again.shape["heads"] == 4
+    assert all(torch.equal(value, found["ema"][name]) for name, value in again.weights["ema"].items())
 
 
 def test_a_header_of_another_kind_is_refused(tmp_path):

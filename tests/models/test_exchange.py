@@ -16,6 +16,7 @@ from haste.data.latents import Autoencoder
 from haste.diffusion.interpolant import Interpolant
 from haste.files import artefact
 from haste.models.exchange import open_weights
+from haste.networks.layouts import LABELS
 from haste.ops import cost
 from haste.plan.plan import Plan
 from haste.sampling.painter import Painter
@@ -188,24 +189,17 @@ def test_the_plan_counts_no_latents_and_no_training_for_rows_from_elsewhere(expo
 
 
 def warm(make_plan, path, **changes):
-    return make_plan(runs={"warm": {"alignment": "REPA", "milestones": [3], "warm_start": str(path), **changes}})
+    start = str(path) if isinstance(path, Path) else path
+    return make_plan(runs={"warm": {"alignment": "REPA", "milestones": [3], "warm_start": start, **changes}})
 
 
 def test_a_warm_start_takes_model_average_and_projector_and_a_new_optimiser(exported, make_plan, monkeypatch):
     _, state, path = exported
     plan = warm(make_plan, path)
-    begun = {}
-
-    def stop(learner, **_):
-        begun.update(tensors_of(learner))
-        raise InterruptedError
-
-    monkeypatch.setattr(loop, "update", stop)
-    with pytest.raises(InterruptedError):
-        loop.train(plan, plan.state("warm", 3))
-    assert not any(name.startswith("optimizer/") for name in begun)  # no moments
+    found = begun(plan, monkeypatch, plan.state("warm", 3))
+    assert not any(name.startswith("optimizer/") for name in found)  # no moments
     kept = {name: value for name, value in load_file(state).items() if not name.startswith("optimizer/")}
-    assert set(kept) <= set(begun) and all(torch.equal(begun[name], value) for name, value in kept.items())
+    assert set(kept) <= set(found) and all(torch.equal(found[name], value) for name, value in kept.items())
 
 
 def test_a_warm_started_run_goes_on_after_a_kill_to_the_same_bits_and_without_its_file(exported, make_plan):
@@ -246,6 +240,71 @@ def test_a_warm_start_of_another_size_is_refused(exported, make_plan):
     plan = warm(make_plan, path, model="SiT-S/2", alignment="vanilla")
     with pytest.raises(ValueError, match=r"out\.pt: not the model that was asked for; depth: found 2, expected 12"):
         loop.train(plan, plan.state("warm", 3))
+
+
+def begun(plan, monkeypatch, state):
+    """The tensors that training begins with."""
+    found = {}
+
+    def stop(learner, **_):
+        found.update({name: value.clone() for name, value in tensors_of(learner).items()})
+        raise InterruptedError
+
+    monkeypatch.setattr(loop, "update", stop)
+    with pytest.raises(InterruptedError):
+        loop.train(plan, state)
+    return found
+
+
+def test_a_warm_start_with_new_classes_takes_all_but_the_table_which_is_the_seeds(
+    exported, make_plan, tmp_path, monkeypatch
+):
+    _, _, path = exported
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        held = torch.load(path, weights_only=True)
+    for which in ("model", "ema"):  # a thousand classes in the place of ten
+        held[which][LABELS] = torch.ones(1001, 16)
+    torch.save(held, tmp_path / "thousand.pt")
+    plan = warm(make_plan, tmp_path / "thousand.pt")
+    with pytest.raises(
+        ValueError, match=r"thousand\.pt: not the model that was asked for; classes: found 1000, expected 10"
+    ):
+        plan.check()
+    plan = warm(make_plan, {"file": str(tmp_path / "thousand.pt"), "classes": "new"})
+    plan.check()
+    cold = make_plan(runs={"warm": {"alignment": "REPA", "milestones": [3]}})
+    found, fresh = begun(plan, monkeypatch, plan.state("warm", 3)), begun(cold, monkeypatch, cold.state("warm", 3))
+    for which in ("model", "ema"):
+        assert torch.equal(found[f"{which}/{LABELS}"], fresh[f"{which}/{LABELS}"])
+        kept = {name: value for name, value in held[which].items() if name != LABELS and "projector" not in name}
+        assert all(torch.equal(found[f"{which}/{name}"], value) for name, value in kept.items())
+
+
+def test_new_classes_are_part_of_the_name_and_kept_ones_are_written_as_the_file_alone(exported, make_plan):
+    _, _, path = exported
+    short, kept, new = (
+        warm(make_plan, way) for way in (path, {"file": str(path)}, {"file": str(path), "classes": "new"})
+    )
+    assert short.state("warm", 3) == kept.state("warm", 3) != new.state("warm", 3)
+    assert short.report_made == kept.report_made != new.report_made
+    assert kept.config.model_dump(mode="json")["runs"]["warm"]["warm_start"] == str(path)
+    for plan in (short, new):
+        assert resolve(plan.config.model_dump(mode="json")) == plan.config
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        ({"classes": "new"}, "runs.warm.warm_start.file: missing"),
+        ({"file": "x.pt", "classes": "other"}, "runs.warm.warm_start.classes: "),
+        ({"file": "x.pt", "clases": "new"}, "runs.warm.warm_start.clases: unknown key; did you mean 'classes'?"),
+        (7, "runs.warm.warm_start: "),
+    ],
+)
+def test_a_warm_start_that_says_something_else_is_refused_with_its_key(tiny, start, words):
+    with pytest.raises(ValueError) as refusal:
+        resolve({**tiny, "runs": {"warm": {"milestones": [3], "warm_start": start}}})
+    assert words in str(refusal.value)
 
 
 def test_plans_without_files_from_elsewhere_have_the_names_that_they_had(tiny):

@@ -1,0 +1,211 @@
+"""What a configuration names outside itself, and the function that looks at each before the first job. No torch.
+
+Only names and headers are read. Of what is finished nothing is looked at: it needs its sources no more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from haste import extensions
+from haste.config import Config, Model, facts_in, model_in
+from haste.networks import autoencoder, layouts, weights
+from haste.networks.registry import DETECTORS, TEACHERS
+from haste.plan.data import Data
+from haste.plan.evaluations import Evaluations
+from haste.plan.measures import Measurement, Measures
+from haste.plan.names import Evaluation, Segment
+from haste.plan.runs import Runs
+from haste.plan.targets import Targets
+
+
+@dataclasses.dataclass
+class Parts:
+    """What a plan is made of, and what is still to be made of it (looked up once)."""
+
+    config: Config
+    data: Data
+    targets: Targets
+    runs: Runs
+    evaluations: Evaluations
+    measures: Measures
+
+    @functools.cached_property
+    def trained(self) -> list[Segment]:
+        """The training jobs that are still to run."""
+        missing = (s for s in self.runs.planned() if s.step not in self.runs.on_disk(s.trajectory))
+        return [self.runs.segment(state) for state in missing]
+
+    @functools.cached_property
+    def drawn(self) -> list[Evaluation]:
+        """The samples that are still to be drawn."""
+        return [
+            one
+            for one in self.evaluations.by_name.values()
+            if not _exist([one.grid, *(judged.score for judged in one.judgements)]) and not one.is_drawn
+        ]
+
+    @functools.cached_property
+    def measured(self) -> list[Measurement]:
+        """The measurements that are still to be taken."""
+        return [one for one in self.measures.by_name.values() if not Path(one.file).exists()]
+
+
+def _exist(files: list[str]) -> bool:
+    return all(Path(file).exists() for file in files)
+
+
+def images(parts: Parts) -> None:
+    """Refuse pictures that cannot be counted, are too few, or have other classes."""
+    _ = parts.data.image_count
+
+
+def encoder(parts: Parts) -> None:
+    """Refuse a public autoencoder that could not encode the images."""
+    if not Path(parts.data.latents.manifest).exists() and (parts.trained or parts.measured):
+        _autoencoder(parts, parts.data.encoder)
+
+
+def decoder(parts: Parts) -> None:
+    """Refuse a public autoencoder that could not decode the samples."""
+    if parts.drawn:
+        _autoencoder(parts, parts.data.decoder)
+
+
+def _autoencoder(parts: Parts, where: str) -> None:
+    spec = parts.config.autoencoder
+    if spec.pretrained is None:
+        return
+    folder = autoencoder.folder_named(where)
+    if folder is None:
+        cached = weights.in_cache(where, f"autoencoder {where}", *autoencoder.CONFIGS)
+        folder = cached.parent if cached and autoencoder.has_weights(cached.parent) else None
+    if folder is not None:
+        found = autoencoder.opened(folder)
+        autoencoder.check_size(found.channels, found.factor, spec)
+
+
+def teachers(parts: Parts) -> None:
+    """Refuse public teachers whose weights are missing or another network's, or whose patches do not fit the images."""
+    jobs = [*parts.trained, *(one.segment for one in parts.measured)]
+    stores = {name for name, store in parts.targets.stores.items() if not Path(store.manifest).exists()}
+    for name in sorted(stores.union(*(job.teachers for job in jobs))):
+        spec = parts.config.teachers[name].pretrained
+        if spec is None or spec.name in extensions.names("teachers"):
+            continue
+        public, called = TEACHERS.get(spec.name), f"teacher {spec.name}"
+        if public is None:
+            weights.check_timm_name(spec.name)
+        else:
+            public.side(spec.name, parts.config.images.resolution)
+        _transformer(spec, called)
+
+
+def detectors(parts: Parts) -> None:
+    """Refuse public detectors whose weights are missing or another network's."""
+    for detector in parts.data.detectors.values():
+        scores = [
+            one.score
+            for drawn in parts.evaluations.by_name.values()
+            for one in drawn.judgements
+            if one.detector == detector
+        ]
+        spec = parts.config.detector[detector.name].pretrained
+        if spec is None or spec.name not in DETECTORS or _exist([detector.reference.manifest, detector.floor, *scores]):
+            continue
+        if spec.name in TEACHERS:
+            _transformer(spec, f"detector {spec.name}")
+        elif spec.weights is not None:
+            weights.check_inception(Path(spec.weights))
+
+
+def _transformer(spec: Any, called: str) -> None:
+    public = TEACHERS.get(spec.name)
+    if spec.weights is not None:
+        weights.check_transformer(Path(spec.weights), called, public)
+    elif (
+        public is not None
+        and public.on_hub
+        and (found := weights.in_cache(f"timm/{public.timm}", called, "model.safetensors"))
+    ):
+        weights.check_transformer(found, called, public)
+
+
+def references(parts: Parts) -> None:
+    """Refuse references that are not ADM's."""
+    for detector in parts.data.detectors.values():
+        made, file = Path(detector.reference.manifest), detector.reference_file
+        if file is not None and Path(file).is_file() and not made.exists():
+            from haste.files import npz  # numpy is slow to import
+
+            npz.check_reference(file)
+
+
+def starts(parts: Parts) -> None:
+    """Refuse files of `warm_start` that are not the run's model."""
+    files = {identity: file for file, identity in parts.data.identities.items()}
+    for segment in parts.trained:
+        recipe = parts.runs.trajectories[segment.state.trajectory].recipe
+        if segment.parent is None and (start := recipe.get("warm_start")):
+            kept = isinstance(start, str)
+            _described(files[start if kept else start["file"]], recipe, None, classes=kept)
+
+
+def elsewhere(parts: Parts) -> None:
+    """Refuse checkpoints of `evaluate` that are not the row's model, or were trained on something else."""
+    states = {one.state.trajectory for one in parts.drawn} | {one.state.trajectory for one in parts.measured}
+    for name in sorted(states & parts.evaluations.elsewhere.keys()):
+        spec, recipe = parts.evaluations.elsewhere[name], parts.evaluations.trajectories[name].recipe
+        if (found := _described(spec.checkpoint, recipe, spec.layout)) is not None:
+            layouts.check_trained(found.file, found.facts, recipe["training"])
+            layouts.chosen(found.file, found.sets, spec.weights)
+
+
+def _described(file: str, recipe: dict[str, Any], layout: str | None, classes: bool = True) -> layouts.Described | None:
+    """What a file of weights holds, checked against a recipe's model; None if the file is gone, which is a note."""
+    expected = layouts.expected_in(recipe, classes)
+    if not Path(file).is_file():
+        return None
+    if isinstance(model_in(recipe), Model):
+        return layouts.described(file, layout, expected)
+    shapes = facts_in(recipe).shapes
+    return layouts.described_as(file, recipe["model"]["architecture"], shapes, expected) if shapes else None
+
+
+def trackers(parts: Parts) -> None:
+    """Refuse a tracker whose library is missing."""
+    for kind in parts.config.runtime.trackers if parts.trained else ():
+        check_tracker(kind)
+
+
+def check_tracker(kind: str) -> None:
+    """Refuse a tracker of `runtime.trackers` whose library is missing; raises ValueError."""
+    if kind == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise ValueError("runtime.trackers: wandb is not installed (`pip install wandb`)")
+
+
+#: Every path, file, hub name and library in a configuration, and what looks at it; a test walks the schema for others.
+INPUTS: dict[str, Callable[[Parts], None]] = {
+    "images.path": images,
+    "autoencoder.pretrained.encode": encoder,
+    "autoencoder.pretrained.decode": decoder,
+    "teachers.NAME.pretrained.name": teachers,
+    "teachers.NAME.pretrained.weights": teachers,
+    "detector.NAME.pretrained.name": detectors,
+    "detector.NAME.pretrained.weights": detectors,
+    "detector.NAME.reference": references,
+    "runs.NAME.warm_start.file": starts,
+    "evaluate.NAME.checkpoint": elsewhere,
+    "runtime.trackers": trackers,
+}
+
+
+def check(parts: Parts) -> None:
+    """Look at all inputs; raises ValueError for the first that a job would refuse."""
+    for look in dict.fromkeys(INPUTS.values()):
+        look(parts)
