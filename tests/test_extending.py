@@ -334,7 +334,7 @@ def test_what_a_network_from_outside_cannot_be_is_refused_before_anything_runs(t
 AGAIN = {"checkpoint_blocks": True}
 
 
-def test_blocks_that_a_network_cannot_compute_again_are_refused_by_the_key(tiny, installed):
+def test_what_a_network_cannot_do_is_refused_by_the_key(tiny, installed):
     (mine,) = yaml.safe_load(block("yaml", MODEL))["models"].values()
     dot = tiny["models"]["dot"]
     tiny["models"] = {"dot": dot, "theirs": mine}
@@ -342,6 +342,10 @@ def test_blocks_that_a_network_cannot_compute_again_are_refused_by_the_key(tiny,
     config.resolve(tiny)  # no run trains it
     tiny["runs"]["vanilla"] = {"model": "theirs"}
     with pytest.raises(ValueError, match=r"^runtime\.checkpoint_blocks: true, but models\.theirs \(u_vit\) cannot"):
+        config.resolve(tiny)
+    tiny["runtime"].pop("checkpoint_blocks")
+    tiny["training"] |= {"precision": "bf16", "time_dtype": "fp32"}
+    with pytest.raises(ValueError, match=r"^runs\.vanilla: training\.time_dtype: fp32, but theirs has no such"):
         config.resolve(tiny)
 
 

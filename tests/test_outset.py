@@ -124,13 +124,33 @@ def test_a_source_that_is_none_is_refused_by_the_plan_in_the_words_of_the_job(tm
 def test_what_the_plan_counts_is_what_the_job_reads(tmp_path, kind, classes):
     path = source(tmp_path, kind, [*TWELVE, "a/.hidden.png", ".cache/x.png", "a/deep/x.JPG", "b/notes.txt"])
     found = prepare.open_source(kind, resolution=8, holdout=2, path=path, labelled=bool(classes))
-    assert listing.survey(kind, str(path), bool(classes)) == (found.count, found.classes) == (13, found.classes)
+    counted = listing.survey(kind, str(path), classes)
+    assert (len(counted.files), counted.classes) == (found.count, found.classes) == (13, found.classes)
+    assert sorted(counted.unused) == sorted(found.unused)
+    assert {name for name, _ in found.unused} == {
+        "a/.hidden.png",
+        ".cache/" if kind == "folder" else ".cache/x.png",
+        "b/notes.txt",
+    }
 
 
 def test_labels_beside_the_pictures_are_left_to_the_job_for_each_is_a_file_to_read(tmp_path, monkeypatch):
     path = source(tmp_path, "archive", ["0.jpg", "0.cls", "1.jpg"])
     monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("read"))
-    assert listing.survey("archive", str(path), True) == (2, None)
+    counted = listing.survey("archive", str(path), 2)
+    assert (len(counted.files), counted.classes, counted.unused) == (2, None, [])
+
+
+def test_a_table_of_labels_that_the_first_job_refuses_is_refused_by_the_plan_in_its_words(tmp_path, capsys):
+    path, table = source(tmp_path, "folder", TWELVE), tmp_path / "labels.csv"
+    images = {"path": str(path), "labels": str(table), "resolution": 8, "classes": 2, "holdout": 2}
+    file = configured(tmp_path, images=images)
+    for written, words in (("name,label\na/0.png,x\n", "labels.csv: has no label for a/1.png"), ("x", "has columns x")):
+        table.write_text(written)
+        plan, job = (said(capsys, *command, "-c", file) for command in (["plan"], ["images", "--shard", 0]))
+        assert plan == job and words in plan
+    table.write_text("name,label\n" + "".join(f"{name},{name[0]}\n" for name in TWELVE))
+    assert cli.main(["plan", "-c", str(file)]) == 0
 
 
 def test_a_finished_store_needs_its_source_no_more(make_plan, capsys):
@@ -243,7 +263,7 @@ def test_a_reference_that_is_gone_since_or_changed_after_it_was_used_stops_no_pl
     made.unlink()
     path.unlink()
     assert cli.main(["plan", "-c", str(file)]) == 0
-    assert "ref.npz: is gone" in " ".join(capsys.readouterr().out.split())  # lines end where the terminal does
+    assert "ref.npz:isgone" in "".join(capsys.readouterr().out.split())  # lines end where the terminal does
 
 
 # ---- everything else that is named outside the configuration

@@ -55,7 +55,19 @@ def pictures(folder: Path) -> Path:
         image.convert(kind.split(".")[0]).save(path)
     (folder / "a" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     (folder / "empty.png").touch()
+    (folder / "a" / "notes.txt").touch()
+    (folder / ".DS_Store").touch()
+    (folder / "b" / "moving.gif").touch()
+    (folder / "b" / "again.png").symlink_to("../a/broken.jpg")
     return folder
+
+
+UNUSED = {
+    "hidden, or left there by a program": [".DS_Store"],
+    "no pictures by their names (.txt)": ["a/notes.txt"],
+    "pictures of a format that is not read (.gif)": ["b/moving.gif"],
+    "a link to what is here too": ["b/again.png"],
+}
 
 
 @pytest.fixture(params=[0, 2], ids=["without labels", "two classes"])
@@ -88,8 +100,10 @@ def test_a_handful_of_pictures_goes_all_the_way(plan, capsys):
         assert cli.main([*command, "-c", str(plan.file)]) == 0, capsys.readouterr().err
         return capsys.readouterr().out
 
-    said = run("images", "--check")
+    said, planned = run("images", "--check"), " ".join(run("plan").split())  # whose lines end where the terminal does
     assert "2 pictures cannot be used" in said and "a/broken.jpg" in said and "empty.png" in said
+    for reason, (name,) in UNUSED.items():
+        assert f"{reason} (1: {name})" in said and f"{reason} (1: {name})" in planned
     shards = [("--shard", "0"), ("--shard", "1"), ("--join",)]
     for shard in shards:
         run("images", *shard)
@@ -97,7 +111,9 @@ def test_a_handful_of_pictures_goes_all_the_way(plan, capsys):
     classes = plan.config.images.classes
     assert store.count == 20 and store.manifest["classes"] == ["a", "b"][:classes]
     assert {name.split("/")[-1] for name, _ in store.manifest["skipped"]} == {"broken.jpg", "empty.png"}
+    assert {one["reason"]: one["names"] for one in store.manifest["unused"]} == UNUSED
     assert set(store.read("label", range(20)).tolist()) == ({0, 1} if classes else {0})
+    assert " ".join(run("plan").split()).count(".DS_Store") == 1  # also where only the manifest tells of them
     for command in (["teacher", "dinov2-b"], ["detector"], ["reference"], ["latents", "--shard", "0"]):
         run(*command)
     run("latents", "--join")
@@ -141,7 +157,7 @@ def test_guidance_without_labels_is_refused(tiny):
 
 def test_leaving_pictures_out_is_for_folders_and_another_store(tiny):
     with pytest.raises(
-        ValueError, match="images: on_bad_image skip is for sources 'folder' and 'archive', found 'digits'"
+        ValueError, match="images: on_bad_image skip is for sources 'folder', 'archive' and 'parquet', found 'digits'"
     ):
         config.resolve({**tiny, "images": {**tiny["images"], "on_bad_image": "skip"}})
     images = {**tiny["images"], "source": "folder", "path": "x"}

@@ -20,7 +20,7 @@ PINS = {
     canonicalize_name(name): version
     for name, version in re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
 }
-OPTIONAL = {"wandb"}  # whoever asks for it without having it is told to install it
+OPTIONAL = {"wandb", "pyarrow"}  # whoever asks for one without having it is told to install it
 
 
 def imported(path: Path) -> set[str]:

@@ -14,6 +14,7 @@ from haste.files.store import Store, join, shard_range, write_shard
 from haste.metrics import inception_score
 from haste.metrics.detector import Detector
 from haste.metrics.detectors import open_detector
+from haste.metrics.scores import METRICS
 from haste.score import workflow as score
 from haste.score.features import reference_of_file, reference_shard
 from haste.score.views import view_of
@@ -113,6 +114,16 @@ def test_a_score_is_that_of_all_samples_against_all_real_images(read, tmp_path):
     assert found["scores"] == expected
     assert (found["samples"], found["reference"]["images"], found["nfe"]) == (23, 31, 5)
     assert json.loads((tmp_path / "score.json").read_text()) == found
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_is_never_written(tmp_path, monkeypatch, value):
+    sides = [features(tmp_path / name, *drawn(seed, 23, (0.0, 0.0), 3.0)) for seed, name in enumerate(("fake", "real"))]
+    kid = replace(METRICS["kid"], value=lambda stats, real: {"kid": value})
+    monkeypatch.setattr(score, "METRICS", {**METRICS, "kid": kid})
+    with pytest.raises(FloatingPointError, match=f"kid is {value}, expected a finite number: nothing is scored"):
+        score.score(*sides, detector="plane", about={}, key="abc", path=tmp_path / "score.json")
+    assert not (tmp_path / "score.json").exists()
 
 
 def test_the_floor_compares_the_even_rows_with_the_odd_rows(read, tmp_path):

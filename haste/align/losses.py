@@ -202,14 +202,17 @@ def _walk_samples(
     """The loss; its gradient with respect to q_s and k_s is written to grad_q and grad_k unless they are None.
 
     d loss / d logits = weight (softmax(S) - P) / (B H N), with S = q_s k_s^T and P the teacher's map.
+
+    One float32 dot product of a sample's H N N entries is wrong from the fourth digit on and changes with the number of
+    threads. So each row is summed pairwise, and rows and samples in float64.
     """
     rows = q_s.shape[:3].numel()  # B H N
-    total = q_s.new_zeros(())
+    total = q_s.new_zeros((), dtype=torch.float64)
     each = None if weights is None else weights.to(q_s.dtype)
     for b in range(q_s.shape[0]):
         teacher = torch.softmax(q_t[b] @ k_t[b].mT, dim=-1)  # (H, N, N)
         student = torch.log_softmax(q_s[b] @ k_s[b].mT, dim=-1)  # S - logsumexp(S), (H, N, N)
-        agreement = torch.dot(teacher.view(-1), student.view(-1))
+        agreement = (teacher * student).sum(dim=-1).sum(dtype=torch.float64)
         total -= agreement if each is None else each[b] * agreement
         if grad_q is not None and grad_k is not None:
             residual = student.exp_().sub_(teacher)
@@ -220,7 +223,7 @@ def _walk_samples(
     for grad in (grad_q, grad_k):
         if grad is not None:
             grad.div_(rows)
-    return total / rows
+    return (total / rows).to(q_s.dtype)
 
 
 def cross_entropy_fused(

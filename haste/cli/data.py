@@ -10,7 +10,9 @@ from haste.cli.shared import Commands, plan_of, plan_to_compute, shards
 def add(to: Commands) -> None:
     """Add these commands."""
     images = to.rule("images", _images, "prepare the images: a store of uint8 RGB crops")
-    shards(images).add_argument("--check", action="store_true", help="only list the pictures that cannot be used")
+    which = shards(images)
+    which.add_argument("--check", action="store_true", help="only list the pictures that cannot be used")
+    which.add_argument("--update", action="store_true", help="use what was added, removed or changed, under a new name")
     images.add_argument("--workers", type=int, help="pictures that are decoded at once (runtime.threads)")
     to.rule("autoencoder", _autoencoder, "train the small autoencoder")
     shards(to.rule("latents", _latents, "encode the images: a store of latent means and standard deviations"))
@@ -26,7 +28,9 @@ def _images(arguments: argparse.Namespace) -> None:
     from haste.data import jobs
 
     plan = plan_of(arguments)
-    if arguments.check:
+    if arguments.update:
+        jobs.update_images(plan)
+    elif arguments.check:
         jobs.check_images(plan, arguments.workers)
     else:
         jobs.make_images(plan, None if arguments.join else arguments.shard, arguments.workers)

@@ -7,10 +7,9 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from haste.config.keys import decides
 from haste.config.parts import Model, OtherModel, Process, architecture_named, condition_named, model_of, process_named
 from haste.config.published import ALIGNED_HEADS, MAPPINGS, REPA_DEPTH, alignment_named, model_named, teacher_shape
-from haste.config.schema import Config, Evaluate, Training, Trigger
+from haste.config.schema import Config, Evaluate, Trigger
 from haste.networks.spec import Facts, Tap, sit_facts, sit_taps
 
 
@@ -85,8 +84,7 @@ def condition_in(recipe: Mapping[str, Any]) -> Any:
 def training_entry(config: Config, run: str) -> dict[str, Any]:
     """The entries of a run's training in its recipe."""
     training, process = config.training_of(run), process_of(model_named(config, config.runs[run].model))
-    decided = decides(Training, training.model_dump(exclude={"process"}))
-    return _by_process(process, training.process, decided)
+    return _by_process(process, training.process, training.decided)
 
 
 def training_elsewhere(config: Config, row: Evaluate) -> dict[str, Any]:

@@ -176,16 +176,13 @@ def _faults_of_architectures(config: Config) -> list[str]:
         try:
             if isinstance(model, OtherModel) and condition_of(model) == told:
                 taps_of(config, name)
-                if config.runtime.checkpoint_blocks and name in trained and not _can_checkpoint(model):
+                kind = architecture_named(model.architecture)
+                if config.runtime.checkpoint_blocks and name in trained and not kind.can_checkpoint:
                     found = f"true, but models.{name} ({model.architecture}) cannot compute its blocks again"
                     faults.append(f"runtime.checkpoint_blocks: {found}; expected false")
         except ValueError as error:
             faults.append(f"models.{name}: {error}")
     return faults
-
-
-def _can_checkpoint(model: OtherModel) -> bool:
-    return architecture_named(model.architecture).can_checkpoint
 
 
 def _faults_of_models(config: Config) -> list[str]:
@@ -328,15 +325,20 @@ def _faults_of_evaluate(config: Config, name: str) -> list[str]:
 
 
 def _faults_of_process(config: Config, name: str) -> list[str]:
-    """Keys of `training` that belong to a process other than the network's."""
+    """Keys of `training` that belong to a process other than the network's, or that the network does not have."""
     model, training = config.runs[name].model, config.training_of(name)
-    process, given = process_of(model_named(config, model)), training.process
+    network = model_named(config, model)
+    process, given = process_of(network), training.process
     found = {"process": given.name} if given is not None and given.name != process else {}
     if process != "interpolant":
         for key in OF_INTERPOLANT:
             if key in config.runs[name].training or getattr(training, key) != Training.model_fields[key].default:
                 found[key] = "interpolant"
-    return [f"runs.{name}: training.{key} is of {owner}, but {model} is for {process}" for key, owner in found.items()]
+    faults = [f"runs.{name}: training.{key} is of {own}, but {model} is for {process}" for key, own in found.items()]
+    other = isinstance(network, OtherModel) and not architecture_named(network.architecture).can_precise_time
+    if other and "time_dtype" in training.decided:
+        faults.append(f"runs.{name}: training.time_dtype: fp32, but {model} has no such setting; expected null")
+    return faults
 
 
 def check_samplers(config: Config) -> None:

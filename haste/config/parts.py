@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from haste import extensions
-from haste.config.keys import Float, Place, Positive, Rate, Seed, Strict, completed, decides, nearest, number
+from haste.config.keys import LATER, Float, Place, Positive, Rate, Seed, Strict, completed, decides, nearest, number
 
 
 def _whole(value: Any) -> Any:
@@ -32,8 +32,9 @@ def _exactly_one(part: Any) -> Any:
 class Images(Strict):
     """Where the images come from and how they are prepared."""
 
-    source: Literal["digits", "folder", "archive"] = "folder"
+    source: Literal["digits", "folder", "archive", "parquet"] = "folder"
     path: Place | None = None
+    labels: Annotated[Place | None, LATER] = None
     resolution: Positive
     holdout: Annotated[int, Field(ge=0)]  # the networks that are trained here are evaluated on these images
     classes: Annotated[int, Field(ge=0)]
@@ -43,9 +44,10 @@ class Images(Strict):
     @model_validator(mode="after")
     def _has_path(self) -> Images:
         if (self.source == "digits") != (self.path is None):
-            raise ValueError("sources 'folder' and 'archive' need a path, and only they take one")
-        if self.source == "digits" and self.on_bad_image == "skip":
-            raise ValueError("on_bad_image skip is for sources 'folder' and 'archive', found 'digits'")
+            raise ValueError("sources 'folder', 'archive' and 'parquet' need a path, and only they take one")
+        if self.source == "digits" and (self.on_bad_image == "skip" or self.labels):
+            key = "labels" if self.labels else "on_bad_image skip"
+            raise ValueError(f"{key} is for sources 'folder', 'archive' and 'parquet', found 'digits'")
         return self
 
 

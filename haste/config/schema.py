@@ -217,7 +217,14 @@ class Training(Strict):
     ema: Annotated[Float, Field(ge=0, lt=1)] = 0.9999
     class_dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.1
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    time_dtype: Annotated[Literal["fp32"] | None, LATER] = None
     nonfinite: Literal["stop", "skip"] = "stop"
+
+    @property
+    def decided(self) -> dict[str, Any]:
+        """Its entries in a recipe, except those of `process`; in full precision `time_dtype` decides nothing."""
+        unused = {"time_dtype": None} if self.precision in ("fp32", "fp64") else {}
+        return decides(Training, self.model_dump(exclude={"process"}) | unused)
 
 
 class Runtime(Strict):

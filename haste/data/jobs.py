@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from haste.config import condition_entry, condition_in
 from haste.data import latents, prepare
 from haste.data.latents import Autoencoder
 from haste.data.prepare import Bad, Source
-from haste.files import artefact, listing, locks
+from haste.files import artefact, listing, locks, walk
 from haste.files.store import Store
 from haste.networks.autoencoder import check_size
 from haste.networks.devices import choose_device
@@ -30,13 +31,34 @@ def make_images(plan: Plan, shard: int | None, workers: int | None = None) -> No
         ValueError: images that cannot be used; or as `haste.data.prepare`.
     """
     store, workers = plan.images, _workers(plan, workers)
+    plan.data.use_source()
     source, skipped = _source(plan)
     common: dict[str, Any] = {"key": store.key, "recipe": store.recipe, "shards": store.shards}
     made = artefact.provenance(key=store.key, recipe=store.recipe)
     if shard is None:
-        prepare.prepare_join(store.folder, source, **common, provenance=made, skipped=skipped)
+        manifest = prepare.prepare_join(store.folder, source, **common, provenance=made, skipped=skipped)
+        _check_pixels(plan, manifest["identity"])
     else:
         prepare.prepare_shard(store.folder, source, **common, shard=shard, provenance=made, workers=workers)
+
+
+def _check_pixels(plan: Plan, identity: str) -> None:
+    """Refuse a store that was made again after pictures were edited without a change of size."""
+    try:
+        if plan.data.source:
+            plan.data.source.check_store(identity)
+    except ValueError:
+        Path(plan.images.manifest).unlink()  # nothing may be made from it
+        raise
+
+
+def update_images(plan: Plan) -> None:
+    """Take up what the images' source holds now, under a new name, and print what that means.
+
+    Raises:
+        ValueError: as `haste.plan.data.Data.update_source`.
+    """
+    print(plan.data.update_source())
 
 
 def check_images(plan: Plan, workers: int | None = None) -> None:
@@ -45,6 +67,8 @@ def check_images(plan: Plan, workers: int | None = None) -> None:
     Raises:
         ValueError: the source has no image files to check.
     """
+    if plan.checked_images:
+        plan.data.use_source()
     workers, source = _workers(plan, workers), _source(plan, without=[])[0]
     if not isinstance(source, prepare.Folder):
         raise ValueError(f"images: {plan.config.images.source} are read as they are, there is nothing to check")
@@ -54,6 +78,8 @@ def check_images(plan: Plan, workers: int | None = None) -> None:
             return
         bad = prepare.check(source, workers, progress=_progress("pictures checked"))
         print(prepare.told(bad) if bad else f"all {source.count} pictures can be used")
+        if source.unused:
+            print(walk.told(walk.grouped(source.unused)))
         if kept:
             prepare.write_checked(kept, source, bad, key=plan.images.key)
 
@@ -64,7 +90,8 @@ def _source(plan: Plan, without: Bad | None = None) -> tuple[Source, Bad | None]
     if plan.checked_images and without is None:
         without = prepare.read_checked(plan.checked_images, _source(plan, without=[])[0])
     if spec.path is not None:
-        options = {"path": spec.path} | ({"without": frozenset(name for name, _ in without)} if without else {})
+        options = {"path": spec.path, "classes": spec.classes, "labels": spec.labels}
+        options |= {"without": frozenset(name for name, _ in without)} if without else {}
     source = prepare.open_source(
         spec.source, resolution=spec.resolution, holdout=spec.holdout, labelled=bool(spec.classes), **options
     )

@@ -22,6 +22,7 @@ from haste.files.store import Progress, Store, join, shard_range, write_shard
 from haste.networks import autoencoder, hub
 
 KIND = "latents"
+ENCODED_PIXELS = 2**22  # of the images that are encoded at once: 64 of 256 px
 
 
 def fetch(where: str | Path) -> Path:
@@ -122,9 +123,12 @@ class Autoencoder:
         """
         pixels = torch.as_tensor(images).to(self.device)
         assert pixels.dtype == torch.uint8 and pixels.ndim == 4 and pixels.shape[3] == 3, "expected NHWC uint8"
+        most = max(1, ENCODED_PIXELS // (pixels.shape[1] * pixels.shape[2]))
+        return torch.cat([self._encoded(some) for some in pixels.split(most)])
+
+    def _encoded(self, pixels: torch.Tensor) -> torch.Tensor:
         # NHWC uint8 -> NCHW float32 in [-1, 1]
-        signal = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-        posterior = self.model.encode(signal).latent_dist
+        posterior = self.model.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1)
 
     @torch.no_grad()

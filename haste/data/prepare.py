@@ -9,23 +9,23 @@ from __future__ import annotations
 import collections
 import inspect
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from haste.data import order
-from haste.files import artefact, listing
+from haste.data import order, pictures
+from haste.files import artefact, listing, walk
 from haste.files.archives import Archives
-from haste.files.listing import Files, Parts
+from haste.files.listing import Listing
+from haste.files.parquet import Rows
 from haste.files.store import Progress, join, shard_range, write_shard
+from haste.files.walk import Directory, Parts, Unused
 
 KIND = "images"
-# The accepted formats, whatever a file is called. Pillow knows more, and some of them start other programs.
-FORMATS = ("PNG", "JPEG", "WEBP")
 _BATCH = 64
 _SHOWN = 10  # images named in a message
 Bad = list[tuple[str, str]]  # name and reason
@@ -80,11 +80,12 @@ class Digits:
 
 
 class Folder:
-    """Images in class folders, labelled by the folders' sorted order, or in one flat folder with the single label 0.
+    """Images in a folder and their labels, as `haste.files.listing.listed` says.
 
-    Without labels, any images anywhere below the folder. Held-out images are chosen by a permutation that depends
-    only on `seed` and the number of images.
+    Held-out images are chosen by a permutation that depends only on `seed` and the number of images.
     """
+
+    unused: Unused
 
     def __init__(
         self,
@@ -94,11 +95,25 @@ class Folder:
         seed: int = 0,
         labelled: bool = True,
         without: frozenset[str] = frozenset(),
+        classes: int | None = None,
+        labels: str | None = None,
     ) -> None:
-        """`without` are the names of images to leave out, as `check` returns them."""
+        """
+        Args:
+            resolution: side of the squares, pixels.
+            holdout: images to hold out from training.
+            path: where they are.
+            seed: of the permutation that chooses those.
+            labelled: whether labels count.
+            without: names of images to leave out, as `check` returns them.
+            classes: the number of classes that is expected; it decides only where pictures say nothing.
+            labels: a .csv of names and labels; for rows of parquet files, their column.
+        """
         self.root, self.resolution = Path(path), resolution
-        self.classes, files = self._scan(labelled)
-        files = [(parts, label) for parts, label in files if "/".join(parts) not in without]
+        found = self._list(labelled, classes, labels)
+        assert found.classes is not None
+        self.classes, self.unused, self._places = found.classes, found.unused, found.places
+        files = [(parts, label) for parts, label in found.files if "/".join(parts) not in without]
         if bare := [self.classes[label] for label in sorted({*range(len(self.classes))} - {y for _, y in files})]:
             raise ValueError(f"{path}: class {bare[0]!r} has no picture that can be read, expected at least one")
         self.count, self.holdout = len(files), listing.checked_holdout(str(path), holdout, len(files))
@@ -115,43 +130,43 @@ class Folder:
         """
         path, (parts, label) = self.root / self.name(i), self._files[i]
         try:
-            return np.asarray(centre_crop(_opened(self._file(parts)), self.resolution)), label
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: not a picture that can be read ({_reason(error, path)})") from error
+            image = pictures.opened(self._file(self._places.get(parts, parts)), pictures.upright_rgb)
+            return np.asarray(pictures.centre_crop(image, self.resolution)), label
+        except Exception as error:  # of many classes; without its name nobody finds the file
+            raise ValueError(f"{path}: not a picture that can be read ({pictures.reason(error, path)})") from error
 
     def name(self, i: int) -> str:
         """The file of image i, below the folder."""
         return "/".join(self._files[i][0])
 
-    def _scan(self, labelled: bool) -> tuple[list[str], Files]:
-        return listing.in_folder(self.root, labelled)
-
-    def _file(self, parts: Parts) -> Path | io.BytesIO:
-        return _regular(self.root.joinpath(*parts))
+    def _list(self, labelled: bool, classes: int | None, labels: str | None) -> Listing:
+        tree = Directory(self.root)
+        self._file: Callable[[Parts], Path | io.BytesIO] = tree.file
+        return listing.listed(tree, labelled, classes, labels)
 
 
 class Archive(Folder):
     """Images in a .zip or .tar, or in a folder of such, in the order that a `Folder` of the unpacked files has.
 
     Folders common to all images are ignored, so it does not matter whether `train/` or its contents were packed.
-    If a NAME.cls exists beside every NAME.jpg, as in WebDataset's shards, the number in it is the label.
     """
 
-    def _scan(self, labelled: bool) -> tuple[list[str], Files]:
-        self._archives = Archives(self.root)
-        classes, files, self._above = listing.in_archives(self.root, self._archives, labelled)
-        return classes, files
-
-    _above: Parts = ()
-
-    def _file(self, parts: Parts) -> io.BytesIO:
-        content = self._archives.read((*self._above, *parts))
-        if not content:
-            raise ValueError("an empty file")
-        return io.BytesIO(content)
+    def _list(self, labelled: bool, classes: int | None, labels: str | None) -> Listing:
+        tree = Archives(self.root)
+        self._file = lambda parts: io.BytesIO(tree.read(parts))
+        return listing.listed(tree, labelled, classes, labels)
 
 
-SOURCES = {"digits": Digits, "folder": Folder, "archive": Archive}
+class Parquet(Folder):
+    """Images in the rows of parquet files, as hubs keep data sets, in the rows' order."""
+
+    def _list(self, labelled: bool, classes: int | None, labels: str | None) -> Listing:
+        rows = Rows(self.root)
+        self._file = lambda parts: io.BytesIO(rows.read(parts))
+        return listing.of_rows(rows, labelled, classes, labels)
+
+
+SOURCES = {"digits": Digits, "folder": Folder, "archive": Archive, "parquet": Parquet}
 
 
 def open_source(name: str, *, resolution: int, holdout: int, **options: Any) -> Source:
@@ -175,56 +190,6 @@ def open_source(name: str, *, resolution: int, holdout: int, **options: Any) -> 
     except TypeError as error:
         raise ValueError(f"image source {name!r} with options {sorted(options)}: {error}") from error
     return SOURCES[name](resolution, holdout, **options)
-
-
-def _regular(path: Path) -> Path:
-    if not path.is_file():  # reading a pipe or a device would block
-        raise ValueError("a link to nothing" if path.is_symlink() and not path.exists() else "not a regular file")
-    if not path.stat().st_size:
-        raise ValueError("an empty file")
-    return path
-
-
-def _opened(file: Path | io.BytesIO) -> Image.Image:
-    """The image in a file, as `upright_rgb` makes it."""
-    with Image.open(file, formats=FORMATS) as image:
-        # A camera's MPO is a JPEG with a preview after it.
-        if image.format != "MPO" and getattr(image, "is_animated", False):
-            raise ValueError(f"animated: {getattr(image, 'n_frames', 'several')} pictures, expected one")
-        return upright_rgb(image)
-
-
-def _reason(error: Exception, path: Path) -> str:
-    """What is wrong with an image, without its path: reasons are compared, counted and stored."""
-    return str(error).replace(repr(str(path)), "").replace(str(path), "").strip(" :") or type(error).__name__
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """An image as RGB, rotated by its EXIF orientation, transparency on white, 16-bit grey by its upper byte.
-
-    White, because most transparent images are drawn for a page; on black, dark drawings would vanish. CMYK is converted
-    to RGB by Pillow's formula; colour profiles are not applied, as in ADM's preparation.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode!r} has no known range, expected 8 or 16 bits a channel")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's centre crop: halve with BOX while the short side is at least 2 x size, BICUBIC to size, crop the centre."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
 
 
 def check(source: Folder, workers: int = 1, progress: Progress | None = None) -> Bad:
@@ -258,7 +223,8 @@ def write_checked(path: Path | str, source: Folder, bad: Bad, *, key: str) -> No
         raise ValueError(f"{source.root}: {told(bad)}, expected some that can")
     header = {"schema": artefact.SCHEMA, "kind": "checked", "key": key, "listing": source.listing}
     made = artefact.provenance(key=key)
-    artefact.write_json(path, {**header, "pictures": source.count, "bad": [*map(list, bad)], "provenance": made})
+    found = {"pictures": source.count, "bad": [*map(list, bad)], "unused": walk.grouped(source.unused)}
+    artefact.write_json(path, {**header, **found, "provenance": made})
 
 
 def read_checked(path: Path | str, source: Source) -> Bad:
@@ -280,7 +246,7 @@ def told(bad: Bad) -> str:
     """How many images cannot be used, why, and the first ones by name."""
     reasons = collections.Counter(reason for _, reason in bad).most_common()
     counts = "; ".join(f"{count} {reason}" for reason, count in reasons[:_SHOWN])
-    names = ", ".join(name for name, _ in bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
+    names = ", ".join(walk.printable(name) for name, _ in bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
     return f"{len(bad)} pictures cannot be used: {counts} ({names})"
 
 
@@ -376,7 +342,8 @@ def prepare_join(
 ) -> dict[str, Any]:
     """Join the shards of an image store; its splits are "train" and "held_out", its manifest names the classes.
 
-    The manifest also names the skipped images, `skipped`, each with the reason.
+    The manifest also names the skipped images, `skipped`, each with the reason, and the files of the source that are
+    not used, `unused`, by reason.
 
     Returns:
         The manifest.
@@ -393,6 +360,9 @@ def prepare_join(
         shards=shards,
         splits={"train": [0, kept], "held_out": [kept, source.count]},
         provenance=provenance,
-        extra=None if skipped is None else {"skipped": [list(entry) for entry in skipped]},
+        extra={
+            **({} if skipped is None else {"skipped": [list(entry) for entry in skipped]}),
+            "unused": walk.grouped(getattr(source, "unused", [])),
+        },
         expected_facts=_facts(source),
     )

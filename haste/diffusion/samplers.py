@@ -85,6 +85,8 @@ def euler_maruyama(
 def dopri5(velocity: Field, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6) -> Tensor:
     """The same ODE by torchdiffeq's adaptive Dormand-Prince 5(4), one sample at a time. Returns float64, as x.
 
+    A sample whose velocity is not finite, or too large for any step, becomes NaN.
+
     torchdiffeq chooses its steps by the error of the whole batch, so in a batch every sample would depend on the
     others. Separately, each sample has its own steps and its own number of evaluations. A velocity with jumps is solved
     from jump to jump, each interval with its own decision: no step straddles a jump. Times stay within [0, 1];
@@ -97,16 +99,20 @@ def dopri5(velocity: Field, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6) -
         own, state = velocity.row(i) if hasattr(velocity, "row") else velocity, x[i : i + 1]
         for high, low in pairwise([1.0, *sorted(getattr(velocity, "jumps", ()), reverse=True), 0.0]):
             slope = _guidance_frozen(own, (high + low) / 2)
-            state = odeint(
-                # its first guess of a step, corrected later, may be longer than the whole interval
-                lambda t, y, slope=slope, ends=(low, high): slope(y, min(max(float(t), ends[0]), ends[1])).double(),
-                state,
-                torch.tensor([high, low], dtype=torch.float64, device=x.device),
-                rtol=rtol,
-                atol=atol,
-                method="dopri5",
-                options={"step_t": torch.tensor([low], dtype=torch.float64, device=x.device)},
-            )[-1]
+            try:
+                state = odeint(
+                    # its first guess of a step, corrected later, may be longer than the whole interval
+                    lambda t, y, slope=slope, ends=(low, high): slope(y, min(max(float(t), ends[0]), ends[1])).double(),
+                    state,
+                    torch.tensor([high, low], dtype=torch.float64, device=x.device),
+                    rtol=rtol,
+                    atol=atol,
+                    method="dopri5",
+                    options={"step_t": torch.tensor([low], dtype=torch.float64, device=x.device)},
+                )[-1]
+            except AssertionError:  # no step is small enough, as for a velocity that is not finite
+                state = torch.full_like(state, torch.nan)
+                break
         ends.append(state)
     return torch.cat(ends) if ends else x
 

@@ -63,18 +63,33 @@ def remembered_identity(path: Path | str, memory: Path | str) -> str:
     Raises:
         ValueError: there is no such file, and none was recorded before.
     """
+    return _remember(path, memory)["sha256"]
+
+
+def changed_identity(path: Path | str, memory: Path | str) -> str:
+    """The identity of a file whose content is not what it was when first remembered; "" while it is.
+
+    Arguments and errors as `remembered_identity`.
+    """
+    found = _remember(path, memory)
+    return "" if found["sha256"] == found.get("first", found["sha256"]) else found["sha256"]
+
+
+def _remember(path: Path | str, memory: Path | str) -> dict[str, Any]:
     place, known = os.path.abspath(path), _remembered(memory)
     if not os.path.isfile(place):
         if place in known:
-            return known[place]["sha256"]
+            return known[place]
         raise ValueError(f"{path}: expected a file, found {'a folder' if os.path.isdir(place) else 'nothing'}")
     found = os.stat(place)
     mark = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-    if known.get(place, {}).get("mark") != mark:
-        known[place] = {"mark": mark, "sha256": file_identity(place)}
+    before = known.get(place, {})
+    if before.get("mark") != mark:
+        now = file_identity(place)
+        known[place] = {"mark": mark, "sha256": now, "first": before.get("first", before.get("sha256", now))}
         with contextlib.suppress(OSError):
             write_json(memory, {"schema": SCHEMA, "kind": "identities", "files": known})
-    return known[place]["sha256"]
+    return known[place]
 
 
 def _remembered(memory: Path | str) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ The arrays' headers alone show whether a file has the layout of images or of sta
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import tokenize
@@ -80,37 +81,39 @@ def foreign(path: Path | str, error: BaseException, what: str = "an .npz") -> Va
     return ValueError(f"{path}: expected {what}, found a truncated or foreign file ({words})")
 
 
-def headers(path: Path | str) -> dict[str, Header]:
-    """The headers of all arrays of an .npz; the arrays themselves are not read.
+def headers(path: Path | str | zipfile.ZipFile) -> dict[str, Header]:
+    """The headers of all arrays of an .npz, which may be open already; the arrays themselves are not read.
 
     Raises:
         ValueError: it is truncated or foreign; the message names the file.
     """
     found = {}
     try:
-        with zipfile.ZipFile(path) as archive:
+        with contextlib.nullcontext(path) if isinstance(path, zipfile.ZipFile) else zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if entry.filename.endswith(".npy"):
                     with archive.open(entry) as stream:
                         found[entry.filename.removesuffix(".npy")] = header_of(stream, entry.file_size)
     except BROKEN as error:
-        raise foreign(path, error) from error
+        raise foreign(str(getattr(path, "filename", path)), error) from error
     return found
 
 
-def check_images(path: Path | str, found: Header) -> None:
-    """Refuse an array `arr_0` that is not images (N, H, W, 3) uint8."""
+def check_images(path: Path | str, found: Header, name: str = "arr_0") -> None:
+    """Refuse an array that is not images (N, H, W, 3) uint8 in C order."""
     hint = "; convert floats in [0, 1] with clip(255 x), floats in [-1, 1] with clip(127.5 x + 128)"
     shape, dtype = found.shape, found.dtype
     if dtype.hasobject:
-        raise ValueError(f"{path}: arr_0 is pickled, which is never read; expected uint8 0..255 (N, H, W, 3)")
+        raise ValueError(f"{path}: {name} is pickled, which is never read; expected uint8 0..255 (N, H, W, 3)")
     if dtype != np.uint8:
-        raise ValueError(f"{path}: arr_0 holds {dtype}, expected uint8 0..255{hint if dtype.kind == 'f' else ''}")
-    if len(shape) != 4 or shape[3] != 3 or found.fortran:
+        raise ValueError(f"{path}: {name} holds {dtype}, expected uint8 0..255{hint if dtype.kind == 'f' else ''}")
+    if len(shape) != 4 or shape[3] != 3:
         told = " (channels come last: NHWC)" if len(shape) == 4 and shape[1] == 3 else ""
-        raise ValueError(f"{path}: arr_0 has shape {shape}, expected (N, H, W, 3){told}")
+        raise ValueError(f"{path}: {name} has shape {shape}, expected (N, H, W, 3){told}")
+    if found.fortran:  # whose images lie interleaved, so that none can be read without all
+        raise ValueError(f"{path}: {name} is in Fortran's order; save it anew by numpy.ascontiguousarray")
     if shape[0] < 0 or min(shape[1:]) < 1 or shape[1] * shape[2] > MOST_PIXELS:
-        raise ValueError(f"{path}: arr_0 has shape {shape}, expected images of 1 to {MOST_PIXELS:,} pixels")
+        raise ValueError(f"{path}: {name} has shape {shape}, expected images of 1 to {MOST_PIXELS:,} pixels")
 
 
 def check_moments(path: Path | str, found: Mapping[str, Header], output: str, width: int | None) -> None:

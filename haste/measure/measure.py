@@ -91,7 +91,7 @@ def check_rows(measure: Measure, rows: Iterable[Row], of: str) -> list[dict[str,
     for row in found:
         if set(row) != set(columns):
             raise ValueError(f"{of}: {type(measure).__name__} gave a row of {sorted(row)}, expected {sorted(columns)}")
-        broken = [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+        broken = [name for name, value in row.items() if not isinstance(value, str) and not math.isfinite(value)]
         if broken:
             where = ", ".join(f"{name} {row[name]}" for name in measure.axes)
             raise FloatingPointError(f"{of}: {broken[0]} at {where} is {row[broken[0]]}, expected a finite number")

@@ -5,9 +5,12 @@ B images, R resolution in pixels."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from haste.files import artefact
@@ -75,6 +78,19 @@ class Detector:
         """Move the network to a device; returns itself."""
         self.network.to(device)
         return self
+
+    def arrays(self, images: NDArray[np.uint8], of: Path | str, first: int = 0) -> dict[str, NDArray[np.float32]]:
+        """`outputs` for images uint8 NHWC (B, R, R, 3), each (B, width), and every number finite.
+
+        Raises:
+            ValueError: as for a call; or features that are not finite: of the image `first` + its place, among `of`.
+        """
+        found = {name: value.numpy() for name, value in self(torch.from_numpy(images)).items()}
+        for name, value in found.items():
+            if len(broken := np.flatnonzero(~np.isfinite(value).all(axis=1))):
+                which = f"{of}: image {first + int(broken[0])}"
+                raise ValueError(f"{which}: its {name} by {self.name} is not finite, expected numbers")
+        return found
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Images uint8 NHWC (B, R, R, 3), 0..255 -> `outputs`, such as {"pool": (B, F), "logits": (B, K)}, float32.

@@ -116,7 +116,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     found = np.linalg.eigvalsh((product + product.T) / 2)
     trace_root = np.sqrt(found[_spanned(found, b.count - 1)]).sum()
     gap = a.mean - b.mean
-    return max(0.0, float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * trace_root))
+    distance = float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * trace_root)
+    return 0.0 if distance < 0 else distance  # below 0 by rounding, but NaN stays NaN
 
 
 def _spanned(values: NDArray[np.floating], rank: int) -> NDArray[np.bool_]:

@@ -13,9 +13,10 @@ A new metric is a function and a line in METRICS.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from haste.metrics.frechet import checked_features
 from haste.metrics.neighbours import precision_recall
 
 Batch = Mapping[str, NDArray]
+Numbers = TypeVar("Numbers", bound=Mapping[str, Any])
 NEIGHBOURS = 10_000  # real images that ADM's precision and recall, and here KID, use
 
 
@@ -51,6 +53,15 @@ class Metric:
     better: Mapping[str, str]
     notes: Callable[[Any, Any], list[str]] = lambda stats, reference: []
     reference_rows: int | None = None
+
+
+def finite(found: Numbers, of: str) -> Numbers:
+    """Values of metrics by name, or None for one without, unchanged. Raises FloatingPointError if one is not finite."""
+    if broken := [name for name, value in found.items() if value is not None and not math.isfinite(value)]:
+        raise FloatingPointError(
+            f"{of}: {broken[0]} is {found[broken[0]]}, expected a finite number: nothing is scored"
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,15 @@ class Denoiser(nn.Module):
     can_checkpoint      whether it supports `checkpoint_blocks`; if not, configurations that request it are refused
     checkpoint_blocks   True requests that only the blocks' inputs are kept for the backward pass, as in `through`
     own_logsumexp       True requests the logsumexp of tapped attention; a network may ignore it
+    can_precise_time    whether it supports `precise_time`; if not, configurations that request it are refused
+    precise_time        True requests that the layers of the time alone leave autocast, as in `TimestepEmbedding`
     """
 
     Settings: ClassVar[Any] = None
     process: ClassVar[str] = "interpolant"
     condition: ClassVar[str] = "labels"
     can_checkpoint: ClassVar[bool] = False
+    can_precise_time: ClassVar[bool] = False
     taps: Mapping[str, Tap]
 
     def __init__(self, *, input_size: int, in_channels: int, classes: int = 0):
@@ -51,7 +54,7 @@ class Denoiser(nn.Module):
         self.input_size, self.in_channels = input_size, in_channels
         self.classes = self.null_class = classes
         self.taps = {}
-        self.checkpoint_blocks = self.own_logsumexp = False
+        self.checkpoint_blocks = self.own_logsumexp = self.precise_time = False
 
     def forward(self, x: Tensor, t: Tensor, y: Any, taps: Collection[str] = ()) -> tuple[Tensor, dict[str, Any]]:
         """The prediction at x (B, C, H, W), t (B,) and y, and the requested taps.

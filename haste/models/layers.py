@@ -7,6 +7,7 @@ then copied, so that one seed gives the same model on every device and in every 
 """
 
 import math
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -107,9 +108,11 @@ class TimestepEmbedding(nn.Module):
                 fill_normal(layer.weight, 0.02, generator)
                 fill_zero(layer.bias)
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, precise: bool = False) -> Tensor:
+        """With `precise` it leaves autocast: bf16 would round the features of t in [0, 1] to steps of 0.004 near 1."""
         dtype = next(self.mlp.parameters()).dtype
-        return self.mlp(timestep_features(t, self.features).to(dtype))
+        with torch.autocast(t.device.type, enabled=False) if precise else nullcontext():
+            return self.mlp(timestep_features(t, self.features).to(dtype))
 
 
 class LabelEmbedding(nn.Module):

@@ -26,7 +26,7 @@ class SiT(Denoiser):
     ValueError if the patches do not tile the image or the heads do not divide the width.
     """
 
-    can_checkpoint = True
+    can_checkpoint = can_precise_time = True
     pos_embed: Tensor
 
     def __init__(
@@ -92,7 +92,7 @@ class SiT(Denoiser):
         assert t.shape == y.shape == x.shape[:1], (tuple(t.shape), tuple(y.shape))
         tapped: dict[str, Any] = {}
         tokens = self.x_embedder(x) + self.pos_embed  # (B, N, D)
-        condition = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        condition = self.t_embedder(t, self.precise_time) + self.y_embedder(y)  # (B, D)
         for index, block in enumerate(self.blocks):
             wants_attention = f"attention.{index}" in taps
             tokens, inner = self.through(block, tokens, condition, wants_attention, self.own_logsumexp)

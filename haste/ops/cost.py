@@ -15,7 +15,7 @@ from rich.table import Table
 from haste import extensions
 from haste.align import triggers
 from haste.config import Sampling, facts_in
-from haste.files import journal, units
+from haste.files import journal, units, walk
 from haste.networks.registry import AUTOENCODERS, DETECTORS
 from haste.plan.names import Artefact, Detector, Evaluation, Segment
 from haste.plan.plan import Plan
@@ -372,8 +372,14 @@ def print_plan(plan: Plan) -> None:
             f"{how} Other times are computed. What is unknown is in no sum: preparing data, a small autoencoder, a "
             "teacher whose size only loading it can tell, a solver that chooses its own steps."
         )
-    for line in shared_trunks(plan) + unknown_targets(plan) + plan.notes:
+    for line in [*_pictures(plan), *shared_trunks(plan), *unknown_targets(plan), *plan.changes, *plan.notes]:
         console.print(line, markup=False, highlight=False)
+
+
+def _pictures(plan: Plan) -> list[str]:
+    return (
+        [f"{plan.config.images.path}: {plan.image_count:,} pictures; {walk.told(plan.unused)}"] if plan.unused else []
+    )
 
 
 def _clock(stage: Stage) -> str:

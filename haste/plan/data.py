@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from haste.config import DETECTORS, Config
+from haste.config import DETECTORS, Config, Images, decides
 from haste.config import Detector as DetectorSpec
-from haste.files import artefact, listing
+from haste.files import artefact, listing, walk
 from haste.files.artefact import fingerprint, remembered_identity
+from haste.files.listing import Listing
+from haste.files.sources import UNUSED, SourceRecord
 from haste.networks import foreign
 from haste.plan.names import RECIPE, Artefact, Detector
+
+WEIGHTS = ("*.safetensors", "*.bin", "config.json")  # files of a folder of weights that decide what it computes
 
 
 class Data:
@@ -23,15 +27,17 @@ class Data:
         images, latents: the two stores.
         autoencoder: the one trained here, or None.
         encoder, decoder: what encodes images and decodes samples: that part's folder, or a folder or hub id.
+        encoder_key, decoder_key: what identifies them in recipes.
         teachers: name -> the network trained here, None for a public one.
         detectors: by name; the first one is the main one: its Frechet distance orders curves and grids.
         checked_images: the list of unusable images, if these are left out; else None.
+        source: the record of what the images' source held; None for images of a library.
     """
 
     def __init__(self, config: Config):
         self.config, self.root = config, config.results.rstrip("/")
-        self.identities = _identities(config, self.root)
-        self.images = self._images()
+        self.identities, self._names = _identities(config, self.root), dict[str, str]()
+        self.source, self.images = self._images()
         skips = config.images.on_bad_image == "skip"
         self.checked_images = f"{self.images.folder}/checked.json" if skips else None
 
@@ -39,9 +45,11 @@ class Data:
         self.autoencoder = self.part("autoencoder", "autoencoder", trained.model_dump()) if trained else None
         if public:
             self.encoder, self.decoder = public.encode, public.decode or public.encode
+            self.encoder_key, self.decoder_key = self._named(self.encoder), self._named(self.decoder)
         else:
             assert self.autoencoder
             self.encoder = self.decoder = self.autoencoder.folder
+            self.encoder_key = self.decoder_key = self.autoencoder.key
         self.latents = self._latents()
 
         self.teachers: dict[str, Artefact | None] = {
@@ -66,24 +74,40 @@ class Data:
         recipe = {"recipe": RECIPE, "of": source, "detector": detector}
         return Artefact("features", fingerprint(recipe), recipe, f"{self.root}/features/{of}/{kind}-{detector}", shards)
 
-    def _images(self) -> Artefact:
+    def _images(self) -> tuple[SourceRecord | None, Artefact]:
         spec = self.config.images
-        recipe = {"recipe": RECIPE, **spec.model_dump(exclude={"shards", "on_bad_image"})}
+        recipe = {"recipe": RECIPE, **decides(Images, spec.model_dump(exclude={"shards", "on_bad_image"}))}
         if spec.on_bad_image == "skip":  # a store that may leave images out is not the same as one that may not
             recipe["on_bad_image"] = "skip"
-        return self.store("images", recipe, spec.shards)
+        plain = self.store("images", recipe, spec.shards)
+        if spec.path is None:
+            return None, plain
+        source = SourceRecord(self.root, Path(plain.folder).name)
+        content = source.content
+        return source, self.store("images", {**recipe, "content": content}, spec.shards) if content else plain
+
+    def _named(self, weights: str) -> str:
+        """Weights as recipes name them: by path or hub id, and by content too once that has changed."""
+        if weights in self._names:
+            return self._names[weights]
+        place = Path(weights)
+        files = sorted(file for kind in WEIGHTS for file in place.rglob(kind)) if place.is_dir() else [place]
+        memory = f"{self.root}/identities.json"
+        changed = [artefact.changed_identity(file, memory) for file in files if file.is_file()]
+        self._names[weights] = f"{weights} {fingerprint(changed)}" if any(changed) else weights
+        return self._names[weights]
 
     def _latents(self) -> Artefact:
         spec = self.config.autoencoder
-        encoder = self.autoencoder.key if self.autoencoder else self.encoder
-        recipe = {"recipe": RECIPE, "images": self.images.key, "autoencoder": encoder, "dtype": spec.dtype}
+        recipe = {"recipe": RECIPE, "images": self.images.key, "autoencoder": self.encoder_key, "dtype": spec.dtype}
         recipe |= self.config.condition.entry
         return self.store("latents", recipe, spec.shards)
 
     def _detector(self, name: str, spec: DetectorSpec) -> Detector:
         part = self.part("detector", name, spec.trained.model_dump()) if spec.trained else None
         kind, weights = (spec.pretrained.name, spec.pretrained.weights) if spec.pretrained else ("cnn", None)
-        key = fingerprint({"recipe": RECIPE, "detector": part.key if part else [kind, weights]})
+        public = [kind, weights and self._named(weights)]
+        key = fingerprint({"recipe": RECIPE, "detector": part.key if part else public})
         of, source = self.images.folder.rsplit("/", 1)[1], self.images.key
         if spec.reference is not None:
             source = self.identities[spec.reference]
@@ -98,7 +122,7 @@ class Data:
         if part:
             return part.key
         assert spec
-        return spec.name if spec.weights is None else f"{spec.name} from {spec.weights}"
+        return spec.name if spec.weights is None else f"{spec.name} from {self._named(spec.weights)}"
 
     def detector_named(self, name: str) -> Detector:
         """A detector by its name.
@@ -120,21 +144,106 @@ class Data:
             return 4 * (4 * spec.width + self.config.images.classes) + 8
         return None if public is None else 4 * public.numbers + 8
 
-    @functools.cached_property  # a large folder takes minutes to walk
+    @property
+    def notes(self) -> list[str]:
+        """Which files from outside are gone or are not what they were."""
+        gone = "is gone; what was made from it stays, and nothing more can be made"
+        changed = (
+            "was changed since results were first made with it. What is made with it now has new names; what exists "
+            "keeps its own, and goes on if the former content is put back"
+        )
+        lost = [f"{file}: {gone}" for file in self.identities if not Path(file).is_file()]
+        return lost + [f"{weights}: {changed}" for weights, name in self._names.items() if name != weights]
+
+    @property
     def image_count(self) -> int:
         """Number of images in the store or, before it exists, in its source, counted as the first job will do it.
 
         Raises:
             ValueError: the source is missing, has no images, fewer than are held out, or other classes.
         """
-        manifest, spec = Path(self.images.manifest), self.config.images
-        if manifest.exists():
-            return artefact.read_json(manifest, "store")["count"]
-        where, (count, classes) = spec.path or spec.source, listing.survey(spec.source, spec.path, bool(spec.classes))
-        listing.checked_holdout(where, spec.holdout, count)
-        if classes is not None:
-            listing.check_classes(where, classes, spec.classes)
-        return count
+        return self._survey[0]
+
+    @property
+    def unused(self) -> list[dict[str, Any]]:
+        """What lies among the images and is not used, as `haste.files.walk.grouped`; raises as `image_count`."""
+        return self._survey[1]
+
+    @functools.cached_property
+    def _survey(self) -> tuple[int, list[dict[str, Any]]]:
+        if Path(self.images.manifest).exists():
+            made = artefact.read_json(self.images.manifest, "store")
+            return made["count"], made.get("unused", [])
+        spec, found = self.config.images, self._listing
+        listing.checked_holdout(self.where, spec.holdout, len(found.files))
+        if found.classes is not None:
+            listing.check_classes(self.where, found.classes, spec.classes)
+        return len(found.files), walk.grouped(found.unused)
+
+    @functools.cached_property  # a large folder takes minutes to walk
+    def _listing(self) -> Listing:
+        spec = self.config.images
+        return listing.survey(spec.source, spec.path, spec.classes, spec.labels)
+
+    @property
+    def where(self) -> str:
+        """The images' source, as messages name it."""
+        return self.config.images.path or self.config.images.source
+
+    def check_source(self) -> None:
+        """Refuse images that are still to be made from a source that has changed since the first were.
+
+        Raises:
+            ValueError: says what was added, removed and changed; or as `image_count`.
+        """
+        if self.source and self.source.read() and not Path(self.images.manifest).exists():
+            self.source.check(self.where, listing.held(self._listing))
+
+    def use_source(self) -> None:
+        """Record what the source holds when the first images are made from it; later as `check_source`."""
+        if self.source:
+            held = listing.held(self._listing)
+            self.source.check(self.where, held) if self.source.read() else self.source.use(self.where, held)
+
+    def update_source(self) -> str:
+        """Take up what the source holds now, and say what that means; existing stores keep their names.
+
+        Raises:
+            ValueError: images that are no files; or as `image_count`.
+        """
+        if self.source is None:
+            raise ValueError(f"images: {self.where} are no files that could change")
+        changes, held = self.source_changes, listing.held(self._listing)
+        if not changes:
+            return f"{self.where}: nothing has changed since images were made from it, {len(held):,} pictures"
+        self.source.use(self.where, held, before=self._made_before)
+        return (
+            f"{changes.removesuffix(UNUSED)}; used from now on. Images and all that is made from them have new names; "
+            "what exists keeps its own. The next run of the workflow makes them"
+        )
+
+    @functools.cached_property
+    def source_changes(self) -> str:
+        """How the source differs from what the images were made from, in a sentence; "" if not, or if it is gone."""
+        if self.source is None or not Path(self.where).exists():
+            return ""
+        try:
+            if self.source.read():
+                return self.source.changes(self.where, listing.held(self._listing))
+            before, now = self._made_before, len(self._listing.files)
+        except ValueError as refusal:
+            return f"{refusal}; existing images were made from what was there before"
+        if before in (None, now):
+            return ""
+        return f"{self.where}: {now:,} pictures, and {before:,} when the images were made{UNUSED}"
+
+    @property
+    def _made_before(self) -> int | None:
+        """How many pictures a store was made from, if one was made and nothing was recorded."""
+        if not Path(self.images.manifest).exists():
+            return None
+        made = artefact.read_json(self.images.manifest, "store")
+        return made["count"] + len(made.get("skipped", []))
 
 
 def _identities(config: Config, root: str) -> dict[str, str]:

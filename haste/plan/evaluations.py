@@ -46,9 +46,8 @@ class Evaluations:
 
     def _evaluation(self, state: State, name: str) -> Evaluation:
         root, sampling, shards = self.data.root, self.config.sampling[name], self.config.runtime.sample_shards
-        decoder = self.data.autoencoder.key if self.data.autoencoder else self.data.decoder
         settings = decides(Sampling, sampling.model_dump())
-        recipe = {"recipe": RECIPE, "state": str(state), "sampling": settings, "decoder": decoder}
+        recipe = {"recipe": RECIPE, "state": str(state), "sampling": settings, "decoder": self.data.decoder_key}
         draw = f"{state.trajectory}.{state.step:08d}.{fingerprint(recipe, 8)}"
         judgements = []
         for detector in self.data.detectors.values():

@@ -61,8 +61,10 @@ def _exist(files: list[str]) -> bool:
 
 
 def images(parts: Parts) -> None:
-    """Refuse pictures that cannot be counted, are too few, or have other classes."""
+    """Refuse pictures that cannot be counted, are too few, have other classes, or have changed since the first were
+    prepared."""
     _ = parts.data.image_count
+    parts.data.check_source()
 
 
 def encoder(parts: Parts) -> None:
@@ -192,6 +194,7 @@ def check_tracker(kind: str) -> None:
 #: Every path, file, hub name and library in a configuration, and what looks at it; a test walks the schema for others.
 INPUTS: dict[str, Callable[[Parts], None]] = {
     "images.path": images,
+    "images.labels": images,
     "autoencoder.pretrained.encode": encoder,
     "autoencoder.pretrained.decode": decoder,
     "teachers.NAME.pretrained.name": teachers,

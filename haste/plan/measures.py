@@ -93,7 +93,8 @@ class Measures:
             "terms": named_terms(self.config, self.data, terms),
         }
         if run in self.config.evaluate:  # an imported checkpoint has no alignment in its name; a trained state has
-            recipe["precision"] = self.config.training.precision
+            training = self.config.training.decided
+            recipe |= {key: training[key] for key in ("precision", "time_dtype") if key in training}
         kind = "".join(c if c.isascii() and (c.isalnum() or c in "._") else "-" for c in spec.measure)
         file = f"{self.data.root}/measures/{state.trajectory}.{state.step:08d}/{kind}-{fingerprint(recipe)}.json"
         cached = tuple(kind for kind, term in terms.items() if self.config.teachers[term["teacher"]].caches(kind))

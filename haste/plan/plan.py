@@ -14,8 +14,9 @@ Its parts, each made from those above it:
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from haste.config import Config, Evaluate, Run, check_samplers, decides
+from haste.config import Config, Evaluate, Images, Run, check_samplers, decides
 from haste.files.artefact import fingerprint
 from haste.plan import inputs
 from haste.plan.data import Data
@@ -30,6 +31,7 @@ class Plan:
     """What a configuration needs. Attributes that `__init__` copies from the parts are documented there.
 
     Attributes:
+        data: the stores and their source.
         root, folder: of all results; of this configuration, results/<configuration>.
         config_file: the resolved configuration that every job reads.
         report: the final page.
@@ -44,7 +46,7 @@ class Plan:
         targets, runs = Targets(config, data), Runs(config, data)
         evaluations = Evaluations(config, data, runs)
 
-        self._data, self.root, self.identities = data, data.root, data.identities
+        self.data, self.root, self.identities = data, data.root, data.identities
         self.folder = f"{data.root}/{config.name}"
         self.config_file, self.report = f"{self.folder}/config.json", f"{self.folder}/report/index.html"
         self.images, self.latents, self.checked_images = data.images, data.latents, data.checked_images
@@ -61,8 +63,7 @@ class Plan:
         self.trajectories = runs.trajectories | evaluations.trajectories
         self.pieces, self.cuts, self.planned, self.trained = runs.pieces, runs.cuts, runs.planned, runs.trained
         self.state, self.parse, self.segment, self.on_disk = runs.state, runs.parse, runs.segment, runs.on_disk
-        gone = "is gone; what was made from it stays, and nothing more can be made"
-        self.notes = runs.notes + [f"{file}: {gone}" for file in data.identities if not Path(file).is_file()]
+        self.notes = runs.notes + data.notes
 
         self.rows, self.elsewhere = evaluations.rows, evaluations.elsewhere
         self.evaluations, self.evaluation = evaluations.by_name, evaluations.named
@@ -74,7 +75,18 @@ class Plan:
     @property
     def image_count(self) -> int:
         """Images of the store or, before it exists, of its source; raises as `Data.image_count`."""
-        return self._data.image_count
+        return self.data.image_count
+
+    @property
+    def unused(self) -> list[dict[str, Any]]:
+        """What lies among the images and is not used, as `haste.files.walk.grouped`; raises as `image_count`."""
+        return self.data.unused
+
+    @property
+    def changes(self) -> list[str]:
+        """How the images' source differs from what they were made from, and what to do; nothing if it does not."""
+        said = self.data.source_changes
+        return [f"{said}. `haste images --update` takes the change up, under new names"] if said else []
 
     def check(self) -> None:
         """Refuse, before anything is submitted, what the first jobs would refuse, with the same messages.
@@ -140,11 +152,13 @@ class Plan:
         shown = decides(Config, self.config.model_dump(mode="json", exclude={"results"}))
         for kind, schema in (("runs", Run), ("evaluate", Evaluate)):
             shown[kind] = {name: decides(schema, row) for name, row in shown[kind].items()}
+        shown["images"] = decides(Images, shown["images"])
         # Keys that are younger than people's reports stay out of the name while they are at their defaults.
         if self.config.condition.name == "labels":
             del shown["condition"]
-        if self.config.training.process is None:
-            del shown["training"]["process"]
+        for key in ("process", "time_dtype"):
+            if shown["training"][key] is None:
+                del shown["training"][key]
         return f"{self.folder}/report/made-{fingerprint(shown)}.json"
 
     @property

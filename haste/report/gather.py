@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,9 @@ def _score(detector: Detector, path: str) -> dict[str, Any]:
     """A score under this configuration's name for the detector: another configuration may have made the file."""
     found = artefact.read_json(path, "score")
     artefact.check_entries(path, found, detector=dict, scores=dict, samples=int, reference=dict, provenance=dict)
+    for name, value in found["scores"].items():
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise ValueError(f"{path}: {name} is {value}, expected a finite number; remove the file to score again")
     return {**found, "detector": {**found["detector"], "name": detector.name}}
 
 
@@ -302,7 +306,7 @@ def report(plan: Plan) -> Report:
         stages=stages(plan),
         provenance=artefact.provenance(inputs=inputs),
         config_text=yaml.safe_dump(made.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
-        notes=[*plan.notes, *notes, *unmeasured, *_older(plan)],
+        notes=[*plan.changes, *plan.notes, *notes, *unmeasured, *_older(plan)],
         benchmark=benchmark(plan),
         seeds={run: row.all_seeds for run, row in made.runs.items()},
         measures=measures,

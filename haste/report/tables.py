@@ -235,11 +235,20 @@ def _notes(part: Sequence[Line], several: bool, kinds: Sequence[Column]) -> list
         notes.append(f"One training seed per run ({min(seeds_used)}).")
     if any(line.error(c) is not None for line in part if len(line.seeds) == 1 for c in kinds):
         notes.append("± of IS and KID with one seed: over splits or subsets of the samples.")
-    said = [note for line in part for row in line.rows for note in row.score.get("notes") or []]
-    notes += [note[0].upper() + note[1:].rstrip(".") + "." for note in dict.fromkeys(said)]
+    notes += _on_scores(part)
     if any(line.missing for line in part):
         notes.append("If a seed is missing, the values so far are listed one by one, without a mean.")
     return notes
+
+
+def _on_scores(part: Sequence[Line]) -> list[str]:
+    """The scores' own notes, as sentences; one that is not of all lines names those that it is of."""
+    said: dict[str, list[str]] = {}
+    for line in part:
+        for note in dict.fromkeys(note for row in line.rows for note in row.score.get("notes") or []):
+            said.setdefault(note, []).append(f"{line.first.run} at step {line.first.step:,}")
+    whose = {note: "" if len(who) == len(part) else f"{', '.join(dict.fromkeys(who))}: " for note, who in said.items()}
+    return [f"{whose[note]}{note if whose[note] else note[0].upper() + note[1:]}".rstrip(".") + "." for note in said]
 
 
 def _floor(report: Report, frame: _Frame) -> Entry:

@@ -5,6 +5,7 @@ Shapes: N images, R pixels per side, C classes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from haste.files.npz import ADM, read_npz
 from haste.files.provenance import provenance_of
 from haste.plan.names import Evaluation
 from haste.plan.plan import Plan
+from haste.sampling.samples import Samples, open_samples
 
 GAP = 2  # pixels between neighbouring images, half of it on each side, so that columns have equal widths
 
@@ -93,7 +95,7 @@ SCALE = 2  # screen pixels per sample pixel, for small images
 def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
     """The first samples in columns by their condition (one per class), or in columns without meaning.
 
-    Equal seeds: equal columns and equal noise for every method.
+    Equal seeds: equal columns and equal noise for every method. Only the images that are shown are held.
     """
     with locks.making(evaluation.grid, anew=True) as todo:
         if todo:
@@ -102,27 +104,41 @@ def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
 
 def _paint(plan: Plan, evaluation: Evaluation) -> None:
     condition = condition_in(plan.trajectories[evaluation.state.trajectory].recipe)
-    images, told, inputs = [], list[dict[str, np.ndarray]](), dict[str, str]()
+    sets, told, inputs = list[Samples](), list[dict[str, np.ndarray]](), dict[str, str]()
+    entries = {name: ADM.get(name, name) for name in condition.fields}
     for path in evaluation.sample_files:
-        entries = {name: ADM.get(name, name) for name in condition.fields}
-        found = read_npz(path, "samples", ["arr_0", *entries.values()])
-        rows, shape = {name: found[entry] for name, entry in entries.items()}, found["arr_0"].shape
-        fits = all(rows[name].shape == (*shape[:1], *row) for name, (row, _) in condition.fields.items())
-        if len(shape) != 4 or shape[1:] != (shape[1], shape[1], 3) or not fits:
+        samples, found = open_samples(path), read_npz(path, "samples", list(entries.values()))
+        rows = {name: found[entry] for name, entry in entries.items()}
+        fits = all(rows[name].shape == (samples.count, *row) for name, (row, _) in condition.fields.items())
+        if samples.size[0] != samples.size[1] or not fits:
             beside = " and ".join(f"{name}s of shape {row.shape}" for name, row in rows.items())
+            shape = (samples.count, *samples.size, 3)
             raise ValueError(f"{path}: images of shape {shape} and {beside}, expected (N, R, R, 3) and N rows")
-        images.append(found["arr_0"])
+        sets.append(samples)
         told.append(rows)
         inputs |= provenance_of(Path(path)).get("inputs", {})
-    pixels = np.concatenate(images)
+    count = sum(samples.count for samples in sets)
     columns = condition.columns({name: np.concatenate([rows[name] for rows in told]) for name in told[0]}, COLUMNS)
     if columns is None:
-        width = columns_for(len(pixels), most=COLUMNS, rows=PER_CLASS)
-        place, titles = np.arange(len(pixels)) % width, list(range(width))
+        width = columns_for(count, most=COLUMNS, rows=PER_CLASS)
+        place, titles = np.arange(count) % width, list(range(width))
     else:
         place, titles = columns
-    grid = class_grid(pixels, place, per_class=PER_CLASS, scale=SCALE, classes=range(len(titles)))
+    shown = np.sort(np.concatenate([np.flatnonzero(place == column)[:PER_CLASS] for column in range(len(titles))]))
+    grid = class_grid(_images(sets, shown), place[shown], per_class=PER_CLASS, scale=SCALE, classes=range(len(titles)))
     about = {"schema": artefact.SCHEMA, "kind": "grid", "samples": evaluation.name, "classes": titles}
     about |= {"titled": columns is not None}
     made = artefact.provenance(key=evaluation.key, recipe=evaluation.recipe, inputs=inputs)
     write_png(evaluation.grid, grid, {**about, "provenance": made})
+
+
+def _images(sets: Sequence[Samples], rows: np.ndarray) -> np.ndarray:
+    """Images of some rows, ascending, of all sets together, (N, R, R, 3). Nothing is read behind the last one."""
+    found, low = [], 0
+    for images in itertools.chain.from_iterable(samples.batches(64) for samples in sets):
+        mine = rows[(rows >= low) & (rows < low + len(images))] - low
+        found.append(images[mine])
+        low += len(images)
+        if not len(rows) or rows[-1] < low:
+            break
+    return np.concatenate(found)

@@ -34,6 +34,8 @@ from haste.train.warm_start import model_elsewhere
 
 log = logging.getLogger("haste.sample")
 
+DECODED_PIXELS = 2**20  # of the images that are decoded at once: 16 of 256 px, for each of which a decoder holds 0.2 GB
+
 
 @dataclasses.dataclass(frozen=True)
 class Painter:
@@ -58,12 +60,27 @@ class Painter:
         the evaluations of each, (B,) int64.
 
         A guided evaluation counts once. `told` is called with the completed share of the work before every evaluation.
+
+        Raises:
+            FloatingPointError: latents or pixels of a sample are not finite; the message says of which.
         """
         rows = self.condition.sampled(self.sampling, indices)
         z, counts = self.latents(indices, rows, told)
-        decoded = self.autoencoder.decode(z.float(), scale=self.scale, shift=self.shift)
-        image = to_pixels(decoded, self.sampling.pixels).cpu().numpy()
+        most = max(1, DECODED_PIXELS // (self.autoencoder.factor * self.model.input_size) ** 2)
+        pieces = [slice(low, low + most) for low in range(0, len(z) or 1, most)]
+        image = np.concatenate([self._decoded(z[piece], indices[piece]) for piece in pieces])
         return {"image": image, **rows, "nfe": counts.numpy()}
+
+    def _decoded(self, z: Tensor, indices: range) -> np.ndarray:
+        """Images (B, R, R, 3) uint8 of latents. Pixels that are not finite would become black without a word."""
+        decoded = self.autoencoder.decode(z.float(), scale=self.scale, shift=self.shift)
+        for what, found in (("latents", z), ("pixels", decoded)):
+            if len(broken := (~found.flatten(1).isfinite().all(dim=1)).nonzero()):
+                raise FloatingPointError(
+                    f"sample {indices[int(broken[0, 0])]}: its {what} are not finite, expected numbers. The run "
+                    "ran away, or the weights are damaged: sample an earlier state."
+                )
+        return to_pixels(decoded, self.sampling.pixels).cpu().numpy()
 
     @torch.inference_mode()
     def latents(

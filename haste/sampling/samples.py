@@ -1,33 +1,42 @@
-"""Sets of finished images from any source: ADM's .npz, a folder, a zip, our own shards, an image store.
+"""Sets of finished images from any source: ADM's .npz, a folder, archives, our own shards, an image store.
 
 Images are streamed, never all in memory. N images of H x W pixels, uint8 RGB.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
+import io
 import itertools
 import math
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from haste.data import pictures
 from haste.data.ahead import made_ahead
-from haste.files import artefact
-from haste.files.npz import BROKEN, check_images, foreign, header_of
+from haste.files import archives, artefact, listing, walk
+from haste.files.npz import BROKEN, check_images, foreign, header_of, headers
 from haste.files.store import MANIFEST, Store
+from haste.files.walk import Parts
+
+T = TypeVar("T")
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 DECODERS = min(8, os.cpu_count() or 1)  # threads that decode images
 LOSSY = (".jpg", ".jpeg", ".webp")
-OTHERS = (".tif", ".tiff", ".gif", ".jp2", ".jxl", ".avif", ".heic", ".heif", ".ppm")  # image formats that are not read
+_FORMATS = (*pictures.FORMATS, "BMP")
+_SHOWN = 10  # images named in a message
+_Read = Callable[[], Path | io.BytesIO]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Samples:
 
     path: its path; count: images; size: height and width in pixels; kind: how it is packed, in words;
     files: the files it is read from; lossy: how many of the images are in files whose format may have changed their
-    pixels; left_out: how many more images there are in formats that are not read.
+    pixels; unused: the other files there, as `haste.files.walk.grouped`.
     """
 
     path: Path
@@ -46,7 +55,8 @@ class Samples:
     files: tuple[Path, ...]
     _parts: tuple[Callable[[], Iterator[np.ndarray]], ...]
     lossy: int = 0
-    left_out: int = 0
+    unused: Sequence[dict[str, Any]] = ()
+    check: Callable[[], None] = lambda: None  # looks at headers alone; raises ValueError as `batches` would
 
     def batches(self, most: int) -> Iterator[np.ndarray]:
         """The images in order, (B, H, W, 3) uint8 with B = `most` except in the last batch.
@@ -93,8 +103,9 @@ def open_samples(path: Path | str) -> Samples:
 
     Args:
         path: an .npz with `arr_0` (N, H, W, 3) uint8 (ADM's sample files), a folder of shards as `haste sample`
-            writes them, a folder of images at any depth, a .zip of images, or the folder of an image store, whose
-            held-out images are skipped; images in sorted order of their names.
+            writes them, a folder of images at any depth, a .zip or .tar of images, or the folder of an image store,
+            whose held-out images are skipped; images in sorted order of their names. The files of folders and
+            archives are found as those of an image source, see `haste.files.walk`.
 
     Raises:
         ValueError: missing, empty, or not such images; the message says what was found.
@@ -106,12 +117,19 @@ def open_samples(path: Path | str) -> Samples:
         if (path / MANIFEST).exists():
             return _of_store(path)
         shards = sorted(path.glob("shard-*-of-*.npz"))
-        return _of_shards(path, shards) if shards else _of_folder(path)
+        if shards:
+            return _of_shards(path, shards)
+        inside = walk.Directory(path)
+        return _of_pictures(inside, "folder of pictures", inside.file, partial(_on_disk, path))
     if path.suffix == ".npz":
         return _of_arrays(path, [path], ".npz")
-    if path.suffix == ".zip":
-        return _of_zip(path)
-    raise ValueError(f"{path}: expected an .npz, a .zip or a folder of images, found {path.suffix or 'no suffix'!r}")
+    if path.suffix.lower() in archives.SUFFIXES:
+        packed = archives.Archives(path)
+        kind = f"{path.suffix.lower()[1:]} of pictures"
+        return _of_pictures(packed, kind, lambda parts: io.BytesIO(packed.read(parts)), lambda found: packed.files)
+    raise ValueError(
+        f"{path}: expected an .npz, a .zip, a .tar or a folder of images, found {path.suffix or 'no suffix'!r}"
+    )
 
 
 # ---- a store
@@ -170,16 +188,24 @@ class _array:  # noqa: N801 - used like a function
             self.archive = zipfile.ZipFile(self.file)
         except BROKEN as error:
             raise foreign(self.file, error) from error
-        if "arr_0.npy" not in (names := self.archive.namelist()):
-            held = ", ".join(name.removesuffix(".npy") for name in names) or "nothing"
-            raise ValueError(f"{self.file}: expected images under arr_0, found {held}")
+        name = self._name()
         try:
-            stream = self.archive.open("arr_0.npy")
+            stream = self.archive.open(f"{name}.npy")
             found = header_of(stream)
         except BROKEN as error:
             raise foreign(self.file, error) from error
-        check_images(self.file, found)
+        check_images(self.file, found, name)
         return stream, found.shape
+
+    def _name(self) -> str:
+        """`arr_0`, or the only array of images."""
+        names = [name.removesuffix(".npy") for name in self.archive.namelist()]
+        if "arr_0" in names:
+            return "arr_0"
+        images = [name for name, one in headers(self.archive).items() if len(one.shape) == 4 and one.dtype == np.uint8]
+        if len(images) != 1:
+            raise ValueError(f"{self.file}: expected images under arr_0, found {', '.join(names) or 'nothing'}")
+        return images[0]
 
     def __exit__(self, *_: object) -> None:
         self.archive.close()
@@ -202,67 +228,83 @@ def _rows_of_array(file: Path, rows: int = 64) -> Iterator[np.ndarray]:
 # ---- image files
 
 
-def _of_folder(path: Path) -> Samples:
-    below = {file: str(file.relative_to(path)) for file in sorted(path.rglob("*"))}
-    names = [file for file, name in below.items() if _is_picture(name) and file.is_file()]
-    pictures = [(str(name), lambda name=name: name.open("rb")) for name in names]
-    found = _of_pictures(path, pictures, "folder of pictures", tuple(names))  # type: ignore[arg-type]
-    return dataclasses.replace(found, left_out=sum(_is_picture(name, OTHERS) for name in below.values()))
-
-
-def _of_zip(path: Path) -> Samples:
-    try:
-        archive = zipfile.ZipFile(path)
-    except BROKEN as error:
-        raise ValueError(f"{path}: expected a .zip, found a truncated or foreign file ({error})") from error
-        # Entries are read in place and never unpacked, so an entry's name cannot lead outside.
-        # The order is that of the packed folder, folder by folder.
-    names = sorted((name for name in archive.namelist() if _is_picture(name)), key=lambda name: name.split("/"))
-    pictures = [(f"{path}:{name}", lambda name=name: archive.open(name)) for name in names]
-    found = _of_pictures(path, pictures, "zip of pictures", (path,))  # type: ignore[arg-type]
-    return dataclasses.replace(found, left_out=sum(_is_picture(name, OTHERS) for name in archive.namelist()))
-
-
-def _is_picture(name: str, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
-    """Whether the name is that of an image; files that macOS adds to archives are not."""
-    *folders, last = name.split("/")
-    return last.lower().endswith(suffixes) and not last.startswith("._") and "__MACOSX" not in folders
-
-
 def _of_pictures(
-    path: Path, pictures: list[tuple[str, Callable[[], Any]]], kind: str, files: tuple[Path, ...]
+    tree: listing.Tree,
+    kind: str,
+    file: Callable[[Parts], Path | io.BytesIO],
+    files: Callable[[list[Parts]], Sequence[Path]],
 ) -> Samples:
-    if not pictures:
-        raise ValueError(f"{path}: found no images, expected {', '.join(SUFFIXES)}")
-    first = _picture(*pictures[0])
+    """The images of a tree in sorted order of their names; `files` are those on disk that hold them."""
+    found = listing.pictures_among(tree, SUFFIXES)
+    between = "/" if isinstance(tree, walk.Directory) else ":"
+    images = [(f"{tree.root}{between}{'/'.join(parts)}", partial(file, parts)) for parts in found]
+    check = partial(_check_alike, tree.root, images)
+    first = _picture(*images[0])
+    if first is None:
+        check()
+    assert first is not None
     size = (first.shape[0], first.shape[1])
 
     def rows() -> Iterator[np.ndarray]:
-        for (name, _), pixels in zip(pictures, _decoded(pictures), strict=True):
-            if pixels.shape[:2] != size:
-                raise ValueError(f"{name}: {pixels.shape[:2]} pixels, but {pictures[0][0]} has {size}")
+        # decoded by some threads ahead of use
+        decoded = made_ahead(lambda one: _picture(*one), images, threads=DECODERS, depth=4 * DECODERS, name="pictures")
+        for pixels in decoded:
+            if pixels is None or pixels.shape[:2] != size:
+                check()
+            assert pixels is not None
             yield pixels[None]
 
-    lossy = sum(name.lower().endswith(LOSSY) for name, _ in pictures)
-    return Samples(path, len(pictures), size, kind, files, (rows,), lossy)
+    lossy = sum(name.lower().endswith(LOSSY) for name, _ in images)
+    unused = walk.grouped(listing.unused_by(tree, found))
+    whole = Samples(tree.root, len(images), size, kind, tuple(files(found)), (rows,), lossy, unused)
+    # An archive's files have no headers apart: they would be read twice.
+    return dataclasses.replace(whole, check=check) if isinstance(tree, walk.Directory) else whole
 
 
-def _decoded(pictures: list[tuple[str, Callable[[], Any]]]) -> Iterator[np.ndarray]:
-    """The images in order, decoded by some threads ahead of use."""
-    return made_ahead(lambda one: _picture(*one), pictures, threads=DECODERS, depth=4 * DECODERS, name="pictures")
+def _on_disk(root: Path, found: list[Parts]) -> list[Path]:
+    files = [root.joinpath(*parts) for parts in found]
+    for file in files:
+        if reason := walk.why_unreadable(file):
+            raise ValueError(f"{file}: cannot be read as an image ({reason})")
+    return files
 
 
-def _picture(name: str, opened: Callable[[], Any]) -> np.ndarray:
-    try:
-        with opened() as file, Image.open(file) as image:
-            mode, form = image.mode, image.format
-            pixels = np.asarray(image) if mode == "RGB" else None
-    except (*BROKEN, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: cannot be read as an image ({error})") from error
+def _picture(name: str, file: _Read) -> np.ndarray | None:
+    """An image's pixels (H, W, 3) uint8, or None if it is not RGB."""
+    form, pixels = _read(name, file, lambda image: (image.format, np.asarray(image) if image.mode == "RGB" else None))
     if form in ("JPEG", "MPO", "WEBP") and not name.lower().endswith(LOSSY):
         raise ValueError(
             f"{name}: holds {form}, which its name hides; expected a name that ends in {' or '.join(LOSSY)}"
         )
-    if pixels is None:
-        raise ValueError(f"{name}: mode {mode}, expected RGB; grey or transparent samples are not what a model made")
     return pixels
+
+
+def _read(name: str, file: _Read, then: Callable[[Image.Image], T]) -> T:
+    try:
+        return pictures.opened(file(), then, _FORMATS)
+    except Exception as error:  # of many classes; without its name nobody finds the file
+        raise ValueError(f"{name}: cannot be read as an image ({pictures.reason(error, name)})") from error
+
+
+def _check_alike(where: Path, images: Sequence[tuple[str, _Read]]) -> None:
+    """Refuse a set in which not all images are RGB of one size: the error names those that are not as most are."""
+
+    def shape(one: tuple[str, _Read]) -> tuple[str, int, int]:
+        return _read(*one, lambda image: (image.mode, *image.size))
+
+    shapes = [*made_ahead(shape, list(images), threads=DECODERS, depth=4 * DECODERS, name="headers")]
+    usual = max(
+        collections.Counter(one for one in shapes if one[0] == "RGB").items(), key=lambda one: one[1], default=None
+    )
+    odd = [
+        f"{n}: mode {s[0]}, {s[1]} x {s[2]} px"
+        for (n, _), s in zip(images, shapes, strict=True)
+        if not usual or s != usual[0]
+    ]
+    if odd:
+        of = f" of {usual[0][1]} x {usual[0][2]} px" if usual else ""
+        raise ValueError(
+            f"{'; '.join(odd[:_SHOWN])}{'; ...' if len(odd) > _SHOWN else ''}. {len(odd)} of {len(images)} images in "
+            f"{where} are not as the others, expected RGB{of}. Remove those that are no samples; of photos, `haste "
+            "images` makes crops of one size, and the folder of that store (stores/images-*) is such a set"
+        )

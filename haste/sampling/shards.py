@@ -15,10 +15,10 @@ from haste.files import artefact
 from haste.files.npz import ADM
 from haste.files.store import shard_range
 from haste.files.units import clock
-from haste.sampling import batches
+from haste.sampling import batches, looks
 from haste.sampling.painter import Painter, log
 
-_REST = ("arr_0", "nfe", "haste")  # arrays in such a file besides the fields of the condition
+_REST = ("arr_0", "nfe", "haste", *looks.FIELDS)  # arrays in such a file besides the fields of the condition
 
 
 def draw_shard(
@@ -37,7 +37,8 @@ def draw_shard(
 
     Images are written as they are drawn, so memory holds one batch of them. Batches are kept: after a kill
     the same call draws only what is missing, with the same bits, and nothing if the shard is complete.
-    `haste.sampling.batches.forget` removes them. Besides ADM's arrays the .npz has `nfe`, each sample's evaluations.
+    `haste.sampling.batches.forget` removes them. Besides ADM's arrays the .npz has `nfe`, a sample's evaluations, and
+    `haste.sampling.looks.FIELDS`.
 
     Args:
         painter: draws the samples.
@@ -55,7 +56,7 @@ def draw_shard(
         log.info("%s: drawn before, %s", name, path)
         return
     watch = _Watch(name, len(indices))
-    fields = {**painter.condition.fields, "nfe": ((), np.int64)}
+    fields = {**painter.condition.fields, "nfe": ((), np.int64), **looks.FIELDS}
     side = painter.autoencoder.factor * painter.model.input_size
     made: list[Mapping[str, np.ndarray]] = [{name: np.zeros((0, *row), kind) for name, (row, kind) in fields.items()}]
 
@@ -67,8 +68,9 @@ def draw_shard(
             shape = {"descr": "|u1", "fortran_order": False, "shape": (len(indices), side, side, 3)}
             np.lib.format.write_array_header_1_0(file, shape)
             for found, new in batches.drawn(aside, indices, batch, inputs, draw):
-                file.write(np.ascontiguousarray(found.pop("image")).data)
-                made.append(found)
+                images = found.pop("image")
+                file.write(np.ascontiguousarray(images).data)
+                made.append(found | looks.looks_of(images))
                 watch.finished(len(found["nfe"]), new)
         rest = {ADM.get(name, name): np.concatenate([found[name] for found in made]) for name in fields}
         counts = rest["nfe"]

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from haste.metrics import kid
-from haste.metrics.scores import METRICS
+from haste.metrics.scores import METRICS, finite
 from haste.metrics.uncertainty import frechet_error
 from haste.score.sides import Side
 
@@ -78,6 +78,7 @@ def compare(side: Side, real: Side | None, wanted: Collection[str], *, strict: b
 
     Raises:
         ValueError: `strict`, and a score cannot be computed; the message says why.
+        FloatingPointError: a score or its error bar is not finite.
     """
     found = Found()
     for name, metric in METRICS.items():
@@ -98,6 +99,7 @@ def compare(side: Side, real: Side | None, wanted: Collection[str], *, strict: b
             continue
         for value in mine:
             error, what = _error(value, numbers, side, real)
+            finite({f"error of {value}": error}, str(side.about.get("path", "the samples")))
             found.columns[column(value, side.detector)] = Score(numbers[value], error, what, metric.better[value])
         found.notes.extend(metric.notes(side.stats[name], None if real is None else real.stats.get(name)))
     return dataclasses.replace(found, columns=_ordered(found.columns, side.detector))
@@ -132,8 +134,10 @@ def _missing(name: str, side: Side, real: Side | None) -> str | None:
 def _numbers(name: str, side: Side, real: Side | None, seed: int) -> dict[str, float]:
     stats, reference = side.stats[name], real.stats[name] if real is not None and METRICS[name].reference else None
     if name == "kid":  # the one metric with a seed
-        return kid.value(reference.ordered, stats.ordered, seed=seed)  # type: ignore[union-attr]
-    return METRICS[name].value(stats, reference)
+        found = kid.value(reference.ordered, stats.ordered, seed=seed)  # type: ignore[union-attr]
+    else:
+        found = METRICS[name].value(stats, reference)
+    return finite(found, str(side.about.get("path", "the samples")))
 
 
 def _error(value: str, numbers: Mapping[str, float], side: Side, real: Side | None) -> tuple[float | None, str | None]:

@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from haste.files import walk
+
 PUBLISHED = 50_000  # samples behind published scores
 WIDTH = 2048  # width of Inception's features
 # ADM's references: name -> side of the 10,000 images under arr_0.
@@ -33,7 +35,12 @@ def notes(
         detectors: the detectors that were used.
         columns: the scores that were computed.
     """
-    found = [*_of_images(samples), *_of_count(samples, columns)]
+    found = [*of_images(samples), *_of_count(samples, columns)]
+    found += [
+        f"beside the images in {side['path']} there is more, {walk.told(side['unused'])}"
+        for side in (samples, reference or {})
+        if side.get("unused")
+    ]
     if reference is not None:
         found += _of_reference(reference, detectors)
         if samples["identity"] == reference["identity"] or _same_file(samples["path"], reference["path"]):
@@ -45,7 +52,8 @@ def _same_file(one: str, other: str) -> bool:
     return Path(one).resolve() == Path(other).resolve()
 
 
-def _of_images(samples: Mapping[str, Any]) -> list[str]:
+def of_images(samples: Mapping[str, Any]) -> list[str]:
+    """Remarks on the images themselves, by what is known of them: copies, black ones, lossy files."""
     found = []
     if samples.get("copies"):
         found.append(
@@ -63,8 +71,6 @@ def _of_images(samples: Mapping[str, Any]) -> list[str]:
             f"{samples['lossy']:,} samples come from JPEG or WebP files, whose compression moves every score; "
             "published samples are lossless"
         )
-    if samples.get("left_out"):
-        found.append(f"{samples['left_out']:,} pictures beside the samples were left out: their formats are not read")
     return found
 
 

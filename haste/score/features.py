@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import DTypeLike
 
 from haste.files import artefact
@@ -57,7 +56,8 @@ def feature_shard(
     def batches() -> Iterator[dict[str, np.ndarray]]:
         done = 0
         for pictures in images.batches(batch):
-            yield _features(detector, pictures, {name: row[done : done + len(pictures)] for name, row in rows.items()})
+            mine = {name: row[done : done + len(pictures)] for name, row in rows.items()}
+            yield detector.arrays(pictures, path, done) | mine
             done += len(pictures)
 
     write_shard(
@@ -74,12 +74,6 @@ def feature_shard(
         facts=facts,
         progress=_Watch(f"{detector.name}, shard {shard} of {shards}", images.count).reached,
     )
-
-
-def _features(detector: Detector, images: np.ndarray, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A batch of a features store: a detector's outputs for images, and their labels, or what else was asked for."""
-    found = detector(torch.from_numpy(images))
-    return {**{name: value.numpy() for name, value in found.items()}, **rows}
 
 
 def _about(detector: Detector) -> dict[str, Any]:
@@ -100,7 +94,8 @@ def reference_shard(
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for low in range(0, len(rows), batch):
             chosen = rows[low : low + batch]
-            yield _features(detector, images.read("image", chosen), {"label": images.read("label", chosen)})
+            found = detector.arrays(images.read("image", chosen), images.folder, chosen[0])
+            yield found | {"label": images.read("label", chosen)}
 
     inputs = {"images": images.identity, "detector": detector.identity}
     common: dict[str, Any] = {"folder": folder, "key": key, "recipe": recipe}
@@ -125,8 +120,11 @@ def reference_of_file(
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
+        done = 0
         for pictures in images.batches(batch):
-            yield _features(detector, pictures, {"label": np.full(len(pictures), -1)})  # the file states no classes
+            # The file states no classes.
+            yield detector.arrays(pictures, path, done) | {"label": np.full(len(pictures), -1)}
+            done += len(pictures)
 
     inputs = {"detector": detector.identity, "images": images.identity(), "file": found.about["identity"]}
     facts = {"file_name": path.name, "moments": artefact.file_identity(folder / MOMENTS)}

@@ -14,11 +14,11 @@ from haste.networks.devices import choose_device
 from haste.plan import names
 from haste.plan.names import Evaluation, Judgement
 from haste.plan.plan import Plan
-from haste.sampling import batches
+from haste.sampling import batches, looks
 from haste.sampling.painter import painter_of
 from haste.sampling.shards import draw_shard
 from haste.score.features import feature_shard, reference_of_file, reference_shard
-from haste.score.workflow import floor, score
+from haste.score.workflow import floor, kept_moments, score
 from haste.train.state import weights_identity
 
 
@@ -49,6 +49,8 @@ def _make_reference(plan: Plan, detector: names.Detector) -> None:
         reference_of_file(Path(detector.reference_file), judge, folder=folder, **common)
     provenance = artefact.provenance(**common)
     store.join(made.folder, kind="features", shards=1, splits={}, provenance=provenance, **common)
+    if detector.reference_file is None:
+        kept_moments(Store.of(made))
 
 
 def sample(plan: Plan, evaluation: Evaluation, shard: int) -> None:
@@ -96,6 +98,7 @@ def judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
     store.join(features.folder, kind="features", splits={}, provenance=provenance, **common)
     state, sampling = evaluation.state, evaluation.sampling
     counted = batches.mean_nfe([evaluation.sample_file(shard) for shard in range(features.shards)])
+    pixels = looks.facts_of_shards(evaluation.sample_files)
     batches.close(batches.folder_of(Path(evaluation.folder)))
     elsewhere = plan.elsewhere.get(state.trajectory)
     whose: dict[str, Any] = {"trajectory": state.trajectory, "step": state.step, "file": plan.path(state)}
@@ -111,9 +114,10 @@ def judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
     }
     path = Path(judgement.score)
     reference = Store.of(detector.reference)
+    common = {"detector": detector.name, "about": about, "key": path.stem, "path": path}
     with locks.making(path, anew=True) as todo:
         if todo:
-            score(Store.of(features), reference, detector=detector.name, about=about, key=path.stem, path=path)
+            score(Store.of(features), reference, **common, pixels=pixels)
 
 
 def floor_of(detector: names.Detector) -> None:

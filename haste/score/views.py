@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from haste.files import artefact
 from haste.files.store import MANIFEST, Store, join, shard_path, shard_range, write_shard
 from haste.files.units import clock
 from haste.metrics.detector import Detector
+from haste.sampling.looks import Looks, facts, looks_of
 from haste.sampling.samples import Samples
 
 log = logging.getLogger("haste.score")
@@ -32,7 +32,6 @@ SHARD = 4096  # images whose features are written at once: the most that a kill 
 READ = 2048  # rows of features read at once
 PROBE = 256  # images that are tested for floats cast to bytes without scaling
 EVERY = 5.0  # seconds between two lines of progress
-DARK = 1  # an image without a pixel above this is black
 
 Batch = dict[str, NDArray]
 
@@ -57,8 +56,7 @@ class Pixels:
 
     def __init__(self, samples: Samples):
         self.samples = samples
-        self.digest, self.seen = hashlib.sha256(), set[bytes]()
-        self.count = self.copies = self.dark = self.brightness = 0
+        self.digest, self.looks, self.count = hashlib.sha256(), list[Looks](), 0
         self.values = np.zeros(256, dtype=bool)
 
     def add(self, images: NDArray[np.uint8]) -> None:
@@ -69,12 +67,8 @@ class Pixels:
         """
         images = np.ascontiguousarray(images)
         self.digest.update(images.data)
-        for image in images:
-            self.seen.add(hashlib.blake2b(image.data, digest_size=16).digest())
+        self.looks.append(looks_of(images))
         self.count += len(images)
-        self.copies = self.count - len(self.seen)
-        self.dark += int((images.reshape(len(images), -1).max(axis=1) <= DARK).sum())
-        self.brightness += int(images.sum(dtype=np.int64))
         if self.count <= PROBE or self.count == len(images):
             self.values |= np.bincount(images.reshape(-1), minlength=256) > 0
         if self.count >= min(PROBE, self.samples.count):
@@ -92,27 +86,25 @@ class Pixels:
 
     def facts(self) -> dict[str, Any]:
         """JSON: identity (sha256 of the pixels in order), number of duplicates, number of black images, mean value."""
-        height, width = self.samples.size
         return {
             "path": str(self.samples.path),
             "kind": self.samples.kind,
-            "images": self.count,
-            "size": [height, width],
+            "size": list(self.samples.size),
             "identity": self.digest.hexdigest(),
-            "copies": self.copies,
-            "black": self.dark,
-            "brightness": self.brightness / max(1, self.count * height * width * 3),
+            **facts(self.looks, self.samples.size),
             "lossy": self.samples.lossy,
-            "left_out": self.samples.left_out,
+            "unused": list(self.samples.unused),
         }
 
 
 def probe(samples: Samples) -> None:
-    """Test the first images, so that a common mistake is reported before hours of work.
+    """Test all headers and the first images, so that a common mistake is reported before hours of work.
 
     Raises:
-        ValueError: they cannot be read, or hold only values that result from casting floats to bytes without scaling.
+        ValueError: they cannot be read or are not alike, or hold only values that result from casting floats to bytes
+            without scaling.
     """
+    samples.check()
     for images in samples.cut([PROBE]):
         Pixels(samples).add(images)
 
@@ -135,7 +127,7 @@ def extract_features(samples: Samples, detector: Detector, *, batch: int, folder
         view = view_of(_kept(folder, samples, detector) or _keep(folder, samples, detector, batch))
         # The stored features may come from other files with the same pixels: state the facts about these files.
         own: dict[str, Any] = {"path": str(samples.path), "kind": samples.kind}
-        own |= {"lossy": samples.lossy, "left_out": samples.left_out}
+        own |= {"lossy": samples.lossy, "unused": list(samples.unused)}
         return replace(view, facts=lambda: {**view.facts(), **own})
     pixels = Pixels(samples)
 
@@ -190,7 +182,7 @@ def _features(
             yield images
 
     for images in _ahead(noted()):
-        yield {name: value.numpy() for name, value in detector(torch.from_numpy(images)).items()}
+        yield detector.arrays(images, pixels.samples.path, progress.at)
         progress.step(len(images))
 
 
@@ -207,8 +199,18 @@ class _Progress:
     """A log line now and then with rate and time to go."""
 
     def __init__(self, samples: Samples, detector: Detector):
-        self.name, self.left, self.done = f"{samples.path} by {detector.name}", samples.count, 0
+        self.name, self.count, self.left, self.done = (
+            f"{samples.path} by {detector.name}",
+            samples.count,
+            samples.count,
+            0,
+        )
         self.started = self.said = time.monotonic()
+
+    @property
+    def at(self) -> int:
+        """The next image."""
+        return self.count - self.left
 
     def skip(self, images: int) -> None:
         """Count images whose features exist already."""

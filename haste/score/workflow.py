@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,16 @@ import numpy as np
 
 from haste.files import artefact
 from haste.files.store import Store
-from haste.metrics.scores import METRICS
-from haste.score.sides import read_reference, spaced
+from haste.metrics.frechet import Moments
+from haste.metrics.scores import METRICS, finite
+from haste.score.comparable import of_images
+from haste.score.sides import Side, read_reference, spaced, write_reference
+
+log = logging.getLogger("haste.score")
 
 READ = 4096  # rows read at once
-MOMENTS = "moments.npz"  # beside the features of a reference file's images: the file's own means and covariances
+MOMENTS = "moments.npz"  # beside the features of real images: their means and covariances, or those of a reference file
+OF_MOMENTS = ("frechet", "sfid")  # the metrics that these are the statistics of
 FLOOR = 50_000  # most real images on each side of the floor: the usual number of samples
 
 
@@ -56,11 +63,12 @@ def reference_statistics(
 
 
 def values(samples: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
-    """The value of every metric that both sides have a statistic for."""
+    """The value of every metric that both sides have a statistic for. FloatingPointError if one is not finite."""
     found: dict[str, float] = {}
     for name, stats in samples.items():
         if _is_scored(name, reference):
-            found |= METRICS[name].value(stats, reference.get(name) if METRICS[name].reference else None)
+            real = reference.get(name) if METRICS[name].reference else None
+            found |= finite(METRICS[name].value(stats, real), "the samples")
     return found
 
 
@@ -77,18 +85,37 @@ def real_statistics(reference: Store) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         ValueError: the file's statistics are missing, or not those that the features were stored with.
     """
-    stats, facts = reference_statistics(reference), reference.manifest
-    about = {"images": reference.count, "identity": reference.identity}
-    if "moments" not in facts:
-        return stats, about
+    about, facts = {"images": reference.count, "identity": reference.identity}, reference.manifest
     path = reference.folder / MOMENTS
-    if not path.is_file() or artefact.file_identity(path) != facts["moments"]:
+    if "moments" not in facts:
+        moments: Mapping[str, Moments] = kept_moments(reference)
+    elif not path.is_file() or artefact.file_identity(path) != facts["moments"]:
         raise ValueError(f"{path}: missing, or not what was stored with {reference.folder}; remove that folder")
-    moments = read_reference(path).moments
-    own = {name: moments.get(METRICS[name].needs[0]) for name in ("frechet", "sfid")}
-    stats = {name: one for name, one in stats.items() if name not in own}
-    about |= {"file": facts["file_name"], "sha256": facts["file"]}
-    return stats | {name: one for name, one in own.items() if one is not None}, about
+    else:
+        moments = read_reference(path).moments
+        about |= {"file": facts["file_name"], "sha256": facts["file"]}
+    own = {name: moments[METRICS[name].needs[0]] for name in OF_MOMENTS if METRICS[name].needs[0] in moments}
+    return reference_statistics(reference, metrics=[name for name in METRICS if name not in OF_MOMENTS]) | own, about
+
+
+def kept_moments(reference: Store) -> dict[str, Moments]:
+    """The moments of all real images by output, kept beside their features: ImageNet's 21 GB are read once, not once
+    a score. Computed where there is no such file, or one of other features.
+    """
+    path = reference.folder / MOMENTS
+    try:
+        found = read_reference(path) if path.exists() else None
+        if found is not None and (found.about.get("source") or {}).get("identity") == reference.identity:
+            return dict(found.moments)
+    except ValueError as error:
+        log.warning("%s; it is computed again", error)
+    stats = reference_statistics(reference, metrics=OF_MOMENTS)
+    about = {"path": str(reference.folder), "images": reference.count, "identity": reference.identity}
+    side = Side(about, {"outputs": {}, **_detector("reference", reference)}, stats)
+    with contextlib.suppress(OSError):  # a folder that is not ours to write to
+        write_reference(path, side)
+        return dict(read_reference(path).moments)
+    return {METRICS[name].needs[0]: one for name, one in stats.items()}
 
 
 def notes(samples: dict[str, Any], reference: dict[str, Any]) -> list[str]:
@@ -98,7 +125,16 @@ def notes(samples: dict[str, Any], reference: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(sentence for sentences in found for sentence in sentences))
 
 
-def score(features: Store, reference: Store, *, detector: str, about: dict[str, Any], key: str, path: Path) -> dict:
+def score(
+    features: Store,
+    reference: Store,
+    *,
+    detector: str,
+    about: dict[str, Any],
+    key: str,
+    path: Path,
+    pixels: Mapping[str, Any] | None = None,
+) -> dict:
     """Score samples against real images and write the JSON from which the table is made.
 
     Args:
@@ -108,9 +144,11 @@ def score(features: Store, reference: Store, *, detector: str, about: dict[str, 
         about: what else determines comparability: state, sampling, NFE.
         key: the score's key.
         path: where to write.
+        pixels: `haste.sampling.looks.facts` of the samples, for remarks.
 
     Raises:
         ValueError: the features of the two sides are by different detectors.
+        FloatingPointError: a score is not finite.
     """
     started = time.monotonic()
     _check_detectors(features, reference)
@@ -126,7 +164,7 @@ def score(features: Store, reference: Store, *, detector: str, about: dict[str, 
         "samples": features.count,
         "reference": against,
         "scores": found,
-        "notes": [*_notes_on(features, against), *notes(mine, real)],
+        "notes": [*of_images(pixels or {}), *_notes_on(features, against), *notes(mine, real)],
         "provenance": artefact.provenance(key=key, inputs=inputs, seconds=time.monotonic() - started),
     }
     artefact.write_json(path, result)

@@ -94,6 +94,7 @@ class Inputs:
         widths |= {name: width for name in self.cached.stores if (width := self.cached.width(name))}
         learner = new_learner(self.recipe, self.terms, widths, self.group.device)
         learner.model.checkpoint_blocks = self.checkpoint_blocks
+        learner.model.precise_time = self.settings.get("time_dtype") == "fp32"
         learner.model.own_logsumexp = self._logsumexp_works(learner)
         return learner
 

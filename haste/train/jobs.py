@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from haste.files import locks
 from haste.files.store import Store
 from haste.plan.names import Artefact
 from haste.plan.plan import Plan
 from haste.train import small_networks
 
-MOST_IMAGES = 50_000  # the most images for a network that trains in minutes
+MOST_IMAGES, MOST_BYTES = 50_000, 2**31  # the most images, and of their pixels, for a network that trains in minutes
 
 
 def train_autoencoder(plan: Plan) -> None:
@@ -73,12 +75,13 @@ def _training_images(plan: Plan) -> dict[str, Any]:
     """Images in memory for the small networks: all of a small set, evenly spaced ones of a large set."""
     store, found = Store.of(plan.images), {}
     for split, images, labels in (("train", "images", "labels"), ("held_out", "held_out", "held_out_labels")):
-        rows = _spread(store.range(split))
+        rows = _spread(store.range(split), int(np.prod(store.fields["image"][0])))
         found[images], found[labels] = store.read("image", rows), store.read("label", rows)
         if not plan.config.images.classes:  # without labels, use a task that needs none
             found[images], found[labels] = small_networks.quarter_turns(found[images])
     return found
 
 
-def _spread(rows: range) -> range:
-    return rows[:: -(-len(rows) // MOST_IMAGES) or 1]
+def _spread(rows: range, size: int) -> range:
+    """Evenly spaced rows, as many as fit; size: bytes of an image."""
+    return rows[:: -(-len(rows) // min(MOST_IMAGES, max(1, MOST_BYTES // size))) or 1]

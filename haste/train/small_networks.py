@@ -31,6 +31,7 @@ from haste.metrics.detectors import SmallCNN
 log = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 256
+MOST_LATENTS = 2**27  # entries of the latents whose standard deviation is computed, which takes 5 GB
 NORM = (0.5, 0.5, 0.5)  # mean and std per channel that map 0..1 to -1..1
 
 
@@ -61,7 +62,7 @@ def fit(
         weight_decay: AdamW's, times the learning rate.
 
     Raises:
-        ValueError: the loss is no longer finite.
+        ValueError: the loss, or a weight at the end, is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay)
@@ -81,6 +82,8 @@ def fit(
         optimiser.step()
         if (step + 1) % 100 == 0 or step + 1 == steps:
             log.info("%s: step %d of %d, loss %.4f", name, step + 1, steps, value.item())
+    if broken := [key for key, weight in network.named_parameters() if not weight.isfinite().all()]:
+        raise ValueError(f"{name}: {broken[0]} is not finite after step {steps}; expected a lower lr than {lr}")
     network.eval()
 
 
@@ -139,16 +142,17 @@ def train_autoencoder(
         ValueError: unsuitable images or factor, or a loss that is not finite.
     """
     start = time.monotonic()
-    pixels = _unit(_checked(images, f"{name}: images"))
-    unseen = _unit(_checked(held_out, f"{name}: held-out images"))
-    if factor < 1 or factor & (factor - 1) or pixels.shape[-1] % factor:
-        raise ValueError(f"{name}: factor {factor} is not a power of 2 that divides {pixels.shape[-1]} px")
+    pixels, unseen = _checked(images, f"{name}: images"), _checked(held_out, f"{name}: held-out images")
+    side = pixels.shape[1]
+    if factor < 1 or factor & (factor - 1) or side % factor:
+        raise ValueError(f"{name}: factor {factor} is not a power of 2 that divides {side} px")
     with _initialising(seed):
-        network = _autoencoder(pixels.shape[-1], channels, width, factor)
+        network = _autoencoder(side, channels, width, factor)
     loss = _autoencoder_loss(network, pixels, kl_weight)
     fit(network, loss, len(pixels), seed=seed, steps=steps, batch=batch, lr=lr, name=name)
     # Latents enter the diffusion with unit variance: over all entries, draws included (Rombach et al. 2022, App. G).
-    network.register_to_config(scaling_factor=1 / _latent_std(network, pixels))
+    some = pixels[:: -(-len(pixels) * channels * (side // factor) ** 2 // MOST_LATENTS)]
+    network.register_to_config(scaling_factor=1 / _latent_std(network, some))
     mse = _reconstruction_mse(network, unseen)
     quality = {"reconstruction_mse": mse, "psnr": 10 * math.log10(4 / mse)}  # peak to peak is 2, and 2^2 = 4
     architecture = {"kind": "AutoencoderKL", "channels": channels, "factor": factor, "width": width}
@@ -176,9 +180,9 @@ def _autoencoder(resolution: int, channels: int, width: int, factor: int) -> Any
     )
 
 
-def _autoencoder_loss(network: Any, pixels: Tensor, kl_weight: float) -> Callable[[Tensor, torch.Generator], Tensor]:
+def _autoencoder_loss(network: Any, images: Tensor, kl_weight: float) -> Callable[[Tensor, torch.Generator], Tensor]:
     def loss(indices: Tensor, generator: torch.Generator) -> Tensor:
-        x = pixels[indices]
+        x = _unit(images[indices])
         posterior = network.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
         rebuilt = network.decode(posterior.mean + posterior.std * noise).sample
@@ -364,19 +368,20 @@ def _shifted(images: Tensor, by: int, generator: torch.Generator) -> Tensor:
 
 
 def _reconstruction_mse(network: Any, pixels: Tensor) -> float:
-    """Mean squared error over all entries of pixels in -1..1, decoded from the latents' means."""
+    """Mean squared error over all entries of images in -1..1, decoded from the latents' means."""
     total = 0.0
     with torch.inference_mode():
-        for x in pixels.split(EVALUATION_BATCH):
+        for shown in pixels.split(EVALUATION_BATCH):
+            x = _unit(shown)
             rebuilt = network.decode(network.encode(x).latent_dist.mean).sample
             total += float((rebuilt - x).double().square().sum())
     return total / pixels.numel()
 
 
 def _latent_std(network: Any, pixels: Tensor) -> float:
-    """Standard deviation over all entries of latents drawn for these pixels: of the means, plus the draws' own."""
+    """Standard deviation over all entries of latents drawn for these images: of the means, plus the draws' own."""
     with torch.inference_mode():
-        posteriors = [network.encode(x).latent_dist for x in pixels.split(EVALUATION_BATCH)]
+        posteriors = [network.encode(_unit(shown)).latent_dist for shown in pixels.split(EVALUATION_BATCH)]
     means = torch.cat([posterior.mean for posterior in posteriors]).double()
     variances = torch.cat([posterior.var for posterior in posteriors]).double()
     return math.sqrt(float(means.var(correction=0) + variances.mean()))

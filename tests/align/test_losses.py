@@ -143,6 +143,22 @@ def test_huge_logits_give_no_nan(way):
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, (q_s, k_s)))
 
 
+@pytest.mark.parametrize(("tokens", "heads"), [(256, 12), (1024, 4), (4096, 1)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_value_is_right_to_1e_6_at_256_1024_and_4096_tokens_on_any_number_of_threads(way, tokens, heads, threads):
+    given = [
+        x.detach()
+        for x in sides(1, heads, heads, tokens, width_s=64, width_t=64, dtype=torch.float32, size=3 ** (1 / 2))
+    ]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = attention_loss(*given).item()
+    finally:
+        torch.set_num_threads(before)
+    assert found == pytest.approx(plain(*given).item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_are_computed_in_float32(way, dtype):
     q_s, k_s, q_t, k_t = sides(dtype=dtype)

@@ -83,3 +83,18 @@ def test_rules_of_the_profile_exist():
         rules |= set(re.findall(r"^ *(?:use )?rule (?:\w+ as )?(\w+)", file.read_text(), re.MULTILINE))
     named = {*PROFILE["set-resources"], *PROFILE["set-threads"], *PROFILE["slurm-array-jobs"].split(",")}
     assert named <= rules
+
+
+def test_the_document_says_what_every_rule_holds_in_memory():
+    table = (ROOT / "docs" / "slurm.md").read_text().split("### Memory at ImageNet's size")[1].split("## ")[0]
+    named = {
+        word
+        for line in table.splitlines()
+        for word in re.findall(r"`(\w+)`", line.split("|")[1] if "|" in line else "")
+    }
+    rules = {
+        name
+        for path in ROOT.glob("workflow/rules/*.smk")
+        for name in re.findall(r"^ *rule (\w+):", path.read_text(), re.M)
+    }
+    assert named == {*rules, "train_plain"} - {"measures"}  # which is train again, and a target without a job

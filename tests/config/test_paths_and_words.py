@@ -13,6 +13,7 @@ from haste.config.schema import Config, Evaluate, Run
 PLACES = {
     "results": lambda raw, path: raw.update(results=path),
     "images.path": lambda raw, path: raw["images"].update(source="folder", path=path),
+    "images.labels": lambda raw, path: raw["images"].update(source="folder", path="/x", labels=path),
     "autoencoder.pretrained.encode": lambda raw, path: raw.update(
         autoencoder={"pretrained": {"encode": path, "factor": 2}}
     ),

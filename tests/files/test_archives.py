@@ -1,16 +1,22 @@
 """Pictures in archives are those of the folder, in its order; what cannot be trusted is refused by name."""
 
 import io
+import json
+import os
 import random
+import resource
 import tarfile
 import zipfile
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from haste.cli import main as cli
 from haste.data import prepare
+from haste.files.archives import Archives
 from haste.files.store import Store
 
 CLASSES = ("cat", "dog", "emu")
@@ -102,6 +108,210 @@ def test_numbers_beside_the_pictures_are_their_labels(tmp_path):
     packed(tmp_path / "c.tar", {**files, **{f"{i:06d}.cls": b"2" for i in range(8)}})
     with pytest.raises(ValueError, match="labels up to 2, but no picture has 0"):
         opened(tmp_path / "c.tar")
+
+
+def labelled(source):
+    """Picture -> class, by what is loaded."""
+    return {source.name(i): source.classes[source.load(i)[1]] for i in range(source.count)}
+
+
+def test_shards_whose_names_begin_anew_in_each_are_kept_apart(tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for shard in range(2):
+        images = {f"{i:06d}.jpg": picture(60 * shard + i, "jpg") for i in range(3)}
+        packed(shards / f"{shard}.tar", {**images, **{f"{i:06d}.cls": b"%d" % ((i + shard) % 2) for i in range(3)}})
+    source = opened(shards, holdout=0)
+    expected = {f"{shard}.tar/{i:06d}.jpg": str((i + shard) % 2) for shard in range(2) for i in range(3)}
+    assert labelled(source) == expected and not source.unused
+    unlabelled = opened(shards, holdout=0, labelled=False)
+    assert unlabelled.count == 6 and [unlabelled.name(i) for i in range(6)] == sorted(expected)
+    for shard in range(2):
+        packed(shards / f"{shard}.tar", {f"{name}/0.png": picture(60 * shard) for name in "ab"})
+    assert labelled(opened(shards, holdout=0)) == {f"{s}.tar/{name}/0.png": name for s in range(2) for name in "ab"}
+
+
+def test_numbers_in_another_archive_than_their_pictures_are_labels_too(tmp_path):
+    (tmp_path / "both").mkdir()
+    packed(tmp_path / "both/images.tar", {f"{i}.jpg": picture(i, "jpg") for i in range(4)})
+    packed(tmp_path / "both/labels.tar", {f"{i}.cls": b"%d" % (i % 2) for i in range(4)})
+    source = opened(tmp_path / "both", holdout=0)
+    assert labelled(source) == {f"{i}.jpg": str(i % 2) for i in range(4)} and not source.unused
+
+
+def test_two_archives_with_a_dataset_json_each_have_their_own_labels(tmp_path):
+    (tmp_path / "both").mkdir()
+    for part in range(2):
+        table = json.dumps({"labels": [[f"00000/{i}.png", (i + part) % 2] for i in range(2)]}).encode()
+        packed(
+            tmp_path / f"both/{part}.zip", {"dataset.json": table, **{f"00000/{i}.png": picture(i) for i in range(2)}}
+        )
+    expected = {f"{part}.zip/00000/{i}.png": str((i + part) % 2) for part in range(2) for i in range(2)}
+    assert labelled(opened(tmp_path / "both", holdout=0)) == expected
+
+
+@pytest.mark.parametrize("form", ["a folder of class tars", "a tar of class tars"])
+def test_a_tar_called_name_is_class_name_where_archives_alone_part_the_pictures(tmp_path, form):
+    (tmp_path / "in").mkdir()
+    for place, name in enumerate(CLASSES):
+        packed(tmp_path / f"in/{name}.tar", {f"{name}_{i}.JPEG": picture(60 * place + i, "jpg") for i in range(3)})
+    path = tmp_path / "in"
+    if form == "a tar of class tars":
+        path = packed(tmp_path / "train.tar", {f"{name}.tar": (path / f"{name}.tar").read_bytes() for name in CLASSES})
+    source = opened(path, holdout=0)
+    assert labelled(source) == {f"{name}_{i}.JPEG": name for name in CLASSES for i in range(3)}
+    as_folder = {
+        f"{name}/{name}_{i}.JPEG": picture(60 * p + i, "jpg") for p, name in enumerate(CLASSES) for i in range(3)
+    }
+    assert seen(source) == seen(opened(unpacked(tmp_path / "out", as_folder), "folder", holdout=0))
+    # As it was before such archives were classes: where one class is expected, they are one.
+    assert opened(path, holdout=0, classes=1).classes == ["all"]
+
+
+def test_many_class_tars_are_read_with_few_files_open_at_once(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    (tmp_path / "in").mkdir()
+    for place in range(100):
+        packed(tmp_path / f"in/{place:03d}.tar", {"0.png": picture(place), "1.png": picture(place)})
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        assert prepare.check(opened(tmp_path / "in")) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_zips_of_classes_are_classes_and_as_many_are_opened_as_there_are(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    (tmp_path / "in").mkdir()
+    for place in range(60):
+        packed(tmp_path / f"in/{place:03d}.zip", {f"{place}.png": picture(place)})
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        assert labelled(opened(tmp_path / "in", holdout=0)) == {f"{place}.png": f"{place:03d}" for place in range(60)}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.timeout(60)
+def test_an_entry_whose_size_leads_back_to_the_first_one_is_refused(tmp_path):
+    content = bytearray(packed(tmp_path / "a.tar", {"a.png": bytes(10), "b.png": bytes(10)}).read_bytes())
+    header = content[1024:1536]
+    header[124:136] = (-1536).to_bytes(12, "big", signed=True)  # as GNU's tar writes large numbers
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    content[1024:1536] = header
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.tar: expected a \.tar, found .* has no size"):
+        Archives(tmp_path / "a.tar")
+
+
+def test_a_tar_beside_pictures_in_a_tar_is_named_and_not_opened(tmp_path):
+    inner = packed(tmp_path / "inner.tar", {"cat/9.png": picture(9)}).read_bytes()
+    source = opened(packed(tmp_path / "a.tar", {**pictures(), "cat/more.tar": inner}))
+    assert source.count == 12
+    assert source.unused == [("cat/more.tar", "files of .tar, which another images.source reads")]
+
+
+def test_what_cannot_be_read_is_no_archive_whatever_its_name(tmp_path):
+    (tmp_path / "in" / "folder.tar").mkdir(parents=True)
+    packed(tmp_path / "in/a.tar", pictures())
+    (tmp_path / "in/b.tar").symlink_to("nowhere")
+    (tmp_path / "in/c.tar").touch()
+    os.mkfifo(tmp_path / "in/d.zip")
+    reasons = {"b.tar": "a link to nothing", "c.tar": "an empty file", "d.zip": "not a regular file"}
+    assert dict(opened(tmp_path / "in").unused) == reasons
+
+
+def test_tars_that_were_joined_by_cat_are_read_to_the_end_and_such_zips_are_refused(tmp_path):
+    files = pictures()
+    halves = dict(list(files.items())[::2]), dict(list(files.items())[1::2])
+    for kind in ("tar", "zip"):
+        parts = [packed(tmp_path / f"{i}.{kind}", half).read_bytes() for i, half in enumerate(halves)]
+        (tmp_path / f"all.{kind}").write_bytes(b"".join(parts))
+    assert seen(opened(tmp_path / "all.tar")) == seen(opened(unpacked(tmp_path / "in", files), "folder"))
+    with pytest.raises(ValueError, match=r"all\.zip: has [\d,]+ bytes before its first file: archives joined by cat"):
+        opened(tmp_path / "all.zip")
+    whole = packed(tmp_path / "a.tar", files).read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole + bytes(5000) + b"more")
+    with pytest.raises(ValueError, match=r"a\.tar: .*\(.* bytes behind its end are no archive"):
+        opened(tmp_path / "a.tar")
+    (tmp_path / "a.tar").write_bytes(whole + bytes(5000))
+    assert opened(tmp_path / "a.tar").count == len(files)
+
+
+def test_all_that_is_not_used_in_or_beside_archives_is_named_with_the_reason(tmp_path):
+    shards = tmp_path / "shards"
+    (shards / "deeper").mkdir(parents=True)
+    packed(shards / "0.tar", {**pictures(), ".DS_Store": b"x", "__MACOSX/cat/x.png": b"x", "cat/x.gif": b"x"})
+    packed(shards / "deeper/1.tar", pictures())
+    (shards / "loose.png").write_bytes(picture(1))
+    with tarfile.open(shards / "2.tar.gz", "w:gz"):
+        pass
+    source = opened(shards)
+    assert source.count == 12 and dict(source.unused) == {
+        "0.tar/.DS_Store": "hidden, or left there by a program",
+        "0.tar/__MACOSX/cat/x.png": "hidden, or left there by a program",
+        "0.tar/cat/x.gif": "pictures of a format that is not read (.gif)",
+        "2.tar.gz": "compressed as a whole",
+        "deeper/1.tar": "an archive in a folder below",
+        "loose.png": "beside the archives, not in one",
+    }
+    (shards / "0.tar").unlink()
+    with pytest.raises(ValueError, match="a folder without archives, expected .zip or .tar; they are in deeper"):
+        opened(shards)
+
+
+SMALL = {f"{name}/{i}.png": bytes([65 + i]) * (300 + i) for name in "ab" for i in range(3)}
+EDITS = st.lists(
+    st.tuples(st.integers(0, 20_000), st.integers(0, 255), st.sampled_from("ssszc+")), min_size=1, max_size=4
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Archives of `SMALL`, by kind, and a place to write damaged ones to."""
+    folder = tmp_path_factory.mktemp("whole")
+    made = {kind: packed(folder / f"a.{kind}", SMALL, method=zipfile.ZIP_DEFLATED) for kind in ("zip", "tar")}
+    with tarfile.open(folder / "long.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for name, content in SMALL.items():
+            add(archive, "x" * 120 + name, content)
+    nested = packed(folder / "nested.tar", {"a.tar": made["tar"].read_bytes()})
+    whole = {**made, "long": folder / "long.tar", "nested": nested}
+    return {
+        kind: path.read_bytes().rstrip(b"\0") + bytes(1024) * (kind != "zip") for kind, path in whole.items()
+    }, folder
+
+
+@settings(max_examples=2000, deadline=None)
+@given(kind=st.sampled_from(["zip", "tar", "long", "nested"]), edits=EDITS)
+def test_of_a_damaged_archive_every_file_is_right_or_refused_by_name(whole, kind, edits):
+    contents, folder = whole
+    content = bytearray(contents[kind])
+    for at, byte, how in edits:
+        at %= len(content) + 1
+        if how == "s" and at < len(content):
+            content[at] = byte
+        elif how == "z":
+            content[at : at + 12] = b"\xff" * 12
+        elif how == "c":
+            content = content[:at]
+        else:
+            content[at:at] = bytes([byte]) * (byte % 20)
+    path = folder / f"damaged.{'zip' if kind == 'zip' else 'tar'}"
+    path.write_bytes(content)
+    try:
+        found = Archives(path)
+    except ValueError as error:
+        assert str(error).startswith(f"{path}")
+        return
+    for name in found.names:
+        assert ".." not in name and not any("/" in part for part in name)
+        try:
+            read = found.read(name)
+        except ValueError:
+            continue
+        if kind == "zip":  # whose files have checksums; a .tar has one of each header only
+            assert read in SMALL.values()
 
 
 @pytest.mark.parametrize("name", ["../x.png", "a/../../x.png", "/etc/x.png", "C:\\x.png", "..\\x.png"])

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -137,6 +138,11 @@ class Two(Measure):
             {"block": 4, "value": 1.0, "error": float("inf")},
             FloatingPointError,
             "it: error at block 4 is inf, expected",
+        ),
+        (
+            {"block": 4, "value": np.float32("nan"), "error": 0.0},
+            FloatingPointError,
+            "it: value at block 4 is nan, expected",
         ),
     ],
 )

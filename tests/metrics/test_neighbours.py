@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -138,6 +140,45 @@ def test_neighbours_that_float32_cannot_tell_apart_are_put_in_order():
 def test_the_unit_of_the_features_changes_nothing(factor):
     real, fake = gaussians(1, 60, 50, 8)
     assert neighbours.precision_recall(real * factor, fake * factor) == neighbours.precision_recall(real, fake)
+
+
+def features_like_inceptions(seed: int, count: int, shift: float = 0.0, spread: float = 1.0) -> np.ndarray:
+    """(count, 2048) float32, not negative, with squared norms of about 410 and a total variance of about 205."""
+    sizes = np.linspace(1, 0.2, 48)
+    axes = np.random.default_rng(7).standard_normal((48, 2048)) * sizes[:, None]
+    draw = np.random.default_rng(seed)
+    inner = (draw.standard_normal((count, 48)) * spread + shift) @ axes * 0.392 / np.sqrt((sizes**2).sum())
+    return np.maximum(0.25 + inner + 0.12 * draw.standard_normal((count, 2048)), 0).astype(np.float32)
+
+
+def as_adm_computes_them(real: np.ndarray, fake: np.ndarray, k: int = 3) -> list[float]:
+    """ADM's evaluator: features, norms, products and sums each rounded to fp16; an image is its own first neighbour."""
+
+    def half(x):
+        return x.astype(np.float16).astype(np.float32)
+
+    def far(x, y):
+        x, y = half(x), half(y)
+        mine, theirs = (half(half(z * z).sum(1)) for z in (x, y))
+        return np.maximum(half(half(mine[:, None] - 2 * half(x @ y.T)) + theirs), 0)
+
+    real_balls, fake_balls = (np.partition(far(x, x), k, axis=1)[:, k] for x in (real, fake))
+    across = far(fake, real)
+    return [(across <= real_balls).any(1).mean(), (across <= fake_balls[:, None]).any(0).mean()]
+
+
+KINDS = {"as the reference": {}, "shifted": {"shift": 0.25}, "of less variety": {"spread": 0.8}}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_fp16_does_to_adms_precision_and_recall_is_what_the_documents_say(kind):
+    text = Path(__file__, "../../../docs/scores.md").resolve().read_text()
+    said = next(line for line in text.splitlines() if line.startswith(f"| {kind} |"))
+    here, adms = ([float(x) for x in cell.split(",")] for cell in said.split("|")[2:4])
+    real, fake = features_like_inceptions(1, 1000), features_like_inceptions(2, 1000, **KINDS[kind])
+    # Another processor may round a tie of fp16 the other way: one image of a thousand.
+    assert list(neighbours.precision_recall(real, fake)) == pytest.approx(here, abs=1e-3)
+    assert as_adm_computes_them(real, fake) == pytest.approx(adms, abs=2e-3)
 
 
 def test_equal_images_are_covered():

@@ -47,6 +47,18 @@ def elsewhere(make_plan, file, **changes):
     return make_plan(runs={}, evaluate={"theirs": {**ROW, "checkpoint": str(file), **changes}})
 
 
+def test_weights_that_ran_away_stop_sampling_at_a_sample_instead_of_scoring_black_ones(exported, make_plan, capsys):
+    held = torch.load(exported[2], weights_only=False)
+    for which in ("model", "ema"):
+        held[which]["final_layer.linear.bias"].fill_(3e38)  # finite
+    torch.save(held, exported[2])
+    plan = elsewhere(make_plan, exported[2])
+    assert cli.main(["sample", plan.rows[0].evaluation.name, "-c", str(plan.file)]) == 2
+    said = capsys.readouterr().err
+    assert "sample 0: its latents are not finite" in said and "Traceback" not in said
+    assert not Path(plan.rows[0].evaluation.sample_file(0)).exists()
+
+
 def test_a_row_from_elsewhere_draws_the_samples_that_the_same_weights_draw_here(exported, make_plan):
     plan, _, path = exported
     own = samples(plan, plan.rows[0])

@@ -44,6 +44,17 @@ def test_timestep_embedding_runs_in_the_precision_of_its_weights():
     assert embedding(torch.tensor([0.25], dtype=torch.float64)).dtype == torch.bfloat16
 
 
+def test_in_bf16_times_one_step_of_250_apart_are_told_apart_only_by_a_precise_timestep_embedding():
+    torch.manual_seed(0)
+    embedding, times = TimestepEmbedding(64), torch.arange(250) / 250
+    exact = embedding(times)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, precise = embedding(times), embedding(times, precise=True)
+    assert torch.equal(precise, exact)
+    step = (exact[1:] - exact[:-1]).norm(dim=1).median()
+    assert (rounded.float() - exact).norm(dim=1).median() > step / 2
+
+
 def test_patches_are_counted_row_by_row():
     embed = PatchEmbedding(channels=1, patch_size=2, width=1)
     with torch.no_grad():

@@ -518,3 +518,23 @@ def test_equal_names_mean_equal_weights_so_far_and_segments_train_with_them(rows
 def test_new_keys_at_their_defaults_leave_the_names_of_reports_that_people_have(file, name):
     raw = yaml.safe_load((ROOT / "config" / f"{file}.yaml").read_text())
     assert Plan(config.resolve(raw)).report_made == f"results/{file}/report/made-{name}.json"
+
+
+def test_weights_that_change_under_their_path_give_new_names_and_are_named(tmp_path):
+    file = tmp_path / "dino.pth"
+    file.write_bytes(b"first")
+    teachers = {"vit": {"pretrained": {"name": "DINOv2-B", "weights": str(file)}}}
+
+    def plan():
+        return plan_of(results=str(tmp_path / "results"), teachers=teachers, runs={"REPA": {"alignment": "REPA"}})
+
+    first = plan()
+    assert str(plan().state("REPA", 8)) == str(first.state("REPA", 8)) and not plan().notes
+    file.write_bytes(b"other")
+    assert str(plan().state("REPA", 8)) != str(first.state("REPA", 8))
+    (note,) = plan().notes
+    assert note.startswith(f"{file}: was changed since results were first made with it")
+    file.write_bytes(b"first")
+    assert str(plan().state("REPA", 8)) == str(first.state("REPA", 8)) and not plan().notes
+    file.unlink()
+    assert str(plan().state("REPA", 8)) == str(first.state("REPA", 8))

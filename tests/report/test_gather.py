@@ -266,3 +266,12 @@ def test_a_grid_is_no_larger_than_what_it_shows(tiny, tmp_path, classes, labels,
     assert grid.columns == columns
     assert grid.labels == list(map(str, named))
     assert page._grid(grid)["most"] == columns * page.CELL
+
+
+def test_a_score_that_is_no_finite_number_is_named_with_its_file_and_not_shown(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path, runs=ROWS)
+    write_scores(plan)
+    file = Path(plan.rows[0].evaluation.score)
+    file.write_text(file.read_text().replace('"fd": 50.0', '"fd": NaN'))
+    with pytest.raises(ValueError, match=f"{file}: fd is nan, expected a finite number; remove the file"):
+        gather.report(plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -160,6 +161,15 @@ def test_the_page_says_the_finding_the_floor_and_the_notes(full: Report):
 def test_pictures_are_embedded_byte_for_byte(full: Report):
     source = Page(page.render(full)).all("img")[0]["src"]
     assert base64.b64decode(source.removeprefix("data:image/png;base64,")) == Path(full.grids[0].image).read_bytes()
+
+
+def test_a_picture_much_larger_than_its_place_on_the_page_is_embedded_at_twice_that_place(tmp_path: Path):
+    pixels = np.random.default_rng(0).integers(0, 256, (1036, 2590, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "grid.png")
+    source = page.data_uri(tmp_path / "grid.png", 1360)
+    content = base64.b64decode(source.removeprefix("data:image/webp;base64,"))
+    assert Image.open(io.BytesIO(content)).size == (1360, 544)
+    assert len(content) < (tmp_path / "grid.png").stat().st_size / 8
 
 
 def test_a_grid_without_classes_is_as_wide_as_its_columns_and_none_is_said_to_be_a_class(full: Report):

@@ -271,6 +271,13 @@ def test_what_all_rows_share_is_said_below_the_table():
 SEEDS = [row("a", 1, value, seed=seed) for seed, value in enumerate((50.0, 52.0, 57.0))]
 
 
+def test_a_scores_own_notes_are_repeated_below_the_table_with_the_rows_that_they_are_of():
+    both, some = "KID: over all pairs", "12 of 1,000 samples are black"
+    rows = [row("a", 100, 50.0, notes=[both]), row("b", 2000, 60.0, notes=[some, both])]
+    (table,) = tables.main_tables(report(rows))
+    assert {"KID: over all pairs.", "b at step 2,000: 12 of 1,000 samples are black."} <= set(table.notes)
+
+
 def test_seeds_are_one_line_of_mean_and_sample_standard_deviation():
     (table,) = tables.main_tables(report([*SEEDS, *(row("b", 1, 60.0, seed=s) for s in range(3))]))
     cell = table.column("FD (digits-cnn)")[0]

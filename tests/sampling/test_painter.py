@@ -217,6 +217,44 @@ def test_the_start_of_every_image_is_standard_normal():
     assert len(np.unique(z[:, 0, 0, 0])) == 400
 
 
+class Broken(Decoder):
+    """Its third image has a pixel that is no number."""
+
+    def decode(self, z, *, scale, shift):
+        image = super().decode(z, scale=scale, shift=shift)
+        image[2, 0, 0, 0] = torch.nan
+        return image
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama", "dopri5"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_sampling_stops_at_latents_that_are_not_finite_and_names_the_sample(sampler, value):
+    model = Field()
+    model.push = np.array([1.0, -2.0, value, 0.6, 0.2])  # of class 2, which sample 6 is the first of
+    steps = {} if sampler == "dopri5" else {"steps": 3}
+    sampling = Sampling(sampler=sampler, **steps, count=100, labels="balanced", seed=5)
+    with pytest.raises(FloatingPointError, match="sample 6: its latents are not finite"):
+        Painter(model, sampling, Decoder(), Interpolant(), LABELS, SCALE, SHIFT).draw(INDICES)
+
+
+def test_sampling_stops_at_pixels_that_are_not_finite_and_names_the_sample():
+    sampling = Sampling(sampler="euler", steps=2, count=100, labels="balanced", seed=5)
+    with pytest.raises(FloatingPointError, match="sample 5: its pixels are not finite"):
+        Painter(Field(), sampling, Broken(), Interpolant(), LABELS, SCALE, SHIFT).draw(INDICES)
+
+
+def test_images_are_decoded_some_at_a_time_however_many_are_drawn_at_once():
+    whole, parts = Decoder(), Decoder()
+    parts.factor = 128  # images of 640 px, 2 of which are a million pixels
+    sampling = Sampling(sampler="euler", steps=2, count=100, labels="balanced", seed=5)
+    found = [
+        Painter(Field(), sampling, decoder, Interpolant(), LABELS, SCALE, SHIFT).draw(INDICES)["image"]
+        for decoder in (whole, parts)
+    ]
+    assert [len(z) for z, *_ in whole.given] == [8] and [len(z) for z, *_ in parts.given] == [2, 2, 2, 2]
+    np.testing.assert_array_equal(*found)
+
+
 class Network(nn.Module):
     """Where a decoder's network would be: keeps what it is given."""
 

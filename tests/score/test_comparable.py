@@ -106,14 +106,15 @@ def test_a_folder_and_its_archive_hold_the_same_pictures_in_the_same_order(draw,
     assert open_samples(folder).identity() == open_samples(tmp_path / "set.zip").identity()
 
 
-def test_a_jpeg_that_is_called_png_is_refused_and_formats_that_are_not_read_are_counted(draw, detector, tmp_path):
+def test_a_jpeg_that_is_called_png_is_refused_and_files_that_are_not_read_are_named(draw, detector, tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     for place, image in enumerate(draw(0, 6)):
         Image.fromarray(image).save(folder / f"{place}.png")
     Image.fromarray(image).save(folder / "other.tif")
     found = score_images(folder, None, detectors=[detector])
-    assert any(note.startswith("1 pictures beside the samples were left out") for note in found.notes)
+    (note,) = [note for note in found.notes if "there is more" in note]
+    assert note.endswith("not used: pictures of a format that is not read (.tif) (1: other.tif)")
     Image.fromarray(image).save(folder / "3.png", format="JPEG")
     with pytest.raises(ValueError, match="3.png: holds JPEG"):
         score_images(folder, None, detectors=[detector])

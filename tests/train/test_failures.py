@@ -55,6 +55,19 @@ def test_half_precision_computes_near_what_single_precision_does(make_plan):
                 assert found[term] == pytest.approx(expected[term], abs=0.05), (half, term)
 
 
+def test_time_dtype_makes_a_new_bf16_state_and_changes_neither_the_name_nor_the_bits_of_an_fp32_one(make_plan):
+    found = {}
+    for precision in ("fp32", "bf16"):
+        for time_dtype in (None, "fp32"):
+            plan = make_plan(training={**TRAINING, "precision": precision, "time_dtype": time_dtype})
+            loop.train(plan, plan.state("vanilla", 4))
+            found[precision, time_dtype] = path_of(plan, "vanilla", 4)
+    assert found["fp32", None] == found["fp32", "fp32"] and found["bf16", None] != found["bf16", "fp32"]
+    rounded, precise = (load_file(found["bf16", how]) for how in (None, "fp32"))
+    name = "model/t_embedder.mlp.0.weight"
+    assert not torch.equal(rounded[name], precise[name])
+
+
 def break_step(monkeypatch, step, how):
     forward = Objective.forward
 
