@@ -110,7 +110,8 @@ def test_the_workflow_imports_only_the_plan_its_ground_and_what_asks_the_cluster
     lines = [line for file in files for line in file.read_text().splitlines() if "haste" in line and "import " in line]
     ground = ["from haste import config as configuration", "from haste.files import artefact, locks"]
     plan = ["from haste.plan.names import State", "from haste.plan.plan import Plan"]
-    assert lines == [*ground, *plan, "from haste.cluster import check"]
+    asks = ["from haste.cluster import check, queue", "    from haste.cluster import executor"]
+    assert lines == [*ground, *plan, *asks]
 
 
 def test_the_snakefile_can_be_read_in_one_look():

@@ -68,7 +68,25 @@ def check(asked: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
         try:
             slurm.ask("sbatch", "--test-only", *given, "--wrap=true")
         except slurm.Unanswered as error:
-            yield _doubt(f"jobs of {', '.join(sorted(named))} ({' '.join(given)})", given, str(error))
+            if not slurm.full(str(error)):  # later there is room
+                yield _doubt(f"jobs of {', '.join(sorted(named))} ({' '.join(given)})", given, str(error))
+
+
+def too_many(asked: Iterable[tuple[str, Mapping[str, Any]]], array: int) -> str:
+    """The limit because of which SLURM would not take all jobs at once, with all that is in the queue; empty if none.
+
+    Args:
+        asked: as in `check`.
+        array: the largest array that SLURM takes.
+    """
+    asked = list(asked)
+    for given in dict.fromkeys(flags(resources) for _, resources in asked):
+        try:
+            slurm.ask("sbatch", "--test-only", f"--array=1-{min(len(asked), array)}", *given, "--wrap=true")
+        except slurm.Unanswered as error:
+            if limit := slurm.full(str(error)):
+                return limit
+    return ""
 
 
 def _check_accounts(named: set[str]) -> None:

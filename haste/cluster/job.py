@@ -91,6 +91,11 @@ def name(plan: Plan, state: State) -> str:
     return f"haste-{state.trajectory}-{state.step}-{fingerprint(str(Path(plan.root).resolve()), 8)}"
 
 
+def name_of_stages(plan: Plan) -> str:
+    """The name of the jobs of all other stages, the same at every start: it follows from configuration and folder."""
+    return f"haste-{plan.config.name}-{fingerprint(str(Path(plan.root).resolve()), 8)}"
+
+
 def folder(plan: Plan, state: State) -> Path:
     """The folder of the logs of a trajectory's jobs."""
     return Path(plan.path(state)).resolve().parent / "jobs"

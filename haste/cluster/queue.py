@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 from haste.cluster import job as jobs
 from haste.cluster import slurm
 from haste.plan.names import State
@@ -20,6 +24,34 @@ def training(plan: Plan) -> dict[State, slurm.Job]:
         if job.live:
             found.setdefault(names[job.name], job)
     return found
+
+
+def record(plan: Plan) -> Path:
+    """The file that lists the submitted jobs of the stages: a line per job, [output, number, log]."""
+    return Path(plan.folder, "submitted.jsonl")
+
+
+def full(plan: Plan) -> Path:
+    """The file that says why jobs of the stages wait to be submitted, as long as some do."""
+    return Path(plan.folder, "queue-full.txt")
+
+
+def left(plan: Plan) -> dict[str, tuple[str, str]] | None:
+    """The jobs of the stages that an earlier Snakemake submitted and that live: output -> (number, log).
+
+    None if SLURM does not say which of them do.
+    """
+    try:
+        lines = [line for line in record(plan).read_text().splitlines() if line.endswith("]")]  # the last may be cut
+    except FileNotFoundError:
+        return {}
+    if not lines or shutil.which("squeue") is None:
+        return {}
+    try:
+        there = slurm.live(jobs.name_of_stages(plan))
+    except slurm.Unanswered:
+        return None
+    return {output: (number, log) for output, number, log in map(json.loads, lines) if number in there}
 
 
 def cancel(plan: Plan, name: str) -> list[str]:

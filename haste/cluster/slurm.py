@@ -64,6 +64,19 @@ def ask(*command: str, timeout: float = TIMEOUT) -> str:
     return done.stdout
 
 
+def full(words: str) -> str:
+    """Why SLURM takes no further job for now; empty if sbatch refused it for another reason.
+
+    Args:
+        words: what sbatch said, such as "error: AssocMaxSubmitJobLimit".
+    """
+    if named := re.search(r"\b(?:Assoc|QOS)\w+Limit\b", words):  # others, such as QOSMaxCpuPerJobLimit, are for good
+        return named[0] if "Submit" in named[0] else ""
+    # An older SLURM names no limit. The rest is MaxJobCount, of the whole cluster.
+    found = re.search(r"job submit limit|queue full|create job record, try again|Resource temporarily", words)
+    return found[0] if found else ""
+
+
 def queue(names: Sequence[str]) -> list[Job]:
     """The jobs of these names that SLURM still remembers, live ones first, newest first.
 
@@ -84,10 +97,20 @@ def queue(names: Sequence[str]) -> list[Job]:
     return sorted(jobs, key=lambda job: (not job.live, -int(job.id)))
 
 
+def live(name: str) -> set[str]:
+    """The numbers of all live jobs of a name, such as "4711", or "4712_3" for one of an array.
+
+    Raises:
+        Unanswered: nothing is known.
+    """
+    lines = ask("squeue", "--array", "--noheader", "--name", name, "--format", "%i|%T").splitlines()
+    return {number for number, _, state in (line.strip().partition("|") for line in lines) if state in LIVE}
+
+
 def stages(folder: str) -> dict[str, dict[str, int]]:
     """The user's live jobs that Snakemake submitted from a folder: rule -> state -> how many.
 
-    Snakemake's executor gives all jobs of one start the same random name, and the rule as a comment.
+    Snakemake's executor gives all jobs the same name, and the rule as a comment.
 
     Raises:
         Unanswered: nothing is known.

@@ -20,7 +20,7 @@ from haste.cluster.job import Resources
 from haste.plan.names import State
 from haste.plan.plan import Plan
 
-SUBMITTING = 120.0  # seconds that sbatch may take
+SUBMITTING = 180.0  # seconds that sbatch may take: while the cluster has no room for a job, it tries for 120 by itself
 
 # The signal to end would kill a Python that has no handlers yet, and a job that exits by itself is not requeued.
 PYTHON = f"""sh -c 'trap "" TERM USR2; exec "$@"' sh {shlex.quote(sys.executable)}"""

@@ -123,17 +123,20 @@ class Waiter:
     def _submit_or_attach(self) -> str:
         """The job that makes the state: an existing or a new one."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._alone():
-            found = [job for job in self._must_answer() if job.live]
-            if found:
-                self.job = found[0].id
-                self.tell(f"attached to job {self.job} ({found[0].state})")
-            elif self.done():  # it ended between two queries
-                self.job = self.job or ""
-            else:
+        while True:
+            with self._alone():
+                found = [job for job in self._must_answer() if job.live]
+                if found:
+                    self.job = found[0].id
+                    self.tell(f"attached to job {self.job} ({found[0].state})")
+                    return self.job
+                if self.done():  # it ended between two queries
+                    return self.job or ""
                 self.job = self._submit()
+            if self.job:
                 self.tell(f"submitted job {self.job}: {self.asked.described}")
-        return self.job
+                return self.job
+            self._sleep(self.asked.poll_s)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -158,13 +161,17 @@ class Waiter:
             "might be two. The same command tries again."
         )
 
-    def _submit(self) -> str:
+    def _submit(self) -> str | None:
+        """The number of a new job; None if the queue takes no more jobs for now."""
         from haste.cluster.submit import submit
 
         try:
             return submit(self.plan, self.state, self.asked)
         except slurm.Unanswered as error:
             words = str(error)
+        if limit := slurm.full(words):
+            self.tell(f"SLURM takes no more jobs now ({limit}): its job is submitted when there is room")
+            return None
         hint = next((keys for what, keys in HINTS.items() if what in words.lower()), None)
         where = f" Look at {hint} in the profile." if hint else ""
         raise ValueError(f"{self.state}: SLURM did not take the job ({self.asked.described}): {words}.{where}")

@@ -136,10 +136,18 @@ def snapshot(plan: Plan, queue: Queue = slurm_queue, stages: Callable[[], list[s
         [*(_line(plan, *owner, queued) for owner in plan.pieces), *(_elsewhere(plan, n) for n in plan.config.evaluate)],
         jobs(Path(plan.folder), at_work),
         upcoming(plan, left),
-        [*notes, *plan.notes],
+        [*notes, *_full(plan), *plan.notes],
         {room: size_of(Path(plan.root, room)) for room in ROOMS},
         others,
     )
+
+
+def _full(plan: Plan) -> list[str]:
+    """Why jobs wait to be submitted."""
+    try:
+        return [cluster_queue.full(plan).read_text().strip()]
+    except OSError:
+        return []
 
 
 def _ask(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import datetime
 import gc
 import os
 import resource
@@ -24,6 +25,9 @@ Value = TypeVar("Value")
 WARM_UPS = 2
 # Steps between a rank's request and the step at which all act on it. One is enough to hide the communication.
 LAG = 1
+# How long the first rank waits for the last, and the others for the first. A node may copy its stores for hours; the
+# launcher ends all ranks when one dies.
+ARRIVAL = datetime.timedelta(days=7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +142,16 @@ class Agreement:
             self._heard()
 
 
+def _all_here(rank: int, size: int) -> dist.Store:
+    """The store through which the ranks find one another, once all have come."""
+    store = next(dist.rendezvous("env://", rank, size, timeout=ARRIVAL))[0]
+    if store.add("arrived", 1) == size:
+        store.set("all", "here")
+    store.wait(["all"], ARRIVAL)
+    store.set_timeout(dist.constants.default_pg_timeout)  # from now on silence is a failure
+    return dist.PrefixStore("default_pg", store)
+
+
 @contextlib.contextmanager
 def joined(device: str) -> Generator[Group]:
     """Join the group that RANK, WORLD_SIZE and LOCAL_RANK in the environment describe; a group of one without them.
@@ -159,8 +173,10 @@ def joined(device: str) -> Generator[Group]:
     if size == 1:
         yield Group(0, 1, own)
         return
+    store = _all_here(rank, size)
     # CPU tensors go through gloo even if gradients go through NCCL, so their reductions never wait for the GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", rank=rank, world_size=size)
+    backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield Group(rank, size, own)
     finally:

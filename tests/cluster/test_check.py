@@ -82,6 +82,18 @@ def test_what_may_be_otherwise_when_other_nodes_are_up_is_a_doubt_and_no_refusal
     assert doubt.endswith("Look at gpus_per_node, nodes in the profile.")
 
 
+def test_a_full_queue_is_no_doubt_about_a_job_and_all_jobs_together_may_not_fit_with_what_is_there(sbatch):
+    calls = sbatch(refusing("--array=1-3", "sbatch: error: QOSGrpSubmitJobsLimit"))
+    asked = [("sample", {"qos": "long"}), ("sample", {"qos": "long"}), ("score", {"mem_mb": 5})]
+    assert check.too_many(asked, array=1000) == "QOSGrpSubmitJobsLimit"
+    assert calls() == ["--test-only --array=1-3 --qos=long --wrap=true"]
+    assert check.too_many(asked, array=2) == ""  # more are never asked for at once
+    assert check.too_many(asked[:2], array=1000) == ""
+    assert check.too_many([], array=1000) == ""
+    sbatch("echo AssocMaxSubmitJobLimit >&2; exit 1")
+    assert list(check.check(asked)) == []
+
+
 def test_a_slurm_that_gives_no_answer_is_no_refusal(sbatch):
     sbatch("echo 'Unable to contact slurm controller' >&2; exit 1")
     (doubt,) = check.check([("sample", {"gpu": 1})])

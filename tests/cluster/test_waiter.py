@@ -115,6 +115,44 @@ def test_without_a_job_one_is_submitted_as_the_profile_says(cluster, waiting):
     assert DelayedSubmission.load(submitted).function.stage_in == "/scratch/$USER"
 
 
+POLICY = "Batch job submission failed: Job violates accounting/QOS policy (job submit limit, user's size and/or time"
+
+
+@pytest.mark.parametrize(
+    ("words", "limit"),
+    [
+        (f"AssocMaxSubmitJobLimit {POLICY}", "AssocMaxSubmitJobLimit"),
+        (f"QOSGrpSubmitJobsLimit {POLICY}", "QOSGrpSubmitJobsLimit"),
+        (POLICY, "job submit limit"),  # older versions do not say which
+        ("Batch job submission failed: Resource temporarily unavailable", "Resource temporarily"),  # MaxJobCount
+    ],
+)
+def test_a_limit_on_how_many_jobs_may_wait_means_later(cluster, waiting, tmp_path, words, limit):
+    finish(waiting, tmp_path / "made.safetensors")
+    refuse = f'[ $(wc -l < sbatch.calls) -gt 2 ] || {{ echo "{words}" >&2; exit 1; }}'
+    cluster.says("sbatch", f"{refuse}; mv {tmp_path}/made.safetensors {waiting.path}; echo Submitted batch job 12")
+    waiting.make()
+    assert len(cluster.calls("sbatch")) == 3
+    (said,) = [line for line in waiting.told if "takes no more jobs now" in line]
+    assert f"({limit})" in said
+    assert any("submitted job 12" in line for line in waiting.told)
+
+
+@pytest.mark.parametrize("limit", ["QOSMaxCpuPerJobLimit", "AssocMaxWallDurationPerJobLimit"])
+def test_a_limit_on_what_a_job_may_ask_for_is_a_refusal(cluster, waiting, limit):
+    cluster.says("sbatch", f'echo "{limit} {POLICY}" >&2; exit 1')
+    with pytest.raises(ValueError, match=f"SLURM did not take the job .*{limit}"):
+        waiting.make()
+    assert len(cluster.calls("sbatch")) == 1
+
+
+def test_who_stops_waiting_for_room_is_told_that_no_job_was_submitted(cluster, waiting):
+    cluster.says("sbatch", "echo AssocMaxSubmitJobLimit >&2; exit 1")
+    threading.Timer(1.0, waiting.detach.set).start()
+    with pytest.raises(waiter.Detached, match="no job was submitted"):
+        waiting.make()
+
+
 @pytest.mark.parametrize("trouble", ["exit 1", "echo slurm_load_jobs error >&2; exit 1", "echo garbled"])
 def test_when_squeue_fails_nothing_is_submitted_and_it_is_said(cluster, waiting, trouble):
     cluster.says("squeue", trouble)

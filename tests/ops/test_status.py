@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from haste.cli import main as cli
-from haste.cluster import job
+from haste.cluster import job, queue
 from haste.files import locks
 from haste.ops import status
 from haste.plan.plan import Plan
@@ -255,6 +255,14 @@ def test_jobs_of_the_other_stages_are_counted_by_rule_and_state(make_plan, monke
     squeue.chmod(0o755)
     assert status.snapshot(plan).queue == ["images_check: 1 RUNNING", "sample: 2 PENDING, 1 RUNNING"]
     assert "in the queue: sample: 2 PENDING, 1 RUNNING" in text(plan, capsys)
+
+
+def test_that_the_cluster_takes_no_more_jobs_is_a_note_for_as_long_as_it_is_so(make_plan, capsys):
+    plan = make_plan(runs={"vanilla": {}})
+    assert "takes no more" not in text(plan, capsys)
+    queue.full(plan).parent.mkdir(parents=True, exist_ok=True)
+    queue.full(plan).write_text("SLURM takes no more jobs now (AssocMaxSubmitJobLimit).\n")
+    assert "note: SLURM takes no more jobs now (AssocMaxSubmitJobLimit)." in text(plan, capsys)
 
 
 def test_slurms_own_queue_is_asked_where_there_is_one_and_its_silence_is_said(make_plan, monkeypatch, tmp_path, capsys):

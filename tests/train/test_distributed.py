@@ -1,5 +1,6 @@
 """Several processes: float rounding apart they change nothing, and what interrupts them changes no bit."""
 
+import datetime
 import multiprocessing
 import os
 import signal
@@ -46,6 +47,26 @@ def _train(plan, state, rank, size, port, errors, die_after):
     except BaseException as error:
         errors.put(repr(error))
         raise
+
+
+def _arrive(rank, seconds, port, joined):
+    torch.distributed.distributed_c10d.default_pg_timeout = datetime.timedelta(seconds=1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    time.sleep(seconds)
+    with distributed.joined("cpu") as group:
+        joined.put(group.mean([float(rank)]))
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_ranks_wait_for_one_that_comes_much_later_than_any_communication_may_take(late):
+    joined, port = FORK.Queue(), free_port()
+    ranks = [FORK.Process(target=_arrive, args=(rank, 4 * (rank == late), port, joined)) for rank in range(3)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    assert [joined.get() for _ in ranks] == [[1.0]] * 3
 
 
 def train_with(plan, state, size, die_after=None):

@@ -1,7 +1,10 @@
 # A state from the previous state. Every edge is ancient(): nothing is ever trained again because a file was touched.
 import re
 
-from haste.cluster import check
+from haste.cluster import check, queue
+
+# Asked before Snakemake looks at the files: a job that ends in between has made its files, or is known to have lived.
+LEFT = queue.left(plan) if HERE else {}
 
 
 def before(wildcards):
@@ -34,11 +37,17 @@ def on_cluster(wildcards, resources):
 
 
 def ask_the_cluster():
-    """Check, before anything is submitted, whether SLURM would accept it."""
-    if workflow.executor_plugin.name == "slurm":
-        jobs = [job for job in workflow.dag.needrun_jobs() if job.rule.name.startswith("train") or not job.is_local]
-        for doubt in check.check((job.rule.name, dict(job.resources.items())) for job in jobs):
-            logger.warning(doubt)
+    """Check, before anything is submitted, whether SLURM would accept it, and whether all of it at once."""
+    if workflow.executor_plugin.name != "slurm":
+        return
+    from haste.cluster import executor
+
+    jobs = [job for job in workflow.dag.needrun_jobs() if job.rule.name.startswith("train") or not job.is_local]
+    asked = [(job.rule.name, dict(job.resources.items())) for job in jobs]
+    for doubt in check.check(asked):
+        logger.warning(doubt)
+    own = workflow.scheduler._executor
+    executor.take_over(own, plan, LEFT, check.too_many(asked, own.max_array_size))
 
 
 # A job may wait for hours behind others, and meanwhile a cluster job that an earlier Snakemake submitted may finish its
