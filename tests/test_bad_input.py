@@ -318,6 +318,7 @@ def poisoned(world: Any) -> None:
     facts = {name: manifest[name] for name in ("classes", "images", "autoencoder", "channels", "scale", "shift")}
     facts |= {name: manifest[name] for name in ("factor", "size")}
     for number in range(2):
+        shard(world.latents, number).unlink()
         span = store.shard_range(old.count, number, 2)
         store.write_shard(
             world.latents,
@@ -340,6 +341,16 @@ def poisoned(world: Any) -> None:
 def said(**changes: Any) -> Damage:
     """Another manifest of the images."""
     return on(manifest, edited, **changes)
+
+
+def unmade(**changes: Any) -> Damage:
+    """Another manifest of the images, on which the detector is still to be trained."""
+
+    def damage(world: Any) -> None:
+        said(**changes)(world)
+        removed(world.detector)
+
+    return damage
 
 
 def drawn(**arrays: Any) -> Damage:
@@ -400,9 +411,9 @@ STORES = [
     ("a dtype that is none", said(fields=WOOD), "image: found 'uint8 (8, 8, 3)', expected 'wood"),
 ]
 SPLITS = [
-    ("a split beyond the end", said(splits={"train": [0, 9999]}), "manifest.json: ", "splits"),
-    ("a split that is none", said(splits={"train": "all"}), "manifest.json: ", "splits"),
-    ("a split left out", said(splits={"train": [0, 1700]}), "no split 'held_out', expected one of ['train']"),
+    ("a split beyond the end", unmade(splits={"train": [0, 9999]}), "manifest.json: ", "splits"),
+    ("a split that is none", unmade(splits={"train": "all"}), "manifest.json: ", "splits"),
+    ("a split left out", unmade(splits={"train": [0, 1700]}), "no split 'held_out', expected one of ['train']"),
 ]
 SCALE = "does not fit its manifest: scale: found "
 LATENTS = [

@@ -20,7 +20,6 @@ import pytest
 import yaml
 
 from haste.cli import main as cli
-from haste.files import artefact
 from haste.networks import hub
 
 ROOT = Path(__file__).parent.parent
@@ -178,14 +177,6 @@ def test_a_hub_out_of_reach_is_given_up_soon_with_what_to_pass_instead(world, no
     command, started = ask(world), time.monotonic()
     refused(world, command, words, capsys)
     assert time.monotonic() - started < 30
-
-
-# ---- somebody else
-
-
-def test_a_second_trainer_of_a_trajectory_is_told_who_the_first_is(world, capsys):
-    with artefact.holding(world.state.parent / "lock", "trajectory"):
-        refused(world, ["train", world.last], ["is in use (lock ", f"by process {os.getpid()} on "], capsys)
 
 
 # ---- as people start it

@@ -2,6 +2,7 @@
 
 import copy
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from haste import config
 from haste.cli import main as cli
-from haste.files import artefact
+from haste.files import artefact, locks
 from haste.plan.names import State
 from haste.plan.plan import Plan
 from haste.train import loop, stops
@@ -39,22 +40,22 @@ ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ
 class Workshop:
     """A results folder with its configuration, and Snakemake on it as a user starts it."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.root = folder, folder / "results"
-        self.configure()
+    def __init__(self, folder: Path, name: str = "tiny", **changes):
+        self.folder, self.root, self.name = folder, folder / "results", name
+        self.configure(**changes)
 
     def configure(self, **changes):
         """Write the configuration with some top keys replaced; returns its plan."""
         raw = {
             **copy.deepcopy(TINY),
+            "name": self.name,
             "results": str(self.root),
             "measures": {"cosine": COSINE},
             "runs": RUNS,
             **changes,
         }
-        artefact.write_json(
-            self.folder / "tiny.yaml", raw
-        )  # JSON is YAML; whole at once, since others may be reading it
+        # JSON is YAML; whole at once, since others may be reading it
+        artefact.write_json(self.folder / f"{self.name}.yaml", raw)
         self.plan = Plan(config.resolve(raw))
         return self.plan
 
@@ -62,8 +63,13 @@ class Workshop:
         return [
             *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "workflow" / "Snakefile")),
             *("--workflow-profile", str(ROOT / "profiles" / "default"), "--directory", str(self.folder)),
-            *("--configfile", str(self.folder / "tiny.yaml"), "--cores", "2", *arguments),
+            *("--configfile", str(self.folder / f"{self.name}.yaml"), "--cores", "2", *arguments),
         ]
+
+    def started(self, *arguments):
+        """Snakemake at work, in a process group of its own."""
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+        return subprocess.Popen(self.command(*arguments), env=ENVIRONMENT, **options)
 
     def snakemake(self, *arguments):
         return subprocess.run(self.command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=800)
@@ -356,44 +362,70 @@ def test_after_pruning_a_finished_configuration_wants_nothing_and_a_row_taken_aw
     assert shop.jobs() == {("report", "")}
 
 
-def test_two_snakemakes_on_one_results_folder_the_second_says_who_holds_it_and_stops(shop):
+def test_two_snakemakes_of_one_configuration_the_second_says_who_holds_it_and_stops(shop):
     targets = [shop.plan.path(shop.plan.state("HASTE", step)) for step in (8, 12, 16)]
     for target in targets:
         Path(target).unlink()
-    (shop.root / ".lock").unlink()
-    first = subprocess.Popen(
-        shop.command(*targets), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
-    )
+    lock = Path(shop.plan.folder, ".lock")
+    lock.unlink()
+    first = shop.started(*targets)
     limit = time.monotonic() + 60
-    while not ((shop.root / ".lock").exists() and (shop.root / ".lock").read_text()) and time.monotonic() < limit:
+    while not (lock.exists() and lock.read_text()) and time.monotonic() < limit:
         time.sleep(0.02)
     second = shop.snakemake(*targets)
     assert first.poll() is None, "the first was over before the second began"
     assert second.returncode != 0
-    assert f"is in use (lock {shop.root}/.lock) by process {first.pid} on " in second.stdout + second.stderr
+    assert f"is in use (lock {lock}) by process {first.pid} on " in second.stdout + second.stderr
     assert "localrule train" not in second.stdout + second.stderr
     text, _ = first.communicate(timeout=120)
     assert first.returncode == 0, text
     assert all(Path(target).exists() for target in targets)
 
 
-def test_a_job_that_is_refused_takes_back_no_state_that_another_trainer_finishes_meanwhile(shop):
+def test_three_configurations_at_once_make_each_artefact_once_and_wait_for_one_another(make_plan, tmp_path):
+    make_plan()  # the stores; those removed below are made again
+    steps = {"one": [8], "two": [8, 12], "three": [8, 16]}
+    shops = [Workshop(tmp_path, n, runs={"HASTE": {"alignment": "HASTE", "milestones": m}}) for n, m in steps.items()]
+    plan = shops[0].plan
+    for folder in (plan.autoencoder.folder, plan.teachers["vit"].folder):
+        shutil.rmtree(folder)
+    Path(plan.images.manifest).unlink()
+    targets = {shop: [shop.plan.path(state) for state in shop.plan.planned()] for shop in shops}
+    running = [shop.started(plan.autoencoder.manifest, *targets[shop]) for shop in shops]
+    for process in running:
+        text, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, text
+    logs = [path.read_text() for path in tmp_path.glob("results/*/logs/*.log")]
+    for made in ("autoencoder: step 2 of 2", "vit: step 2 of 2", ": steps 0 to 8, aligning"):
+        assert sum(made in text for text in logs) == 1, made
+    assert any(re.search(r"waiting for .*: it is in use by process \d+ on \S+ since .*: ", text) for text in logs)
+    states = [Path(path) for path in {path for every in targets.values() for path in every}]
+    assert len(states) == 3 and all(path.exists() for path in states)
+    trained = [json.loads(line)["step"] for line in (states[0].parent / "log.jsonl").read_text().splitlines()]
+    assert len(trained) == len(set(trained)), "a step was taken twice"
+    assert not [path for path in (tmp_path / "results").rglob(".*") if path.name not in (".lock", ".locks")]
+    again = shops[2].snakemake("-n", *targets[shops[2]])
+    assert "Nothing to be done" in again.stdout + again.stderr
+
+
+def test_after_kill_9_of_snakemake_alone_the_next_start_waits_for_its_job(shop, tmp_path):
     target = Path(shop.plan.path(shop.plan.state("vanilla", 8)))
-    good = target.read_bytes()
     target.unlink()
-    with artefact.holding(target.parent / "lock", "an orphan's trajectory"):
-        running = subprocess.Popen(
-            shop.command(str(target)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
-        )
+    lock = target.parent / "lock"
+    with locks.holding(lock, "the job of a dead Snakemake"):
+        running = shop.started(str(target))
         log = shop.root / "tiny" / "logs" / f"train-{target.parent.name}-00000008.log"
         log.unlink(missing_ok=True)
-        while not log.exists() and running.poll() is None:
-            time.sleep(0.01)
-        target.write_bytes(good)  # the orphan's last rename, while the new job is on its way to being refused
-        text, _ = running.communicate(timeout=120)
-    assert running.returncode != 0, "the job was not refused"
-    assert "is in use" in text
-    assert target.read_bytes() == good
+        limit = time.monotonic() + 60
+        while not (log.exists() and "waiting for" in log.read_text()) and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert (
+            f"waiting for trajectory {target.parent.name}: it is in use by process {os.getpid()} on " in log.read_text()
+        )
+        assert running.poll() is None and not target.exists()
+    text, _ = running.communicate(timeout=120)
+    assert running.returncode == 0, text
+    assert target.exists()
 
 
 def test_a_state_that_somebody_finished_since_snakemake_looked_is_neither_removed_nor_trained_again(shop):
@@ -424,8 +456,9 @@ def test_a_killed_snakemake_leaves_no_lock_and_the_same_command_goes_on(shop):
         time.sleep(0.05)
     os.killpg(running.pid, 9)
     running.communicate()
-    with open(shop.root / ".lock") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for lock in (shop.root / ".lock", Path(shop.plan.folder, ".lock")):
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     states = {path: path.stat().st_mtime_ns for path in shop.root.glob("states/*/step-*.safetensors")}
     assert 0 < len(states) < len(targets)
     done = shop.snakemake(*targets)

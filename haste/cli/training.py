@@ -32,8 +32,13 @@ def _train(arguments: argparse.Namespace) -> None:
             sys.exit(130)
         return
     from haste.train.launch import launch
+    from haste.train.loop import Interrupted
 
-    launch(plan, plan.parse(arguments.state))
+    try:
+        launch(plan, plan.parse(arguments.state))
+    except Interrupted as stop:
+        print(f"haste train: {stop}; the same command goes on from there", file=sys.stderr)
+        sys.exit(143)  # as a process that TERM ended
 
 
 def _fetch(arguments: argparse.Namespace) -> None:

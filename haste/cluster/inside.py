@@ -23,7 +23,7 @@ from pathlib import Path
 from haste import config
 from haste.cluster import job as jobs
 from haste.cluster import slurm, staging
-from haste.files import artefact
+from haste.files import artefact, locks
 from haste.plan.names import State
 from haste.plan.plan import Plan
 
@@ -147,7 +147,7 @@ def _wait_for_the_last_attempt(plan: Plan, state: State) -> None:
     limit, lock = time.monotonic() + ORPHAN, Path(plan.path(state)).parent / "lock"
     while True:
         try:
-            artefact.acquire(lock, f"trajectory {state.trajectory}").close()
+            locks.acquire(lock, f"trajectory {state.trajectory}").close()
             return
         except ValueError as held:
             if time.monotonic() > limit:

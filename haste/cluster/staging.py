@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copy as copying
 import dataclasses
-import fcntl
 import logging
 import os
 import shutil
@@ -25,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from haste.files import artefact
+from haste.files import artefact, locks
 from haste.files.store import MANIFEST, Store, shard_path
 from haste.files.units import clock, readable
 from haste.plan.names import Artefact, State
@@ -113,10 +112,10 @@ def _acquire(
     copies = {
         what: place / f"{Path(made.folder).name}-{manifests[what]['identity'][:12]}" for what, made in stores.items()
     }
-    with _locked(place / "lock", fcntl.LOCK_EX, interrupted):
+    with _locked(place / "lock", interrupted):
         _clear(place, keep={path.name for path in copies.values()})
         for path in copies.values():
-            held.enter_context(_locked(_lock_of(path), fcntl.LOCK_SH, interrupted))
+            held.enter_context(_locked(_lock_of(path), interrupted, shared=True))
         missing = [what for what in stores if not _whole(copies[what], manifests[what])]
         _check_room(place, {what: _bytes(manifests[what]) for what in missing})
         for what in missing:
@@ -129,21 +128,21 @@ def _release(place: Path) -> None:
     limit = time.monotonic() + LEAVING
     with (
         contextlib.suppress(_Interrupted, OSError),
-        _locked(place / "lock", fcntl.LOCK_EX, lambda: time.monotonic() > limit),
+        _locked(place / "lock", lambda: time.monotonic() > limit),
     ):
         _clear(place)
 
 
 def _clear(place: Path, keep: Collection[str] = ()) -> None:
     """Remove the copies that nobody reads, and the folder if none is left. The caller must hold its lock."""
-    artefact.sweep(place)
+    artefact.sweep(place, locked=True)
     for lock in place.glob("*.lock"):
         if lock.stem in keep:
             continue
-        with open(lock, "a") as file, contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
-            lock.unlink()
+        if (file := locks.attempt(lock)) is not None:
+            with file:
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                lock.unlink()
     if not keep and {path.name for path in place.iterdir()} == {"lock"}:
         (place / "lock").unlink()
         place.rmdir()
@@ -154,7 +153,7 @@ def _lock_of(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, how: int, give_up: Check) -> Iterator[None]:
+def _locked(path: Path, give_up: Check, *, shared: bool = False) -> Iterator[None]:
     """Hold a lock on a file that others may remove while we wait for it.
 
     Raises:
@@ -162,7 +161,7 @@ def _locked(path: Path, how: int, give_up: Check) -> Iterator[None]:
         ValueError: its folder belongs to another user.
     """
     said = False
-    while (file := _try(path, how)) is None:
+    while (file := _try(path, shared)) is None:
         if give_up():
             raise _Interrupted
         if not said:
@@ -173,19 +172,13 @@ def _locked(path: Path, how: int, give_up: Check) -> Iterator[None]:
         yield
 
 
-def _try(path: Path, how: int) -> Any:
+def _try(path: Path, shared: bool) -> Any:
     """The open file that holds a lock; None if another process holds or removed it."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     owner = os.lstat(path.parent)
     if owner.st_uid != os.getuid() or not stat.S_ISDIR(owner.st_mode):  # scratch is often shared by all users
         raise ValueError(f"stage_in: {path.parent} is of user {owner.st_uid}, expected a folder of our own")
-    with contextlib.suppress(FileNotFoundError, BlockingIOError), contextlib.ExitStack() as opened:
-        file = opened.enter_context(open(path, "a"))
-        fcntl.flock(file, how | fcntl.LOCK_NB)
-        if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
-            opened.pop_all()
-            return file
-    return None
+    return locks.attempt(path, shared=shared)
 
 
 # -- copying -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ the next waiting process finds it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import signal
@@ -21,6 +20,7 @@ from typing import Any
 from haste.cluster import job as jobs
 from haste.cluster import slurm
 from haste.cluster.job import Resources
+from haste.files import locks
 from haste.plan.names import State
 from haste.plan.plan import Plan
 
@@ -141,14 +141,10 @@ class Waiter:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Exclude other submissions for this trajectory. The kernel releases the lock when the process dies."""
-        with open(self.folder / "submit.lock", "a") as file:
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    self.tell("another process is submitting it; waiting for that")
-                self._sleep(1)
+        while (file := locks.attempt(self.folder / "submit.lock")) is None:
+            self.tell("another process is submitting it; waiting for that")
+            self._sleep(1)
+        with file:
             yield
 
     def _must_answer(self) -> list[slurm.Job]:

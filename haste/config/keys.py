@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from haste import extensions
 
@@ -28,6 +38,19 @@ def number(value: Any) -> Any:
     return value
 
 
+def expanded(path: str) -> str:
+    """A path with ~ and $VARIABLES replaced, as a shell does it: every job then has the same, wherever it runs.
+
+    Raises:
+        ValueError: a variable that is not set here, or an unknown user.
+    """
+    found = os.path.expandvars(os.path.expanduser(path))
+    if unset := re.search(r"^~[^/]*|\$(\w+|\{\w+\})", found):
+        raise ValueError(f"found {path!r}, but {unset[0]} is not known here; expected a folder or variable that is")
+    return found
+
+
+Place = Annotated[str, AfterValidator(expanded)]  # of a file or a folder
 Float = Annotated[float, BeforeValidator(number)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[Float, Field(gt=0)]

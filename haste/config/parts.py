@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from haste import extensions
-from haste.config.keys import LATER, Float, Positive, Rate, Seed, Strict, completed, decides, nearest, number
+from haste.config.keys import LATER, Float, Place, Positive, Rate, Seed, Strict, completed, decides, nearest, number
 
 
 def _whole(value: Any) -> Any:
@@ -41,8 +41,8 @@ class Images(Strict):
     """Where the images come from and how they are prepared."""
 
     source: Literal["digits", "folder", "archive", "parquet"] = "folder"
-    path: str | None = None
-    labels: Annotated[str | None, LATER] = None
+    path: Place | None = None
+    labels: Annotated[Place | None, LATER] = None
     resolution: Positive
     holdout: Annotated[int, Field(ge=0)]  # the networks that are trained here are evaluated on these images
     classes: Annotated[int, Field(ge=0)]
@@ -75,8 +75,8 @@ class TrainedAutoencoder(Strict):
 class PretrainedAutoencoder(Strict):
     """A diffusers AutoencoderKL: a hub id or a folder."""
 
-    encode: str
-    decode: str | None = None
+    encode: Place
+    decode: Place | None = None
     channels: Positive = 4
     factor: Positive = 8
 
@@ -130,8 +130,8 @@ class TrainedTeacher(Strict):
 class PretrainedTeacher(Strict):
     """A frozen vision encoder by its name in `TEACHERS` or in timm, and its weights file, if given."""
 
-    name: str
-    weights: str | None = None
+    name: Place
+    weights: Place | None = None
 
 
 class Teacher(Strict):
@@ -174,7 +174,7 @@ class PretrainedDetector(Strict):
     """A public network by its name in `DETECTORS`, and its weights file, if given."""
 
     name: str
-    weights: str | None = None
+    weights: Place | None = None
 
 
 class Detector(Strict):
@@ -182,7 +182,7 @@ class Detector(Strict):
 
     trained: TrainedDetector | None = None
     pretrained: PretrainedDetector | None = None
-    reference: str | None = None
+    reference: Place | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Detector:

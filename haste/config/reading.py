@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,19 @@ import yaml
 from pydantic import ValidationError
 
 from haste.config.faults import explain, faults_of
-from haste.config.keys import nearest
+from haste.config.keys import expanded, nearest
 from haste.config.schema import PRESETS, TERMS, Config, Run, for_both
 
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_OCTAL = re.compile(r"[-+]?0[0-9_]")
 MOST_ENTRIES = 1_000_000  # in a configuration, with aliases expanded
 
 
 class _Once(yaml.SafeLoader):
     """A loader that refuses a duplicate key in one mapping; YAML would silently take the last.
+
+    It also refuses what YAML 1.1 takes for something else than was written: a run called `no` is False, `12:30` is 750
+    and `010` is 8.
 
     A few lines of nested aliases can expand to more entries than fit into memory, and an alias may refer to itself:
     both are refused before anything is built from them.
@@ -36,6 +42,9 @@ class _Once(yaml.SafeLoader):
             if not known[id(node)]:
                 raise ValueError(f"line {node.start_mark.line + 1}: what begins here refers to itself")
             return known[id(node)]
+        number = isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS
+        if number and (":" in node.value or _OCTAL.match(node.value)):
+            raise self._misread(node)
         known[id(node)], parts = 0, node.value if isinstance(node, yaml.CollectionNode) else []
         inner = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
         known[id(node)] = 1 + sum(self._count(one, known) for one in inner)
@@ -52,10 +61,16 @@ class _Once(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 name, line = self._name(key), key.start_mark.line + 1
+                if name != key.value:
+                    raise self._misread(key)
                 if name in lines:
                     raise ValueError(f"line {line}: key {name!r} is already on line {lines[name]}; expected it once")
                 lines[name] = line
         return node
+
+    def _misread(self, node: yaml.Node) -> ValueError:
+        where, found = f"line {node.start_mark.line + 1}: {node.value}", repr(self.construct_object(node))
+        return ValueError(f"{where} is {found} in YAML, hardly what is meant; write it in quotes, or otherwise")
 
     def _name(self, key: yaml.ScalarNode) -> str:
         """A key as `resolve` sees it, which takes 1 for "1"."""
@@ -120,7 +135,7 @@ def submitted(raw: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: the resolved configuration that the workflow's start wrote there cannot be read.
     """
-    return load(Path(str(raw.get("results", "results")), str(raw.get("name")), "config.json"))
+    return load(Path(expanded(str(raw.get("results", "results"))), str(raw.get("name")), "config.json"))
 
 
 def resolve(raw: Mapping[str, Any]) -> Config:

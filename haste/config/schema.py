@@ -19,7 +19,20 @@ from pydantic import (
 
 from haste.align import triggers
 from haste.align.schedule import SHAPES
-from haste.config.keys import LABEL, LATER, Float, Positive, Rate, Seed, Share, Strict, decides, nearest, or_added
+from haste.config.keys import (
+    LABEL,
+    LATER,
+    Float,
+    Place,
+    Positive,
+    Rate,
+    Seed,
+    Share,
+    Strict,
+    decides,
+    nearest,
+    or_added,
+)
 from haste.config.parts import (
     Autoencoder,
     Cache,
@@ -344,7 +357,7 @@ class Measure(Strict):
 class WarmStart(Strict):
     """The weights that a run begins from; `classes: new` puts a new table of classes in the place of the file's."""
 
-    file: str
+    file: Place
     classes: Literal["kept", "new"] = "kept"
 
 
@@ -393,7 +406,7 @@ class Run(Strict):
 class Evaluate(Strict):
     """A row without training: a checkpoint that was trained elsewhere, and how to sample it."""
 
-    checkpoint: str
+    checkpoint: Place
     model: str
     sampling: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
     step: Annotated[int, Field(ge=0)]
@@ -411,7 +424,7 @@ class Config(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     title: str = ""
     description: str = ""
-    results: str = "results"
+    results: Place = "results"
     images: Images
     autoencoder: Autoencoder
     teachers: dict[str, Teacher] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from haste.config import condition_entry, condition_in
 from haste.data import latents, prepare
 from haste.data.latents import Autoencoder
 from haste.data.prepare import Bad, Source
-from haste.files import artefact, listing, walk
+from haste.files import artefact, listing, locks, walk
 from haste.files.store import Store
 from haste.networks.autoencoder import check_size
 from haste.networks.devices import choose_device
@@ -71,12 +72,16 @@ def check_images(plan: Plan, workers: int | None = None) -> None:
     workers, source = _workers(plan, workers), _source(plan, without=[])[0]
     if not isinstance(source, prepare.Folder):
         raise ValueError(f"images: {plan.config.images.source} are read as they are, there is nothing to check")
-    bad = prepare.check(source, workers, progress=_progress("pictures checked"))
-    print(prepare.told(bad) if bad else f"all {source.count} pictures can be used")
-    if source.unused:
-        print(walk.told(walk.grouped(source.unused)))
-    if plan.checked_images:
-        prepare.write_checked(plan.checked_images, source, bad, key=plan.images.key)
+    kept = plan.checked_images
+    with locks.making(kept, anew=True) if kept else contextlib.nullcontext(True) as todo:
+        if not todo:
+            return
+        bad = prepare.check(source, workers, progress=_progress("pictures checked"))
+        print(prepare.told(bad) if bad else f"all {source.count} pictures can be used")
+        if source.unused:
+            print(walk.told(walk.grouped(source.unused)))
+        if kept:
+            prepare.write_checked(kept, source, bad, key=plan.images.key)
 
 
 def _source(plan: Plan, without: Bad | None = None) -> tuple[Source, Bad | None]:

@@ -87,6 +87,11 @@ class Autoencoder:
 
         found = autoencoder.opened(fetch(where))
         files = found.files
+        identity = _files_identity(files)
+        if (beside := found.folder / "part.json").is_file():  # trained here
+            expected = str(artefact.read_json(beside, "part").get("identity"))
+            if identity != expected:
+                raise ValueError(f"{files[0]}: expected the weights {expected[:12]}, found {identity[:12]}")
         try:
             loaded: Any = AutoencoderKL.from_pretrained(
                 str(found.folder),
@@ -104,7 +109,7 @@ class Autoencoder:
         wrong = {name: sorted(map(str, found))[:4] for name, found in info.items() if found}
         if wrong:
             raise ValueError(f"{files[0]}: the weights do not fit {autoencoder.CONFIG}: {wrong}")
-        return cls(model, model.config, _files_identity(files), device)
+        return cls(model, model.config, identity, device)
 
     @torch.no_grad()
     def moments(self, images: torch.Tensor | np.ndarray) -> torch.Tensor:

@@ -6,10 +6,8 @@ Nothing here depends on the files' content, and nothing here imports torch.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -20,6 +18,7 @@ import resource
 import shutil
 import socket
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -30,8 +29,8 @@ from haste import extensions
 
 SCHEMA = 1
 FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a full disk or quota
-# Our temporary names, and the file of six random characters that safetensors writes before it renames it to ours.
-_LEFT_BEHIND = (".*.part", ".tmp??????")
+_PART = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)@(?P<host>.*)\.[0-9a-f]{8}\.part$")  # of `aside_of`
+_SILENT = 24 * 3600.0  # seconds without a change after which a file that another machine was writing is abandoned
 LIBRARIES = ("torch", "timm", "diffusers", "torch-fidelity", "torchdiffeq", "numpy", "h5py", "snakemake", "safetensors")
 
 
@@ -104,13 +103,19 @@ def _sync_folder(folder: Path) -> None:
     # A rename is durable only once its folder is flushed.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with contextlib.suppress(OSError):  # some network and FUSE file systems refuse it for a folder
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def _sync(path: Path) -> None:
     with open(path, "rb+") as file:
+        if os.fstat(file.fileno()).st_mode & 0o777 == 0o600:  # safetensors' doing: colleagues could not read it
+            mask = os.umask(0o077)
+            os.umask(mask)
+            with contextlib.suppress(OSError):  # a file system without modes
+                os.fchmod(file.fileno(), 0o666 & ~mask)
         os.fsync(file.fileno())
 
 
@@ -118,15 +123,15 @@ def _sync(path: Path) -> None:
 def replacing(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path` for a file or a folder, and rename it to `path` once everything is on disk.
 
-    If the block raises, what was written is removed and `path` is unchanged. A killed process leaves a
-    `.name.XXXX.part` behind, which no reader opens and `sweep` removes.
+    If the block raises, what was written is removed and `path` is unchanged. A killed process leaves the temporary
+    path behind, which no reader opens and `sweep` removes.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full; `path` is then unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
+    aside = aside_of(path)
     try:
         yield aside
         for file in [aside] if aside.is_file() else [p for p in aside.rglob("*") if p.is_file()]:
@@ -134,7 +139,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         if aside.is_dir():
             _sync_folder(aside)
         if aside.is_dir() and path.is_dir():  # os.replace cannot replace a folder that is not empty
-            old = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
+            old = aside_of(path)
             os.replace(path, old)
             os.replace(aside, path)
             shutil.rmtree(old, ignore_errors=True)
@@ -165,14 +170,66 @@ def saving_tensors(path: Path | str) -> Iterator[None]:
         raise OSError(int(code[1]), f"could not be written: {os.strerror(int(code[1]))}", str(path)) from error
 
 
-def sweep(folder: Path | str, *, below: bool = False) -> None:
-    """Remove temporary files of killed writers from a folder, or from all below it. The caller must hold its lock."""
-    find = Path(folder).rglob if below else Path(folder).glob
-    for left in [left for pattern in _LEFT_BEHIND for left in find(pattern)]:
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
+def aside_of(path: Path) -> Path:
+    """A new temporary name beside `path`, which says whose it is: `.NAME.PROCESS@HOST.XXXXXXXX.part`."""
+    return path.parent / f".{path.name}.{os.getpid()}@{_host()}.{uuid.uuid4().hex[:8]}.part"
+
+
+def _host() -> str:
+    return re.sub(r"[^\w.-]", "-", socket.gethostname())[:40]
+
+
+def tidy(folder: Path | str) -> None:
+    """Before a workflow starts: `sweep` a folder and all below it, and date what comes from the future now.
+
+    Snakemake refuses an output that is older than an input, which may come from a machine whose clock is ahead.
+    """
+    now = time.time()
+    for path in Path(folder).rglob("*"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            if path.stat().st_mtime > now:
+                os.utime(path)
+        if path.name.endswith(".part"):
+            sweep(path.parent)
+
+
+def sweep(folder: Path | str, *, of: str | None = None, locked: bool = False) -> None:
+    """Remove temporary files and folders of dead writers; those of living ones stay.
+
+    Without a lock, a writer of this machine is dead if there is no such process, and one of another machine (or of an
+    earlier version, whose names say nothing) if nothing changed for a day.
+
+    Args:
+        folder: where they lie.
+        of: the name of a file or folder whose lock the caller holds: whoever wrote it is dead.
+        locked: the caller holds the folder's lock: whoever wrote here is dead.
+    """
+    left = [*Path(folder).glob(".*.part")]
+    if locked:  # also what safetensors writes before it renames it to ours
+        left += Path(folder).glob(".tmp??????")
+    for path in left:
+        told = _PART.match(path.name)
+        if not (locked or (told and told["name"] == of) or _is_abandoned(path, told)):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            left.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+
+def _is_abandoned(path: Path, told: re.Match | None) -> bool:
+    if told is not None and told["host"] == _host():
+        try:
+            os.kill(int(told["process"]), 0)
+        except ProcessLookupError:
+            return True
+        except OSError:  # another user's
+            pass
+        return False
+    try:
+        return time.time() - path.stat().st_mtime > _SILENT
+    except FileNotFoundError:
+        return False
 
 
 def write_json(path: Path | str, obj: Mapping[str, Any]) -> None:
@@ -295,69 +352,3 @@ def provenance(
         "inputs": dict(inputs or {}),
         "seconds": None if seconds is None else round(seconds, 3),
     }
-
-
-@contextlib.contextmanager
-def holding(path: Path | str, what: str) -> Iterator[None]:
-    """Hold an exclusive lock on a file during a block; the kernel releases it when the process dies.
-
-    Raises:
-        ValueError: another process holds it; the message says which, since when, and on which host.
-    """
-    file = acquire(path, what)
-    try:
-        yield
-    finally:
-        file.close()
-
-
-def acquire(path: Path | str, what: str) -> Any:
-    """Take the lock of `holding` and return the open file that holds it until it is closed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+")  # noqa: SIM115 - the caller keeps it open while it holds the lock
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            file.close()
-            raise
-        file.seek(0)
-        holder = file.read().strip() or "an unknown process"
-        file.close()
-        raise ValueError(f"{what} is in use (lock {path}) by {holder}. Wait for it, or stop it first.") from None
-    file.truncate(0)
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}: {' '.join(sys.argv)[:200]}\n")
-    file.flush()
-    return file
-
-
-@dataclasses.dataclass(frozen=True)
-class Holder:
-    """Who holds a lock, by its file; at_work: whether that process still runs, None if it is on another machine."""
-
-    who: str
-    at_work: bool | None
-
-
-def holder(path: Path | str) -> Holder | None:
-    """Who holds a lock, without acquiring it: an attempt to acquire it could make another process's attempt fail.
-
-    Returns:
-        None if nobody ever held it, or if the holder released it (detected only for holders on this machine).
-    """
-    try:
-        who = Path(path).read_text().strip()
-        place = os.stat(path)
-        told = re.match(r"process (\d+) on (\S+) ", who)
-        if told is None:
-            return None
-        if told[2] != socket.gethostname():
-            return Holder(who, None)
-        # Lines as "1: FLOCK  ADVISORY  WRITE 4711 fe:00:2146314 0 EOF"; one that waits has an arrow in it.
-        held = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" not in line]
-    except (OSError, UnicodeDecodeError):  # no such lock, or the kernel has no such list
-        return None
-    mine = any(words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(place.st_ino) for words in held)
-    return Holder(who, True) if mine else None

@@ -18,6 +18,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import threading
@@ -32,7 +33,9 @@ import h5py
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from haste.files import artefact
+from haste.files import artefact, locks
+
+log = logging.getLogger("haste.data")
 
 DIGEST = "digest"
 MANIFEST = "manifest.json"
@@ -78,7 +81,9 @@ def write_shard(
     facts: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the samples of one shard atomically, replacing any existing one.
+    """Write the samples of one shard atomically, one process at a time.
+
+    A shard of the same recipe, facts and fields stays as it is; any other is replaced.
 
     Args:
         folder: the store's folder.
@@ -103,13 +108,28 @@ def write_shard(
     header = {"schema": artefact.SCHEMA, "kind": kind, "key": key, "shard": shard, "shards": shards}
     header |= {"total": total, "start": span.start, "count": len(span)}
     header |= {name: artefact.canonical(obj) for name, obj in [("recipe", recipe), ("facts", facts or {})]}
-    with artefact.replacing(path) as aside, _written(path, aside, len(span), layout) as file:
-        for name, value in (header | {"provenance": artefact.canonical(provenance)}).items():
-            file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
-        for name, (shape, dtype) in {**layout, DIGEST: ((_DIGEST_BYTES,), np.dtype("u1"))}.items():
-            file.create_dataset(name, shape=(len(span), *shape), dtype=dtype)
-        _fill(file, path, layout, len(span), batches, progress)
+    layout_on_disk = {**layout, DIGEST: ((_DIGEST_BYTES,), np.dtype("u1"))}
+    with locks.making(path, anew=True):
+        if _is_there(path, kind, header, layout_on_disk):
+            log.info("%s: is there, nothing to make", path)
+            return path
+        with artefact.replacing(path) as aside, _written(path, aside, len(span), layout) as file:
+            for name, value in (header | {"provenance": artefact.canonical(provenance)}).items():
+                file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
+            for name, (shape, dtype) in layout_on_disk.items():
+                file.create_dataset(name, shape=(len(span), *shape), dtype=dtype)
+            _fill(file, path, layout, len(span), batches, progress)
     return path
+
+
+def _is_there(path: Path, kind: str, header: Mapping[str, Any], layout: Mapping[str, Any]) -> bool:
+    """Whether a whole shard with this header and these fields is there."""
+    try:
+        found = _inspect(path, kind)
+    except ValueError:
+        return False
+    told = {**found.header, **{name: artefact.canonical(found.header[name]) for name in ("recipe", "facts")}}
+    return {name: told[name] for name in header} == header and found.fields == layout
 
 
 @contextlib.contextmanager

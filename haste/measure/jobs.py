@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from haste import config as configuration
 from haste import extensions
 from haste.config import MEASURES, MODELS, Config, Model
-from haste.files import artefact
+from haste.files import artefact, locks
 from haste.files.provenance import read_header
 from haste.measure.measure import KIND, check_rows, read
 from haste.measure.subject import opened
@@ -19,7 +21,7 @@ from haste.models.exchange import open_weights
 from haste.plan.measures import Measurement
 from haste.plan.names import State
 from haste.plan.plan import Plan
-from haste.train.distributed import Group, enough_memory, joined
+from haste.train.distributed import enough_memory, joined
 
 
 def measure(plan: Plan, what: Measurement, keep: bool, json: Path | None = None) -> dict[str, Any] | None:
@@ -38,26 +40,26 @@ def measure(plan: Plan, what: Measurement, keep: bool, json: Path | None = None)
         ValueError: an input is missing or damaged, or `haste.measure.measure.check_rows` refuses the rows.
         FloatingPointError: a number is not finite.
     """
-    found: dict[str, Any] | None
-    if Path(what.file).exists():
-        found = read(what.file)
-    else:
-        torch.set_num_threads(plan.config.runtime.threads)
-        with joined(plan.config.runtime.device) as group, enough_memory():
-            found = _measured(plan, what, group)
-            found = found if group.is_first else None
-    if found is not None and keep and not Path(what.file).exists():
-        artefact.write_json(what.file, found)
+    # Ranks of one measurement wait for one another, so they must not wait for a lock.
+    there, alone = Path(what.file).exists(), "RANK" not in os.environ
+    with locks.making(what.file) if keep and alone and not there else contextlib.nullcontext(not there) as todo:
+        found = _measured(plan, what) if todo else read(what.file)
+        if found is not None and keep and todo:
+            artefact.write_json(what.file, found)
     if found is not None and json is not None:
         artefact.write_json(json, found)
     return found
 
 
-def _measured(plan: Plan, what: Measurement, group: Group) -> dict[str, Any]:
+def _measured(plan: Plan, what: Measurement) -> dict[str, Any] | None:
     started, spec = time.monotonic(), plan.config.measures[what.label]
     kind = spec.made
-    subject, state = opened(plan, what, kind.weights, kind.seed, group)
-    rows = check_rows(kind, kind.run(subject), f"{what.label} of {state['file']}")
+    torch.set_num_threads(plan.config.runtime.threads)
+    with joined(plan.config.runtime.device) as group, enough_memory():
+        subject, state = opened(plan, what, kind.weights, kind.seed, group)
+        rows = check_rows(kind, kind.run(subject), f"{what.label} of {state['file']}")
+    if not group.is_first:
+        return None
     seconds = time.monotonic() - started
     made = artefact.provenance(key=what.key, recipe=what.recipe, inputs=subject.inputs.identities, seconds=seconds)
     header = {"schema": artefact.SCHEMA, "kind": KIND, "key": what.key, "measure": spec.measure}

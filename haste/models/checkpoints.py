@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -28,10 +27,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from haste.files import artefact
+from haste.files import tensors as files
 from haste.models.dit import DiT
 from haste.models.layers import sincos_positions
 from haste.models.sit import SiT
@@ -127,6 +126,8 @@ def read_weights_of(
 
 def _read(what: Described, name: str) -> Checkpoint:
     """The numbers of described weights, as float32 or float64."""
+    if what.facts.get("ours"):
+        files.check(what.file, but=("optimizer/", "scaler/"))
     place = placed(what.file)
     weights = {which: {name: place(value) for name, value in tree.items()} for which, tree in what.sets.items()}
     heads = tuple({name: place(value) for name, value in head.items()} for head in what.projectors)
@@ -207,9 +208,7 @@ def _save(path: Path | str, tensors: dict[str, Tensor], checkpoint: Checkpoint, 
         or {"file": Path(checkpoint.file).name, "sha256": checkpoint.sha256, "layout": checkpoint.layout},
         "provenance": dict(made),
     }
-    tensors = {name: value.clone() for name, value in tensors.items()}  # safetensors refuses shared memory
-    with artefact.replacing(path) as aside, artefact.saving_tensors(path):
-        save_file(tensors, aside, metadata={"haste": json.dumps(header, sort_keys=True)})
+    files.write(path, {name: value.clone() for name, value in tensors.items()}, header)  # no shared memory
 
 
 def save_repa(path: Path | str, checkpoint: Checkpoint, args: Mapping[str, Any]) -> None:

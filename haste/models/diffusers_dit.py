@@ -189,7 +189,9 @@ def write_pipeline(
     for name in ("transformer", "scheduler"):
         (folder / name).mkdir()
     tensors = {name: value.contiguous() for name, value in to_diffusers(weights, shape["depth"]).items()}
-    save_file(tensors, folder / "transformer" / WEIGHTS, metadata={"format": "pt"})
+    file = folder / "transformer" / WEIGHTS
+    with artefact.replacing(file) as aside, artefact.saving_tensors(file):
+        save_file(tensors, aside, metadata={"format": "pt"})
     artefact.write_json(folder / "transformer" / CONFIG, transformer)
     artefact.write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     if autoencoder:

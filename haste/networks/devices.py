@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import torch
 
 
@@ -19,6 +22,21 @@ def choose_device(asked: str, local_rank: int = 0) -> torch.device:
             f"and {torch.cuda.device_count()} are visible"
         )
     return torch.device("cuda", local_rank)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse `torch.compile` where the compiler that it calls is missing; torch itself says so with a long traceback.
+
+    Raises:
+        ValueError: names what was looked for.
+    """
+    variable, usual = ("CC", ("gcc", "clang", "cc")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
+    wanted = os.environ.get(variable, "").split()[:1] or usual
+    if not any(map(shutil.which, wanted)):
+        raise ValueError(
+            f"runtime.compile: true needs a compiler on a {device.type}, found none of {', '.join(wanted)} on PATH. "
+            f"Install one, name it in {variable}, or set compile: false"
+        )
 
 
 def device_named(name: str) -> str:

@@ -12,7 +12,6 @@ import functools
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from rich.text import Text
 
 from haste import config
 from haste.config import Config
-from haste.files import artefact, journal, provenance, units
+from haste.files import artefact, journal, locks, provenance, units
 from haste.files.provenance import STATE_NAME
 from haste.files.units import readable
 from haste.ops.status import ROOMS, number, size_of
@@ -272,7 +271,7 @@ def remove(root: Path, items: Sequence[Item]) -> tuple[list[Item], list[str]]:
         ValueError: a workflow is running in the results folder.
     """
     gone, stayed = [], []
-    with artefact.holding(root / ".lock", f"The results folder {root}"):
+    with _alone(root):
         held = in_use(items)
         for item in items:
             if item.path in held:
@@ -280,6 +279,7 @@ def remove(root: Path, items: Sequence[Item]) -> tuple[list[Item], list[str]]:
                 continue
             try:
                 with _trajectory_lock(root, item.path):
+                    _check_nobody_makes(item.path)
                     _remove(item.path)
             except ValueError as error:
                 stayed.append(f"{item.path}: left as it is: {error}")
@@ -292,13 +292,29 @@ def remove(root: Path, items: Sequence[Item]) -> tuple[list[Item], list[str]]:
     return gone, stayed
 
 
+def _alone(root: Path) -> Any:
+    """The lock that every workflow in the folder shares, held alone."""
+    if (file := locks.attempt(root / ".lock")) is None:
+        found = [one.who for path in sorted(root.glob("*/.lock")) if (one := locks.holder(path))]
+        who = " and by ".join(found) or "another process"
+        raise locks.InUse(f"The results folder {root} is in use by {who}. Wait for it, or stop it first.")
+    return file
+
+
+def _check_nobody_makes(path: Path) -> None:
+    """Refuse what a job that outlived its workflow still makes, perhaps on another machine."""
+    for lock in [path.parent / ".locks" / path.name, *path.rglob(".locks/*")]:
+        if lock.is_file():
+            locks.acquire(lock, str(path)).close()
+
+
 @contextlib.contextmanager
 def _trajectory_lock(root: Path, path: Path) -> Iterator[None]:
     inner = path.relative_to(root).parts
     if inner[0] != "states":
         yield
         return
-    with artefact.holding(Path(root, *inner[:2], "lock"), f"trajectory {inner[1]}"):
+    with locks.holding(Path(root, *inner[:2], "lock"), f"trajectory {inner[1]}"):
         yield
 
 
@@ -306,7 +322,7 @@ def _remove(path: Path) -> None:
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    aside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
+    aside = artefact.aside_of(path)
     os.replace(path, aside)
     for name in ("manifest.json", "part.json", "trajectory.json"):  # first the file that marks the rest as complete
         (aside / name).unlink(missing_ok=True)
@@ -368,14 +384,14 @@ def _refuse_strangers(root: Path, needs: Needs, yes: bool) -> None:
     for lock in root.glob("states/*/lock"):
         if lock.parent.name in needs.trajectories:
             continue
-        holder = artefact.holder(lock)
+        holder = locks.holder(lock)
         if holder is not None and holder.at_work:
             raise ValueError(
                 f"{lock.parent}: of no configuration given or recorded here, but being trained: {holder.who}. "
                 "Name its configuration too, or wait for it."
             )
         if yes:  # the trainer may be on another machine; only the lock itself shows it
-            with artefact.holding(lock, f"trajectory {lock.parent.name}, of no configuration given or recorded here,"):
+            with locks.holding(lock, f"trajectory {lock.parent.name}, of no configuration given or recorded here,"):
                 pass
 
 

@@ -23,7 +23,7 @@ from rich.text import Text
 from haste.cluster import queue as cluster_queue
 from haste.cluster import slurm
 from haste.cluster.slurm import Unanswered
-from haste.files import artefact, journal, units
+from haste.files import journal, locks, units
 from haste.files.units import readable
 from haste.plan.names import Evaluation, Piece, State
 from haste.plan.plan import Plan
@@ -126,7 +126,7 @@ def snapshot(plan: Plan, queue: Queue = slurm_queue, stages: Callable[[], list[s
         queue: returns the training jobs in a cluster's queue.
         stages: returns the other jobs in it, in lines.
     """
-    holder = artefact.holder(Path(plan.root, ".lock"))
+    holder = locks.holder(Path(plan.folder, ".lock"))
     left = [state for state in plan.planned() if state.step not in plan.on_disk(state.trajectory)]
     queued, others, notes = _ask(lambda: queue(plan), stages)
     at_work = holder is not None and holder.at_work is not False
@@ -185,7 +185,7 @@ def _line(plan: Plan, run: str, seed: int, queued: Mapping[State, str]) -> Line:
     end, stopped = plan.state(run, last, seed), stops.along(plan, run, seed)
     finished = last in plan.on_disk(end.trajectory)
     ahead = next((p for p in pieces if p.holds(min(step + 1, last))), place)
-    holder = None if finished else artefact.holder(Path(plan.root, "states", ahead.trajectory, "lock"))
+    holder = None if finished else locks.holder(Path(plan.root, "states", ahead.trajectory, "lock"))
     rate, age = _rate(plan, run, record), number(record, "time")
     words = next((words for state, words in queued.items() if state.trajectory == ahead.trajectory), "")
     return Line(
@@ -229,7 +229,7 @@ def _rate(plan: Plan, run: str, record: Mapping[str, Any]) -> float | None:
     return images / plan.config.training_of(run).batch if images else None
 
 
-def _doing(finished: bool, step: int, holder: artefact.Holder | None, queued: str) -> str:
+def _doing(finished: bool, step: int, holder: locks.Holder | None, queued: str) -> str:
     if finished:
         return "finished"
     # The lock file of a job that was killed on a node remains.

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from haste.config import condition_in
-from haste.files import artefact
+from haste.files import artefact, locks
 from haste.files.artefact import canonical, replacing
 from haste.files.npz import ADM, read_npz
 from haste.files.provenance import provenance_of
@@ -97,6 +97,12 @@ def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
 
     Equal seeds: equal columns and equal noise for every method. Only the images that are shown are held.
     """
+    with locks.making(evaluation.grid, anew=True) as todo:
+        if todo:
+            _paint(plan, evaluation)
+
+
+def _paint(plan: Plan, evaluation: Evaluation) -> None:
     condition = condition_in(plan.trajectories[evaluation.state.trajectory].recipe)
     sets, told, inputs = list[Samples](), list[dict[str, np.ndarray]](), dict[str, str]()
     entries = {name: ADM.get(name, name) for name in condition.fields}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from haste.diffusion.samplers import nfe
-from haste.files import artefact, store
+from haste.files import artefact, locks, store
 from haste.files.store import Store
 from haste.metrics.detector import Detector
 from haste.metrics.detectors import open_detector
@@ -34,31 +34,39 @@ def make_references(plan: Plan) -> None:
         made = detector.reference
         if Path(made.manifest).exists():
             continue
-        common: dict[str, Any] = {"key": made.key, "recipe": made.recipe}
-        judge, folder = load_detector(plan, detector), Path(made.folder)
-        if detector.reference_file is None:
-            reference_shard(Store.of(plan.images), judge, folder=folder, **common)
-        else:
-            reference_of_file(Path(detector.reference_file), judge, folder=folder, **common)
-        provenance = artefact.provenance(**common)
-        store.join(made.folder, kind="features", shards=1, splits={}, provenance=provenance, **common)
-        if detector.reference_file is None:
-            kept_moments(Store.of(made))
+        with locks.making(made.folder, done=made.manifest) as todo:
+            if todo:
+                _make_reference(plan, detector)
+
+
+def _make_reference(plan: Plan, detector: names.Detector) -> None:
+    made = detector.reference
+    common: dict[str, Any] = {"key": made.key, "recipe": made.recipe}
+    judge, folder = load_detector(plan, detector), Path(made.folder)
+    if detector.reference_file is None:
+        reference_shard(Store.of(plan.images), judge, folder=folder, **common)
+    else:
+        reference_of_file(Path(detector.reference_file), judge, folder=folder, **common)
+    provenance = artefact.provenance(**common)
+    store.join(made.folder, kind="features", shards=1, splits={}, provenance=provenance, **common)
+    if detector.reference_file is None:
+        kept_moments(Store.of(made))
 
 
 def sample(plan: Plan, evaluation: Evaluation, shard: int) -> None:
     """Draw one shard of samples, and extract every detector's features."""
-    painter = painter_of(plan, evaluation)
-    draw_shard(
-        painter,
-        path=Path(evaluation.sample_file(shard)),
-        key=evaluation.key,
-        recipe=evaluation.recipe,
-        shard=shard,
-        shards=evaluation.shards,
-        batch=plan.config.runtime.sample_batch,
-        inputs={"weights": weights_identity(painter.model), "autoencoder": painter.autoencoder.identity},
-    )
+    painter, path = painter_of(plan, evaluation), Path(evaluation.sample_file(shard))
+    with locks.making(path, anew=True):  # whoever waited finds the shard there, and compares its record
+        draw_shard(
+            painter,
+            path=path,
+            key=evaluation.key,
+            recipe=evaluation.recipe,
+            shard=shard,
+            shards=evaluation.shards,
+            batch=plan.config.runtime.sample_batch,
+            inputs={"weights": weights_identity(painter.model), "autoencoder": painter.autoencoder.identity},
+        )
     for detector in plan.detectors.values():
         extract_features(plan, evaluation, detector, shard)
     # Not before: a workflow that is killed between the two discards the shard and calls this again.
@@ -107,7 +115,9 @@ def judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
     path = Path(judgement.score)
     reference = Store.of(detector.reference)
     common = {"detector": detector.name, "about": about, "key": path.stem, "path": path}
-    score(Store.of(features), reference, **common, pixels=pixels)
+    with locks.making(path, anew=True) as todo:
+        if todo:
+            score(Store.of(features), reference, **common, pixels=pixels)
 
 
 def floor_of(detector: names.Detector) -> None:
@@ -119,4 +129,6 @@ def floor_of(detector: names.Detector) -> None:
         artefact.check_entries(part.manifest, made, quality=dict)
         accuracy = made["quality"].get("accuracy")
     reference = Store.of(detector.reference)
-    floor(reference, detector=detector.name, held_out_accuracy=accuracy, key=path.stem, path=path)
+    with locks.making(path, anew=True) as todo:
+        if todo:
+            floor(reference, detector=detector.name, held_out_accuracy=accuracy, key=path.stem, path=path)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from haste.align.losses import TeacherTargets
-from haste.files import artefact
+from haste.files import artefact, locks
 from haste.files.store import Store, join, shard_range, write_shard
 from haste.files.units import clock
 from haste.networks.devices import choose_device
@@ -206,6 +206,12 @@ def fit(plan: Plan, name: str) -> None:
     cached(plan, name)
     if name not in plan.pca:
         raise ValueError(f"targets of {name!r}: teachers.{name}.pca is not set, there is nothing to fit")
+    with locks.making(plan.pca[name].folder, done=plan.pca[name].manifest) as todo:
+        if todo:
+            _fit(plan, name)
+
+
+def _fit(plan: Plan, name: str) -> None:
     started, part, images, teacher = time.monotonic(), plan.pca[name], Store.of(plan.images), _ready(plan, name)
     train = images.range("train")
     chosen = train[:: -(-len(train) // PCA_IMAGES)]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from haste.files import artefact
+from haste.files import artefact, locks
 from haste.files.provenance import STATE_NAME, read_header
 from haste.plan.names import Segment, State
 from haste.plan.plan import Plan
@@ -59,15 +59,19 @@ class Checkpoints:
     def locked(self) -> Iterator[None]:
         """Lock the trajectory's folder, in which one job trains at a time, and remove leftovers of killed writers.
 
+        A process that trains alone waits for the lock; one of several does not, since the others would wait in a
+        collective call, which has a time limit.
+
         Raises:
-            ValueError: another process holds the lock.
+            ValueError: another process holds the lock, or the disk has no locks.
         """
         if not self.group.is_first:
             yield
             return
-        with artefact.holding(self.folder / "lock", f"trajectory {self.trajectory.name}"):
-            artefact.sweep(self.folder)
-            artefact.sweep(self.folder / "rolling")
+        taking = locks.waiting if self.group.size == 1 else locks.holding
+        with taking(self.folder / "lock", f"trajectory {self.trajectory.name}"):
+            artefact.sweep(self.folder, locked=True)
+            artefact.sweep(self.folder / "rolling", locked=True)
             yield
 
     def describe(self) -> None:

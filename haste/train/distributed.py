@@ -154,7 +154,18 @@ def _all_here(rank: int, size: int) -> dist.Store:
 
 @contextlib.contextmanager
 def joined(device: str) -> Generator[Group]:
-    """Join the group that RANK, WORLD_SIZE and LOCAL_RANK in the environment describe; a group of one without them."""
+    """Join the group that RANK, WORLD_SIZE and LOCAL_RANK in the environment describe; a group of one without them.
+
+    Raises:
+        ValueError: a launcher's variables are there only in part.
+    """
+    said = os.environ.get("WORLD_SIZE", "1")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if said != "1" and missing:
+        raise ValueError(
+            f"WORLD_SIZE is {said} in the environment, as a launcher of several processes sets it, but not "
+            f"{' and '.join(missing)}: unset WORLD_SIZE, or start this by torchrun or srun"
+        )
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     own = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if own.type == "cuda":

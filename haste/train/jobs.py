@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from haste.files import locks
 from haste.files.store import Store
 from haste.plan.names import Artefact
 from haste.plan.plan import Plan
@@ -24,9 +25,11 @@ def train_autoencoder(plan: Plan) -> None:
     part, trained = plan.autoencoder, plan.config.autoencoder.trained
     if part is None or trained is None:
         raise ValueError("autoencoder: this configuration uses a pretrained one, there is nothing to train")
-    data = _training_images(plan)
-    images = {name: data[name] for name in ("images", "held_out")}
-    small_networks.train_autoencoder(**images, **trained.model_dump(), **_about(part))
+    with locks.making(part.folder, done=part.manifest) as todo:
+        if todo:
+            data = _training_images(plan)
+            images = {name: data[name] for name in ("images", "held_out")}
+            small_networks.train_autoencoder(**images, **trained.model_dump(), **_about(part))
 
 
 def train_teacher(plan: Plan, name: str) -> None:
@@ -40,7 +43,9 @@ def train_teacher(plan: Plan, name: str) -> None:
         raise ValueError(f"teacher {name!r}: not one that this configuration trains")
     trained = plan.config.teachers[name].trained
     assert trained is not None
-    small_networks.train_teacher(**_training_images(plan), **trained.model_dump(), **_about(part))
+    with locks.making(part.folder, done=part.manifest) as todo:
+        if todo:
+            small_networks.train_teacher(**_training_images(plan), **trained.model_dump(), **_about(part))
 
 
 def train_detector(plan: Plan, name: str | None) -> None:
@@ -56,8 +61,10 @@ def train_detector(plan: Plan, name: str | None) -> None:
         raise ValueError(f"detector: {found} given, expected one that is trained here: {', '.join(mine) or 'none is'}")
     trained = plan.config.detector[name].trained
     assert trained is not None
-    turns = not plan.config.images.classes
-    small_networks.train_detector(**_training_images(plan), **trained.model_dump(), **_about(mine[name]), turns=turns)
+    part, turns = mine[name], not plan.config.images.classes
+    with locks.making(part.folder, done=part.manifest) as todo:
+        if todo:
+            small_networks.train_detector(**_training_images(plan), **trained.model_dump(), **_about(part), turns=turns)
 
 
 def _about(part: Artefact) -> dict[str, Any]:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import multiprocessing
 import os
 import signal
+import socket
 import sys
+import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from haste import config
+from haste.files import artefact, locks
 from haste.plan.names import State
 from haste.plan.plan import Plan
-from haste.train.loop import train
+from haste.train.loop import Interrupted, train
 
 # Errors by which a rank refuses its work; the launcher reports them as refusals, not as crashes.
 REFUSALS = ("ValueError", "OSError", "FloatingPointError", "FileNotFoundError", "PermissionError")
@@ -25,17 +30,28 @@ def launch(plan: Plan, state: State) -> Path:
     """Make a state with the configured number of ranks on this machine.
 
     A process that was itself launched as a rank (torchrun, srun) joins its group and starts no others. When one
-    rank dies, all end within seconds.
+    rank dies, all end within seconds. TERM stops all within two steps, after saving.
 
     Returns:
         The state's file.
 
     Raises:
+        Interrupted: TERM was received; the last step is saved.
         ValueError: a rank refused; the message is that of the first one.
         RuntimeError: a rank died; the message contains its traceback.
     """
     if "RANK" in os.environ or plan.config.runtime.processes == 1:
-        return train(plan, state)
+        return train(plan, state, _until_term())
+    path = Path(plan.path(state))
+    # Ranks wait for one another in collective calls, which have a time limit, so the launcher waits for other trainers.
+    with locks.waiting(path.parent / ".locks" / "launch", f"trajectory {state.trajectory}"):
+        with locks.waiting(path.parent / "lock", f"trajectory {state.trajectory}"):
+            pass
+        _launch(plan, state)
+    return path
+
+
+def _launch(plan: Plan, state: State) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -50,22 +66,51 @@ def launch(plan: Plan, state: State) -> Path:
         max_restarts=0,
         monitor_interval=0.2,
         start_method="spawn",
+        local_addr="localhost",  # else it asks for this machine's name, for minutes where nobody knows it
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # its handler of TERM would end the ranks before they save
     )
     # torchrun's own default, set here to avoid its warning
     os.environ.setdefault("OMP_NUM_THREADS", str(plan.config.runtime.threads))
+    # gloo would look for this machine by its name, or on the interface that a cluster's settings name
+    os.environ["GLOO_SOCKET_IFNAME"] = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+    _on_term(_tell_the_ranks)
     try:
-        elastic_launch(settings, work)(plan.config.model_dump_json(), str(state))
+        saved = elastic_launch(settings, work)(plan.config.model_dump_json(), str(state))[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise _reason(rank, failure) from None
-    return Path(plan.path(state))
+    except OSError as error:
+        if error.filename is not None or error.errno not in artefact.FULL:
+            raise
+        where = "/dev/shm or the folder for temporary files"  # Python does not say which
+        raise OSError(error.errno, f"{os.strerror(error.errno)}: several processes need some of it", where) from error
+    if saved is not None:
+        raise Interrupted(saved, 1)
 
 
-def work(resolved: str, name: str) -> None:
-    """One rank: read the configuration that the launcher resolved, and train."""
+def _tell_the_ranks() -> None:
+    for rank in multiprocessing.active_children():
+        rank.terminate()  # TERM, at which a rank saves
+
+
+def _on_term(do: Callable[[], Any]) -> None:
+    if threading.current_thread() is threading.main_thread():  # no other may
+        signal.signal(signal.SIGTERM, lambda *_: do())
+
+
+def _until_term() -> Callable[[], int]:
+    """What `train` asks after every step: a reason to stop once TERM was received."""
+    told: list[bool] = []
+    _on_term(lambda: told.append(True))
+    return lambda: int(bool(told))
+
+
+def work(resolved: str, name: str) -> int | None:
+    """One rank: read the configuration that the launcher resolved, and train. Returns the last step if interrupted."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
     _die_with_the_launcher()
+    interrupted = _until_term()
     rank = int(os.environ["RANK"])
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
@@ -73,7 +118,15 @@ def work(resolved: str, name: str) -> None:
         datefmt="%H:%M:%S",
     )
     plan = Plan(config.resolve(json.loads(resolved)))
-    record(train)(plan, plan.parse(name))
+    return record(_train)(plan, plan.parse(name), interrupted)
+
+
+def _train(plan: Plan, state: State, interrupted: Callable[[], int]) -> int | None:
+    try:
+        train(plan, state, interrupted)
+    except Interrupted as stop:  # not as an error, which the launcher would log with a traceback
+        return stop.step
+    return None
 
 
 def _die_with_the_launcher() -> None:

@@ -25,6 +25,7 @@ from haste.config import Runtime
 from haste.data.batches import Batch
 from haste.files.journal import Journal
 from haste.files.provenance import read_header
+from haste.networks.devices import check_compiler
 from haste.plan.names import Segment, State
 from haste.plan.plan import Plan
 from haste.train import stops
@@ -126,6 +127,7 @@ class Loop:
         part = len(self.rows) // self.runtime.accumulate
         self.angles = Angles(objective, self.inputs, part=part, scale=scale, compiled=self.runtime.compile)
         if self.runtime.compile:
+            check_compiler(self.group.device)
             for network in (self.learner.model, *(teacher.network for teacher in self.inputs.teachers.values())):
                 network.compile()
         self.objective = wrap(objective, self.group)

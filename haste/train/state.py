@@ -11,18 +11,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from haste.data import order
 from haste.files import artefact
+from haste.files import tensors as files
 from haste.files.provenance import STATE, state_header
 from haste.models.build import build_model
 from haste.models.denoiser import Denoiser
@@ -113,7 +111,7 @@ def tensors_of(learner: Learner) -> dict[str, Tensor]:
         kept = learner.scaler.state_dict()
         tensors["scaler/scale"] = torch.tensor(kept["scale"], dtype=torch.float64)
         tensors["scaler/growth"] = torch.tensor(kept["_growth_tracker"])
-    return {name: value.detach().contiguous() for name, value in tensors.items()}
+    return {name: value.detach() for name, value in tensors.items()}
 
 
 def save(path: Path, learner: Learner, header: Mapping[str, Any], beside: Mapping[str, Tensor] | None = None) -> None:
@@ -128,35 +126,23 @@ def save(path: Path, learner: Learner, header: Mapping[str, Any], beside: Mappin
     Raises:
         OSError: the disk is full or the folder is not writable; an existing file stays as it was.
     """
-    header = {"schema": artefact.SCHEMA, "kind": STATE, **header}
-    text = json.dumps(header, sort_keys=True)
-    with artefact.replacing(path) as aside, artefact.saving_tensors(path):
-        save_file(tensors_of(learner) | dict(beside or {}), aside, metadata={"haste": text})
-
-
-def _opened(path: Path | str) -> Any:
-    try:
-        return safetensors.safe_open(str(path), framework="pt")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: this state is missing") from None
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: expected a state, found a truncated or foreign file ({error})") from error
+    files.write(path, tensors_of(learner) | dict(beside or {}), {"schema": artefact.SCHEMA, "kind": STATE, **header})
 
 
 def read(path: Path | str, *, key: str, prefixes: tuple[str, ...] = ("",)) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors of a state; only tensors whose names start with one of `prefixes`.
 
     Raises:
-        ValueError: missing, truncated, foreign, of another schema, or a state of another trajectory than `key`.
+        ValueError: missing, truncated, damaged, foreign, of another schema, or of another trajectory than `key`.
     """
-    with _opened(path) as file:
+    with files.opened(path, "state") as file:
         header = state_header(path, file.metadata())
         if header.get("key") != key:
             raise ValueError(f"{path}: a state of trajectory {header.get('key')}, expected {key}")
         if artefact.fingerprint(header["recipe"]) != key:
             raise ValueError(f"{path}: damaged or edited: its recipe is not that of trajectory {key}")
         names = [name for name in file.keys() if name.startswith(prefixes)]  # noqa: SIM118 - it is not a mapping
-        return header, {name: file.get_tensor(name) for name in names}
+        return header, files.read(path, file, names)
 
 
 def restore(learner: Learner, tensors: Mapping[str, Tensor], path: Path | str) -> None:

@@ -15,17 +15,17 @@ def plan(make_plan):
 
 def fill_the_disk_at(monkeypatch, step):
     """From the save of a step on nothing more fits."""
-    whole = state.save_file
+    whole = state.files.save_file
 
     def full(tensors, path, metadata):
         if f"step-{step:08d}" not in str(path):
             return whole(tensors, path, metadata)
         path.write_bytes(b"half")
-        raise state.safetensors.SafetensorError(
+        raise state.files.safetensors.SafetensorError(
             "Error while serializing: I/O error: No space left on device (os error 28)"
         )
 
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr(state.files, "save_file", full)
 
 
 def test_a_full_disk_is_a_refusal_which_keeps_the_last_good_state_and_is_not_tried_again(

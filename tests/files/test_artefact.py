@@ -26,5 +26,5 @@ def test_sweep_removes_all_that_a_killed_writer_leaves_also_what_safetensors_its
     writer.kill()
     writer.join()
     assert set(tmp_path.iterdir()) - {*kept, tmp_path / "state"}
-    artefact.sweep(tmp_path)
+    artefact.sweep(tmp_path, locked=True)
     assert set(tmp_path.iterdir()) - {tmp_path / "state"} == set(kept)

@@ -333,6 +333,7 @@ def test_a_shard_from_another_place_is_refused(tmp_path):
 
 def test_a_shard_rewritten_with_other_content_is_refused_by_the_quick_check(tmp_path):
     make(tmp_path, 4, 1)
+    shard_path(tmp_path, 0, 1).unlink()
     write(tmp_path, {name: values[::-1] for name, values in toy(4).items()}, 1)
     with pytest.raises(ValueError, match="identity"):
         Store.open(tmp_path)
@@ -355,6 +356,21 @@ def test_wrong_batches_are_refused_and_leave_nothing(tmp_path, batch, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_shard_of_the_same_recipe_and_facts_is_not_written_again_and_any_other_is(tmp_path):
+    data = make(tmp_path, 4, 1)
+    other = {name: values[::-1] for name, values in data.items()}
+    path, before = shard_path(tmp_path, 0, 1), shard_path(tmp_path, 0, 1).stat()
+    write(tmp_path, other, 1)
+    assert path.stat() == before
+    for changes in ({"facts": {"images": "others"}}, {"key": "k2"}, {"recipe": {}}):
+        before = path.stat().st_mtime_ns, path.read_bytes()
+        write(tmp_path, other, 1, **changes)
+        assert (path.stat().st_mtime_ns, path.read_bytes()) != before
+    path.write_bytes(path.read_bytes()[:-9])  # cut short
+    write(tmp_path, other, 1, recipe={})
+    assert np.array_equal(joined(tmp_path, 1, recipe={})["count"], 4)
+
+
 def test_an_interrupted_write_leaves_the_shard_before_it(tmp_path):
     data = make(tmp_path, 4, 1)
 
@@ -363,7 +379,7 @@ def test_an_interrupted_write_leaves_the_shard_before_it(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        write(tmp_path, data, 1, batches=broken())
+        write(tmp_path, data, 1, batches=broken(), facts={"made of": "something else"})
     Store.open(tmp_path, verify="full")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", shard_path("", 0, 1).name]
 

@@ -13,15 +13,15 @@ import pytest
 
 from haste.cli import main as cli
 from haste.cluster import job, queue
-from haste.files import artefact
+from haste.files import locks
 from haste.ops import status
 from haste.plan.plan import Plan
 from haste.train import loop
 
 HOLD = """
 import sys, time
-from haste.files import artefact
-with artefact.holding(sys.argv[1], "a trajectory"):
+from haste.files import locks
+with locks.holding(sys.argv[1], "a trajectory"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -107,21 +107,21 @@ def test_a_run_in_training_shows_segment_step_rate_time_losses_and_who_works(mak
 
 def test_asking_who_holds_a_lock_refuses_nobody_who_wants_it_and_knows_when_it_is_free(tmp_path, hold):
     path = tmp_path / "lock"
-    assert artefact.holder(path) is None
+    assert locks.holder(path) is None
     holder = hold(path)
-    found = artefact.holder(path)
+    found = locks.holder(path)
     assert found.at_work and f"process {holder.pid} on " in found.who
     holder.kill()
     holder.wait()
-    assert artefact.holder(path) is None  # its text is still there
+    assert locks.holder(path) is None  # its text is still there
     assert path.read_text()
-    with artefact.holding(path, "x"):
-        assert artefact.holder(path).at_work
+    with locks.holding(path, "x"):
+        assert locks.holder(path).at_work
 
 
 def test_a_lock_of_another_machine_is_told_as_its_file_says(tmp_path):
     (tmp_path / "lock").write_text("process 12 on node7 since 2026-01-01T00:00:00+00:00: haste train x\n")
-    assert artefact.holder(tmp_path / "lock") == artefact.Holder(
+    assert locks.holder(tmp_path / "lock") == locks.Holder(
         "process 12 on node7 since 2026-01-01T00:00:00+00:00: haste train x", None
     )
 
@@ -178,7 +178,7 @@ def test_jobs_are_told_apart_by_their_logs_and_what_failed_by_its_last_words(mak
     log(plan, "latents-00000-of-00002", "half\n12:00:01 haste.latents: 10/20\n", age=3)
     log(plan, "detector", "warming up\nhaste detector: the loss is nan at step 3\n", age=9)
     log(plan, "teacher-abc", "Traceback (most recent call last):\n  File x\nKeyError: 'y'\n", age=20)
-    hold(Path(plan.root, ".lock"))
+    hold(Path(plan.folder, ".lock"))
     said = text(plan, capsys)
     assert "the workflow is at work: process " in said
     since = r"0:00:\d\d since its last word"

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from haste.cli import main as cli
-from haste.files import artefact, journal
+from haste.files import journal, locks
 from haste.train import launch, loop
 from haste.train.step import Objective
 
@@ -149,7 +149,7 @@ def alive(workers):
 
 def free(lock):
     try:
-        with artefact.holding(lock, "x"):
+        with locks.holding(lock, "x"):
             return True
     except ValueError:
         return False
@@ -193,14 +193,35 @@ def test_a_rank_that_dies_ends_all_ranks_within_seconds_and_is_named(launched):
     assert not alive(workers)
 
 
-def test_a_killed_launcher_leaves_no_trainer_and_a_second_start_is_refused_while_one_lives(launched):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_term_saves_the_last_step_and_the_same_command_goes_on_to_the_same_bits(make_plan, processes):
+    runs = {"long": {"milestones": [300]}}
+    plan = make_plan(runs=runs, runtime={"processes": processes, "log_every": 5, "save_every": 300})
+    path, log = path_of(plan, "long", 300), path_of(plan, "long", 300).parent / "log.jsonl"
+    command = [sys.executable, "-m", "haste.cli", "train", str(plan.state("long", 300)), "-c", str(plan.file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: log.exists() and log.stat().st_size)
+    process.terminate()
+    text, _ = process.communicate(timeout=60)
+    (saved,) = path.parent.glob("rolling/step-*")
+    step = int(saved.name[5:13])
+    assert process.returncode == 143 and "Traceback" not in text
+    assert f"haste train: interrupted after step {step}, which is saved; the same command goes on" in text
+    assert 0 < step < 300 and not path.exists()
+    whole = make_plan(runs={"short": {"milestones": [step]}}, runtime={"processes": processes, "save_every": 300})
+    (path.parent / "rolling").rename(path.parent / "kept")
+    launch.launch(whole, whole.state("short", step))
+    expected, found = load_file(path_of(whole, "short", step)), load_file(path.parent / "kept" / saved.name)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_killed_launcher_leaves_no_trainer_and_the_lock_is_held_while_one_lives(launched):
     process, workers, plan = launched
     assert len(workers) == 2
-    with pytest.raises(ValueError, match="is in use"):
-        loop.train(plan, plan.state("long", 100_000))
+    lock = path_of(plan, "long", 100_000).parent / "lock"
+    assert not free(lock)
     process.kill()
     wait_for(lambda: not alive(workers), 20)
-    lock = path_of(plan, "long", 100_000).parent / "lock"
     wait_for(lambda: free(lock), 10)  # a dead process lets go when the last of its threads is gone
 
 

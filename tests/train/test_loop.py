@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from haste.cli import main as cli
 from haste.data.batches import Batches
 from haste.data.condition import Labels
 from haste.diffusion.interpolant import Interpolant
-from haste.files import artefact, journal
+from haste.files import journal, locks
 from haste.files.store import Store, join, write_shard
 from haste.models.sit import SiT
 from haste.teachers import encoder
@@ -116,7 +117,7 @@ def _run_in_child(plan, target, die_after=None):
 
 def _tear_saves(monkeypatch, die_on):
     """In the `die_on`-th save: write half the file, then SIGKILL oneself."""
-    whole, count = state.save_file, [0]
+    whole, count = state.files.save_file, [0]
 
     def torn(tensors, path, metadata):
         count[0] += 1
@@ -125,7 +126,7 @@ def _tear_saves(monkeypatch, die_on):
             os.truncate(path, Path(path).stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(state, "save_file", torn)
+    monkeypatch.setattr(state.files, "save_file", torn)
 
 
 def test_kill_at_20_random_moments_and_in_the_middle_of_saves_changes_no_bit(make_plan, monkeypatch):
@@ -171,12 +172,19 @@ def test_a_finished_state_is_never_trained_again(make_plan):
     assert path.stat().st_mtime_ns == before
 
 
-def test_two_trainers_on_one_trajectory_the_second_is_refused(make_plan):
+def test_two_trainers_on_one_trajectory_the_second_waits_says_for_whom_and_finds_the_state(make_plan, caplog):
     plan = make_plan()
     target = plan.state("vanilla", 8)
-    with artefact.holding(Path(plan.path(target)).parent / "lock", "x"), pytest.raises(ValueError) as refusal:
-        loop.train(plan, target)
-    assert f"process {os.getpid()}" in str(refusal.value)
+    path = Path(plan.path(target))
+    with caplog.at_level("INFO"), locks.holding(path.parent / "lock", "x"):
+        second = threading.Thread(target=loop.train, args=(plan, target))
+        second.start()
+        while "waiting for" not in caplog.text:
+            time.sleep(0.01)
+        assert not path.exists()
+    second.join()
+    assert path.exists()
+    assert re.search(rf"waiting for trajectory {path.parent.name}: .* by process {os.getpid()} on ", caplog.text)
 
 
 def test_rolling_states_are_the_newest_two_and_gone_at_the_end(make_plan):
@@ -274,10 +282,10 @@ def test_a_full_disk_stops_with_a_message_and_keeps_the_last_good_state(make_pla
 
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"half")
-        raise state.safetensors.SafetensorError("No space left on device (os error 28)")
+        raise state.files.safetensors.SafetensorError("No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(state, "save_file", full)
+        patch.setattr(state.files, "save_file", full)
         assert cli.main(["train", str(plan.state("vanilla", 16)), "-c", str(plan.file)]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert Path(plan.path(plan.state("vanilla", 8))).read_bytes() == good

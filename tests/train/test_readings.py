@@ -240,7 +240,7 @@ def before(owner, name, when):
 MOMENTS = {
     "in the step before it": before(Objective, "forward", lambda self, batch, *_: batch.step == 9),
     "when it is decided": before(state, "save", lambda path, *_: "00000010" in str(path)),
-    "in the save of its state": before(state, "save_file", lambda tensors, path, **_: "00000010" in str(path)),
+    "in the save of its state": before(state.files, "save_file", lambda tensors, path, **_: "00000010" in str(path)),
     "before its file": before(stops.artefact, "write_json", lambda path, _: Path(path).name == stops.FILE),
     "in the step after it": before(Objective, "forward", lambda self, batch, *_: batch.step == 10),
     "later": before(Objective, "forward", lambda self, batch, *_: batch.step == 14),

@@ -1,9 +1,14 @@
 # Images, the small networks that the pipeline trains on them, and latents.
+import os
+import sys
+
+# Jobs find `haste` beside the Python that runs Snakemake, also where nobody activated its environment.
+os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', os.defpath)}"
 
 if plan.checked_images:
 
     rule images_check:
-        output: plan.checked_images
+        output: update(plan.checked_images)
         log: log_of("images-check")
         benchmark: time_of("images-check")
         threads: THREADS
@@ -12,7 +17,7 @@ if plan.checked_images:
 
 rule images:
     input: ancient([plan.checked_images] if plan.checked_images else [])
-    output: f"{plan.images.folder}/shard-{{shard}}-of-{{shards}}.h5"
+    output: update(f"{plan.images.folder}/shard-{{shard}}-of-{{shards}}.h5")
     log: log_of("images-{shard}-of-{shards}")
     benchmark: time_of("images-{shard}-of-{shards}")
     threads: THREADS
@@ -21,7 +26,7 @@ rule images:
 
 rule images_join:
     input: ancient(plan.images.shard_files), ancient([plan.checked_images] if plan.checked_images else [])
-    output: plan.images.manifest
+    output: update(plan.images.manifest)
     log: log_of("images-join")
     benchmark: time_of("images-join")
     shell: "haste images -c {CONFIG:q} --join > {log:q} 2>&1"
@@ -31,7 +36,7 @@ if plan.autoencoder:
 
     rule autoencoder:
         input: ancient(plan.images.manifest)
-        output: plan.autoencoder.manifest
+        output: update(plan.autoencoder.manifest)
         log: log_of("autoencoder")
         benchmark: time_of("autoencoder")
         threads: THREADS
@@ -40,7 +45,7 @@ if plan.autoencoder:
 
 rule teacher:
     input: ancient(plan.images.manifest)
-    output: f"{plan.root}/parts/teacher-{{key}}/part.json"
+    output: update(f"{plan.root}/parts/teacher-{{key}}/part.json")
     log: log_of("teacher-{key}")
     benchmark: time_of("teacher-{key}")
     threads: THREADS
@@ -50,7 +55,7 @@ rule teacher:
 
 rule detector:
     input: ancient(plan.images.manifest)
-    output: f"{plan.root}/parts/detector-{{key}}/part.json"
+    output: update(f"{plan.root}/parts/detector-{{key}}/part.json")
     log: log_of("detector-{key}")
     benchmark: time_of("detector-{key}")
     threads: THREADS
@@ -63,7 +68,7 @@ rule latents:
     input:
         ancient(plan.images.manifest),
         ancient([plan.autoencoder.manifest] if plan.autoencoder else []),
-    output: f"{plan.latents.folder}/shard-{{shard}}-of-{{shards}}.h5"
+    output: update(f"{plan.latents.folder}/shard-{{shard}}-of-{{shards}}.h5")
     log: log_of("latents-{shard}-of-{shards}")
     benchmark: time_of("latents-{shard}-of-{shards}")
     threads: THREADS
@@ -72,7 +77,7 @@ rule latents:
 
 rule latents_join:
     input: ancient(plan.images.manifest), ancient(plan.latents.shard_files)
-    output: plan.latents.manifest
+    output: update(plan.latents.manifest)
     log: log_of("latents-join")
     benchmark: time_of("latents-join")
     shell: "haste latents -c {CONFIG:q} --join > {log:q} 2>&1"
@@ -94,7 +99,7 @@ rule pca:
     input:
         ancient(plan.images.manifest),
         ancient(lambda wildcards: [p.manifest for p in [plan.teachers[teacher_of(plan.pca)(wildcards)]] if p]),
-    output: f"{plan.root}/parts/pca-{{key}}/part.json"
+    output: update(f"{plan.root}/parts/pca-{{key}}/part.json")
     log: log_of("pca-{key}")
     benchmark: time_of("pca-{key}")
     threads: THREADS
@@ -104,7 +109,7 @@ rule pca:
 
 rule targets:
     input: ancient(looks)
-    output: f"{plan.root}/stores/targets-{{key}}/shard-{{shard}}-of-{{shards}}.h5"
+    output: update(f"{plan.root}/stores/targets-{{key}}/shard-{{shard}}-of-{{shards}}.h5")
     log: log_of("targets-{key}-{shard}-of-{shards}")
     benchmark: time_of("targets-{key}-{shard}-of-{shards}")
     threads: THREADS
@@ -114,7 +119,7 @@ rule targets:
 
 rule targets_join:
     input: ancient(plan.images.manifest), ancient(lambda wildcards: plan.targets[teacher_of(plan.targets)(wildcards)].shard_files)
-    output: f"{plan.root}/stores/targets-{{key}}/manifest.json"
+    output: update(f"{plan.root}/stores/targets-{{key}}/manifest.json")
     log: log_of("targets-{key}-join")
     benchmark: time_of("targets-{key}-join")
     params: name=teacher_of(plan.targets)

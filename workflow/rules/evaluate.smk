@@ -27,7 +27,7 @@ def floor_of(wildcards):
 # All detectors run in one job; those that already have features of the same images are left out.
 rule reference:
     input: ancient(plan.images.manifest), ancient(PARTS)
-    output: plan.references_missing or (plan.references if HERE else [])
+    output: [update(path) for path in plan.references_missing or (plan.references if HERE else [])]
     log: log_of("reference")
     benchmark: time_of("reference")
     threads: THREADS
@@ -50,9 +50,9 @@ if TO_DRAW:
             ancient(lambda wildcards: plan.drawn_from(drawn(wildcards))),
             ancient(PARTS),
         output:
-            samples=f"{plan.root}/samples/{{draw}}/shard-{{shard}}-of-{{shards}}.npz",
+            samples=update(f"{plan.root}/samples/{{draw}}/shard-{{shard}}-of-{{shards}}.npz"),
             features=[
-                f"{plan.root}/features/{{draw}}/{detector.looks}/shard-{{shard}}-of-{{shards}}.h5"
+                update(f"{plan.root}/features/{{draw}}/{detector.looks}/shard-{{shard}}-of-{{shards}}.h5")
                 for detector in plan.detectors.values()
             ],
         log: log_of("sample-{draw}-{shard}-of-{shards}")
@@ -68,7 +68,7 @@ if DRAWN:
         input:
             ancient(lambda wildcards: drawn(wildcards).sample_file(int(wildcards.shard))),
             ancient(lambda wildcards: [seen(wildcards).part.manifest] if seen(wildcards).part else []),
-        output: f"{plan.root}/features/{{draw}}/{{seen}}/shard-{{shard}}-of-{{shards}}.h5"
+        output: update(f"{plan.root}/features/{{draw}}/{{seen}}/shard-{{shard}}-of-{{shards}}.h5")
         log: log_of("features-{draw}-{seen}-{shard}-of-{shards}")
         benchmark: time_of("features-{draw}-{seen}-{shard}-of-{shards}")
         threads: THREADS
@@ -83,7 +83,7 @@ rule score:
     input:
         lambda wildcards: judgement(wildcards).detector.reference.manifest,
         lambda wildcards: judgement(wildcards).features.shard_files,
-    output: f"{plan.root}/scores/{{draw}}.{{key}}.json"
+    output: update(f"{plan.root}/scores/{{draw}}.{{key}}.json")
     log: log_of("score-{draw}.{key}")
     benchmark: time_of("score-{draw}.{key}")
     params: name=lambda wildcards: judgement(wildcards).detector.name
@@ -92,7 +92,7 @@ rule score:
 
 rule floor:
     input: lambda wildcards: floor_of(wildcards).reference.manifest
-    output: f"{plan.root}/scores/floor-{{key}}.json"
+    output: update(f"{plan.root}/scores/floor-{{key}}.json")
     log: log_of("floor-{key}")
     benchmark: time_of("floor-{key}")
     params: name=lambda wildcards: floor_of(wildcards).name
@@ -101,7 +101,7 @@ rule floor:
 
 rule grid:
     input: lambda wildcards: drawn(wildcards).sample_files
-    output: report(f"{plan.root}/samples/{{draw}}/grid.png", category="Samples", labels={"samples": "{draw}"})
+    output: update(report(f"{plan.root}/samples/{{draw}}/grid.png", category="Samples", labels={"samples": "{draw}"}))
     log: log_of("grid-{draw}")
     benchmark: time_of("grid-{draw}")
     shell: "haste grid {wildcards.draw:q} -c {CONFIG:q} > {log:q} 2>&1"

@@ -2,7 +2,7 @@
 
 rule measure:
     input: ancient(lambda wildcards: plan.measured_from(plan.measurements[f"{wildcards.state}/{wildcards.what}"]))
-    output: f"{plan.root}/measures/{{state}}/{{what}}.json"
+    output: update(f"{plan.root}/measures/{{state}}/{{what}}.json")
     log: log_of("measure-{state}-{what}")
     benchmark: time_of("measure-{state}-{what}")
     threads: THREADS

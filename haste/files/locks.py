@@ -1,0 +1,195 @@
+"""Locks: one process at a time, on one machine or on all that share a disk. The kernel frees what a dead process held.
+
+    results/.lock                 shared by every workflow in the folder; `haste prune` takes it alone
+    results/NAME/.lock            the workflow of a configuration, which Snakemake's main process holds
+    results/states/NAME/lock      whoever trains a trajectory
+    FOLDER/.locks/NAME            whoever makes FOLDER/NAME: a shard, a manifest, a part, samples, a score
+
+No torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import fcntl
+import functools
+import logging
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from haste.files import artefact
+
+log = logging.getLogger("haste.files")
+
+SETTING = "HASTE_LOCKS"  # "none" takes no locks
+LOOK = 0.5  # seconds between two attempts to lock
+_HELD = (errno.EWOULDBLOCK, errno.EACCES)
+
+
+class InUse(ValueError):  # noqa: N818 - what it says to the user
+    """Another process holds a lock; the message says which, since when, and on which host."""
+
+
+@contextlib.contextmanager
+def holding(path: Path | str, what: str) -> Iterator[None]:
+    """Hold an exclusive lock on a file during a block.
+
+    Raises:
+        InUse: another process holds it.
+        ValueError: the disk has no locks.
+    """
+    with acquire(path, what):
+        yield
+
+
+@contextlib.contextmanager
+def waiting(path: Path | str, what: str) -> Iterator[bool]:
+    """As `holding`, after waiting for whoever holds it and logging who that is. Yields whether there was a wait."""
+    waited = False
+    while (file := attempt(path)) is None:
+        if not waited:
+            log.info("waiting for %s: it is in use by %s", what, _words(path))
+        waited = True
+        time.sleep(LOOK)
+    with file:
+        yield waited
+
+
+@contextlib.contextmanager
+def making(path: Path | str, *, done: Path | str | None = None, anew: bool = False) -> Iterator[bool]:
+    """Hold the lock of a file or folder that is to be made, after waiting for whoever makes it; remove leftovers of
+    killed makers.
+
+    Args:
+        path: what is made.
+        done: the file whose presence means that it is finished, if that is not `path`.
+        anew: whether it is made again although it is there, unless another process made it during the wait.
+
+    Yields:
+        Whether it is still to be made.
+    """
+    path, done = Path(path), Path(done or path)
+    lock = path.parent / ".locks" / path.name
+    with waiting(lock, str(path)) as waited:
+        artefact.sweep(path.parent, of=path.name if _taken() else None)
+        try:
+            to_do = not done.exists() or (anew and not waited)
+            if not to_do:
+                log.info("%s: is there, %s", path, "made by another process meanwhile" if waited else "nothing to make")
+            yield to_do
+        finally:
+            lock.unlink(missing_ok=True)  # `attempt` notices
+            with contextlib.suppress(OSError):  # others are in it
+                lock.parent.rmdir()
+
+
+def acquire(path: Path | str, what: str, *, shared: bool = False) -> Any:
+    """Take a lock and return the open file that holds it until it is closed.
+
+    Raises:
+        InUse, ValueError: as `holding`.
+    """
+    if (file := attempt(path, shared=shared)) is None:
+        raise InUse(f"{what} is in use (lock {path}) by {_words(path)}. Wait for it, or stop it first.")
+    return file
+
+
+def attempt(path: Path | str, *, shared: bool = False) -> Any:
+    """The open file that holds a lock; None if another process holds it, or has just removed it.
+
+    Raises:
+        ValueError: the disk has no locks.
+    """
+    path = Path(path)
+    # `making` removes lock and folder behind itself: then this is tried again.
+    with contextlib.suppress(FileNotFoundError, FileExistsError), contextlib.ExitStack() as opened:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = opened.enter_context(open(path, "a+"))
+        if not _flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, path.parent):
+            return None
+        if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
+            if not shared:
+                file.truncate(0)
+                file.write(f"{_me()}\n")
+                file.flush()
+            opened.pop_all()
+            return file
+    return None
+
+
+def _flock(file: Any, how: int, folder: Path) -> bool:
+    if not _taken():
+        _without_locks(folder)
+        return True
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+        return True
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        raise ValueError(
+            f"{folder}: this disk has no locks (flock: {error.strerror}), so two processes could write the same file. "
+            "Use another disk for the results, or have this one mounted with locks (Lustre: flock, NFS: lock). Or "
+            f"set {SETTING}=none, and make sure yourself that one workflow at a time uses this folder"
+        ) from error
+
+
+def _taken() -> bool:
+    return os.environ.get(SETTING) != "none"
+
+
+@functools.cache
+def _without_locks(folder: Path) -> None:
+    log.warning("%s: no locks are taken, as %s=none says: one process at a time may write here", folder, SETTING)
+
+
+def _me() -> str:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    job = f" (job {os.environ['SLURM_JOB_ID']})" if "SLURM_JOB_ID" in os.environ else ""
+    return f"process {os.getpid()} on {socket.gethostname()} since {now}{job}: {' '.join(sys.argv)[:200]}"
+
+
+def _words(path: Path | str) -> str:
+    try:
+        return Path(path).read_text().strip() or "an unknown process"
+    except OSError:
+        return "an unknown process"
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """Who holds a lock, by its file; at_work: whether that process still runs, None if it is on another machine."""
+
+    who: str
+    at_work: bool | None
+
+
+def holder(path: Path | str) -> Holder | None:
+    """Who holds a lock, without acquiring it: an attempt to acquire it could make another process's attempt fail.
+
+    Returns:
+        None if nobody ever held it, or if the holder released it (detected only for holders on this machine).
+    """
+    try:
+        who = Path(path).read_text().strip()
+        place = os.stat(path)
+        told = re.match(r"process (\d+) on (\S+) ", who)
+        if told is None:
+            return None
+        if told[2] != socket.gethostname():
+            return Holder(who, None)
+        # Lines as "1: FLOCK  ADVISORY  WRITE 4711 fe:00:2146314 0 EOF"; one that waits has an arrow in it.
+        held = [line.split() for line in Path("/proc/locks").read_text().splitlines() if "->" not in line]
+    except (OSError, UnicodeDecodeError):  # no such lock, or the kernel has no such list
+        return None
+    mine = any(words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(place.st_ino) for words in held)
+    return Holder(who, True) if mine else None
