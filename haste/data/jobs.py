@@ -31,22 +31,21 @@ def make_images(plan: Plan, shard: int | None, workers: int | None = None) -> No
         ValueError: images that cannot be used; or as `haste.data.prepare`.
     """
     store, workers = plan.images, _workers(plan, workers)
-    plan.data.use_source()
+    plan.data.check_source()
     source, skipped = _source(plan)
     common: dict[str, Any] = {"key": store.key, "recipe": store.recipe, "shards": store.shards}
     made = artefact.provenance(key=store.key, recipe=store.recipe)
     if shard is None:
         manifest = prepare.prepare_join(store.folder, source, **common, provenance=made, skipped=skipped)
-        _check_pixels(plan, manifest["identity"])
+        _record_source(plan, manifest["identity"])
     else:
         prepare.prepare_shard(store.folder, source, **common, shard=shard, provenance=made, workers=workers)
 
 
-def _check_pixels(plan: Plan, identity: str) -> None:
-    """Refuse a store that was made again after pictures were edited without a change of size."""
+def _record_source(plan: Plan, identity: str) -> None:
+    """Record what the finished store was made from; refuse one that is made again from pixels that were edited."""
     try:
-        if plan.data.source:
-            plan.data.source.check_store(identity)
+        plan.data.record_source(identity)
     except ValueError:
         Path(plan.images.manifest).unlink()  # nothing may be made from it
         raise
@@ -68,7 +67,7 @@ def check_images(plan: Plan, workers: int | None = None) -> None:
         ValueError: the source has no image files to check.
     """
     if plan.checked_images:
-        plan.data.use_source()
+        plan.data.check_source()
     workers, source = _workers(plan, workers), _source(plan, without=[])[0]
     if not isinstance(source, prepare.Folder):
         raise ValueError(f"images: {plan.config.images.source} are read as they are, there is nothing to check")

@@ -199,11 +199,16 @@ class Data:
         if self.source and self.source.read() and not Path(self.images.manifest).exists():
             self.source.check(self.where, listing.held(self._listing))
 
-    def use_source(self) -> None:
-        """Record what the source holds when the first images are made from it; later as `check_source`."""
+    def record_source(self, identity: str) -> None:
+        """Record what a finished image store of this identity was made from, or compare it with the record.
+
+        Raises:
+            ValueError: the store was made before from pictures of the same names and sizes, and its pixels were others.
+        """
         if self.source:
-            held = listing.held(self._listing)
-            self.source.check(self.where, held) if self.source.read() else self.source.use(self.where, held)
+            if self.source.read() is None:
+                self.source.use(self.where, listing.held(self._listing))
+            self.source.check_store(identity)
 
     def update_source(self) -> str:
         """Take up what the source holds now, and say what that means; existing stores keep their names.

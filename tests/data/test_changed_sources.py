@@ -99,6 +99,18 @@ def test_a_store_that_is_removed_is_not_made_again_from_another_content(world, c
     assert not Path(world.plan.images.folder).exists()
 
 
+def test_a_picture_that_is_repaired_before_the_images_are_finished_is_no_change(world):
+    shutil.rmtree(world.results)
+    broken = world.pictures / "a" / "00.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"not a picture")
+    world.pack()
+    assert 2 in world.make()
+    broken.write_bytes(whole)
+    world.pack()
+    assert world.make() == [0, 0, 0] and world.plan.changes == []
+
+
 def test_an_update_gives_new_names_leaves_everything_and_the_old_content_gets_its_names_back(world):
     first, kept = world.plan, files(world.results)
     add(world.pictures, *range(20, 30))
