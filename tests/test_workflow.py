@@ -143,6 +143,15 @@ def test_the_whole_path_ends_in_a_report_with_every_row(finished):
     assert (page.parent / "measure-cosine.csv").read_text().startswith("run,term,t 0.2,t 0.2 ±,t 0.8,t 0.8 ±\nvanilla,")
 
 
+def test_an_autoencoder_that_is_gone_is_made_again_for_new_samples_and_for_nothing_else(shop):
+    shutil.rmtree(Path(shop.plan.autoencoder.folder))
+    assert shop.jobs() == set()
+    shutil.rmtree(shop.evaluation("vanilla", 8).folder)
+    Path(shop.evaluation("vanilla", 8).score).unlink()
+    assert {rule for rule, _ in shop.jobs()} >= {"autoencoder", "sample", "score"}
+    assert not {rule for rule, _ in shop.jobs()} & {"latents", "latents_join", "train", "teacher"}
+
+
 def test_a_dit_is_trained_sampled_scored_and_reported_by_the_same_rules(shop):
     ancestral = {"sampler": "ddpm", "steps": 3, "count": 20, "labels": "balanced", "guidance": 1.5}
     plan = shop.configure(

@@ -114,9 +114,10 @@ class Plan:
         An imported checkpoint needs only the decoder, which knows the latents' scale. The checkpoint itself is
         not listed: its content is in the samples' name, and existing samples remain valid without it.
         """
+        decoder = [self.autoencoder.manifest] if self.autoencoder else []
         if evaluation.state.trajectory in self.elsewhere:
-            return [self.autoencoder.manifest] if self.autoencoder else []
-        return [self.path(evaluation.state), self.latents.manifest]
+            return decoder
+        return [self.path(evaluation.state), self.latents.manifest, *decoder]
 
     def aligned_from(self, segment: Segment) -> list[str]:
         """The files that a job reads its alignment targets from."""

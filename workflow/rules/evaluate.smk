@@ -81,8 +81,8 @@ if DRAWN:
 
 rule score:
     input:
-        lambda wildcards: judgement(wildcards).detector.reference.manifest,
-        lambda wildcards: judgement(wildcards).features.shard_files,
+        ancient(lambda wildcards: judgement(wildcards).detector.reference.manifest),
+        ancient(lambda wildcards: judgement(wildcards).features.shard_files),
     output: update(f"{plan.root}/scores/{{draw}}.{{key}}.json")
     log: log_of("score-{draw}.{key}")
     benchmark: time_of("score-{draw}.{key}")
@@ -91,7 +91,7 @@ rule score:
 
 
 rule floor:
-    input: lambda wildcards: floor_of(wildcards).reference.manifest
+    input: ancient(lambda wildcards: floor_of(wildcards).reference.manifest)
     output: update(f"{plan.root}/scores/floor-{{key}}.json")
     log: log_of("floor-{key}")
     benchmark: time_of("floor-{key}")
@@ -100,7 +100,7 @@ rule floor:
 
 
 rule grid:
-    input: lambda wildcards: drawn(wildcards).sample_files
+    input: ancient(lambda wildcards: drawn(wildcards).sample_files)
     output: update(report(f"{plan.root}/samples/{{draw}}/grid.png", category="Samples", labels={"samples": "{draw}"}))
     log: log_of("grid-{draw}")
     benchmark: time_of("grid-{draw}")
