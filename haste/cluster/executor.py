@@ -23,7 +23,7 @@ from typing import Any
 from snakemake_executor_plugin_slurm import Executor
 from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
 
-from haste.cluster import job as jobs
+from haste.cluster import job as haste_jobs
 from haste.cluster import queue, slurm
 from haste.files import artefact
 from haste.plan.plan import Plan
@@ -41,7 +41,11 @@ class Patient(Executor):
     said: set[str]
 
     def run_jobs(self, jobs: Sequence[Any]) -> None:
-        """Attach to the jobs that an earlier Snakemake submitted, and submit the others."""
+        """Attach to the jobs that an earlier Snakemake submitted and that still live, and submit the others."""
+        if self.left:
+            with contextlib.suppress(slurm.Unanswered):
+                there = slurm.live(haste_jobs.name_of_stages(self.plan))
+                self.left = {output: found for output, found in self.left.items() if found[0] in there}
         super().run_jobs([job for job in jobs if not self._attached(job)])
 
     def _attached(self, job: Any) -> bool:
@@ -134,7 +138,7 @@ def take_over(executor: Executor, plan: Plan, left: Mapping[str, tuple[str, str]
     executor.plan, executor.left, executor.said = plan, dict(left), set()
     executor.over, executor.inside = threading.Event(), threading.local()
     executor.run_uuid = "_".join(
-        filter(None, (executor.workflow.executor_settings.jobname_prefix, jobs.name_of_stages(plan)))
+        filter(None, (executor.workflow.executor_settings.jobname_prefix, haste_jobs.name_of_stages(plan)))
     )
     if limit:
         executor.array_jobs = set()  # the larger an array, the later it fits

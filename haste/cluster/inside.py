@@ -81,6 +81,12 @@ class Work:
         refused.unlink(missing_ok=True)  # of an earlier attempt
         try:
             return self._train(plan, state, rank, interruption)
+        except locks.InUse as held:  # by the job of another configuration: later it is free
+            log.info("%s; back into the queue", held)
+            if rank == 0:
+                _requeue()
+            time.sleep(LINGER)
+            raise
         except (ValueError, FloatingPointError) as refusal:
             _refuse(refused, str(refusal))
             raise

@@ -98,13 +98,15 @@ def queue(names: Sequence[str]) -> list[Job]:
 
 
 def live(name: str) -> set[str]:
-    """The numbers of all live jobs of a name, such as "4711", or "4712_3" for one of an array.
+    """The numbers of the user's live jobs of a name, also after a prefix, such as "4711", or "4712_3" for one of an
+    array.
 
     Raises:
         Unanswered: nothing is known.
     """
-    lines = ask("squeue", "--array", "--noheader", "--name", name, "--format", "%i|%T").splitlines()
-    return {number for number, _, state in (line.strip().partition("|") for line in lines) if state in LIVE}
+    lines = ask("squeue", "--me", "--array", "--noheader", "--format", "%i|%T|%j").splitlines()
+    found = (line.strip().split("|", 2) for line in lines if line.count("|") >= 2)
+    return {number for number, state, called in found if state in LIVE and called.endswith(name)}
 
 
 def stages(folder: str) -> dict[str, dict[str, int]]:

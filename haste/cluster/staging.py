@@ -135,7 +135,7 @@ def _release(place: Path) -> None:
 
 def _clear(place: Path, keep: Collection[str] = ()) -> None:
     """Remove the copies that nobody reads, and the folder if none is left. The caller must hold its lock."""
-    artefact.sweep(place, locked=True)
+    artefact.sweep(place, locked=locks.taken())
     for lock in place.glob("*.lock"):
         if lock.stem in keep:
             continue

@@ -380,6 +380,6 @@ def model_of(given: Any) -> Model | OtherModel:
     if isinstance(given, Model | OtherModel):
         return given
     name = given.get("architecture", "sit") if isinstance(given, dict) else "sit"
-    if name not in TRANSFORMERS and isinstance(name, str):
+    if isinstance(name, str) and name not in TRANSFORMERS:
         return OtherModel.model_validate(given)
     return Model.model_validate(given)

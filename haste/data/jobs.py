@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import PIL
+
 from haste.config import condition_entry, condition_in
 from haste.data import latents, prepare
 from haste.data.latents import Autoencoder
 from haste.data.prepare import Bad, Source
 from haste.files import artefact, listing, locks, walk
+from haste.files.sources import SourceRecord
 from haste.files.store import Store
 from haste.networks.autoencoder import check_size
 from haste.networks.devices import choose_device
@@ -45,7 +48,7 @@ def make_images(plan: Plan, shard: int | None, workers: int | None = None) -> No
 def _record_source(plan: Plan, identity: str) -> None:
     """Record what the finished store was made from; refuse one that is made again from pixels that were edited."""
     try:
-        plan.data.record_source(identity)
+        plan.data.record_source(identity, f"Pillow {PIL.__version__}")
     except ValueError:
         Path(plan.images.manifest).unlink()  # nothing may be made from it
         raise
@@ -57,7 +60,23 @@ def update_images(plan: Plan) -> None:
     Raises:
         ValueError: as `haste.plan.data.Data.update_source`.
     """
-    print(plan.data.update_source())
+    if plan.data.source is None:
+        raise ValueError(f"images: {plan.data.where} are no files that could change")
+    with locks.holding(f"{plan.root}/.lock", f"The results folder {plan.root}"):  # names change under no workflow
+        _adopt_first(plan, plan.data.source)
+        print(plan.data.update_source())
+
+
+def _adopt_first(plan: Plan, record: SourceRecord) -> None:
+    """Record what the first store was made from, if it is older than such records and the source holds just that."""
+    manifest = Path(plan.root, "stores", record.name, "manifest.json")
+    if not manifest.exists() or (record.read() or {"first": "unknown"})["first"] != "unknown":
+        return
+    made = artefact.read_json(manifest, "store")
+    with contextlib.suppress(ValueError):  # other pictures, or other classes
+        source, _ = _source(plan, without=made.get("skipped", []))
+        if source.listing == made["listing"]:
+            record.adopt(plan.data.where, plan.data.held, made["identity"])
 
 
 def check_images(plan: Plan, workers: int | None = None) -> None:

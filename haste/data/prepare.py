@@ -22,10 +22,13 @@ from haste.files import artefact, listing, walk
 from haste.files.archives import Archives
 from haste.files.listing import Listing
 from haste.files.parquet import Rows
-from haste.files.store import Progress, join, shard_range, write_shard
+from haste.files.provenance import provenance_of
+from haste.files.sources import identity_of, pictures_of
+from haste.files.store import Progress, join, shard_path, shard_range, write_shard
 from haste.files.walk import Directory, Parts, Unused
 
 KIND = "images"
+PICTURES = "pictures"  # in a shard's provenance: what its pictures were
 _BATCH = 64
 _SHOWN = 10  # images named in a message
 Bad = list[tuple[str, str]]  # name and reason
@@ -112,7 +115,7 @@ class Folder:
         self.root, self.resolution = Path(path), resolution
         found = self._list(labelled, classes, labels)
         assert found.classes is not None
-        self.classes, self.unused, self._places = found.classes, found.unused, found.places
+        self.classes, self.unused, self._places, self._size = found.classes, found.unused, found.places, found.size
         files = [(parts, label) for parts, label in found.files if "/".join(parts) not in without]
         if bare := [self.classes[label] for label in sorted({*range(len(self.classes))} - {y for _, y in files})]:
             raise ValueError(f"{path}: class {bare[0]!r} has no picture that can be read, expected at least one")
@@ -134,6 +137,12 @@ class Folder:
             return np.asarray(pictures.centre_crop(image, self.resolution)), label
         except Exception as error:  # of many classes; without its name nobody finds the file
             raise ValueError(f"{path}: not a picture that can be read ({pictures.reason(error, path)})") from error
+
+    def held(self, samples: range) -> str:
+        """The identity of some images' names, sizes and labels."""
+        files = [self._files[i] for i in samples]
+        sized = (("/".join(parts), self._size(self._places.get(parts, parts)), label) for parts, label in files)
+        return identity_of(pictures_of(sized))
 
     def name(self, i: int) -> str:
         """The file of image i, below the folder."""
@@ -222,6 +231,7 @@ def write_checked(path: Path | str, source: Folder, bad: Bad, *, key: str) -> No
     if len(bad) == source.count:
         raise ValueError(f"{source.root}: {told(bad)}, expected some that can")
     header = {"schema": artefact.SCHEMA, "kind": "checked", "key": key, "listing": source.listing}
+    header["held"] = source.held(range(source.count))
     made = artefact.provenance(key=key)
     found = {"pictures": source.count, "bad": [*map(list, bad)], "unused": walk.grouped(source.unused)}
     artefact.write_json(path, {**header, **found, "provenance": made})
@@ -234,7 +244,8 @@ def read_checked(path: Path | str, source: Source) -> Bad:
         ValueError: the source was not checked, or has changed since.
     """
     found = artefact.read_json(path, "checked")
-    if found["listing"] != source.listing:
+    repaired = isinstance(source, Folder) and found.get("held") not in (None, source.held(range(source.count)))
+    if found["listing"] != source.listing or repaired:
         raise ValueError(
             f"{path}: {found['pictures']} pictures were checked, but others are there now ({source.count}). Bring them "
             "back, or remove this file to check them anew"
@@ -278,7 +289,9 @@ def prepare_shard(
     Raises:
         ValueError: an image cannot be read; the message names it.
     """
-    size = source.resolution
+    size, samples = source.resolution, shard_range(source.count, shard, shards)
+    if isinstance(source, Folder):
+        provenance = {**provenance, "inputs": {**provenance.get("inputs", {}), PICTURES: source.held(samples)}}
     return write_shard(
         folder,
         kind=KIND,
@@ -288,7 +301,7 @@ def prepare_shard(
         shards=shards,
         total=source.count,
         fields={"image": ((size, size, 3), np.uint8), "label": ((), np.int64)},
-        batches=_load(source, shard_range(source.count, shard, shards), workers),
+        batches=_load(source, samples, workers),
         provenance=provenance,
         facts=_facts(source),
         progress=progress,
@@ -351,6 +364,8 @@ def prepare_join(
     Raises:
         ValueError: a shard is missing, foreign or of another source.
     """
+    if isinstance(source, Folder):
+        _check_shards(folder, source, shards)
     kept = source.count - source.holdout
     return join(
         folder,
@@ -366,3 +381,18 @@ def prepare_join(
         },
         expected_facts=_facts(source),
     )
+
+
+def _check_shards(folder: Path | str, source: Folder, shards: int) -> None:
+    """Refuse shards whose pictures have changed since, as if they had been replaced between two jobs."""
+    old = []
+    for shard in range(shards):
+        path = shard_path(folder, shard, shards)
+        made = provenance_of(path)["provenance"].get("inputs", {}).get(PICTURES) if path.exists() else None
+        if made not in (None, source.held(shard_range(source.count, shard, shards))):
+            old.append(str(path))
+    if old:
+        raise ValueError(
+            f"{source.root}: pictures were changed after some shards were made from them. Put them back, or remove "
+            f"{', '.join(old[:_SHOWN])}{', ...' if len(old) > _SHOWN else ''} and run again"
+        )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from haste.config import Sampling
 from haste.diffusion.process import Draws, Process
-from haste.diffusion.respacing import CHAIN, LAST, at, chain, log_variance
+from haste.diffusion.respacing import CHAIN, LAST, at, chain, log_variance, time_of
 from haste.diffusion.samplers import Field, Sampler
 
 _EDGE = 0.999  # data beyond it are in the last bins of the discretised likelihood, which are open
@@ -35,7 +35,7 @@ class DDPM(Process):
 
     def place(self, t: float) -> float:
         """See `Process`: that of step round(999 t)."""
-        return round(LAST * t) / LAST
+        return time_of(round(LAST * t))
 
     def times(self, uniforms: Draws, normals: Draws) -> Tensor:
         """See `Process`: each step is equally likely."""

@@ -67,6 +67,11 @@ def chain(steps: int = CHAIN) -> Chain:
     return Chain(places, alpha_bar, before, beta, beta * (1.0 - before) / rest, of_data, of_state)
 
 
+def time_of(step: float) -> float:
+    """t = k / 999 of a step of the whole chain, rounded to float32 as the times of a batch are."""
+    return float(np.float32(step / LAST))
+
+
 def log_variance(steps: Chain, index: int | Tensor, output: Tensor) -> Tensor:
     """log Sigma = v log beta + (1 - v) log beta~ with v = (output + 1) / 2: the network's variance channels, any shape.
 
@@ -101,7 +106,7 @@ def ancestral(outputs: Outputs, x: Tensor, steps: int, noise: Noise) -> Tensor:
     """
     kept, x = chain(steps), x.double()
     for i, k in enumerate(reversed(range(steps))):
-        predicted, variance = outputs(x, kept.places[k] / LAST).double().chunk(2, dim=1)
+        predicted, variance = outputs(x, time_of(kept.places[k])).double().chunk(2, dim=1)
         x = kept.of_data[k] * _data(kept, k, x, predicted) + kept.of_state[k] * x
         if k > 0:
             x = x + (log_variance(kept, k, variance) / 2).exp() * noise(i).to(x)
@@ -115,7 +120,7 @@ def ddim(outputs: Outputs, x: Tensor, steps: int, noise: Noise, eta: float = 0.0
     """
     kept, x = chain(steps), x.double()
     for i, k in enumerate(reversed(range(steps))):
-        predicted = outputs(x, kept.places[k] / LAST).double().chunk(2, dim=1)[0]
+        predicted = outputs(x, time_of(kept.places[k])).double().chunk(2, dim=1)[0]
         variance = eta**2 * kept.posterior_variance[k]
         data, rest = _data(kept, k, x, predicted), 1.0 - kept.before[k] - variance
         x = kept.before[k] ** 0.5 * data + max(rest, 0.0) ** 0.5 * predicted

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import fnmatch
 import functools
 import hashlib
 import json
@@ -85,11 +86,19 @@ def _remember(path: Path | str, memory: Path | str) -> dict[str, Any]:
     mark = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
     before = known.get(place, {})
     if before.get("mark") != mark:
-        now = file_identity(place)
+        now = file_identity(place)  # it takes a while, in which others may have written theirs
+        known = _remembered(memory)
+        before = known.get(place, before)
         known[place] = {"mark": mark, "sha256": now, "first": before.get("first", before.get("sha256", now))}
         with contextlib.suppress(OSError):
             write_json(memory, {"schema": SCHEMA, "kind": "identities", "files": known})
     return known[place]
+
+
+def remembered_below(path: Path | str, memory: Path | str) -> set[str]:
+    """The files that were remembered at a path or below it, absolute, also those that are gone since."""
+    place = Path(os.path.abspath(path))
+    return {file for file in _remembered(memory) if Path(file).is_relative_to(place)}
 
 
 def _remembered(memory: Path | str) -> dict[str, dict[str, Any]]:
@@ -185,12 +194,13 @@ def tidy(folder: Path | str) -> None:
     Snakemake refuses an output that is older than an input, which may come from a machine whose clock is ahead.
     """
     now = time.time()
-    for path in Path(folder).rglob("*"):
-        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
-            if path.stat().st_mtime > now:
-                os.utime(path)
-        if path.name.endswith(".part"):
-            sweep(path.parent)
+    for place, folders, files in os.walk(folder):  # which passes over what others remove meanwhile
+        for name in files:
+            with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+                if os.stat(os.path.join(place, name)).st_mtime > now:
+                    os.utime(os.path.join(place, name))
+        if any(name.endswith(".part") for name in (*folders, *files)):
+            sweep(place)
 
 
 def sweep(folder: Path | str, *, of: str | None = None, locked: bool = False) -> None:
@@ -204,10 +214,13 @@ def sweep(folder: Path | str, *, of: str | None = None, locked: bool = False) ->
         of: the name of a file or folder whose lock the caller holds: whoever wrote it is dead.
         locked: the caller holds the folder's lock: whoever wrote here is dead.
     """
-    left = [*Path(folder).glob(".*.part")]
-    if locked:  # also what safetensors writes before it renames it to ours
-        left += Path(folder).glob(".tmp??????")
-    for path in left:
+    # with `locked` also what safetensors writes before it renames it to ours
+    patterns = (".*.part", ".tmp??????") if locked else (".*.part",)
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):  # gone meanwhile
+        return
+    for path in (Path(folder, name) for name in names if any(fnmatch.fnmatch(name, one) for one in patterns)):
         told = _PART.match(path.name)
         if not (locked or (told and told["name"] == of) or _is_abandoned(path, told)):
             continue

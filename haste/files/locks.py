@@ -78,18 +78,28 @@ def making(path: Path | str, *, done: Path | str | None = None, anew: bool = Fal
         Whether it is still to be made.
     """
     path, done = Path(path), Path(done or path)
-    lock = path.parent / ".locks" / path.name
-    with waiting(lock, str(path)) as waited:
-        artefact.sweep(path.parent, of=path.name if _taken() else None)
+    lock, before = path.parent / ".locks" / path.name, _mark(done)
+    with waiting(lock, str(path)):
+        artefact.sweep(path.parent, of=path.name if taken() else None)
         try:
-            to_do = not done.exists() or (anew and not waited)
+            other = _mark(done) not in (None, before)
+            to_do = not done.exists() or (anew and not other)
             if not to_do:
-                log.info("%s: is there, %s", path, "made by another process meanwhile" if waited else "nothing to make")
+                log.info("%s: is there, %s", path, "made by another process meanwhile" if other else "nothing to make")
             yield to_do
         finally:
             lock.unlink(missing_ok=True)  # `attempt` notices
             with contextlib.suppress(OSError):  # others are in it
                 lock.parent.rmdir()
+
+
+def _mark(path: Path) -> tuple[int, int] | None:
+    """What differs when a file is written again."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def acquire(path: Path | str, what: str, *, shared: bool = False) -> Any:
@@ -127,7 +137,7 @@ def attempt(path: Path | str, *, shared: bool = False) -> Any:
 
 
 def _flock(file: Any, how: int, folder: Path) -> bool:
-    if not _taken():
+    if not taken():
         _without_locks(folder)
         return True
     try:
@@ -143,7 +153,7 @@ def _flock(file: Any, how: int, folder: Path) -> bool:
         ) from error
 
 
-def _taken() -> bool:
+def taken() -> bool:
     return os.environ.get(SETTING) != "none"
 
 

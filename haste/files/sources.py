@@ -72,8 +72,13 @@ class SourceRecord:
     @property
     def content(self) -> str:
         """The identity that the names of the content in use hash; "" for the first one."""
+        return "" if (record := self.read()) is None else _named(record, record["current"])
+
+    @property
+    def contents(self) -> list[str]:
+        """What the names of all contents hash that were taken up so far, in no order."""
         record = self.read()
-        return "" if record is None or record["current"] == record["first"] else record["current"]
+        return [] if record is None else [_named(record, one) for one in record["contents"]]
 
     def check(self, where: str, pictures: Pictures) -> None:
         """Refuse a source that does not hold the content in use.
@@ -87,16 +92,19 @@ class SourceRecord:
                 "which takes up what is there now under a new name, while what exists keeps its own"
             )
 
-    def use(self, where: str, pictures: Pictures, before: int | None = None) -> None:
+    def use(self, where: str, pictures: Pictures, before: int | None = None, anew: bool = False) -> None:
         """Take a content up: from now on, names are those of what is made from it.
 
         Args:
             where: the source, for messages.
             pictures: what it holds.
             before: the number of pictures of the first content, if a store was made from one that nobody recorded.
+            anew: as another content although names and sizes are those of one before: its pixels are others.
         """
         now, since = identity_of(pictures), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = self.read()
+        if anew and record is not None:
+            now += f"-{1 + sum(one.startswith(now) for one in record['contents'])}"
         if record is None:
             contents = {} if before is None else {"unknown": {"pictures": before, "since": since}}
             first = now if before is None else "unknown"
@@ -106,26 +114,44 @@ class SourceRecord:
             aside.write_bytes(gzip.compress(b"".join(pictures), compresslevel=1, mtime=0))
         artefact.write_json(self.path, {**record, "current": now, "contents": known})
 
-    def check_store(self, identity: str) -> None:
+    def adopt(self, where: str, pictures: Pictures, store: str) -> None:
+        """Record what the first store was made from, once a source is found that holds just that."""
+        record, now = self.read(), identity_of(pictures)
+        if record is None:
+            self.use(where, pictures)
+            self.check_store(store)
+        else:
+            known = {**record["contents"].pop("unknown"), "pictures": len(pictures), "store": store}
+            artefact.write_json(self.path, {**record, "first": now, "contents": {**record["contents"], now: known}})
+
+    def check_store(self, identity: str, decoder: str = "") -> None:
         """Remember the identity of the store that is made from the content in use; refuse another one later.
+
+        Args:
+            identity: of its rows.
+            decoder: what decoded the pictures, whose version may decide the last bits of pixels.
 
         Raises:
             ValueError: the store was made before from pictures of the same names and sizes, and its pixels were others.
         """
         if (record := self.read()) is None:
             return
-        known = record["contents"][record["current"]]
-        if known.setdefault("store", identity) != identity:
-            raise ValueError(
-                f"{record['source']}: pictures were edited since {known['since'][:10]}, although their names and sizes "
-                f"are equal: the images are {identity[:12]}, and were {known['store'][:12]}. Put back what was there"
+        known = {"store": identity, "decoder": decoder, **record["contents"][record["current"]]}
+        if known["store"] != identity:
+            others = (
+                f"{decoder or 'another version'} decodes them otherwise than {known['decoder'] or 'the one before'}"
             )
-        artefact.write_json(self.path, record)
+            raise ValueError(
+                f"{record['source']}: the images are {identity[:12]}, and were {known['store'][:12]} on "
+                f"{known['since'][:10]}, although names and sizes are equal: pictures were edited since, or {others}. "
+                "Put back what was there, or run `haste images --update`, which makes them under a new name"
+            )
+        artefact.write_json(self.path, {**record, "contents": {**record["contents"], record["current"]: known}})
 
     def changes(self, where: str, pictures: Pictures) -> str:
         """How a source differs from the content in use, in a sentence; "" if it does not, or if none is in use."""
         record = self.read()
-        if record is None or record["current"] == identity_of(pictures):
+        if record is None or record["current"].partition("-")[0] == identity_of(pictures):
             return ""
         known = record["contents"][record["current"]]
         before = self._read_names(record["current"])
@@ -145,7 +171,11 @@ class SourceRecord:
             lines = gzip.decompress(self._names(identity).read_bytes()).splitlines(keepends=True)
         except (OSError, EOFError, zlib.error):
             return None  # the count is in the record
-        return {*lines} if identity_of(lines) == identity else None
+        return {*lines} if identity_of(lines) == identity.partition("-")[0] else None
+
+
+def _named(record: dict[str, Any], content: str) -> str:
+    return "" if content == record["first"] else content
 
 
 def _counted(verb: str, names: set[bytes]) -> str:

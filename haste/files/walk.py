@@ -10,6 +10,7 @@ What is found is either in `names`, or in `unused` with the reason, so that noth
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -105,7 +106,10 @@ class Directory:
 
     def _add_links(self, links: list[Parts]) -> None:
         """Take links to files, each file once, but not those to files that are here without a link."""
-        here = {_identity(self.root.joinpath(*parts)) for parts in self.names} if links else set()
+        here = set()
+        for parts in self.names if links else ():
+            with contextlib.suppress(OSError):  # gone meanwhile: whoever reads it says so
+                here.add(_identity(self.root.joinpath(*parts)))
         for parts in links:
             try:
                 target = _identity(self.root.joinpath(*parts))

@@ -132,16 +132,19 @@ def _read(what: Described, name: str) -> Checkpoint:
     weights = {which: {name: place(value) for name, value in tree.items()} for which, tree in what.sets.items()}
     heads = tuple({name: place(value) for name, value in head.items()} for head in what.projectors)
     for tree in weights.values():
-        if broken := [
-            one for one, value in tree.items() if not value.is_floating_point() or not value.isfinite().all()
-        ]:
-            raise ValueError(f"{what.file}: does not fit a {name} of this size; not finite: {layouts.some(broken)}")
         if name in ("SiT", "DiT") and "pos_embed" not in tree:
             side = what.shape["input_size"] // what.shape["patch_size"]
             tree["pos_embed"] = sincos_positions(what.shape["width"], (side, side))[None]
-    weights = {which: {name: _widened(value) for name, value in tree.items()} for which, tree in weights.items()}
+    weights = {which: finite(what.file, name, tree) for which, tree in weights.items()}
     facts = dict(what.facts)
     return Checkpoint(what.file, artefact.file_identity(what.file), what.layout, what.shape, weights, heads, facts)
+
+
+def finite(file: str, name: str, tree: Weights) -> dict[str, Tensor]:
+    """Weights as float32 or float64. ValueError if they are not finite; it says which file and network's they are."""
+    if broken := [one for one, value in tree.items() if not value.is_floating_point() or not value.isfinite().all()]:
+        raise ValueError(f"{file}: does not fit a {name} of this size; not finite: {layouts.some(broken)}")
+    return {one: _widened(value) for one, value in tree.items()}
 
 
 def _widened(value: Tensor) -> Tensor:

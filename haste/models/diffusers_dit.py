@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from haste.files import artefact
-from haste.models.checkpoints import Checkpoint
+from haste.models.checkpoints import Checkpoint, finite
 from haste.models.layers import sincos_positions
 from haste.networks import headers, layouts
 from haste.networks.spec import sit_shapes
@@ -132,13 +132,16 @@ def config_of(shape: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def shape_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def shape_of(config: Any) -> dict[str, Any]:
     """The arguments of `haste.models.dit.DiT` in a config.json.
 
     Raises:
         ValueError: not such a network, or one that DiT is not.
     """
-    if config.get("_class_name") != CLASS:
+    if not isinstance(config, dict):
+        raise ValueError(f"a {type(config).__name__}, expected an object")
+    older = ("Transformer2DModel", "ada_norm_zero")  # as diffusers called a DiT at first
+    if config.get("_class_name") != CLASS and (config.get("_class_name"), config.get("norm_type")) != older:
         raise ValueError(f"its _class_name is {config.get('_class_name')!r}, expected {CLASS}")
     try:
         channels, heads = config["in_channels"], config["num_attention_heads"]
@@ -178,9 +181,12 @@ def write_pipeline(
         labels: names of the classes, in order; None numbers them.
 
     Raises:
+        ValueError: a network that diffusers does not have, or no autoencoder there.
         OSError: the folder exists, or cannot be written.
     """
     transformer = config_of(shape)
+    if autoencoder is not None and not (autoencoder / CONFIG).is_file():
+        raise ValueError(f"{autoencoder}: expected the folder of an AutoencoderKL, with {CONFIG}")
     names = labels or [str(number) for number in range(shape["classes"])]
     index: dict[str, Any] = {"_class_name": "DiTPipeline", "id2label": dict(enumerate(names))}
     index |= {"scheduler": ["diffusers", "DDPMScheduler"], "transformer": ["diffusers", CLASS]}
@@ -199,11 +205,15 @@ def write_pipeline(
     artefact.write_json(folder / "model_index.json", index)  # last: without it nothing loads
 
 
-def read_folder(folder: Path) -> Checkpoint:
+def read_folder(folder: Path, expected: Mapping[str, Any]) -> Checkpoint:
     """The DiT in diffusers' folder of a pipeline, or of its transformer.
 
+    Args:
+        folder: the folder.
+        expected: known entries of `Checkpoint.shape`.
+
     Raises:
-        ValueError: there is none, or another network; the message names the file.
+        ValueError: there is none, another network, or weights that are not finite; the message names the file.
     """
     place = folder / "transformer" if (folder / "transformer").is_dir() else folder
     config, file = place / CONFIG, place / WEIGHTS
@@ -223,7 +233,11 @@ def read_folder(folder: Path) -> Checkpoint:
     found["pos_embed"] = sincos_positions(shape["width"], (side, side))[None]
     layouts.check_fit(str(file), "a DiT of this size", found, sit_shapes(_sized(shape), shape["classes"]))
     shape["architecture"] = "dit"
-    return Checkpoint(str(file), artefact.file_identity(file), "diffusers", shape, {"ema": found})
+    pairs = ((name, shape.get(name), value) for name, value in expected.items())
+    if wrong := [f"{name}: found {own}, expected {value}" for name, own, value in pairs if own != value]:
+        raise ValueError(f"{file}: not the model that was asked for; {'; '.join(wrong)}")
+    weights = finite(str(file), "DiT", found)
+    return Checkpoint(str(file), artefact.file_identity(file), "diffusers", shape, {"ema": weights})
 
 
 def _sized(shape: Mapping[str, Any]) -> dict[str, Any]:

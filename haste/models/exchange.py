@@ -42,9 +42,13 @@ def open_weights(
     Raises:
         ValueError: the file is refused, or is not that model; the message says why.
     """
-    told = expected or {**(model.model_dump() if model else {"heads": heads}), "input_size": input_size}
-    told = {name: value for name, value in told.items() if value is not None}
+    told = expected or _expected(model, heads, input_size)
     return checkpoints.read_checkpoint(path, sizes=SIZES, layout=layout, expected=told)
+
+
+def _expected(model: Model | None = None, heads: int | None = None, input_size: int | None = None) -> dict[str, Any]:
+    told = {**(model.model_dump() if model else {"heads": heads}), "input_size": input_size}
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def import_weights(source: Path, out: Path, **options: Any) -> Checkpoint:
@@ -60,7 +64,12 @@ def import_weights(source: Path, out: Path, **options: Any) -> Checkpoint:
         OSError: `out` cannot be written.
     """
     _check_out(source, out, ".safetensors")
-    found = diffusers_dit.read_folder(source) if source.is_dir() else open_weights(source, **options)
+    if source.is_dir():
+        if options.pop("layout", None):
+            raise ValueError(f"{source}: a folder is read as diffusers', expected no layout")
+        found = diffusers_dit.read_folder(source, _expected(**options))
+    else:
+        found = open_weights(source, **options)
     checkpoints.save_imported(out, found, artefact.provenance(inputs={"source": found.sha256}))
     return found
 

@@ -218,14 +218,17 @@ def _whose(file: str, told: str | None) -> str:
     """Whether weights with twice as many output channels are SiT's or DiT's, which have the same names and shapes."""
     match = _PUBLISHED.fullmatch(Path(file).name)
     named = match[1] if match else None
-    if told in ("SiT", "DiT"):
+    if told in ("ours", "REPA"):
+        raise ValueError(f"{file}: twice as many output channels as input channels, and as many in {told} files")
+    if told is not None:
         if named not in (None, told):
             raise ValueError(f"{file}: is said to be {told}'s, but {named} publishes a file of this name")
         return told
     if named is None:
         raise ValueError(
             f"{file}: twice as many output channels as input channels, which the files of SiT and of DiT have. Say "
-            "whose it is: layout SiT (a velocity), or layout DiT (noise and its variance)"
+            "whose it is: layout SiT (a velocity), or layout DiT (noise and its variance); for warm_start make it a "
+            "file of ours by `haste import FILE OUT --layout ...`"
         )
     return named
 

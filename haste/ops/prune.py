@@ -154,7 +154,14 @@ def other_plans(given: Sequence[Config]) -> list[Plan]:
     """Plans of the configurations that were run in the given ones' results folder, except the given ones."""
     root = Path(given[0].results)
     names = {one.name for one in given}
-    return [plan for name, plan in recorded(root).items() if name not in names]
+    others = [plan for name, plan in recorded(root).items() if name not in names]
+    return others + [one for plan in [*others, *map(Plan, given)] for one in _at_other_contents(plan)]
+
+
+def _at_other_contents(plan: Plan) -> list[Plan]:
+    """The plan with what the images' source held at other times: what was made from that is kept."""
+    source = plan.data.source
+    return [] if source is None else [Plan(plan.config, one) for one in source.contents if one != source.content]
 
 
 # -- what may be removed -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from haste.config import Detector as DetectorSpec
 from haste.files import artefact, listing, walk
 from haste.files.artefact import fingerprint, remembered_identity
 from haste.files.listing import Listing
-from haste.files.sources import UNUSED, SourceRecord
+from haste.files.sources import UNUSED, Pictures, SourceRecord
 from haste.networks import foreign
 from haste.plan.names import RECIPE, Artefact, Detector
 
@@ -34,7 +34,13 @@ class Data:
         source: the record of what the images' source held; None for images of a library.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, content: str | None = None):
+        """
+        Args:
+            config: the configuration.
+            content: of the images' source, as `SourceRecord.contents` has it; None is the one in use.
+        """
+        self._content = content
         self.config, self.root = config, config.results.rstrip("/")
         self.identities, self._names = _identities(config, self.root), dict[str, str]()
         self.source, self.images = self._images()
@@ -83,17 +89,18 @@ class Data:
         if spec.path is None:
             return None, plain
         source = SourceRecord(self.root, Path(plain.folder).name)
-        content = source.content
+        content = source.content if self._content is None else self._content
         return source, self.store("images", {**recipe, "content": content}, spec.shards) if content else plain
 
     def _named(self, weights: str) -> str:
         """Weights as recipes name them: by path or hub id, and by content too once that has changed."""
         if weights in self._names:
             return self._names[weights]
-        place = Path(weights)
-        files = sorted(file for kind in WEIGHTS for file in place.rglob(kind)) if place.is_dir() else [place]
-        memory = f"{self.root}/identities.json"
-        changed = [artefact.changed_identity(file, memory) for file in files if file.is_file()]
+        place, memory = Path(weights), f"{self.root}/identities.json"
+        files = [file for kind in WEIGHTS for file in place.rglob(kind)] if place.is_dir() else [place]
+        # Also those that are gone, or that this machine does not see: they keep the identity that they had.
+        every = {str(file.absolute()) for file in files if file.is_file()} | artefact.remembered_below(place, memory)
+        changed = [artefact.changed_identity(file, memory) for file in sorted(every)]
         self._names[weights] = f"{weights} {fingerprint(changed)}" if any(changed) else weights
         return self._names[weights]
 
@@ -190,6 +197,11 @@ class Data:
         """The images' source, as messages name it."""
         return self.config.images.path or self.config.images.source
 
+    @functools.cached_property
+    def held(self) -> Pictures:
+        """What the source holds now; raises as `image_count`."""
+        return listing.held(self._listing)
+
     def check_source(self) -> None:
         """Refuse images that are still to be made from a source that has changed since the first were.
 
@@ -197,44 +209,50 @@ class Data:
             ValueError: says what was added, removed and changed; or as `image_count`.
         """
         if self.source and self.source.read() and not Path(self.images.manifest).exists():
-            self.source.check(self.where, listing.held(self._listing))
+            self.source.check(self.where, self.held)
 
-    def record_source(self, identity: str) -> None:
+    def record_source(self, identity: str, decoder: str) -> None:
         """Record what a finished image store of this identity was made from, or compare it with the record.
 
         Raises:
-            ValueError: the store was made before from pictures of the same names and sizes, and its pixels were others.
-        """
-        if self.source:
-            if self.source.read() is None:
-                self.source.use(self.where, listing.held(self._listing))
-            self.source.check_store(identity)
-
-    def update_source(self) -> str:
-        """Take up what the source holds now, and say what that means; existing stores keep their names.
-
-        Raises:
-            ValueError: images that are no files; or as `image_count`.
+            ValueError: the store was made before, and its pixels were others.
         """
         if self.source is None:
-            raise ValueError(f"images: {self.where} are no files that could change")
-        changes, held = self.source_changes, listing.held(self._listing)
-        if not changes:
-            return f"{self.where}: nothing has changed since images were made from it, {len(held):,} pictures"
-        self.source.use(self.where, held, before=self._made_before)
+            return
+        if self.source.read() is None:
+            if (before := self._read("images", self.latents)) not in (None, identity):  # older than such records
+                raise ValueError(
+                    f"{self.where}: the images are {identity[:12]}, but {self.latents.folder} was made from "
+                    f"{str(before)[:12]}. Put back what was there, or run `haste images --update`, which makes them "
+                    "under a new name"
+                )
+            self.source.use(self.where, self.held)
+        self.source.check_store(identity, decoder)
+
+    def update_source(self) -> str:
+        """Take up what the source, which is one of files, holds now, and say what that means. Existing stores keep
+        their names. Raises as `image_count`."""
+        assert self.source
+        changes, record = self.source_changes, self.source.read()
+        finished = "store" in record["contents"][record["current"]] if record else self._made_before is not None
+        anew = finished and not Path(self.images.manifest).exists()  # its pixels may be others, and nobody can tell
+        if not changes and not anew:
+            return f"{self.where}: nothing has changed since images were made from it, {len(self.held):,} pictures"
+        self.source.use(self.where, self.held, before=self._made_before, anew=not changes)
+        what = changes.removesuffix(UNUSED) or f"{self.where}: the images are made again"
         return (
-            f"{changes.removesuffix(UNUSED)}; used from now on. Images and all that is made from them have new names; "
-            "what exists keeps its own. The next run of the workflow makes them"
+            f"{what}; used from now on. Images and all that is made from them have new names, in every configuration "
+            "with these images; what exists keeps its own. The next run of the workflow makes them"
         )
 
     @functools.cached_property
     def source_changes(self) -> str:
         """How the source differs from what the images were made from, in a sentence; "" if not, or if it is gone."""
-        if self.source is None or not Path(self.where).exists():
+        if self.source is None or not _is_there(self.where):
             return ""
         try:
             if self.source.read():
-                return self.source.changes(self.where, listing.held(self._listing))
+                return self.source.changes(self.where, self.held)
             before, now = self._made_before, len(self._listing.files)
         except ValueError as refusal:
             return f"{refusal}; existing images were made from what was there before"
@@ -245,10 +263,20 @@ class Data:
     @property
     def _made_before(self) -> int | None:
         """How many pictures a store was made from, if one was made and nothing was recorded."""
-        if not Path(self.images.manifest).exists():
+        if self.source and self.source.read():
             return None
-        made = artefact.read_json(self.images.manifest, "store")
-        return made["count"] + len(made.get("skipped", []))
+        skipped = self._read("skipped", self.images) or []
+        count = self._read("count", self.images) or self._read("count", self.latents)
+        return None if count is None else count + len(skipped)
+
+    def _read(self, entry: str, store: Artefact) -> Any:
+        """An entry of a store's manifest; None without it."""
+        return artefact.read_json(store.manifest, "store").get(entry) if Path(store.manifest).exists() else None
+
+
+def _is_there(where: str) -> bool:
+    place = Path(where)
+    return any(place.parent.glob(place.name)) if "*" in place.name else place.exists()
 
 
 def _identities(config: Config, root: str) -> dict[str, str]:

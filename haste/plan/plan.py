@@ -40,9 +40,14 @@ class Plan:
         notes: which settings have no effect, or ask for what can no longer be made.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, content: str | None = None):
+        """
+        Args:
+            config: the configuration.
+            content: of the images' source, as for `Data`.
+        """
         self.config = config
-        data = Data(config)
+        data = Data(config, content)
         targets, runs = Targets(config, data), Runs(config, data)
         evaluations = Evaluations(config, data, runs)
 

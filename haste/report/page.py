@@ -170,11 +170,18 @@ def data_uri(path: Path | str, most: int) -> str:
     if not content.startswith(PNG):
         raise ValueError(f"{path}: expected a PNG, found a file that begins with {content[:8]!r}")
     kind = "png"
-    with Image.open(path) as image:
-        if image.width > most:
-            small, out, kind = image.resize((most, max(1, image.height * most // image.width))), io.BytesIO(), "webp"
-            small.save(out, "WEBP", quality=90)
-            content = out.getvalue()
+    try:
+        with Image.open(path) as image:
+            if image.width > most:
+                small, out, kind = (
+                    image.resize((most, max(1, image.height * most // image.width))),
+                    io.BytesIO(),
+                    "webp",
+                )
+                small.save(out, "WEBP", quality=90)
+                content = out.getvalue()
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{path}: a damaged PNG ({error}); remove it, and the workflow draws it again") from error
     return f"data:image/{kind};base64," + base64.b64encode(content).decode()
 
 

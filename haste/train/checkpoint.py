@@ -70,8 +70,8 @@ class Checkpoints:
             return
         taking = locks.waiting if self.group.size == 1 else locks.holding
         with taking(self.folder / "lock", f"trajectory {self.trajectory.name}"):
-            artefact.sweep(self.folder, locked=True)
-            artefact.sweep(self.folder / "rolling", locked=True)
+            artefact.sweep(self.folder, locked=locks.taken())
+            artefact.sweep(self.folder / "rolling", locked=locks.taken())
             yield
 
     def describe(self) -> None:

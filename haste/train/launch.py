@@ -26,6 +26,9 @@ from haste.train.loop import Interrupted, train
 REFUSALS = ("ValueError", "OSError", "FloatingPointError", "FileNotFoundError", "PermissionError")
 
 
+ENDED = 128 + signal.SIGTERM  # exit status
+
+
 def launch(plan: Plan, state: State) -> Path:
     """Make a state with the configured number of ranks on this machine.
 
@@ -40,11 +43,13 @@ def launch(plan: Plan, state: State) -> Path:
         ValueError: a rank refused; the message is that of the first one.
         RuntimeError: a rank died; the message contains its traceback.
     """
-    if "RANK" in os.environ or plan.config.runtime.processes == 1:
+    if "RANK" in os.environ:
         return train(plan, state, _until_term())
     path = Path(plan.path(state))
-    # Ranks wait for one another in collective calls, which have a time limit, so the launcher waits for other trainers.
     with locks.waiting(path.parent / ".locks" / "launch", f"trajectory {state.trajectory}"):
+        if plan.config.runtime.processes == 1:
+            return train(plan, state, _until_term())
+        # Ranks wait for one another in collective calls, which have a time limit, so this waits for other trainers.
         with locks.waiting(path.parent / "lock", f"trajectory {state.trajectory}"):
             pass
         _launch(plan, state)
@@ -89,8 +94,11 @@ def _launch(plan: Plan, state: State) -> None:
 
 
 def _tell_the_ranks() -> None:
-    for rank in multiprocessing.active_children():
+    ranks = multiprocessing.active_children()
+    for rank in ranks:
         rank.terminate()  # TERM, at which a rank saves
+    if not ranks:
+        sys.exit(ENDED)
 
 
 def _on_term(do: Callable[[], Any]) -> None:
@@ -99,10 +107,21 @@ def _on_term(do: Callable[[], Any]) -> None:
 
 
 def _until_term() -> Callable[[], int]:
-    """What `train` asks after every step: a reason to stop once TERM was received."""
-    told: list[bool] = []
-    _on_term(lambda: told.append(True))
-    return lambda: int(bool(told))
+    """What `train` asks after every step: a reason to stop once TERM was received. Before the first step there is
+    nothing to save, so TERM ends the process at once, also while it waits for a lock."""
+    asked, told = list[bool](), list[bool]()
+
+    def on_term() -> None:
+        told.append(True)
+        if not asked:
+            sys.exit(ENDED)
+
+    def reason() -> int:
+        asked.append(True)
+        return int(bool(told))
+
+    _on_term(on_term)
+    return reason
 
 
 def work(resolved: str, name: str) -> int | None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from haste.files.artefact import fingerprint
+
 ROOT = Path(__file__).parents[2]
 SNAKEFILE = """
 import os
@@ -39,14 +41,21 @@ touch ../work/results/$n; echo 10$n
 """
 
 
+def queue(work, *lines):
+    """A script for squeue: names of jobs only where they are asked for; they begin with a prefix of the site's."""
+    name = f"site_haste-tiny-{fingerprint(str((work / 'results').resolve()), 8)}"
+    shown = "; ".join(f'echo "{line}$name"' for line in lines)
+    return f"""name=; case "$*" in *%j*) name="|{name}";; esac; {shown}"""
+
+
 @pytest.fixture
 def snakemake(cluster, tmp_path):
     """A function that starts Snakemake in a folder with four jobs to submit, and that folder."""
     cluster.says("sinfo", "exit 0")
     cluster.says("sacctmgr", "echo me")
     cluster.says("scontrol", "echo MaxArraySize = 1001; echo MinJobAge = 300 sec")
-    cluster.says("squeue", "for n in 100 101 102; do echo \"$n|COMPLETED\"; done; echo '77_2|RUNNING'")
     work = tmp_path / "work"
+    cluster.says("squeue", queue(work, "100|COMPLETED", "101|COMPLETED", "102|COMPLETED", "77_2|RUNNING"))
     (work / "results" / "tiny").mkdir(parents=True)
     (work / "Snakefile").write_text(SNAKEFILE)
     (work / "config.yaml").write_text((ROOT / "profiles" / "default" / "config.yaml").read_text())
@@ -85,7 +94,7 @@ def test_what_the_queue_refuses_is_submitted_later_and_what_lives_already_is_att
         assert time.monotonic() < limit, said()
         time.sleep(0.1)
     (work / "results" / "1").touch()
-    cluster.says("squeue", 'for n in 100 102 77_2; do echo "$n|COMPLETED"; done')
+    cluster.says("squeue", queue(work, "100|COMPLETED", "102|COMPLETED", "77_2|COMPLETED"))
     assert running.wait(120) == 1
     assert "77_2" in record.read_text() and '"78"' not in record.read_text()
     assert {path.name for path in work.glob("results/[0-9]")} == {"0", "1", "2"}

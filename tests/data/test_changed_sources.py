@@ -15,6 +15,7 @@ from PIL import Image
 
 from haste import config
 from haste.cli import main as cli
+from haste.files import artefact, locks
 from haste.plan.plan import Plan
 
 ROOT = Path(__file__).parents[2]
@@ -182,3 +183,54 @@ def test_a_dry_run_says_what_changed_and_wants_nothing_of_the_images(world):
     )  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode == 0 and "1 picture was added" in said and "Nothing to be done" in said, said
+
+
+def test_pictures_that_are_replaced_between_two_shards_are_not_mixed(world, capsys):
+    shutil.rmtree(world.results)
+    assert cli.main(["images", "-c", str(world.file), "--shard", "0"]) == 0
+    for path in world.pictures.rglob("*.png"):
+        path.write_bytes(path.read_bytes() + b"more")  # the same names, other sizes
+    world.pack()
+    assert cli.main(["images", "-c", str(world.file), "--shard", "1"]) == 0
+    assert cli.main(["images", "-c", str(world.file), "--join"]) == 2
+    assert "pictures were changed after some shards were made" in capsys.readouterr().err
+    Path(world.plan.images.shard_files[0]).unlink()
+    assert world.make() == [0, 0, 0]
+
+
+def test_a_store_whose_pixels_are_others_is_made_under_a_new_name_on_request(world, capsys):
+    first = world.plan.images.key
+    shutil.rmtree(world.plan.images.folder)
+    add(world.pictures, 3, level=200)
+    world.pack()
+    assert world.make()[2] == 2
+    assert "or run `haste images --update`" in " ".join(capsys.readouterr().err.split())
+    world.update()
+    assert world.plan.images.key != first and world.plan.changes == []
+    assert world.make() == [0, 0, 0]
+
+
+def test_results_from_before_sources_were_recorded_get_their_names_back(world):
+    shutil.rmtree(world.results / "sources")
+    first = world.plan.images.key
+    add(world.pictures, 20)
+    world.pack()
+    world.update()
+    assert world.plan.images.key != first
+    (world.pictures / "a" / "20.png").unlink()
+    world.pack()
+    world.update()
+    assert world.plan.images.key == first and world.plan.changes == []
+
+
+def test_names_change_under_no_running_workflow_and_prune_keeps_what_was_made_before(world, capsys):
+    kept = files(world.results)
+    artefact.write_json(world.plan.config_file, world.plan.config.model_dump(mode="json"))
+    add(world.pictures, 20)
+    world.pack()
+    with locks.acquire(world.results / ".lock", "", shared=True):
+        assert cli.main(["images", "-c", str(world.file), "--update"]) == 2
+    assert "is in use" in capsys.readouterr().err
+    world.update()
+    assert cli.main(["prune", str(world.file), "--yes"]) == 0
+    assert {path for path in kept} <= {path for path in files(world.results)}

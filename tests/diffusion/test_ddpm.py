@@ -56,8 +56,8 @@ def test_step_k_lies_at_k_over_999_and_every_step_is_equally_likely():
     assert process.time(times).unique(return_counts=True)[1].tolist() == [100] * 1000
     for k in range(1000):
         assert process.time(torch.tensor([k / 999], dtype=torch.float32)).item() == k
-        assert process.place(k / 999) == k / 999
-    assert process.place(0.5) == round(0.5 * 999) / 999
+        assert process.place(k / 999) == times[process.time(times) == k][0].item()  # no step of its own is left out
+    assert process.time(torch.tensor([process.place(0.5)])).item() == 500
     assert process.time(process.times(lambda purpose: np.array([0.0, 1 - 1e-16]), None)).tolist() == [0, 999]
 
 

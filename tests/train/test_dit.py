@@ -14,6 +14,7 @@ from test_distributed import train_with
 from haste import config
 from haste.cli import main as cli
 from haste.config import process_in
+from haste.diffusion.ddpm import DDPM
 from haste.files import journal
 from haste.files.provenance import read_header
 from haste.measure import jobs
@@ -144,6 +145,14 @@ def test_the_network_has_twice_the_channels_and_is_given_the_step(make):
     x, t, y = torch.zeros(3, 4, 4, 4), torch.tensor([0.0, 0.5, 1.0]), torch.zeros(3, dtype=torch.int64)
     assert model(x, process.time(t), y)[0].shape == (3, 8, 4, 4)
     assert process.time(t).tolist() == [0, 500, 999]  # of 499.5 the even one
+
+
+def test_t_min_counts_the_step_that_lies_there(make, tiny):
+    for t_min in (0.1, 0.2, 0.5):
+        process = DDPM()
+        place, times = process.place(t_min), process.times(lambda _: np.arange(1000) / 1000 + 1e-9, None)
+        counted = process.time(times[times.double() >= place])
+        assert counted.min().item() == round(999 * t_min)
 
 
 @pytest.mark.parametrize(
