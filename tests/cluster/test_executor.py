@@ -101,7 +101,8 @@ def test_what_the_queue_refuses_is_submitted_later_and_what_lives_already_is_att
     assert "SLURM takes no more jobs now (QOSMaxSubmitJobPerUserLimit)" in said()
     assert "SLURM takes no more jobs now (Unable to contact slurm controller)" in said()
     assert "3 of 5 steps" in said(), "a job that SLURM never takes ends only itself"
-    assert set(single(cluster)) == {"0", "2", "3"} and single(cluster).count("3") == 1
+    assert set(single(cluster)) == {"0", "2", "3"}
+    assert single(cluster).count("3") <= 2  # once more where it was the one that met a full queue
     assert not (work / "results" / "tiny" / "queue-full.txt").exists()
     assert any("--job-name haste-tiny-" in call for call in cluster.calls("sbatch"))
 

@@ -232,5 +232,5 @@ def test_names_change_under_no_running_workflow_and_prune_keeps_what_was_made_be
         assert cli.main(["images", "-c", str(world.file), "--update"]) == 2
     assert "is in use" in capsys.readouterr().err
     world.update()
-    assert cli.main(["prune", str(world.file), "--yes"]) == 0
+    assert cli.main(["prune", "-c", str(world.file), "--yes"]) == 0
     assert {path for path in kept} <= {path for path in files(world.results)}
