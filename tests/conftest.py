@@ -91,7 +91,7 @@ def make_plan(_finished_data: Path, tmp_path: Path) -> Callable[..., Plan]:
 
 
 # What a refused command may leave beside finished files: its lock and its words, which no reader takes for results.
-ALLOWED = {"lock", "trajectory.json", "log.jsonl"}
+ALLOWED = {"lock", "launch", "trajectory.json", "log.jsonl"}
 
 
 class World:

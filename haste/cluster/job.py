@@ -137,7 +137,12 @@ def parameters(asked: Resources, called: str) -> dict[str, Any]:
         "signal_delay_s": asked.signal_s,
         # Two jobs of one name and user never run at the same time, even if file systems have no locks.
         "dependency": "singleton",
-        "additional_parameters": {"requeue": True, **_extra(asked.slurm_extra or "")},
+        # The signal is named: submitit takes another one from SUBMITIT_PREEMPT_SIGNAL, and then nothing would be saved.
+        "additional_parameters": {
+            "requeue": True,
+            "signal": f"USR2@{asked.signal_s}",
+            **_extra(asked.slurm_extra or ""),
+        },
         # When one rank dies, kill the others, which would wait for it forever.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={asked.cpus_per_task}"],
         "stderr_to_stdout": True,

@@ -109,6 +109,7 @@ class Autoencoder:
         wrong = {name: sorted(map(str, found))[:4] for name, found in info.items() if found}
         if wrong:
             raise ValueError(f"{files[0]}: the weights do not fit {autoencoder.CONFIG}: {wrong}")
+        hub.finite(Path(files[0]), model.state_dict())
         return cls(model, model.config, identity, device)
 
     @torch.no_grad()

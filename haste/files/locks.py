@@ -129,8 +129,10 @@ def attempt(path: Path | str, *, shared: bool = False) -> Any:
         if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
             if not shared:
                 file.truncate(0)
-                file.write(f"{_me()}\n")
-                file.flush()
+                try:
+                    os.write(file.fileno(), f"{_me()}\n".encode())
+                except OSError as error:  # a full disk: Python does not say which
+                    raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
             opened.pop_all()
             return file
     return None

@@ -40,6 +40,7 @@ log = logging.getLogger("haste.data")
 DIGEST = "digest"
 MANIFEST = "manifest.json"
 _DIGEST_BYTES = 16
+_CHECKED = 256  # samples that are compared with their digests at once
 _ENTRY = ("start", "count", "bytes")
 _READ_LIMIT = 2**30  # bytes per pread; Linux reads at most 2 GiB at once
 _VERIFY_ROWS = 256
@@ -471,6 +472,7 @@ class Store:
     def __init__(self, folder: Path, manifest: dict[str, Any], shards: list[_Shard]) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._fits = np.zeros(manifest["count"], dtype=bool)  # the samples whose digests were compared
         self._shards = shards
         self._files: dict[int, io.FileIO] = {}
         self._lock = threading.Lock()
@@ -559,12 +561,28 @@ class Store:
     def read(self, field: str, indices: ArrayLike | Sequence[int]) -> np.ndarray:
         """Read samples in the given order, with repetitions: (len(indices), *shape).
 
+        What this process has not read yet is compared with its digest.
+
         Raises:
-            ValueError: there is no such field or sample, or the file lacks what its manifest promises.
+            ValueError: there is no such field or sample, the file lacks what its manifest promises, or is damaged.
         """
         if field not in self.manifest["fields"]:
             raise ValueError(f"{self.folder}: no field {field!r}, expected one of {sorted(self.manifest['fields'])}")
-        return self._read(field, indices)
+        found = self._read(field, indices)
+        new = np.unique(np.asarray(indices, dtype=np.int64))
+        new = new[~self._fits[new]]
+        for low in range(0, len(new), _CHECKED):
+            self._check_digests(new[low : low + _CHECKED])
+        return found
+
+    def _check_digests(self, rows: np.ndarray) -> None:
+        found = _digests({name: self._read(name, rows) for name in self.manifest["fields"]})
+        if len(wrong := np.flatnonzero((found != self._read(DIGEST, rows)).any(axis=1))):
+            raise ValueError(
+                f"{self.folder}: sample {rows[wrong[0]]} does not fit its digest, so its shard is damaged. Remove the "
+                "shard and the manifest: the workflow makes them again"
+            )
+        self._fits[rows] = True
 
     def _read(self, field: str, indices: ArrayLike | Sequence[int]) -> np.ndarray:
         asked = np.asarray(indices)

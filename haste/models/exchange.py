@@ -64,7 +64,7 @@ def import_weights(source: Path, out: Path, **options: Any) -> Checkpoint:
         OSError: `out` cannot be written.
     """
     _check_out(source, out, ".safetensors")
-    if source.is_dir():
+    if (source.is_dir() and (source / diffusers_dit.CONFIG).is_file()) or (source / "transformer").is_dir():
         if options.pop("layout", None):
             raise ValueError(f"{source}: a folder is read as diffusers', expected no layout")
         found = diffusers_dit.read_folder(source, _expected(**options))

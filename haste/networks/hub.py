@@ -150,6 +150,7 @@ def timm_transformer(timm_name: str, weights: Path, called: str, **options: Any)
     cast(Any, network).pretrained_cfg.pop("state_dict", None)  # it would stay in memory
     if state is not None and (wrong := _left_over(network, state)):
         raise ValueError(f"{weights}: these are not weights of {called} ({timm_name}): {wrong}")
+    finite(Path(weights), network.state_dict())
     return cast("VisionTransformer", network)
 
 

@@ -225,8 +225,10 @@ def _notes(part: Sequence[Line], several: bool, kinds: Sequence[Column]) -> list
     models = {line.first.model for line in part}
     if len(models) == 1 and (model := min(models)):
         notes.append(f"Model {model}.")
-    if len(shared) == 1 and (text := min(shared)):
-        notes.append(f"{text[0].upper()}{text[1:]}.")
+    for text in sorted(filter(None, shared)):
+        whose = [line.first.run for line in part if protocol_text(line.first.score, guided) == text]
+        runs = f"{', '.join(dict.fromkeys(whose))}: " if len(shared) > 1 else ""
+        notes.append(f"{runs}{text if runs else text[0].upper() + text[1:]}.")
     if several:
         counts = sorted({len(line.seeds) for line in part if len(line.seeds) > 1})
         seeds = " or ".join(map(str, counts))

@@ -116,7 +116,7 @@ def test_after_ctrl_c_nothing_more_is_submitted_and_nothing_is_waited_for(cluste
         assert time.monotonic() < limit, (work / "log").read_text()
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
-    assert running.wait(60) != 0
+    assert running.wait(180) != 0
     calls = len(cluster.calls("sbatch"))
     time.sleep(3)
     assert len(cluster.calls("sbatch")) == calls

@@ -192,7 +192,7 @@ def test_a_folder_that_changed_between_shards_is_refused(tmp_path):
     (tmp_path / "in" / "0.png").rename(tmp_path / "in" / "9.png")
     after = prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in")
     prepare.prepare_shard(tmp_path / "out", after, shard=1, **common)
-    with pytest.raises(ValueError, match="listing"):
+    with pytest.raises(ValueError, match="pictures were changed after some shards were made"):
         prepare.prepare_join(tmp_path / "out", after, **common)
 
 

@@ -215,13 +215,17 @@ def test_a_changed_byte_is_refused_or_harmless(data):
             assert all(np.array_equal(store.read(field, range(4)), expected[field]) for field in FIELDS)
 
 
-def test_a_damaged_sample_is_named_by_the_full_check_only(tmp_path):
+def test_a_damaged_sample_is_named_when_it_is_read_and_by_the_full_check(tmp_path):
     make(tmp_path)
     with h5py.File(shard_path(tmp_path, 1, 3), "r+") as file:
         images = file["image"]
         assert isinstance(images, h5py.Dataset)
         images[2, 0, 0] += 1  # sample 3 + 2
-    Store.open(tmp_path, verify="quick")
+    quick = Store.open(tmp_path, verify="quick")
+    quick.read("image", [0, 4])
+    for field in FIELDS:
+        with pytest.raises(ValueError, match="sample 5 does not fit its digest"):
+            quick.read(field, [4, 5])
     with pytest.raises(ValueError, match=r"shard-00001-of-00003.h5: sample 5 is damaged"):
         Store.open(tmp_path, verify="full")
 
