@@ -12,6 +12,7 @@ from scipy import integrate, stats
 
 from haste.config import Sampling
 from haste.diffusion.ddpm import DDPM
+from haste.diffusion.guidance import guided
 from haste.diffusion.respacing import ancestral, at, chain, ddim, log_variance
 from haste.diffusion.samplers import SAMPLERS
 
@@ -266,3 +267,16 @@ def test_the_network_is_given_the_step_of_the_whole_chain():
 def test_coefficients_are_float64_until_they_meet_the_data():
     kept = chain()
     assert at(kept.alpha_bar, 999, torch.zeros(1).double()).item() == kept.alpha_bar[999]
+
+
+def test_guidance_changes_the_noise_and_leaves_the_variance_of_the_conditional_evaluation():
+    process, x = DDPM(), random(0, 3, 2, 2, 2)
+
+    def outputs(x, t, condition):
+        return torch.cat([x, x], dim=1) * condition.view(-1, 1, 1, 1)
+
+    own, null = torch.full((3,), 2.0).double(), torch.full((3,), 1.0).double()
+    found = guided(outputs, own, null, 3.0, channels=process.guided(2))(x, 0.5)
+    assert process.outputs(2) == 4 and found.shape == (3, 4, 2, 2)
+    torch.testing.assert_close(found[:, :2], (1 + 3 * (2 - 1)) * x)
+    torch.testing.assert_close(found[:, 2:], 2 * x)
