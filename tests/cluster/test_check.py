@@ -110,4 +110,5 @@ def test_quoted_flags_are_read_as_training_reads_them():
     extra = '--comment="two words" --exclusive'
     assert check.flags({"slurm_extra": extra}) == ("--comment=two words", "--exclusive")
     asked = job.parameters(job.resources([f"slurm_extra={extra}"]), "name")["additional_parameters"]
-    assert asked == {"requeue": True, "comment": "two words", "exclusive": True}
+    assert asked.items() >= {"requeue": True, "comment": "two words", "exclusive": True}.items()
+    assert asked["signal"].startswith("USR2@")  # whatever SUBMITIT_PREEMPT_SIGNAL says
