@@ -54,6 +54,7 @@ class _Once(yaml.SafeLoader):
         return known[id(node)]
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping whose keys are each there once, and are what they look like."""
         # Checked as written: later, `<<` merges in keys that may be overridden.
         node = super().compose_mapping_node(anchor)
         assert node is not None

@@ -569,15 +569,17 @@ class Store:
         if field not in self.manifest["fields"]:
             raise ValueError(f"{self.folder}: no field {field!r}, expected one of {sorted(self.manifest['fields'])}")
         found = self._read(field, indices)
-        new = np.unique(np.asarray(indices, dtype=np.int64))
-        new = new[~self._fits[new]]
-        for low in range(0, len(new), _CHECKED):
-            self._check_digests(new[low : low + _CHECKED])
+        rows, places = np.unique(np.asarray(indices, dtype=np.int64), return_index=True)
+        new = ~self._fits[rows]
+        rows, places = rows[new], places[new]
+        for low in range(0, len(rows), _CHECKED):
+            some = slice(low, low + _CHECKED)
+            self._check_digests(rows[some], {field: found[places[some]]})
         return found
 
-    def _check_digests(self, rows: np.ndarray) -> None:
-        found = _digests({name: self._read(name, rows) for name in self.manifest["fields"]})
-        if len(wrong := np.flatnonzero((found != self._read(DIGEST, rows)).any(axis=1))):
+    def _check_digests(self, rows: np.ndarray, known: Mapping[str, np.ndarray]) -> None:
+        fields = {name: known[name] if name in known else self._read(name, rows) for name in self.manifest["fields"]}
+        if len(wrong := np.flatnonzero((_digests(fields) != self._read(DIGEST, rows)).any(axis=1))):
             raise ValueError(
                 f"{self.folder}: sample {rows[wrong[0]]} does not fit its digest, so its shard is damaged. Remove the "
                 "shard and the manifest: the workflow makes them again"

@@ -68,6 +68,7 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         self._place, self._storages = place, dict[str, Storage]()
 
     def find_class(self, module: str, name: str) -> Any:
+        """The stand-in for a class or function; RefusedError for one that could run code."""
         module = "builtins" if module == "__builtin__" else module  # as older protocols call it
         if module == "torch" and name in SIZES:
             return name
@@ -82,6 +83,7 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         raise RefusedError(_refusal(f"{module}.{name}"))
 
     def persistent_load(self, pid: Any) -> Storage:
+        """A tensor's storage, by its place instead of its numbers."""
         what, dtype, key, _, count, *view = pid
         if self._place is None or what != "storage" or any(part is not None for part in view):
             raise ValueError(f"a reference to {what!r}")

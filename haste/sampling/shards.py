@@ -73,9 +73,8 @@ def draw_shard(
                 made.append(found | looks.looks_of(images))
                 watch.finished(len(found["nfe"]), new)
         rest = {ADM.get(name, name): np.concatenate([found[name] for found in made]) for name in fields}
-        counts = rest["nfe"]
-        header = {**painter.condition.arguments, "schema": artefact.SCHEMA, "kind": "samples"}
-        header |= {"nfe": float(counts.mean()) if len(counts) else None}
+        nfe = float(rest["nfe"].mean()) if len(indices) else None
+        header = {**painter.condition.arguments, "schema": artefact.SCHEMA, "kind": "samples", "nfe": nfe}
         header |= artefact.provenance(key=key, recipe=recipe, inputs=inputs, seconds=time.monotonic() - started)
         rest["haste"] = np.array(artefact.canonical(header))
         for entry, array in rest.items():
