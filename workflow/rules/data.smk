@@ -1,4 +1,6 @@
 # Images, the small networks that the pipeline trains on them, and latents.
+from pathlib import Path
+
 from snakemake.persistence import FileBackupMixin
 
 # Writes are atomic. Snakemake's copies of update() outputs would fill the disk, and are put back in place, not atomically.
@@ -68,10 +70,13 @@ rule detector:
     shell: "haste detector {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
 
 
+# A finished store needs its encoder no more: one that is made again, for new samples, is no reason to encode again.
+ENCODED = Path(plan.latents.manifest).exists()
+
 rule latents:
     input:
         ancient(plan.images.manifest),
-        ancient([plan.autoencoder.manifest] if plan.autoencoder else []),
+        ancient([plan.autoencoder.manifest] if plan.autoencoder and not ENCODED else []),
     output: update(f"{plan.latents.folder}/shard-{{shard}}-of-{{shards}}.h5")
     log: log_of("latents-{shard}-of-{shards}")
     benchmark: time_of("latents-{shard}-of-{shards}")
