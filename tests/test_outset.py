@@ -565,7 +565,7 @@ def test_a_folder_in_the_place_of_weights_is_named_for_what_it_is(tiny, tmp_path
     [
         ({"time": "cosine"}, {}, "was trained on the cosine path, but the row says linear"),
         ({}, {"weights": "model"}, "has no 'model' weights, only 'ema'"),
-        ({}, {"layout": "SiT"}, "expected twice as many in SiT's"),
+        ({}, {"layout": "DiT"}, "expected twice as many in DiT's"),
     ],
 )
 def test_a_checkpoint_that_is_not_what_the_row_says_is_refused_by_the_plan(

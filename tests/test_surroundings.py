@@ -94,8 +94,8 @@ def test_a_disk_without_locks_is_refused_by_name_with_the_setting_that_does_with
     plan = make_plan(runs={"vanilla": {"milestones": [4]}})
     path = Path(plan.path(plan.state("vanilla", 4)))
     code, said = train(plan, LD_PRELOAD=library)
-    assert code == 2 and f"{path.parent}: this disk has no locks (flock: No locks available)" in said, said
-    assert "HASTE_LOCKS=none" in said and "Traceback" not in said
+    assert code == 2 and ": this disk has no locks (flock: No locks available)" in said, said
+    assert str(path.parent) in said and "HASTE_LOCKS=none" in said and "Traceback" not in said
 
 
 def test_the_workflow_finds_its_command_where_its_environment_is_not_activated_and_without_a_home(make_plan, tmp_path):

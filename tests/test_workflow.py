@@ -142,13 +142,27 @@ def test_the_whole_path_ends_in_a_report_with_every_row(finished):
     assert (page.parent / "measure-cosine.csv").read_text().startswith("run,term,t 0.2,t 0.2 ±,t 0.8,t 0.8 ±\nvanilla,")
 
 
-def test_an_autoencoder_that_is_gone_is_made_again_for_new_samples_and_for_nothing_else(shop):
-    shutil.rmtree(Path(shop.plan.autoencoder.folder))
+def test_what_is_there_is_not_made_again_because_inputs_that_only_others_need_are(shop):
+    for kind in ("stores", "parts", "features"):
+        shutil.rmtree(shop.root / kind)
     assert shop.jobs() == set()
-    shutil.rmtree(shop.evaluation("vanilla", 8).folder)
-    Path(shop.evaluation("vanilla", 8).score).unlink()
-    assert {rule for rule, _ in shop.jobs()} >= {"autoencoder", "sample", "score"}
-    assert not {rule for rule, _ in shop.jobs()} & {"latents", "latents_join", "train", "teacher"}
+    evaluation = shop.evaluation("vanilla", 8)
+    shutil.rmtree(evaluation.folder)
+    Path(evaluation.score).unlink()
+    needed = {"images", "images_join", "autoencoder", "detector", "reference", "latents", "latents_join"}
+    assert shop.jobs() == {(rule, "") for rule in needed} | shop.evaluated("vanilla", 8)
+
+
+def test_a_shard_that_is_lost_is_made_again_for_what_reads_it_with_the_same_content(shop):
+    for store in (shop.plan.images, shop.plan.latents):
+        Path(store.shard_files[1]).unlink()
+    assert shop.jobs() == set(), "nothing reads them"
+    milestones = [8, 16, 24]
+    shop.configure(runs={**RUNS, "HASTE": {"alignment": "HASTE", "milestones": milestones}})
+    made = {("images", ""), ("latents", "")}
+    assert shop.jobs() == made | {("train", shop.state("HASTE", 24))} | shop.evaluated("HASTE", 24)
+    done = shop.snakemake(shop.plan.path(shop.plan.state("HASTE", 24)))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 def test_a_dit_is_trained_sampled_scored_and_reported_by_the_same_rules(shop):

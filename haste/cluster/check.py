@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from haste.cluster import slurm
@@ -70,6 +71,16 @@ def check(asked: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
         except slurm.Unanswered as error:
             if not slurm.full(str(error)):  # later there is room
                 yield _doubt(f"jobs of {', '.join(sorted(named))} ({' '.join(given)})", given, str(error))
+
+
+def check_place(folder: Path | str) -> None:
+    """Refuse a folder of results whose path SLURM would read as a pattern, in the names of jobs' logs.
+
+    Raises:
+        ValueError: there is a % in it.
+    """
+    if "%" in (path := str(Path(folder).absolute())):
+        raise ValueError(f"results: {path} has a %, which SLURM replaces in the names of logs; rename that folder")
 
 
 def too_many(asked: Iterable[tuple[str, Mapping[str, Any]]], array: int) -> str:

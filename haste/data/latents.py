@@ -61,7 +61,7 @@ class Autoencoder:
     """
 
     def __init__(self, model: torch.nn.Module, config: Mapping[str, Any], identity: str, device: str) -> None:
-        self.model: Any = model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+        self.model: Any = model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.channels = int(config["latent_channels"])
         self.factor = 2 ** (len(config["block_out_channels"]) - 1)
@@ -273,7 +273,10 @@ def _encode(
             moments = autoencoder.moments(said["image"]).cpu().numpy().astype(dtype)
         broken = np.flatnonzero(~np.isfinite(moments).all(axis=(1, 2, 3)))
         if len(broken):
-            raise ValueError(f"{images.folder}: latents of image {rows[int(broken[0])]} are not finite in {dtype}")
+            cure = "; autoencoder.dtype: float32 holds larger ones" if np.dtype(dtype) == np.float16 else ""
+            raise ValueError(
+                f"{images.folder}: latents of image {rows[int(broken[0])]} are not finite in {dtype}{cure}"
+            )
         yield {"moments": moments, **condition.rows(said)}
 
 

@@ -115,8 +115,4 @@ def weight_file() -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     check_inception(path)
-    state = tensors.read(path, "the weights of inception")
-    bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
-    if bad:
-        raise ValueError(f"{path}: the weights {bad[0]} hold NaN or infinity")
-    return state
+    return hub.finite(path, tensors.read(path, "the weights of inception"))

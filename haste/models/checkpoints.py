@@ -165,10 +165,11 @@ def _turned(tree: Weights, shape: Mapping[str, Any]) -> dict[str, Tensor]:
     w = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
     on_cos, on_sin = of_cos * w.cos() + of_sin * w.sin(), of_cos * w.sin() - of_sin * w.cos()
     turned["t_embedder.mlp.0.weight"] = torch.cat([on_cos, on_sin], dim=1).float()
-    channels = shape["in_channels"]
+    channels, patch = shape["in_channels"], shape["patch_size"]
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         out = tree[name]
-        rows = out.view(-1, 2 * channels, *out.shape[1:])  # within a patch channels come last: (p p, 2 C, ...)
+        # Within a patch channels come last: (p p, 2 C, ...), or C where it was trained without a variance.
+        rows = out.view(patch**2, -1, *out.shape[1:])
         turned[name] = -rows[:, :channels].flatten(0, 1)
     return turned
 

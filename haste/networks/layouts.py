@@ -21,6 +21,8 @@ from haste.networks.spec import sit_shapes
 LAYOUTS = ("ours", "REPA", "SiT", "DiT")
 # Names under which SiT and DiT publish their files.
 _PUBLISHED = re.compile(r"([SD]iT)-(?:S|B|L|XL)-[248]-\d+x\d+\.pt")
+# The `prediction` that the arguments of either's training name.
+_PREDICTION = {"velocity": "SiT", "v": "REPA"}
 Size = tuple[int, int, int]  # depth, width, heads
 
 _PATCHES, _OUT = "x_embedder.proj.weight", "final_layer.linear.weight"
@@ -74,7 +76,7 @@ def described(
     shape = _shape(next(iter(sets.values())), facts, expected or {}, sizes, file)
     shape |= {"architecture": "dit"} if system == "DiT" else {}
     shapes = sit_shapes({**shape, "channels": shape["in_channels"]}, shape["classes"])
-    if found == "SiT":
+    if found == "SiT" and len(next(iter(sets.values()))[_OUT]) == 2 * shapes[_OUT][0]:
         shapes |= {name: (2 * shapes[name][0], *shapes[name][1:]) for name in (_OUT, "final_layer.linear.bias")}
     for tree in sets.values():
         absent = {"pos_embed"} - tree.keys()  # it is computed
@@ -199,9 +201,7 @@ def _layout(
         raise ValueError(f"{file}: expected a SiT's {_PATCHES} and {_OUT}; found {names}, ...")
     entries = math.prod(patch.shape[1:])  # C p p
     if len(out) == entries:
-        if told in ("SiT", "DiT"):
-            raise ValueError(f"{file}: as many output channels as input channels; expected twice as many in {told}'s")
-        found, system = "ours" if facts.get("ours") else "REPA", "SiT"
+        found, system = _whose_velocity(file, facts, told), "SiT"
     elif len(out) != 2 * entries:
         raise ValueError(f"{file}: {len(out)} output entries a patch, expected {entries} (REPA) or {2 * entries} (SiT)")
     elif facts.get("ours") and facts.get("architecture") == "dit":
@@ -212,6 +212,18 @@ def _layout(
     if "depth" in expected and asked != system:
         raise ValueError(f"{file}: the weights of a {system}, but the model is a {asked}")
     return found, system
+
+
+def _whose_velocity(file: str, facts: Mapping[str, Any], told: str | None) -> str:
+    """Whose weights with as many output channels as input channels are: ours, REPA's, or SiT's without variance."""
+    by = "ours" if facts.get("ours") else _PREDICTION.get((facts.get("args") or {}).get("prediction"))
+    if told == "DiT":
+        raise ValueError(f"{file}: as many output channels as input channels; expected twice as many in DiT's")
+    if told == "SiT" and by not in (None, "SiT"):
+        raise ValueError(
+            f"{file}: is said to be SiT's, but its header says that it is {by if by == 'ours' else f'of {by}'}"
+        )
+    return by if by == "ours" else told or by or "REPA"
 
 
 def _whose(file: str, told: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,12 @@ class Artefact:
     def shard_files(self) -> list[str]:
         """Every shard of a store, in order."""
         return [f"{self.folder}/shard-{i:05d}-of-{self.shards:05d}.h5" for i in range(self.shards)]
+
+    @functools.cached_property
+    def files(self) -> list[str]:
+        """What a job that reads it waits for: the manifest, and shards that are gone although the manifest is there."""
+        there = self.kind in STORES and Path(self.manifest).exists()
+        return [self.manifest, *(path for path in self.shard_files if there and not Path(path).exists())]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,23 +119,22 @@ class Plan:
         An imported checkpoint needs only the decoder, which knows the latents' scale. The checkpoint itself is
         not listed: its content is in the samples' name, and existing samples remain valid without it.
         """
-        decoder = [self.autoencoder.manifest] if self.autoencoder else []
+        decoder = self.autoencoder.files if self.autoencoder else []
         if evaluation.state.trajectory in self.elsewhere:
             return decoder
-        return [self.path(evaluation.state), self.latents.manifest, *decoder]
+        return [self.path(evaluation.state), self.latents.manifest, *decoder]  # the latents' scale is in their manifest
 
     def aligned_from(self, segment: Segment) -> list[str]:
         """The files that a job reads its alignment targets from."""
-        files = [self.targets[name].manifest for name in segment.targets]
-        if segment.teachers:
-            files.append(self.images.manifest)
-        return files + [part.manifest for name in segment.teachers if (part := self.teachers[name])]
+        stores = [self.targets[name] for name in segment.targets] + ([self.images] if segment.teachers else [])
+        made = stores + [part for name in segment.teachers if (part := self.teachers[name])]
+        return [path for one in made for path in one.files]
 
     def measured_from(self, measurement: Measurement) -> list[str]:
         """The files that a measure is made from. For an imported checkpoint see `drawn_from`."""
-        state, latents = measurement.state, self.latents.manifest
+        state = measurement.state
         own = [] if state.trajectory in self.elsewhere else [self.path(state)]
-        return [latents, *own, *self.aligned_from(measurement.segment)]
+        return [*self.latents.files, *own, *self.aligned_from(measurement.segment)]
 
     @property
     def measure_files(self) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from haste.report.compare import Column, guidance
+from haste.report.compare import SAMPLERS, Column, guidance
 from haste.report.content import NONE, Benchmark, Row
 
 FOLDER = Path(__file__).parent / "published"
@@ -31,6 +31,7 @@ FILES: dict[str, tuple[int, tuple[str, ...]]] = {
     "ablation_components.csv": (256, ("teacher", "layers", "feature similarity")),
     "ablation_timestep_sampling.csv": (256, ("timesteps",)),
 }
+SAMPLED = {"SiT": ("euler-maruyama", 250), "DiT": ("ddpm", 250)}  # how the papers draw; their tables do not repeat it
 GUIDED = {"imagenet256_cfg.csv", "imagenet512.csv"}
 SIMILARITIES = {"NT-Xent": "nt-xent", "Cos. sim.": "cosine"}
 SCORES = {"fd": "fid", "sfid": "sfid", "is": "is", "precision": "precision", "recall": "recall"}
@@ -115,6 +116,15 @@ def _settings(line: Mapping[str, str]) -> dict[str, str]:
 def comparable(column: Column) -> bool:
     """Whether the papers report a column."""
     return column.inception and column.metric in SCORES
+
+
+def other_sampler(row: Row) -> str:
+    """How a row was drawn, in words, if the papers draw its kind of model otherwise; empty if they draw it so too."""
+    sampling = row.score.get("sampling") or {}
+    way = (sampling.get("sampler"), sampling.get("steps"))
+    if way == SAMPLED.get(row.model.split("-")[0], way):
+        return ""
+    return f"{SAMPLERS.get(str(way[0]), way[0])}" + (f", {way[1]} steps" if way[1] else "")
 
 
 def beside(row: Row, benchmark: Benchmark | None, axis: str = "") -> list[Published]:

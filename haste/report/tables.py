@@ -314,6 +314,12 @@ def _paper_notes(report: Report, part: Sequence[tuple[int, Line]]) -> list[str]:
     if counts != {papers.SAMPLES}:
         said = " and ".join(f"{count:,}" for count in sorted(count or 0 for count in counts))
         notes.append(f"Measured here on {said} samples: comparable with published numbers only at {papers.SAMPLES:,}.")
+    ways = {(line.first.run, way) for _, line in part if (way := papers.other_sampler(line.first))}
+    if ways:
+        said = "; ".join(f"{run} with {way}" for run, way in sorted(ways))
+        notes.append(
+            f"The papers draw SiT with 250 steps of Euler–Maruyama, and DiT with 250 of DDPM. Drawn here: {said}."
+        )
     return notes
 
 

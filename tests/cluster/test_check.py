@@ -112,3 +112,9 @@ def test_quoted_flags_are_read_as_training_reads_them():
     asked = job.parameters(job.resources([f"slurm_extra={extra}"]), "name")["additional_parameters"]
     assert asked.items() >= {"requeue": True, "comment": "two words", "exclusive": True}.items()
     assert asked["signal"].startswith("USR2@")  # whatever SUBMITIT_PREEMPT_SIGNAL says
+
+
+def test_a_folder_whose_name_slurm_would_change_in_the_names_of_logs_is_refused(tmp_path):
+    check.check_place(tmp_path)
+    with pytest.raises(ValueError, match=r"results: .*/50%j has a %, which SLURM replaces"):
+        check.check_place(tmp_path / "50%j")

@@ -138,18 +138,20 @@ def test_a_published_name_says_whose_a_file_is_and_another_word_is_refused(tmp_p
             read_checkpoint(tmp_path / name, layout=other, expected=HEADS)
 
 
+@pytest.mark.parametrize("channels", [4, 8])
 @pytest.mark.parametrize("bare", [True, False])
-def test_sits_file_runs_in_our_time_with_its_first_channels(tmp_path, bare):
-    weights = numbers(5, channels=8)
+def test_sits_file_runs_in_our_time_with_its_first_channels(tmp_path, bare, channels):
+    weights = numbers(5, channels=channels)
     args = argparse.Namespace(model="SiT-B/2", path_type="GVP", prediction="velocity")
     torch.save(weights if bare else {"ema": weights, "model": weights, "opt": {}, "args": args}, tmp_path / "s.pt")
-    checkpoint = read_checkpoint(tmp_path / "s.pt", layout="SiT", expected=HEADS)
+    # Without a variance only the arguments of its training tell it from REPA's.
+    checkpoint = read_checkpoint(tmp_path / "s.pt", layout="SiT" if bare or channels == 8 else None, expected=HEADS)
     x, t, y = questions()
     with torch.no_grad():
         velocity, _ = checkpoint.model()(x, t, y)
-        theirs = diffusers_twin(weights, 8)(x, timestep=1 - t, class_labels=y).sample
+        theirs = diffusers_twin(weights, channels)(x, timestep=1 - t, class_labels=y).sample
     torch.testing.assert_close(velocity, -theirs[:, :4], rtol=1e-4, atol=1e-4)
-    assert checkpoint.facts["path"] == (None if bare else "cosine")
+    assert checkpoint.facts["path"] == (None if bare else "cosine") and checkpoint.layout == "SiT"
 
 
 def test_the_turn_of_time_is_exact_to_rounding():
@@ -157,7 +159,7 @@ def test_the_turn_of_time_is_exact_to_rounding():
     from haste.models.layers import timestep_features
 
     tree = {name: value.double() for name, value in numbers(5, channels=8).items()}
-    turned = _turned(tree, {"in_channels": 4})["t_embedder.mlp.0.weight"]
+    turned = _turned(tree, {"in_channels": 4, "patch_size": 2})["t_embedder.mlp.0.weight"]
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
     expected = timestep_features(1 - t) @ tree["t_embedder.mlp.0.weight"].T
     torch.testing.assert_close(timestep_features(t) @ turned.double().T, expected, rtol=1e-5, atol=1e-6)
@@ -332,7 +334,11 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, words):
             {},
             "Say whose it is: layout SiT .a velocity., or layout DiT .noise and its variance.",
         ),
-        (numbers(5), {"expected": HEADS, "layout": "SiT"}, "expected twice as many in SiT's"),
+        (
+            {"ema": numbers(5), "args": argparse.Namespace(**ARGS)},
+            {"expected": HEADS, "layout": "SiT"},
+            "is said to be SiT's, but its header says that it is of REPA",
+        ),
         (numbers(5), {"expected": HEADS, "layout": "DiT"}, "expected twice as many in DiT's"),
         (numbers(5), {"expected": {**SMALL, "architecture": "dit"}}, "the weights of a SiT, but the model is a DiT"),
         (numbers(5, channels=8), {"expected": SMALL, "layout": "DiT"}, "the weights of a DiT, but the model is a SiT"),

@@ -163,7 +163,7 @@ def test_a_file_that_changes_while_it_is_in_use_is_refused(exported, make_plan, 
     [
         ({"model": "SiT-S/2"}, "depth: found 2, expected 12"),
         ({"path": "cosine"}, "was trained on the linear path, but the row says cosine"),
-        ({"layout": "SiT"}, "expected twice as many in SiT's"),
+        ({"layout": "SiT"}, "is said to be SiT's, but its header says that it is of REPA"),
     ],
 )
 def test_a_checkpoint_that_is_not_what_the_row_says_is_refused(exported, make_plan, capsys, change, words):

@@ -121,6 +121,15 @@ def test_what_does_not_agree_stands_beside_nothing(change: dict):
     assert tables.published_tables(report([dataclasses.replace(ROWS[2], **change)])) == []
 
 
+def test_a_sampler_that_is_not_the_papers_is_named_beside_their_numbers():
+    dit, sit = row("dit", "DiT-XL/2", "vanilla", NONE, 400_000, 19.5), ROWS[0]
+    dit.score["sampling"] |= {"sampler": "ddpm"}
+    heun = dataclasses.replace(sit, run="quick", score={**sit.score, "sampling": {**sit.score["sampling"]}})
+    heun.score["sampling"] |= {"sampler": "heun", "steps": 50}
+    assert "The papers draw" not in " ".join(tables.published_tables(report([dit, sit]))[0].notes)
+    assert "Drawn here: quick with Heun, 50 steps." in tables.published_tables(report([dit, sit, heun]))[0].notes[-1]
+
+
 @pytest.mark.parametrize("benchmark", [None, Benchmark("ImageNet", 512), Benchmark("ImageNet", 64)])
 def test_other_images_have_no_published_numbers(benchmark):
     unguided = report(ROWS[:-2], benchmark=benchmark)

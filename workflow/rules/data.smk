@@ -1,17 +1,21 @@
 # Images, the small networks that the pipeline trains on them, and latents.
-from pathlib import Path
-
 from snakemake.persistence import FileBackupMixin
 
 # Writes are atomic. Snakemake's copies of update() outputs would fill the disk, and are put back in place, not atomically.
 FileBackupMixin.backup_output, FileBackupMixin.restore_output = lambda *_: None, lambda *_: True
-import os
 import sys
 
 # Jobs find `haste` beside the Python that runs Snakemake, also where nobody activated its environment.
 os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', os.defpath)}"
 
-if plan.checked_images:
+CHECKED = [plan.checked_images] if plan.checked_images else []
+IMAGES = f"{plan.images.folder}/shard-{{shard}}-of-{{shards}}.h5"
+LATENTS = f"{plan.latents.folder}/shard-{{shard}}-of-{{shards}}.h5"
+TEACHER, DETECTOR, PCA = (f"{plan.root}/parts/{kind}-{{key}}/part.json" for kind in ("teacher", "detector", "pca"))
+TARGETS = f"{plan.root}/stores/targets-{{key}}/shard-{{shard}}-of-{{shards}}.h5"
+JOINED = f"{plan.root}/stores/targets-{{key}}/manifest.json"
+
+if CHECKED:
 
     rule images_check:
         output: update(plan.checked_images)
@@ -22,8 +26,8 @@ if plan.checked_images:
 
 
 rule images:
-    input: ancient([plan.checked_images] if plan.checked_images else [])
-    output: update(f"{plan.images.folder}/shard-{{shard}}-of-{{shards}}.h5")
+    input: needed(IMAGES, CHECKED)
+    output: update(IMAGES)
     log: log_of("images-{shard}-of-{shards}")
     benchmark: time_of("images-{shard}-of-{shards}")
     threads: THREADS
@@ -31,7 +35,7 @@ rule images:
 
 
 rule images_join:
-    input: ancient(plan.images.shard_files), ancient([plan.checked_images] if plan.checked_images else [])
+    input: needed(plan.images.manifest, plan.images.shard_files, CHECKED)
     output: update(plan.images.manifest)
     log: log_of("images-join")
     benchmark: time_of("images-join")
@@ -41,7 +45,7 @@ rule images_join:
 if plan.autoencoder:
 
     rule autoencoder:
-        input: ancient(plan.images.manifest)
+        input: needed(plan.autoencoder.manifest, plan.images.files)
         output: update(plan.autoencoder.manifest)
         log: log_of("autoencoder")
         benchmark: time_of("autoencoder")
@@ -50,8 +54,8 @@ if plan.autoencoder:
 
 
 rule teacher:
-    input: ancient(plan.images.manifest)
-    output: update(f"{plan.root}/parts/teacher-{{key}}/part.json")
+    input: needed(TEACHER, plan.images.files)
+    output: update(TEACHER)
     log: log_of("teacher-{key}")
     benchmark: time_of("teacher-{key}")
     threads: THREADS
@@ -60,8 +64,8 @@ rule teacher:
 
 
 rule detector:
-    input: ancient(plan.images.manifest)
-    output: update(f"{plan.root}/parts/detector-{{key}}/part.json")
+    input: needed(DETECTOR, plan.images.files)
+    output: update(DETECTOR)
     log: log_of("detector-{key}")
     benchmark: time_of("detector-{key}")
     threads: THREADS
@@ -70,14 +74,9 @@ rule detector:
     shell: "haste detector {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
 
 
-# A finished store needs its encoder no more: one that is made again, for new samples, is no reason to encode again.
-ENCODED = Path(plan.latents.manifest).exists()
-
 rule latents:
-    input:
-        ancient(plan.images.manifest),
-        ancient([plan.autoencoder.manifest] if plan.autoencoder and not ENCODED else []),
-    output: update(f"{plan.latents.folder}/shard-{{shard}}-of-{{shards}}.h5")
+    input: needed(LATENTS, plan.images.files, plan.autoencoder.files if plan.autoencoder else [])
+    output: update(LATENTS)
     log: log_of("latents-{shard}-of-{shards}")
     benchmark: time_of("latents-{shard}-of-{shards}")
     threads: THREADS
@@ -85,7 +84,7 @@ rule latents:
 
 
 rule latents_join:
-    input: ancient(plan.images.manifest), ancient(plan.latents.shard_files)
+    input: needed(plan.latents.manifest, plan.images.files, plan.latents.shard_files)
     output: update(plan.latents.manifest)
     log: log_of("latents-join")
     benchmark: time_of("latents-join")
@@ -97,18 +96,20 @@ rule latents_join:
 def teacher_of(made):
     return lambda wildcards: next(name for name, artefact in made.items() if artefact.key == wildcards.key)
 
-def looks(wildcards):
-    """The inputs of a teacher's targets: the images, the teacher and its components."""
-    name = teacher_of(plan.targets)(wildcards)
-    parts = [part for part in (plan.teachers[name], plan.pca.get(name)) if part]
-    return [plan.images.manifest, *(part.manifest for part in parts)]
+def looks(made, *more):
+    """The inputs of what teachers make of images: these, the teacher and more that it uses."""
+
+    def of(wildcards):
+        name = teacher_of(made)(wildcards)
+        parts = [plan.teachers[name], *(others.get(name) for others in more)]
+        return plan.images.files + [path for part in parts if part for path in part.files]
+
+    return of
 
 
 rule pca:
-    input:
-        ancient(plan.images.manifest),
-        ancient(lambda wildcards: [p.manifest for p in [plan.teachers[teacher_of(plan.pca)(wildcards)]] if p]),
-    output: update(f"{plan.root}/parts/pca-{{key}}/part.json")
+    input: needed(PCA, looks(plan.pca))
+    output: update(PCA)
     log: log_of("pca-{key}")
     benchmark: time_of("pca-{key}")
     threads: THREADS
@@ -117,8 +118,8 @@ rule pca:
 
 
 rule targets:
-    input: ancient(looks)
-    output: update(f"{plan.root}/stores/targets-{{key}}/shard-{{shard}}-of-{{shards}}.h5")
+    input: needed(TARGETS, looks(plan.targets, plan.pca))
+    output: update(TARGETS)
     log: log_of("targets-{key}-{shard}-of-{shards}")
     benchmark: time_of("targets-{key}-{shard}-of-{shards}")
     threads: THREADS
@@ -126,9 +127,13 @@ rule targets:
     shell: "haste targets {params.name:q} -c {CONFIG:q} --shard $((10#{wildcards.shard})) > {log:q} 2>&1"
 
 
+def parts_of(wildcards):
+    return plan.targets[teacher_of(plan.targets)(wildcards)].shard_files
+
+
 rule targets_join:
-    input: ancient(plan.images.manifest), ancient(lambda wildcards: plan.targets[teacher_of(plan.targets)(wildcards)].shard_files)
-    output: update(f"{plan.root}/stores/targets-{{key}}/manifest.json")
+    input: needed(JOINED, plan.images.files, parts_of)
+    output: update(JOINED)
     log: log_of("targets-{key}-join")
     benchmark: time_of("targets-{key}-join")
     params: name=teacher_of(plan.targets)

@@ -1,7 +1,11 @@
 # Samples and their features in one job, then their scores. States are ancient() here too: their names identify them.
 import re
 
-PARTS = [detector.part.manifest for detector in plan.detectors.values() if detector.part]
+PARTS = [path for detector in plan.detectors.values() if detector.part for path in detector.part.files]
+SCORE, FLOOR = f"{plan.root}/scores/{{draw}}.{{key}}.json", f"{plan.root}/scores/floor-{{key}}.json"
+SAMPLES = f"{plan.root}/samples/{{draw}}/shard-{{shard}}-of-{{shards}}.npz"
+FEATURES = f"{plan.root}/features/{{draw}}/{{seen}}/shard-{{shard}}-of-{{shards}}.h5"
+GRID = f"{plan.root}/samples/{{draw}}/grid.png"
 
 
 def drawn(wildcards):
@@ -10,8 +14,7 @@ def drawn(wildcards):
 
 def judgement(wildcards):
     """One detector's judgement of a set of samples, by the score's name."""
-    path = f"{plan.root}/scores/{wildcards.draw}.{wildcards.key}.json"
-    return next(one for one in drawn(wildcards).judgements if one.score == path)
+    return next(one for one in drawn(wildcards).judgements if one.score == SCORE.format(**dict(wildcards.items())))
 
 
 def seen(wildcards):
@@ -20,14 +23,15 @@ def seen(wildcards):
 
 
 def floor_of(wildcards):
-    path = f"{plan.root}/scores/floor-{wildcards.key}.json"
-    return next(detector for detector in plan.detectors.values() if detector.floor == path)
+    return next(one for one in plan.detectors.values() if one.floor == FLOOR.format(key=wildcards.key))
 
 
 # All detectors run in one job; those that already have features of the same images are left out.
+REFERENCES = plan.references_missing or (plan.references if HERE else [])
+
 rule reference:
-    input: ancient(plan.images.manifest), ancient(PARTS)
-    output: [update(path) for path in plan.references_missing or (plan.references if HERE else [])]
+    input: needed(REFERENCES, plan.images.files, PARTS)
+    output: [update(path) for path in REFERENCES]
     log: log_of("reference")
     benchmark: time_of("reference")
     threads: THREADS
@@ -44,17 +48,13 @@ DRAWN, TO_DRAW = (
 )
 
 if TO_DRAW:
+    SEEN = [FEATURES.replace("{seen}", detector.looks) for detector in plan.detectors.values()]
 
     rule sample:
-        input:
-            ancient(lambda wildcards: plan.drawn_from(drawn(wildcards))),
-            ancient(PARTS),
+        input: needed([SAMPLES, *SEEN], lambda wildcards: plan.drawn_from(drawn(wildcards)), PARTS)
         output:
-            samples=update(f"{plan.root}/samples/{{draw}}/shard-{{shard}}-of-{{shards}}.npz"),
-            features=[
-                update(f"{plan.root}/features/{{draw}}/{detector.looks}/shard-{{shard}}-of-{{shards}}.h5")
-                for detector in plan.detectors.values()
-            ],
+            samples=update(SAMPLES),
+            features=[update(path) for path in SEEN],
         log: log_of("sample-{draw}-{shard}-of-{shards}")
         benchmark: time_of("sample-{draw}-{shard}-of-{shards}")
         threads: THREADS
@@ -66,9 +66,12 @@ if DRAWN:
 
     rule features:
         input:
-            ancient(lambda wildcards: drawn(wildcards).sample_file(int(wildcards.shard))),
-            ancient(lambda wildcards: [seen(wildcards).part.manifest] if seen(wildcards).part else []),
-        output: update(f"{plan.root}/features/{{draw}}/{{seen}}/shard-{{shard}}-of-{{shards}}.h5")
+            needed(
+                FEATURES,
+                lambda wildcards: [drawn(wildcards).sample_file(int(wildcards.shard))],
+                lambda wildcards: seen(wildcards).part.files if seen(wildcards).part else [],
+            )
+        output: update(FEATURES)
         log: log_of("features-{draw}-{seen}-{shard}-of-{shards}")
         benchmark: time_of("features-{draw}-{seen}-{shard}-of-{shards}")
         threads: THREADS
@@ -81,9 +84,12 @@ if DRAWN:
 
 rule score:
     input:
-        ancient(lambda wildcards: judgement(wildcards).detector.reference.manifest),
-        ancient(lambda wildcards: judgement(wildcards).features.shard_files),
-    output: update(f"{plan.root}/scores/{{draw}}.{{key}}.json")
+        needed(
+            SCORE,
+            lambda wildcards: [judgement(wildcards).detector.reference.manifest],
+            lambda wildcards: judgement(wildcards).features.shard_files,
+        )
+    output: update(SCORE)
     log: log_of("score-{draw}.{key}")
     benchmark: time_of("score-{draw}.{key}")
     params: name=lambda wildcards: judgement(wildcards).detector.name
@@ -91,8 +97,8 @@ rule score:
 
 
 rule floor:
-    input: ancient(lambda wildcards: floor_of(wildcards).reference.manifest)
-    output: update(f"{plan.root}/scores/floor-{{key}}.json")
+    input: needed(FLOOR, lambda wildcards: [floor_of(wildcards).reference.manifest])
+    output: update(FLOOR)
     log: log_of("floor-{key}")
     benchmark: time_of("floor-{key}")
     params: name=lambda wildcards: floor_of(wildcards).name
@@ -100,8 +106,8 @@ rule floor:
 
 
 rule grid:
-    input: ancient(lambda wildcards: drawn(wildcards).sample_files)
-    output: update(report(f"{plan.root}/samples/{{draw}}/grid.png", category="Samples", labels={"samples": "{draw}"}))
+    input: needed(GRID, lambda wildcards: drawn(wildcards).sample_files)
+    output: update(report(GRID, category="Samples", labels={"samples": "{draw}"}))
     log: log_of("grid-{draw}")
     benchmark: time_of("grid-{draw}")
     shell: "haste grid {wildcards.draw:q} -c {CONFIG:q} > {log:q} 2>&1"

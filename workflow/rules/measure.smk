@@ -1,8 +1,10 @@
 # Diagnostics of states other than their scores: one rule for all measures, by the name of the measurement.
 
+MEASURE = f"{plan.root}/measures/{{state}}/{{what}}.json"
+
 rule measure:
-    input: ancient(lambda wildcards: plan.measured_from(plan.measurements[f"{wildcards.state}/{wildcards.what}"]))
-    output: update(f"{plan.root}/measures/{{state}}/{{what}}.json")
+    input: needed(MEASURE, lambda wildcards: plan.measured_from(plan.measurements[f"{wildcards.state}/{wildcards.what}"]))
+    output: update(MEASURE)
     log: log_of("measure-{state}-{what}")
     benchmark: time_of("measure-{state}-{what}")
     threads: THREADS

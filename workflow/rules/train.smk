@@ -9,16 +9,9 @@ LEFT = queue.left(plan) if HERE else {}
 
 def before(wildcards):
     """The inputs of a segment: the parent state, the latents and, while it aligns, images and teachers
-    or their targets on disk.
-
-    A finished state has no inputs. Otherwise a milestone inserted before it, which becomes its parent, would be a
-    reason to make it again (ancient() only applies to files that exist).
-    """
-    state = State(wildcards.trajectory, int(wildcards.step))
-    if state.step in plan.on_disk(state.trajectory):
-        return []
-    segment = plan.segment(state)
-    files = [plan.latents.manifest]
+    or their targets on disk."""
+    segment = plan.segment(State(wildcards.trajectory, int(wildcards.step)))
+    files = [*plan.latents.files]
     if segment.parent:
         files.append(plan.path(segment.parent))
     if segment.after:
@@ -43,6 +36,7 @@ def ask_the_cluster():
     from haste.cluster import executor
 
     jobs = [job for job in workflow.dag.needrun_jobs() if job.rule.name.startswith("train") or not job.is_local]
+    check.check_place(plan.root)
     asked = [(job.rule.name, dict(job.resources.items())) for job in jobs]
     for doubt in check.check(asked):
         logger.warning(doubt)
@@ -57,9 +51,11 @@ ALIGNED, PLAIN = ("|".join(map(re.escape, plan.trained(aligned))) or "(?!)" for 
 SNAKEMAKES_OWN = {"tmpdir", "disk_mb", "disk_mib", "mem_mib", "disk", "mem"}
 
 
+STATE = f"{plan.root}/states/{{trajectory}}/step-{{step}}.safetensors"
+
 rule train:
-    input: ancient(before)
-    output: update(f"{plan.root}/states/{{trajectory}}/step-{{step}}.safetensors")
+    input: needed(STATE, before)
+    output: update(STATE)
     log: log_of("train-{trajectory}-{step}")
     benchmark: time_of("train-{trajectory}-{step}")
     wildcard_constraints: trajectory=ALIGNED
