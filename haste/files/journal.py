@@ -17,6 +17,8 @@ from haste.files.units import clock
 log = logging.getLogger("haste.train")
 
 Item = TypeVar("Item")
+# Entries of a line of the log; all others are losses.
+NOT_LOSSES = {"step", "images_per_s", "seconds", "time", "waiting", "memory_mb", "skipped", "grad_norm"}
 MOST_SKIPPED = 50  # a loss scale needs about twenty halvings to come down from its initial value
 
 

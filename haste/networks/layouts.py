@@ -216,7 +216,7 @@ def _layout(
 
 def _whose_velocity(file: str, facts: Mapping[str, Any], told: str | None) -> str:
     """Whose weights with as many output channels as input channels are: ours, REPA's, or SiT's without variance."""
-    by = "ours" if facts.get("ours") else _PREDICTION.get((facts.get("args") or {}).get("prediction"))
+    by = "ours" if facts.get("ours") else _PREDICTION.get(str((facts.get("args") or {}).get("prediction")))
     if told == "DiT":
         raise ValueError(f"{file}: as many output channels as input channels; expected twice as many in DiT's")
     if told == "SiT" and by not in (None, "SiT"):

@@ -31,7 +31,6 @@ from haste.train import stops
 from haste.train.stops import Stopped
 
 ROOMS = ("states", "stores", "parts", "samples", "features", "scores", "measures")
-NOT_LOSSES = {"step", "images_per_s", "seconds", "time", "waiting", "memory_mb", "skipped", "grad_norm"}
 TAIL = 20_000  # bytes read from the end of a log
 MOST_NEXT = 8  # most lines about upcoming work
 LEFT = ("run", "doing", "segment", "losses", "queue")
@@ -196,7 +195,7 @@ def _line(plan: Plan, run: str, seed: int, queued: Mapping[State, str]) -> Line:
         "; ".join([*([] if finished else [_segment(plan, ahead, step, stopped)]), *_stops(stopped)]),
         rate,
         None if finished or not rate else (last - step) / rate,
-        {n: v for n in record if n not in NOT_LOSSES and (v := number(record, n)) is not None},
+        {n: v for n in record if n not in journal.NOT_LOSSES and (v := number(record, n)) is not None},
         number(record, "waiting"),
         None if finished or age is None else max(0.0, time.time() - age),
         sum(size_of(Path(plan.root, "states", piece.trajectory)) for piece in pieces),

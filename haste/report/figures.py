@@ -22,6 +22,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
+from haste.files import journal
 from haste.report.compare import METRICS, Comparison, comparisons, curve, floor_value, seeds_of
 from haste.report.content import Curve, Report
 
@@ -41,6 +42,7 @@ LOSSES = {
     "attention": "attention alignment loss",
     "images_per_s": "training images per second",
 }
+KNOWN = journal.NOT_LOSSES | {"denoising", *LOSSES}  # what else a log has are parts of the denoising loss
 
 
 @dataclass(frozen=True)
@@ -132,25 +134,27 @@ def _spoken(title: str, ends: Mapping[str, tuple[float, int]], floor: float | No
 
 
 def loss_panels(report: Report) -> list[Panel]:
-    """Smoothed training curves, one figure per quantity that some run logged."""
-    drawn = styles(report)
-    panels = [_loss_panel(report.curves, key, drawn) for key in LOSSES]
+    """Smoothed training curves, one figure per quantity that some run logged; parts of the denoising loss come last."""
+    drawn, titles = styles(report), dict(LOSSES)
+    for record in (record for one in report.curves for record in one.records):
+        titles |= {key: f"{key}, of the denoising loss" for key in record if key not in KNOWN and key not in titles}
+    panels = [_loss_panel(report.curves, key, title, drawn) for key, title in titles.items()]
     return [panel for panel in panels if panel is not None]
 
 
-def _loss_panel(curves: Sequence[Curve], key: str, drawn: Mapping[str, Style]) -> Panel | None:
+def _loss_panel(curves: Sequence[Curve], key: str, title: str, drawn: Mapping[str, Style]) -> Panel | None:
     lines = {run: averaged([c for c in curves if c.run == run], key) for run in dict.fromkeys(c.run for c in curves)}
     lines = {run: line for run, line in lines.items() if len(line[1])}
     if not lines:
         return None
-    figure, axes = new_figure(LOSSES[key])
+    figure, axes = new_figure(title)
     for run, (steps, values, spread) in lines.items():
         draw_band(axes, drawn[run], steps, values, spread)
         draw_line(axes, drawn[run], steps, values)
     _scale(axes, np.concatenate([values for _, values, _ in lines.values()]))
     _mark_stops(axes, [drawn[run] for run in lines], key if key in ("features", "attention") else "")
     ends = "; ".join(f"{run} {values[-1]:.3g} at step {steps[-1]:,.0f}" for run, (steps, values, _) in lines.items())
-    return Panel(LOSSES[key], "", "", to_svg(figure, f"log-{key}", f"{LOSSES[key]} over training steps: {ends}"))
+    return Panel(title, "", "", to_svg(figure, f"log-{key}", f"{title} over training steps: {ends}"))
 
 
 def averaged(curves: Sequence[Curve], key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -66,7 +66,7 @@ def snakemake(cluster, tmp_path):
 
     def start():
         command = list(map(str, [sys.executable, "-m", "snakemake", *words]))
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
         log = open(work / "log", "w")  # noqa: SIM115 - closed below
         started.append(subprocess.Popen(command, cwd=work, env=environment, stdout=log, stderr=log))
         return started[-1]
@@ -75,6 +75,16 @@ def snakemake(cluster, tmp_path):
     for process in started:
         process.kill()
         process.wait()
+
+
+def ended(process, work):
+    """Its exit status; if it does not end, the test fails with where its threads are."""
+    try:
+        return process.wait(180)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        process.wait(60)
+        pytest.fail((work / "log").read_text())
 
 
 def single(cluster):
@@ -116,7 +126,7 @@ def test_after_ctrl_c_nothing_more_is_submitted_and_nothing_is_waited_for(cluste
         assert time.monotonic() < limit, (work / "log").read_text()
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
-    assert running.wait(180) != 0
+    assert ended(running, work) != 0
     calls = len(cluster.calls("sbatch"))
     time.sleep(3)
     assert len(cluster.calls("sbatch")) == calls

@@ -94,6 +94,14 @@ def test_quantities_nobody_logged_have_no_figure():
     assert [panel.title for panel in figures.loss_panels(built)] == ["denoising loss"]
 
 
+def test_the_parts_of_a_processs_loss_are_drawn_where_a_run_has_them():
+    built = report(
+        TWO, [curve("a", loss=[1.0, 0.9], denoising=[1.0, 0.9], mse=[0.9, 0.8], vlb=[0.1, 0.1], grad_norm=[1, 1])]
+    )
+    titles = [panel.title for panel in figures.loss_panels(built)]
+    assert titles == ["denoising loss", "mse, of the denoising loss", "vlb, of the denoising loss"]
+
+
 @pytest.mark.parametrize("records", [[], [{"step": 1}], [{"step": 1, "loss": math.nan}]])
 def test_empty_curves_do_not_break(records: list):
     assert figures.loss_panels(report([], [Curve("a", 0, records)])) == []

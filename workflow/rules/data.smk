@@ -1,12 +1,4 @@
 # Images, the small networks that the pipeline trains on them, and latents.
-from snakemake.persistence import FileBackupMixin
-
-# Writes are atomic. Snakemake's copies of update() outputs would fill the disk, and are put back in place, not atomically.
-FileBackupMixin.backup_output, FileBackupMixin.restore_output = lambda *_: None, lambda *_: True
-import sys
-
-# Jobs find `haste` beside the Python that runs Snakemake, also where nobody activated its environment.
-os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', os.defpath)}"
 
 CHECKED = [plan.checked_images] if plan.checked_images else []
 IMAGES = f"{plan.images.folder}/shard-{{shard}}-of-{{shards}}.h5"

@@ -1,0 +1,30 @@
+# What all rules use.
+import os
+import sys
+
+from snakemake.persistence import FileBackupMixin
+
+# Writes are atomic. Snakemake's copies of update() outputs would fill the disk, and are put back in place, not atomically.
+FileBackupMixin.backup_output, FileBackupMixin.restore_output = lambda *_: None, lambda *_: True
+
+# Jobs find `haste` beside the Python that runs Snakemake, also where nobody activated its environment.
+os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', os.defpath)}"
+
+
+def log_of(job): return f"{plan.folder}/logs/{job}.log"
+
+
+def time_of(job): return f"{plan.folder}/benchmarks/{job}.tsv"
+
+
+def needed(outputs, *inputs):
+    """The inputs of a job: none if its outputs are there. Otherwise an input that only others need, and that is made again,
+    would be a reason to make these again too (ancient() only applies to files that exist)."""
+
+    def of(wildcards):
+        made = [path.format(**dict(wildcards.items())) for path in ([outputs] if isinstance(outputs, str) else outputs)]
+        if all(map(os.path.exists, made)):
+            return []
+        return [path for one in inputs for path in (one(wildcards) if callable(one) else one)]
+
+    return ancient(of)
