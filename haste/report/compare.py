@@ -36,7 +36,13 @@ METRICS = {
     "class_accuracy": Metric("class accuracy", lower=False),
 }
 INCEPTION = "inception"  # the kind of detector whose Fréchet distance is called FID
-SAMPLERS = {"euler": "Euler", "heun": "Heun", "euler-maruyama": "Euler–Maruyama"}  # their names in prose
+SAMPLERS = {  # their names in prose
+    "euler": "Euler",
+    "heun": "Heun",
+    "euler-maruyama": "Euler–Maruyama",
+    "ddpm": "DDPM",
+    "ddim": "DDIM",
+}
 ERROR = "_std"  # suffix of the name of a score's own error bar
 
 
