@@ -159,7 +159,9 @@ def test_process_and_condition_from_outside_are_trained_resumed_sampled_and_scor
 def test_steps_and_what_is_dropped_are_functions_of_position_at_the_asked_rates(toy):
     recipe = toy.plan.trajectories[toy.plan.state("HASTE", 8).trajectory].recipe
     store = Store.open(toy.latents)
-    batches = Batches.of({**recipe, "training": {**recipe["training"], "batch": 1600}}, store, t_min={"features": 0.45})
+    batches = Batches.of(
+        {**recipe, "training": {**recipe["training"], "batch": 1600}}, store, bands={"features": (0.45, 1.0)}
+    )
     whole, part = batches(3), batches(3, range(40, 60))
     steps, counts = (whole.t * (STEPS - 1)).round().unique(return_counts=True)
     assert steps.tolist() == list(range(STEPS)) and (counts - 200).abs().max() < 5 * 13.3  # 13.2 is a deviation

@@ -63,6 +63,21 @@ class TeacherTargets:
     grid: tuple[int, int]
 
 
+def normalised_over_tokens(features: Tensor, factor: float = 1.0) -> Tensor:
+    """(y - factor * mean) / (std + 1e-6), by image and channel over its tokens (iREPA, arXiv 2512.10794).
+
+    This lessens what the tokens of an image have in common, in favour of how they differ. std has N - 1 in its
+    denominator, as in the authors' code; they use factors of 0.6 and 0.8 too.
+
+    (B, N, D) -> (B, N, D), without gradient. ValueError if there is only one token, which has no deviation.
+    """
+    if features.shape[1] < 2:
+        raise ValueError(f"normalise spatial: the teacher has {features.shape[1]} token an image, expected several")
+    features = _precise(features.detach())
+    std, mean = torch.std_mean(features, dim=1, keepdim=True)
+    return (features - factor * mean) / (std + 1e-6)
+
+
 def contrastive_loss(
     projected: Tensor,
     target: Tensor,

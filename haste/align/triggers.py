@@ -227,7 +227,8 @@ def reached(terms: Terms) -> int:
 
 def counting(terms: Terms, t: float, place: Callable[[float], float] = lambda t: t) -> Terms:
     """The alignment terms for which a sample at t counts; `place` gives the time nearest to one that a process has."""
-    return {kind: term for kind, term in terms.items() if place(t) >= place(term.get("t_min", 0.0))}
+    bounds = {kind: (term.get("t_min", 0.0), term.get("t_max", 1.0)) for kind, term in terms.items()}
+    return {kind: terms[kind] for kind, (low, high) in bounds.items() if place(low) <= place(t) <= place(high)}
 
 
 def faults(trigger: Trigger, kind: str, terms: Terms, blocks: int) -> list[str]:
@@ -236,7 +237,7 @@ def faults(trigger: Trigger, kind: str, terms: Terms, blocks: int) -> list[str]:
     Args:
         trigger: the trigger.
         kind: the watched term.
-        terms: the active terms, including the watched one: their layers and `t_min`.
+        terms: the active terms, including the watched one: their layers, `t_min` and `t_max`.
         blocks: number of the network's blocks; 0 if its parameters cannot be assigned to blocks.
     """
     found = []
@@ -249,7 +250,9 @@ def faults(trigger: Trigger, kind: str, terms: Terms, blocks: int) -> list[str]:
             elif block > blocks:
                 found.append(f"block: {block}, but the network has blocks 1 to {blocks}")
             elif not counts:
-                found.append(f"times: {t} lies below t_min of {' and '.join(active)}: nothing is aligned there")
+                found.append(
+                    f"times: {t} is not from t_min to t_max of {' and '.join(active)}: nothing is aligned there"
+                )
             elif block > (last := reached(counts)):
                 found.append(
                     f"block: {block}, but at t={t} the loss of {' and '.join(counts)} reaches no block after {last}"

@@ -180,7 +180,10 @@ def _terms(config: Config, model: str, name: str) -> dict[str, dict[str, Any]]:
         # REPA alone and HASTE were published with different depths for SiT-B.
         published = REPA_DEPTH if alignment.attention is None else {k: m[0] for k, m in MAPPINGS.items()}
         term = alignment.features.model_dump()
-        terms["features"] = {**term, "depth": term["depth"] or published[model]}
+        shape = teacher_shape(config.teachers[term["teacher"]])
+        last = shape is not None and term["layer"] == shape[0] - 1  # by its number or by default: the same target
+        named = {"depth": term["depth"] or published[model], "layer": None if last else term["layer"]}
+        terms["features"] = {**term, **named}
     if alignment.attention:
         term = alignment.attention.model_dump()
         if term["student_layers"] is None:

@@ -233,6 +233,7 @@ def _faults_of_alignment(config: Config, name: str) -> list[str]:
         term, at = getattr(config.alignments[name], kind), f"alignments.{name}.{kind}"
         if term is not None and term.teacher not in config.teachers:
             faults.append(f"{at}.teacher: nothing is called {term.teacher!r}{nearest(term.teacher, config.teachers)}")
+    faults += _faults_of_target(config, name)
     term, at = config.alignments[name].attention, f"alignments.{name}.attention"
     if term is None:
         return faults
@@ -251,6 +252,21 @@ def _faults_of_alignment(config: Config, name: str) -> list[str]:
         faults += _beyond(f"{at}.teacher_layers", term.teacher_layers, term.teacher, range(shape[0]))
         if term.heads is not None and term.heads > shape[1]:
             faults.append(f"{at}.heads: {term.heads}, but teacher {term.teacher} has {shape[1]}")
+    return faults
+
+
+def _faults_of_target(config: Config, name: str) -> list[str]:
+    """A layer that the teacher does not have, and what needs more than one token."""
+    term, at = config.alignments[name].features, f"alignments.{name}.features"
+    if term is None or term.teacher not in config.teachers:
+        return []
+    shape, tokens = teacher_shape(config.teachers[term.teacher]), teacher_tokens(config, term.teacher)
+    asked = None if term.layer is None else [term.layer]
+    faults = _beyond(f"{at}.layer", asked, term.teacher, range(shape[0])) if shape else []
+    if tokens and tokens[1] == 1:
+        alone = f"but teacher {term.teacher} has one token an image"
+        faults += [f"{at}.head: conv, {alone}: there is no grid to convolve"] if term.head == "conv" else []
+        faults += [f"{at}.normalise: spatial, {alone}: its deviation is not defined"] if term.normalise else []
     return faults
 
 

@@ -134,11 +134,19 @@ class PretrainedTeacher(Strict):
     weights: Place | None = None
 
 
+class Filter(Strict):
+    """What a teacher's images pass before they enter it; `low_pass` is a share of the Nyquist frequency."""
+
+    low_pass: Annotated[Float, Field(gt=0, le=1)]
+
+
 class Teacher(Strict):
-    """Either `trained` here or `pretrained`; which targets are cached on disk, and their number of components."""
+    """Either `trained` here or `pretrained`; a filter of its images; which targets are cached on disk, and their
+    number of components."""
 
     trained: TrainedTeacher | None = None
     pretrained: PretrainedTeacher | None = None
+    filter: Filter | None = None
     cache: Annotated[Literal["off", "features", "features+attention"], BeforeValidator(_off)] = "off"
     pca: Positive | None = None
 

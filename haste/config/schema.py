@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -48,28 +48,61 @@ from haste.config.parts import (
 )
 
 
-class FeatureTerm(Strict):
-    """REPA: hidden tokens after block `depth` (counted from 1) follow the teacher's last patch tokens."""
+class _Term(Strict):
+    """What every alignment term has: its teacher, its weight, and the times t whose samples count for it."""
 
     teacher: str
-    depth: Positive | None = None
     weight: Rate = 0.5
+    t_min: Annotated[Share, LATER] = 0.0
+    t_max: Annotated[Share, LATER] = 1.0
+    warmup: Annotated[int, Field(ge=0), LATER] = 0
+
+    @model_validator(mode="after")
+    def _some_time(self) -> Self:
+        if self.t_max < self.t_min:
+            raise ValueError(
+                f"t_max {self.t_max} is below t_min {self.t_min}: no time would count, expected at least it"
+            )
+        return self
+
+
+# Keys of a feature term that go with a value of another key, and only with it.
+_BELONGS = (
+    ("hidden", "head", "mlp"),
+    ("kernel", "head", "conv"),
+    ("normalise_factor", "normalise", "spatial"),
+    ("negative_count", "negatives", "batch"),
+)
+
+
+class FeatureTerm(_Term):
+    """REPA: hidden tokens after block `depth` (counted from 1) follow a teacher's patch tokens, the last by default."""
+
+    depth: Positive | None = None
+    layer: Annotated[Annotated[int, Field(ge=0)] | None, LATER] = None
+    normalise: Annotated[Literal["spatial"] | None, LATER] = None
+    normalise_factor: Annotated[Share | None, LATER] = None
     similarity: Literal["cosine", "nt-xent"] = "cosine"
     temperature: Annotated[Rate | None, LATER] = None
     negatives: Annotated[Literal["image", "batch"] | None, LATER] = None
     negative_count: Annotated[Positive | None, LATER] = None
-    hidden: Positive = 2048
-    t_min: Annotated[Share, LATER] = 0.0
-    warmup: Annotated[int, Field(ge=0), LATER] = 0
+    head: Annotated[Literal["mlp", "conv", "linear"], LATER] = "mlp"
+    hidden: Positive | None = 2048
+    kernel: Annotated[Positive | None, LATER] = None
 
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, given: Any) -> Any:
-        """Set the defaults of NT-Xent."""
-        if not isinstance(given, dict) or given.get("similarity") != "nt-xent":
+        """Set the defaults of NT-Xent, of heads other than the MLP, and of a normalisation."""
+        if not isinstance(given, dict):
             return given
-        full = {"temperature": 0.1, "negatives": "image", **given}
-        return {"negative_count": 1024, **full} if full["negatives"] == "batch" else full
+        full = {"normalise_factor": 1.0, **given} if given.get("normalise") == "spatial" else dict(given)
+        if full.get("head") in ("conv", "linear"):
+            full = {"hidden": None, **({"kernel": 3} if full["head"] == "conv" else {}), **full}
+        if full.get("similarity") == "nt-xent":
+            full = {"temperature": 0.1, "negatives": "image", **full}
+            full = {"negative_count": 1024, **full} if full["negatives"] == "batch" else full
+        return full
 
     @model_validator(mode="after")
     def _belongs(self) -> FeatureTerm:
@@ -78,24 +111,23 @@ class FeatureTerm(Strict):
             raise ValueError(f"similarity cosine takes no {' and no '.join(given)}, only nt-xent does; found {given}")
         if self.similarity == "nt-xent" and None in contrast.values():
             raise ValueError(f"similarity nt-xent needs a temperature and negatives, found {contrast}")
-        if (self.negatives == "batch") != (self.negative_count is not None):
-            raise ValueError(
-                f"negative_count goes with negatives: batch and only with it, found {self.negative_count} "
-                f"and negatives {self.negatives}"
-            )
+        for key, owner, value in _BELONGS:
+            found, chosen = getattr(self, key), getattr(self, owner)
+            if (chosen == value) != (found is not None):
+                raise ValueError(
+                    f"{key} goes with {owner}: {value} and only with it, found {found} and {owner} {chosen}"
+                )
+        if self.kernel is not None and self.kernel % 2 == 0:
+            raise ValueError(f"kernel {self.kernel} is even and has no centre, expected 1, 3, 5, ...")
         return self
 
 
-class AttentionTerm(Strict):
+class AttentionTerm(_Term):
     """ATTA: attention maps of student layers follow those of teacher layers (both counted from 0), head by head."""
 
-    teacher: str
     student_layers: list[Annotated[int, Field(ge=0)]] | None = None
     teacher_layers: list[Annotated[int, Field(ge=0)]] | None = None
     heads: Positive | None = None
-    weight: Rate = 0.5
-    t_min: Annotated[Share, LATER] = 0.0
-    warmup: Annotated[int, Field(ge=0), LATER] = 0
 
 
 class Alignment(Strict):

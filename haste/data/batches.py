@@ -82,7 +82,7 @@ class Batches:
         condition: Condition,
         class_dropout: float,
         targets: Mapping[str, tuple[Store, Sequence[str]]] | None = None,
-        t_min: Mapping[str, float] | None = None,
+        bands: Mapping[str, tuple[float, float]] | None = None,
     ):
         """
         Args:
@@ -94,18 +94,17 @@ class Batches:
             condition: the condition of samples.
             class_dropout: share of the samples that get the null condition, in [0, 1).
             targets: teacher -> its store of targets, one row per image, and the fields to read.
-            t_min: alignment term -> the time below which a sample does not count for it. A batch then has weights for
-                that term: those of samples that count are equal, the others 0, and they sum to B over the batch of all
-                ranks (to 0 if no sample counts). So a mean over samples times their weights is the mean over those
-                that count, also when averaged over equal parts of the batch on any rank.
-                mean over those that count, also as the average over equal parts of the batch: in whatever process.
+            bands: alignment term -> the first and the last time at which a sample counts for it. A batch then has
+                weights for that term: those of samples that count are equal, the others 0, and they sum to B over the
+                batch of all ranks (to 0 if no sample counts). So a mean over samples times their weights is the mean
+                over those that count, also when averaged over equal parts of the batch on any rank.
 
         Raises:
             ValueError: the latents, or the targets, were made from other images.
         """
         self.targets = dict(targets or {})
         self.process, self.condition, self.class_dropout = process, condition, class_dropout
-        self.t_min = {term: process.place(low) for term, low in (t_min or {}).items()}
+        self.bands = {term: (process.place(low), process.place(high)) for term, (low, high) in (bands or {}).items()}
         others = [(images.identity, images)] if images is not None else []
         others += [(store.manifest["images"], store) for store, _ in self.targets.values()]
         for identity, other in others:
@@ -218,10 +217,10 @@ class Batches:
 
     def _weights(self, step: int, visits: range) -> dict[str, Tensor]:
         """Times are a function of position: every rank computes those of the whole batch without communication."""
-        if not self.t_min:
+        if not self.bands:
             return {}
         times = self._times(step, range(self.size)).double()
-        counts = {term: (times >= low).double() for term, low in self.t_min.items()}
+        counts = {term: ((low <= times) & (times <= high)).double() for term, (low, high) in self.bands.items()}
         share = {term: count * (self.size / max(1.0, count.sum().item())) for term, count in counts.items()}
         return {term: weights[visits.start : visits.stop] for term, weights in share.items()}
 

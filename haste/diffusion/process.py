@@ -1,6 +1,6 @@
 """A process: what a network is trained to predict, and how samples follow from its predictions.
 
-All other code uses times t in [0, 1], where 0 is data and 1 is noise: batches, `t_min`, guidance intervals,
+All other code uses times t in [0, 1], where 0 is data and 1 is noise: batches, `t_min`, `t_max`, guidance intervals,
 triggers and measures. Only the process knows how a network receives time.
 
 Shapes: B batch, C latent channels, h x w latent cells, O = `outputs(C)` channels of the network.

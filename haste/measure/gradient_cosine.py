@@ -72,7 +72,9 @@ class GradientCosine(Measure):
             if block > last
         ]
         return found + [
-            f"t: {t} lies below t_min of {kinds}: nothing is aligned there" for t in self.t if not counting(terms, t)
+            f"t: {t} is not from t_min to t_max of {kinds}: nothing is aligned there"
+            for t in self.t
+            if not counting(terms, t)
         ]
 
     def flops(self, terms: int, forward: float, teachers: float) -> float:
@@ -86,7 +88,9 @@ class GradientCosine(Measure):
             return
         for term in terms:
             if late := [t for t in self.t if term not in counting(terms, t, subject.process.place)]:
-                subject.notes.append(f"{term} is not aligned at t {', '.join(f'{t:g}' for t in late)}, below its t_min")
+                subject.notes.append(
+                    f"{term} is not aligned at t {', '.join(f'{t:g}' for t in late)}: not from its t_min to t_max"
+                )
         blocks = self._blocks(subject.asked)
         for times, some in _passes(self.t, blocks, self._bytes(subject, blocks)):
             yield from self._rows(subject, times, some)

@@ -165,7 +165,8 @@ def check_trained(file: str, facts: Mapping[str, Any], training: Mapping[str, An
 def _without_projectors(tree: Tree) -> tuple[Tree, tuple[Tree, ...]]:
     heads: dict[int, Tree] = {}
     for name, value in tree.items():
-        if match := re.fullmatch(r"projectors\.(\d+)\.(.+)", name):
+        # iREPA's MLP has REPA's layers under a name of its own; its other heads are one layer of that name.
+        if match := re.fullmatch(r"projectors\.(\d+)\.(?:projection_layer\.(?=\d))?(.+)", name):
             heads.setdefault(int(match[1]), {})[match[2]] = value
     weights = {name: value for name, value in tree.items() if not re.match(r"projectors\.\d+\..", name)}
     # A run without a teacher leaves a projector of width 0.

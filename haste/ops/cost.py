@@ -242,7 +242,8 @@ def _data_stages(plan: Plan, flops: float) -> list[Stage]:
     encoded = config.runs or plan.measurements  # imported checkpoints that are only scored need no latents
     joined = [plan.images, *([plan.latents] if encoded else [])]
     sights = [detector for detector in detectors if not Path(detector.reference.manifest).exists()]
-    parts = [p for p in (plan.autoencoder, *plan.teachers.values(), *(detector.part for detector in detectors)) if p]
+    made = (plan.autoencoder, *plan.teachers.values(), *(detector.part for detector in detectors))
+    parts = list({part.folder: part for part in made if part}.values())  # teachers may differ by their filters alone
     latents = _stage(
         "latents",
         plan.latents.shard_files if encoded else [],
@@ -329,13 +330,19 @@ def state_megabytes(plan: Plan, segment: Segment) -> float:
     every = plan.config.runtime.keep_every
     kept = 1 + ((segment.state.step - 1) // every - segment.start // every if every else 0)
     size = 8 if recipe["training"]["precision"] == "fp64" else 4
-    projector = 0
-    if "features" in segment.terms:
-        term = segment.terms["features"]
-        width = facts_in(recipe).taps[f"tokens.{term['depth']}"].width
-        # the teacher's width is unknown until it is loaded; the projector's middle layer dominates
-        projector = (width + term["hidden"]) * term["hidden"]
-    return kept * size * (4 * parameters(recipe) + 3 * projector) / MB
+    head = head_parameters(plan, segment) if "features" in segment.terms else 0
+    return kept * size * (4 * parameters(recipe) + 3 * head) / MB
+
+
+def head_parameters(plan: Plan, segment: Segment) -> int:
+    """Weights of the head of a segment's feature term. Where only loading the teacher can tell its width, the student's
+    is taken."""
+    term, recipe = segment.terms["features"], plan.trajectories[segment.state.trajectory].recipe
+    width, shape = facts_in(recipe).taps[f"tokens.{term['depth']}"].width, plan.teacher_size(term["teacher"])
+    wide = plan.config.teachers[term["teacher"]].pca or (shape.width if shape else width)
+    if term["head"] == "mlp":
+        return (width + term["hidden"] + wide) * term["hidden"]
+    return width * wide * (term["kernel"] or 1) ** 2
 
 
 def print_plan(plan: Plan) -> None:

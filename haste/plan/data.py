@@ -124,7 +124,12 @@ class Data:
         return Detector(name, kind, weights, key, part, reference, spec.reference, floor)
 
     def teacher_key(self, name: str) -> str:
-        """What identifies a teacher in a recipe: a trained one's key, or the pretrained one's name and weights file."""
+        """What identifies a teacher in a recipe: a trained one's key, or the pretrained one's name and weights file;
+        and the filter of its images, if it has one."""
+        key, seen = self._network_key(name), self.config.teachers[name].filter
+        return key if seen is None else f"{key} with low_pass {seen.low_pass}"
+
+    def _network_key(self, name: str) -> str:
         part, spec = self.teachers[name], self.config.teachers[name].pretrained
         if part:
             return part.key

@@ -30,34 +30,39 @@ class Shape:
 class TargetSpec:
     """The targets of one teacher that the runs need: features, and queries and keys of the first heads of layers.
 
-    attention: (layer, heads) pairs in order of layers, which are counted from 0.
+    layers: whose features, the last layer as None before others in order; attention: (layer, heads) pairs in order of
+    layers. These are counted from 0.
     """
 
-    features: bool = False
+    layers: tuple[int | None, ...] = ()
     attention: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, kind: str, term: Mapping[str, Any]) -> TargetSpec:
         """The needs of one alignment term; kind: `features` or `attention`."""
         if kind == "features":
-            return cls(features=True)
+            return cls((term.get("layer"),))
         return cls(attention=tuple((layer, term["heads"]) for layer in sorted(set(term["teacher_layers"]))))
 
     @classmethod
     def read(cls, recipe: Mapping[str, Any]) -> TargetSpec:
         """The contents of a store, from its recipe."""
         pairs = sorted((int(layer), int(heads)) for layer, heads in (recipe.get("attention") or {}).items())
-        return cls(bool(recipe.get("features")), tuple(pairs))
+        last = [None] if recipe.get("features") else []
+        return cls((*last, *recipe.get("layers", ())), tuple(pairs))
 
     def recipe(self) -> dict[str, Any]:
         """The entries of a store's recipe."""
-        return {"features": self.features, "attention": {str(layer): heads for layer, heads in self.attention}}
+        others = [layer for layer in self.layers if layer is not None]
+        found = {"features": None in self.layers, "attention": {str(layer): heads for layer, heads in self.attention}}
+        return {**found, "layers": others} if others else found
 
     def __or__(self, other: TargetSpec) -> TargetSpec:
         layers = dict(self.attention)
         for layer, heads in other.attention:
             layers[layer] = max(heads, layers.get(layer, 0))
-        return TargetSpec(self.features or other.features, tuple(sorted(layers.items())))
+        features = sorted({*self.layers, *other.layers}, key=lambda layer: -1 if layer is None else layer)
+        return TargetSpec(tuple(features), tuple(sorted(layers.items())))
 
     def covers(self, other: TargetSpec) -> bool:
         """Whether a store with this content can be used where the other is needed."""
@@ -67,7 +72,7 @@ class TargetSpec:
     def fields(self) -> list[str]:
         """The store's fields."""
         names = [f"{what}.{layer}" for layer, _ in self.attention for what in ("queries", "keys")]
-        return ["features", *names] if self.features else names
+        return [*map(features_of, self.layers), *names]
 
     def layout(self, shape: Shape, pca: int | None) -> dict[str, tuple[tuple[int, ...], str]]:
         """Field -> (shape of an image's row, dtype): features (N, D), or (N, P) with P = pca; queries, keys (H, N, K).
@@ -75,13 +80,20 @@ class TargetSpec:
         Raises:
             ValueError: more heads are needed than the teacher has.
         """
-        found: dict[str, tuple[int, ...]] = {"features": (shape.tokens, pca or shape.width)} if self.features else {}
+        found: dict[str, tuple[int, ...]] = {
+            features_of(layer): (shape.tokens, pca or shape.width) for layer in self.layers
+        }
         for layer, heads in self.attention:
             if heads > shape.heads:
                 raise ValueError(f"cache: {heads} heads of layer {layer} asked for, the teacher has {shape.heads}")
             for what in ("queries", "keys"):
                 found[f"{what}.{layer}"] = (heads, shape.tokens, shape.width // shape.heads)
         return {name: (row, DTYPE) for name, row in found.items()}
+
+
+def features_of(layer: int | None) -> str:
+    """The field of a layer's features; None is the last layer."""
+    return "features" if layer is None else f"features.{layer}"
 
 
 def bytes_per_image(wanted: TargetSpec, shape: Shape, pca: int | None) -> int:
@@ -97,13 +109,13 @@ def flops_per_image(shape: Shape) -> float:
 
 def fitting(wanted: TargetSpec, shape: Shape, pca: int | None, images: int, room: int) -> Iterator[str]:
     """Settings of a teacher's targets that would fit into a number of bytes, largest first."""
-    alone = TargetSpec(features=True)
-    if not wanted.features:
+    alone = TargetSpec(wanted.layers)
+    if not wanted.layers:
         return
     if wanted.attention and (size := images * bytes_per_image(alone, shape, pca)) <= room:
         yield f"cache: features ({readable(size)})"
         return
-    components = room // (images * shape.tokens * BYTES)
+    components = room // (images * shape.tokens * BYTES * len(wanted.layers))
     if components and components < (pca or shape.width):
         size = images * bytes_per_image(alone, shape, components)
         yield f"cache: features with pca: {components} or less ({readable(size)}; other results)"

@@ -28,12 +28,28 @@ class Targets:
             if config.teachers[name := term["teacher"]].caches(kind):
                 wanted[name] = wanted.get(name, TargetSpec()) | TargetSpec.of(kind, term)
         self.pca = {
-            name: data.part("pca", name, {"teacher": data.teacher_key(name), "components": components})
+            name: data.part("pca", name, self._components(name, spec))
             for name, spec in wanted.items()
-            if spec.features and (components := config.teachers[name].pca)
+            if spec.layers and config.teachers[name].pca
         }
         self.stores = {name: self._store(name, spec) for name, spec in wanted.items()}
         self._held = {name: TargetSpec.read(store.recipe) for name, store in self.stores.items()}
+
+    def _components(self, name: str, wanted: TargetSpec) -> dict[str, Any]:
+        """What decides a teacher's principal components: they are of one layer's features.
+
+        Raises:
+            ValueError: several layers are asked for.
+        """
+        first, *more = wanted.layers
+        if more:
+            found = ", ".join("the last" if layer is None else str(layer) for layer in wanted.layers)
+            raise ValueError(
+                f"teachers.{name}.pca: runs follow its layers {found}, but components are of one; expected another "
+                "entry of teachers for each"
+            )
+        found = {"teacher": self.data.teacher_key(name), "components": self.config.teachers[name].pca}
+        return found if first is None else {**found, "layer": first}
 
     def _store(self, name: str, wanted: TargetSpec) -> Artefact:
         """A teacher's store: a finished one that holds at least what is needed, else a new one."""

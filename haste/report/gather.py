@@ -126,7 +126,8 @@ def _parts(plan: Plan) -> list[Part]:
         for part in (plan.autoencoder, *plan.teachers.values(), *(d.part for d in plan.detectors.values()))
         if part is not None
     ]
-    found = [_part(part.manifest) for part in made if Path(part.manifest).exists()]
+    files = dict.fromkeys(part.manifest for part in made)  # teachers may differ by their filters alone
+    found = [_part(file) for file in files if Path(file).exists()]
     return [Part(part["name"], part["part"], part["quality"], part["provenance"]) for part in found]
 
 
@@ -158,6 +159,10 @@ def settings(plan: Plan, run: str) -> dict[str, str]:
         )
     for kind, term in terms.items():
         own = {k: v for k, v in term.items() if k not in ("teacher", "depth", "student_layers", "teacher_layers")}
+        for key, more in (("head", ("hidden", "kernel")), ("normalise", ("normalise_factor",))):  # one choice, one word
+            if key in own:
+                sizes = [own.pop(name) for name in more]
+                own[key] = _words([own[key] or "none", *(size for size in sizes if size is not None)])
         found |= {f"{kind.removesuffix('s')} {name}": _words(value) for name, value in own.items()}
     ramp = plan.config.runs[run].ramp
     falling = [f"{kind} over {steps} steps" for kind in terms if (steps := getattr(ramp, kind)) is not None]
@@ -179,8 +184,9 @@ def _words(value: Any) -> str:
 
 
 def _teacher(plan: Plan, name: str) -> str:
-    public = plan.config.teachers[name].pretrained
-    return public.name if public else name
+    teacher = plan.config.teachers[name]
+    shown = teacher.pretrained.name if teacher.pretrained else name
+    return shown if teacher.filter is None else f"{shown}, low_pass {teacher.filter.low_pass:g}"
 
 
 def _rows(plan: Plan) -> tuple[list[Row], list[str]]:

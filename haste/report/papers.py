@@ -31,6 +31,14 @@ FILES: dict[str, tuple[int, tuple[str, ...]]] = {
     "ablation_components.csv": (256, ("teacher", "layers", "feature similarity")),
     "ablation_timestep_sampling.csv": (256, ("timesteps",)),
 }
+# What no published run of a method has otherwise: the words of `Row.settings` that are its.
+AS_PUBLISHED = {
+    "feature head": "mlp, 2048",
+    "feature normalise": "none",
+    "feature layer": "none",
+    **{f"{term} t_min": "0" for term in ("feature", "attention")},
+    **{f"{term} t_max": "1" for term in ("feature", "attention")},
+}
 SAMPLED = {"SiT": ("euler-maruyama", 250), "DiT": ("ddpm", 250)}  # how the papers draw; their tables do not repeat it
 GUIDED = {"imagenet256_cfg.csv", "imagenet512.csv"}
 SIMILARITIES = {"NT-Xent": "nt-xent", "Cos. sim.": "cosine"}
@@ -130,6 +138,8 @@ def other_sampler(row: Row) -> str:
 def beside(row: Row, benchmark: Benchmark | None, axis: str = "") -> list[Published]:
     """The published results that may be shown beside a measured one: from the main tables, or those varying an axis."""
     if benchmark is None or benchmark.data != "ImageNet" or row.settings.get("batch", BATCH) != BATCH:
+        return []
+    if any(row.settings.get(name, words) != words for name, words in AS_PUBLISHED.items()):
         return []
     return [
         one

@@ -47,6 +47,9 @@ TITLES = {
     "teacher": "teacher",
     "timesteps": "distribution of training times",
     "feature similarity": "form of the feature loss",
+    "feature head": "head of the feature term",
+    "feature layer": "the teacher's layer that features follow",
+    "feature normalise": "normalisation of the teacher's features",
 }
 
 

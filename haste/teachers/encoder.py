@@ -25,6 +25,7 @@ from haste.align.losses import TeacherTargets
 from haste.files import artefact
 from haste.networks import hub
 from haste.networks.registry import TEACHERS, Encoder
+from haste.teachers import filters
 
 DESCRIPTION, WEIGHTS = "part.json", "model.safetensors"
 
@@ -35,7 +36,14 @@ REFUSED = {
 
 
 class Teacher:
-    """A frozen timm VisionTransformer, with the preparation of its input."""
+    """A frozen timm VisionTransformer, with the preparation of its input.
+
+    Attributes:
+        low_pass: it sees only the spatial frequencies up to this share of Nyquist's at its input's size, as
+            `haste.teachers.filters.low_pass`; None shows it the images as they are.
+    """
+
+    low_pass: float | None = None
 
     def __init__(
         self,
@@ -127,7 +135,8 @@ class Teacher:
         """Images uint8 NHWC (B, R, R, 3), 0..255 -> the network's input, NCHW (B, 3, S, S), normalised, in its dtype.
 
         Resized by bicubic interpolation without antialiasing. Its weights sum to one, so that resizing first and
-        normalising first differ by rounding only; each encoder keeps its authors' order.
+        normalising first differ by rounding only; each encoder keeps its authors' order. Then filtered, if it has a
+        filter.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
             raise ValueError(f"teacher: expected uint8 NHWC images, found {images.dtype} {tuple(images.shape)}")
@@ -135,6 +144,7 @@ class Teacher:
         ready = (
             (self._resize(x) - self.mean) / self.std if self.resize_first else self._resize((x - self.mean) / self.std)
         )
+        ready = ready if self.low_pass is None else filters.low_pass(ready, self.low_pass)
         return ready.to(self.network.patch_embed.proj.weight.dtype)  # type: ignore[union-attr, arg-type]
 
     def _resize(self, x: Tensor) -> Tensor:
@@ -142,26 +152,31 @@ class Teacher:
             return x
         return functional.interpolate(x, self.size, mode="bicubic", align_corners=False, antialias=False)
 
-    def __call__(self, images: Tensor, *, features: bool, attention: Sequence[int] = ()) -> TeacherTargets:
+    def __call__(
+        self, images: Tensor, *, features: bool, layer: int | None = None, attention: Sequence[int] = ()
+    ) -> TeacherTargets:
         """Targets for a batch of clean images, uint8 NHWC (B, R, R, 3).
 
         Args:
             images: 0..255, on the teacher's device.
-            features: whether to return the features of the last layer.
+            features: whether to return the features of a layer.
+            layer: which one's; None is the last. Those of all layers pass the last norm, if those of the last do.
             attention: layers whose queries and keys to return. Layers after the last one needed are not run.
 
         Raises:
             ValueError: nothing is requested, or a layer that the teacher does not have.
         """
+        layer = self.depth - 1 if layer is None else layer
         with torch.inference_mode():
-            found = self._forward(images, features, attention)
+            found = self._forward(images, layer if features else None, attention)
 
         # Losses save targets for their backward pass, which inference-mode tensors do not allow: copy them.
         pairs = {layer: (q.clone(), k.clone()) for layer, (q, k) in found.attention.items()}
         return TeacherTargets(None if found.features is None else found.features.clone(), pairs, self.grid)
 
-    def _forward(self, images: Tensor, features: bool, attention: Sequence[int]) -> TeacherTargets:
-        last = self._last_needed(features, attention)
+    def _forward(self, images: Tensor, layer: int | None, attention: Sequence[int]) -> TeacherTargets:
+        """layer: whose tokens are the features; None if none are requested."""
+        needed = self._needed(layer, attention)
         taps: dict[int, Tensor] = {}
         hooks = [
             # The hook is on the projection alone, so that the attention itself stays fused.
@@ -173,8 +188,8 @@ class Teacher:
         try:
             blocks = self.network.forward_intermediates(
                 self.prepare(images),
-                indices=[last],
-                norm=features and self.final_norm,
+                indices=needed,
+                norm=layer is not None and self.final_norm,
                 stop_early=True,
                 output_fmt="NLC",
                 intermediates_only=True,
@@ -182,22 +197,21 @@ class Teacher:
         finally:
             for hook in hooks:
                 hook.remove()
-        (tokens,) = cast(list[Tensor], blocks)
+        tokens = cast(list[Tensor], blocks)[0]  # of the earliest block: that of the features, if they are requested
         found = {layer: self._queries_and_keys(layer, out) for layer, out in taps.items()}
-        return TeacherTargets(tokens if features else None, found, self.grid)
+        return TeacherTargets(None if layer is None else tokens, found, self.grid)
 
     def _attention(self, layer: int) -> Attention:
         return cast(Attention, self.network.blocks[layer].attn)
 
-    def _last_needed(self, features: bool, attention: Sequence[int]) -> int:
-        wrong = [layer for layer in attention if not 0 <= layer < self.depth]
-        if wrong:
+    def _needed(self, layer: int | None, attention: Sequence[int]) -> list[int]:
+        """The blocks whose tokens are asked of the network: that of the features, and the last that has to run."""
+        asked = [*([] if layer is None else [layer]), *attention]
+        if wrong := [one for one in asked if not 0 <= one < self.depth]:
             raise ValueError(f"teacher: layers {wrong} requested, it has layers 0..{self.depth - 1}")
-        if features:
-            return self.depth - 1
-        if not attention:
+        if not asked:
             raise ValueError("teacher: neither features nor the attention of any layer requested")
-        return max(attention)
+        return [max(asked)] if layer is None else sorted({layer, max(asked)})
 
     def _queries_and_keys(self, layer: int, projected: Tensor) -> tuple[Tensor, Tensor]:
         attn = self._attention(layer)

@@ -31,7 +31,7 @@ from haste.files.units import clock
 from haste.networks.devices import choose_device
 from haste.plan.names import Artefact, Segment
 from haste.plan.plan import Plan
-from haste.plan.target_spec import DTYPE, Shape, TargetSpec
+from haste.plan.target_spec import DTYPE, Shape, TargetSpec, features_of
 
 if TYPE_CHECKING:
     from haste.teachers.encoder import Teacher
@@ -52,12 +52,16 @@ def load_teacher(plan: Plan, name: str) -> Teacher:
     """
     from haste.teachers.encoder import Teacher  # timm takes seconds to import, and cached training never needs it
 
-    part, spec = plan.teachers[name], plan.config.teachers[name].pretrained
+    part, chosen = plan.teachers[name], plan.config.teachers[name]
     if part is not None:
         artefact.read_json(part.manifest, "part")  # a folder that is gone would be taken for a name of timm's
-        return Teacher.load(part.folder)
-    assert spec is not None
-    return Teacher.load(spec.name, resolution=plan.config.images.resolution, weights=spec.weights)
+        teacher = Teacher.load(part.folder)
+    else:
+        spec = chosen.pretrained
+        assert spec is not None
+        teacher = Teacher.load(spec.name, resolution=plan.config.images.resolution, weights=spec.weights)
+    teacher.low_pass = chosen.filter and chosen.filter.low_pass
+    return teacher
 
 
 # -- principal components ----------------------------------------------------------------------------------------------
@@ -158,10 +162,15 @@ def rows(teacher: Teacher, images: Tensor, wanted: TargetSpec, pca: PCA | None, 
     Raises:
         ValueError: a target that float16 cannot hold; names the image and the field.
     """
-    seen = teacher(images, features=wanted.features, attention=[layer for layer, _ in wanted.attention])
+    first, *others = list(wanted.layers) or [None]
+    seen = teacher(
+        images, features=bool(wanted.layers), layer=first, attention=[layer for layer, _ in wanted.attention]
+    )
     found: dict[str, Tensor] = {}
-    if seen.features is not None:
-        found["features"] = seen.features if pca is None else pca.project(seen.features)
+    for layer in wanted.layers:
+        told = teacher(images, features=True, layer=layer) if layer in others else seen
+        assert told.features is not None
+        found[features_of(layer)] = told.features if pca is None else pca.project(told.features)
     for layer, heads in wanted.attention:
         found[f"queries.{layer}"], found[f"keys.{layer}"] = (x[:, :heads] for x in seen.attention[layer])
     made = {}
@@ -178,7 +187,8 @@ def merged(seen: TeacherTargets, stored: Mapping[str, Tensor]) -> TeacherTargets
     """What a teacher says now, perhaps nothing, and beside it or in its place what the fields of a batch's rows say."""
     layers = [int(name.partition(".")[2]) for name in stored if name.startswith("queries.")]
     pairs = {layer: (stored[f"queries.{layer}"], stored[f"keys.{layer}"]) for layer in layers}
-    return TeacherTargets(stored.get("features", seen.features), {**seen.attention, **pairs}, seen.grid)
+    features = next((value for name, value in stored.items() if name.startswith("features")), seen.features)
+    return TeacherTargets(features, {**seen.attention, **pairs}, seen.grid)
 
 
 # -- the jobs that make them -------------------------------------------------------------------------------------------
@@ -215,7 +225,8 @@ def _fit(plan: Plan, name: str) -> None:
     started, part, images, teacher = time.monotonic(), plan.pca[name], Store.of(plan.images), _ready(plan, name)
     train = images.range("train")
     chosen = train[:: -(-len(train) // PCA_IMAGES)]
-    basis, explained = fit_pca(_features(teacher, images, chosen, name), part.recipe["components"])
+    features = _features(teacher, images, chosen, name, part.recipe.get("layer"))
+    basis, explained = fit_pca(features, part.recipe["components"])
     log.info("%s: %d components explain %.1f %%", name, len(basis.components), 100 * explained)
     inputs = {"images": images.identity, "teacher": teacher.identity}
     seconds = time.monotonic() - started
@@ -282,11 +293,11 @@ def _looked_at(images: Store, chosen: range, teacher: Teacher) -> Iterator[tuple
         yield part[0], torch.from_numpy(images.read("image", part)).to(teacher.mean.device)
 
 
-def _features(teacher: Teacher, images: Store, chosen: range, name: str) -> Iterator[Tensor]:
-    """Features (B, N, D) of batches of the chosen images."""
+def _features(teacher: Teacher, images: Store, chosen: range, name: str, layer: int | None) -> Iterator[Tensor]:
+    """A layer's features (B, N, D) of batches of the chosen images."""
     say, done = _progress("components", name), 0
     for _, shown in _looked_at(images, chosen, teacher):
-        seen = teacher(shown, features=True).features
+        seen = teacher(shown, features=True, layer=layer).features
         assert seen is not None
         yield seen
         done += len(shown)
@@ -341,7 +352,8 @@ class Cached:
 
     def width(self, name: str) -> int | None:
         """Width of a teacher's stored features, D or P; None if there are none."""
-        return self.stores[name].fields["features"][0][-1] if "features" in self.fields[name] else None
+        field = next((field for field in self.fields[name] if field.startswith("features")), None)
+        return None if field is None else self.stores[name].fields[field][0][-1]
 
     def with_stored(
         self, seen: Mapping[str, TeacherTargets], rows: Mapping[tuple[str, str], Tensor]

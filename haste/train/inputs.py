@@ -26,7 +26,7 @@ from haste.plan.plan import Plan
 from haste.teachers.targets import Cached, load_teacher
 from haste.train.distributed import Group
 from haste.train.state import Learner, new_learner
-from haste.train.step import Objective, gather_negatives, t_min_of, teacher_targets
+from haste.train.step import Objective, bands_of, gather_negatives, teacher_targets
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -86,7 +86,7 @@ class Inputs:
     def _batches(self, plan: Plan) -> Batches:
         images = Store.of(plan.images) if self.teachers else None  # after the last stop no images are needed
         targets = {name: (store, self.cached.fields[name]) for name, store in self.cached.stores.items()}
-        return Batches.of(self.recipe, Store.of(plan.latents), images, targets=targets, t_min=t_min_of(self.terms))
+        return Batches.of(self.recipe, Store.of(plan.latents), images, targets=targets, bands=bands_of(self.terms))
 
     def learner(self) -> Learner:
         """A learner before its first step, on the device. Its optimiser has allocated no moments yet."""

@@ -24,7 +24,7 @@ from haste.files import tensors as files
 from haste.files.provenance import STATE, state_header
 from haste.models.build import build_model
 from haste.models.denoiser import Denoiser
-from haste.models.heads import Projector
+from haste.models.heads import head_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -79,7 +79,7 @@ def new_learner(
     projectors = nn.ModuleDict()
     if "features" in terms:
         term = terms["features"]
-        head = Projector(model.taps[f"tokens.{term['depth']}"].width, widths[term["teacher"]], hidden=term["hidden"])
+        head = head_of(term, model.taps[f"tokens.{term['depth']}"].width, widths[term["teacher"]])
         head.initialise(_seeded(recipe["seed"], "initialise projector features"))
         projectors["features"] = head
     settings = recipe["training"]

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from haste.align import schedule
-from haste.align.losses import Negatives, TeacherTargets, attention_loss, contrastive_loss, feature_loss, resize_tokens
+from haste.align.losses import (
+    Negatives,
+    TeacherTargets,
+    attention_loss,
+    contrastive_loss,
+    feature_loss,
+    normalised_over_tokens,
+    resize_tokens,
+)
 from haste.config import TERMS
 from haste.data import order
 from haste.data.batches import Batch
@@ -39,9 +47,15 @@ def taps_of(terms: Terms) -> set[str]:
     return taps
 
 
-def t_min_of(terms: Terms) -> dict[str, float]:
-    """Term -> the time below which it ignores a sample, for terms that have one."""
-    return {kind: term["t_min"] for kind, term in terms.items() if term.get("t_min")}
+def bands_of(terms: Terms) -> dict[str, tuple[float, float]]:
+    """Term -> the first and the last time at which a sample counts for it, for terms that ignore some times."""
+    bands = {kind: (term.get("t_min", 0.0), term.get("t_max", 1.0)) for kind, term in terms.items()}
+    return {kind: band for kind, band in bands.items() if band != (0.0, 1.0)}
+
+
+def feature_target(features: Tensor, term: Mapping[str, Any]) -> Tensor:
+    """What a feature term compares with, from its teacher's features (B, N, D): these, or normalised if it asks so."""
+    return normalised_over_tokens(features, term["normalise_factor"]) if term.get("normalise") else features
 
 
 def draws_negatives(terms: Terms) -> bool:
@@ -58,7 +72,7 @@ def gather_negatives(
     of zeros; the sum over ranks contains all of them exactly.
 
     Args:
-        features: (B, N, D) of this rank's rows, in order.
+        features: (B, N, D) of this rank's rows, in order, as the teacher gives them.
         rows: this rank's rows of the whole batch.
         terms: the active terms.
         seed: of the run.
@@ -66,7 +80,7 @@ def gather_negatives(
         size: samples in the whole batch.
         group: the ranks.
     """
-    tokens = features.shape[1]
+    features, tokens = feature_target(features, terms["features"]), features.shape[1]
     count = terms["features"]["negative_count"]
     places = torch.from_numpy(order.choice(seed, "negatives", step, count, size * tokens))
     if features.device.type == "cuda":
@@ -86,7 +100,8 @@ def teacher_targets(teachers: Mapping[str, Teacher], terms: Terms, images: Tenso
     for name, teacher in teachers.items():
         wants = {kind: term for kind, term in terms.items() if term["teacher"] == name}
         layers = wants["attention"]["teacher_layers"] if "attention" in wants else ()
-        seen[name] = teacher(images, features="features" in wants, attention=layers)
+        layer = wants.get("features", {}).get("layer")
+        seen[name] = teacher(images, features="features" in wants, layer=layer, attention=layers)
     return seen
 
 
@@ -155,14 +170,14 @@ class Objective(nn.Module):
         assert seen.features is not None
         name = f"tokens.{term['depth']}"
         tokens = resize_tokens(taps[name], self.model.taps[name].grid, seen.grid)
-        projected = self.projectors["features"](tokens)
+        projected, target = self.projectors["features"](tokens, seen.grid), feature_target(seen.features, term)
         if term.get("similarity", "cosine") == "cosine":
-            return feature_loss(projected, seen.features, weights)
+            return feature_loss(projected, target, weights)
         others = None
         if negatives is not None:
             assert batch.rows is not None
             others = Negatives(*negatives, rows=batch.rows)
-        return contrastive_loss(projected, seen.features, term["temperature"], others, weights)
+        return contrastive_loss(projected, target, term["temperature"], others, weights)
 
     def _attention(self, taps: Mapping[str, Any], seen: TeacherTargets, weights: Tensor | None) -> Tensor:
         term, values = self.terms["attention"], []

@@ -1,6 +1,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -8,7 +9,14 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from haste.align import losses
-from haste.align.losses import attention_loss, cross_entropy_by_sample, cross_entropy_fused, feature_loss, resize_tokens
+from haste.align.losses import (
+    attention_loss,
+    cross_entropy_by_sample,
+    cross_entropy_fused,
+    feature_loss,
+    normalised_over_tokens,
+    resize_tokens,
+)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, size: float = 1.0) -> Tensor:
@@ -349,3 +357,29 @@ def test_equal_grids_return_the_tokens_themselves():
 def test_tokens_that_do_not_fill_the_grid_are_refused():
     with pytest.raises(ValueError, match="found 6, expected 2 x 2"):
         resize_tokens(draw(1, 6, 2), (2, 2), (3, 3))
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.6, 1.0])
+def test_features_are_normalised_by_image_and_channel_over_the_tokens(factor):
+    y = draw(3, 5, 4) * torch.tensor([1.0, 10.0, 0.1, 3.0]) + torch.tensor([5.0, -1.0, 0.0, 2.0])
+    found = normalised_over_tokens(y.requires_grad_(), factor)
+    for b in range(3):
+        for d in range(4):
+            column = y[b, :, d].detach().numpy()
+            mean, std = sum(column) / 5, math.sqrt(sum((column - column.mean()) ** 2) / 4)
+            np.testing.assert_allclose(found[b, :, d], (column - factor * mean) / (std + 1e-6), rtol=1e-12)
+    assert not found.requires_grad
+
+
+def test_normalised_features_do_not_depend_on_what_all_tokens_share_nor_on_a_channels_scale():
+    y = draw(2, 6, 3)
+    other = y * torch.tensor([2.0, 7.0, 0.5]) + torch.tensor([3.0, -4.0, 1.0])
+    torch.testing.assert_close(normalised_over_tokens(other), normalised_over_tokens(y), rtol=1e-4, atol=1e-5)
+    assert torch.equal(normalised_over_tokens(torch.ones(1, 4, 2)), torch.zeros(1, 4, 2))  # 0 / 0 it is not
+
+
+def test_half_precision_is_normalised_in_float32_and_one_token_has_no_deviation():
+    y = draw(2, 6, 3, dtype=torch.bfloat16)
+    torch.testing.assert_close(normalised_over_tokens(y), normalised_over_tokens(y.float()), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="the teacher has 1 token an image, expected several"):
+        normalised_over_tokens(y[:, :1])

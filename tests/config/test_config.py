@@ -32,6 +32,10 @@ def xent(**more):
     return {"features": {"teacher": "vit", "depth": 1, "similarity": "nt-xent", **more}}
 
 
+def variant(**keys):
+    return {"features": {"teacher": "vit", "depth": 1, **keys}}
+
+
 def named(teacher):
     return {"pretrained": {"name": teacher}}
 
@@ -158,6 +162,27 @@ REFUSALS = [
     ("alignments.idle", xent(negative_count=5), ["alignments.idle.features: negative_count", "found 5", "image"]),
     ("alignments.idle", xent(negatives="batch", negative_count=None), ["negative_count", "found None"]),
     ("alignments.REPA.features.t_min", 1.5, ["alignments.REPA.features.t_min", "less than or equal to 1"]),
+    ("alignments.idle", variant(t_min=0.5, t_max=0.4), ["alignments.idle.features: t_max 0.4 is below t_min 0.5"]),
+    ("alignments.idle", idle([0], [1], t_min=0.5, t_max=0), ["alignments.idle.attention: t_max 0.0 is below t_min"]),
+    ("alignments.idle", variant(layer=2), ["alignments.idle.features.layer: [2]", "vit has layers 0 to 1"]),
+    ("alignments.idle", variant(layer=-1), ["alignments.idle.features.layer", "found -1"]),
+    ("alignments.idle", variant(head="convolution"), ["alignments.idle.features.head", "'conv'", "'convolution'"]),
+    ("alignments.idle", variant(head="conv", kernel=2), ["alignments.idle.features: kernel 2 is even", "1, 3, 5"]),
+    ("alignments.idle", variant(head="conv", kernel=0), ["alignments.idle.features.kernel", "found 0"]),
+    ("alignments.idle", variant(kernel=3), ["alignments.idle.features: kernel goes with head: conv", "head mlp"]),
+    (
+        "alignments.idle",
+        variant(head="linear", hidden=8),
+        ["features: hidden goes with head: mlp", "8 and head linear"],
+    ),
+    ("alignments.idle", variant(hidden=None), ["features: hidden goes with head: mlp and only with it, found None"]),
+    ("alignments.idle", variant(normalise="batch"), ["alignments.idle.features.normalise", "'spatial'", "'batch'"]),
+    ("alignments.idle", variant(normalise_factor=0.5), ["normalise_factor goes with normalise: spatial"]),
+    ("alignments.idle", variant(normalise="spatial", normalise_factor=2), ["features.normalise_factor", "equal to 1"]),
+    ("teachers.vit.filter", {}, ["teachers.vit.filter.low_pass: missing"]),
+    ("teachers.vit.filter", {"low_pass": 0}, ["teachers.vit.filter.low_pass", "greater than 0"]),
+    ("teachers.vit.filter", {"low_pass": 1.1}, ["teachers.vit.filter.low_pass", "less than or equal to 1"]),
+    ("teachers.vit.filter", {"high_pass": 0.1}, ["teachers.vit.filter.high_pass: unknown key", "'low_pass'"]),
     ("runs.HASTE", {"alignment": "HASTE", "ramp": 3}, ["runs.HASTE.ramp.features: 3", "features never stops"]),
     ("runs.HASTE-12.ramp", 13, ["runs.HASTE-12.ramp.attention: 13", "stops at step 12"]),
     ("runs.HASTE-12.ramp", 1, ["runs.HASTE-12.ramp", "greater than or equal to 2", "found 1"]),
@@ -271,12 +296,35 @@ def test_a_measure_that_could_not_be_taken_is_refused_with_its_path(tiny, spec, 
         config.resolve(tiny)
 
 
+def test_what_needs_several_tokens_is_refused_of_a_teacher_with_one(tiny):
+    tiny["teachers"]["vit"]["trained"]["patch"] = 8
+    tiny["alignments"]["REPA"]["features"] = {"teacher": "vit", "depth": 1, "head": "conv", "normalise": "spatial"}
+    with pytest.raises(ValueError) as refusal:
+        config.resolve(tiny)
+    for key in ("head: conv", "normalise: spatial"):
+        assert f"alignments.REPA.features.{key}, but teacher vit has one token an image" in str(refusal.value)
+
+
+def test_heads_and_normalisations_come_with_their_defaults(tiny):
+    def resolved(**more):
+        tiny["alignments"]["REPA"] = {"features": {"teacher": "vit", "depth": 1, **more}}
+        return config.resolve(tiny).alignments["REPA"].features
+
+    assert (resolved().head, resolved().hidden, resolved().kernel) == ("mlp", 2048, None)
+    conv, linear = resolved(head="conv", normalise="spatial"), resolved(head="linear")
+    assert (conv.hidden, conv.kernel, conv.normalise_factor) == (None, 3, 1.0)
+    assert (linear.hidden, linear.kernel, linear.normalise_factor) == (None, None, None)
+    assert config.resolve(config.resolve(tiny).model_dump(mode="json")) == config.resolve(tiny)
+
+
 def test_a_time_at_which_nothing_is_aligned_is_refused_where_it_is_measured(tiny):
     tiny["alignments"]["REPA"]["features"]["t_min"] = 0.5
     tiny["measures"] = {"cos": {**COSINE, "t": [0.5, 0.4]}}
     config.resolve(tiny)  # nobody takes it
     tiny["runs"]["REPA"]["measures"] = ["cos"]
-    with pytest.raises(ValueError, match=r"measures\.cos\.t: 0\.4 lies below t_min of features: nothing is aligned"):
+    with pytest.raises(
+        ValueError, match=r"measures\.cos\.t: 0\.4 is not from t_min to t_max of features: nothing is aligned"
+    ):
         config.resolve(tiny)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
+from haste.align.losses import feature_loss
 from haste.config import process_in
 from haste.data import order
 from haste.data.batches import Batches
@@ -14,7 +15,7 @@ from haste.data.condition import Labels
 from haste.diffusion.interpolant import Interpolant
 from haste.diffusion.paths import COSINE, LINEAR
 from haste.files.store import Store
-from haste.train.step import t_min_of
+from haste.train.step import bands_of
 
 
 @pytest.fixture
@@ -58,17 +59,17 @@ def test_a_recipe_says_how_times_are_drawn():
 
 def test_only_terms_with_a_bound_have_one():
     terms = {"features": {"t_min": 0.0}, "attention": {"t_min": 0.25}}
-    assert t_min_of(terms) == {"attention": 0.25}
-    assert t_min_of({"features": {}}) == {}
+    assert bands_of(terms) == {"attention": (0.25, 1.0)}
+    assert bands_of({"features": {}, "attention": {"t_min": 0.0, "t_max": 0.9}}) == {"attention": (0.0, 0.9)}
 
 
 def test_weights_give_the_mean_over_the_samples_that_count_in_any_cut_of_the_batch(batches):
-    made = batches(t_min={"features": 0.4, "attention": 0.7})
+    made = batches(bands={"features": (0.4, 1.0), "attention": (0.2, 0.6)})
     for step in range(4):
         whole = made(step)
         values = torch.arange(8.0, dtype=torch.float64) ** 2
-        for term, low in (("features", 0.4), ("attention", 0.7)):
-            counts = whole.t >= low
+        for term, (low, high) in made.bands.items():
+            counts = (whole.t >= low) & (whole.t <= high)
             assert 0 < counts.sum() < 8
             expected = values[counts].mean().item()
             parts = [made(step, range(i, i + 2)).weights[term] * values[i : i + 2] for i in range(0, 8, 2)]
@@ -77,8 +78,23 @@ def test_weights_give_the_mean_over_the_samples_that_count_in_any_cut_of_the_bat
             assert sum(part.mean().item() for part in parts[4:]) / 4 == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_loss_of_a_band_is_the_mean_over_its_samples_alone_with_both_ends(batches):
+    times = batches()(2).t.double()
+    low, high = times.sort().values[2].item(), times.sort().values[5].item()
+    whole = batches(bands={"features": (low, high)})(2)
+    projected, target = (torch.randn(8, 4, 3, generator=torch.Generator().manual_seed(s)).double() for s in (0, 1))
+    inside = [i for i in range(8) if low <= times[i] <= high]
+    assert len(inside) == 4
+    each = [
+        -sum(float(a @ b / a.norm() / b.norm()) for a, b in zip(projected[i], target[i], strict=True)) / 4
+        for i in inside
+    ]
+    found = feature_loss(projected, target, whole.weights["features"]).item()
+    assert found == pytest.approx(sum(each) / 4, rel=1e-12)
+
+
 def test_where_no_sample_counts_all_weights_are_zero(batches):
-    weights = batches(t_min={"features": 1.0})(0).weights["features"]
+    weights = batches(bands={"features": (1.0, 1.0)})(0).weights["features"]
     assert weights.tolist() == [0.0] * 8
     assert batches()(0).weights == {}
 

@@ -67,7 +67,7 @@ def test_a_cosine_is_that_of_gradients_summed_image_by_image(plan):
     for place, (value, error) in expected.items():
         assert rows[place]["cosine"] == pytest.approx(value, abs=3e-8), place
         assert rows[place]["error"] == pytest.approx(error, abs=3e-8), place
-    assert found["notes"] == ["attention is not aligned at t 0.1, below its t_min"]
+    assert found["notes"] == ["attention is not aligned at t 0.1: not from its t_min to t_max"]
 
 
 def test_groups_passes_and_other_blocks_change_nothing_but_rounding(plan, monkeypatch):

@@ -248,6 +248,21 @@ def test_projectors_come_apart_from_the_model_and_one_onto_nothing_is_none(tmp_p
     assert read_checkpoint(tmp_path / "b.pt", expected=HEADS).projectors == ()
 
 
+def test_the_mlp_of_irepa_is_repas_projector_under_another_name_and_its_convolution_keeps_its_own(tmp_path):
+    named = {name.replace("projectors.0.", "projectors.0.projection_layer."): v for name, v in projector(3).items()}
+    conv = {
+        "projectors.1.projection_layer.weight": torch.ones(5, 4, 3, 3),
+        "projectors.1.projection_layer.bias": torch.ones(5),
+    }
+    repa(tmp_path / "a.pt", model={**numbers(1), **named, **conv}, ema=None)
+    mlp, other = read_checkpoint(tmp_path / "a.pt", expected=HEADS).projectors
+    assert {f"projectors.0.{name}" for name in mlp} == set(projector(3))
+    assert {name: tuple(v.shape) for name, v in other.items()} == {
+        "projection_layer.weight": (5, 4, 3, 3),
+        "projection_layer.bias": (5,),
+    }
+
+
 def test_half_precision_is_read_as_float32_and_absent_positions_are_computed(tmp_path):
     half = {name: value.half() for name, value in numbers(1).items()}
     del half["pos_embed"]

@@ -247,6 +247,25 @@ def test_one_set_of_weights_begins_both_and_another_projector_begins_anew(export
     assert "the projector begins anew" in caplog.text
 
 
+def test_a_convolution_goes_out_under_irepas_names_and_comes_back_by_a_warm_start(make_plan, monkeypatch, tmp_path):
+    conv = {"features": {"teacher": "vit", "depth": 1, "head": "conv", "normalise": "spatial"}}
+    common, run = {"alignments": {"conv": conv}}, {"alignment": "conv", "milestones": [3]}
+    plan = make_plan(**common, runs={"conv": run})
+    state = loop.train(plan, plan.state("conv", 3))
+    kept = {name: value for name, value in load_file(state).items() if not name.startswith("optimizer/")}
+    weight = kept["projectors/features/projection_layer.weight"]
+    for command, out in {"export": "theirs.pt", "import": "ours.safetensors"}.items():
+        form = ["--format", "repa"] if command == "export" else []
+        assert cli.main([command, str(state), str(tmp_path / out), *form]) == 0
+        warmed = make_plan(**common, runs={"warm": {**run, "warm_start": str(tmp_path / out)}})
+        with monkeypatch.context() as patched:
+            found = begun(warmed, patched, warmed.state("warm", 3))
+        assert all(torch.equal(found[name], value) for name, value in kept.items())
+    held = torch.load(tmp_path / "theirs.pt", weights_only=False)
+    assert torch.equal(held["ema"]["projectors.0.projection_layer.weight"], weight)
+    assert held["args"].projector_embed_dims == "16"
+
+
 def test_a_warm_start_of_another_size_is_refused(exported, make_plan):
     _, _, path = exported
     plan = warm(make_plan, path, model="SiT-S/2", alignment="vanilla")

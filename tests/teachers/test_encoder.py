@@ -15,6 +15,7 @@ from haste.files import artefact
 from haste.networks.registry import HALF, Encoder
 from haste.teachers import encoder
 from haste.teachers.encoder import Teacher
+from haste.teachers.filters import low_pass
 
 NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 3, "num_classes": 5}
@@ -90,6 +91,26 @@ def test_features_without_a_final_norm_are_the_last_block_as_it_is():
     expected = tokens_before(network, normalised(images()), 4)[:, 1:]
     found = teacher_of(network, final_norm=False)(images(), features=True).features
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("final_norm", [True, False])
+def test_features_of_a_layer_are_its_tokens_through_the_last_norm_and_later_blocks_run_for_attention_alone(final_norm):
+    network, ran = small_network(), []
+    for layer, block in enumerate(network.blocks):
+        block.register_forward_hook(lambda module, given, out, layer=layer: ran.append(layer))
+    teacher = teacher_of(network, final_norm=final_norm)
+    for layer in range(4):
+        expected = tokens_before(network, normalised(images()), layer + 1)[:, 1:]
+        expected = network.norm(expected) if final_norm else expected
+        for attention, last in (((), layer), ((2,), max(layer, 2))):
+            ran.clear()
+            found = teacher(images(), features=True, layer=layer, attention=attention)
+            torch.testing.assert_close(found.features, expected, rtol=1e-5, atol=1e-5)
+            assert ran == list(range(last + 1)) and set(found.attention) == set(attention)
+    torch.testing.assert_close(found.features, teacher(images(), features=True).features, rtol=0, atol=0)
+    for layer in (-1, 4):
+        with pytest.raises(ValueError, match=r"it has layers 0\.\.3"):
+            teacher(images(), features=True, layer=layer)
 
 
 def test_softmax_over_patches_is_the_whole_attention_map_renormalised():
@@ -183,6 +204,32 @@ def test_resizing_before_normalising_differs_by_rounding_only():
     batch, network = images(size=40), small_network()
     after, before = teacher_of(network), teacher_of(network, resize_first=True)
     torch.testing.assert_close(before.prepare(batch), after.prepare(batch), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("resize_first", [False, True])
+def test_a_teacher_sees_its_normalised_image_filtered_at_its_own_size_whatever_comes_first(resize_first):
+    teacher = teacher_of(small_network(), resize_first=resize_first)
+    before = teacher.prepare(images(size=40))
+    teacher.low_pass = 0.5
+    found = teacher.prepare(images(size=40))
+    assert found.shape == (3, 3, 16, 16)
+    torch.testing.assert_close(found, low_pass(before, 0.5), rtol=0, atol=0)
+    mean, std = (torch.tensor(part)[:, None, None] for part in NORM)
+    torch.testing.assert_close(found, (low_pass(before * std + mean, 0.5) - mean) / std, rtol=1e-4, atol=1e-5)
+
+
+def test_features_and_attention_of_a_filtered_teacher_are_those_of_filtered_images():
+    network = small_network()
+    teacher = teacher_of(network)
+    teacher.low_pass = 0.5
+    found = teacher(images(), features=True, attention=[1])
+    with torch.no_grad():
+        expected = network.forward_features(low_pass(normalised(images()), 0.5))[:, 1:]
+    torch.testing.assert_close(found.features, expected, rtol=1e-5, atol=1e-5)
+    teacher.low_pass = None
+    plain = teacher(images(), features=True, attention=[1])
+    assert (plain.features - found.features).abs().max() > 0.1
+    assert (plain.attention[1][0] - found.attention[1][0]).abs().max() > 0.01
 
 
 # ---- from a folder

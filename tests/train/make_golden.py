@@ -15,6 +15,18 @@ from haste.plan.plan import Plan
 from haste.train import loop
 
 HERE = Path(__file__).parent
+VIT = {"trained": {"steps": 2, "batch": 8, "depth": 2, "width": 16, "heads": 2, "patch": 4}}  # as in tiny.yaml
+# Variants of the feature term and its teacher, of rows with these names.
+VARIANTS = {
+    "teachers": {"vit": VIT, "low": VIT | {"filter": {"low_pass": 0.5}}},
+    "alignments": {
+        "iREPA": {"features": {"teacher": "vit", "depth": 1, "head": "conv", "normalise": "spatial"}},
+        "low band": {
+            "features": {"teacher": "low", "depth": 1, "head": "linear", "layer": 0, "t_min": 0.2, "t_max": 0.9}
+        },
+    },
+    "runs": {name: {"alignment": name} for name in ("iREPA", "low band")},
+}
 
 
 def main() -> None:
@@ -31,8 +43,9 @@ def main() -> None:
             assert cli.main([job[0], "-c", str(path), *job[1:]]) == 0
         plan, golden = Plan(config.resolve(raw)), {}
         dit = Plan(config.resolve(raw | {"models": {"dot": {**raw["models"]["dot"], "architecture": "dit"}}}))
-        for name in ("vanilla", "REPA", "HASTE", "DiT HASTE"):
-            own = dit if name.startswith("DiT") else plan
+        other = Plan(config.resolve(raw | VARIANTS))
+        for name in ("vanilla", "REPA", "HASTE", "DiT HASTE", *VARIANTS["runs"]):
+            own = dit if name.startswith("DiT") else other if name in VARIANTS["runs"] else plan
             state = own.state(name.removeprefix("DiT "), 10)
             loop.train(own, state)
             records = journal.read(Path(own.path(state)).parent / "log.jsonl")

@@ -153,6 +153,7 @@ def test_t_min_counts_the_step_that_lies_there(make, tiny):
         place, times = process.place(t_min), process.times(lambda _: np.arange(1000) / 1000 + 1e-9, None)
         counted = process.time(times[times.double() >= place])
         assert counted.min().item() == round(999 * t_min)
+        assert process.time(times[times.double() <= place]).max().item() == round(999 * t_min)  # as a t_max
 
 
 @pytest.mark.parametrize(

@@ -216,15 +216,15 @@ def test_the_number_of_images_at_once_changes_a_reading_by_rounding_only(make_pl
         ),
         (
             {"attention": {**NEVER, "of": "own"}},
-            "runs.HASTE.stop.attention.times: 0.02 lies below t_min of attention: nothing is aligned there",
+            "runs.HASTE.stop.attention.times: 0.02 is not from t_min to t_max of attention: nothing is aligned there",
         ),
         (  # once features have stopped
             {"attention": NEVER, "features": 5},
-            "runs.HASTE.stop.attention.times: 0.02 lies below t_min of attention: nothing is aligned there",
+            "runs.HASTE.stop.attention.times: 0.02 is not from t_min to t_max of attention: nothing is aligned there",
         ),
         (
             {"attention": NEVER, "features": 0},
-            "runs.HASTE.stop.attention.times: 0.02 lies below t_min of attention: nothing is aligned there",
+            "runs.HASTE.stop.attention.times: 0.02 is not from t_min to t_max of attention: nothing is aligned there",
         ),
         (  # attention alone reaches block 3, and does not count there
             {**NEVER, "block": [1, 3]},

@@ -1,6 +1,7 @@
 """The losses of one step against the formulas, in float64: which layers meet which, and how they add up."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ from torch import nn
 from haste.align.losses import TeacherTargets
 from haste.data.batches import Batch
 from haste.diffusion.interpolant import Interpolant
+from haste.models.heads import OneLayer
 from haste.models.sit import SiT
 from haste.train import loop
+from haste.train.distributed import Group
 from haste.train.state import Learner
-from haste.train.step import Objective
+from haste.train.step import Objective, gather_negatives
 
 BATCH, CHANNELS, SIDE, CLASSES = 5, 3, 8, 4
 WIDTH, HEADS, DEPTH, PATCH = 12, 3, 3, 2  # tokens of 4 x 4
@@ -52,7 +55,7 @@ def learner():
     with torch.no_grad():  # the published start, with its zeros, would make all blocks the identity
         for seed, parameter in enumerate(model.parameters()):
             parameter.copy_(0.4 * normal(seed, *parameter.shape))
-    projectors = nn.ModuleDict({"features": nn.Linear(WIDTH, TEACHER_WIDTH).double()})
+    projectors = nn.ModuleDict({"features": OneLayer(WIDTH, TEACHER_WIDTH).double()})
     optimizer = torch.optim.AdamW(model.parameters())
     return Learner(model, model, projectors, optimizer, torch.amp.GradScaler("cpu", enabled=False))
 
@@ -131,7 +134,7 @@ def test_the_terms_of_two_layer_pairs_are_those_of_the_formulas(learner, batch, 
     taps = {"tokens.2", "attention.2", "attention.0"}
     with torch.no_grad():
         predicted, tapped = learner.model(torch.from_numpy(x), batch.t.double(), batch.condition, taps=taps)
-    head = learner.projectors["features"]
+    head = learner.projectors["features"].projection_layer
     tokens = coarser(tapped["tokens.2"], grid) @ head.weight.detach().numpy().T + head.bias.detach().numpy()
     pairs = [
         cross_entropy(
@@ -148,6 +151,43 @@ def test_the_terms_of_two_layer_pairs_are_those_of_the_formulas(learner, batch, 
     assert set(found) == set(expected)
     for name, value in expected.items():
         assert found[name].item() == pytest.approx(value, rel=1e-10), name
+
+
+def spatial(target, factor):
+    """iREPA's normalisation of (B, N, D) over tokens."""
+    return (target - factor * target.mean(1, keepdims=True)) / (target.std(1, keepdims=True, ddof=1) + 1e-6)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (2, 2)], ids=["same-grid", "coarser-teacher"])
+def test_a_convolution_over_the_teachers_grid_follows_normalised_features_in_a_band_of_t(learner, batch, grid):
+    term = {**TERMS["features"], "head": "conv", "kernel": 3, "normalise": "spatial", "normalise_factor": 0.6}
+    head, targets = OneLayer(WIDTH, TEACHER_WIDTH, kernel=3).double(), targets_on(grid)
+    counts = np.array([0.0, 2.5, 2.5, 0.0, 0.0])  # of t from 0.1 to 0.6, as a batch of five has them
+    weighed = replace(batch, weights={"features": torch.from_numpy(counts)})
+    own = replace(learner, projectors=nn.ModuleDict({"features": head}))
+    found = Objective(own, {"features": term}, process=Interpolant(), scale=SCALE, shift=SHIFT)(weighed, targets)
+
+    x, _ = noised(batch, "linear")
+    with torch.no_grad():
+        _, tapped = learner.model(torch.from_numpy(x), batch.t.double(), batch.condition, taps={"tokens.2"})
+    tokens = coarser(tapped["tokens.2"], grid).reshape(BATCH, *grid, WIDTH)
+    around = np.pad(tokens, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    weight, bias = (value.detach().numpy() for value in head.state_dict().values())
+    projected = bias + sum(
+        around[:, i : i + grid[0], j : j + grid[1]] @ weight[:, :, i, j].T for i in range(3) for j in range(3)
+    )
+    expected = spatial(targets["one"].features.numpy(), 0.6)
+    values = [minus_cosine(projected.reshape(BATCH, -1, TEACHER_WIDTH)[b], expected[b]) for b in (1, 2)]
+    assert found["features"].item() == pytest.approx(sum(values) / 2, rel=1e-10)
+
+
+def test_negatives_of_normalised_features_are_normalised_too():
+    features, term = normal(5, 3, 4, 7), {"negative_count": 12, "normalise": "spatial", "normalise_factor": 0.6}
+    found, places = gather_negatives(
+        features, range(3), {"features": term}, seed=0, step=0, size=3, group=Group(0, 1, torch.device("cpu"))
+    )
+    assert sorted(places.tolist()) == list(range(12))
+    np.testing.assert_allclose(found, spatial(features.numpy(), 0.6).reshape(12, 7)[places], rtol=1e-12)
 
 
 def test_without_alignment_there_is_only_the_denoising_term(learner, batch):

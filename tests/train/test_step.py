@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from make_golden import VARIANTS
 
 from haste.files import journal
 from haste.train import loop
@@ -18,6 +19,7 @@ GOLDEN = json.loads(Path(__file__).with_name("golden.json").read_text())
 def test_the_first_ten_losses_are_the_golden_ones(make_plan, tiny, name):
     architecture, run = "dit" if name.startswith("DiT") else "sit", name.removeprefix("DiT ")
     plan = make_plan(
+        **(VARIANTS if name in VARIANTS["runs"] else {}),
         models={"dot": {**tiny["models"]["dot"], "architecture": architecture}},
         runtime={"log_every": 1, "save_every": 100},
         defaults={"model": "dot", "milestones": [10], "sampling": ["quick"]},
