@@ -64,7 +64,7 @@ def test_only_terms_with_a_bound_have_one():
 
 
 def test_weights_give_the_mean_over_the_samples_that_count_in_any_cut_of_the_batch(batches):
-    made = batches(bands={"features": (0.4, 1.0), "attention": (0.2, 0.6)})
+    made = batches(bands={"features": (0.4, 1.0), "attention": (0.1, 0.8)})
     for step in range(4):
         whole = made(step)
         values = torch.arange(8.0, dtype=torch.float64) ** 2

@@ -1,5 +1,7 @@
 """Training with variants of the feature term and of its teacher: their names, their targets on disk, any cut."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from haste.plan.plan import Plan
 from haste.report import gather
 from haste.teachers.encoder import Teacher
 from haste.train import loop
+from haste.train.step import Objective
 
 TERM = {"teacher": "blurred", "depth": 1, "layer": 0, "head": "conv", "normalise": "spatial", "normalise_factor": 0.6}
 BAND = {"t_min": 0.1, "t_max": 0.8}
@@ -127,13 +130,19 @@ def test_a_cut_and_a_kill_change_no_bit_and_a_term_in_a_band_moves_its_head(make
     assert found["optimizer/exp_avg/projectors/features/projection_layer.weight"].any()
 
 
-def test_a_kill_of_two_processes_changes_no_bit(make_plan):
+def test_a_kill_of_two_processes_changes_no_bit(make_plan, monkeypatch):
     plan = make_plan(**changes(runtime={"processes": 2, "save_every": 2, "log_every": 8}))
-    expected = trained(plan, 2)
-    took = sum(record["seconds"] for record in lines(plan))
-    for file in path_of(plan).parent.rglob("*.safetensors"):
-        file.unlink()
-    train_with(plan, plan.state("new", 8), 2, die_after=0.6 * took)
+    expected, forward = trained(plan, 2), Objective.forward
+
+    def dies(self, batch, *more):
+        if batch.step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward(self, batch, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Objective, "forward", dies)
+        assert train_with(plan, plan.state("new", 8), 2, die_after=600)
+    assert max(path.name for path in path_of(plan).parent.rglob("*.safetensors")) == "step-00000004.safetensors"
     found = trained(plan, 2)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
