@@ -337,6 +337,10 @@ OTHER = {
     "alignments.NAME.features.similarity": "nt-xent",
     "alignments.NAME.features.negatives": "batch",
     "alignments.NAME.features.negative_count": 9,
+    "alignments.NAME.features.head": "conv",
+    "alignments.NAME.features.normalise": "spatial",
+    "alignments.NAME.features.normalise_factor": 0.5,
+    "teachers.NAME.filter.low_pass": 0.25,
     "alignments.NAME.attention.teacher": "big",
     "alignments.NAME.attention.student_layers": [2],
     "alignments.NAME.attention.teacher_layers": [1],
@@ -411,6 +415,9 @@ BESIDE = {
     "alignments.NAME.features.temperature": NT_XENT,
     "alignments.NAME.features.negatives": {"similarity": "nt-xent"},
     "alignments.NAME.features.negative_count": NT_XENT,
+    "alignments.NAME.features.kernel": {"head": "conv"},
+    "alignments.NAME.features.normalise_factor": {"normalise": "spatial"},
+    "teachers.NAME.filter.low_pass": {"low_pass": 0.5},
 }
 ORDER = ("images", "latents", "states", "samples", "scores", "measures")
 

@@ -162,13 +162,12 @@ def rows(teacher: Teacher, images: Tensor, wanted: TargetSpec, pca: PCA | None, 
     Raises:
         ValueError: a target that float16 cannot hold; names the image and the field.
     """
-    first, *others = list(wanted.layers) or [None]
-    seen = teacher(
-        images, features=bool(wanted.layers), layer=first, attention=[layer for layer, _ in wanted.attention]
-    )
+    once = wanted.layers[0] if wanted.layers else None  # the layer whose pass attention shares
+    attention = [layer for layer, _ in wanted.attention]
+    seen = teacher(images, features=bool(wanted.layers), layer=once, attention=attention)
     found: dict[str, Tensor] = {}
     for layer in wanted.layers:
-        told = teacher(images, features=True, layer=layer) if layer in others else seen
+        told = seen if layer == once else teacher(images, features=True, layer=layer)
         assert told.features is not None
         found[features_of(layer)] = told.features if pca is None else pca.project(told.features)
     for layer, heads in wanted.attention:
