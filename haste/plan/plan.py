@@ -16,7 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from haste.config import Config, Evaluate, Images, Run, check_samplers, decides
+from haste.config import TERMS, Config, Evaluate, Images, Run, Sampling, Teacher, Training, check_samplers, decides
 from haste.files.artefact import fingerprint
 from haste.plan import inputs
 from haste.plan.data import Data
@@ -25,6 +25,9 @@ from haste.plan.measures import Measurement, Measures
 from haste.plan.names import Evaluation, Segment, State
 from haste.plan.runs import Runs
 from haste.plan.targets import Targets
+
+# Keys that are younger than people's reports: while they are at their defaults, reports keep their names.
+_YOUNG = {"process", "time_dtype", "eta", "filter", "layer", "normalise", "normalise_factor", "head", "kernel", "t_max"}
 
 
 class Plan:
@@ -158,15 +161,15 @@ class Plan:
         for kind, schema in (("runs", Run), ("evaluate", Evaluate)):
             shown[kind] = {name: decides(schema, row) for name, row in shown[kind].items()}
         shown["images"] = decides(Images, shown["images"])
-        # Keys that are younger than people's reports stay out of the name while they are at their defaults.
         if self.config.condition.name == "labels":
             del shown["condition"]
-        for key in ("process", "time_dtype"):
-            if shown["training"][key] is None:
-                del shown["training"][key]
-        for way in shown["sampling"].values():
-            if not way["eta"]:
-                del way["eta"]
+        terms = [(TERMS[kind], term) for one in shown["alignments"].values() for kind, term in one.items() if term]
+        sections = [(Training, shown["training"]), *((Sampling, way) for way in shown["sampling"].values())]
+        sections += [*terms, *((Teacher, teacher) for teacher in shown["teachers"].values())]
+        for model, section in sections:
+            for key in _YOUNG & section.keys():
+                if section[key] == model.model_fields[key].default:
+                    del section[key]
         return f"{self.folder}/report/made-{fingerprint(shown)}.json"
 
     @property

@@ -43,9 +43,9 @@ class Targets:
         """
         first, *more = wanted.layers
         if more:
-            found = ", ".join("the last" if layer is None else str(layer) for layer in wanted.layers)
+            several = ", ".join("the last" if layer is None else str(layer) for layer in wanted.layers)
             raise ValueError(
-                f"teachers.{name}.pca: runs follow its layers {found}, but components are of one; expected another "
+                f"teachers.{name}.pca: runs follow its layers {several}, but components are of one; expected another "
                 "entry of teachers for each"
             )
         found = {"teacher": self.data.teacher_key(name), "components": self.config.teachers[name].pca}

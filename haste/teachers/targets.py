@@ -60,7 +60,7 @@ def load_teacher(plan: Plan, name: str) -> Teacher:
         spec = chosen.pretrained
         assert spec is not None
         teacher = Teacher.load(spec.name, resolution=plan.config.images.resolution, weights=spec.weights)
-    teacher.low_pass = chosen.filter and chosen.filter.low_pass
+    teacher.low_pass = chosen.filter.low_pass if chosen.filter else None
     return teacher
 
 
