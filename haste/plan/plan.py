@@ -163,10 +163,10 @@ class Plan:
         shown["images"] = decides(Images, shown["images"])
         if self.config.condition.name == "labels":
             del shown["condition"]
-        terms = [(TERMS[kind], term) for one in shown["alignments"].values() for kind, term in one.items() if term]
-        sections = [(Training, shown["training"]), *((Sampling, way) for way in shown["sampling"].values())]
-        sections += [*terms, *((Teacher, teacher) for teacher in shown["teachers"].values())]
-        for model, section in sections:
+        sections = [(TERMS[kind], term) for one in shown["alignments"].values() for kind, term in one.items() if term]
+        sections += [(Teacher, teacher) for teacher in shown["teachers"].values()]
+        sections += [(Sampling, way) for way in shown["sampling"].values()]
+        for model, section in [*sections, (Training, shown["training"])]:
             for key in _YOUNG & section.keys():
                 if section[key] == model.model_fields[key].default:
                     del section[key]

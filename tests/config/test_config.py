@@ -317,9 +317,10 @@ def test_heads_and_normalisations_come_with_their_defaults(tiny):
     assert config.resolve(config.resolve(tiny).model_dump(mode="json")) == config.resolve(tiny)
 
 
-def test_a_time_at_which_nothing_is_aligned_is_refused_where_it_is_measured(tiny):
-    tiny["alignments"]["REPA"]["features"]["t_min"] = 0.5
-    tiny["measures"] = {"cos": {**COSINE, "t": [0.5, 0.4]}}
+@pytest.mark.parametrize("band", [{"t_min": 0.5}, {"t_max": 0.3}, {"t_min": 0.5, "t_max": 0.5}])
+def test_a_time_at_which_nothing_is_aligned_is_refused_where_it_is_measured(tiny, band):
+    tiny["alignments"]["REPA"]["features"] |= band
+    tiny["measures"] = {"cos": {**COSINE, "t": [*{*band.values()}, 0.4]}}
     config.resolve(tiny)  # nobody takes it
     tiny["runs"]["REPA"]["measures"] = ["cos"]
     with pytest.raises(
