@@ -16,7 +16,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from haste.config import TERMS, Config, Evaluate, Images, Run, Sampling, Teacher, Training, check_samplers, decides
+from haste.config import (
+    TERMS,
+    Config,
+    Evaluate,
+    Images,
+    Run,
+    Sampling,
+    Strict,
+    Teacher,
+    Training,
+    check_samplers,
+    decides,
+)
 from haste.files.artefact import fingerprint
 from haste.plan import inputs
 from haste.plan.data import Data
@@ -163,10 +175,11 @@ class Plan:
         shown["images"] = decides(Images, shown["images"])
         if self.config.condition.name == "labels":
             del shown["condition"]
-        sections = [(TERMS[kind], term) for one in shown["alignments"].values() for kind, term in one.items() if term]
+        sections: list[tuple[type[Strict], dict[str, Any]]] = [(Training, shown["training"])]
+        sections += [(TERMS[kind], term) for one in shown["alignments"].values() for kind, term in one.items() if term]
         sections += [(Teacher, teacher) for teacher in shown["teachers"].values()]
         sections += [(Sampling, way) for way in shown["sampling"].values()]
-        for model, section in [*sections, (Training, shown["training"])]:
+        for model, section in sections:
             for key in _YOUNG & section.keys():
                 if section[key] == model.model_fields[key].default:
                     del section[key]
