@@ -259,7 +259,7 @@ def alternatives(kind) -> list:
 
 BASE = {
     "name": "base",
-    "images": {"source": "folder", "path": "a", "resolution": 32, "classes": 10, "holdout": 3},
+    "images": {"source": "folder", "path": "a", "resolution": 32, "classes": 10, "holdout": 300},
     "autoencoder": {"trained": {"steps": 2}},
     "teachers": {"small": {"trained": {"steps": 2}}, "big": {"trained": {"steps": 3}}},
     "detector": {"cnn": {"trained": {"steps": 2}}},
@@ -369,6 +369,11 @@ OTHER = {
     "measure: gradient-cosine.weights": "ema",
     "measure: gradient-cosine.t": [0.3],
     "measure: gradient-cosine.blocks": [1],
+    "measure: cknna.teacher": "big",
+    "measure: cknna.formula": "centred",
+    **{f"measure: {name}.weights": "model" for name in ("cknna", "probe")},
+    **{f"measure: {name}.layers": [1] for name in ("cknna", "probe")},
+    **{f"measure: {name}.t": [0.3] for name in ("cknna", "probe")},
     "runs.NAME.warm_start.file": str(ROOT / "LICENSE"),
     "runs.NAME.warm_start.classes": "new",
     "evaluate.NAME.checkpoint": str(ROOT / "README.md"),
@@ -412,6 +417,8 @@ BESIDE = {
     "alignments.NAME.features.negatives": {"similarity": "nt-xent"},
     "alignments.NAME.features.negative_count": NT_XENT,
 }
+# What a measure cannot do without in this configuration.
+MEASURED: dict = {"cknna": {"images": 200, "teacher": "small"}}
 ORDER = ("images", "latents", "states", "samples", "scores", "measures")
 
 
@@ -452,6 +459,9 @@ def section_of(raw: dict, section: str) -> dict:
             stops["features"] = {"trigger": section.removeprefix("trigger: ").replace("runs.NAME.stop.TERM", "plateau")}
         return stops["features"]
     if section.startswith("measure: "):
+        kind = section.removeprefix("measure: ")
+        if raw["measures"]["cosine"]["measure"] != kind:
+            raw["measures"]["cosine"] = {"measure": kind, **MEASURED.get(kind, {})}
         return raw["measures"]["cosine"]
     path = section.split(".") if section else []
     for owner, part in zip(["", *path], path, strict=False):

@@ -224,6 +224,7 @@ def _measure_stages(plan: Plan, flops: float) -> list[Stage]:
     work: list[float | None] = []
     for one in todo:
         asked = {term["teacher"] for kind, term in one.terms.items() if kind not in one.cached}
+        asked |= {one.teacher} if one.teacher and one.unseen else set()
         look = sum(_teacher_flops(plan, name) or 0.0 for name in asked)
         forward = facts_in(plan.trajectories[one.state.trajectory].recipe).flops
         work.append(plan.config.measures[one.label].made.flops(len(one.terms), forward, look))
