@@ -5,6 +5,7 @@ The mean over the tokens after a block is compared with the mean over the teache
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -85,12 +86,10 @@ class CKNNA(Hidden):
         def values(layer: int, t: float) -> tuple[float, float]:
             features = states.read(field(layer, t), everyone)
             mine = representations.Neighbours.of(features, candidates, device=device)
-            how = {"over_all": self.formula == "centred"}
-            left = [
-                representations.cknna(mine, theirs, self.neighbours, kept=groups != one, **how)
-                for one in range(self.shards)
-            ]
-            return representations.cknna(mine, theirs, self.neighbours, **how), angle.jackknife(np.array(left))
+            value = functools.partial(
+                representations.cknna, mine, theirs, self.neighbours, over_all=self.formula == "centred"
+            )
+            return value(), angle.jackknife(np.array([value(kept=groups != one) for one in range(self.shards)]))
 
         for (layer, t), (value, error) in subject.shared(self.places(subject), values):
             yield {"layer": layer, "t": t, "cknna": value, "error": error}

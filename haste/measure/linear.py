@@ -73,7 +73,7 @@ def trained(
 @torch.inference_mode()
 def classes_of(probe: nn.Sequential, features: NDArray[np.float32]) -> NDArray[np.int64]:
     """The class that a classifier finds the likeliest for each of the features (n, D), (n,)."""
-    device = probe[1].weight.device
+    device = next(probe.parameters()).device
 
     def likeliest(some: NDArray[np.float32]) -> Tensor:
         return probe(torch.from_numpy(some).to(device)).argmax(dim=1).cpu()

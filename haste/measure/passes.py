@@ -136,7 +136,7 @@ def _store(
         for shard in range(group.rank, shards, group.size) if todo else ():
             log.info("%s: shard %d of %d", Path(made.folder).name, shard + 1, shards)
             mine = indices[shard_range(len(indices), shard, shards)]
-            where = {"shard": shard, "total": len(indices), "facts": facts, "provenance": provenance}
+            where: dict[str, Any] = {"shard": shard, "total": len(indices), "facts": facts, "provenance": provenance}
             fields = {name: (shape, np.float32) for name, shape in shapes.items()}
             write_shard(made.folder, **described, **where, fields=fields, batches=_batches(made, mine, rows, at_once))
         group.wait()
