@@ -68,10 +68,6 @@ class CKNNA(Hidden):
         """See `Measure`."""
         return {"held_out": self.look("held_out", self.images)}
 
-    def flops(self, terms: int, forward: float, teachers: float) -> float:
-        """See `Measure`: the passes."""
-        return self.images * (len(self.t) * forward + teachers)
-
     def run(self, subject: Subject) -> Iterator[Row]:
         """See `Measure`: each rank takes its share of layers and times."""
         from haste.measure import passes, representations

@@ -83,7 +83,7 @@ class Measure(Strict):
         return found
 
     def flops(self, terms: int, forward: float, teachers: float) -> float | None:
-        """Operations of measuring one state, for `haste plan`; None if unknown.
+        """Operations of measuring one state, for `haste plan`; None if unknown. Not for hidden states.
 
         Args:
             terms: number of alignment terms to compare with.
