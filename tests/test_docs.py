@@ -259,7 +259,7 @@ def alternatives(kind) -> list:
 
 BASE = {
     "name": "base",
-    "images": {"source": "folder", "path": "a", "resolution": 32, "classes": 10, "holdout": 3},
+    "images": {"source": "folder", "path": "a", "resolution": 32, "classes": 10, "holdout": 300},
     "autoencoder": {"trained": {"steps": 2}},
     "teachers": {"small": {"trained": {"steps": 2}}, "big": {"trained": {"steps": 3}}},
     "detector": {"cnn": {"trained": {"steps": 2}}},
@@ -373,6 +373,11 @@ OTHER = {
     "measure: gradient-cosine.weights": "ema",
     "measure: gradient-cosine.t": [0.3],
     "measure: gradient-cosine.blocks": [1],
+    "measure: cknna.teacher": "big",
+    "measure: cknna.formula": "centred",
+    **{f"measure: {name}.weights": "model" for name in ("cknna", "probe")},
+    **{f"measure: {name}.layers": [1] for name in ("cknna", "probe")},
+    **{f"measure: {name}.t": [0.3] for name in ("cknna", "probe")},
     "runs.NAME.warm_start.file": str(ROOT / "LICENSE"),
     "runs.NAME.warm_start.classes": "new",
     "evaluate.NAME.checkpoint": str(ROOT / "README.md"),
@@ -419,6 +424,8 @@ BESIDE = {
     "alignments.NAME.features.normalise_factor": {"normalise": "spatial"},
     "teachers.NAME.filter.low_pass": {"low_pass": 0.5},
 }
+# What a measure cannot do without in this configuration.
+MEASURED: dict = {"cknna": {"images": 200, "teacher": "small"}}
 ORDER = ("images", "latents", "states", "samples", "scores", "measures")
 
 
@@ -459,6 +466,9 @@ def section_of(raw: dict, section: str) -> dict:
             stops["features"] = {"trigger": section.removeprefix("trigger: ").replace("runs.NAME.stop.TERM", "plateau")}
         return stops["features"]
     if section.startswith("measure: "):
+        kind = section.removeprefix("measure: ")
+        if raw["measures"]["cosine"]["measure"] != kind:
+            raw["measures"]["cosine"] = {"measure": kind, **MEASURED.get(kind, {})}
         return raw["measures"]["cosine"]
     path = section.split(".") if section else []
     for owner, part in zip(["", *path], path, strict=False):

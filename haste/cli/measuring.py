@@ -12,7 +12,7 @@ from haste.networks.layouts import LAYOUTS
 def add(to: Commands) -> None:
     """Add this command."""
     sub = to.rule("measure", _measure, "measure something of a state, or of a checkpoint from elsewhere")
-    sub.add_argument("name", help="a measure of the configuration, or, with default settings, gradient-cosine")
+    sub.add_argument("name", help="a measure of the configuration, or, with default settings, any known one")
     sub.add_argument("file", help="a state, by its file or as TRAJECTORY/STEP, or a checkpoint from elsewhere")
     sub.add_argument("--model", help="what a checkpoint from elsewhere holds (what its row or its weights say)")
     sub.add_argument("--layout", choices=LAYOUTS, help="whose checkpoint it is; SiT's and DiT's must be told")

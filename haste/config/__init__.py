@@ -21,6 +21,7 @@ from haste.config.derived import (
     facts_in,
     facts_of_other,
     falls_from,
+    measured_teacher,
     measured_terms,
     model_entry,
     model_in,

@@ -173,6 +173,13 @@ def measured_terms(config: Config, row: str, measure: str) -> dict[str, dict[str
     return _terms(config, (run or config.evaluate[row]).model, spec.alignment)
 
 
+def measured_teacher(config: Config, measure: str) -> str | None:
+    """The teacher whose features a measure compares with: the one that it names, or the only one; None if it compares
+    with none."""
+    made = config.measures[measure].made
+    return made.teacher or next(iter(config.teachers)) if "teacher" in made.needs else None
+
+
 def _terms(config: Config, model: str, name: str) -> dict[str, dict[str, Any]]:
     alignment = alignment_named(config, name)
     terms = {}

@@ -469,6 +469,7 @@ def _faults_of_measuring(config: Config, kind: str, name: str) -> list[str]:
                 faults += [f"{where}: {fault}" for fault in unfit]
                 continue
         found = spec.made.faults(measured_terms(config, name, one), blocks_of(config, row.model))
+        found += spec.made.unfit(config, row.model)
         faults += [f"measures.{one}.{fault} (on {name})" for fault in found]
     return faults
 

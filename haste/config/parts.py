@@ -302,7 +302,11 @@ class Condition(_Named):
 
 
 # Measures of a state: name -> import path of the class, which is imported on request.
-MEASURES = {"gradient-cosine": "haste.measure.gradient_cosine:GradientCosine"}
+MEASURES = {
+    "gradient-cosine": "haste.measure.gradient_cosine:GradientCosine",
+    "cknna": "haste.measure.cknna:CKNNA",
+    "probe": "haste.measure.probe:Probe",
+}
 
 
 def measure_named(name: str) -> Any:

@@ -155,12 +155,15 @@ class Batches:
             weights=self._weights(step, visits),
         )
 
-    def reading_indices(self, count: int) -> np.ndarray:
-        """`count` random training images to measure with, or all if there are fewer; the same at every call.
+    def reading_indices(self, count: int | None, split: str = "train") -> np.ndarray:
+        """`count` random images of a split to measure with, or all if there are fewer; the same at every call.
 
-        (M,) int64, indices in the stores; those of a smaller count are the first of them.
+        (M,) int64, indices in the stores; of a smaller count the first of them. Without a count all, in order.
         """
-        return self.samples.start + order.choice(self.seed, "measured images", 0, count, len(self.samples))
+        samples = self.latents.range(split)
+        if count is None:
+            return np.arange(samples.start, samples.stop)
+        return samples.start + order.choice(self.seed, "measured images", 0, count, len(samples))
 
     def measured(self, indices: np.ndarray, rows: range) -> Batch:
         """Images of `indices` in their order, with their conditions not dropped, without times.

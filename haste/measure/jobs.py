@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+import shutil
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,9 @@ from haste.measure.measure import KIND, check_rows, read
 from haste.measure.subject import opened
 from haste.models.exchange import open_weights
 from haste.plan.measures import Measurement
-from haste.plan.names import State
+from haste.plan.names import Artefact, State
 from haste.plan.plan import Plan
-from haste.train.distributed import enough_memory, joined
+from haste.train.distributed import Group, enough_memory, joined
 
 
 def measure(plan: Plan, what: Measurement, keep: bool, json: Path | None = None) -> dict[str, Any] | None:
@@ -43,7 +46,7 @@ def measure(plan: Plan, what: Measurement, keep: bool, json: Path | None = None)
     # Ranks of one measurement wait for one another, so they must not wait for a lock.
     there, alone = Path(what.file).exists(), "RANK" not in os.environ
     with locks.making(what.file) if keep and alone and not there else contextlib.nullcontext(not there) as todo:
-        found = _measured(plan, what) if todo else read(what.file)
+        found = _measured(plan, what, keep) if todo else read(what.file)
         if found is not None and keep and todo:
             artefact.write_json(what.file, found)
     if found is not None and json is not None:
@@ -51,11 +54,11 @@ def measure(plan: Plan, what: Measurement, keep: bool, json: Path | None = None)
     return found
 
 
-def _measured(plan: Plan, what: Measurement) -> dict[str, Any] | None:
+def _measured(plan: Plan, what: Measurement, keep: bool) -> dict[str, Any] | None:
     started, spec = time.monotonic(), plan.config.measures[what.label]
     kind = spec.made
     torch.set_num_threads(plan.config.runtime.threads)
-    with joined(plan.config.runtime.device) as group, enough_memory():
+    with joined(plan.config.runtime.device) as group, enough_memory(), _kept(plan, what, keep, group) as what:
         subject, state = opened(plan, what, kind.weights, kind.seed, group)
         rows = check_rows(kind, kind.run(subject), f"{what.label} of {state['file']}")
     if not group.is_first:
@@ -64,8 +67,27 @@ def _measured(plan: Plan, what: Measurement) -> dict[str, Any] | None:
     made = artefact.provenance(key=what.key, recipe=what.recipe, inputs=subject.inputs.identities, seconds=seconds)
     header = {"schema": artefact.SCHEMA, "kind": KIND, "key": what.key, "measure": spec.measure}
     columns = {"axes": list(kind.axes), "values": dict(kind.values)}
-    about = {"settings": kind.model_dump(mode="json"), "terms": what.recipe["terms"], "state": state}
+    settings = kind.model_dump(mode="json") | ({"teacher": what.teacher} if what.teacher else {})
+    about = {"settings": settings, "terms": what.recipe["terms"], "state": state}
     return {**header, **about, **columns, "rows": rows, "notes": subject.notes, "provenance": made}
+
+
+@contextlib.contextmanager
+def _kept(plan: Plan, what: Measurement, keep: bool, group: Group) -> Iterator[Measurement]:
+    """The measurement; hidden states of one that is not kept lie in a folder that goes with it."""
+    if keep or not what.hidden:
+        yield what
+        return
+    aside = group.broadcast(lambda: artefact.aside_of(Path(plan.root, "hidden")))
+
+    def moved(stores: Mapping[str, Artefact], room: str) -> dict[str, Artefact]:
+        return {split: dataclasses.replace(one, folder=str(aside / room / split)) for split, one in stores.items()}
+
+    try:
+        yield dataclasses.replace(what, hidden=moved(what.hidden, "hidden"), seen=moved(what.seen, "seen"))
+    finally:
+        if group.is_first:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 # -- `haste measure` ---------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from haste.config import Seed, Strict
+from haste.config import Config, Seed, Strict
 from haste.files import artefact
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ class Measure(Strict):
     are part of the result's name; one that is added later is marked `LATER`.
 
     Attributes:
-        needs: requirements besides the network and the images: `alignment`, for the losses against teachers.
+        needs: requirements besides the network and the images: `alignment`, for the losses against teachers; `teacher`,
+            for the features of one, which a key `teacher` names; `classes`, for labels.
         axes: location columns. Numbers are axes of the figure, words have a panel each.
         values: value columns -> the column of the standard error, "" if there is none.
         weights: which of a state's weights; a file with only one set gives that one.
@@ -54,8 +55,35 @@ class Measure(Strict):
         """
         return []
 
+    @property
+    def least(self) -> Mapping[str, tuple[str, int]]:
+        """The number of images that it cannot do without: split, `train` or `held_out` -> the key that asks, number."""
+        return {}
+
+    @property
+    def hidden(self) -> Mapping[str, Mapping[str, Any]]:
+        """The hidden states that it reads: split -> what decides them, as `haste.measure.hidden.Hidden.look` says."""
+        return {}
+
+    def unfit(self, config: Config, model: str) -> list[str]:
+        """What a configuration lacks for measuring one of its models: each line begins with the key."""
+        held, found = config.images.holdout, []
+        if (asked := self.least.get("held_out")) is not None and asked[1] > held:
+            found.append(
+                f"{asked[0]}: {asked[1]:,} images that are not trained on, but images.holdout keeps {held:,}; expected "
+                "fewer here or more there"
+            )
+        if "teacher" in self.needs and (name := getattr(self, "teacher", None)) not in config.teachers:
+            known = ", ".join(config.teachers) or "teachers, which has none"
+            if name is not None or len(config.teachers) != 1:
+                found.append(f"teacher: {name or 'none is named'}, expected one of {known}")
+        if "classes" in self.needs and (config.condition.name != "labels" or config.images.classes < 2):
+            told = f"condition {config.condition.name} and images.classes {config.images.classes}"
+            found.append(f"measure: needs classes to tell apart, found {told}; expected labels of 2 classes or more")
+        return found
+
     def flops(self, terms: int, forward: float, teachers: float) -> float | None:
-        """Operations of measuring one state, for `haste plan`; None if unknown.
+        """Operations of measuring one state, for `haste plan`; None if unknown. Not for hidden states.
 
         Args:
             terms: number of alignment terms to compare with.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from haste.config import process_in
@@ -21,6 +24,8 @@ from haste.train.gradient_angles import Gradients
 from haste.train.inputs import Inputs
 from haste.train.state import Learner
 from haste.train.warm_start import checkpoint_elsewhere, projector_in
+
+Place = TypeVar("Place", bound=tuple[Any, ...])
 
 
 @dataclasses.dataclass
@@ -36,6 +41,8 @@ class Subject:
         group: the ranks; each takes its share of the images.
         part: images per forward pass.
         notes: sentences on what was left out.
+        plan: with the paths of all files.
+        what: the measurement, with the stores of hidden states that it reads.
     """
 
     learner: Learner
@@ -44,6 +51,8 @@ class Subject:
     group: Group
     part: int
     notes: list[str]
+    plan: Plan
+    what: Measurement
 
     @property
     def model(self) -> Any:
@@ -59,6 +68,27 @@ class Subject:
     def process(self) -> Process:
         """The network's training objective; its `place` maps times t in [0, 1] to its own."""
         return process_in(self.inputs.recipe)
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """The identity of its weights."""
+        return states.weights_identity(self.model)
+
+    def labels(self, split: str) -> NDArray[np.int64]:
+        """The classes of the images whose hidden states are read, (n,)."""
+        batches, look = self.inputs.batches, self.what.hidden[split].recipe["look"]
+        return batches.latents.read("label", batches.reading_indices(look["images"], look["split"]))
+
+    def shared(
+        self, places: Sequence[Place], values: Callable[..., Sequence[float]]
+    ) -> Iterator[tuple[Place, list[float]]]:
+        """Each place with its values; every rank computes some of them. A collective call."""
+        mine = {number: values(*places[number]) for number in range(self.group.rank, len(places), self.group.size)}
+        width = max(self.group.broadcast(lambda: [len(one) for one in mine.values()]))
+        found = torch.zeros(len(places), width, dtype=torch.float64, device=self.group.device)
+        for number, value in mine.items():
+            found[number] = torch.tensor(value, dtype=torch.float64)
+        yield from zip(places, self.group.total(found).tolist(), strict=True)
 
     def gradients(self) -> Gradients:
         """Gradients of its losses by its blocks."""
@@ -141,7 +171,7 @@ def _with_terms(
     inputs = Inputs(plan, dataclasses.replace(what.segment, terms=dict(terms), cached=cached), recipe, group)
     runtime, batch = plan.config.runtime, recipe["training"]["batch"]
     part = max(1, batch // (runtime.processes * runtime.accumulate))
-    return Subject(inputs.learner(), inputs, what.terms, group, part, [])
+    return Subject(inputs.learner(), inputs, what.terms, group, part, [], plan, what)
 
 
 def _take_projector(source: _Source, learner: Learner) -> bool:

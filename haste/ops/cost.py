@@ -17,6 +17,8 @@ from haste.align import triggers
 from haste.config import Sampling, facts_in
 from haste.files import journal, units, walk
 from haste.networks.registry import AUTOENCODERS, DETECTORS
+from haste.networks.spec import blocks
+from haste.plan.measures import Measurement
 from haste.plan.names import Artefact, Detector, Evaluation, Segment
 from haste.plan.plan import Plan
 from haste.plan.target_spec import Shape, flops_per_image
@@ -223,11 +225,41 @@ def _measure_stages(plan: Plan, flops: float) -> list[Stage]:
         return []
     work: list[float | None] = []
     for one in todo:
+        if one.hidden:
+            continue
         asked = {term["teacher"] for kind, term in one.terms.items() if kind not in one.cached}
         look = sum(_teacher_flops(plan, name) or 0.0 for name in asked)
         forward = facts_in(plan.trajectories[one.state.trajectory].recipe).flops
         work.append(plan.config.measures[one.label].made.flops(len(one.terms), forward, look))
-    return [_timed(Stage("measures", len(plan.measurements), len(todo), 0.0, 0.0), work, _pace(plan, flops))]
+    passes = _passes(plan, todo)
+    work += [each for each, _ in passes]
+    size = sum(size for _, size in passes) / MB
+    return [_timed(Stage("measures", len(plan.measurements), len(todo), 0.0, size), work, _pace(plan, flops))]
+
+
+def _passes(plan: Plan, todo: Iterable[Measurement]) -> list[tuple[float, float]]:
+    """Operations and bytes of the hidden states that are still to be made, which several measurements may read, and
+    operations of the teachers' passes, whose features are few beside them. What is made of them takes less."""
+    found: dict[str, tuple[float, float]] = {}
+    for one in todo:
+        facts = facts_in(plan.trajectories[one.state.trajectory].recipe)
+        for store in one.hidden.values():
+            look = store.recipe["look"]
+            layers = blocks(facts.taps, "tokens") if look["layers"] == "all" else look["layers"]
+            taps = [facts.taps[f"tokens.{layer}"] for layer in layers]
+            numbers = sum(tap.width * (1 if look["pooled"] else tap.grid[0] * tap.grid[1]) for tap in taps)
+            views = _looked_at(plan, look) * len(look["t"])
+            found[store.manifest] = views * facts.flops, 4.0 * views * numbers
+        for store in one.seen.values():
+            each = _teacher_flops(plan, one.teacher) if one.teacher else None
+            found[store.manifest] = (each or 0.0) * _looked_at(plan, store.recipe["look"]), 0.0
+    return [cost for manifest, cost in found.items() if not Path(manifest).exists()]
+
+
+def _looked_at(plan: Plan, look: Mapping[str, Any]) -> int:
+    """Images of a look at hidden states."""
+    held_out = plan.config.images.holdout
+    return look["images"] or (held_out if look["split"] == "held_out" else plan.image_count - held_out)
 
 
 def _seen(plan: Plan, detector: Detector, images: float | None) -> float | None:

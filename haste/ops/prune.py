@@ -175,7 +175,11 @@ def unneeded(root: Path, needs: Needs, only: Needs | None = None) -> list[Item]:
         needs: what stays.
         only: restricts the result to what is in here; None does not.
     """
-    found = [path for pattern in ("stores/*", "parts/*", "samples/*", "features/*/*") for path in root.glob(pattern)]
+    found = [
+        path
+        for pattern in ("stores/*", "parts/*", "samples/*", "features/*/*", "measures/*/*")
+        for path in root.glob(pattern)
+    ]
     ours = [path for path in found if path.is_dir() and _is_ours(path, root)]
     jsons = [path for pattern in ("scores/*.json", "measures/*/*.json") for path in root.glob(pattern)]
     ours += [path for path in jsons if _SCORE.match(path.name) and not path.parent.is_symlink()]

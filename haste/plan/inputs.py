@@ -63,8 +63,12 @@ def _exist(files: list[str]) -> bool:
 def images(parts: Parts) -> None:
     """Refuse pictures that cannot be counted, are too few, have other classes, or have changed since the first were
     prepared."""
-    _ = parts.data.image_count
+    trained_on = parts.data.image_count - parts.config.images.holdout
     parts.data.check_source()
+    for one in parts.measured:
+        key, least = parts.config.measures[one.label].made.least.get("train", ("", 0))
+        if least > trained_on:
+            raise ValueError(f"measures.{one.label}.{key}: {least:,}, but there are {trained_on:,} training images")
 
 
 def encoder(parts: Parts) -> None:
@@ -96,7 +100,8 @@ def teachers(parts: Parts) -> None:
     """Refuse public teachers whose weights are missing or another network's, or whose patches do not fit the images."""
     jobs = [*parts.trained, *(one.segment for one in parts.measured)]
     stores = {name for name, store in parts.targets.stores.items() if not Path(store.manifest).exists()}
-    for name in sorted(stores.union(*(job.teachers for job in jobs))):
+    seen = {one.teacher for one in parts.measured if one.teacher and one.unseen}
+    for name in sorted(stores.union(seen, *(job.teachers for job in jobs))):
         spec = parts.config.teachers[name].pretrained
         if spec is None or spec.name in extensions.names("teachers"):
             continue

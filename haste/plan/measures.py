@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from haste.config import Config, measured_terms
+from haste.config import Config, measured_teacher, measured_terms
 from haste.files.artefact import fingerprint
 from haste.plan.data import Data
-from haste.plan.names import RECIPE, Row, Segment, State
+from haste.plan.names import RECIPE, Artefact, Row, Segment, State
 from haste.plan.runs import named_terms
 
 
@@ -18,7 +19,8 @@ class Measurement:
     """One measure of one state.
 
     label: of the measure, in the configuration; run: the row; terms: the alignment that it is compared with, teachers
-    by their names in the configuration; cached: the terms with cached targets; file: the result's path.
+    by their names in the configuration; cached: the terms with cached targets; file: the result's path; hidden: the
+    stores of the hidden states that it reads, by split; teacher: whose features it reads, from the stores `seen`.
     """
 
     label: str
@@ -28,6 +30,14 @@ class Measurement:
     cached: tuple[str, ...]
     recipe: dict[str, Any]
     file: str
+    hidden: dict[str, Artefact]
+    teacher: str | None
+    seen: dict[str, Artefact]
+
+    @property
+    def unseen(self) -> list[Artefact]:
+        """The stores of its teacher's features that are still to be made."""
+        return [store for store in self.seen.values() if not Path(store.manifest).exists()]
 
     @property
     def segment(self) -> Segment:
@@ -84,18 +94,43 @@ class Measures:
     def of(self, run: str, state: State, label: str) -> Measurement:
         """A measure, by its name in the configuration, of a state that a row passes through or evaluates."""
         spec, terms = self.config.measures[label], measured_terms(self.config, run, label)
-        recipe = {
-            "recipe": RECIPE,
-            "state": str(state),
-            "latents": self.data.latents.key,
-            "measure": spec.measure,
-            "settings": spec.decided,
-            "terms": named_terms(self.config, self.data, terms),
-        }
+        of_state: dict[str, Any] = {"recipe": RECIPE, "state": str(state), "latents": self.data.latents.key}
         if run in self.config.evaluate:  # an imported checkpoint has no alignment in its name; a trained state has
             training = self.config.training.decided
-            recipe |= {key: training[key] for key in ("precision", "time_dtype") if key in training}
+            of_state |= {key: training[key] for key in ("precision", "time_dtype") if key in training}
+        recipe = {**of_state, "measure": spec.measure, "settings": spec.decided}
+        recipe["terms"] = named_terms(self.config, self.data, terms)
+        teacher, of_teacher = measured_teacher(self.config, label), dict[str, Any]()
+        if teacher is not None:
+            recipe["teacher"] = self.data.teacher_key(teacher)
+            of_teacher = {"recipe": RECIPE, "images": self.data.images.key, "teacher": recipe["teacher"]}
+        folder, looks = f"{self.data.root}/measures", spec.made.hidden
+        own = f"{folder}/{state.trajectory}.{state.step:08d}"
         kind = "".join(c if c.isascii() and (c.isalnum() or c in "._") else "-" for c in spec.measure)
-        file = f"{self.data.root}/measures/{state.trajectory}.{state.step:08d}/{kind}-{fingerprint(recipe)}.json"
         cached = tuple(kind for kind, term in terms.items() if self.config.teachers[term["teacher"]].caches(kind))
-        return Measurement(label, run, state, terms, cached, recipe, file)
+        return Measurement(
+            label,
+            run,
+            state,
+            terms,
+            cached,
+            recipe,
+            f"{own}/{kind}-{fingerprint(recipe)}.json",
+            {split: _store(own, {**of_state, "look": dict(look)}) for split, look in looks.items()},
+            teacher,
+            {
+                split: _store(f"{folder}/teacher-{fingerprint(of_teacher)}", {**of_teacher, "look": _shown(look)})
+                for split, look in looks.items()
+                if teacher is not None
+            },
+        )
+
+
+def _shown(look: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a look decides what a teacher says: the images."""
+    return {key: look[key] for key in ("split", "images", "seed")}
+
+
+def _store(folder: str, recipe: dict[str, Any]) -> Artefact:
+    key = fingerprint(recipe)
+    return Artefact("hidden", key, recipe, f"{folder}/hidden-{key}")

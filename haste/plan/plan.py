@@ -149,7 +149,9 @@ class Plan:
         """The files that a measure is made from. For an imported checkpoint see `drawn_from`."""
         state = measurement.state
         own = [] if state.trajectory in self.elsewhere else [self.path(state)]
-        return [*self.latents.files, *own, *self.aligned_from(measurement.segment)]
+        part = self.teachers[measurement.teacher] if measurement.teacher and measurement.unseen else None
+        shown = [*self.images.files, *(part.files if part else [])] if measurement.unseen else []
+        return list(dict.fromkeys([*self.latents.files, *own, *self.aligned_from(measurement.segment), *shown]))
 
     @property
     def measure_files(self) -> list[str]:

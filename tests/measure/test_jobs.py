@@ -87,7 +87,7 @@ def test_a_row_that_is_measured_needs_no_training(measuring, tmp_path):
 
 def test_any_measure_can_be_asked_for_with_its_default_settings(measuring, capsys):
     measuring.configure()
-    assert "expected one of the configuration or of gradient-cosine" in refusal(measuring, capsys, "cosine", "x")
+    assert "expected one of the configuration or of cknna, gradient-cosine" in refusal(measuring, capsys, "cosine", "x")
     run(measuring, "gradient-cosine", measuring.state)
     assert "images 256, shards 8" in capsys.readouterr().out
     assert not Path(measuring.root, "measures").exists()

@@ -122,3 +122,17 @@ def test_a_measure_costs_its_passes_and_is_counted_until_its_file_is_there(tmp_p
     file.write_text("{}")
     assert cost._measure_stages(plan, 1e9)[0].left == 0
     assert "measures" not in {stage.name for stage in cost.stages(plan_of())[0]}
+
+
+def test_hidden_states_cost_a_pass_and_their_disk_once_for_all_measures_that_read_them(tmp_path):
+    spec = {"measure": "cknna", "images": 50, "t": [0.1, 0.5], "neighbours": 3}
+    runs = {"HASTE": {"alignment": "HASTE", "milestones": [8], "measures": ["hsic", "centred", "probe"]}}
+    measures = {"hsic": spec, "centred": {**spec, "formula": "centred"}, "probe": {"measure": "probe", "layers": [2]}}
+    plan = plan_of(measures=measures, runs=runs, results=str(tmp_path))
+    forward = config.facts_in(plan.trajectories[plan.state("HASTE", 8).trajectory].recipe).flops
+    (stage,) = cost._measure_stages(plan, 1e9)
+    # two layers at two times of 50 images, and one at one of all 1,797, of width 16; the teacher sees the 50 images
+    work = (50 * 2 + 1797) * forward + 50 * cost.flops_per_image(plan.teacher_size("vit"))
+    assert stage.seconds == pytest.approx(work / (cost.EFFICIENCY * 1e9)) and not stage.unknown
+    assert stage.megabytes == pytest.approx((50 * 4 + 1797) * 16 * 4 / 1e6)
+    assert (stage.jobs, stage.left) == (3, 3)

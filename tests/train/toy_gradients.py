@@ -110,6 +110,23 @@ def image_gradients(plan, tensors, image, t, block, warm=1.0):
     return [gradient.double().numpy() for gradient in found]
 
 
+@torch.no_grad()
+def hidden_state(plan, tensors, image, t, layer, weights="ema"):
+    """The mean over the tokens after a block, of one noised image, with the null class: (1, D) float64."""
+    with Store.open(plan.latents.folder) as latents:
+        mean, std = torch.from_numpy(latents.read("moments", [image])).double().chunk(2, dim=1)
+        scale, shift = latents.manifest["scale"], latents.manifest["shift"]
+    n, eps = (
+        torch.from_numpy(order.normals(0, purpose, 0, [image], mean.shape[1:])).double()
+        for purpose in ("measured latent draw", "measured noise")
+    )
+    model = Toy(input_size=4, in_channels=4, classes=10, width=16).double()
+    of = {name.removeprefix(f"{weights}/"): v for name, v in tensors.items() if name.startswith(f"{weights}/")}
+    model.load_state_dict(of)
+    x_t = (1 - t) * (mean + std * n - shift) * scale + t * eps
+    return model(x_t, torch.tensor([t]).double(), torch.tensor([10]), {f"tokens.{layer}"})[1][f"tokens.{layer}"].mean(1)
+
+
 def coarser(tokens):
     """(..., 16, D) of a grid of 4 x 4 on the teacher's, of 2 x 2."""
     return tokens.unflatten(-2, (2, 2, 2, 2)).mean(dim=(-4, -2)).flatten(-3, -2)

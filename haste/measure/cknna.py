@@ -1,0 +1,91 @@
+"""How alike a network and a teacher see images, by layer and t: CKNNA, as in REPA (arXiv 2410.06940), Figures 2 and 3.
+
+The mean over the tokens after a block is compared with the mean over the teacher's patch tokens of the clean image.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from haste.align import angle
+from haste.config import LABEL, Positive
+from haste.measure.hidden import Hidden, field
+from haste.measure.measure import Row
+
+if TYPE_CHECKING:
+    from haste.measure.subject import Subject
+
+SPARE = 24  # candidates beside 2 k, for neighbours that a group takes with it when it is left out
+
+Several = Annotated[int, Field(ge=2)]
+
+
+class CKNNA(Hidden):
+    """See the file.
+
+    Attributes:
+        teacher: by its name in the configuration; None is the only one. Its identity is part of the result's name.
+        images: number of random held-out images.
+        neighbours: k.
+        formula: `hsic`, unbiased HSIC of masked kernels, or `centred`, REPA's Eq. 23.
+        shards: groups of images for the jackknife of the standard error. With a group left out, neighbours are those
+            among the others; the clamp stays that of all. The error is that of the choice of images.
+    """
+
+    needs: ClassVar = frozenset({"teacher"})
+    axes: ClassVar = ("layer", "t")
+    values: ClassVar = {"cknna": "error"}
+
+    teacher: Annotated[str | None, LABEL] = None
+    images: Annotated[int, Field(ge=4)] = 10_000
+    neighbours: Positive = 10
+    formula: Literal["hsic", "centred"] = "hsic"
+    shards: Several = 8
+
+    @model_validator(mode="after")
+    def _enough(self) -> CKNNA:
+        left = self.images - -(-self.images // min(self.shards, self.images))
+        if self.shards > self.images:
+            raise ValueError(f"shards {self.shards} are more than images {self.images}: some would be empty")
+        if self.neighbours >= left:
+            raise ValueError(
+                f"neighbours {self.neighbours}, but without one of {self.shards} shards {left} images are left"
+            )
+        return self
+
+    @property
+    def least(self) -> Mapping[str, tuple[str, int]]:
+        """See `Measure`."""
+        return {"held_out": ("images", self.images)}
+
+    @property
+    def hidden(self) -> Mapping[str, Mapping[str, Any]]:
+        """See `Measure`."""
+        return {"held_out": self.look("held_out", self.images)}
+
+    def run(self, subject: Subject) -> Iterator[Row]:
+        """See `Measure`: each rank takes its share of layers and times."""
+        from haste.measure import passes, representations
+
+        states, everyone = passes.hidden(subject, "held_out"), np.arange(self.images)
+        candidates, device = 2 * self.neighbours + SPARE, subject.group.device
+        theirs = representations.Neighbours.of(
+            passes.teacher_features(subject, "held_out").read(passes.FEATURES, everyone), candidates, device=device
+        )
+        groups = everyone * self.shards // self.images
+
+        def values(layer: int, t: float) -> tuple[float, float]:
+            features = states.read(field(layer, t), everyone)
+            mine = representations.Neighbours.of(features, candidates, device=device)
+            value = functools.partial(
+                representations.cknna, mine, theirs, self.neighbours, over_all=self.formula == "centred"
+            )
+            return value(), angle.jackknife(np.array([value(kept=groups != one) for one in range(self.shards)]))
+
+        for (layer, t), (value, error) in subject.shared(self.places(subject), values):
+            yield {"layer": layer, "t": t, "cknna": value, "error": error}

@@ -1,0 +1,74 @@
+"""Measures of hidden states: what they have in common, and which states they read. No torch.
+
+Hidden states are those of the network after block m, counted from 1, of images at a time t with the null condition.
+`haste.measure.passes` makes them once for all measures that ask for the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from haste.config import Config, Positive, Share, taps_of
+from haste.measure.measure import Measure
+from haste.networks.spec import Tap, blocks
+
+if TYPE_CHECKING:
+    from haste.measure.subject import Subject
+
+
+class Hidden(Measure):
+    """The base class of measures of hidden states, by layer and t.
+
+    Attributes:
+        layers: after which blocks, counted from 1; `all` that give their tokens.
+        t: times of the noised images, in [0, 1].
+    """
+
+    weights: Literal["model", "ema"] = "ema"  # those that samples are drawn with
+    layers: Literal["all"] | Annotated[list[Positive], Field(min_length=1)] = "all"
+    t: Annotated[list[Share], Field(min_length=1)] = [0.5]  # noqa: RUF012
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Hidden:
+        for name, values in {"t": self.t, "layers": self.layers}.items():
+            if isinstance(values, list) and len(set(values)) < len(values):
+                raise ValueError(f"{name} {values} has a value more than once, expected each once")
+        return self
+
+    def look(self, split: str, images: int | None, *, pooled: bool = True) -> dict[str, Any]:
+        """What decides the hidden states of some images.
+
+        Args:
+            split: `train` or `held_out`.
+            images: random ones of it, the same at every call; None for all.
+            pooled: the mean over a layer's tokens, (D,), and not each token, (N, D).
+        """
+        own = {"layers": self.layers, "t": self.t, "weights": self.weights, "pooled": pooled}
+        return {"split": split, "images": images, "seed": self.seed, **own}
+
+    def places(self, subject: Subject) -> list[tuple[int, float]]:
+        """All pairs of a layer and a t."""
+        layers = layers_in({"layers": self.layers}, subject.model.taps)
+        return [(layer, t) for t in self.t for layer in layers]
+
+    def unfit(self, config: Config, model: str) -> list[str]:
+        """See `Measure`."""
+        found, known = super().unfit(config, model), blocks(taps_of(config, model), "tokens")
+        if not known:
+            return [*found, f"layers: {model} hands out no hidden tokens"]
+        beyond = [] if self.layers == "all" else [layer for layer in self.layers if layer not in known]
+        said = f"{known[0]} to {known[-1]}" if known == list(range(known[0], known[-1] + 1)) else f"{known}"
+        return found + ([f"layers: {beyond}, but {model} gives the tokens after blocks {said}"] if beyond else [])
+
+
+def layers_in(look: Mapping[str, Any], taps: Mapping[str, Tap]) -> Sequence[int]:
+    """The layers of a `Hidden.look`, of a network with these taps."""
+    return blocks(taps, "tokens") if look["layers"] == "all" else look["layers"]
+
+
+def field(layer: int, t: float) -> str:
+    """The field of a store that holds the hidden states after a block at a time."""
+    return f"layer {layer}, t {t:g}"

@@ -1,0 +1,164 @@
+"""Hidden states of a network, and features of a teacher, of the same images: made once, kept in stores beside measures.
+
+A row is an image. Latent draw and noise depend on the seed and the image alone, so states, layers and times differ by
+nothing else. Every rank makes its share of the shards; what a shard holds does not depend on how many ranks there are.
+
+B images, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from haste.data.latents import draw
+from haste.files import artefact, locks
+from haste.files.store import Store, join, shard_range, write_shard
+from haste.measure.hidden import field, layers_in
+from haste.networks.spec import each
+from haste.plan.names import Artefact
+from haste.teachers.targets import load_teacher
+
+if TYPE_CHECKING:
+    from haste.measure.subject import Subject
+
+log = logging.getLogger("haste.measure")
+
+SPAN, MOST_SHARDS = 1024, 64  # images of a shard, at least; shards
+AT_ONCE, MOST_BYTES = 64, 2e9  # images a forward pass, at most; of their tokens
+FEATURES = "features"
+
+Rows = dict[str, NDArray[np.float32]]
+Pass = Callable[[NDArray[np.int64]], Rows]  # indices of images in the stores -> their rows
+
+
+def hidden(subject: Subject, split: str) -> Store:
+    """The store of a network's hidden states, a field a layer and t (`haste.measure.hidden.field`). A collective call.
+
+    Args:
+        subject: the network.
+        split: of whose images the measure reads them.
+
+    Raises:
+        FloatingPointError: a hidden state is not finite.
+        ValueError: the store is damaged.
+    """
+    made = subject.what.hidden[split]
+    look, taps = made.recipe["look"], subject.model.taps
+    layers = layers_in(look, taps)
+    tokens = {layer: taps[f"tokens.{layer}"] for layer in layers}
+    sizes = {layer: (tap.grid[0] * tap.grid[1], tap.width) for layer, tap in tokens.items()}
+    shapes = {field(m, t): size[1:] if look["pooled"] else size for m, size in sizes.items() for t in look["t"]}
+    at_once = max(1, min(AT_ONCE, int(MOST_BYTES / sum(4 * n * width for n, width in sizes.values()))))
+    facts = {"latents": subject.inputs.batches.latents.identity, "weights": subject.weights}
+    return _store(subject, made, shapes, facts, lambda chosen: _states(subject, look, layers, chosen), at_once)
+
+
+@torch.inference_mode()
+def _states(subject: Subject, look: Mapping[str, Any], layers: Any, chosen: NDArray[np.int64]) -> Rows:
+    inputs, model, process = subject.inputs, subject.model, subject.process
+    batch = inputs.batches.measured(chosen, range(len(chosen))).to(subject.group.device)
+    dtype, latents = next(model.parameters()).dtype, inputs.batches.latents.manifest
+    z = draw(batch.moments, batch.draw, latents["scale"], latents["shift"]).to(dtype)
+
+    def piece(null: NDArray[Any]) -> Tensor:
+        told = torch.from_numpy(null).to(z.device)
+        return told.to(dtype) if told.is_floating_point() else told
+
+    y, rows = each(piece, inputs.batches.condition.null(len(chosen))), {}
+    for t in look["t"]:
+        times = torch.full_like(batch.t, process.place(t)).to(dtype)
+        with inputs.precision():
+            x_t = process.noised(z, batch.noise.to(dtype), times)
+            _, taps = model(x_t, process.time(times), y, taps={f"tokens.{layer}" for layer in layers})
+        for layer in layers:
+            tokens = taps[f"tokens.{layer}"]  # (B, N, D)
+            tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+            rows[field(layer, t)] = (tokens.mean(dim=1) if look["pooled"] else tokens).float().cpu().numpy()
+    return rows
+
+
+def teacher_features(subject: Subject, split: str) -> Store:
+    """The store of the teacher's features of the same images: the mean over its patch tokens, (D,), in float32. A
+    collective call.
+
+    Args:
+        subject: says which teacher.
+        split: as for `hidden`.
+
+    Raises:
+        FloatingPointError, ValueError: as `hidden`; or as `haste.teachers.targets.load_teacher`.
+    """
+    made = subject.what.seen[split]
+    if subject.group.broadcast(lambda: Path(made.manifest).exists()):
+        return Store.of(made)  # without the teacher and the images
+    assert subject.what.teacher is not None
+    images = Store.of(subject.plan.images)
+    teacher = load_teacher(subject.plan, subject.what.teacher).to(subject.group.device)
+    if images.identity != (expected := subject.inputs.batches.latents.manifest["images"]):
+        raise ValueError(
+            f"{images.folder}: holds images {images.identity[:12]}, expected those of the latents {expected[:12]}"
+        )
+
+    def rows(chosen: NDArray[np.int64]) -> Rows:
+        shown = torch.from_numpy(images.read("image", chosen)).to(subject.group.device)
+        features = teacher(shown, features=True).features  # (B, N, D)
+        assert features is not None
+        return {FEATURES: features.float().mean(dim=1).cpu().numpy()}
+
+    facts = {"images": images.identity, "teacher": teacher.identity}
+    return _store(subject, made, {FEATURES: (teacher.width,)}, facts, rows, AT_ONCE)
+
+
+def _store(
+    subject: Subject, made: Artefact, shapes: Mapping[str, Any], facts: dict[str, str], rows: Pass, at_once: int
+) -> Store:
+    """The store, after making it if it is not there or if its facts are others. A collective call."""
+    look, group = made.recipe["look"], subject.group
+    indices = subject.inputs.batches.reading_indices(look["images"], look["split"])
+    shards = max(1, min(MOST_SHARDS, len(indices) // SPAN))
+    described: dict[str, Any] = {"kind": made.kind, "key": made.key, "recipe": made.recipe, "shards": shards}
+    provenance = artefact.provenance(key=made.key, recipe=made.recipe, inputs=facts)
+    stale = group.broadcast(lambda: not _fits(made, facts))
+    # Ranks of one measurement wait for one another, so they must not wait for a lock.
+    alone = "RANK" not in os.environ
+    one = locks.making(made.folder, done=made.manifest, anew=stale) if alone else contextlib.nullcontext(stale)
+    with one as todo:
+        for shard in range(group.rank, shards, group.size) if todo else ():
+            log.info("%s: shard %d of %d", Path(made.folder).name, shard + 1, shards)
+            mine = indices[shard_range(len(indices), shard, shards)]
+            where: dict[str, Any] = {"shard": shard, "total": len(indices), "facts": facts, "provenance": provenance}
+            fields = {name: (shape, np.float32) for name, shape in shapes.items()}
+            write_shard(made.folder, **described, **where, fields=fields, batches=_batches(made, mine, rows, at_once))
+        group.wait()
+        if todo and group.is_first:
+            join(made.folder, **described, splits={look["split"]: [0, len(indices)]}, provenance=provenance)
+        group.wait()
+    return Store.of(made)
+
+
+def _fits(made: Artefact, facts: Mapping[str, str]) -> bool:
+    """Whether the store is there, and made from what is there now."""
+    if not Path(made.manifest).exists():
+        return False
+    manifest = artefact.read_json(made.manifest, "store")
+    return all(manifest.get(name) == value for name, value in facts.items())
+
+
+def _batches(made: Artefact, indices: NDArray[np.int64], rows: Pass, at_once: int) -> Iterator[Rows]:
+    for low in range(0, len(indices), at_once):
+        chosen = indices[low : low + at_once]
+        found = rows(chosen)
+        for name, values in found.items():
+            if len(broken := np.flatnonzero(~np.isfinite(values.reshape(len(chosen), -1)).all(axis=1))):
+                raise FloatingPointError(f"{made.folder}: {name} of image {chosen[broken[0]]} is not finite")
+        yield found
