@@ -26,6 +26,7 @@ class Evaluations:
     Attributes:
         rows: lines of the result table; several may share an evaluation.
         by_name: the evaluations.
+        notes: which samples are not scored.
         elsewhere: trajectory of a checkpoint that is not trained here -> its section of the configuration.
         trajectories: of those checkpoints, by name.
     """
@@ -38,11 +39,16 @@ class Evaluations:
         self.trajectories: dict[str, Trajectory] = {}
         for run, seed in runs.pieces:
             row = config.runs[run]
-            for step, sampling in itertools.product(row.milestones, row.sampling):
+            # Chosen classes are for a picture, and the report shows that of the first seed.
+            ways = [way for way in row.sampling if seed == row.all_seeds[0] or not config.sampling[way].chosen]
+            for step, sampling in itertools.product(row.milestones, ways):
                 self.rows.append(Row(run, step, self._evaluation(runs.state(run, step, seed), sampling), seed))
         for name, spec in config.evaluate.items():
             state = self._state_elsewhere(spec)
             self.rows += [Row(name, spec.step, self._evaluation(state, way), spec.seed) for way in spec.sampling]
+
+        used = dict.fromkeys(row.evaluation.sampling_name for row in self.rows if row.evaluation.sampling.chosen)
+        self.notes = [f"sampling.{name}: samples of chosen classes are shown and not scored" for name in used]
 
     def _evaluation(self, state: State, name: str) -> Evaluation:
         root, sampling, shards = self.data.root, self.config.sampling[name], self.config.runtime.sample_shards

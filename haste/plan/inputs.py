@@ -47,7 +47,7 @@ class Parts:
         return [
             one
             for one in self.evaluations.by_name.values()
-            if not _exist([one.grid, *(judged.score for judged in one.judgements)]) and not one.is_drawn
+            if not _exist([one.grid, *(judged.score for judged in one.judged)]) and not one.is_drawn
         ]
 
     @functools.cached_property
@@ -114,7 +114,7 @@ def detectors(parts: Parts) -> None:
         scores = [
             one.score
             for drawn in parts.evaluations.by_name.values()
-            for one in drawn.judgements
+            for one in drawn.judged
             if one.detector == detector
         ]
         spec = parts.config.detector[detector.name].pretrained

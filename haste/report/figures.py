@@ -60,6 +60,9 @@ class Style:
         return " ".join(f"{WIDTH * length:g}" for length in self.dash) or "none"
 
 
+PRINTED = Style(INK, (1.5, 1.5), {}, "")  # what papers print
+
+
 @dataclass(frozen=True)
 class Panel:
     """A figure of the page. `svg` is an element that goes into HTML unchanged."""
