@@ -163,8 +163,8 @@ def beside(row: Row, benchmark: Benchmark | None, axis: str = "") -> list[Publis
     Args:
         row: the measured result.
         benchmark: the dataset that its images are taken to be.
-        axis: only those of tables that vary this setting. Without it those of the main tables, and of others those whose
-            varied settings are the row's. What repeats the numbers of another is left out.
+        axis: only those of tables that vary this setting. Without it those of the main tables, and of the others those
+            whose varied settings are the row's. What repeats the numbers of another is left out.
     """
     fits = [
         one
