@@ -21,8 +21,8 @@ import pandas as pd
 from matplotlib.ticker import EngFormatter
 
 from haste.files.artefact import fingerprint
-from haste.report import papers
 from haste.report.content import Measured, Report
+from haste.report.cosines import with_published
 from haste.report.figures import INK, PRINTED, Panel, Style, draw_band, draw_line, new_figure, styles, to_svg
 from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell, to_text
 
@@ -30,7 +30,6 @@ SIDE_BY_SIDE = 12  # places of x that have a column each
 APART = 3  # places of a second axis of numbers that have a panel each; more are a heat map
 FADED = 0.35  # opacity of the lines of earlier steps
 DIGITS = 3  # of the largest value, at least
-COSINE = "gradient-cosine"  # the measure whose values papers print
 
 
 @dataclass(frozen=True)
@@ -98,44 +97,8 @@ def findings(report: Report) -> list[Findings]:
     found = []
     for name in dict.fromkeys(one.name for one in report.measures):
         ones = [one for one in report.measures if one.name == name]
-        found.append(Findings.of(name, [*ones, *_published(report, ones)]))
+        found.append(Findings.of(name, [*itertools.chain.from_iterable(with_published(report, ones))]))
     return [one for one in found if len(one.frame)]
-
-
-def _published(report: Report, ones: Sequence[Measured]) -> Iterator[Measured]:
-    """The cosines that papers print for the models and methods of some measured runs, of the blocks measured there."""
-    rows = {row.run: row for row in report.rows}
-    seen: dict[tuple[str, str], dict[str, str]] = {}  # model, method -> block -> term
-    for one in (one for one in ones if one.found["measure"] == COSINE and one.run in rows):
-        row, found = rows[one.run], one.found["rows"]
-        terms = dict.fromkeys(line["term"] for line in found)
-        whole = "alignment" if "alignment" in terms else next(iter(terms), "")  # papers print all terms together
-        seen.setdefault((row.model, row.method), {}).update({str(line["block"]): whole for line in found})
-    for (model, method), blocks in seen.items():
-        row = next(row for row in rows.values() if (row.model, row.method) == (model, method))
-        steps: dict[tuple[str, int], list[Mapping[str, str]]] = {}
-        for line in papers.cosines(row, report.benchmark):
-            if line["block"] in blocks:
-                steps.setdefault((line["source"], int(line["iteration"])), []).append(line)
-        for (source, step), lines in steps.items():
-            yield _printed(ones[0], f"{source}: {model}, {method}", step, lines, blocks)
-
-
-def _printed(
-    like: Measured, run: str, step: int, lines: Sequence[Mapping[str, str]], terms: Mapping[str, str]
-) -> Measured:
-    """Lines of a published file as what a measure found; `terms` names that of each block."""
-    rows = [
-        {
-            "term": terms[line["block"]],
-            "t": float(line["t"]),
-            "block": int(line["block"]),
-            "cosine": float(line["cosine"]),
-        }
-        for line in lines
-    ]
-    digits = max(len(line["cosine"].partition(".")[2]) for line in lines)
-    return Measured(like.name, run, 0, step, {**like.found, "rows": rows, "notes": []}, printed=digits)
 
 
 def anchor(report: Report, one: Measured) -> str:
@@ -255,9 +218,10 @@ def _panels(found: Findings, drawn: Mapping[str, Style]) -> Iterator[Panel]:
     def maps(value: str, part: pd.DataFrame, y: str, x: str) -> Iterator[Panel]:
         """A heat map of each run that has several places of both axes, and of each place of all others."""
         others = [axis for axis in (*found.words, *found.others) if axis not in (x, y)]
-        for place, lines in found.groups(part, ["run", *others]):
+        for (run, *place), lines in found.groups(part, ["run", *others]):
             if min(lines[x].nunique(), lines[y].nunique()) > 1:
-                yield _heat_map(found, value, (x, y), lines, place, f"{found.slug}-{next(number)}")
+                title = ", ".join([value, run, *_where(found, others, place)])
+                yield _heat_map(found, value, (x, y), lines, title, f"{found.slug}-{next(number)}")
 
     for value in found.values:
         if crowded:
@@ -265,12 +229,14 @@ def _panels(found: Findings, drawn: Mapping[str, Style]) -> Iterator[Panel]:
         elif found.x or len(found.steps) > 1:
             apart = [*found.words, *found.others]
             for place, part in found.groups(frame, apart):
-                where = [
-                    f"{name} {at:g}" if name in found.others else str(at) for name, at in zip(apart, place, strict=True)
-                ]
-                yield _lines(found, value, part, ", ".join([value, *where]), drawn, f"{found.slug}-{next(number)}")
+                title = ", ".join([value, *_where(found, apart, place)])
+                yield _lines(found, value, part, title, drawn, f"{found.slug}-{next(number)}")
         if found.x and len(found.steps) > APART:
             yield from maps(value, frame, crowded[0] if crowded else found.x, "step")
+
+
+def _where(found: Findings, axes: Sequence[str], place: Sequence[Any]) -> list[str]:
+    return [f"{name} {at:g}" if name in found.others else str(at) for name, at in zip(axes, place, strict=True)]
 
 
 def _lines(found: Findings, value: str, part: pd.DataFrame, title: str, drawn: Mapping[str, Style], name: str) -> Panel:
@@ -296,13 +262,12 @@ def _lines(found: Findings, value: str, part: pd.DataFrame, title: str, drawn: M
 
 
 def _heat_map(
-    found: Findings, value: str, axes_of: tuple[str, str], part: pd.DataFrame, place: Sequence[Any], name: str
+    found: Findings, value: str, axes_of: tuple[str, str], part: pd.DataFrame, title: str, name: str
 ) -> Panel:
     """One run's values, x along the bottom and y upwards, averaged over all other axes. Colours mean the same in all
     maps of a value; they are around 0 where signs differ."""
     x, y = axes_of
     table = part.pivot_table(index=y, columns=x, values=value, aggfunc="mean")
-    title = ", ".join([value, *map(str, place)])
     figure, axes = new_figure(y, x)
     most, signed = float(found.frame[value].abs().max()) or 1.0, float(found.frame[value].min()) < 0
     low, colours = (-most, "PuOr") if signed else (0.0, "viridis")

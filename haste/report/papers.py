@@ -33,7 +33,6 @@ FILES: dict[str, tuple[int, tuple[str, ...]]] = {
     "ablation_components.csv": (256, ("teacher", "layers", "feature similarity")),
     "ablation_timestep_sampling.csv": (256, ("timesteps",)),
 }
-COSINES = {"REPA": "gradient_cosine_repa.csv", "HASTE": "gradient_cosine_haste.csv"}
 CLAIMS = "speedup.csv"
 UNREAD = {  # file -> why no table has its numbers
     "ablation_teacher_data.csv": "its distances are in ablation_components.csv; the rest describes the teachers",
@@ -187,13 +186,13 @@ def _at(one: Published, axis: str) -> str | None:
 
 def of_model(row: Row, benchmark: Benchmark | None) -> list[Published]:
     """The published results of a row's model and method, at any step and guidance."""
-    if not _like(row, benchmark):
+    if not is_like(row, benchmark):
         return []
     whose = (benchmark and benchmark.resolution, row.model, row.method)
     return [one for one in published() if (one.resolution, one.model, one.method) == whose]
 
 
-def _like(row: Row, benchmark: Benchmark | None) -> bool:
+def is_like(row: Row, benchmark: Benchmark | None) -> bool:
     """Whether a row is of the papers' images and batch."""
     return benchmark is not None and benchmark.data == "ImageNet" and row.settings.get("batch", BATCH) == BATCH
 
@@ -221,15 +220,6 @@ def _repeats(one: Published, other: Published) -> bool:
 def _fewest(*texts: str) -> int:
     """Decimals of the number with fewest."""
     return min(len(text.partition(".")[2]) for text in texts)
-
-
-def cosines(row: Row, benchmark: Benchmark | None) -> list[dict[str, str]]:
-    """Published cosines between the gradients of alignment and denoising, of a row's model and method on ImageNet at
-    256 px: block (from 1), iteration, t, cosine, source. The means over t that a source prints too are left out: they
-    follow from these."""
-    if not (_like(row, benchmark) and benchmark and benchmark.resolution == 256 and row.method in COSINES):
-        return []
-    return [line for line in lines_of(COSINES[row.method]) if line["model"] == row.model and line["t"] != "mean"]
 
 
 def claims(benchmark: Benchmark | None) -> list[Claim]:

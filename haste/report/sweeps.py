@@ -93,13 +93,16 @@ def _panel(
 ) -> Panel:
     figure, axes = new_figure(title.split(",")[0], AXES[kind])
     several, said = len({shared for _, shared in [*curves, *printed]}) > 1, []
-    for (run, shared), curve in [*printed.items(), *curves.items()]:
+    for place, ((run, shared), curve) in enumerate([*printed.items(), *curves.items()]):
         draw_line(axes, drawn.get(run, PRINTED), curve, curve.values(), marker="o")
         best = min(curve, key=lambda x: curve[x])
         said.append(f"{run}, {shared}: {curve[best]:.3g} at {best:g}")
-        if several:  # what a line's points share, behind its end
-            x, y = list(curve.items())[-1]
-            axes.annotate(shared, (x, y), (4, 0), "data", "offset points", va="center", fontsize=8, color=INK)
+        if several:  # what a line's points share, behind its end or before its beginning, so that fewer overlap
+            at, shift, side = ((-1, 4, "left"), (0, -4, "right"))[place % 2]
+            where = list(curve.items())[at]
+            axes.annotate(
+                shared, where, (shift, 0), "data", "offset points", ha=side, va="center", fontsize=8, color=INK
+            )
     if several:
         axes.margins(x=0.2)
     caption = f"{title} over the {AXES[kind]}." + (f" Dotted: {_sources(printed)}." if printed else "")

@@ -8,7 +8,7 @@ import io
 
 import pytest
 
-from haste.report import formats, measures, page, papers
+from haste.report import cosines, formats, measures, page, papers
 from haste.report.content import Benchmark, Measured, Report, Row
 
 AXES, VALUES = ["term", "t", "block"], {"cosine": "error"}
@@ -127,7 +127,7 @@ def test_every_value_leads_to_the_place_that_says_how_it_was_made(tmp_path):
 # Published cosines
 
 
-FILES = {method: list(csv.DictReader((papers.FOLDER / name).open())) for method, name in papers.COSINES.items()}
+FILES = {method: list(csv.DictReader((papers.FOLDER / name).open())) for method, name in cosines.FILES.items()}
 
 
 def imagenet(method: str, model: str, block: int, times, steps=(100_000,), batch: str = "256") -> Report:
@@ -137,7 +137,7 @@ def imagenet(method: str, model: str, block: int, times, steps=(100_000,), batch
     for step in steps:
         found = [{"term": term, "t": t, "block": block, "cosine": 0.5, "error": 0.01} for t in times for term in terms]
         one = measured("mine", step, found)
-        ones.append(dataclasses.replace(one, found={**one.found, "measure": measures.COSINE}))
+        ones.append(dataclasses.replace(one, found={**one.found, "measure": cosines.MEASURE}))
     built = report(*ones, benchmark=Benchmark("ImageNet", 256))
     row = dataclasses.replace(built.rows[0], model=model, method=method, settings={"batch": batch})
     return dataclasses.replace(built, rows=[row])
