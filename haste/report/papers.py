@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,19 +166,30 @@ def beside(row: Row, benchmark: Benchmark | None, axis: str = "") -> list[Publis
         axis: only those of tables that vary this setting. Without it those of the main tables, and of the others those
             whose varied settings are the row's. What repeats the numbers of another is left out.
     """
-    fits = [
-        one
-        for one in of_model(row, benchmark)
-        if one.step == row.step
-        and one.guidance == guidance(row.score)
-        and all(row.settings.get(name, value) == value for name, value in one.settings.items())
-    ]
+    fits = [one for one in _fitting(row, benchmark) if one.step == row.step]
     kept = [one for one in fits if not axis and not one.axes]
     for one in (one for one in fits if one.axes):
         wanted = axis in one.axes if axis else _exactly(row, one)
         if wanted and not any(_repeats(one, other) and _at(one, axis) == _at(other, axis) for other in kept):
             kept.append(one)
     return kept
+
+
+def along(row: Row, benchmark: Benchmark | None, last: int) -> list[Published]:
+    """The published results of a row's run at all steps up to one, for a curve: those of the main tables whose stop, if
+    they state one, is the row's as far as it has acted."""
+    fits = [one for one in _fitting(row, benchmark) if not one.axes and one.step <= last]
+    return [one for one in fits if one.stop == NONE or _stopped(one.stop, one.step) == _stopped(row.stop, one.step)]
+
+
+def _fitting(row: Row, benchmark: Benchmark | None) -> list[Published]:
+    """The published results at any step that agree with a row in guidance and in all settings but the stop."""
+    return [
+        one
+        for one in of_model(row, benchmark)
+        if one.guidance == guidance(row.score)
+        and all(row.settings.get(name, value) == value for name, value in one.settings.items())
+    ]
 
 
 def _at(one: Published, axis: str) -> str | None:
@@ -205,8 +217,8 @@ def _exactly(row: Row, one: Published) -> bool:
 
 def _stopped(stop: str, step: int) -> str:
     """Where a stop has acted before a step, "" if nowhere: a stop that is still ahead is none yet."""
-    at = stop.split(" by ")[0]
-    return "" if at in ("never", NONE) or (at.isdigit() and int(at) >= step) else at
+    at, first = stop.split(" by ")[0], re.match(r"\d+", stop)
+    return "" if at in ("never", NONE) or (first and int(first[0]) >= step) else at
 
 
 def _repeats(one: Published, other: Published) -> bool:

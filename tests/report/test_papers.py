@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from haste.report import compare, cosines, finding, page, papers, systems, tables
+from haste.report import compare, cosines, figures, finding, page, papers, systems, tables
 from haste.report.content import NONE, Benchmark, Report, Row
 
 INCEPTION = {"name": "inception", "kind": "inception", "identity": "i"}
@@ -394,7 +394,27 @@ def test_the_ablation_of_the_weight_of_attention_is_not_one_of_the_weight_of_fea
     assert [table.name for table in tables.ablations(report(rows))] == ["ablation-attention-weight"]
 
 
-# Speed-ups
+# Curves and speed-ups
+
+
+def test_what_papers_print_along_a_run_is_drawn_as_rings_as_far_as_the_stop_agrees():
+    steps = (100_000, 200_000, 400_000, 500_000)
+    fids = {
+        "250000": ["15.9", "9.9", "8.4", "7.3", "5.3"],
+        "never": ["15.9", "9.9", "8.4", "5.5", "8.1"],  # until it acts, a stop is none
+        "400000 by plateau": ["15.9", "9.9", "8.4", "5.5", "7.4"],
+        "300000 to 400000 by plateau": ["15.9", "9.9", "8.4"],
+        "100000": ["15.9"],
+    }
+    for stop, expected in fids.items():
+        rows = [row("a", "SiT-XL/2", "HASTE", stop, step, 9.0 - step / 1e5, aligned(XL)) for step in steps]
+        found = papers.along(rows[0], Benchmark("ImageNet", 256), steps[-1])
+        assert sorted(one.scores["fd"] for one in found) == sorted(expected)
+        panel = next(panel for panel in figures.score_panels(report(rows)) if panel.title == "FID")
+        assert panel.svg.count("fill-opacity: 0;") == len(found)
+        assert panel.caption == "Rings: what papers print for the same model and method."
+    for other in (report(rows, benchmark=None), report(rows, 512)):
+        assert all(not panel.caption for panel in figures.score_panels(other))
 
 
 @pytest.mark.parametrize("claim", lines(papers.CLAIMS), ids=lambda claim: claim["source"])

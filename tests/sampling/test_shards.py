@@ -118,6 +118,8 @@ def test_chosen_classes_alone_are_a_report_of_pictures(trained):
     assert "Samples of vanilla at step 8, one column per class: 7, 2" in text
     assert "samples of chosen classes are shown and not scored" in text
     assert upcoming(plan) == []
+    assert cli.main(["evaluate", evaluation.name, "-c", str(plan.file)]) == 0  # whoever asks gets one
+    assert artefact.read_json(evaluation.score, "score")["sampling"]["labels"] == [7, 2]
 
 
 def test_features_belong_to_the_samples_beside_them(trained):
