@@ -16,12 +16,12 @@ MEASURE = "gradient-cosine"
 RESOLUTION = 256  # pixels a side of the images that they are of
 
 
-def printed(row: Row, benchmark: Benchmark | None) -> list[dict[str, str]]:
+def printed(row: Row, benchmark: Benchmark | None) -> list[Mapping[str, str]]:
     """The published cosines of a row's model and method: block (from 1), iteration, t, cosine, source. The means over t
     that a source prints too are left out: they follow from these."""
     if not is_like(row, benchmark) or benchmark is None or benchmark.resolution != RESOLUTION:
         return []
-    lines = lines_of(FILES[row.method]) if row.method in FILES else []
+    lines = lines_of(FILES[row.method]) if row.method in FILES else ()
     return [line for line in lines if line["model"] == row.model and line["t"] != "mean"]
 
 

@@ -82,10 +82,11 @@ class Claim:
     source: str
 
 
-def lines_of(name: str) -> list[dict[str, str]]:
+@functools.cache
+def lines_of(name: str) -> tuple[Mapping[str, str], ...]:
     """The rows of a file."""
     with open(FOLDER / name, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return tuple(csv.DictReader(file))
 
 
 def layers_text(depth: int | str | None, student: Sequence[int] | None, teacher: Sequence[int] | None) -> str:

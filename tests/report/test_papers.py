@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from haste.report import compare, cosines, figures, finding, page, papers, systems, tables
-from haste.report.content import NONE, Benchmark, Report, Row
+from haste.report.content import NONE, Benchmark, Measured, Report, Row
 
 INCEPTION = {"name": "inception", "kind": "inception", "identity": "i"}
 OTHER = {"name": "dinov2", "kind": "DINOv2-L", "identity": "d"}
@@ -482,6 +482,40 @@ def test_every_number_of_a_published_system_is_as_printed(key):
         assert system.name.startswith(line["model"])
         assert system.scores == {m: line[n] for m, n in papers.SCORES.items() if line.get(n)}
         assert system.source == line["source"]
+
+
+@pytest.mark.parametrize("key", sorted(systems.FILES))
+def test_every_published_system_stands_below_our_runs_at_their_ends(key):
+    resolution, guided = key
+    ours = row("a", "SiT-XL/2", "HASTE", "300000", 400_000, 2.5, aligned(XL), w=1.25 if guided else 1.0)
+    (table,) = systems.system_tables(report([ours], resolution))
+    found = [(source, fid) for kind, source, fid in texts(table, "source", "FID") if kind]
+    assert found == [(line["source"], line["fid"]) for line in lines(systems.FILES[key])]
+
+
+def test_every_measured_number_of_every_table_leads_to_how_it_was_made():
+    sweep = [row("sweep", "SiT-XL/2", "REPA", "never", 4_000_000, w, aligned("depth 8"), w=w) for w in (1.3, 1.35)]
+    found = [{"layer": 8, "t": 0.5, "accuracy": 0.7, "cosine": 0.1, "block": 8, "term": "features", "error": 0.01}]
+    state = {"trajectory": "t", "step": 400_000}
+    measured = [
+        Measured(kind, "xl REPA", 0, 400_000, {
+            "measure": kind, "axes": axes, "values": {value: "error"}, "rows": found, "notes": [], "settings": {},
+            "state": state, "provenance": {},
+        })
+        for kind, axes, value in (
+            ("probe", ["layer", "t"], "accuracy"), ("gradient-cosine", ["term", "t", "block"], "cosine")
+        )
+    ]  # fmt: skip
+    built = report([*ROWS, *sweep], measures=measured)
+    made, seen = page.render(built), set()
+    for section, tables_of in page.all_tables(built).items():
+        for table in tables_of:
+            for entry in (entry for entry in table.entries if entry.kind != "published"):
+                for head, cell in zip(table.heads, entry.cells, strict=True):
+                    if head.number and isinstance(cell.value, float) and head.name != "epochs":
+                        assert cell.link and f'id="{cell.link}"' in made, (table.name, head.name)
+                        seen.add(section)
+    assert seen == {"results", "speed", "published", "ablations", "measures"}
 
 
 def test_epochs_that_a_source_gives_as_steps_are_of_its_batch():
