@@ -277,7 +277,7 @@ def _heat_map(
         (np.arange(table.shape[0]) + 0.5, table.index, axes.set_yticks),
     ):
         every = max(1, math.ceil(len(labels) / 10))
-        put(ticks[::every], [_tick(labels.name, label) for label in labels[::every]])
+        put(ticks[::every], [_tick(str(labels.name), float(label)) for label in labels[::every]])
     axes.grid(visible=False)
     bar = figure.colorbar(drawn, ax=axes)
     bar.ax.tick_params(colors=INK)
