@@ -73,7 +73,7 @@ class Plan:
         self.rows, self.elsewhere = evaluations.rows, evaluations.elsewhere
         self.evaluations, self.evaluation = evaluations.by_name, evaluations.named
 
-        measures = Measures(config, data, evaluations.rows)
+        measures = Measures(config, data, evaluations.states)
         self._parts = inputs.Parts(config, data, targets, runs, evaluations, measures)
         self.measured, self.measurements, self.measurement = measures.rows, measures.by_name, measures.of
 

@@ -207,6 +207,9 @@ def test_samples_of_chosen_classes_are_shown_of_the_first_seed_and_never_scored(
     assert "sampling.pictures: samples of chosen classes are shown and not scored" in plan.notes
     found = {stage.name: stage.jobs for stage in cost.stages(plan)[0]}
     assert (found["samples"], found["scores"]) == (3, 2)
+    measured = {"m": {"measure": "gradient-cosine"}}
+    run = {"alignment": "HASTE", "seeds": [3, 1], "sampling": ["pictures"], "measures": ["m"], "milestones": [8]}
+    assert [row.seed for row in plan_of(sampling=ways, measures=measured, runs={"a": run}).measured] == [3, 1]
 
 
 def test_other_chosen_classes_or_another_order_are_other_samples_and_what_existed_keeps_its_name():
