@@ -152,6 +152,15 @@ def _faults_of_data(config: Config) -> list[str]:
             for name, way in config.sampling.items()
             if way.guidance > 1
         ]
+    classes = config.images.classes
+    beyond = {name: [label for label in way.chosen if label >= classes] for name, way in config.sampling.items()}
+    if config.condition.name == "labels":
+        expected = f"0 to {classes - 1}" if classes else "random"
+        faults += [
+            f"sampling.{name}.labels: {found}, but images.classes is {classes}; expected {expected}"
+            for name, found in beyond.items()
+            if found
+        ]
     return faults
 
 

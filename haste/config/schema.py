@@ -285,6 +285,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # DiT's own samples of its Table 2, "cfg=1.50".
     "ddpm-250-guided": {"sampler": "ddpm", "steps": 250, "guidance": 1.5, "guided_channels": 3, "pixels": "round"},
 }
+OF_EACH = 4  # samples of each chosen class, unless `count` says otherwise
 # dopri5 with SiT's settings.
 _TOLERANCES = {"rtol": 1e-3, "atol": 1e-6}
 
@@ -293,6 +294,14 @@ _TOLERANCES = {"rtol": 1e-3, "atol": 1e-6}
 SAMPLERS = {name: "interpolant" for name in ("euler", "heun", "euler-maruyama", "dopri5")} | {
     name: "ddpm" for name in ("ddpm", "ddim")
 }
+
+
+def _labels(value: Any) -> Any:
+    if isinstance(value, list) and value and all(type(one) is int and one >= 0 for one in value):
+        return _distinct(value)
+    if value not in ("random", "balanced"):
+        raise ValueError(f"expected random, balanced, or a list of classes counted from 0, found {value!r}")
+    return value
 
 
 class Sampling(Strict):
@@ -308,26 +317,41 @@ class Sampling(Strict):
     interval: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.0, 1.0]
     guided_channels: Annotated[Literal["all", 3], LATER] = "all"
     count: Annotated[int, Field(ge=4)] = 50_000  # precision and recall use the 3 nearest neighbours of each
-    labels: Literal["random", "balanced"] = "random"
+    labels: Annotated[Literal["random", "balanced"] | list[int], BeforeValidator(_labels)] = "random"
     pixels: Literal["truncate", "round"] = "truncate"
     seed: Seed = 0
 
     @model_validator(mode="before")
     @classmethod
     def _complete(cls, given: Any) -> Any:
-        """Use the preset for omitted keys; dopri5 has tolerances instead of steps."""
+        """Use the preset for omitted keys; dopri5 has tolerances instead of steps, and chosen classes fill a grid."""
         if not isinstance(given, dict):
             return given
         preset = given.get("preset")
         known = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
         adaptive = {"steps": None, **_TOLERANCES} if given.get("sampler") == "dopri5" else {}
-        return {**known, **adaptive, **given}
+        chosen = given.get("labels")
+        shown = {"count": OF_EACH * len(chosen)} if isinstance(chosen, list) and chosen else {}
+        return {**known, **adaptive, **shown, **given}
 
     @model_validator(mode="after")
     def _ordered(self) -> Sampling:
         if self.interval[0] > self.interval[1]:
             raise ValueError(f"guidance interval {self.interval} is empty: low is above high")
         return self
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Sampling:
+        if self.chosen and self.count < len(self.chosen):
+            raise ValueError(
+                f"count {self.count} is less than the {len(self.chosen)} labels, expected a sample of each or more"
+            )
+        return self
+
+    @property
+    def chosen(self) -> list[int]:
+        """The classes that are named, of which there is a picture and no score; none if they are drawn from all."""
+        return self.labels if isinstance(self.labels, list) else []
 
     @model_validator(mode="after")
     def _enough_steps(self) -> Sampling:

@@ -110,11 +110,12 @@ class Labels(Condition):
         return np.full(count, self.classes, np.int64)
 
     def sampled(self, sampling: Sampling, indices: range) -> Rows:
-        """Classes drawn uniformly, or in turn."""
+        """Classes drawn uniformly, or all or the chosen ones in turn."""
         if not self.classes:
             return {"label": np.zeros(len(indices), np.int64)}
-        if sampling.labels == "balanced":
-            return {"label": np.asarray(indices, dtype=np.int64) % self.classes}
+        if sampling.labels != "random":
+            turn = np.asarray(sampling.chosen or range(self.classes), np.int64)
+            return {"label": turn[np.asarray(indices) % len(turn)]}
         drawn = order.uniforms(sampling.seed, "sample label", 0, indices)
         return {"label": np.minimum((drawn * self.classes).astype(np.int64), self.classes - 1)}
 

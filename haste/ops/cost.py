@@ -190,7 +190,7 @@ def stages(plan: Plan) -> tuple[list[Stage], bool]:
         _sampling_stage(plan, evaluations, flops),
         _feature_stage(plan, evaluations, flops),
         *_measure_stages(plan, flops),
-        _stage("scores", [judgement.score for e in evaluations for judgement in e.judgements]),
+        _stage("scores", [judgement.score for e in evaluations for judgement in e.judged]),
         _stage("grids, floor, report", closing),
     ]
     return found, measured

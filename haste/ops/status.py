@@ -240,7 +240,8 @@ def _doing(finished: bool, step: int, holder: locks.Holder | None, queued: str) 
 
 
 def _scored(evaluation: Evaluation) -> bool:
-    return all(Path(judgement.score).exists() for judgement in evaluation.judgements)
+    wanted = [judgement.score for judgement in evaluation.judged] or [evaluation.grid]
+    return all(Path(path).exists() for path in wanted)
 
 
 def upcoming(plan: Plan, left: Sequence[State]) -> list[str]:

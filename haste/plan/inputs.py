@@ -47,7 +47,7 @@ class Parts:
         return [
             one
             for one in self.evaluations.by_name.values()
-            if not _exist([one.grid, *(judged.score for judged in one.judgements)]) and not one.is_drawn
+            if not _exist([one.grid, *(judged.score for judged in one.judged)]) and not one.is_drawn
         ]
 
     @functools.cached_property
@@ -117,11 +117,8 @@ def detectors(parts: Parts) -> None:
     """Refuse public detectors whose weights are missing or another network's."""
     for detector in parts.data.detectors.values():
         spec = parts.config.detector[detector.name].pretrained
-        if (
-            spec is None
-            or spec.name not in DETECTORS
-            or _exist([detector.reference.manifest, *_scores(parts, detector)])
-        ):
+        made = not parts.drawn and _exist([detector.reference.manifest, *_scores(parts, detector)])
+        if made or spec is None or spec.name not in DETECTORS:  # who draws samples extracts their features too
             continue
         if spec.name in TEACHERS:
             _transformer(spec, f"detector {spec.name}")
@@ -131,7 +128,7 @@ def detectors(parts: Parts) -> None:
 
 def _scores(parts: Parts, detector: Detector) -> list[str]:
     """The files that a detector's reference is for."""
-    judged = (one for drawn in parts.evaluations.by_name.values() for one in drawn.judgements)
+    judged = (one for drawn in parts.evaluations.by_name.values() for one in drawn.judged)
     return [detector.floor, *(one.score for one in judged if one.detector == detector)]
 
 

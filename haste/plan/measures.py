@@ -10,7 +10,7 @@ from typing import Any
 from haste.config import Config, measured_teacher, measured_terms
 from haste.files.artefact import fingerprint
 from haste.plan.data import Data
-from haste.plan.names import RECIPE, Artefact, Row, Segment, State
+from haste.plan.names import RECIPE, Artefact, Segment, State
 from haste.plan.runs import named_terms
 
 
@@ -73,15 +73,14 @@ class Measures:
         by_name: the measurements.
     """
 
-    def __init__(self, config: Config, data: Data, rows: Iterable[Row]):
+    def __init__(self, config: Config, data: Data, states: Iterable[tuple[str, int, int, State]]):
         """
         Args:
             config: the configuration.
             data: stores and networks.
-            rows: of the result table, whose states are measured.
+            states: run, step, seed and state of the lines of the result table.
         """
         self.config, self.data = config, data
-        states = dict.fromkeys((row.run, row.step, row.seed, row.evaluation.state) for row in rows)
         self.rows = [
             MeasuredRow(run, step, seed, self.of(run, state, label))
             for run, step, seed, state in states

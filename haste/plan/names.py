@@ -180,6 +180,11 @@ class Evaluation:
         return fingerprint(self.recipe)
 
     @property
+    def judged(self) -> tuple[Judgement, ...]:
+        """The scores that a configuration makes: none of chosen classes, which are not what the reference is of."""
+        return () if self.sampling.chosen else self.judgements
+
+    @property
     def features(self) -> Artefact:
         """The main detector's features."""
         return self.judgements[0].features

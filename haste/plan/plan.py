@@ -52,7 +52,7 @@ class Plan:
         report: the final page.
         references: the detectors' features of the real images.
         trajectories: by name, both trained ones and those of imported checkpoints.
-        notes: which settings have no effect, or ask for what can no longer be made.
+        notes: which settings have no effect, or ask for what can no longer be made; which samples are not scored.
     """
 
     def __init__(self, config: Config, content: str | None = None):
@@ -83,12 +83,12 @@ class Plan:
         self.trajectories = runs.trajectories | evaluations.trajectories
         self.pieces, self.cuts, self.planned, self.trained = runs.pieces, runs.cuts, runs.planned, runs.trained
         self.state, self.parse, self.segment, self.on_disk = runs.state, runs.parse, runs.segment, runs.on_disk
-        self.notes = runs.notes + data.notes
+        self.notes = runs.notes + data.notes + evaluations.notes
 
         self.rows, self.elsewhere = evaluations.rows, evaluations.elsewhere
         self.evaluations, self.evaluation = evaluations.by_name, evaluations.named
 
-        measures = Measures(config, data, evaluations.rows)
+        measures = Measures(config, data, evaluations.states)
         self._parts = inputs.Parts(config, data, targets, runs, evaluations, measures)
         self.measured, self.measurements, self.measurement = measures.rows, measures.by_name, measures.of
 
@@ -190,7 +190,7 @@ class Plan:
     @property
     def shown(self) -> list[str]:
         """The files that the page shows: every score, and the grids of each row's first seed."""
-        scores = [judgement.score for row in self.rows for judgement in row.evaluation.judgements]
+        scores = [judgement.score for row in self.rows for judgement in row.evaluation.judged]
         first = {run: row.seed for run, row in self.config.runs.items()}
         grids = [row.evaluation.grid for row in self.rows if row.seed == first.get(row.run, row.seed)]
         return [*dict.fromkeys(scores + grids), *(detector.floor for detector in self.detectors.values())]

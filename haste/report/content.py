@@ -45,7 +45,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a measure, by its name in the configuration, found of one run's state with one seed: its file, parsed."""
+    """What a measure, by its name in the configuration, found of one run's state with one seed: its file, parsed.
+
+    `printed`: for a published finding, which was not measured here and whose run is its source, the decimals it is
+    printed with.
+    """
 
     name: str
     run: str
@@ -53,6 +57,7 @@ class Measured:
     step: int
     found: Mapping[str, Any]
     file: str = ""
+    printed: int | None = None
 
 
 @dataclass(frozen=True)

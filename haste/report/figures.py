@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from haste.files import journal
-from haste.report.compare import METRICS, Comparison, comparisons, curve, floor_value, seeds_of
+from haste.report import papers
+from haste.report.compare import METRICS, Comparison, comparisons, curve, floor_value, lines, seeds_of
 from haste.report.content import Curve, Report
 
 # Okabe and Ito, "Color Universal Design" (2008), less black and yellow, which vanish in the dark or on white.
@@ -58,6 +59,9 @@ class Style:
     def dash_array(self) -> str:
         """The pattern for a legend, in pixels, multiplied by the line's width as matplotlib does."""
         return " ".join(f"{WIDTH * length:g}" for length in self.dash) or "none"
+
+
+PRINTED = Style(INK, (1.5, 1.5), {}, "")  # what papers print
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,10 @@ def _score_panel(report: Report, group: Comparison, drawn: Mapping[str, Style], 
     title = group.column.name + (f", {group.model}" if len(models) > 1 else "")
     figure, axes = new_figure(title)
     ends, values = {}, [p.value for p in group.points] + ([] if floor is None else [floor])
+    rings = _printed(report, group)
+    for run, pairs in rings.items():
+        axes.plot(*zip(*pairs, strict=True), "o", ms=6, mfc="none", mec=drawn[run].colour)
+        values += [value for _, value in pairs]
     for run in dict.fromkeys(p.run for p in group.points):
         points = [(s, found) for s, found in curve(group, run, seeds_of(report, run)) if not found.missing]
         if not points:
@@ -123,8 +131,22 @@ def _score_panel(report: Report, group: Comparison, drawn: Mapping[str, Style], 
         axes.axhline(floor, color=INK, lw=1.1, dashes=(8, 4), alpha=0.7)
     _scale(axes, values)
     _mark_stops(axes, [drawn[run] for run in ends])
-    dashed = "" if floor is None else f"Dashed: real images against real ones, {floor:.3g}."
-    return Panel(title, group.protocol, dashed, to_svg(figure, f"score{number}", _spoken(title, ends, floor)))
+    dashed = "" if floor is None else f"Dashed: real images against real ones, {floor:.3g}. "
+    caption = dashed + ("Rings: what papers print for the same model and method." if rings else "")
+    return Panel(title, group.protocol, caption.strip(), to_svg(figure, f"score{number}", _spoken(title, ends, floor)))
+
+
+def _printed(report: Report, group: Comparison) -> dict[str, list[tuple[int, float]]]:
+    """Run -> (step, score) as papers print them, between the first and the last step that is drawn."""
+    if not papers.comparable(group.column):
+        return {}
+    steps, found = [p.step for p in group.points], {}
+    table = lines(report)
+    for run, row in {p.run: table[p.line].first for p in group.points}.items():
+        ones = papers.along(row, report.benchmark, max(steps))
+        pairs = [(one.step, one.scores.get(group.column.metric)) for one in ones]
+        found[run] = [(step, float(text)) for step, text in pairs if text and step >= min(steps)]
+    return {run: pairs for run, pairs in found.items() if pairs}
 
 
 def _spoken(title: str, ends: Mapping[str, tuple[float, int]], floor: float | None) -> str:

@@ -10,6 +10,7 @@ from haste.report import compare
 from haste.report.compare import Comparison, Point, Summary, comparisons, decimals
 from haste.report.content import NONE, Report
 from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell
+from haste.report.papers import Claim, claims
 
 BASELINES = ("vanilla", "REPA")  # methods relative to which speed-ups are measured
 
@@ -94,7 +95,9 @@ class SpeedUp:
     """When a run reached the Fréchet distance that a baseline has at its last step.
 
     `at` is None if it did not, by its last step `last`. `measured`: `at` is the run's first measured step, so that the
-    distance may have been reached earlier; otherwise `at` is interpolated between two measured steps.
+    distance may have been reached earlier; otherwise `at` is interpolated between two measured steps. `like` are the
+    model, method, the baseline's method and whether both are guided, by which papers' claims are like it; None if the
+    distance is not FID. `links` say how the baseline's distance was made, and the run's at its first step after `at`.
     """
 
     run: str
@@ -106,6 +109,8 @@ class SpeedUp:
     measured: bool
     column: str
     places: int
+    links: tuple[str, str] = ("", "")
+    like: tuple[str, str, str, bool] | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -175,13 +180,21 @@ def _timed(report: Report, group: Comparison, label: str) -> Iterator[SpeedUp]:
             if baseline is None or not curves[run] or methods[run] in (method, "vanilla"):
                 continue
             step, value = curves[baseline][-1]
+            like = (group.model, methods[run], method, group.column.guidance != "none")
             found = reached(curves[run], value)
             # A single measured step shows no speed-up, and neither does a first one that is no earlier.
             if (len(curves[run]) == 1 and not found) or (found and found[1] and found[0] >= step):
                 continue
             at, first = found or (None, False)
             last = curves[run][-1][0]
-            yield SpeedUp(run, baseline, value, step, at, last, first, label, places)
+            told = like if group.column.inception else None
+            links = (_made(group, baseline, step), _made(group, run, last if at is None else at))
+            yield SpeedUp(run, baseline, value, step, at, last, first, label, places, links, told)
+
+
+def _made(group: Comparison, run: str, step: float) -> str:
+    """The place on the page that says how a run's first score at or after a step was made."""
+    return f"made-{next(p.line for p in group.points if p.run == run and p.step >= step)}"
 
 
 def lead(report: Report) -> str:
@@ -202,12 +215,13 @@ def speedup_table(report: Report) -> Table | None:
         return None
     heads = [Head("run"), Head("reaches the distance of"), Head("which at step", True), Head("is", True)]
     heads += [Head("at step", True), Head("speed-up", True)]
-    columns = list(dict.fromkeys(s.column for s in found))
+    columns, likes = list(dict.fromkeys(s.column for s in found)), {one.like for one in found}
     if len(columns) > 1:
         heads.insert(1, Head("score"))
     entries = []
     for place, one in enumerate(found):
-        cells = [text_cell(one.run), text_cell(one.baseline), text_cell(one.step), number_cell(one.value, one.places)]
+        value = number_cell(one.value, one.places, link=one.links[0])
+        cells = [text_cell(one.run), text_cell(one.baseline), text_cell(one.step), value]
         if len(columns) > 1:
             cells.insert(1, text_cell(one.column))
         group = (one.column, one.baseline)
@@ -217,11 +231,32 @@ def speedup_table(report: Report) -> Table | None:
         "Read off between measured points, on a line in the logarithm of the distance. Nothing is claimed outside "
         "them: ≤ and ≥ say that the distance was reached by the first measured step."
     ]
+    said = [one for one in claims(report.benchmark) if (one.model, one.method, one.baseline, one.guided) in likes]
+    entries += [Entry(_claimed(one, len(columns) > 1), "published", first=one is said[0]) for one in said]
+    if said:
+        notes.append(
+            "In italics: what the papers claim, each on their own runs; those of REPA are lower bounds. They are no "
+            "results of this code. What a paper does not state is a dash."
+        )
     return Table("speed-up", "Speed-up", heads, entries, notes)
+
+
+def _claimed(one: Claim, several: bool) -> list[Cell]:
+    score = [text_cell("FID, guided" if one.guided else "FID")] if several else []
+    who = [text_cell(f"{one.model} {one.method}, {one.source}"), *score, text_cell(one.baseline), text_cell(one.step)]
+    return [
+        *who,
+        Cell(NONE),
+        text_cell(one.at),
+        Cell(f"{one.factor}×", float(one.factor)) if one.factor else Cell(NONE),
+    ]
 
 
 def _times(one: SpeedUp) -> list[Cell]:
     if one.at is None or one.ratio is None:
-        return [Cell(f"not by {one.last:,}"), Cell(NONE)]
-    bound = ("≤ ", "≥ ") if one.measured else ("", "")
-    return [Cell(f"{bound[0]}{_round(one.at):,}", one.at), Cell(f"{bound[1]}{one.ratio:.1f}×", one.ratio)]
+        return [Cell(f"not by {one.last:,}", link=one.links[1]), Cell(NONE)]
+    bound, link = ("≤ ", "≥ ") if one.measured else ("", ""), one.links[1]
+    return [
+        Cell(f"{bound[0]}{_round(one.at):,}", one.at, link=link),
+        Cell(f"{bound[1]}{one.ratio:.1f}×", one.ratio, link=link),
+    ]

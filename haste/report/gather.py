@@ -195,9 +195,9 @@ def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
     Raises:
         ValueError: no row has a score.
     """
-    scores = [(row, judgement) for row in plan.rows for judgement in row.evaluation.judgements]
+    scores = [(row, judgement) for row in plan.rows for judgement in row.evaluation.judged]
     there = [pair for pair in scores if Path(pair[1].score).exists()]
-    if not there:
+    if scores and not there:
         raise ValueError(
             f"{plan.folder}: none of its {len(scores)} scores exists yet, expected at least one; the workflow makes "
             f"them, and `haste status` says how far it is. The first will be {scores[0][1].score}"
@@ -299,7 +299,7 @@ def report(plan: Plan) -> Report:
     made = plan.config
     rows, notes = _rows(plan)
     measures, unmeasured = _measured(plan)
-    inputs = {j.score: plan.label(row.run, row.seed) for row in plan.rows for j in row.evaluation.judgements}
+    inputs = {j.score: plan.label(row.run, row.seed) for row in plan.rows for j in row.evaluation.judged}
     return Report(
         name=made.name,
         title=made.title or made.name,

@@ -2,12 +2,14 @@
 
 A line of the table is a run at a step, at one place of all axes but the first one of numbers, x, whose places stand
 side by side while they are few. A figure has x along the bottom and a line a run; where there are many places of
-another axis of numbers it is a heat map of that against x, one a run, of the run's last step.
+another axis of numbers it is a heat map of that against x, one a run, of the run's last step; many steps have a heat
+map too. Cosines of gradients that the papers print for the same model and method are a run of their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +18,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import EngFormatter
 
 from haste.files.artefact import fingerprint
 from haste.report.content import Measured, Report
-from haste.report.figures import INK, Panel, Style, draw_band, draw_line, new_figure, styles, to_svg
+from haste.report.cosines import with_published
+from haste.report.figures import INK, PRINTED, Panel, Style, draw_band, draw_line, new_figure, styles, to_svg
 from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell, to_text
 
 SIDE_BY_SIDE = 12  # places of x that have a column each
@@ -90,14 +94,16 @@ class Findings:
 
 def findings(report: Report) -> list[Findings]:
     """What every measure found, in the order of the configuration; those that found nothing are left out."""
-    names = dict.fromkeys(one.name for one in report.measures)
-    found = [Findings.of(name, [one for one in report.measures if one.name == name]) for name in names]
+    found = []
+    for name in dict.fromkeys(one.name for one in report.measures):
+        ones = [one for one in report.measures if one.name == name]
+        found.append(Findings.of(name, [*itertools.chain.from_iterable(with_published(report, ones))]))
     return [one for one in found if len(one.frame)]
 
 
 def anchor(report: Report, one: Measured) -> str:
-    """The id of the place on the page that says how a file was made."""
-    return f"made-measure-{report.measures.index(one)}"
+    """The id of the place on the page that says how a file was made; "" for a published one."""
+    return "" if one.printed is not None else f"made-measure-{report.measures.index(one)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,11 +128,12 @@ def _table(seeds_of: Mapping[str, Sequence[int]], link_of: Callable[[Measured], 
         for place, lines in found.groups(part, [key for key in keys if key != "step"]):
             where = {"step": step, **dict(zip([key for key in keys if key != "step"], place, strict=True))}
             cells = [text_cell(run), *(_place(where[key]) for key in keys)]
+            cell = functools.partial(_cell, found, seeds=seeds, link=link, printed=ones[0].printed)
             if wide:
-                cells += [_cell(found, lines[lines[found.x] == x], value, seeds, link) for x in across]
+                cells += [cell(lines[lines[found.x] == x], value) for x in across]
             else:
-                cells += [_cell(found, lines, name, seeds, link) for name in found.values]
-            entries.append(Entry(cells, first=run != before))
+                cells += [cell(lines, name) for name in found.values]
+            entries.append(Entry(cells, "" if ones[0].printed is None else "published", first=run != before))
             before = run
     values = [f"{found.x} {x:g}" for x in across] or list(found.values)
     heads = [Head("run"), *(Head(key, key not in found.words) for key in keys), *(Head(name, True) for name in values)]
@@ -139,9 +146,14 @@ def _place(value: Any) -> Cell:
     return text_cell(value) if isinstance(value, str) else Cell(f"{value:,g}", value)
 
 
-def _cell(found: Findings, lines: pd.DataFrame, name: str, seeds: Sequence[int], link: str) -> Cell:
-    """One value: with its standard error, or the mean over several seeds with their spread, where none is missing."""
+def _cell(
+    found: Findings, lines: pd.DataFrame, name: str, *, seeds: Sequence[int], link: str, printed: int | None
+) -> Cell:
+    """One value: with its standard error, or the mean over several seeds with their spread, where none is missing. A
+    published one is as printed."""
     values, places = list(lines[name]), _places(found.frame[name])
+    if printed is not None:
+        return Cell(f"{values[0]:.{printed}f}", values[0]) if values else number_cell(None, places)
     if len(values) < len(seeds) or not values:
         text = "; ".join(f"{value:.{places}f}" for value in values)
         return Cell(text, link=link) if text else number_cell(None, places)
@@ -167,6 +179,11 @@ def _notes(found: Findings, value: str) -> list[str]:
         several = any(len(found.seeds(one.run, one.step)) > 1 for one in found.ones)
         notes.append(f"± is {'the spread over seeds of training, or with one ' if several else ''}the standard error.")
     left: dict[str, list[str]] = {}
+    if quoted := list(dict.fromkeys(one.run for one in found.ones if one.printed is not None)):
+        notes.append(
+            f"In italics, and dotted in figures: what papers print ({'; '.join(quoted)}), of all alignment terms "
+            "together, on training, images and noise of their own. They are no results of this code."
+        )
     for one in found.ones:
         for note in one.found["notes"]:
             left.setdefault(note, []).append(f"{one.run} at step {one.step:,}")
@@ -187,27 +204,39 @@ def _words(value: Any) -> str:
 
 def measure_panels(report: Report) -> list[tuple[str, list[Panel]]]:
     """Name -> figures of every measure that has something to draw: more than one place, or more than one step."""
-    drawn = styles(report)
-    found = [(one.name, list(_panels(one, drawn))) for one in findings(report)]
+    every, drawn = findings(report), styles(report)
+    drawn |= {one.run: PRINTED for found in every for one in found.ones if one.printed is not None}
+    found = [(one.name, list(_panels(one, drawn))) for one in every]
     return [(name, panels) for name, panels in found if panels]
 
 
 def _panels(found: Findings, drawn: Mapping[str, Style]) -> Iterator[Panel]:
-    number = itertools.count()
-    crowded = [axis for axis in found.others if found.frame[axis].nunique() > APART]
+    number, frame = itertools.count(), found.frame
+    crowded = [axis for axis in found.others if frame[axis].nunique() > APART]
+    last = frame[frame["step"] == frame.groupby("run")["step"].transform("max")]
+
+    def maps(value: str, part: pd.DataFrame, y: str, x: str) -> Iterator[Panel]:
+        """A heat map of each run that has several places of both axes, and of each place of all others."""
+        others = [axis for axis in (*found.words, *found.others) if axis not in (x, y)]
+        for (run, *place), lines in found.groups(part, ["run", *others]):
+            if min(lines[x].nunique(), lines[y].nunique()) > 1:
+                title = ", ".join([value, run, *_where(found, others, place)])
+                yield _heat_map(found, value, (x, y), lines, title, f"{found.slug}-{next(number)}")
+
     for value in found.values:
         if crowded:
-            last = found.frame[found.frame["step"] == found.frame.groupby("run")["step"].transform("max")]
-            others = [axis for axis in (*found.words, *found.others) if axis != crowded[0]]
-            for place, part in found.groups(last, ["run", *others]):
-                yield _heat_map(found, value, crowded[0], part, place, f"{found.slug}-{next(number)}")
+            yield from maps(value, last, crowded[0], found.x)
         elif found.x or len(found.steps) > 1:
             apart = [*found.words, *found.others]
-            for place, part in found.groups(found.frame, apart):
-                where = [
-                    f"{name} {at:g}" if name in found.others else str(at) for name, at in zip(apart, place, strict=True)
-                ]
-                yield _lines(found, value, part, ", ".join([value, *where]), drawn, f"{found.slug}-{next(number)}")
+            for place, part in found.groups(frame, apart):
+                title = ", ".join([value, *_where(found, apart, place)])
+                yield _lines(found, value, part, title, drawn, f"{found.slug}-{next(number)}")
+        if found.x and len(found.steps) > APART:
+            yield from maps(value, frame, crowded[0] if crowded else found.x, "step")
+
+
+def _where(found: Findings, axes: Sequence[str], place: Sequence[Any]) -> list[str]:
+    return [f"{name} {at:g}" if name in found.others else str(at) for name, at in zip(axes, place, strict=True)]
 
 
 def _lines(found: Findings, value: str, part: pd.DataFrame, title: str, drawn: Mapping[str, Style], name: str) -> Panel:
@@ -221,21 +250,26 @@ def _lines(found: Findings, value: str, part: pd.DataFrame, title: str, drawn: M
         last = not step or step[0] == found.frame.loc[found.frame["run"] == run, "step"].max()
         by_x = lines.groupby(x)
         mean, several = by_x[value].mean(), by_x[value].count().max() > 1
-        spread = by_x[value].std(ddof=1).fillna(0) if several else by_x[error].mean() if error else 0 * mean
+        spread = by_x[value].std(ddof=1).fillna(0) if several else by_x[error].mean().fillna(0) if error else 0 * mean
         if last:
             draw_band(axes, drawn[run], mean.index, mean, spread)
             ends.append(f"{run} {mean.iloc[-1]:.3g} at {x} {mean.index[-1]:g}")
         draw_line(axes, drawn[run], mean.index, mean, marker="o", alpha=1.0 if last else FADED)
     faint = "Faint: earlier steps." if found.x and len(found.steps) > 1 else ""
+    if dotted := [one.run for one in found.ones if one.printed is not None and one.run in set(part["run"])]:
+        faint = f"Dotted: {'; '.join(dict.fromkeys(dotted))}. {faint}".strip()
     return Panel(title, "", faint, to_svg(figure, name, f"{title} over {x}: {'; '.join(ends)}"))
 
 
-def _heat_map(found: Findings, value: str, y: str, part: pd.DataFrame, place: Sequence[Any], name: str) -> Panel:
-    """One run's values at its last step, x along the bottom and y upwards, in colours around 0 where signs differ."""
-    table = part.pivot_table(index=y, columns=found.x, values=value, aggfunc="mean")
-    title = ", ".join([value, *map(str, place)])
-    figure, axes = new_figure(y, found.x)
-    most, signed = float(np.nanmax(np.abs(table.to_numpy()))) or 1.0, float(np.nanmin(table.to_numpy())) < 0
+def _heat_map(
+    found: Findings, value: str, axes_of: tuple[str, str], part: pd.DataFrame, title: str, name: str
+) -> Panel:
+    """One run's values, x along the bottom and y upwards, averaged over all other axes. Colours mean the same in all
+    maps of a value; they are around 0 where signs differ."""
+    x, y = axes_of
+    table = part.pivot_table(index=y, columns=x, values=value, aggfunc="mean")
+    figure, axes = new_figure(y, x)
+    most, signed = float(found.frame[value].abs().max()) or 1.0, float(found.frame[value].min()) < 0
     low, colours = (-most, "PuOr") if signed else (0.0, "viridis")
     drawn = axes.pcolormesh(np.ma.masked_invalid(table.to_numpy()), vmin=low, vmax=most, cmap=colours)
     for ticks, labels, put in (
@@ -243,15 +277,21 @@ def _heat_map(found: Findings, value: str, y: str, part: pd.DataFrame, place: Se
         (np.arange(table.shape[0]) + 0.5, table.index, axes.set_yticks),
     ):
         every = max(1, math.ceil(len(labels) / 10))
-        put(ticks[::every], [f"{label:g}" for label in labels[::every]])
+        put(ticks[::every], [_tick(str(labels.name), float(label)) for label in labels[::every]])
     axes.grid(visible=False)
     bar = figure.colorbar(drawn, ax=axes)
     bar.ax.tick_params(colors=INK)
     bar.outline.set_edgecolor(INK)  # type: ignore[operator]
     top = float(np.nanmax(table.to_numpy()))
-    spoken = f"{title} by {found.x} and {y}: from {float(np.nanmin(table.to_numpy())):.3g} to {top:.3g}"
-    step = int(part["step"].iloc[0])
-    return Panel(title, "", f"{title}, step {step:,}.", to_svg(figure, name, spoken))
+    spoken = f"{title} by {x} and {y}: from {float(np.nanmin(table.to_numpy())):.3g} to {top:.3g}"
+    when = f"step {int(part['step'].iloc[0]):,}"
+    if x == "step":
+        when = "over steps" if y == found.x else f"over steps, the mean over {found.x}"
+    return Panel(title, "", f"{title}, {when}.", to_svg(figure, name, spoken))
+
+
+def _tick(axis: str, at: float) -> str:
+    return EngFormatter(sep="")(at) if axis == "step" else f"{at:g}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from haste.cluster import accounting
 from haste.files import artefact
 from haste.files.artefact import replacing
 from haste.plan.plan import Plan
-from haste.report import figures, formats, gather, systems, tables
+from haste.report import figures, formats, gather, probes, sweeps, systems, tables
 from haste.report.compare import Line, guidance_text, lines
 from haste.report.content import NONE, Grid, Part, Report, Row
+from haste.report.figures import Panel
 from haste.report.finding import context, finding, lead, speedup_table, speedups
 from haste.report.formats import Entry, Head, Table, text_cell
 from haste.report.measures import anchor, measure_panels, measure_tables
@@ -122,15 +123,27 @@ def render(report: Report) -> str:
         bands=BANDS if any(len(line.seeds) > 1 for line in lines(report)) else "",
         lines=[(line, _title(line)) for line in lines(report)],
         styles=figures.styles(report),
-        score_panels=[
-            (protocol, [(p, Markup(p.svg)) for p in group])
-            for protocol, group in itertools.groupby(figures.score_panels(report), key=lambda p: p.protocol)
-        ],
-        loss_panels=[(p, Markup(p.svg)) for p in figures.loss_panels(report)],
-        measure_panels=[(name, [(p, Markup(p.svg)) for p in found]) for name, found in measure_panels(report)],
+        score_panels=_by_protocol(figures.score_panels(report)),
+        guidance_panels=_by_protocol(sweeps.guidance_panels(report)),
+        loss_panels=_shown(figures.loss_panels(report)),
+        measure_panels=[(name, _shown(found)) for name, found in [*measure_panels(report), *_scattered(report)]],
         measured=[(anchor(report, one), f"{one.name} of {one.run}, step {one.step:,}", one) for one in report.measures],
         grids=[(step, [_grid(grid) for grid in group]) for step, group in _by_step(report)],
     )
+
+
+def _shown(panels: Iterable[Panel]) -> list[tuple[Panel, Markup]]:
+    return [(panel, Markup(panel.svg)) for panel in panels]
+
+
+def _by_protocol(panels: Sequence[Panel]) -> list[tuple[str, list[tuple[Panel, Markup]]]]:
+    groups = itertools.groupby(panels, key=lambda panel: panel.protocol)
+    return [(protocol, _shown(group)) for protocol, group in groups]
+
+
+def _scattered(report: Report) -> list[tuple[str, list[Panel]]]:
+    panel = probes.scatter(report)
+    return [("Distance against accuracy", [panel])] if panel else []
 
 
 def _title(line: Line) -> str:

@@ -3,7 +3,6 @@ chose. There is one table without guidance and one with it."""
 
 from __future__ import annotations
 
-import csv
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from haste.report.compare import Column, Line, columns, decimals, guidance, guidance_text, lines
 from haste.report.content import NONE, Report
 from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell
-from haste.report.papers import BATCH, FOLDER, SAMPLES, SCORES, comparable
+from haste.report.papers import BATCH, SAMPLES, SCORES, comparable, lines_of
 
 # (the images' side in pixels, whether the systems are guided) -> file.
 FILES = {
@@ -39,8 +38,7 @@ def published(resolution: int, guided: bool) -> tuple[System, ...]:
     name = FILES.get((resolution, guided))
     if name is None:
         return ()
-    with open(FOLDER / name, newline="", encoding="utf-8") as file:
-        return tuple(_read(line, guided) for line in csv.DictReader(file))
+    return tuple(_read(line, guided) for line in lines_of(name))
 
 
 def _read(line: Mapping[str, str], guided: bool) -> System:

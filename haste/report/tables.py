@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from haste.files.artefact import canonical
-from haste.report import papers
+from haste.report import papers, probes
 from haste.report.compare import (
     Column,
     Line,
@@ -143,6 +143,8 @@ class _Frame:
     ):
         self.kinds, self.axis, self.beside = kinds, axis, beside
         self.places, self.best = decimals(report), best(report)
+        own = {(line.first.run, line.first.step) for line in part} if axis or beside else set()
+        self.probed = {place: one for place, one in probes.accuracies(report).items() if place in own}
         said = [_protocol(line.first) for line in part]
         self.several = any(len(line.seeds) > 1 for line in part)
         seeds = {_seeds_text(line) for line in part}  # a note says so if all lines have the same
@@ -164,13 +166,16 @@ class _Frame:
         drawn = [NOISE] if several_noises(part) else []
         self.how = [*kept, *drawn, *([] if hidden["seeds"] else ["seeds"])]
         self.notes = _notes(part, self.several, kinds)
+        if self.probed:
+            self.notes.append(f"{probes.TITLE}: accuracy of a linear probe in %, of the best layer and t.")
 
     @property
     def heads(self) -> list[Head]:
         """The headings."""
         who = [Head(n, number=n in ("step", "w")) for n in self.who]
         how = [Head(n, number=n in ("NFE", "samples", NOISE)) for n in self.how]
-        return [*who, *(Head(c.title, number=True) for c in self.kinds), *how]
+        probed = [Head(probes.TITLE, number=True)] if self.probed else []
+        return [*who, *(Head(c.title, number=True) for c in self.kinds), *probed, *how]
 
     def cells(self, place: int, line: Line) -> list[Cell]:
         """One line's cells; numbers link to `made-{place}`."""
@@ -180,7 +185,8 @@ class _Frame:
         who, how = (
             [self._word(n, values.get(n, getattr(row, n, None))) for n in names] for names in (self.who, self.how)
         )
-        return [*who, *(self._score(place, line, column) for column in self.kinds), *how]
+        probed = [probes.cell(self.probed.get((row.run, row.step)))] if self.probed else []
+        return [*who, *(self._score(place, line, column) for column in self.kinds), *probed, *how]
 
     def reported(self, one: Published) -> list[Cell]:
         """A published result's cells; what the paper does not state is a dash."""
@@ -190,6 +196,7 @@ class _Frame:
         values |= one.settings
         who, how = ([self._word(n, values.get(n)) for n in part] for part in (self.who, self.how))
         scores = [one.scores.get(c.metric) if comparable(c) else None for c in self.kinds]
+        scores += [one.accuracy or None] if self.probed else []
         return [*who, *(Cell(NONE) if s is None else Cell(s, float(s)) for s in scores), *how]
 
     def _word(self, name: str, value: Any) -> Cell:

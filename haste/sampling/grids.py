@@ -21,6 +21,7 @@ from haste.files.npz import ADM, read_npz
 from haste.files.provenance import provenance_of
 from haste.plan.names import Evaluation
 from haste.plan.plan import Plan
+from haste.sampling import batches
 from haste.sampling.samples import Samples, open_samples
 
 GAP = 2  # pixels between neighbouring images, half of it on each side, so that columns have equal widths
@@ -89,6 +90,7 @@ def write_png(path: Path | str, image: Image.Image, about: Mapping[str, Any]) ->
 
 COLUMNS = 10  # classes in a grid
 PER_CLASS = 4  # samples per class in a grid
+MOST = 16  # of chosen classes, which have all their samples
 SCALE = 2  # screen pixels per sample pixel, for small images
 
 
@@ -118,18 +120,23 @@ def _paint(plan: Plan, evaluation: Evaluation) -> None:
         told.append(rows)
         inputs |= provenance_of(Path(path)).get("inputs", {})
     count = sum(samples.count for samples in sets)
+    chosen, most = evaluation.sampling.chosen, PER_CLASS
     columns = condition.columns({name: np.concatenate([rows[name] for rows in told]) for name in told[0]}, COLUMNS)
-    if columns is None:
+    if chosen:
+        (place, titles), most = (np.arange(count) % len(chosen), chosen), MOST
+    elif columns is None:
         width = columns_for(count, most=COLUMNS, rows=PER_CLASS)
         place, titles = np.arange(count) % width, list(range(width))
     else:
         place, titles = columns
-    shown = np.sort(np.concatenate([np.flatnonzero(place == column)[:PER_CLASS] for column in range(len(titles))]))
-    grid = class_grid(_images(sets, shown), place[shown], per_class=PER_CLASS, scale=SCALE, classes=range(len(titles)))
+    shown = np.sort(np.concatenate([np.flatnonzero(place == column)[:most] for column in range(len(titles))]))
+    grid = class_grid(_images(sets, shown), place[shown], per_class=most, scale=SCALE, classes=range(len(titles)))
     about = {"schema": artefact.SCHEMA, "kind": "grid", "samples": evaluation.name, "classes": titles}
     about |= {"titled": columns is not None}
     made = artefact.provenance(key=evaluation.key, recipe=evaluation.recipe, inputs=inputs)
     write_png(evaluation.grid, grid, {**about, "provenance": made})
+    if not evaluation.judged:  # otherwise the score is the last to need them
+        batches.close(batches.folder_of(Path(evaluation.folder)))
 
 
 def _images(sets: Sequence[Samples], rows: np.ndarray) -> np.ndarray:

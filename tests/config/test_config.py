@@ -129,6 +129,13 @@ REFUSALS = [
     ("sampling.quick", {"sampler": "heun", "rtol": 0.1}, ["sampling.quick: heun needs steps", "'rtol': 0.1"]),
     ("sampling.quick", {"sampler": "heun", "steps": None}, ["sampling.quick: heun needs steps", "found None"]),
     ("sampling.quick", {"guided_channels": 4}, ["sampling.quick.guided_channels", "'all' or 3", "found 4"]),
+    ("sampling.quick.labels", "all", ["sampling.quick.labels: expected random, balanced, or a list of", "'all'"]),
+    ("sampling.quick.labels", [], ["sampling.quick.labels: expected random, balanced, or a list of", "found []"]),
+    ("sampling.quick.labels", [1, -1], ["sampling.quick.labels", "counted from 0", "found [1, -1]"]),
+    ("sampling.quick.labels", [1, True], ["sampling.quick.labels", "found [1, True]"]),
+    ("sampling.quick.labels", [3, 1, 3], ["sampling.quick.labels", "has 3 more than once"]),
+    ("sampling.quick.labels", [3, 10], ["sampling.quick.labels: [10], but images.classes is 10; expected 0 to 9"]),
+    ("sampling.quick", {"count": 4, "labels": [0, 1, 2, 3, 4]}, ["sampling.quick: count 4", "5 labels", "of each"]),
     # numbers
     ("runs.vanilla.seeds", [0, 1, 0], ["runs.vanilla.seeds", "has 0 more than once"]),
     ("runs.vanilla.seeds", [], ["runs.vanilla.seeds", "at least 1"]),

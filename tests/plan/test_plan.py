@@ -195,6 +195,33 @@ def test_only_the_first_seed_has_pictures():
     assert grids == [row.evaluation.grid for row in plan.rows if row.seed == 3]
 
 
+def test_samples_of_chosen_classes_are_shown_of_the_first_seed_and_never_scored():
+    ways = {**TINY["sampling"], "pictures": {"sampler": "euler", "steps": 2, "labels": [7, 2, 5]}}
+    plan = plan_of(sampling=ways, runs={"a": {"seeds": [3, 1], "sampling": ["quick", "pictures"], "milestones": [8]}})
+    shown = [(row.evaluation, row.seed) for row in plan.rows if row.evaluation.sampling_name == "pictures"]
+    ((evaluation, seed),) = shown
+    assert (seed, evaluation.sampling.count) == (3, 12)  # four of each
+    assert evaluation.grid in plan.shown and evaluation.score not in plan.shown
+    scored = {path for path in plan.shown if "/scores/" in path and "floor" not in path}
+    assert scored == {row.evaluation.score for row in plan.rows if row.evaluation is not evaluation}
+    assert "sampling.pictures: samples of chosen classes are shown and not scored" in plan.notes
+    found = {stage.name: stage.jobs for stage in cost.stages(plan)[0]}
+    assert (found["samples"], found["scores"]) == (3, 2)
+    measured = {"m": {"measure": "gradient-cosine"}}
+    run = {"alignment": "HASTE", "seeds": [3, 1], "sampling": ["pictures"], "measures": ["m"], "milestones": [8]}
+    assert [row.seed for row in plan_of(sampling=ways, measures=measured, runs={"a": run}).measured] == [3, 1]
+
+
+def test_other_chosen_classes_or_another_order_are_other_samples_and_what_existed_keeps_its_name():
+    def names(**labels):
+        plan = plan_of(sampling={"quick": {**TINY["sampling"]["quick"], **labels}}, runs={"vanilla": {}})
+        return {row.evaluation.name for row in plan.rows}
+
+    assert names() == names(labels="balanced")
+    others = [names(labels=found) for found in ("balanced", "random", [1, 2], [2, 1], [1])]
+    assert len(set.union(*others)) == sum(map(len, others))
+
+
 def test_the_demo_with_three_seeds_shares_stores_parts_and_the_states_of_seed_0_with_the_demo():
     demo, seeds = (Plan(config.load(ROOT / "config" / f"{name}.yaml")) for name in ("digits", "digits-seeds"))
     for made in ("images", "latents", "autoencoder", "detector", "reference", "teachers"):

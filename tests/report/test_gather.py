@@ -210,6 +210,7 @@ def test_the_configuration_for_imagenet_stands_beside_every_sit_of_the_papers_ma
     }
     expected |= {("DiT-XL/2", "vanilla", "400,000", "19.5"), ("DiT-XL/2", "REPA", "400,000", "12.3")}
     expected |= {("DiT-XL/2", "REPA", "850,000", "9.6"), ("DiT-XL/2", "HASTE", "400,000", "9.33")}
+    expected |= {("SiT-B/2", "HASTE", "50,000", "71.32")}  # of the ablation of training times, which they are drawn by
     assert len(expected) > 20
     assert shown == expected
     assert [cell.text for e in guided.entries if e.kind for cell in e.cells][:1] == ["HASTE Table 4"]

@@ -8,8 +8,8 @@ import io
 
 import pytest
 
-from haste.report import formats, measures, page
-from haste.report.content import Measured, Report, Row
+from haste.report import cosines, formats, measures, page, papers
+from haste.report.content import Benchmark, Measured, Report, Row
 
 AXES, VALUES = ["term", "t", "block"], {"cosine": "error"}
 
@@ -122,3 +122,96 @@ def test_every_value_leads_to_the_place_that_says_how_it_was_made(tmp_path):
     assert (tmp_path / "measure-cos.csv").exists() and "a<b>" not in text
     page.write(report(measured("a", 8, [])), tmp_path)  # it found nothing
     assert not (tmp_path / "measure-cos.csv").exists()
+
+
+# Published cosines
+
+
+FILES = {method: list(csv.DictReader((papers.FOLDER / name).open())) for method, name in cosines.FILES.items()}
+
+
+def imagenet(method: str, model: str, block: int, times, steps=(100_000,), batch: str = "256") -> Report:
+    """Cosines of one run on ImageNet, as the measure gives them: of each term and, of two, of both together."""
+    terms = ["features"] if method == "REPA" else ["features", "attention", "alignment"]
+    ones = []
+    for step in steps:
+        found = [{"term": term, "t": t, "block": block, "cosine": 0.5, "error": 0.01} for t in times for term in terms]
+        one = measured("mine", step, found)
+        ones.append(dataclasses.replace(one, found={**one.found, "measure": cosines.MEASURE}))
+    built = report(*ones, benchmark=Benchmark("ImageNet", 256))
+    row = dataclasses.replace(built.rows[0], model=model, method=method, settings={"batch": batch})
+    return dataclasses.replace(built, rows=[row])
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "block"), [("REPA", "SiT-XL/2", 8), ("HASTE", "SiT-XL/2", 8), ("HASTE", "SiT-B/2", 5)]
+)
+def test_every_published_cosine_stands_as_printed_below_those_of_a_run_of_its_model_and_method(method, model, block):
+    lines = [line for line in FILES[method] if line["model"] == model]
+    assert lines and all(int(line["block"]) == block for line in lines)
+    built = imagenet(method, model, block, [0.1, 0.35])
+    (table,) = measures.measure_tables(built)
+    heads = [head.name for head in table.heads]
+    shown = {}
+    for entry in table.entries:
+        cells = dict(zip(heads, entry.cells, strict=True))
+        assert (entry.kind == "published") == (cells["run"].text != "mine")
+        if entry.kind == "published":
+            assert cells["term"].text == ("features" if method == "REPA" else "alignment")
+            assert not any(cell.link or cell.bold for cell in entry.cells)
+            source, step = cells["run"].text.split(":")[0], cells["step"].value
+            shown |= {(source, step, head): cell.text for head, cell in cells.items() if head.startswith("t ")}
+        else:
+            assert all(cell.link for head, cell in cells.items() if head.startswith("t ") and cell.value is not None)
+    for line in lines:
+        if line["t"] != "mean":
+            assert shown[line["source"], int(line["iteration"]), f"t {float(line['t']):g}"] == line["cosine"]
+    assert "no results of this code" in " ".join(table.notes)
+
+
+def test_the_means_over_t_that_are_left_out_follow_from_the_cosines_that_are_shown():
+    means = [line for lines in FILES.values() for line in lines if line["t"] == "mean"]
+    assert len(means) == 4
+    for mean in means:
+        same = [line for line in FILES["HASTE"] if all(line[k] == mean[k] for k in ("model", "block", "iteration"))]
+        values = [float(line["cosine"]) for line in same if line["t"] != "mean"]
+        assert sum(values) / len(values) == pytest.approx(float(mean["cosine"]), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "built",
+    [
+        imagenet("HASTE", "SiT-XL/2", 5, [0.1]),
+        imagenet("ATTA", "SiT-XL/2", 8, [0.1]),
+        imagenet("HASTE", "SiT-L/2", 8, [0.1]),
+        imagenet("HASTE", "SiT-XL/2", 8, [0.1], batch="128"),
+        dataclasses.replace(imagenet("HASTE", "SiT-XL/2", 8, [0.1]), benchmark=Benchmark("ImageNet", 512)),
+        dataclasses.replace(imagenet("HASTE", "SiT-XL/2", 8, [0.1]), benchmark=None),
+    ],
+    ids=["block", "method", "model", "batch", "images of 512 px", "other images"],
+)
+def test_no_published_cosine_stands_beside_a_run_that_differs(built: Report):
+    assert not any(entry.kind == "published" for table in measures.measure_tables(built) for entry in table.entries)
+
+
+def test_many_steps_have_a_heat_map_of_t_against_step_for_us_and_for_the_paper_in_the_same_colours(tmp_path):
+    built = imagenet("REPA", "SiT-XL/2", 8, [0.02, 0.1], steps=(100_000, 200_000, 300_000, 400_000))
+    ((_, panels),) = measures.measure_panels(built)
+    maps = [panel for panel in panels if "over steps" in panel.caption]
+    paper = "HASTE Table 1: SiT-XL/2, REPA"
+    assert [panel.title for panel in maps] == ["cosine, mine, features", f"cosine, {paper}, features"]
+    assert f"cosine, {paper}, features by step and t: from -0.494 to 0.0692" in maps[1].svg
+    assert ">4M<" in maps[1].svg and f"Dotted: {paper}." in panels[0].caption
+    page.write(built, tmp_path)  # a run that is on no legend
+
+
+def test_many_blocks_and_steps_have_a_heat_map_of_the_means_over_t_too():
+    ones = [measured("a", step, rows(blocks=range(1, 9))) for step in (8, 16, 24, 32)]
+    ((_, panels),) = measures.measure_panels(report(*ones))
+    assert [panel.caption.partition(", step ")[0] for panel in panels] == [
+        "cosine, a, features",
+        "cosine, a, attention",
+        "cosine, a, features, over steps, the mean over t.",
+        "cosine, a, attention, over steps, the mean over t.",
+    ]
+    assert "by step and block: from 0.3 to 2.4" in panels[2].svg  # (0.1 + 0.5) / 2, times the block

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from haste.report import page, papers, systems, tables
-from haste.report.content import NONE, Benchmark, Report, Row
+from haste.report import compare, cosines, figures, finding, page, papers, systems, tables
+from haste.report.content import NONE, Benchmark, Measured, Report, Row
 
 INCEPTION = {"name": "inception", "kind": "inception", "identity": "i"}
 OTHER = {"name": "dinov2", "kind": "DINOv2-L", "identity": "d"}
@@ -174,8 +174,21 @@ def test_ablation_of_the_termination_step():
         ("", NONE, "xl", "17.40"),
         ("", "250,000", "xl 250K", "7.40"),
         ("", "290,000", "xl 290K", "7.60"),
+        ("published", "never", "HASTE camera-ready Table 4", "5.5"),
+        ("published", "250,000", "HASTE camera-ready Table 4", "7.3"),
     ]
-    assert [cell.bold for cell in table.column("FID")] == [False, True, False]
+    assert [cell.bold for cell in table.column("FID")] == [False, True, False, False, False]
+
+
+def test_a_published_stop_by_a_trigger_says_so():
+    rows = [
+        row(stop, "SiT-B/2", "HASTE", stop, 100_000, fid, aligned(B))
+        for stop, fid in (("80000 by gradient-angle", 39.0), ("never", 40.0))
+    ]
+    assert texts(ablation("stop", rows), "stop", "FID")[2:] == [
+        ("published", "never", "39.86"),
+        ("published", "80,000 by gradient-angle", "38.69"),
+    ]
 
 
 def test_runs_that_still_share_their_trunk_are_no_ablation_of_its_end():
@@ -258,6 +271,185 @@ def test_tables_that_are_gone_leave_no_files(tmp_path: Path):
     assert (tmp_path / "mine.csv").exists()
 
 
+# Every row of every file
+
+
+def lines(name: str) -> list[dict[str, str]]:
+    with open(papers.FOLDER / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+READ = {*papers.FILES, *systems.FILES.values(), *cosines.FILES.values(), papers.CLAIMS}
+
+
+def test_every_file_of_published_numbers_has_a_reader_or_a_reason_to_have_none():
+    assert {path.name for path in papers.FOLDER.glob("*.csv")} == READ | {*papers.UNREAD}
+    assert not READ & {*papers.UNREAD} and all(papers.UNREAD.values())
+    # The reason of one of them: its distances are in a file that is read.
+    components = {line["fid"] for line in lines("ablation_components.csv")}
+    assert {line["fid"] for line in lines("ablation_teacher_data.csv")} <= components
+
+
+SETTINGS = {"lambda": "feature weight", "lambda_attention": "attention weight"}  # of a run, in the report's words
+FORMS = {"NT-Xent": "nt-xent", "Cos. sim.": "cosine"}
+
+
+def like(line: dict[str, str], run: str) -> Row:
+    """A measured row with all that a published one states."""
+    method = line.get("method") or ("vanilla" if line["target"] == "vanilla" else "REPA")
+    settings = {**BASE, **{name: f"{float(line[key]):g}" for key, name in SETTINGS.items() if line.get(key)}}
+    if line.get("timestep_sampling"):
+        settings["timesteps"] = line["timestep_sampling"].replace(";", ", ")
+    if method != "vanilla":
+        settings["teacher"] = line.get("teacher") or line.get("target") or "DINOv2-B"
+        layers = [f"depth {line.get('feature_depth') or line.get('depth') or 8}"]
+        if line.get("student_layers"):
+            layers.append(" to ".join(line[key].replace(",", ", ") for key in ("student_layers", "teacher_layers")))
+        settings["layers"] = "; ".join(layers)
+    if line.get("objective"):
+        settings["feature similarity"] = FORMS[line["objective"]]
+    by = f" by {line['trigger']}" if line.get("trigger") == "gradient-angle" else ""
+    stop = NONE if method == "vanilla" else line.get("termination", "") + by or "never"
+    how = {"interval": [float(line.get("interval_low") or 0), float(line.get("interval_high") or 1)]}
+    how["w"] = float(line.get("cfg_scale") or 1)
+    return row(run, line["model"], method, stop, int(line["iteration"]), float(line["fid"]), settings, **how)
+
+
+def digits(text: str) -> int:
+    return len(text.partition(".")[2])
+
+
+def same(printed: str, shown: str) -> bool:
+    places = min(digits(printed), digits(shown))
+    return shown != NONE and round(float(printed), places) == round(float(shown), places)
+
+
+HEADS = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "precision", "recall": "recall"}
+
+
+@pytest.mark.parametrize("name", sorted(papers.FILES))
+def test_every_published_result_stands_beside_runs_like_those_of_its_table(name: str):
+    resolution, groups = papers.FILES[name][0], {}
+    for line in lines(name):
+        if line["iteration"] and (name not in papers.GUIDED or line["cfg_scale"]):
+            groups.setdefault((line["model"], line["iteration"]), []).append(line)
+    assert groups
+    for part in groups.values():
+        built = report([like(line, f"run {i}") for i, line in enumerate(part)], resolution)
+        shown = [
+            {head.name: cell.text for head, cell in zip(table.heads, entry.cells, strict=True)}
+            for table in [*tables.published_tables(built), *tables.ablations(built)]
+            for entry in table.entries
+            if entry.kind == "published"
+        ]
+        for line in part:
+            scores = {head: line[key] for key, head in HEADS.items() if line.get(key)}
+            assert any(all(same(text, one[head]) for head, text in scores.items()) for one in shown), line
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (row("a", "SiT-XL/2", "vanilla", NONE, 7_000_000, 8.4), {("FID", "8.3"), ("FID", "8.6")}),
+        (row("a", "SiT-XL/2", "REPA", "never", 200_000, 11.0, aligned("depth 8")), {("FID", "11.1"), ("FID", "10.7")}),
+        (row("a", "SiT-L/2", "REPA", "never", 400_000, 9.9, aligned("depth 8")), {("FID", "9.7"), ("FID", "10.0")}),
+        (row("a", "DiT-XL/2", "vanilla", NONE, 7_000_000, 9.6), {("FID", "9.6"), ("FID", "9.62")}),
+        (row("a", "SiT-L/2", "HASTE", "never", 400_000, 8.8, aligned(XL)), {("IS", "118.9"), ("IS", "119.0")}),
+        (
+            row("a", "SiT-B/2", "HASTE", "100000", 150_000, 36.0, aligned(B, teacher="CLIP-B/16")),
+            {("IS", "40.5"), ("IS", "40.6")},
+        ),
+    ],
+    ids=["8.3 or 8.6", "11.1 or 10.7", "9.7 or 10.0", "9.6 or 9.62", "IS 118.9 or 119.0", "IS 40.5 or 40.6"],
+)
+def test_where_sources_differ_both_are_shown(found: Row, said: set):
+    (table,) = tables.published_tables(report([found]))
+    shown = {
+        (head.name, cell.text)
+        for entry in table.entries
+        if entry.kind == "published"
+        for head, cell in zip(table.heads, entry.cells, strict=True)
+    }
+    assert said <= shown
+
+
+def test_a_result_of_an_ablation_stands_beside_the_run_that_has_its_settings_and_no_other():
+    alone = {
+        weight: tables.published_tables(
+            report([row("a", "SiT-L/2", "HASTE", "300000", 400_000, 9.0, aligned(XL) | {"attention weight": weight})])
+        )[0]
+        for weight in ("3", "4")
+    }
+    for weight, there in (("3", True), ("4", False)):
+        assert (("published", "HASTE camera-ready Table 5", "9.0") in texts(alone[weight], "run", "FID")) == there
+
+
+def test_the_ablation_of_the_weight_of_attention_is_not_one_of_the_weight_of_features():
+    rows = [
+        row(f"w{w}", "SiT-L/2", "HASTE", "250000", 400_000, 8.0, {**aligned(XL), "attention weight": w})
+        for w in ("0.5", "3")
+    ]
+    assert texts(ablation("attention-weight", rows), "attention weight", "FID")[2:] == [
+        ("published", "0.5", "7.9"),
+        ("published", "3", "9.0"),
+    ]
+    assert [table.name for table in tables.ablations(report(rows))] == ["ablation-attention-weight"]
+
+
+# Curves and speed-ups
+
+
+def test_what_papers_print_along_a_run_is_drawn_as_rings_as_far_as_the_stop_agrees():
+    steps = (100_000, 200_000, 400_000, 500_000)
+    fids = {
+        "250000": ["15.9", "9.9", "8.4", "7.3", "5.3"],
+        "never": ["15.9", "9.9", "8.4", "5.5", "8.1"],  # until it acts, a stop is none
+        "400000 by plateau": ["15.9", "9.9", "8.4", "5.5", "7.4"],
+        "300000 to 400000 by plateau": ["15.9", "9.9", "8.4"],
+        "100000": ["15.9"],
+    }
+    for stop, expected in fids.items():
+        rows = [row("a", "SiT-XL/2", "HASTE", stop, step, 9.0 - step / 1e5, aligned(XL)) for step in steps]
+        found = papers.along(rows[0], Benchmark("ImageNet", 256), steps[-1])
+        assert sorted(one.scores["fd"] for one in found) == sorted(expected)
+        panel = next(panel for panel in figures.score_panels(report(rows)) if panel.title == "FID")
+        assert panel.svg.count("fill-opacity: 0;") == len(found)
+        assert panel.caption == "Rings: what papers print for the same model and method."
+    for other in (report(rows, benchmark=None), report(rows, 512)):
+        assert all(not panel.caption for panel in figures.score_panels(other))
+
+
+@pytest.mark.parametrize("claim", lines(papers.CLAIMS), ids=lambda claim: claim["source"])
+def test_every_claim_of_a_speed_up_stands_below_ours_of_the_same_model_and_methods(claim: dict[str, str]):
+    guided = {"w": 1.5 if claim["guided"] == "yes" else 1.0}
+    base, method, late = claim["baseline"], claim["method"], int(claim["baseline_iteration"])
+    rows = [row("base", claim["model"], base, "never", late, 9.0, **guided)]
+    rows += [row("fast", claim["model"], method, "never", step, fid, **guided) for step, fid in ((1000, 20), (2000, 5))]
+    table = finding.speedup_table(report(rows, int(claim["resolution"])))
+    found = [entry for entry in table.entries if entry.kind == "published"]
+    assert [entry.cells[0].text for entry in found] == [f"{claim['model']} {method}, {claim['source']}"]
+    assert [cell.text for cell in found[0].cells[1:]] == [
+        base,
+        f"{late:,}",
+        NONE,
+        f"{int(claim['iteration']):,}" if claim["iteration"] else NONE,
+        f"{claim['factor']}×" if claim["factor"] else NONE,
+    ]
+    assert not any(cell.link for cell in found[0].cells)
+    others = [dataclasses.replace(one, model="SiT-B/2") for one in rows]
+    for other in (report(others, int(claim["resolution"])), report(rows, benchmark=None), report(rows, 64)):
+        assert not any(entry.kind == "published" for entry in finding.speedup_table(other).entries)
+
+
+def test_a_speed_up_leads_to_both_scores_that_it_was_read_off():
+    rows = [row("base", "SiT", "vanilla", NONE, 400, 9.0)]
+    rows += [row("fast", "SiT", "HASTE", "never", step, fid) for step, fid in ((100, 20.0), (200, 5.0), (300, 4.0))]
+    built = report(rows)
+    (entry,) = finding.speedup_table(built).entries
+    of = {f"made-{i}": (line.first.run, line.first.step) for i, line in enumerate(compare.lines(built))}
+    assert [of[cell.link] for cell in entry.cells if cell.link] == [("base", 400), ("fast", 200), ("fast", 200)]
+
+
 # Whole systems
 
 
@@ -268,9 +460,10 @@ def test_every_runs_last_step_stands_above_the_systems_of_its_kind_of_guidance()
         *(("", "b HASTE", "80", "19.80", "here, step 400,000"), ("", "xl", "80", "17.40", "here, step 400,000")),
         *(("", "xl REPA", "80", "8.00", "here, step 400,000"), ("", "xl 250K", "80", "7.40", "here, step 400,000")),
         ("", "xl 290K", "80", "7.60", "here, step 400,000"),
-        ("published", "FasterDiT", "400", "7.91", "HASTE review reply Q6"),
-        ("published", "SiT + HASTE", "80", "7.31", "HASTE review reply Q6"),
-        ("published", "SiT + TREAD", "80", "4.89", "HASTE review reply Q6"),
+        *(
+            ("published", line["model"], line["epochs"], line["fid"], line["source"])
+            for line in lines("imagenet256_system_no_cfg.csv")
+        ),
     ]
     found = texts(guided, "system", "epochs", "guidance", "FID")
     assert found[:2] == [
@@ -291,6 +484,40 @@ def test_every_number_of_a_published_system_is_as_printed(key):
         assert system.name.startswith(line["model"])
         assert system.scores == {m: line[n] for m, n in papers.SCORES.items() if line.get(n)}
         assert system.source == line["source"]
+
+
+@pytest.mark.parametrize("key", sorted(systems.FILES))
+def test_every_published_system_stands_below_our_runs_at_their_ends(key):
+    resolution, guided = key
+    ours = row("a", "SiT-XL/2", "HASTE", "300000", 400_000, 2.5, aligned(XL), w=1.25 if guided else 1.0)
+    (table,) = systems.system_tables(report([ours], resolution))
+    found = [(source, fid) for kind, source, fid in texts(table, "source", "FID") if kind]
+    assert found == [(line["source"], line["fid"]) for line in lines(systems.FILES[key])]
+
+
+def test_every_measured_number_of_every_table_leads_to_how_it_was_made():
+    sweep = [row("sweep", "SiT-XL/2", "REPA", "never", 4_000_000, w, aligned("depth 8"), w=w) for w in (1.3, 1.35)]
+    found = [{"layer": 8, "t": 0.5, "accuracy": 0.7, "cosine": 0.1, "block": 8, "term": "features", "error": 0.01}]
+    state = {"trajectory": "t", "step": 400_000}
+    measured = [
+        Measured(kind, "xl REPA", 0, 400_000, {
+            "measure": kind, "axes": axes, "values": {value: "error"}, "rows": found, "notes": [], "settings": {},
+            "state": state, "provenance": {},
+        })
+        for kind, axes, value in (
+            ("probe", ["layer", "t"], "accuracy"), ("gradient-cosine", ["term", "t", "block"], "cosine")
+        )
+    ]  # fmt: skip
+    built = report([*ROWS, *sweep], measures=measured)
+    made, seen = page.render(built), set()
+    for section, tables_of in page.all_tables(built).items():
+        for table in tables_of:
+            for entry in (entry for entry in table.entries if entry.kind != "published"):
+                for head, cell in zip(table.heads, entry.cells, strict=True):
+                    if head.number and isinstance(cell.value, float) and head.name != "epochs":
+                        assert cell.link and f'id="{cell.link}"' in made, (table.name, head.name)
+                        seen.add(section)
+    assert seen == {"results", "speed", "published", "ablations", "measures"}
 
 
 def test_epochs_that_a_source_gives_as_steps_are_of_its_batch():

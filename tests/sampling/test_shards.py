@@ -1,6 +1,7 @@
 """Image i depends on (seed, i) alone: not on the batch, not on the shards."""
 
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
@@ -9,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from haste import config
 from haste.cli import main as cli
 from haste.files import artefact
 from haste.files.store import Store, join
+from haste.ops import status
 from haste.plan.plan import Plan
-from haste.sampling import batches
+from haste.sampling import batches, grids
 from haste.sampling.painter import Painter
 from haste.train import loop
 
@@ -81,6 +84,42 @@ def test_labels_are_balanced_or_random_as_asked(trained):
     _, drawn = draw(*trained(labels="random"))
     assert drawn.tolist() != balanced.tolist()
     assert 0 <= drawn.min() <= drawn.max() < 10
+
+
+def test_sample_i_is_of_the_i_th_chosen_class_and_the_grid_has_these_as_columns_with_all_samples(trained):
+    plan, evaluation = trained(shards=2, labels=[7, 2, 5], count=20)
+    images, labels = draw(plan, evaluation)
+    assert labels.tolist() == [[7, 2, 5][i % 3] for i in range(20)]
+    kept = batches.folder_of(Path(evaluation.folder))
+    assert kept.is_dir()
+    assert cli.main(["grid", evaluation.name, "-c", str(plan.file)]) == 0
+    assert not kept.exists()  # no score will ask for them
+    cell = 8 * grids.SCALE + grids.GAP
+    with Image.open(evaluation.grid) as grid:
+        assert grid.size == (3 * cell, 7 * cell)
+        assert json.loads(grid.info["haste"])["classes"] == [7, 2, 5]
+        for i in range(20):
+            left, top = (i % 3) * cell + grids.GAP // 2, (i // 3) * cell + grids.GAP // 2
+            shown = np.asarray(grid.crop((left, top, left + 16, top + 16)))[::2, ::2, :3]
+            np.testing.assert_array_equal(shown, images[i])
+
+
+def upcoming(plan):
+    return status.snapshot(Plan(config.load(plan.file))).next  # a plan reads the disk once
+
+
+def test_chosen_classes_alone_are_a_report_of_pictures(trained):
+    plan, evaluation = trained(labels=[7, 2], count=8)
+    draw(plan, evaluation)
+    assert upcoming(plan) == ["sample and score 1 sets of samples, 1 of them of states on disk"]
+    assert cli.main(["grid", evaluation.name, "-c", str(plan.file)]) == 0
+    assert cli.main(["report", "-c", str(plan.file)]) == 0
+    text = Path(plan.report).read_text()
+    assert "Samples of vanilla at step 8, one column per class: 7, 2" in text
+    assert "samples of chosen classes are shown and not scored" in text
+    assert upcoming(plan) == []
+    assert cli.main(["evaluate", evaluation.name, "-c", str(plan.file)]) == 0  # whoever asks gets one
+    assert artefact.read_json(evaluation.score, "score")["sampling"]["labels"] == [7, 2]
 
 
 def test_features_belong_to_the_samples_beside_them(trained):
