@@ -354,16 +354,17 @@ def _blamed(who: str, part: str, but: tuple[type[Exception], ...] | type[Excepti
         raise ValueError(f"{who}: {part} failed with {what} ({place.filename}, line {place.lineno})") from error
 
 
-def first_reading(trigger: Trigger, after: int, every: int) -> int:
+def first_reading(trigger: Trigger, after: int, every: int, since: int | None = None) -> int:
     """The first step that has a reading, out of `after` + `every`, `after` + 2 `every`, ...
 
     Args:
         trigger: the trigger.
-        after: steps before the first one that it sees.
+        after: steps before the first one that it may see.
         every: steps between readings.
+        since: steps before the first one that it sees, if later than `after`.
     """
     needed = max([1, *(measure.steps for measure in trigger.needs.values() if isinstance(measure, Average))])
-    return after + -(-needed // every) * every
+    return after + -(-(needed + max(after, since or 0) - after) // every) * every
 
 
 def decided(name: str, trigger: Trigger, history: Sequence[Reading]) -> Decision:

@@ -167,6 +167,9 @@ class Plan:
         for way in shown["sampling"].values():
             if not way["eta"]:
                 del way["eta"]
+        for stop in (stop for row in shown["runs"].values() for stop in row["stop"].values()):
+            if isinstance(stop, dict) and stop["release"] is None:
+                del stop["release"]
         return f"{self.folder}/report/made-{fingerprint(shown)}.json"
 
     @property

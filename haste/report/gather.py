@@ -159,8 +159,10 @@ def settings(plan: Plan, run: str) -> dict[str, str]:
     for kind, term in terms.items():
         own = {k: v for k, v in term.items() if k not in ("teacher", "depth", "student_layers", "teacher_layers")}
         found |= {f"{kind.removesuffix('s')} {name}": _words(value) for name, value in own.items()}
-    ramp = plan.config.runs[run].ramp
+    ramp, triggers = plan.config.runs[run].ramp, config.triggers_of(plan.config, run)
     falling = [f"{kind} over {steps} steps" for kind in terms if (steps := getattr(ramp, kind)) is not None]
+    released = {kind: trigger.release for kind, trigger in triggers.items() if trigger.release is not None}
+    falling += [f"{kind} over {share:g} of the steps" for kind, share in released.items()]
     if falling:
         found["ramp"] = f"{', '.join(falling)}, {ramp.shape}"
     return found

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from haste.align import schedule
 from haste.align.triggers import Reading
 from haste.files import artefact
 from haste.files.provenance import STATE_NAME, provenance_of
@@ -23,11 +24,13 @@ FILE, KIND = "termination.json", "termination"
 
 @dataclasses.dataclass(frozen=True)
 class Stopped:
-    """What stopped a term: after how many steps, by which trigger, and why in words."""
+    """What stopped a term: after how many steps, by which trigger, and why in words; `ends` is the step from which its
+    weight is 0, later than `step` if it was released."""
 
     step: int
     trigger: str
     reason: str
+    ends: int = 0
 
 
 def write(folder: Path, header: Mapping[str, Any]) -> None:
@@ -117,22 +120,35 @@ def along(plan: Plan, run: str, seed: int) -> dict[str, Stopped]:
 def left(plan: Plan, segment: Segment) -> list[str]:
     """The terms still active where a segment starts, as far as is known now."""
     stopped = _up_to(plan, segment.pieces, segment.start)
-    return [kind for kind in segment.terms if kind not in stopped]
+    return [kind for kind in segment.terms if kind not in stopped or segment.start < stopped[kind].ends]
 
 
-def without_stopped(segment: Segment, header: Mapping[str, Any]) -> Segment:
-    """A segment without the terms that triggers stopped before the state with this header was saved."""
-    stopped = {kind for kind, record in header.get("triggers", {}).items() if record["stopped"] is not None}
-    terms = {kind: term for kind, term in segment.terms.items() if kind not in stopped}
+def resumed(segment: Segment, header: Mapping[str, Any]) -> Segment:
+    """A segment's terms as a state with this header leaves them: those that triggers stopped are gone, those that
+    triggers released fall until their ramp ends."""
+    stopped = {k: r["stopped"]["step"] for k, r in header.get("triggers", {}).items() if r["stopped"] is not None}
+    terms = {}
+    for kind, term in segment.terms.items():
+        if kind not in stopped:
+            terms[kind] = term
+        elif (ramp := _ramp(term, stopped[kind])) and header["step"] < ramp["to"]:
+            terms[kind] = {**term, "trigger": None, "ramp": ramp}
     return dataclasses.replace(segment, terms=terms, cached=tuple(kind for kind in segment.cached if kind in terms))
+
+
+def _ramp(term: Mapping[str, Any], fired: int) -> dict[str, Any] | None:
+    return schedule.released(term["release"], fired) if term.get("release") else None
 
 
 def _up_to(plan: Plan, pieces: Iterable[Piece], last: int) -> dict[str, Stopped]:
     found = dict[str, Stopped]()
     for piece in pieces:
-        if not any("trigger" in term for term in plan.trajectories[piece.trajectory].recipe["terms"].values()):
+        terms = plan.trajectories[piece.trajectory].recipe["terms"]
+        if not any("trigger" in term for term in terms.values()):
             continue  # and its states need not be opened
         high = last if piece.high is None else min(last, piece.high)
-        stopped = read(Path(plan.root, "states", piece.trajectory))
-        found |= {kind: one for kind, one in stopped.items() if piece.low <= one.step <= high}
+        for kind, one in read(Path(plan.root, "states", piece.trajectory)).items():
+            if piece.low <= one.step <= high:
+                ramp = _ramp(terms.get(kind, {}), one.step)
+                found[kind] = dataclasses.replace(one, ends=ramp["to"] if ramp else one.step)
     return found
