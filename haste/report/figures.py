@@ -199,6 +199,12 @@ def new_figure(title: str, x: str = "step") -> tuple[Figure, Axes]:
         figure = Figure(figsize=SIZE, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
+    dress(axes, title, x)
+    return figure, axes
+
+
+def dress(axes: Axes, title: str, x: str = "step") -> None:
+    """Ink on axes, as `new_figure` has it."""
     axes.set_xlabel(x, color=INK, parse_math=False)
     axes.set_ylabel(title, color=INK, parse_math=False)  # a detector's name may hold a $
     if x == "step":
@@ -208,7 +214,6 @@ def new_figure(title: str, x: str = "step") -> tuple[Figure, Axes]:
     axes.tick_params(which="both", colors=INK)
     axes.grid(axis="y", color=INK, alpha=0.12, lw=0.7)
     axes.margins(x=0.03)
-    return figure, axes
 
 
 def draw_line(

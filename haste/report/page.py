@@ -25,6 +25,7 @@ from haste.report.content import NONE, Grid, Part, Report, Row
 from haste.report.finding import context, finding, lead, speedup_table, speedups
 from haste.report.formats import Entry, Head, Table, text_cell
 from haste.report.measures import anchor, measure_panels, measure_tables
+from haste.report.replay import reading_panels
 from haste.report.times import duration, duration_cell, time_table
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -126,7 +127,7 @@ def render(report: Report) -> str:
             (protocol, [(p, Markup(p.svg)) for p in group])
             for protocol, group in itertools.groupby(figures.score_panels(report), key=lambda p: p.protocol)
         ],
-        loss_panels=[(p, Markup(p.svg)) for p in figures.loss_panels(report)],
+        loss_panels=[(p, Markup(p.svg)) for p in [*figures.loss_panels(report), *reading_panels(report)]],
         measure_panels=[(name, [(p, Markup(p.svg)) for p in found]) for name, found in measure_panels(report)],
         measured=[(anchor(report, one), f"{one.name} of {one.run}, step {one.step:,}", one) for one in report.measures],
         grids=[(step, [_grid(grid) for grid in group]) for step, group in _by_step(report)],

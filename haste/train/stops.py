@@ -15,7 +15,7 @@ from typing import Any
 from haste.align import schedule
 from haste.align.triggers import Reading
 from haste.files import artefact
-from haste.files.provenance import STATE_NAME, provenance_of
+from haste.files.provenance import STATE_NAME, provenance_of, read_header
 from haste.plan.names import Piece, Segment
 from haste.plan.plan import Plan
 
@@ -79,14 +79,37 @@ def _checked(path: Path, terms: Any) -> dict[str, Any]:
 
 def _in_newest_state(folder: Path) -> dict[str, Any]:
     """Stops in the newest readable state, by term: a state records all stops before it."""
-    paths = [*folder.glob("step-*"), *folder.glob("rolling/step-*")]
-    steps = {path: int(match[1]) for path in paths if (match := STATE_NAME.match(path.name))}
-    for path in sorted(steps, key=steps.__getitem__, reverse=True):
+    for path in _newest_first(folder):
         try:
             return _checked(path, _own(provenance_of(path)))
         except (ValueError, KeyError, TypeError, AttributeError, OSError):  # damaged, or removed meanwhile
             continue
     return {}
+
+
+def _newest_first(folder: Path, low: int = 0, high: int | None = None) -> list[Path]:
+    """The states in a folder with low < step <= high, also those that may go."""
+    paths = [*folder.glob("step-*"), *folder.glob("rolling/step-*")]
+    steps = {path: int(match[1]) for path in paths if (match := STATE_NAME.match(path.name))}
+    there = [path for path, step in steps.items() if low < step and (high is None or step <= high)]
+    return sorted(there, key=steps.__getitem__, reverse=True)
+
+
+def records(plan: Plan, run: str, seed: int) -> list[tuple[str, dict[str, Any]]]:
+    """Every trigger's record in the newest readable state of a run with one seed, up to its last milestone: the term,
+    then the record as states hold it, first those that could stop the term, then those that only watched (they have
+    `since`). Of a term that is not in a state, the record that the stop left beside the states."""
+    last, header, beside = plan.config.runs[run].milestones[-1], dict[str, Any](), dict[str, Any]()
+    for piece in reversed(plan.pieces[run, seed]):
+        folder = Path(plan.root, "states", piece.trajectory)
+        for path in _newest_first(folder, piece.low, last if piece.high is None else min(last, piece.high)):
+            try:
+                header = header or read_header(path)
+            except ValueError:
+                continue
+        beside = {kind: term for kind, term in _terms(folder).items() if piece.low < term["step"] <= last} | beside
+    asked = {**beside, **header.get("triggers", {})}
+    return [*asked.items(), *((record["term"], record) for record in header.get("watched", {}).values())]
 
 
 def read(folder: Path) -> dict[str, Stopped]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from haste.files import artefact, tensors
-from haste.files.provenance import STATE_NAME, read_header
+from haste.files.provenance import STATE_NAME
 from haste.plan.names import Segment, State, Trajectory
 from haste.train import state as states
 

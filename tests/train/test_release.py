@@ -1,4 +1,4 @@
-"""A ramp that begins where a trigger fired: the same bits as a ramp to a stop written by hand, whatever interrupts it."""
+"""A ramp that begins where a trigger fired: to the bit a ramp written by hand, whatever interrupts it."""
 
 import json
 from pathlib import Path

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_readings import QUICK, before, folder, killed, remove_states, tensors, train_to
+from test_readings import QUICK, before, killed, remove_states, tensors, train_to
 
 from haste import config
 from haste.align.triggers import TRIGGERS, Average, Trigger
