@@ -7,6 +7,7 @@ What a source does not have cannot be replayed, and is said.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -177,9 +178,7 @@ def published(path: Path | str, model: str | None = None) -> list[Source]:
         raise ValueError(f"{path}: expected a CSV table with {', '.join(CSV_COLUMNS)}; {error!r}") from error
     models = sorted({name for name, _ in cells})
     if model not in models and not (model is None and len(models) == 1):
-        raise ValueError(
-            f"{path}: has {', '.join(models) or 'no rows'}; expected --model with one of them, found {model}"
-        )
+        raise ValueError(f"{path}: --model {model or 'is not given'}: expected one of {', '.join(models) or 'no rows'}")
     chosen = {who: found for who, found in cells.items() if model in (None, who[0])}
     return [_published(f"{name}, block {block}", found) for (name, block), found in chosen.items()]
 
@@ -209,32 +208,26 @@ def outcomes(found: Sequence[Source], asked: Mapping[str, Sequence[Mapping[str, 
     """
     said: list[Outcome] = []
     for term in dict.fromkeys(one.term for one in found):
-        of = [one for one in found if one.term == term]
-        read = [one for one in of if one.settings]
+        read = [one for one in found if one.term == term and one.settings]
+        log = next((one for one in found if one.term == term and one.found == "log"), Source(term, "log"))
         if not asked:
             said += [replayed(one, one.settings, WHOSE[one.found]) for one in read]
         for name in asked or triggers.TRIGGERS:
-            own = [one for one in read if one.settings["trigger"] == name] or [one for one in of if one.found == "log"]
+            own = [one for one in read if one.settings["trigger"] == name] or ([log] if asked or log.lines else [])
             for one, change in itertools.product(own, asked.get(name, [{}])):
                 settings = completed({**_base(one, name, defaults=not asked), **change})
                 if asked or settings != one.settings:
-                    said.append(replayed(one, settings, "set" if change else "defaults"))
-            if asked and not own:
-                said.append(
-                    Outcome(
-                        Source(term, "log"), completed({"trigger": name, **asked[name][0]}), "set", missing=_NOTHING
-                    )
-                )
+                    outcome = replayed(one, settings, "set" if change else "defaults")
+                    again = replayed(log, settings, outcome.whose) if outcome.missing and log.lines else outcome
+                    said.append(outcome if again.missing else again)
     if not any(one.history for one in said):
         why = "; ".join(dict.fromkeys(f"{one.source.term}: {one.missing}" for one in said)) or _NOTHING
         raise ValueError(f"nothing can be replayed: {why}")
     return said
 
 
-_NOTHING = (
-    "no trigger has read anything; `watch` records readings without stopping anything, and a plateau can be replayed "
-    "from the log of a run"
-)
+_NOTHING = "no trigger has read anything, and there is no log; train the run, or a run with `watch`, first"
+_NO_ANGLES = "a log has no angles between gradients; `watch: {trigger: gradient-angle}` records them"
 
 
 def _base(source: Source, name: str, *, defaults: bool) -> dict[str, Any]:
@@ -244,10 +237,11 @@ def _base(source: Source, name: str, *, defaults: bool) -> dict[str, Any]:
         return {"trigger": name}
     if not defaults:
         return dict(source.settings)
-    kept, needs = dict(source.settings), trigger_of(source.settings).needs
-    for key, one in type(trigger_of(source.settings)).model_fields.items():
-        if not one.is_required() and trigger_of({**kept, key: one.default}).needs == needs:
-            kept[key] = one.default
+    kept, trigger = dict(source.settings), trigger_of(source.settings)
+    for key, one in type(trigger).model_fields.items():
+        with contextlib.suppress(ValueError):  # the default does not go with what stays
+            if not one.is_required() and trigger_of({**kept, key: one.default}).needs == trigger.needs:
+                kept[key] = one.default
     return kept
 
 
@@ -290,6 +284,8 @@ def readings(source: Source, settings: Mapping[str, Any]) -> list[Reading]:
     since = source.since if after == source.settings.get("after") else after
     first = triggers.first_reading(trigger, after, every, since)
     if source.found == "log":
+        if not source.lines:
+            raise ValueError(_NOTHING)
         columns = {name: _from_log(source, need, after) for name, need in trigger.needs.items()}
     else:
         if averages and after != source.settings["after"]:
@@ -329,7 +325,8 @@ def _words(*measures: Measure) -> str:
         one, times = angles[0], sorted({t for angle in angles for t in angle.times})
         block = f"block {', '.join(map(str, one.block))}" if one.block else "the default block"
         said.append(
-            f"the angle of {one.of} at t {', '.join(map(str, times))}, {block}, {one.images} images in {one.shards}"
+            f"the angle of {one.of} at t {', '.join(map(str, times))}, {block}, {one.images} images in "
+            f"{one.shards} groups"
         )
     return " and ".join(said)
 
@@ -338,7 +335,7 @@ def _from_log(source: Source, need: Measure, after: int) -> dict[int, float]:
     """Step -> the exponential average at the end of every line: exact where every step has a line, else as if the steps
     of a line were equal to their mean."""
     if not isinstance(need, Average):
-        raise ValueError("a log has no angles between gradients; `watch: {trigger: gradient-angle}` records them")
+        raise ValueError(_NO_ANGLES)
     total, weight, found = 0.0, 0.0, {}
     for low, high, means in source.lines:
         if high <= after:
