@@ -75,7 +75,7 @@ def styles(report: Report) -> dict[str, Style]:
     known = {row.run: row for row in report.rows}
     found = {}
     shown = [row.run for row in report.rows] + [one.run for one in report.curves]
-    shown += [one.run for one in report.measures]
+    shown += [one.run for one in report.measures] + [one.run for one in report.read]
     for place, run in enumerate(dict.fromkeys(shown)):
         row = known.get(run)
         stops = _stops(row.stop if row else "")
