@@ -31,7 +31,7 @@ def add(to: Commands) -> None:
 
 
 def _replay(arguments: argparse.Namespace) -> None:
-    from haste.ops import replay
+    from haste.ops import replay, sources
     from haste.report.replay import draw, terminal
 
     if (arguments.name is None) == (arguments.readings is None):
@@ -39,9 +39,9 @@ def _replay(arguments: argparse.Namespace) -> None:
     name = arguments.name or arguments.model or str(arguments.readings)
     if arguments.readings is None:
         plan = plan_of(arguments)
-        found = replay.sources(plan, name, replay.seed_of(plan, name, arguments.seed))
+        found = sources.of_run(plan, name, sources.seed_of(plan, name, arguments.seed))
     else:
-        found = replay.published(arguments.readings, arguments.model)
+        found = sources.published(arguments.readings, arguments.model)
     said = replay.outcomes(found, replay.grid(arguments.set))
     print(terminal(name, said), end="")
     if arguments.out is not None:

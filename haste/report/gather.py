@@ -14,7 +14,7 @@ from haste.cluster import accounting
 from haste.files import artefact
 from haste.files.provenance import provenance_of
 from haste.measure import measure
-from haste.ops import replay
+from haste.ops import replay, sources
 from haste.plan.names import Detector
 from haste.plan.names import Row as Scored
 from haste.plan.plan import Plan
@@ -61,7 +61,7 @@ def _watched(plan: Plan, run: str, kind: str) -> str:
 
 def records(plan: Plan, run: str, seed: int) -> list[dict[str, Any]]:
     """The log of a run with one seed up to its last milestone, across the trajectories that it passes through."""
-    return [{**line, "loss": line.get("denoising")} for line in replay.logged(plan, run, seed)]
+    return [{**line, "loss": line.get("denoising")} for line in sources.logged(plan, run, seed)]
 
 
 def stages(plan: Plan) -> list[Stage]:
@@ -286,10 +286,9 @@ def _read(plan: Plan) -> list[Read]:
     """What triggers read of the runs."""
     found = []
     for run, seed in plan.pieces:
-        sources = replay.sources(plan, run, seed) if config.terms_of(plan.config, run) else []
-        for one in sources:
+        for one in sources.of_run(plan, run, seed) if config.terms_of(plan.config, run) else []:
             if one.settings and any(one.columns.values()):
-                trigger = replay.trigger_of(one.settings)
+                trigger = sources.trigger_of(one.settings)
                 history = replay.readings(one, one.settings)
                 found.append(Read(run, seed, one.term, one.settings["trigger"], trigger.shown, history))
     return found

@@ -15,8 +15,9 @@ from haste.align import angle, triggers
 from haste.align.triggers import GradientAngle, Plateau, Reading
 from haste.cli import main as cli
 from haste.files.provenance import read_header
-from haste.ops import replay
-from haste.ops.replay import Source, grid, outcomes, published
+from haste.ops import replay, sources
+from haste.ops.replay import grid, outcomes
+from haste.ops.sources import Source, published
 from haste.train import loop, stops
 
 PUBLISHED = Path(haste.__file__).parent / "report/published/gradient_cosine_haste.csv"
@@ -33,7 +34,7 @@ def trained(plan, *runs):
 
 
 def of(plan, run="a", **asked):
-    return outcomes(replay.sources(plan, run, 0), {name.replace("_", "-"): each for name, each in asked.items()})
+    return outcomes(sources.of_run(plan, run, 0), {name.replace("_", "-"): each for name, each in asked.items()})
 
 
 def said(found, **where):
@@ -155,7 +156,7 @@ def test_the_error_of_a_mean_is_at_most_the_mean_of_the_errors(left_out):
 def test_a_plateau_is_replayed_from_the_log_of_a_run_that_nobody_watched(make_plan):
     rows = {"a": {"alignment": "HASTE", "watch": NEVER}}
     plan = trained(make_plan(runs=rows, runtime=QUICK, training={"batch": 8, "precision": "fp64"}), "a")
-    logs = [one for one in replay.sources(plan, "a", 0) if one.found == "log"]
+    logs = [one for one in sources.of_run(plan, "a", 0) if one.found == "log"]
     found = outcomes(logs, {"plateau": [{key: value for key, value in NEVER.items() if key != "trigger"}]})
     read = {r["term"]: r["readings"] for r in read_header(plan.path(plan.state("a", 16)))["watched"].values()}
     assert [one.source.term for one in found] == ["features", "attention"]

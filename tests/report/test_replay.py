@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 import haste
 from haste import config
 from haste.align.triggers import GradientAngle, Plateau, Reading
-from haste.ops.replay import grid, outcomes, published, sources
+from haste.ops.replay import grid, outcomes
+from haste.ops.sources import of_run, published
 from haste.plan.plan import Plan
 from haste.report import figures, gather, page
 from haste.report.content import Read, Report
@@ -127,8 +128,15 @@ def test_the_page_shows_what_was_read_of_watched_runs(watched):
     assert 'aria-label="plateau of features over training steps: a 0.0625 at step 16"' in html
 
 
+def test_readings_of_a_trigger_that_is_not_known_any_more_break_no_page(watched, caplog):
+    path = Path(watched.path(watched.state("a", 16)))
+    path.write_bytes(path.read_bytes().replace(b"plateau", b"plateeu"))
+    assert gather._read(watched) == []
+    assert "a: passing over readings of features: nothing is called 'plateeu'" in caplog.text
+
+
 def test_a_run_that_only_watched_is_replayed(watched):
-    said = outcomes(sources(watched, "a", 0), {})
+    said = outcomes(of_run(watched, "a", 0), {})
     assert [(one.whose, one.step) for one in said if one.source.found == "watch"] == [("as watched", 8)]
     text = terminal("a", said, width=200)
     assert "as watched 8 fast 0.125, slow 0.1 the residual's fast average 0.125 is 25.00% above" in row(
