@@ -388,6 +388,7 @@ OTHER = {
     "evaluate.NAME.layout": "REPA",
     "evaluate.NAME.method": "x",
     "runs.NAME.seeds": [1, 2],
+    "runs.NAME.watch": [{"trigger": "plateau"}],
     "runs.NAME.stop.features": 7,
     "runs.NAME.stop.attention": 7,
     "runs.NAME.ramp.features": 3,

@@ -25,6 +25,16 @@ def ramped(step: int, begin: int, stop: int, shape: str) -> float:
     return SHAPES[shape](min(1.0, max(0.0, share)))
 
 
+def released(release: Mapping[str, Any], fired: int) -> dict[str, Any]:
+    """The ramp of a term that a trigger releases: the weight falls over a share of the steps done where it fired.
+
+    Args:
+        release: {"share": in (0, 1], "shape": name in SHAPES}.
+        fired: steps done where the trigger fired.
+    """
+    return {"from": fired, "to": fired + max(1, round(release["share"] * fired)), "shape": release["shape"]}
+
+
 def factor(step: int, term: Mapping[str, Any]) -> float:
     """The factor of a term's weight at a step.
 

@@ -97,6 +97,11 @@ class Trigger(BaseModel):
         """What to measure, by names that the trigger chooses. A reading has all of them, or is not made."""
         raise NotImplementedError
 
+    @property
+    def shown(self) -> Sequence[str]:
+        """Which of them people are shown, in tables and figures."""
+        return [name for name, need in self.needs.items() if not (isinstance(need, Angle) and need.error)]
+
     def decide(self, step: int, history: Sequence[Reading]) -> Decision:
         """Stop or continue: a function of its arguments alone.
 
@@ -197,6 +202,11 @@ class GradientAngle(Trigger):
             found |= {f"t={t}": at, f"t={t} error": replace(at, error=True)}
         return found | {"mean": whole, "error": replace(whole, error=True)}
 
+    @property
+    def shown(self) -> Sequence[str]:
+        """The mean alone."""
+        return ["mean"]
+
     def decide(self, step: int, history: Sequence[Reading]) -> Decision:
         """See `Trigger`."""
         below = 0
@@ -205,12 +215,11 @@ class GradientAngle(Trigger):
                 break
             below += 1
         mean, error = (history[-1].values[name] for name in ("mean", "error"))
+        around = f" ± {error:.4f}" if error else ""  # a published cosine has none
         where = f"{'' if below else 'not '}below {self.threshold:g}"
         surely = f" by {self.sure:g} standard errors" if self.sure else ""
         row = f", at {below} of {self.patience} readings in a row" if self.patience > 1 else ""
-        return Decision(
-            below >= self.patience, f"the gradients' cosine {mean:.4f} ± {error:.4f} is {where}{surely}{row}"
-        )
+        return Decision(below >= self.patience, f"the gradients' cosine {mean:.4f}{around} is {where}{surely}{row}")
 
 
 def block_of(terms: Terms) -> int:
@@ -357,16 +366,17 @@ def _blamed(who: str, part: str, but: tuple[type[Exception], ...] | type[Excepti
         raise ValueError(f"{who}: {part} failed with {what} ({place.filename}, line {place.lineno})") from error
 
 
-def first_reading(trigger: Trigger, after: int, every: int) -> int:
+def first_reading(trigger: Trigger, after: int, every: int, since: int | None = None) -> int:
     """The first step that has a reading, out of `after` + `every`, `after` + 2 `every`, ...
 
     Args:
         trigger: the trigger.
-        after: steps before the first one that it sees.
+        after: steps before the first one that it may see.
         every: steps between readings.
+        since: steps before the first one that it sees, if later than `after`.
     """
     needed = max([1, *(measure.steps for measure in trigger.needs.values() if isinstance(measure, Average))])
-    return after + -(-needed // every) * every
+    return after + -(-(needed + max(after, since or 0) - after) // every) * every
 
 
 def decided(name: str, trigger: Trigger, history: Sequence[Reading]) -> Decision:

@@ -1,4 +1,4 @@
-"""The command that measures states."""
+"""The commands that measure states, and that replay the triggers of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from haste.networks.layouts import LAYOUTS
 
 
 def add(to: Commands) -> None:
-    """Add this command."""
+    """Add these commands."""
     sub = to.rule("measure", _measure, "measure something of a state, or of a checkpoint from elsewhere")
     sub.add_argument("name", help="a measure of the configuration, or, with default settings, any known one")
     sub.add_argument("file", help="a state, by its file or as TRAJECTORY/STEP, or a checkpoint from elsewhere")
@@ -18,6 +18,35 @@ def add(to: Commands) -> None:
     sub.add_argument("--layout", choices=LAYOUTS, help="whose checkpoint it is; SiT's and DiT's must be told")
     sub.add_argument("--alignment", help="of the configuration, to compare with where the row has none")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
+    again = to.rule(
+        "replay", _replay, "say when triggers with other settings would have stopped a run, without training"
+    )
+    again.add_argument("name", nargs="?", metavar="RUN", help="a run of the configuration")
+    again.add_argument("--seed", type=int, help="one of its seeds (the first)")
+    again.add_argument("--readings", type=Path, metavar="FILE", help="a CSV table of cosines, in place of a run")
+    again.add_argument("--model", help="whose cosines, of a table of several models")
+    values = "TRIGGER.KEY=VALUE,..."
+    again.add_argument("--set", nargs="+", default=[], metavar=values, help="settings to replay; all combinations")
+    again.add_argument("--out", type=Path, metavar="FILE", help="draw the readings and the stops: an .svg or a .png")
+
+
+def _replay(arguments: argparse.Namespace) -> None:
+    from haste.ops import replay, sources
+    from haste.report.replay import draw, terminal
+
+    if (arguments.name is None) == (arguments.readings is None):
+        raise ValueError("expected a run of the configuration, or --readings FILE")
+    name = arguments.name or arguments.model or str(arguments.readings)
+    if arguments.readings is None:
+        plan = plan_of(arguments)
+        found = sources.of_run(plan, name, sources.seed_of(plan, name, arguments.seed))
+    else:
+        found = sources.published(arguments.readings, arguments.model)
+    said = replay.outcomes(found, replay.grid(arguments.set))
+    print(terminal(name, said), end="")
+    if arguments.out is not None:
+        draw(name, said, arguments.out)
+        print(f"{arguments.out}: drawn")
 
 
 def _measure(arguments: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ from haste.config.derived import (
     training_entry,
     triggers_of,
 )
-from haste.config.faults import check_samplers
+from haste.config.faults import check_samplers, explain
 from haste.config.keys import LABEL, LATER, Float, Positive, Rate, Seed, Share, Strict, decides, number
 from haste.config.parts import (
     DENOISERS,

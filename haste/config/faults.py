@@ -412,10 +412,11 @@ def _faults_of_stop(config: Config, run: Run, where: str) -> list[str]:
 def _faults_of_readings(run: Run, where: str) -> list[str]:
     """Limits the readings, because every state keeps all of them in a header of limited size."""
     last, faults = run.milestones[-1], []
-    for kind, stop in ((kind, getattr(run.stop, kind)) for kind in TERMS):
+    asked = [(f"stop.{kind}", getattr(run.stop, kind)) for kind in TERMS]
+    for at, stop in [*asked, *((f"watch.{place}", watch) for place, watch in enumerate(run.watch))]:
         if isinstance(stop, Trigger) and (count := (last - stop.after) // stop.every) > MOST_READINGS:
             found = f"{stop.every} makes {count:,} readings up to step {last}"
-            faults.append(f"{where}.stop.{kind}.every: {found}, expected at most {MOST_READINGS:,}")
+            faults.append(f"{where}.{at}.every: {found}, expected at most {MOST_READINGS:,}")
     return faults
 
 
@@ -423,14 +424,15 @@ def _faults_of_angles(config: Config, name: str) -> list[str]:
     """Gradients that cannot be taken: while all terms are active, or after separately stopped terms have stopped."""
     terms, stop, faults = terms_of(config, name), config.runs[name].stop, []
     active = {kind: term for kind, term in terms.items() if getattr(stop, kind) != 0}
-    for kind, watch in triggers_of(config, name).items():
-        lasting = {other: term for other, term in active.items() if getattr(stop, other) in (None, watch)}
-        trigger, blocks = (
-            triggers.made(watch.trigger, watch.model_extra or {}),
-            blocks_of(config, config.runs[name].model),
-        )
+    asked = [(f"stop.{kind}", kind, watch) for kind, watch in triggers_of(config, name).items()]
+    for place, watch in enumerate(config.runs[name].watch):
+        asked += [(f"watch.{place}", kind, watch) for kind in active]
+    blocks = blocks_of(config, config.runs[name].model) if asked else 0
+    for at, kind, watch in asked:
+        lasting = {k: term for k, term in active.items() if k == kind or getattr(stop, k) in (None, watch)}
+        trigger = triggers.made(watch.trigger, watch.model_extra or {})
         found = triggers.faults(trigger, kind, active, blocks) or triggers.faults(trigger, kind, lasting, blocks)
-        faults += [f"runs.{name}.stop.{kind}.{fault}" for fault in found]
+        faults += [f"runs.{name}.{at}.{fault}" for fault in found]
     return faults
 
 
@@ -494,7 +496,7 @@ def _faults_of_ramp(run: Run, where: str) -> list[str]:
         if steps is not None and isinstance(stop, Trigger):
             faults.append(
                 f"{where}.ramp.{kind}: {steps} steps down to the stop, but {kind} stops by {stop.trigger}, at a step "
-                "that nobody knows before; expected a stop at a step, or no ramp"
+                "that nobody knows before; expected a stop at a step, or a release beside the trigger"
             )
         elif steps is not None and (stop is None or steps > stop):
             found = "never stops" if stop is None else f"stops at step {stop}"

@@ -148,6 +148,8 @@ class Trigger(Strict):
     trigger: str
     after: Annotated[int, Field(ge=0)] = 0
     every: Positive = 1000
+    # Named with the shape of the ramp, as the term's own entry: see `haste.plan.runs`.
+    release: Annotated[Annotated[Float, Field(gt=0, le=1)] | None, LABEL] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -188,6 +190,18 @@ Stop = Annotated[
     Annotated[int, Field(ge=0), Tag("<step>")] | Annotated[Trigger, Tag("<trigger>")],
     Discriminator(lambda value: "<trigger>" if isinstance(value, dict | Trigger) else "<step>"),
 ]
+
+
+def _watches(given: Any) -> Any:
+    return [given] if isinstance(given, dict | Trigger) else given
+
+
+def _never_stops(watches: list[Trigger]) -> list[Trigger]:
+    if released := [watch.trigger for watch in watches if watch.release is not None]:
+        raise ValueError(f"{released[0]} has a release, but what only watches stops nothing; expected it under stop")
+    if twice := [watch.trigger for place, watch in enumerate(watches) if watch in watches[:place]]:
+        raise ValueError(f"{twice[0]} is there more than once with the same settings, expected each once")
+    return watches
 
 
 class Stops(Strict):
@@ -433,6 +447,7 @@ class Run(Strict):
     alignment: str = "vanilla"
     stop: Annotated[Stops, BeforeValidator(_both)] = Stops()
     ramp: Annotated[Ramps, BeforeValidator(_both)] = Ramps()
+    watch: Annotated[list[Trigger], BeforeValidator(_watches), AfterValidator(_never_stops), LATER] = []
     seed: Seed = 0
     seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)] | None = None
     milestones: Annotated[list[Positive], Field(min_length=1)]

@@ -103,8 +103,9 @@ def state_header(path: Path | str, metadata: Mapping[str, str] | None) -> dict[s
         header = {}
     artefact.check_header(path, header, STATE)
     artefact.check_entries(path, header, key=str, recipe=dict, step=int, inputs=dict, provenance=dict)
-    artefact.check_entries(path, {"triggers": {}, **header}, triggers=dict)
-    for record in header.get("triggers", {}).values():
+    known = {"triggers": {}, "watched": {}, **header}
+    artefact.check_entries(path, known, triggers=dict, watched=dict)
+    for record in [*known["triggers"].values(), *known["watched"].values()]:
         artefact.check_entries(path, record, trigger=dict, readings=list, seconds=float)
     name = STATE_NAME.match(Path(path).name)
     if name and int(name[1]) != header["step"]:

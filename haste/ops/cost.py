@@ -92,17 +92,18 @@ def angle_flops(plan: Plan, segment: Segment) -> float:
     At most a forward and a backward pass of each image at each time, and a forward pass of each teacher for each image.
     """
     times: dict[tuple[Any, ...], set[float]] = {}  # measured together -> at which times
-    for kind, term in segment.terms.items():
-        own = dict(term["trigger"] or {"trigger": None})
-        name, after, every = own.pop("trigger"), own.pop("after", 0), own.pop("every", 1)
-        for angle in triggers.made(name, own).needs.values() if name else ():
+    asked = [(kind, term["trigger"]) for kind, term in segment.terms.items() if term["trigger"]]
+    for kind, settings in [*asked, *segment.watches]:
+        own = dict(settings)
+        name, after, every = own.pop("trigger"), own.pop("after"), own.pop("every")
+        for angle in triggers.made(name, own).needs.values():
             if isinstance(angle, triggers.Angle):
                 whose = kind if angle.of == "own" else ""
                 times.setdefault((after, every, angle.images, angle.shards, whose), set()).update(angle.times)
     recipe = plan.trajectories[segment.state.trajectory].recipe
     look = sum(_teacher_flops(plan, name) or 0.0 for name in segment.teachers)
     return sum(
-        ((segment.state.step - after) // every - (segment.start - after) // every)
+        (max(segment.state.step - after, 0) // every - max(segment.start - after, 0) // every)
         * images
         * (len(at) * training_flops(recipe) + look)
         for (after, every, images, *_), at in times.items()

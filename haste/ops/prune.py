@@ -76,7 +76,8 @@ def states_needed(plan: Plan) -> set[Path]:
         path = Path(file).resolve()
         needed |= {Path(plan.root, path.relative_to(root))} if path.is_relative_to(root) else set()
     for run, seed in plan.pieces:  # where a trigger stopped a term, the state is kept like those at other stops
-        needed |= {Path(plan.path(plan.state(run, one.step, seed))) for one in _stops(plan, run, seed)}
+        steps = {step for one in _stops(plan, run, seed) for step in (one.step, one.ends)}
+        needed |= {Path(plan.path(plan.state(run, step, seed))) for step in steps}
     for state in plan.planned():
         needed.add(Path(plan.path(state)))
         if state.step in plan.on_disk(state.trajectory):

@@ -215,12 +215,16 @@ def _segment(plan: Plan, piece: Piece, step: int, stopped: Mapping[str, Stopped]
     """The segment of a piece after some steps, up to the next requested state, and what is aligned on it."""
     ends = [end for end in plan.cuts[piece.trajectory] if end > step and piece.holds(end)]
     segment = plan.segment(State(piece.trajectory, min(ends, default=step + 1)))
-    left = " and ".join(kind for kind in segment.terms if kind not in stopped) or "nothing"
+    left = " and ".join(k for k in segment.terms if k not in stopped or step < stopped[k].ends) or "nothing"
     return f"{segment.start} to {segment.state.step}, aligning {left}"
 
 
 def _stops(stopped: Mapping[str, Stopped]) -> list[str]:
-    return [f"{kind} stopped at {one.step} by {one.trigger}" for kind, one in stopped.items()]
+    return [
+        f"{kind} stopped at {one.step} by {one.trigger}"
+        + (f", its weight falls to step {one.ends}" if one.ends > one.step else "")
+        for kind, one in stopped.items()
+    ]
 
 
 def _rate(plan: Plan, run: str, record: Mapping[str, Any]) -> float | None:
@@ -251,7 +255,7 @@ def upcoming(plan: Plan, left: Sequence[State]) -> list[str]:
     for state in left:
         segment, parent = plan.segment(state), plan.segment(state).parent
         ready = parent is None or parent.step in plan.on_disk(parent.trajectory)
-        if ready and segment.after is None:
+        if ready and segment.after is None and segment.twin is None:
             aligned = ", ".join(stops.left(plan, segment)) or "nothing"
             found.append(f"train {state.trajectory} from step {segment.start} to {state.step}, aligning {aligned}")
     draws = [evaluation for evaluation in plan.evaluations.values() if not _scored(evaluation)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,15 @@ class Trajectory:
         key = fingerprint(recipe)
         return cls(f"{words}-{key}", key, recipe)
 
+    def is_twin(self, other: Mapping[str, Any]) -> bool:
+        """Whether another recipe differs only in what follows where a trigger fires."""
+        return _unreleased(self.recipe) == _unreleased(other) and other != self.recipe
+
+
+def _unreleased(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    terms = recipe["terms"].items()
+    return {**recipe, "terms": {kind: {k: v for k, v in term.items() if k != "release"} for kind, term in terms}}
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -98,6 +108,10 @@ class Segment:
 
     `after` is an earlier state of the same trajectory that is still to be made, although this job does not start from
     it (a milestone inserted before a finished one): a trajectory has one trainer at a time.
+
+    `twin` is a state to wait for, of a trajectory that differs only in what follows where a trigger fires: what both
+    share is trained once (`haste/train/twins.py`). `watches` are triggers that only record their readings: the term
+    and the settings.
     """
 
     state: State
@@ -106,6 +120,8 @@ class Segment:
     terms: dict[str, dict[str, Any]]
     pieces: tuple[Piece, ...]
     cached: tuple[str, ...] = ()  # the terms with cached targets
+    twin: State | None = None
+    watches: tuple[tuple[str, dict[str, Any]], ...] = ()
 
     @property
     def start(self) -> int:

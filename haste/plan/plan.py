@@ -26,6 +26,7 @@ from haste.config import (
     Strict,
     Teacher,
     Training,
+    Trigger,
     check_samplers,
     decides,
 )
@@ -39,7 +40,10 @@ from haste.plan.runs import Runs
 from haste.plan.targets import Targets
 
 # Keys that are younger than people's reports: while they are at their defaults, reports keep their names.
-_YOUNG = {"process", "time_dtype", "eta", "filter", "layer", "normalise", "normalise_factor", "head", "kernel", "t_max"}
+_YOUNG = {
+    *("process", "time_dtype", "eta", "filter", "layer", "normalise", "normalise_factor", "head", "kernel", "t_max"),
+    "release",
+}
 
 
 class Plan:
@@ -181,8 +185,10 @@ class Plan:
         sections += [(TERMS[kind], term) for one in shown["alignments"].values() for kind, term in one.items() if term]
         sections += [(Teacher, teacher) for teacher in shown["teachers"].values()]
         sections += [(Sampling, way) for way in shown["sampling"].values()]
+        stops = (stop for row in shown["runs"].values() for stop in row["stop"].values())
+        sections += [(Trigger, stop) for stop in stops if isinstance(stop, dict)]
         for model, section in sections:
-            for key in _YOUNG & section.keys():
+            for key in _YOUNG & section.keys() & model.model_fields.keys():
                 if section[key] == model.model_fields[key].default:
                     del section[key]
         return f"{self.folder}/report/made-{fingerprint(shown)}.json"

@@ -71,6 +71,8 @@ class Runs:
                     continue
                 if kind in triggers:
                     active[kind]["trigger"] = triggers[kind].decided
+                    if (share := triggers[kind].release) is not None:
+                        active[kind]["release"] = {"share": share, "shape": row.ramp.shape}
                 elif stop is not None and begin < stop:
                     active[kind]["ramp"] = {"from": begin, "to": stop, "shape": row.ramp.shape}
             yield Piece(self._trajectory(run, seed, active), low, high)
@@ -153,7 +155,28 @@ class Runs:
         before = State(state.trajectory, max(missing)) if missing else None
         terms = self._active(run, state.trajectory)
         cached = tuple(kind for kind, term in terms.items() if self.config.teachers[term["teacher"]].caches(kind))
-        return Segment(state, parent, None if before == parent else before, terms, pieces, cached)
+        more = {"twin": self._twin(state), "watches": tuple(self._watches(state, terms))}
+        return Segment(state, parent, None if before == parent else before, terms, pieces, cached, **more)
+
+    def _twin(self, state: State) -> State | None:
+        """The state of an earlier twin that shares most with this one; None if there is none, or it is on disk."""
+        own, names = self.trajectories[state.trajectory], list(self.trajectories)
+        for name in reversed(names[: names.index(own.name)]):
+            if self.cuts[name] and own.is_twin(self.trajectories[name].recipe):
+                steps = self.cuts[name]
+                step = min((s for s in steps if s >= state.step), default=max(steps))
+                return None if step in self.on_disk(name) else State(name, step)
+        return None
+
+    def _watches(self, state: State, terms: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What runs record of a state's segment, and for which term. The names of states say nothing of it."""
+        seen = []
+        for (run, _), pieces in self.pieces.items():
+            row = self.config.runs[run]
+            through = any(piece.trajectory == state.trajectory and piece.holds(state.step) for piece in pieces)
+            if through and state.step <= row.milestones[-1]:
+                seen += [found for watch in row.watch if (found := watch.decided) not in seen]
+        yield from ((kind, watch) for watch in seen for kind in terms)
 
     def _lineage(self, state: State) -> tuple[str, tuple[Piece, ...]] | None:
         """A run that passes through a state, and its pieces from the beginning up to the one that contains the state.
@@ -169,8 +192,9 @@ class Runs:
     def _active(self, run: str, trajectory: str) -> dict[str, dict[str, Any]]:
         """The alignment terms that are active on a trajectory's own steps, with all their settings."""
         recipe = self.trajectories[trajectory].recipe["terms"]
+        later = ("ramp", "trigger", "release")
         return {
-            kind: {**term, "ramp": recipe[kind].get("ramp"), "trigger": recipe[kind].get("trigger")}
+            kind: {**term, **{key: recipe[kind].get(key) for key in later}}
             for kind, term in terms_of(self.config, run).items()
             if kind in recipe and recipe[kind]["active"][1] is None
         }
@@ -178,9 +202,15 @@ class Runs:
     @property
     def notes(self) -> list[str]:
         """Settings of the configuration that have no effect."""
-        return [
+        rows = self.config.runs.items()
+        idle = [
+            f"{run}: watch has no effect: nothing is aligned"
+            for run, row in rows
+            if row.watch and not terms_of(self.config, run)
+        ]
+        return idle + [
             f"{run}: {found}"
-            for run, row in self.config.runs.items()
+            for run, row in rows
             for kind, begin in configuration.falls_from(self.config, run).items()
             if (found := _beyond(getattr(row.stop, kind), kind, begin, row.milestones[-1]))
         ]
@@ -209,6 +239,7 @@ def readable_name(model: Model | OtherModel, terms: dict[str, dict[str, Any]], o
     for kind, term in terms.items():
         end, ramp, trigger = term["active"][1], term.get("ramp"), term.get("trigger")
         by = "-" + re.sub(r"[^\w.]", "-", trigger["trigger"]) if trigger else ""
+        by += "-release" if term.get("release") else ""
         words.append(kind + by + (f"-ramp{ramp['from']}" if ramp else "") + ("" if end is None else f"-to{end}"))
     return "-".join(words if terms else [*words, otherwise])
 

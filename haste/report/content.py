@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from haste.align.triggers import Reading
 from haste.cluster.accounting import Usage
 
 NONE = "–"  # what a cell without a value shows
@@ -58,6 +59,19 @@ class Measured:
     found: Mapping[str, Any]
     file: str = ""
     printed: int | None = None
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a trigger read of a term of one run with one seed, stopped or only watched; `shown` are the values that tell
+    most, the first one first."""
+
+    run: str
+    seed: int
+    term: str
+    trigger: str
+    shown: Sequence[str]
+    history: Sequence[Reading]
 
 
 @dataclass(frozen=True)
@@ -120,3 +134,4 @@ class Report:
     seeds: Mapping[str, Sequence[int]] = field(default_factory=dict)
     benchmark: Benchmark | None = None
     measures: Sequence[Measured] = ()
+    read: Sequence[Read] = ()

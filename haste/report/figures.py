@@ -79,7 +79,7 @@ def styles(report: Report) -> dict[str, Style]:
     known = {row.run: row for row in report.rows}
     found = {}
     shown = [row.run for row in report.rows] + [one.run for one in report.curves]
-    shown += [one.run for one in report.measures]
+    shown += [one.run for one in report.measures] + [one.run for one in report.read]
     for place, run in enumerate(dict.fromkeys(shown)):
         row = known.get(run)
         stops = _stops(row.stop if row else "")
@@ -221,6 +221,12 @@ def new_figure(title: str, x: str = "step") -> tuple[Figure, Axes]:
         figure = Figure(figsize=SIZE, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
+    dress(axes, title, x)
+    return figure, axes
+
+
+def dress(axes: Axes, title: str, x: str = "step") -> None:
+    """Ink on axes, as `new_figure` has it."""
     axes.set_xlabel(x, color=INK, parse_math=False)
     axes.set_ylabel(title, color=INK, parse_math=False)  # a detector's name may hold a $
     if x == "step":
@@ -230,7 +236,6 @@ def new_figure(title: str, x: str = "step") -> tuple[Figure, Axes]:
     axes.tick_params(which="both", colors=INK)
     axes.grid(axis="y", color=INK, alpha=0.12, lw=0.7)
     axes.margins(x=0.03)
-    return figure, axes
 
 
 def draw_line(

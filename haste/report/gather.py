@@ -11,13 +11,14 @@ import yaml
 
 from haste import config
 from haste.cluster import accounting
-from haste.files import artefact, journal
+from haste.files import artefact
 from haste.files.provenance import provenance_of
 from haste.measure import measure
+from haste.ops import replay, sources
 from haste.plan.names import Detector
 from haste.plan.names import Row as Scored
 from haste.plan.plan import Plan
-from haste.report.content import NONE, Benchmark, Curve, Grid, Measured, Part, Report, Row, Stage
+from haste.report.content import NONE, Benchmark, Curve, Grid, Measured, Part, Read, Report, Row, Stage
 from haste.report.papers import layers_text
 from haste.train import stops
 
@@ -60,12 +61,7 @@ def _watched(plan: Plan, run: str, kind: str) -> str:
 
 def records(plan: Plan, run: str, seed: int) -> list[dict[str, Any]]:
     """The log of a run with one seed up to its last milestone, across the trajectories that it passes through."""
-    last, found = plan.config.runs[run].milestones[-1], []
-    for piece in plan.pieces[run, seed]:
-        high = last if piece.high is None else min(last, piece.high)
-        lines = journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"), piece.low, high)
-        found += [{**line, "loss": line.get("denoising")} for line in lines]
-    return found
+    return [{**line, "loss": line.get("denoising")} for line in sources.logged(plan, run, seed)]
 
 
 def stages(plan: Plan) -> list[Stage]:
@@ -164,8 +160,10 @@ def settings(plan: Plan, run: str) -> dict[str, str]:
                 sizes = [own.pop(name) for name in more]
                 own[key] = _words([own[key] or "none", *(size for size in sizes if size is not None)])
         found |= {f"{kind.removesuffix('s')} {name}": _words(value) for name, value in own.items()}
-    ramp = plan.config.runs[run].ramp
+    ramp, triggers = plan.config.runs[run].ramp, config.triggers_of(plan.config, run)
     falling = [f"{kind} over {steps} steps" for kind in terms if (steps := getattr(ramp, kind)) is not None]
+    released = {kind: trigger.release for kind, trigger in triggers.items() if trigger.release is not None}
+    falling += [f"{kind} over {share:g} of the steps" for kind, share in released.items()]
     if falling:
         found["ramp"] = f"{', '.join(falling)}, {ramp.shape}"
     return found
@@ -290,6 +288,18 @@ def benchmark(plan: Plan) -> Benchmark | None:
     return Benchmark("ImageNet", images.resolution) if known else None
 
 
+def _read(plan: Plan) -> list[Read]:
+    """What triggers read of the runs."""
+    found = []
+    for run, seed in plan.pieces:
+        for one in sources.of_run(plan, run, seed) if config.terms_of(plan.config, run) else []:
+            if one.settings and any(one.columns.values()):
+                trigger = sources.trigger_of(one.settings)
+                history = replay.readings(one, one.settings)
+                found.append(Read(run, seed, one.term, one.settings["trigger"], trigger.shown, history))
+    return found
+
+
 def report(plan: Plan) -> Report:
     """Everything the page shows, read from finished files; its notes name what is not finished.
 
@@ -316,4 +326,5 @@ def report(plan: Plan) -> Report:
         benchmark=benchmark(plan),
         seeds={run: row.all_seeds for run, row in made.runs.items()},
         measures=measures,
+        read=_read(plan),
     )

@@ -26,6 +26,7 @@ from haste.report.figures import Panel
 from haste.report.finding import context, finding, lead, speedup_table, speedups
 from haste.report.formats import Entry, Head, Table, text_cell
 from haste.report.measures import anchor, measure_panels, measure_tables
+from haste.report.replay import reading_panels
 from haste.report.times import duration, duration_cell, time_table
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -125,7 +126,7 @@ def render(report: Report) -> str:
         styles=figures.styles(report),
         score_panels=_by_protocol(figures.score_panels(report)),
         guidance_panels=_by_protocol(sweeps.guidance_panels(report)),
-        loss_panels=_shown(figures.loss_panels(report)),
+        loss_panels=_shown([*figures.loss_panels(report), *reading_panels(report)]),
         measure_panels=[(name, _shown(found)) for name, found in [*measure_panels(report), *_scattered(report)]],
         measured=[(anchor(report, one), f"{one.name} of {one.run}, step {one.step:,}", one) for one in report.measures],
         grids=[(step, [_grid(grid) for grid in group]) for step, group in _by_step(report)],

@@ -18,7 +18,7 @@ from haste.files.provenance import STATE_NAME, read_header
 from haste.plan.names import Segment, State
 from haste.plan.plan import Plan
 from haste.train import state as states
-from haste.train import stops
+from haste.train import stops, twins
 from haste.train.distributed import Group
 from haste.train.inputs import Inputs
 from haste.train.readings import Watches
@@ -82,6 +82,12 @@ class Checkpoints:
             artefact.write_json(
                 self.folder / "trajectory.json", {"schema": artefact.SCHEMA, "kind": "trajectory", **about}
             )
+
+    def adopt(self) -> None:
+        """Copy what a trajectory that differs only behind a trigger's firing has of this segment already."""
+        if self.group.is_first:
+            own = self._on_the_way(self.folder) + self._on_the_way(self.folder / "rolling")
+            twins.adopt(self.folder, self.trajectory, self.segment, max((step for step, _ in own), default=0))
 
     # -- resuming --------------------------------------------------------------------------------------------------
 

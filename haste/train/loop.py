@@ -82,13 +82,16 @@ def _train(plan: Plan, state: State, group: Group, interrupted: Callable[[], int
         _train(plan, before, group, interrupted)  # the workflow schedules this itself; a direct call need not
     checkpoints = Checkpoints(plan, segment, group)
     with checkpoints.locked():
+        if not group.broadcast(path.exists):
+            checkpoints.describe()
+            checkpoints.adopt()
         if group.broadcast(path.exists):
             checkpoints.confirm()
             return path
-        checkpoints.describe()
         reached = None
-        # Where a trigger stops a term, everything is opened anew from the state there, as in any later start. So the
-        # result is bit for bit that of a run whose configuration stops at this step.
+        # Where a trigger stops or releases a term, or the released weight has fallen to 0, everything is opened anew
+        # from the state there, as in any later start. So the result is bit for bit that of a run whose configuration
+        # stops, or ramps down, at these steps.
         while reached != state.step:
             reached = _open(plan, segment, checkpoints, checkpoints.newest(reached)).run(interrupted)
             group.free()  # free teacher, projector and their moments before the remaining terms are opened
@@ -97,15 +100,16 @@ def _train(plan: Plan, state: State, group: Group, interrupted: Callable[[], int
 
 
 def _open(plan: Plan, segment: Segment, checkpoints: Checkpoints, found: Path | None) -> Loop:
-    """The loop of a segment from a state on, with the terms that no trigger stopped before it."""
-    segment = stops.without_stopped(segment, read_header(found) if found else {})
+    """The loop of a segment from a state on, with the terms that are left, up to where the next one ends."""
+    segment = stops.resumed(segment, read_header(found) if found else {})
     recipe, group = checkpoints.trajectory.recipe, checkpoints.group
     inputs, watches = Inputs(plan, segment, recipe, group), Watches(segment, group)
     learner = inputs.learner()
     begin = checkpoints.resume(found, learner, inputs, watches)
     if found is None and "warm_start" in recipe:
         warm_start(plan, segment.state.trajectory, learner)
-    return Loop(begin, segment.state.step, inputs, learner, watches, checkpoints, plan.config.runtime)
+    falls = [term["ramp"]["to"] for term in segment.terms.values() if term["ramp"]]
+    return Loop(begin, min([segment.state.step, *falls]), inputs, learner, watches, checkpoints, plan.config.runtime)
 
 
 @dataclasses.dataclass
@@ -185,7 +189,7 @@ class Loop:
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         """Backward, update, and the triggers' averages. Returns the losses and the gradient's norm."""
         losses, settings = self._backward(batch), self.settings
-        self.watches.add(losses, batch.weights)
+        self.watches.add(batch.step, losses, batch.weights)
         skip = settings["nonfinite"] == "skip"
         return {**losses, "grad_norm": update(self.learner, clip=settings["clip"], ema=settings["ema"], skip=skip)}
 

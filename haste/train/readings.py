@@ -1,4 +1,4 @@
-"""The readings of triggers during training, and their decisions.
+"""The readings of triggers during training, and their decisions. A trigger that only watches is never asked.
 
 Each rank averages the values of its own rows on its device, so no step waits. At a reading the averages are averaged
 over ranks, which is exact because an average is linear. Measurements that need their own passes are made then too
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from haste.align import triggers
 from haste.align.triggers import Angle, Average, Decision, Reading
+from haste.files.artefact import fingerprint
 from haste.plan.names import Segment
 from haste.train.distributed import Group
 from haste.train.gradient_angles import Angles
@@ -50,23 +51,26 @@ class Watch:
         history: the readings so far.
         seconds: wall time of the readings so far.
         stopped: step, reason and trajectory of the stop, once it has happened.
+        since: steps done before the first one that the averages have seen.
     """
 
-    def __init__(self, kind: str, term: Mapping[str, Any], group: Group):
+    def __init__(self, kind: str, term: Mapping[str, Any], group: Group, watched: Mapping[str, Any] | None = None):
         """
         Args:
             kind: of the term.
             term: its settings, with those of its trigger.
             group: the ranks.
+            watched: settings of a trigger that never stops the term, in place of the term's own.
 
         Raises:
             ValueError: a parameter that the trigger does not accept.
         """
-        self.kind, self.term, self.settings, self.group = kind, term, dict(term["trigger"]), group
+        self.kind, self.term, self.settings, self.group = kind, term, dict(watched or term["trigger"]), group
+        self.asks = watched is None
         own = {key: value for key, value in self.settings.items() if key not in ("trigger", "after", "every")}
         self.trigger = triggers.made(self.settings["trigger"], own)
         self.after, self.every = self.settings["after"], self.settings["every"]
-        self.first = triggers.first_reading(self.trigger, self.after, self.every)
+        self._begin(self.after)
         needs = self.trigger.needs
         self.averages = {name: measure for name, measure in needs.items() if isinstance(measure, Average)}
         self.angles = {name: measure for name, measure in needs.items() if isinstance(measure, Angle)}
@@ -76,6 +80,10 @@ class Watch:
         self.history: list[Reading] = []
         self.seconds = 0.0
         self.stopped: dict[str, Any] | None = None
+
+    def _begin(self, since: int) -> None:
+        self.since = max(since, self.after)
+        self.first = triggers.first_reading(self.trigger, self.after, self.every, self.since)
 
     @torch.no_grad()
     def add(self, found: Mapping[str, Tensor], weights: Tensor | None) -> None:
@@ -101,7 +109,7 @@ class Watch:
         return self.stopped is None and fresh and done >= self.first and (done - self.after) % self.every == 0
 
     def read(self, done: int, trajectory: str, angles: Angles | None = None) -> bool:
-        """Make the reading after `done` steps and ask the trigger. A collective call.
+        """Make the reading after `done` steps and ask the trigger, unless it only watches. A collective call.
 
         Args:
             done: steps done.
@@ -118,9 +126,7 @@ class Watch:
             found |= angles.values(done, self.kind, self.angles)
         if found is not None and self._is_finite(done, found):
             self.history.append(Reading(done, {name: found[name] for name in self.trigger.needs}))
-            decision = self.group.broadcast(self._ask)
-            self._tell(done, decision)
-            if decision.stop:
+            if self.asks and (decision := self._told(done)).stop:
                 self.stopped = {"step": done, "reason": decision.reason, "trajectory": trajectory}
         self.seconds += time.monotonic() - started
         return self.stopped is not None
@@ -145,20 +151,18 @@ class Watch:
     def _ask(self) -> Decision:
         return triggers.decided(self.settings["trigger"], self.trigger, self.history)
 
-    def _tell(self, done: int, decision: Decision) -> None:
+    def _told(self, done: int) -> Decision:
+        decision = self.group.broadcast(self._ask)
         if self.group.is_first:
             does = "stops" if decision.stop else "goes on with"
             log.info("step %d: %s %s %s: %s", done, self.settings["trigger"], does, self.kind, decision.reason)
+        return decision
 
     def record(self) -> dict[str, Any]:
         """The entry for a state's header."""
         readings = [{"step": reading.step, **reading.values} for reading in self.history]
-        return {
-            "trigger": self.settings,
-            "stopped": self.stopped,
-            "seconds": round(self.seconds, 6),
-            "readings": readings,
-        }
+        own = {"stopped": self.stopped} if self.asks else {"term": self.kind, "since": self.since}
+        return {"trigger": self.settings, **own, "seconds": round(self.seconds, 6), "readings": readings}
 
     def gathered(self) -> Tensor:
         """(W, 2, K): every rank's sums. A collective call."""
@@ -182,50 +186,81 @@ class Watch:
             raise ValueError(f"{path}: readings of {self.kind} are not the trigger's, expected {', '.join(names)}")
         self.history = [Reading(r["step"], {name: r[name] for name in names}) for r in readings]
         self.seconds = record["seconds"]
+        if not self.asks:
+            self._begin(record["since"])
         if sums is None or sums.shape[1:] != self.sums.shape:
             found = "nothing" if sums is None else tuple(sums.shape)
             raise ValueError(f"{path}: readings/{self.kind} is {found}, expected (processes, {tuple(self.sums.shape)})")
         mine = sums[self.group.rank] if len(sums) == self.group.size else sums.mean(dim=0)
         self.sums = mine.to(self.sums)
 
+    def rejoin(self, record: Mapping[str, Any] | None, sums: Tensor | None, step: int, path: Path) -> None:
+        """As `go_on`, for a trigger that only watches: without its averages it begins anew at this step, and keeps the
+        readings that it has.
+
+        Args:
+            step: of the state.
+        """
+        if record is not None:
+            self.go_on(record, self.gathered() if sums is None else sums, path)
+        if sums is None:
+            self._begin(step)
+
 
 class Watches:
-    """The running triggers of a segment's terms, and the records of those that stopped their term before it."""
+    """The running triggers of a segment's terms, and the records of those that stopped their term before it. Those that
+    only watch are by the name that states give them."""
 
     def __init__(self, segment: Segment, group: Group):
         """
         Args:
-            segment: its terms; those without a trigger are ignored.
+            segment: its terms, with the triggers that stop or watch them.
             group: the ranks.
         """
         self.trajectory = segment.state.trajectory
         self.of = {kind: Watch(kind, term, group) for kind, term in segment.terms.items() if term["trigger"]}
+        self.watching = {
+            f"{kind}/{fingerprint(settings)}": Watch(kind, segment.terms[kind], group, settings)
+            for kind, settings in segment.watches
+            if kind in segment.terms
+        }
         self.stopped: dict[str, Any] = {}
+        self.watched: dict[str, Any] = {}  # records of those that watched before
 
-    def add(self, found: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        """Add a step's losses, and by term the weights of its samples if they do not count equally; see `Watch`."""
-        for kind, watch in self.of.items():
-            watch.add(found, weights.get(kind))
+    def add(self, step: int, found: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+        """Add the losses of the step after `step` steps, and by term the weights of its samples if they do not count
+        equally; see `Watch`."""
+        for watch in self._all():
+            if step >= watch.after:
+                watch.add(found, weights.get(watch.kind))
+
+    def _all(self) -> list[Watch]:
+        return [*self.of.values(), *self.watching.values()]
 
     def read(self, done: int, angles: Angles) -> bool:
         """Make the readings that are due after `done` steps. A collective call. Returns whether a term stops."""
-        due = [watch for watch in self.of.values() if watch.is_due(done)]
+        due = [watch for watch in self._all() if watch.is_due(done)]
         return any(
             [watch.read(done, self.trajectory, angles) for watch in due]
         )  # every one of them, whatever the others decide
 
     def header(self) -> dict[str, Any]:
-        """The header's entry `triggers`, by term; empty if there never was a trigger."""
-        records = {**self.stopped, **{kind: watch.record() for kind, watch in self.of.items()}}
-        return {"triggers": records} if records else {}
+        """The header's entries `triggers`, by term, and `watched`; without those of which there never was one."""
+        found = {
+            "triggers": {**self.stopped, **{kind: watch.record() for kind, watch in self.of.items()}},
+            "watched": {**self.watched, **{name: watch.record() for name, watch in self.watching.items()}},
+        }
+        return {entry: records for entry, records in found.items() if records}
 
     def averages(self) -> dict[str, Tensor]:
-        """Tensors of a state, `readings/TERM`, of the running triggers. A collective call."""
-        going = {kind: watch for kind, watch in self.of.items() if watch.stopped is None}
-        return {f"readings/{kind}": watch.gathered() for kind, watch in going.items()}
+        """Tensors of a state, `readings/TERM` of the running triggers and `watched/NAME`. A collective call."""
+        going = {f"readings/{kind}": watch for kind, watch in self.of.items() if watch.stopped is None}
+        going |= {f"watched/{name}": watch for name, watch in self.watching.items()}
+        return {name: watch.gathered() for name, watch in going.items()}
 
     def go_on(self, header: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
-        """Continue from a state; a trigger that the state does not know begins at its own first step.
+        """Continue from a state; a trigger that the state does not know begins at its own first step. One that only
+        watches may begin anywhere, also anew where nobody watched in between.
 
         Args:
             header: of the state.
@@ -245,3 +280,7 @@ class Watches:
                     f"{path}: has no readings of {kind}, which is watched from step {watch.after} on; expected them, "
                     "or the state of that step"
                 )
+        seen = header.get("watched", {})
+        self.watched = {name: record for name, record in seen.items() if name not in self.watching}
+        for name, watch in self.watching.items():
+            watch.rejoin(seen.get(name), tensors.get(f"watched/{name}"), header["step"], path)

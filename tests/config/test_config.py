@@ -73,6 +73,8 @@ REFUSALS = [
         {"alignment": "HASTE", "ramp": 3, "stop": {"trigger": "plateau"}},
         ["HASTE.ramp.features: 3", "by plateau"],
     ),
+    ("runs.HASTE.stop", {"trigger": "plateau", "release": 0}, ["runs.HASTE.stop.release", "greater than 0", "found 0"]),
+    ("runs.HASTE.stop", {"trigger": "plateau", "release": 2}, ["runs.HASTE.stop.release", "less than or equal to 1"]),
     ("runs.HASTE.training", {"bach": 3}, ["runs.HASTE.training.bach: unknown key", "'batch'"]),
     ("defaults.modle", "dot", ["defaults.modle: unknown key", "'model'"]),
     ("sampling.quick.sampler", "eulr", ["sampling.quick.sampler", "'eulr'", "'euler'"]),

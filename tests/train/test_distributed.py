@@ -177,9 +177,10 @@ WATCHED = {
 PLATEAU = {"trigger": "plateau", "after": 2, "every": 2, "fast": 0.5, "slow": 0.75, "margin": 0}
 
 
-def watched_by(make_plan, attention, milestones, **runtime):
+def watched_by(make_plan, attention, milestones, ramp=None, **runtime):
     training = {"batch": 4, "lr": 1.0e-3, "ema": 0.9, "precision": "fp64", "timesteps": {"distribution": "lognormal"}}
     run = {"alignment": "low", "stop": {"features": PLATEAU, "attention": attention}, "milestones": milestones}
+    run |= {} if ramp is None else {"ramp": ramp}
     return make_plan(alignments=WATCHED, training=training, runs={"HASTE-20": run}, runtime={"log_every": 9, **runtime})
 
 
@@ -226,6 +227,21 @@ def test_two_processes_stop_at_one_step_and_go_on_as_after_a_stop_by_hand(make_p
     by_hand = watched_by(make_plan, stopped, [12], processes=2)
     train_with(by_hand, state_of(by_hand, 12), 2)
     expected = bits(by_hand, 12)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_two_processes_release_a_term_as_a_ramp_by_hand_lets_it_fall(make_plan):
+    """And another release goes on from a copy of what they share."""
+    seen = watched_by(make_plan, {**PLATEAU, "margin": 1, "release": 0.5}, [12], processes=2)
+    train_with(seen, state_of(seen, 12), 2)
+    other = watched_by(make_plan, {**PLATEAU, "margin": 1, "release": 0.25}, [12], processes=2)
+    train_with(other, state_of(other, 12), 2)
+    log = journal.read(Path(other.path(state_of(other, 12))).parent / "log.jsonl")
+    assert min(line["step"] for line in log) > 8  # where it fired
+    by_hand = watched_by(make_plan, 10, [12], {"attention": 2}, processes=2)
+    train_with(by_hand, state_of(by_hand, 12), 2)
+    expected, found = bits(by_hand, 12), bits(other, 12)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 

@@ -16,6 +16,8 @@ def before(wildcards):
         files.append(plan.path(segment.parent))
     if segment.after:
         files.append(plan.path(segment.after))
+    if segment.twin:
+        files.append(plan.path(segment.twin))
     return files + plan.aligned_from(segment)
 
 
