@@ -294,7 +294,10 @@ class Condition(_Named):
 
 
 # Measures of a state: name -> import path of the class, which is imported on request.
-MEASURES = {"gradient-cosine": "haste.measure.gradient_cosine:GradientCosine"}
+MEASURES = {
+    "gradient-cosine": "haste.measure.gradient_cosine:GradientCosine",
+    "denoising": "haste.measure.denoising:Denoising",
+}
 
 
 def measure_named(name: str) -> Any:

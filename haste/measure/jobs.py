@@ -63,7 +63,7 @@ def _measured(plan: Plan, what: Measurement) -> dict[str, Any] | None:
     seconds = time.monotonic() - started
     made = artefact.provenance(key=what.key, recipe=what.recipe, inputs=subject.inputs.identities, seconds=seconds)
     header = {"schema": artefact.SCHEMA, "kind": KIND, "key": what.key, "measure": spec.measure}
-    columns = {"axes": list(kind.axes), "values": dict(kind.values)}
+    columns = {"axes": list(kind.axes), "values": dict(kind.values), **({"pooled": kind.pooled} if kind.pooled else {})}
     about = {"settings": kind.model_dump(mode="json"), "terms": what.recipe["terms"], "state": state}
     return {**header, **about, **columns, "rows": rows, "notes": subject.notes, "provenance": made}
 
@@ -99,7 +99,7 @@ def asked(
     plan = Plan(config)
     if file in plan.measurements and plan.measurements[file].label == name:
         return plan, plan.measurements[file], True
-    raw = config.model_dump(mode="json")
+    raw = config.model_dump(mode="json") | {"forks": {}}  # their branches are rows already
     _put_measure(raw, name, alignment)
     state = _own_state(plan, file)
     if state is None:

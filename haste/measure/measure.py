@@ -31,9 +31,11 @@ class Measure(Strict):
     are part of the result's name; one that is added later is marked `LATER`.
 
     Attributes:
-        needs: requirements besides the network and the images: `alignment`, for the losses against teachers.
+        needs: requirements besides the network and the images: `alignment`, for the losses against teachers; `held-out
+            images`.
         axes: location columns. Numbers are axes of the figure, words have a panel each.
         values: value columns -> the column of the standard error, "" if there is none.
+        pooled: an axis of groups of images, over which the report shows the mean with its standard error; "" for none.
         weights: which of a state's weights; a file with only one set gives that one.
         seed: of the choice of images, and of their noise.
     """
@@ -41,6 +43,7 @@ class Measure(Strict):
     needs: ClassVar[frozenset[str]] = frozenset()
     axes: ClassVar[tuple[str, ...]] = ()
     values: ClassVar[Mapping[str, str]] = {}
+    pooled: ClassVar[str] = ""
 
     weights: Literal["model", "ema"] = "model"
     seed: Seed = 0
