@@ -1,8 +1,9 @@
 """From which step on a curve is below zero, and how sure: pure functions of curves over steps. No torch.
 
-A curve is what alignment is good for, by step: positive while it helps, negative where it harms. Such are the loss of a
-run that was stopped minus that of one that was not, and the cosine of their gradients minus a threshold. Its noise comes
-from units: groups of images or seeds of training that each give a whole curve. Or every point has a standard error.
+A curve is what alignment is good for, by step: positive while it helps, negative where it harms. Such are the loss of
+a run that was stopped minus that of one that was not, and the cosine of two gradients minus a threshold. Its noise
+comes from units, groups of images or seeds of training that each give a whole curve, or every point has a standard
+error.
 
 Two questions are asked in turn. Is there a crossing at all? Only if the curve is surely above zero at some step and
 surely below at a later one, where "surely" is of all steps together. Then where? At every step between these two at
@@ -61,8 +62,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where a curve falls below zero, with the 95 % interval; `step` is None if that cannot be told. `reason` says what
-    is known instead, or how the interval was found."""
+    """Where a curve falls below zero; `step` is None if that cannot be told. `low` and `high` are the 95 % interval,
+    None if it is not known. `reason` says what is known instead, or how the interval was found."""
 
     step: float | None
     low: float | None
@@ -72,8 +73,8 @@ class Crossing:
     def __str__(self) -> str:
         if self.step is None:
             return f"cannot tell: {self.reason}"
-        assert self.low is not None and self.high is not None
-        return f"step {self.step:,.0f} (95 %: {self.low:,.0f} to {self.high:,.0f}; {self.reason})"
+        known = "" if self.low is None or self.high is None else f"95 %: {self.low:,.0f} to {self.high:,.0f}; "
+        return f"step {self.step:,.0f} ({known}{self.reason})"
 
 
 def interval(curve: Curve, together: bool = False) -> tuple[Array, Array]:

@@ -33,7 +33,7 @@ from haste.config.derived import (
     triggers_of,
 )
 from haste.config.faults import check_samplers
-from haste.config.forks import Branch, branches, without_branches
+from haste.config.forks import Branch, branches, written
 from haste.config.keys import LABEL, LATER, Float, Positive, Rate, Seed, Share, Strict, decides, number
 from haste.config.parts import (
     DENOISERS,

@@ -54,10 +54,10 @@ def branched(config: Config) -> Config:
     return config.model_copy(update={"runs": {**config.runs, **rows}})
 
 
-def without_branches(config: Config) -> Config:
-    """The configuration as it was written: without the branches, and without forks."""
+def written(config: Config) -> Config:
+    """The configuration as it was before `branched`."""
     known = branches(config)
-    return config.model_copy(update={"forks": {}, "runs": {n: r for n, r in config.runs.items() if n not in known}})
+    return config.model_copy(update={"runs": {name: row for name, row in config.runs.items() if name not in known}})
 
 
 def _row(config: Config, branch: Branch) -> Run:

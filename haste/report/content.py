@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from haste.cluster.accounting import Usage
+from haste.config import Branch
 
 NONE = "–"  # what a cell without a value shows
 
@@ -53,6 +54,23 @@ class Measured:
     step: int
     found: Mapping[str, Any]
     file: str = ""
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A fork of `run`: at each step of `at` it went on for `length` steps with alignment, and stopped.
+
+    `rows` and `measures` are of its branches by their names: their scores, and what was measured of them, at `at` +
+    `length`; `branches` tells which side a name is."""
+
+    name: str
+    run: str
+    at: Sequence[int]
+    length: int
+    seeds: Sequence[int]
+    branches: Mapping[str, Branch]
+    rows: Sequence[Row]
+    measures: Sequence[Measured]
 
 
 @dataclass(frozen=True)
@@ -115,3 +133,4 @@ class Report:
     seeds: Mapping[str, Sequence[int]] = field(default_factory=dict)
     benchmark: Benchmark | None = None
     measures: Sequence[Measured] = ()
+    forks: Sequence[Fork] = ()

@@ -187,7 +187,7 @@ def _notes(found: Findings, value: str) -> list[str]:
 
 
 def _numbers(found: Findings) -> list[str]:
-    return [axis for axis in found.ones[0].found["axes"] if axis not in found.words]
+    return [axis for axis in found.ones[0].found["axes"] if axis in found.frame and axis not in found.words]
 
 
 def _words(value: Any) -> str:
