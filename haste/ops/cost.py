@@ -402,14 +402,12 @@ def price_of_forks(plan: Plan) -> list[str]:
         return []
     without, flops = Plan(written(plan.config).model_copy(update={"forks": {}})), machine_flops()
     (steps, seconds), (fewer, less) = _left_to_train(plan, flops), _left_to_train(without, flops)
-    draws = [plan.evaluations[name] for name in plan.evaluations.keys() - without.evaluations]
-    measured = [plan.measurements[name] for name in plan.measurements.keys() - without.measurements]
-    unmade = [
-        sum(not Path(file).exists() for file in files)
-        for files in ([e.score for e in draws], [m.file for m in measured])
-    ]
+    draws = [plan.evaluations[name].score for name in plan.evaluations.keys() - without.evaluations]
+    measured = [plan.measurements[name].file for name in plan.measurements.keys() - without.measurements]
+    unscored, unmeasured = (sum(not Path(file).exists() for file in files) for files in (draws, measured))
     time = f" ({units.clock(seconds - less)})" if seconds > less else ""
-    added = f"{steps - fewer:,} more steps of training{time}, {unmade[0]} more sets of samples, {unmade[1]} more measurements"
+    training = f"{steps - fewer:,} more steps of training{time}"
+    added = f"{training}, {unscored} more sets of samples, {unmeasured} more measurements"
     again = []
     for name, branch in branches(plan.config).items():
         for seed in plan.config.runs[name].all_seeds if branch.stopped else ():
