@@ -6,9 +6,9 @@ comes from units, groups of images or seeds of training that each give a whole c
 error.
 
 Two questions are asked in turn. Is there a crossing at all? Only if the curve is surely above zero at some step and
-surely below at a later one, where "surely" is of all steps together. Then where? At every step between these two at
-which the curve, a straight line from step to step, is not surely different from zero. That the true curve bends between
-the steps is in no interval: more steps show it.
+surely below at a later one, where "surely" is of all steps together. Then where? Between the last step at which it is
+surely above and the next at which it is surely below, wherever the curve, a straight line from step to step, is not
+surely other than zero. That the true curve bends between the steps is in no interval: more steps show it.
 
 U units, K steps, B draws, T places between the steps.
 """
@@ -127,10 +127,10 @@ def crossing(curve: Curve) -> Crossing:
         return Crossing(None, None, None, "one seed, whose noise is not known")
     low, high = interval(curve, together=True)
     above, below = np.flatnonzero(low > 0), np.flatnonzero(high < 0)
-    pair = next(((above[above < b].max(), b) for b in below if (above < b).any()), None)
-    if pair is None:
+    pair = [above[-1], *below[below > above[-1]][:1]] if len(above) else []
+    if len(pair) < 2:
         return Crossing(None, None, None, _instead(curve, above, below))
-    places, weights = _between(curve.steps, *pair)
+    places, weights = _between(curve.steps, pair[0], pair[1])
     left, right = _bounds(curve, weights)
     ends = [
         _zero(places, curve.mean @ weights),

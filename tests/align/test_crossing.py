@@ -87,6 +87,12 @@ def test_a_noiseless_curve_crosses_where_the_line_between_two_steps_does():
     assert found.step == found.low == found.high == pytest.approx(162_500)
 
 
+def test_a_step_before_which_alignment_surely_helped_again_is_in_no_interval():
+    truth = np.array([1.0, 0.0, 1.0, 1.0, -1.0, -1.0])
+    found = drawn(images, truth, 0.5, 10)
+    assert all(200_000 < one.low <= one.high < 250_000 for one in found)
+
+
 def test_more_noise_makes_the_interval_wider():
     widths = []
     for noise in (0.1, 0.3, 0.9):

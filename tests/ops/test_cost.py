@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,30 @@ def test_a_measure_costs_its_passes_and_is_counted_until_its_file_is_there(tmp_p
     file.write_text("{}")
     assert cost._measure_stages(plan, 1e9)[0].left == 0
     assert "measures" not in {stage.name for stage in cost.stages(plan_of())[0]}
+
+
+def test_forks_are_priced_beside_their_trunk_and_what_was_not_kept_is_named(tmp_path):
+    runs = {"HASTE": {"alignment": "HASTE", "milestones": [16]}}
+    assert cost.price_of_forks(plan_of(runs=runs)) == []
+    forked = {"runs": runs, "forks": {"F": {"run": "HASTE", "at": [4, 12], "for": 6}}, "results": str(tmp_path)}
+    plan = plan_of(**forked)
+    (said,) = cost.price_of_forks(plan)
+    # the stopped branches, and the aligned one of step 12 beyond the trunk's end
+    assert re.fullmatch(r"Forks add 14 more steps of training \([\d:]+\), 4 more sets of samples, 4 more .*", said)
+
+    def there(*steps):
+        for step in steps:
+            path = Path(plan.path(plan.state("HASTE", step)))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        return cost.price_of_forks(plan_of(**forked))
+
+    finished = there(10, 16)  # without the states at the forks
+    assert finished[0].startswith("Forks add 20 more steps")  # 4 and 2 of the trunk once more, 14 of branches
+    assert finished[1:] == [
+        "F: HASTE is finished beyond step 4, of which no state was kept: 4 steps are trained again from step 0. "
+        "runtime.keep_every keeps more.",
+        "F: HASTE is finished beyond step 12, of which no state was kept: 2 steps are trained again from step 10. "
+        "runtime.keep_every keeps more.",
+    ]
+    assert there(4, 12) == [finished[0].replace("20", "14")]
