@@ -305,6 +305,7 @@ NAMES = {
     "measures": "cosine",
     "runs": "run",
     "evaluate": "file",
+    "forks": "fork",
 }
 OTHER = {
     "name": "another",
@@ -370,6 +371,12 @@ OTHER = {
     "runs.NAME.measures": ["another"],
     "evaluate.NAME.measures": ["another"],
     "measures.NAME.alignment": "other",
+    "forks.NAME.at": [2, 5],
+    "forks.NAME.seeds": [0],
+    "forks.NAME.sampling": ["two"],
+    "forks.NAME.measures": ["cosine"],
+    "measure: denoising.weights": "model",
+    "measure: denoising.t": [0.3],
     "measure: gradient-cosine.weights": "ema",
     "measure: gradient-cosine.t": [0.3],
     "measure: gradient-cosine.blocks": [1],
@@ -402,7 +409,7 @@ OTHER = {
 ONE_VALUE = {
     **{"images.source": "images", "teachers.NAME.pca": "states", "models.NAME.architecture": "states"},
     **{"runs.NAME.stop.TERM.trigger": "states", "measures.NAME.measure": "measures"},
-    **{"condition": "latents", "training.process": "states"},
+    **{"condition": "latents", "training.process": "states", "forks.NAME.run": "nothing"},
 }
 # Keys that only go with another.
 NT_XENT = {"similarity": "nt-xent", "negatives": "batch"}
@@ -418,6 +425,7 @@ BESIDE = {
     "runs.NAME.warm_start.file": {"file": str(ROOT / "README.md")},
     "runs.NAME.warm_start.classes": {"file": str(ROOT / "README.md")},
     "measures.NAME.alignment": {"alignment": "both"},
+    **{f"forks.NAME.{key}": {"run": "run", "at": [3], "for": 2} for key in config.Fork.model_fields},
     "alignments.NAME.features.temperature": NT_XENT,
     "alignments.NAME.features.negatives": {"similarity": "nt-xent"},
     "alignments.NAME.features.negative_count": NT_XENT,

@@ -114,6 +114,9 @@ def test_a_score_is_that_of_all_samples_against_all_real_images(read, tmp_path):
     assert found["scores"] == expected
     assert (found["samples"], found["reference"]["images"], found["nfe"]) == (23, 31, 5)
     assert json.loads((tmp_path / "score.json").read_text()) == found
+    rng = np.random.default_rng(0)
+    draws = [frechet_of_planes(fake[0][rng.integers(0, 23, 23)], real[0]) for _ in range(2000)]
+    assert found["errors"]["fd"] == pytest.approx(np.std(draws), rel=0.2)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -24,6 +24,10 @@ def add(to: Commands) -> None:
     what = "state, store, samples, grid, score, part, report or configuration"
     to.command("show", _show, f"say how a file was made: {what}").add_argument("file", type=Path)
     to.rule("table", _table, "print the result table of a finished report")
+    when = to.rule(
+        "suggest-stop", _suggest, "say when forks, gradient angles and losses would stop a run, and how sure"
+    )
+    when.add_argument("name", metavar="RUN")
     _add_exchange(to)
 
 
@@ -87,6 +91,12 @@ def _table(arguments: argparse.Namespace) -> None:
     plan = plan_of(arguments)
     print(page.text(gather.report(plan)))
     print(f"Report: {plan.report}")
+
+
+def _suggest(arguments: argparse.Namespace) -> None:
+    from haste.report import suggest
+
+    print(suggest.text(plan_of(arguments), arguments.name), end="")
 
 
 def _import(arguments: argparse.Namespace) -> None:

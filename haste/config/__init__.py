@@ -12,6 +12,7 @@ Each file imports only from those above it:
     published   sizes, layers and depths of the papers, and definitions of predefined names
     derived     consequences: terms with their layers, when they fall and stop, taps and cost of models
     faults      error messages about a configuration
+    forks       the rows that forks of a run stand for
     reading     from a file or a mapping to a `Config`
 """
 
@@ -33,6 +34,7 @@ from haste.config.derived import (
     triggers_of,
 )
 from haste.config.faults import check_samplers, explain
+from haste.config.forks import Branch, branches, written
 from haste.config.keys import LABEL, LATER, Float, Positive, Rate, Seed, Share, Strict, decides, number
 from haste.config.parts import (
     DENOISERS,
@@ -66,6 +68,7 @@ from haste.config.schema import (
     Config,
     Evaluate,
     FeatureTerm,
+    Fork,
     Measure,
     Ramps,
     Run,

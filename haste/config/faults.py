@@ -94,7 +94,7 @@ def faults_of(config: Config) -> list[str]:
     faults += [fault for name in config.evaluate for fault in _faults_of_evaluate(config, name)]
     faults += [fault for name in config.measures for fault in _faults_of_measure(config, name)]
     rows = [(kind, name) for kind in ("runs", "evaluate") for name in getattr(config, kind)]
-    faults += [fault for kind, name in rows for fault in _unknown_measures(config, kind, name)]
+    faults += [fault for kind, name in rows for fault in unknown_measures(config, kind, name)]
     faults = faults or [fault for name in config.runs for fault in _faults_of_angles(config, name)]
     faults = faults or [fault for kind, name in rows for fault in _faults_of_measuring(config, kind, name)]
     return list(dict.fromkeys(faults))  # runs that share a faulty alignment report it once
@@ -102,7 +102,7 @@ def faults_of(config: Config) -> list[str]:
 
 def _faults_of_names(config: Config) -> list[str]:
     """Names that no table can show, and paths that no disk can have."""
-    sections = ("runs", "models", "teachers", "alignments", "sampling", "measures", "detector")
+    sections = ("runs", "forks", "models", "teachers", "alignments", "sampling", "measures", "detector")
     faults = [
         f"{section}: {name!r} is no name, expected printable characters and at least one"
         for section in sections
@@ -301,7 +301,7 @@ def _faults_of_run(config: Config, name: str) -> list[str]:
         for key, names in known.items()
         if getattr(run, key) not in names
     ]
-    faults += _unknown_sampling(config, run.sampling, where)
+    faults += unknown_sampling(config, run.sampling, where)
     try:
         batch, runtime = config.training_of(name).batch, config.runtime
         if batch % (runtime.processes * runtime.accumulate):
@@ -323,7 +323,8 @@ def _faults_of_run(config: Config, name: str) -> list[str]:
     return faults + _faults_of_ramp(run, where) + _faults_of_fit(config, run.model, run.alignment)
 
 
-def _unknown_sampling(config: Config, names: list[str], where: str) -> list[str]:
+def unknown_sampling(config: Config, names: list[str], where: str) -> list[str]:
+    """Names that are no key of `sampling` and no preset, one line each."""
     return [
         f"{where}.sampling: nothing is called {name!r}{nearest(name, {*config.sampling, *PRESETS})}"
         for name in names
@@ -340,7 +341,7 @@ def _faults_of_rows(config: Config) -> list[str]:
 
 def _faults_of_evaluate(config: Config, name: str) -> list[str]:
     row, where = config.evaluate[name], f"evaluate.{name}"
-    faults, known = _unknown_sampling(config, row.sampling, where), {*config.models, *MODELS}
+    faults, known = unknown_sampling(config, row.sampling, where), {*config.models, *MODELS}
     if row.model not in known:
         return [*faults, f"{where}.model: nothing is called {row.model!r}{nearest(row.model, known)}"]
     process = process_of(model_named(config, row.model))
@@ -448,7 +449,8 @@ def _faults_of_measure(config: Config, name: str) -> list[str]:
     return []
 
 
-def _unknown_measures(config: Config, kind: str, name: str) -> list[str]:
+def unknown_measures(config: Config, kind: str, name: str) -> list[str]:
+    """What a section of `kind` measures that is no key of `measures`, one line each."""
     return [
         f"{kind}.{name}.measures: nothing is called {one!r}{nearest(one, config.measures)}"
         for one in getattr(config, kind)[name].measures
@@ -479,6 +481,8 @@ def _faults_of_measuring(config: Config, kind: str, name: str) -> list[str]:
             if borrowed and (unfit := _faults_of_fit(config, row.model, spec.alignment or "")):
                 faults += [f"{where}: {fault}" for fault in unfit]
                 continue
+        if "held-out images" in spec.made.needs and not config.images.holdout:
+            faults.append(f"images.holdout: 0, but measures.{one} ({spec.measure}) is taken on images held out")
         found = spec.made.faults(measured_terms(config, name, one), blocks_of(config, row.model))
         found += spec.made.unfit(config, row.model)
         faults += [f"measures.{one}.{fault} (on {name})" for fault in found]

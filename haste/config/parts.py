@@ -306,6 +306,7 @@ MEASURES = {
     "gradient-cosine": "haste.measure.gradient_cosine:GradientCosine",
     "cknna": "haste.measure.cknna:CKNNA",
     "probe": "haste.measure.probe:Probe",
+    "denoising": "haste.measure.denoising:Denoising",
 }
 
 

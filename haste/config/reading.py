@@ -12,11 +12,13 @@ import yaml
 from pydantic import ValidationError
 
 from haste.config.faults import explain, faults_of
+from haste.config.forks import branched, faults_of_forks
 from haste.config.keys import expanded, nearest
 from haste.config.schema import PRESETS, TERMS, Config, Run, for_both
 
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _OCTAL = re.compile(r"[-+]?0[0-9_]")
+MEASURED = "denoising"  # the measure that forks take unless they name others
 MOST_ENTRIES = 1_000_000  # in a configuration, with aliases expanded
 
 
@@ -140,7 +142,7 @@ def submitted(raw: Mapping[str, Any]) -> Config:
 
 
 def resolve(raw: Mapping[str, Any]) -> Config:
-    """Check a configuration and merge its `defaults` into every row of `runs`.
+    """Check a configuration, merge its `defaults` into every row of `runs`, and add the branches of its forks there.
 
     Layers that an alignment omits stay open: `terms_of` takes them from the published mapping of the row's model.
     The result resolves to itself, so it can be written to a file and read again.
@@ -150,10 +152,15 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     """
     raw, whole = _with_defaults(_plain(raw))
     try:
-        config = Config.model_validate(_with_presets(raw))
+        config = Config.model_validate(_with_measures(_with_presets(raw)))
     except ValidationError as error:
         lines = [explain(fault, whole) for fault in error.errors()]
         raise ValueError("\n".join(dict.fromkeys(lines))) from None  # a fault of both terms is reported once
+    if faults := faults_of(config) or faults_of_forks(config):
+        raise ValueError("\n".join(faults))
+    if not config.forks:
+        return config
+    config = branched(config)
     if faults := faults_of(config):
         raise ValueError("\n".join(faults))
     return config
@@ -193,7 +200,9 @@ def _with_defaults(raw: dict[str, Any]) -> tuple[dict[str, Any], set[tuple[str, 
 def _with_presets(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """Add the presets that rows name and the configuration does not define; an entry of that name overrides keys."""
     sampling = raw.get("sampling", {})
-    rows = [row for kind in ("runs", "evaluate") if isinstance(raw.get(kind), dict) for row in raw[kind].values()]
+    rows = [
+        row for kind in ("runs", "forks", "evaluate") if isinstance(raw.get(kind), dict) for row in raw[kind].values()
+    ]
     if not isinstance(sampling, dict):
         return raw
     lists = [row.get("sampling") for row in rows if isinstance(row, dict)]
@@ -204,6 +213,16 @@ def _with_presets(raw: Mapping[str, Any]) -> Mapping[str, Any]:
         for name, entry in sampling.items()
     }
     return {**raw, "sampling": found} if found else raw
+
+
+def _with_measures(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Add the measure of forks, if the configuration does not define it."""
+    forks, measures = raw.get("forks"), raw.get("measures", {})
+    if not (isinstance(forks, dict) and isinstance(measures, dict)):
+        return raw
+    used = [fork.get("measures", [MEASURED]) for fork in forks.values() if isinstance(fork, dict)]
+    wanted = any(MEASURED in names for names in used if isinstance(names, list))
+    return {**raw, "measures": {MEASURED: {"measure": MEASURED}, **measures}} if wanted else raw
 
 
 def _over(defaults: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:

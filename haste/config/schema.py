@@ -14,6 +14,7 @@ from pydantic import (
     PlainValidator,
     SerializeAsAny,
     Tag,
+    create_model,
     model_validator,
 )
 
@@ -489,6 +490,31 @@ class Evaluate(Strict):
     seed: Seed = 0
 
 
+# `for` is a word of Python, so that no class body can have it.
+_For: Any = create_model("_For", __base__=Strict, **{"for": (Positive, ...)})  # type: ignore[call-overload]
+
+
+class Fork(_For):
+    """At each step of `at` a run goes on in two ways for a number of steps, with its alignment and without."""
+
+    run: str
+    at: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)] | None = None
+    sampling: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)] | None = None
+    measures: Annotated[list[str], AfterValidator(_distinct)] = ["denoising"]
+
+    @property
+    def length(self) -> int:
+        """Steps of each branch."""
+        return getattr(self, "for")
+
+    @model_validator(mode="after")
+    def _increasing(self) -> Fork:
+        if any(b <= a for a, b in zip(self.at, self.at[1:], strict=False)):
+            raise ValueError(f"at {self.at} is out of order: write its steps in increasing order, each once")
+        return self
+
+
 class Config(Strict):
     """A whole configuration, as `resolve` returns it: defaults merged, names resolved, everything checked."""
 
@@ -509,7 +535,8 @@ class Config(Strict):
     sampling: dict[str, Sampling] = {}
     measures: Annotated[dict[str, Measure], LATER] = {}
     defaults: dict[str, Any] = {}
-    runs: dict[str, Run] = {}
+    runs: dict[str, Run] = {}  # in what `resolve` returns also the branches of forks
+    forks: Annotated[dict[str, Fork], LATER] = {}
     evaluate: dict[str, Evaluate] = {}
 
     @property

@@ -66,7 +66,7 @@ def _measured(plan: Plan, what: Measurement, keep: bool) -> dict[str, Any] | Non
     seconds = time.monotonic() - started
     made = artefact.provenance(key=what.key, recipe=what.recipe, inputs=subject.inputs.identities, seconds=seconds)
     header = {"schema": artefact.SCHEMA, "kind": KIND, "key": what.key, "measure": spec.measure}
-    columns = {"axes": list(kind.axes), "values": dict(kind.values)}
+    columns = {"axes": list(kind.axes), "values": dict(kind.values), **({"pooled": kind.pooled} if kind.pooled else {})}
     settings = kind.model_dump(mode="json") | ({"teacher": what.teacher} if what.teacher else {})
     about = {"settings": settings, "terms": what.recipe["terms"], "state": state}
     return {**header, **about, **columns, "rows": rows, "notes": subject.notes, "provenance": made}
@@ -121,7 +121,7 @@ def asked(
     plan = Plan(config)
     if file in plan.measurements and plan.measurements[file].label == name:
         return plan, plan.measurements[file], True
-    raw = config.model_dump(mode="json")
+    raw = config.model_dump(mode="json") | {"forks": {}}  # their branches are rows already
     _put_measure(raw, name, alignment)
     state = _own_state(plan, file)
     if state is None:

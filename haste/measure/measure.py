@@ -32,9 +32,11 @@ class Measure(Strict):
 
     Attributes:
         needs: requirements besides the network and the images: `alignment`, for the losses against teachers; `teacher`,
-            for the features of one, which a key `teacher` names; `classes`, for labels.
+            for the features of one, which a key `teacher` names; `classes`, for labels;
+            `held-out images`.
         axes: location columns. Numbers are axes of the figure, words have a panel each.
         values: value columns -> the column of the standard error, "" if there is none.
+        pooled: an axis of groups of images, over which the report shows the mean with its standard error; "" for none.
         weights: which of a state's weights; a file with only one set gives that one.
         seed: of the choice of images, and of their noise.
     """
@@ -42,6 +44,7 @@ class Measure(Strict):
     needs: ClassVar[frozenset[str]] = frozenset()
     axes: ClassVar[tuple[str, ...]] = ()
     values: ClassVar[Mapping[str, str]] = {}
+    pooled: ClassVar[str] = ""
 
     weights: Literal["model", "ema"] = "model"
     seed: Seed = 0

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from haste import extensions
 from haste.align import triggers
-from haste.config import Sampling, facts_in
+from haste.config import Sampling, branches, facts_in, written
 from haste.files import journal, units, walk
 from haste.networks.registry import AUTOENCODERS, DETECTORS
 from haste.networks.spec import blocks
@@ -412,7 +412,14 @@ def print_plan(plan: Plan) -> None:
             f"{how} Other times are computed. What is unknown is in no sum: preparing data, a small autoencoder, a "
             "teacher whose size only loading it can tell, a solver that chooses its own steps."
         )
-    for line in [*_pictures(plan), *shared_trunks(plan), *unknown_targets(plan), *plan.changes, *plan.notes]:
+    for line in [
+        *_pictures(plan),
+        *shared_trunks(plan),
+        *price_of_forks(plan),
+        *unknown_targets(plan),
+        *plan.changes,
+        *plan.notes,
+    ]:
         console.print(line, markup=False, highlight=False)
 
 
@@ -427,6 +434,38 @@ def _clock(stage: Stage) -> str:
         return ""
     known = units.clock(stage.seconds) if stage.seconds else ""
     return " + ".join(word for word in (known, "unknown" if stage.unknown else "") if word)
+
+
+def price_of_forks(plan: Plan) -> list[str]:
+    """What forks add to a plan, and a line for every state of a trunk that was not kept and is trained again."""
+    if not plan.config.forks:
+        return []
+    without, flops = Plan(written(plan.config).model_copy(update={"forks": {}})), machine_flops()
+    (steps, seconds), (fewer, less) = _left_to_train(plan, flops), _left_to_train(without, flops)
+    draws = [plan.evaluations[name].score for name in plan.evaluations.keys() - without.evaluations]
+    measured = [plan.measurements[name].file for name in plan.measurements.keys() - without.measurements]
+    unscored, unmeasured = (sum(not Path(file).exists() for file in files) for files in (draws, measured))
+    time = f" ({units.clock(seconds - less)})" if seconds > less else ""
+    training = f"{steps - fewer:,} more steps of training{time}"
+    added = f"{training}, {unscored} more sets of samples, {unmeasured} more measurements"
+    again = []
+    for name, branch in branches(plan.config).items():
+        for seed in plan.config.runs[name].all_seeds if branch.stopped else ():
+            state = plan.state(name, branch.at, seed)
+            kept = plan.on_disk(state.trajectory)
+            if branch.at not in kept and max(kept, default=0) > branch.at:
+                start, run = plan.segment(state).start, plan.label(branch.run, seed)
+                again.append(
+                    f"{branch.fork}: {run} is finished beyond step {branch.at:,}, of which no state was kept: "
+                    f"{branch.at - start:,} steps are trained again from step {start:,}. runtime.keep_every keeps more."
+                )
+    return [f"Forks add {added}.", *again]
+
+
+def _left_to_train(plan: Plan, flops: float) -> tuple[int, float]:
+    """Steps and seconds."""
+    left = [plan.segment(state) for state in plan.planned() if not Path(plan.path(state)).exists()]
+    return sum(one.state.step - one.start for one in left), sum(training_seconds(plan, one, flops)[0] for one in left)
 
 
 def shared_trunks(plan: Plan) -> list[str]:

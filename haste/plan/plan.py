@@ -27,6 +27,7 @@ from haste.config import (
     Teacher,
     Training,
     Trigger,
+    branches,
     check_samplers,
     decides,
 )
@@ -195,8 +196,9 @@ class Plan:
 
     @property
     def shown(self) -> list[str]:
-        """The files that the page shows: every score, and the grids of each row's first seed."""
+        """The files that the page shows: every score, and the grids of each row's first seed, except of branches."""
         scores = [judgement.score for row in self.rows for judgement in row.evaluation.judged]
-        first = {run: row.seed for run, row in self.config.runs.items()}
+        apart = branches(self.config)
+        first = {run: None if run in apart else row.seed for run, row in self.config.runs.items()}
         grids = [row.evaluation.grid for row in self.rows if row.seed == first.get(row.run, row.seed)]
         return [*dict.fromkeys(scores + grids), *(detector.floor for detector in self.detectors.values())]

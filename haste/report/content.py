@@ -9,6 +9,7 @@ from typing import Any
 
 from haste.align.triggers import Reading
 from haste.cluster.accounting import Usage
+from haste.config import Branch
 
 NONE = "–"  # what a cell without a value shows
 
@@ -75,6 +76,23 @@ class Read:
 
 
 @dataclass(frozen=True)
+class Fork:
+    """A fork of `run`: at each step of `at` it went on for `length` steps with alignment, and stopped.
+
+    `rows` and `measures` are of its branches by their names: their scores, and what was measured of them, at `at` +
+    `length`; `branches` tells which side a name is."""
+
+    name: str
+    run: str
+    at: Sequence[int]
+    length: int
+    seeds: Sequence[int]
+    branches: Mapping[str, Branch]
+    rows: Sequence[Row]
+    measures: Sequence[Measured]
+
+
+@dataclass(frozen=True)
 class Grid:
     """A PNG of samples, one column per class; `labels` names the columns, if they are classes."""
 
@@ -135,3 +153,4 @@ class Report:
     benchmark: Benchmark | None = None
     measures: Sequence[Measured] = ()
     read: Sequence[Read] = ()
+    forks: Sequence[Fork] = ()

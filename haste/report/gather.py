@@ -18,7 +18,7 @@ from haste.ops import replay, sources
 from haste.plan.names import Detector
 from haste.plan.names import Row as Scored
 from haste.plan.plan import Plan
-from haste.report.content import NONE, Benchmark, Curve, Grid, Measured, Part, Read, Report, Row, Stage
+from haste.report.content import NONE, Benchmark, Curve, Fork, Grid, Measured, Part, Read, Report, Row, Stage
 from haste.report.papers import layers_text
 from haste.train import stops
 
@@ -206,7 +206,12 @@ def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
         for row, judgement in scores
         if (row, judgement) not in there
     ]
-    rows = [
+    return _there(plan), [f"Not scored yet: {'; '.join(dict.fromkeys(missing))}."] if missing else []
+
+
+def _there(plan: Plan) -> list[Row]:
+    """The rows that have scores."""
+    return [
         Row(
             run=row.run,
             model=(plan.config.evaluate.get(row.run) or plan.config.runs[row.run]).model,
@@ -219,12 +224,13 @@ def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
             recipe=plan.trajectories[row.evaluation.state.trajectory].recipe,
             file=judgement.score,
         )
-        for row, judgement in there
+        for row in plan.rows
+        for judgement in row.evaluation.judgements
+        if Path(judgement.score).exists()
     ]
-    return rows, [f"Not scored yet: {'; '.join(dict.fromkeys(missing))}."] if missing else []
 
 
-def _measured(plan: Plan) -> tuple[list[Measured], list[str]]:
+def measured(plan: Plan) -> tuple[list[Measured], list[str]]:
     """What measures found, and a note on what is not measured yet."""
     rows = [(row, Path(row.measurement.file)) for row in plan.measured]
     found = [
@@ -281,6 +287,22 @@ def _grids(plan: Plan) -> list[Grid]:
     return found
 
 
+def _forks(plan: Plan, rows: list[Row], measures: list[Measured]) -> list[Fork]:
+    """What forks show, from the scores and measures of all rows."""
+    branches, found = config.branches(plan.config), []
+    for name, fork in plan.config.forks.items():
+        mine = {label: one for label, one in branches.items() if one.fork == name}
+        seeds = fork.seeds or plan.config.runs[fork.run].all_seeds
+        parts = [row for row in rows if row.run in mine], [one for one in measures if one.run in mine]
+        found.append(Fork(name, fork.run, fork.at, fork.length, seeds, mine, *parts))
+    return found
+
+
+def forks(plan: Plan) -> list[Fork]:
+    """What forks show as far as it is there; raises as `report`."""
+    return _forks(plan, _there(plan), measured(plan)[0])
+
+
 def benchmark(plan: Plan) -> Benchmark | None:
     """The dataset whose published numbers may be shown beside these: ImageNet, recognised by its 1,000 classes."""
     images = plan.config.images
@@ -308,23 +330,25 @@ def report(plan: Plan) -> Report:
     """
     made = plan.config
     rows, notes = _rows(plan)
-    measures, unmeasured = _measured(plan)
+    measures, unmeasured = measured(plan)
+    branches, written = config.branches(made), config.written(made).model_dump(mode="json", exclude_defaults=True)
     inputs = {j.score: plan.label(row.run, row.seed) for row in plan.rows for j in row.evaluation.judged}
     return Report(
         name=made.name,
         title=made.title or made.name,
         description=made.description,
-        rows=rows,
+        rows=[row for row in rows if row.run not in branches],
         floors=[_score(d, d.floor) for d in plan.detectors.values() if Path(d.floor).exists()],
-        curves=[Curve(run, seed, records(plan, run, seed)) for run, seed in plan.pieces],
+        curves=[Curve(run, seed, records(plan, run, seed)) for run, seed in plan.pieces if run not in branches],
         grids=_grids(plan),
         parts=_parts(plan),
         stages=stages(plan),
         provenance=artefact.provenance(inputs=inputs),
-        config_text=yaml.safe_dump(made.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
+        config_text=yaml.safe_dump(written, sort_keys=False),
         notes=[*plan.changes, *plan.notes, *notes, *unmeasured, *_older(plan)],
         benchmark=benchmark(plan),
         seeds={run: row.all_seeds for run, row in made.runs.items()},
-        measures=measures,
+        measures=[one for one in measures if one.run not in branches],
         read=_read(plan),
+        forks=_forks(plan, rows, measures),
     )

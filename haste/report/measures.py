@@ -63,6 +63,9 @@ class Findings:
         axes, values = ones[0].found["axes"], ones[0].found["values"]
         columns = ["run", "seed", "step", *axes, *values, *filter(None, values.values())]
         frame = pd.DataFrame(rows, columns=pd.Index(columns))
+        if over := ones[0].found.get("pooled"):
+            axes = [axis for axis in axes if axis != over]
+            frame, values = _pooled(frame, ["run", "seed", "step", *axes], values)
         numbers = [axis for axis in axes if pd.api.types.is_numeric_dtype(frame[axis])]
         several = [axis for axis in numbers if frame[axis].nunique() > 1]
         words = [axis for axis in axes if axis not in numbers]
@@ -90,6 +93,16 @@ class Findings:
         """The name as files and anchors have it, different for every name."""
         plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in self.name)
         return f"measure-{plain}" if plain == self.name else f"measure-{plain}-{fingerprint(self.name, 4)}"
+
+
+def _pooled(
+    frame: pd.DataFrame, places: Sequence[str], values: Mapping[str, str]
+) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Each value's mean over groups of images, and a column of its standard error, that of independent groups."""
+    errors = {name: f"{name} error" for name in values}
+    found = frame.groupby(list(places), sort=False)
+    parts = [found[name].agg(**{name: "mean", error: "sem"}) for name, error in errors.items()]
+    return pd.concat(parts, axis=1).fillna(0.0).reset_index(), errors
 
 
 def findings(report: Report) -> list[Findings]:
@@ -191,7 +204,7 @@ def _notes(found: Findings, value: str) -> list[str]:
 
 
 def _numbers(found: Findings) -> list[str]:
-    return [axis for axis in found.ones[0].found["axes"] if axis not in found.words]
+    return [axis for axis in found.ones[0].found["axes"] if axis in found.frame and axis not in found.words]
 
 
 def _words(value: Any) -> str:

@@ -24,6 +24,7 @@ from haste.report.compare import Line, guidance_text, lines
 from haste.report.content import NONE, Grid, Part, Report, Row
 from haste.report.figures import Panel
 from haste.report.finding import context, finding, lead, speedup_table, speedups
+from haste.report.forks import fork_made, fork_panels, fork_tables, sentences
 from haste.report.formats import Entry, Head, Table, text_cell
 from haste.report.measures import anchor, measure_panels, measure_tables
 from haste.report.replay import reading_panels
@@ -31,7 +32,7 @@ from haste.report.times import duration, duration_cell, time_table
 
 PNG = b"\x89PNG\r\n\x1a\n"
 OURS = re.compile(
-    r"(results|guided|parts|time|speed-up|published[\w-]*|ablation-[\w-]+|measure-[\w-]+)\.(csv|md|tex)"
+    r"(results|guided|parts|time|speed-up|published[\w-]*|ablation-[\w-]+|fork-[\w-]+|measure-[\w-]+)\.(csv|md|tex)"
 )  # files of tables
 BANDS = " Lines are means over seeds, bands one sample standard deviation."
 CELL = 68  # largest width of a grid's column on the page, in pixels
@@ -45,6 +46,7 @@ def all_tables(report: Report) -> dict[str, list[Table]]:
         "speed": [speedup] if speedup else [],
         "published": [*tables.published_tables(report), *systems.system_tables(report)],
         "ablations": tables.ablations(report),
+        "forks": fork_tables(report),
         "measures": measure_tables(report),
         "parts": [_parts(report.parts)] if report.parts else [],
         "time": [time_table(report.stages)] if report.stages else [],
@@ -128,6 +130,9 @@ def render(report: Report) -> str:
         guidance_panels=_by_protocol(sweeps.guidance_panels(report)),
         loss_panels=_shown([*figures.loss_panels(report), *reading_panels(report)]),
         measure_panels=[(name, _shown(found)) for name, found in [*measure_panels(report), *_scattered(report)]],
+        fork_says=sentences(report),
+        fork_panels=_shown(fork_panels(report)),
+        forked=fork_made(report),
         measured=[(anchor(report, one), f"{one.name} of {one.run}, step {one.step:,}", one) for one in report.measures],
         grids=[(step, [_grid(grid) for grid in group]) for step, group in _by_step(report)],
     )

@@ -15,6 +15,7 @@ from haste.files import artefact
 from haste.files.store import Store
 from haste.metrics.frechet import Moments
 from haste.metrics.scores import METRICS, finite
+from haste.metrics.uncertainty import frechet_error
 from haste.score.comparable import of_images
 from haste.score.sides import Side, read_reference, spaced, write_reference
 
@@ -164,11 +165,21 @@ def score(
         "samples": features.count,
         "reference": against,
         "scores": found,
+        "errors": finite(_errors(features, mine, real), "the samples"),
         "notes": [*of_images(pixels or {}), *_notes_on(features, against), *notes(mine, real)],
         "provenance": artefact.provenance(key=key, inputs=inputs, seconds=time.monotonic() - started),
     }
     artefact.write_json(path, result)
     return result
+
+
+def _errors(features: Store, mine: dict[str, Any], real: dict[str, Any]) -> dict[str, float | None]:
+    """The standard error of the Fréchet distance due to the number of samples; None of too few to know it."""
+    if "frechet" not in mine or "frechet" not in real:
+        return {}
+    starts, name = range(0, features.count, READ), METRICS["frechet"].needs[0]
+    blocks = (features.read(name, np.arange(low, min(low + READ, features.count))) for low in starts)
+    return {"fd": frechet_error(mine["frechet"], real["frechet"], blocks)}
 
 
 def floor(reference: Store, *, detector: str, held_out_accuracy: float | None, key: str, path: Path) -> dict:

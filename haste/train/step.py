@@ -136,14 +136,8 @@ class Objective(nn.Module):
             targets: `teacher_targets` of the batch's images, or the stored ones.
             negatives: `gather_negatives`, if the features are compared with tokens of the whole batch.
         """
-        dtype = next(self.model.parameters()).dtype
-        z = draw(batch.moments, batch.draw, self.scale, self.shift).to(dtype)
-        noise, t = batch.noise.to(dtype), batch.t.to(dtype)
-        x_t = self.process.noised(z, noise, t)
-        told = each(lambda piece: piece.to(dtype) if piece.is_floating_point() else piece, batch.condition)
-        predicted, taps = self.model(x_t, self.process.time(t), told, taps=self.taps)
-        predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
-        found = self._denoising(self.process.losses(predicted, z, noise, t))
+        predicted, taps, truth = self._predicted(batch, batch.t)
+        found = self._denoising(self.process.losses(predicted, *truth))
         if "features" in self.terms:
             seen = targets[self.terms["features"]["teacher"]]
             found["features"] = self._features(taps, seen, batch, negatives)
@@ -151,6 +145,22 @@ class Objective(nn.Module):
             seen = targets[self.terms["attention"]["teacher"]]
             found["attention"] = self._attention(taps, seen, batch.weights.get("attention"))
         return found
+
+    def denoising(self, batch: Batch, t: Tensor) -> Tensor:
+        """The denoising loss of each sample of a batch, (B,) float64, at times t (B,) in [0, 1] instead of its own."""
+        predicted, _, truth = self._predicted(batch, t)
+        each_one = zip(*(piece.split(1) for piece in (predicted, *truth)), strict=True)  # a process gives means
+        return torch.stack([self._denoising(self.process.losses(*one))["denoising"].double() for one in each_one])
+
+    def _predicted(self, batch: Batch, t: Tensor) -> tuple[Tensor, Mapping[str, Any], tuple[Tensor, Tensor, Tensor]]:
+        """The network's output at x_t, in float32 or float64; its taps; and latents, noise and times."""
+        dtype = next(self.model.parameters()).dtype
+        z = draw(batch.moments, batch.draw, self.scale, self.shift).to(dtype)
+        noise, t = batch.noise.to(dtype), t.to(dtype)
+        x_t = self.process.noised(z, noise, t)
+        told = each(lambda piece: piece.to(dtype) if piece.is_floating_point() else piece, batch.condition)
+        predicted, taps = self.model(x_t, self.process.time(t), told, taps=self.taps)
+        return predicted.to(torch.promote_types(predicted.dtype, torch.float32)), taps, (z, noise, t)
 
     def _denoising(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The process's losses; only `denoising` is trained."""

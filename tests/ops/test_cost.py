@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,30 @@ def test_hidden_states_cost_a_pass_and_their_disk_once_for_all_measures_that_rea
     assert stage.seconds == pytest.approx(work / (cost.EFFICIENCY * 1e9)) and not stage.unknown
     assert stage.megabytes == pytest.approx((50 * 4 + 1797) * 16 * 4 / 1e6)
     assert (stage.jobs, stage.left) == (3, 3)
+
+
+def test_forks_are_priced_beside_their_trunk_and_what_was_not_kept_is_named(tmp_path):
+    runs = {"HASTE": {"alignment": "HASTE", "milestones": [16]}}
+    assert cost.price_of_forks(plan_of(runs=runs)) == []
+    forked = {"runs": runs, "forks": {"F": {"run": "HASTE", "at": [4, 12], "for": 6}}, "results": str(tmp_path)}
+    plan = plan_of(**forked)
+    (said,) = cost.price_of_forks(plan)
+    # the stopped branches, and the aligned one of step 12 beyond the trunk's end
+    assert re.fullmatch(r"Forks add 14 more steps of training \([\d:]+\), 4 more sets of samples, 4 more .*", said)
+
+    def there(*steps):
+        for step in steps:
+            path = Path(plan.path(plan.state("HASTE", step)))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        return cost.price_of_forks(plan_of(**forked))
+
+    finished = there(10, 16)  # without the states at the forks
+    assert finished[0].startswith("Forks add 20 more steps")  # 4 and 2 of the trunk once more, 14 of branches
+    assert finished[1:] == [
+        "F: HASTE is finished beyond step 4, of which no state was kept: 4 steps are trained again from step 0. "
+        "runtime.keep_every keeps more.",
+        "F: HASTE is finished beyond step 12, of which no state was kept: 2 steps are trained again from step 10. "
+        "runtime.keep_every keeps more.",
+    ]
+    assert there(4, 12) == [finished[0].replace("20", "14")]

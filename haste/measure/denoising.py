@@ -1,0 +1,86 @@
+"""The denoising loss on images that were held out from training, by t and group of images.
+
+It is the loss that training minimises, without alignment, of a state's averaged weights. Every state sees the same
+images, latent draws and noise, and every image is used at each t: two states' losses differ by their weights alone, so
+their difference is known much better than either (the pairs of a paired bootstrap are the groups of images).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from haste.config import Positive, Share
+from haste.data import order
+from haste.measure.measure import Measure, Row
+
+if TYPE_CHECKING:
+    from haste.measure.subject import Subject
+
+HELD_OUT = "held_out"  # the split of `images.holdout`
+TIMES = [0.1, 0.3, 0.5, 0.7, 0.9]
+
+
+class Denoising(Measure):
+    """See the file. No label is dropped.
+
+    Attributes:
+        weights: as in `Measure`; samples are drawn from the averaged ones.
+        images: number of random held-out images; all if there are fewer.
+        groups: groups of images of equal size, up to one image; as many as images if there are fewer.
+        t: every image is used at each of these.
+    """
+
+    needs: ClassVar = frozenset({"held-out images"})
+    axes: ClassVar = ("t", "group")
+    values: ClassVar = {"loss": ""}
+    pooled: ClassVar = "group"
+
+    weights: Literal["model", "ema"] = "ema"
+    images: Positive = 2048
+    groups: Annotated[int, Field(ge=8)] = 64
+    t: Annotated[list[Share], Field(min_length=1)] = TIMES
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Denoising:
+        if len(set(self.t)) < len(self.t):
+            raise ValueError(f"t {self.t} has a value more than once, expected each once")
+        return self
+
+    def flops(self, terms: int, forward: float, teachers: float) -> float:
+        """See `Measure`: a forward pass at every t."""
+        return self.images * len(self.t) * forward
+
+    def run(self, subject: Subject) -> Iterator[Row]:
+        """See `Measure`."""
+        batches = subject.inputs.batches
+        held = batches.latents.range(HELD_OUT)
+        chosen = held.start + order.choice(self.seed, "measured images", 0, self.images, len(held))
+        counts = min(self.groups, len(chosen))
+        bounds = [len(chosen) * number // counts for number in range(counts + 1)]
+        losses = self._losses(subject, chosen)  # (T, M)
+        for place, t in enumerate(self.t):
+            for group in range(counts):
+                mean = losses[place, bounds[group] : bounds[group + 1]].mean()
+                yield {"t": t, "group": group, "loss": float(mean)}
+
+    def _losses(self, subject: Subject, chosen: np.ndarray) -> np.ndarray:
+        """The loss of each image at each t, (T, M) float64, on all ranks; each computes those of its share of the
+        images."""
+        import torch
+
+        group, inputs = subject.group, subject.inputs
+        found = torch.zeros(len(self.t), len(chosen), dtype=torch.float64, device=group.device)
+        objective, process = inputs.objective(subject.learner), subject.process
+        low, high = (len(chosen) * rank // group.size for rank in (group.rank, group.rank + 1))
+        for start in range(low, high, subject.part):
+            rows = range(start, min(start + subject.part, high))
+            batch = inputs.batches.measured(chosen, rows).to(group.device)
+            for place, t in enumerate(self.t):
+                times = torch.full_like(batch.t, process.place(t))
+                with torch.no_grad(), inputs.precision():
+                    found[place, rows.start : rows.stop] = objective.denoising(batch, times)
+        return group.total(found).cpu().numpy()

@@ -1,0 +1,189 @@
+"""When to stop a run, as forks, gradient angles and losses that are there say: `haste suggest-stop`. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from haste import config
+from haste.align import crossing, triggers
+from haste.align.crossing import Crossing, Curve
+from haste.align.triggers import GradientAngle, Plateau, Reading
+from haste.files.provenance import provenance_of
+from haste.plan.plan import Plan
+from haste.report import forks, gather
+from haste.report.formats import Cell, Entry, Head, Table, text_cell, to_text
+
+TOGETHER = "alignment"  # all terms together, as the gradient cosine has them
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What one source says: where it would stop, with the 95 % interval as far as it is known."""
+
+    by: str
+    found: Crossing
+
+
+def suggestions(plan: Plan, run: str) -> list[Suggestion]:
+    """What each source that is there says of when to stop a run.
+
+    Raises:
+        ValueError: no such run, it aligns nothing, or nothing of it is there.
+    """
+    if run not in plan.config.runs:
+        raise ValueError(f"run {run!r}: not in this configuration, which has {', '.join(plan.config.runs)}")
+    if not config.terms_of(plan.config, run):
+        raise ValueError(f"run {run!r}: aligns nothing that could be stopped")
+    found = [*_forks(plan, run), *_angles(plan, run), *_readings(plan, run), *_losses(plan, run)]
+    if not found:
+        raise ValueError(
+            f"run {run!r}: neither forks of it nor angles or losses are there yet, expected some; `forks` in the "
+            "configuration makes the first, `measures` with gradient-cosine the second, and training the third"
+        )
+    return found
+
+
+def _forks(plan: Plan, run: str) -> Iterator[Suggestion]:
+    for fork in gather.forks(plan):
+        for effect in forks.effects(fork) if fork.run == run else ():
+            if not effect.t and len(effect.curve.steps):
+                yield Suggestion(f"fork {fork.name}, {effect.title}", crossing.crossing(effect.curve))
+
+
+def _angles(plan: Plan, run: str) -> Iterator[Suggestion]:
+    """From the gradient cosines at milestones, on average over t and blocks."""
+    ones = [one for one in gather.measured(plan)[0] if one.run == run and one.found["measure"] == "gradient-cosine"]
+    for name in dict.fromkeys(one.name for one in ones):
+        rows = [
+            {**row, "step": one.step, "seed": one.seed} for one in ones if one.name == name for row in one.found["rows"]
+        ]
+        frame = pd.DataFrame(rows)
+        if frame.empty:
+            continue
+        term = TOGETHER if TOGETHER in set(frame["term"]) else frame["term"].iloc[0]
+        mean = frame[frame["term"] == term].groupby(["seed", "step"])[["cosine", "error"]].mean().reset_index()
+        series = {seed: part for seed, part in mean.groupby("seed")}
+        curve = _of_cosines(series, "cosine", GradientAngle().threshold)
+        yield Suggestion(f"{name}, cosine of {term} below {GradientAngle().threshold:g}", crossing.crossing(curve))
+
+
+def _of_cosines(series: Mapping[Any, pd.DataFrame], column: str, threshold: float) -> Curve:
+    """Cosines above a threshold at the steps that all seeds have; the errors of a single seed's."""
+    steps = sorted(set.intersection(*(set(part["step"]) for part in series.values())))
+    parts = [part.set_index("step").loc[steps] for part in series.values()]
+    values = np.array([part[column] - threshold for part in parts], dtype=float).reshape(len(parts), len(steps))
+    errors = parts[0]["error"].to_numpy(dtype=float) if len(parts) == 1 else None
+    return Curve(np.array(steps, dtype=float), values, "seeds", errors)
+
+
+# -- what training recorded --------------------------------------------------------------------------------------------
+
+
+def _readings(plan: Plan, run: str) -> Iterator[Suggestion]:
+    """From the readings of triggers in each seed's newest state, whether they stopped it or only watched."""
+    found: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
+    for seed in plan.config.runs[run].all_seeds:
+        for kind, record in _records(plan, run, seed).items():
+            found.setdefault((kind, record["trigger"]["trigger"]), {})[seed] = record
+    for (kind, name), records in found.items():
+        if not all(record["readings"] for record in records.values()):
+            continue
+        settings = next(iter(records.values()))["trigger"]
+        if name == "gradient-angle":
+            series = {seed: pd.DataFrame(record["readings"]) for seed, record in records.items()}
+            said = crossing.crossing(_of_cosines(series, "mean", settings["threshold"]))
+        else:
+            said = _agreed([_replayed(name, record) for record in records.values()])
+        yield Suggestion(f"readings of {name} on {kind}", said)
+
+
+def _records(plan: Plan, run: str, seed: int) -> dict[str, Mapping[str, Any]]:
+    """Term -> settings and readings of its triggers, from the newest state of a run with one seed."""
+    last, states = plan.config.runs[run].milestones[-1], []
+    for piece in plan.pieces[run, seed]:
+        steps = [step for step in plan.on_disk(piece.trajectory) if piece.holds(step) and step <= last]
+        states += [Path(plan.root, "states", piece.trajectory, f"step-{step:08d}.safetensors") for step in steps]
+    if not states:
+        return {}
+    header = provenance_of(max(states, key=lambda path: path.name))
+    return {**header.get("watched", {}), **header.get("triggers", {})}
+
+
+def _replayed(name: str, record: Mapping[str, Any]) -> float | None:
+    """Where a trigger with its recorded settings stops."""
+    own = {
+        key: value for key, value in record["trigger"].items() if key not in ("trigger", "after", "every", "release")
+    }
+    readings = [Reading(one["step"], {k: v for k, v in one.items() if k != "step"}) for one in record["readings"]]
+    found = triggers.replayed(name, triggers.made(name, own), readings)
+    return found and found[0]
+
+
+def _losses(plan: Plan, run: str) -> Iterator[Suggestion]:
+    """From the logged alignment losses, by a plateau with its default settings."""
+    trigger, seeds = Plateau(), plan.config.runs[run].all_seeds
+    logs = {seed: gather.records(plan, run, seed) for seed in seeds}
+    for kind, term in config.terms_of(plan.config, run).items():
+        lines = {seed: [(one["step"], one[kind]) for one in logs[seed] if one.get(kind) is not None] for seed in seeds}
+        if all(lines.values()):
+            by_angle = kind == "features" and term.get("similarity", "cosine") == "cosine"
+            steps = [_levelled(trigger, mine, 1.0 if by_angle else 0.0) for mine in lines.values()]
+            yield Suggestion(f"plateau of the logged {kind} loss", _agreed(steps))
+
+
+def _levelled(trigger: Plateau, lines: Sequence[tuple[int, float]], added: float) -> float | None:
+    """The first step of a log at which a plateau would stop; lines are means over the steps since the line before."""
+    sums, weights, before, start = np.zeros(2), np.zeros(2), 0, None
+    for step, loss in lines:
+        kept = np.array([trigger.fast, trigger.slow]) ** (step - before)
+        sums, weights, before = sums * kept + (loss + added) * (1 - kept), weights * kept + 1 - kept, step
+        start = step if start is None else start
+        if step - start >= 1 / (1 - trigger.slow):
+            fast, slow = sums / weights
+            if trigger.decide(step, [Reading(step, {"fast": float(fast), "slow": float(slow)})]).stop:
+                return float(step)
+    return None
+
+
+def _agreed(steps: Sequence[float | None]) -> Crossing:
+    """From the steps at which single seeds would stop."""
+    there = [step for step in steps if step is not None]
+    if len(there) < len(steps):
+        which = "it does not fire" if len(steps) == 1 else f"it fires with {len(there)} of {len(steps)} seeds"
+        return Crossing(None, None, None, which)
+    if len(there) == 1:
+        return Crossing(there[0], None, None, "one seed, whose noise is not known")
+    values = np.array(there)[:, None]
+    (low,), (high,) = crossing.interval(Curve(np.zeros(1), values, "seeds"))
+    return Crossing(float(values.mean()), float(low), float(high), f"t-interval over {len(there)} seeds")
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def text(plan: Plan, run: str, width: int = 100) -> str:
+    """What each source says, for a terminal; raises as `suggestions`."""
+    found = suggestions(plan, run)
+    heads = [Head("by"), *(Head(name, True) for name in ("stop at step", "from", "to")), Head("how")]
+    entries = [
+        Entry(
+            [
+                text_cell(one.by),
+                Cell("cannot tell") if one.found.step is None else text_cell(round(one.found.step)),
+                *(text_cell(None if end is None else round(end)) for end in (one.found.low, one.found.high)),
+                text_cell(one.found.reason),
+            ]
+        )
+        for one in found
+    ]
+    return to_text(
+        [Table("suggested", "", heads, entries, ["From, to: the 95 % interval, as far as it is known."])],
+        f"When to stop {run}",
+        width,
+    )
