@@ -16,6 +16,7 @@ from toy_gradients import hidden_state
 from haste.cli import main as cli
 from haste.config import resolve
 from haste.data import order
+from haste.data.batches import Batches
 from haste.files.provenance import read_header
 from haste.files.store import Store
 from haste.measure import jobs, passes
@@ -133,6 +134,14 @@ def test_hidden_states_stay_while_a_configuration_measures_them(world):
     gone = {item.path for item in prune.unneeded(Path(world.root), prune.Needs.of([world.plan]))}
     assert folder.with_name("hidden-0123456789ab") in gone
     assert not gone & {folder, Path(what.seen["held_out"].folder), Path(what.file)}
+
+
+def test_fewer_images_in_the_store_than_the_measure_asks_for_are_refused(toy, measured, monkeypatch):
+    """As where pictures that cannot be read were left out."""
+    plan, whole = toy(hsic=CKNNA), Batches.reading_indices
+    monkeypatch.setattr(Batches, "reading_indices", lambda *given: whole(*given)[:39])
+    with pytest.raises(ValueError, match=r"has 39 images of held_out, but measured are 40; ask for fewer"):
+        measured(plan, "hsic")
 
 
 # ---- what is refused before the first job
