@@ -126,9 +126,9 @@ def _store(
     look, group = made.recipe["look"], subject.group
     indices = subject.inputs.batches.reading_indices(look["images"], look["split"])
     if len(indices) < (look["images"] or 1):
-        where, asked = subject.inputs.batches.latents.folder, look["images"] or 1
+        folder, asked = subject.inputs.batches.latents.folder, look["images"] or 1
         raise ValueError(
-            f"{where}: has {len(indices):,} images of {look['split']}, but measured are {asked:,}; ask for fewer"
+            f"{folder}: has {len(indices):,} images of {look['split']}, but measured are {asked:,}; ask for fewer"
         )
     shards = max(1, min(MOST_SHARDS, len(indices) // SPAN))
     described: dict[str, Any] = {"kind": made.kind, "key": made.key, "recipe": made.recipe, "shards": shards}
