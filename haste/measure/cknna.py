@@ -30,7 +30,8 @@ class CKNNA(Hidden):
 
     Attributes:
         teacher: by its name in the configuration; None is the only one. Its identity is part of the result's name.
-        images: number of random held-out images.
+        images: number of random images.
+        split: `held_out`, the images of `images.holdout`, or `train`, which the network was trained on.
         neighbours: k.
         formula: `hsic`, unbiased HSIC of masked kernels, or `centred`, REPA's Eq. 23.
         shards: groups of images for the jackknife of the standard error. With a group left out, neighbours are those
@@ -43,6 +44,7 @@ class CKNNA(Hidden):
 
     teacher: Annotated[str | None, LABEL] = None
     images: Annotated[int, Field(ge=4)] = 10_000
+    split: Literal["held_out", "train"] = "held_out"
     neighbours: Positive = 10
     formula: Literal["hsic", "centred"] = "hsic"
     shards: Several = 8
@@ -61,21 +63,21 @@ class CKNNA(Hidden):
     @property
     def least(self) -> Mapping[str, tuple[str, int]]:
         """See `Measure`."""
-        return {"held_out": ("images", self.images)}
+        return {self.split: ("images", self.images)}
 
     @property
     def hidden(self) -> Mapping[str, Mapping[str, Any]]:
         """See `Measure`."""
-        return {"held_out": self.look("held_out", self.images)}
+        return {self.split: self.look(self.split, self.images)}
 
     def run(self, subject: Subject) -> Iterator[Row]:
         """See `Measure`: each rank takes its share of layers and times."""
         from haste.measure import passes, representations
 
-        states, everyone = passes.hidden(subject, "held_out"), np.arange(self.images)
+        states, everyone = passes.hidden(subject, self.split), np.arange(self.images)
         candidates, device = 2 * self.neighbours + SPARE, subject.group.device
         theirs = representations.Neighbours.of(
-            passes.teacher_features(subject, "held_out").read(passes.FEATURES, everyone), candidates, device=device
+            passes.teacher_features(subject, self.split).read(passes.FEATURES, everyone), candidates, device=device
         )
         groups = everyone * self.shards // self.images
 

@@ -125,6 +125,11 @@ def _store(
     """The store, after making it if it is not there or if its facts are others. A collective call."""
     look, group = made.recipe["look"], subject.group
     indices = subject.inputs.batches.reading_indices(look["images"], look["split"])
+    if len(indices) < (look["images"] or 1):
+        folder, asked = subject.inputs.batches.latents.folder, look["images"] or 1
+        raise ValueError(
+            f"{folder}: has {len(indices):,} images of {look['split']}, but measured are {asked:,}; ask for fewer"
+        )
     shards = max(1, min(MOST_SHARDS, len(indices) // SPAN))
     described: dict[str, Any] = {"kind": made.kind, "key": made.key, "recipe": made.recipe, "shards": shards}
     provenance = artefact.provenance(key=made.key, recipe=made.recipe, inputs=facts)

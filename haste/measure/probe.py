@@ -24,7 +24,7 @@ NOTE = "stored latents have no crops and flips, which the published protocol tra
 
 
 class Probe(Hidden):
-    """See the file. Accuracy and its standard error, that of a binomial share of the judged images, are in %.
+    """See the file. Accuracy is the share of the judged images, 0..1, and its error that of a binomial share.
 
     Attributes:
         images: number of random training images; None for all.
@@ -77,7 +77,7 @@ class Probe(Hidden):
             probe = linear.trained(train.read(name, np.arange(train.count)), labels, classes, how, device)
             right = linear.classes_of(probe, held_out.read(name, np.arange(held_out.count))) == expected
             share = float(right.mean())
-            return 100 * share, 100 * math.sqrt(share * (1 - share) / len(right))
+            return share, math.sqrt(share * (1 - share) / len(right))
 
         for (layer, t), (accuracy, error) in subject.shared(self.places(subject), values):
             yield {"layer": layer, "t": t, "accuracy": accuracy, "error": error}

@@ -16,6 +16,7 @@ from toy_gradients import hidden_state
 from haste.cli import main as cli
 from haste.config import resolve
 from haste.data import order
+from haste.data.batches import Batches
 from haste.files.provenance import read_header
 from haste.files.store import Store
 from haste.measure import jobs, passes
@@ -36,14 +37,14 @@ def counted(monkeypatch):
     return seen
 
 
-def test_hidden_states_are_the_mean_tokens_of_held_out_images_at_t_with_the_null_condition(toy, measured):
-    plan = toy(all=CKNNA, raw={**CKNNA, "weights": "model", "layers": [2], "t": [0.25]})
-    held_out = Store.open(plan.images.folder).range("held_out")
-    images = held_out.start + order.choice(0, "measured images", 0, 40, len(held_out))
+def test_hidden_states_are_the_mean_tokens_of_the_split_s_images_at_t_with_the_null_condition(toy, measured):
+    plan = toy(all=CKNNA, raw={**CKNNA, "weights": "model", "layers": [2], "t": [0.25], "split": "train"})
     for label, places in {"all": [(1, 0.25), (2, 0.75), (3, 0.25)], "raw": [(2, 0.25)]}.items():
         measured(plan, label)
-        (one,) = (one.measurement.hidden["held_out"] for one in plan.measured if one.measurement.label == label)
-        store = Store.of(one)
+        ((split, one),) = next(m.hidden.items() for m in plan.measurements.values() if m.label == label)
+        store, whole = Store.of(one), Store.open(plan.images.folder).range({"all": "held_out", "raw": "train"}[label])
+        images = whole.start + order.choice(0, "measured images", 0, 40, len(whole))
+        assert list(store.splits) == [split]
         assert store.count == 40 and len(store.fields) == {"all": 6, "raw": 1}[label]
         for layer, t in places:
             found = store.read(f"layer {layer}, t {t:g}", [0, 39])
@@ -133,6 +134,14 @@ def test_hidden_states_stay_while_a_configuration_measures_them(world):
     gone = {item.path for item in prune.unneeded(Path(world.root), prune.Needs.of([world.plan]))}
     assert folder.with_name("hidden-0123456789ab") in gone
     assert not gone & {folder, Path(what.seen["held_out"].folder), Path(what.file)}
+
+
+def test_fewer_images_in_the_store_than_the_measure_asks_for_are_refused(toy, measured, monkeypatch):
+    """As where pictures that cannot be read were left out."""
+    plan, whole = toy(hsic=CKNNA), Batches.reading_indices
+    monkeypatch.setattr(Batches, "reading_indices", lambda *given: whole(*given)[:39])
+    with pytest.raises(ValueError, match=r"has 39 images of held_out, but measured are 40; ask for fewer"):
+        measured(plan, "hsic")
 
 
 # ---- what is refused before the first job

@@ -88,10 +88,9 @@ def test_states_that_say_their_class_are_read_and_the_file_says_how_sure_that_is
     monkeypatch.setattr(passes, "_states", telling)
     found = measured(plan, "probe")
     sure, part = found["rows"]
-    assert (sure["layer"], sure["t"], sure["accuracy"], sure["error"]) == (1, 0.5, 100.0, 0.0)
-    assert 30 < part["accuracy"] < 60
-    share = part["accuracy"] / 100
-    assert part["error"] == pytest.approx(100 * math.sqrt(share * (1 - share) / 90))
+    assert (sure["layer"], sure["t"], sure["accuracy"], sure["error"]) == (1, 0.5, 1.0, 0.0)
+    share = part["accuracy"]
+    assert 0.3 < share < 0.6 and part["error"] == pytest.approx(math.sqrt(share * (1 - share) / 90))
     assert found["notes"] == ["stored latents have no crops and flips, which the published protocol trains with"]
     store = Store.of(next(one.measurement for one in plan.measured).hidden["train"])
     assert store.count == 200
