@@ -191,7 +191,7 @@ def _words(*measures: Measure) -> str:
     return " and ".join(said)
 
 
-def _from_log(source: Source, need: Measure, after: int) -> dict[int, float]:
+def _from_log(source: Source, need: Measure, after: int) -> Mapping[int, float]:
     """Step -> the exponential average at the end of every line: exact where every step has a line, else as if the steps
     of a line were equal to their mean."""
     if not isinstance(need, Average):

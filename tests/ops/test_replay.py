@@ -167,7 +167,9 @@ def test_a_plateau_is_replayed_from_the_log_of_a_run_that_nobody_watched(make_pl
     # Of a run that read something, other averages than those that it read come from there too.
     other = of(plan, plateau=[{"slow": 0.75}])
     assert {one.source.found for one in other} == {"log"}
-    assert [[reading.step for reading in one.history] for one in other] == [[8, 10, 12, 14, 16]] * 2  # four steps after 4
+    assert [[reading.step for reading in one.history] for one in other] == [
+        [8, 10, 12, 14, 16]
+    ] * 2  # four steps after 4
 
 
 def exactly(losses, decay):
