@@ -223,6 +223,10 @@ def grid(texts: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         if not (name and key and equals and parsed):
             raise ValueError(f"--set {text}: expected TRIGGER.KEY=VALUE, or several values with commas between")
         triggers.named(name)
+        if key in ("trigger", "release"):
+            raise ValueError(
+                f"--set {text}: {key} does not decide when a trigger stops a term; expected another setting"
+            )
         axes.setdefault(name, {})[key] = [config.number(value) for value in parsed]
     return {name: list(_products(keys)) for name, keys in axes.items()}
 
