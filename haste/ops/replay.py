@@ -191,7 +191,7 @@ def _words(*measures: Measure) -> str:
     return " and ".join(said)
 
 
-def _from_log(source: Source, need: Measure, after: int) -> dict[int, float]:
+def _from_log(source: Source, need: Measure, after: int) -> Mapping[int, float]:
     """Step -> the exponential average at the end of every line: exact where every step has a line, else as if the steps
     of a line were equal to their mean."""
     if not isinstance(need, Average):
@@ -223,6 +223,10 @@ def grid(texts: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         if not (name and key and equals and parsed):
             raise ValueError(f"--set {text}: expected TRIGGER.KEY=VALUE, or several values with commas between")
         triggers.named(name)
+        if key in ("trigger", "release"):
+            raise ValueError(
+                f"--set {text}: {key} does not decide when a trigger stops a term; expected another setting"
+            )
         axes.setdefault(name, {})[key] = [config.number(value) for value in parsed]
     return {name: list(_products(keys)) for name, keys in axes.items()}
 

@@ -155,8 +155,8 @@ class Runs:
         before = State(state.trajectory, max(missing)) if missing else None
         terms = self._active(run, state.trajectory)
         cached = tuple(kind for kind, term in terms.items() if self.config.teachers[term["teacher"]].caches(kind))
-        more = {"twin": self._twin(state), "watches": tuple(self._watches(state, terms))}
-        return Segment(state, parent, None if before == parent else before, terms, pieces, cached, **more)
+        after, watches = None if before == parent else before, tuple(self._watches(state, terms))
+        return Segment(state, parent, after, terms, pieces, cached, self._twin(state), watches)
 
     def _twin(self, state: State) -> State | None:
         """The state of an earlier twin that shares most with this one; None if there is none, or it is on disk."""

@@ -122,7 +122,7 @@ def test_a_watched_run_says_where_a_run_with_that_trigger_stops(make_plan):
             assert list(one.history)[: len(read)] == read
 
 
-def test_without_settings_it_shows_the_runs_own_and_the_defaults_of_what_was_read(make_plan):
+def test_without_settings_it_shows_the_runs_own_and_the_defaults_of_what_was_read(make_plan, capsys):
     plan = trained(make_plan(runs={"a": {"alignment": "HASTE", "watch": [NEVER, ANGLE]}}, runtime=QUICK), "a")
     found = [one for one in of(plan) if one.source.term == "features"]
     assert [(one.whose, one.settings["trigger"]) for one in found] == [
@@ -132,6 +132,11 @@ def test_without_settings_it_shows_the_runs_own_and_the_defaults_of_what_was_rea
     flat, angles = found[2:]
     assert (flat.settings["margin"], flat.settings["slow"]) == (0.02, 0.5)  # what it was read with stays
     assert (angles.settings["threshold"], angles.settings["images"]) == (-0.05, 12)
+    picture = plan.file.with_name("a.svg")
+    assert cli.main(["replay", "a", "-c", str(plan.file), "--out", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "When triggers would stop a" in printed and printed.endswith(f"{picture}: drawn\n")
+    assert "gradient-angle of features" in picture.read_text() and "plateau of attention" in picture.read_text()
 
 
 def test_some_of_the_times_that_were_read_make_a_mean_of_their_own(make_plan):
@@ -212,35 +217,25 @@ def test_a_replay_is_what_the_trigger_decides_of_the_same_readings(values, margi
 # -- what cannot be said -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("asked", "why"),
-    [
-        ({"plateau": [{"fast": 0.1}]}, "was not measured with these settings: an average of residual with decay 0.1"),
-        ({"plateau": [{"after": 2}]}, "its averages begin after step 4, not 2"),
-        (
-            {"plateau": [{"every": 100}]},
-            "the first reading would be after step 104, then every 100; what there is ends at",
-        ),
-        (
-            {"gradient-angle": [{"times": [0.3]}]},
-            "was not measured with these settings: the angle of alignment at t 0.3",
-        ),
-        (
-            {"gradient-angle": [{"images": 9}]},
-            "9 images in 3 groups; it was the angle of alignment at t 0.02, 0.1, 0.5",
-        ),
-        ({"gradient-angle": [{"of": "own"}]}, "the angle of own"),
-        ({"gradient-angle": [{"block": 2}]}, "block 2"),
-    ],
-)
-def test_what_was_not_read_is_said_and_not_guessed(make_plan, asked, why):
-    plan = make_plan(runs={"a": {"alignment": "REPA", "watch": [NEVER, ANGLE]}}, runtime=QUICK)
-    trained(plan, "a")
+UNREAD = [
+    ("plateau", {"fast": 0.1}, "was not measured with these settings: an average of residual with decay 0.1"),
+    ("plateau", {"after": 2}, "its averages begin after step 4, not 2"),
+    ("plateau", {"every": 100}, "the first reading would be after step 104, then every 100; what there is ends at 16"),
+    ("gradient-angle", {"times": [0.3]}, "was not measured with these settings: the angle of alignment at t 0.3"),
+    ("gradient-angle", {"images": 9}, "9 images in 3 groups; it was the angle of alignment at t 0.02, 0.1, 0.5"),
+    ("gradient-angle", {"of": "own"}, "the angle of own"),
+    ("gradient-angle", {"block": 2}, "block 2"),
+]
+
+
+def test_what_was_not_read_is_said_and_not_guessed(make_plan):
+    plan = trained(make_plan(runs={"a": {"alignment": "REPA", "watch": [NEVER, ANGLE]}}, runtime=QUICK), "a")
     for path in Path(plan.root, "states").rglob("log.jsonl"):
         path.unlink()
-    with pytest.raises(ValueError, match="nothing can be replayed: features: ") as error:
-        of(plan, **{name.replace("-", "_"): each for name, each in asked.items()})
-    assert why in str(error.value)
+    for trigger, settings, why in UNREAD:
+        with pytest.raises(ValueError, match="^nothing can be replayed: features: ") as error:
+            outcomes(sources.of_run(plan, "a", 0), {trigger: [settings]})
+        assert why in str(error.value)
 
 
 def test_what_can_be_said_is_beside_what_cannot(make_plan):
@@ -291,6 +286,7 @@ def test_every_refusal_is_a_line_that_says_what_to_do(make_plan, tmp_path, capsy
             "--set",
             "plateau.margin=0.1",
         ): "nothing can be replayed: SiT-B/2, block 5: no trigger has read anything",
+        (*small, "--set", "plateau.release=0.1"): "release does not decide when a trigger stops a term",
         (*small, "--set", "threshold=1"): "--set threshold=1: expected TRIGGER.KEY=VALUE",
         (*small, "--set", "plateau.margin=[0.1"): "--set plateau.margin=[0.1: expected TRIGGER.KEY=VALUE",
         (*small, "--out", tmp_path / "x.pdf"): "x.pdf: expected a file named *.svg or *.png",
