@@ -165,6 +165,16 @@ def test_a_shard_that_is_lost_is_made_again_for_what_reads_it_with_the_same_cont
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
+def test_features_of_the_reference_that_are_lost_are_named_before_a_score_needs_them(shop):
+    (detector,) = shop.plan.detectors.values()
+    reference = detector.reference
+    Path(reference.shard_files[0]).unlink()
+    shop.plan.check()
+    Path(shop.evaluation("vanilla", 8).score).unlink()
+    with pytest.raises(ValueError, match=r"is gone, but .*manifest\.json says that it is there"):
+        shop.configure().check()
+
+
 def test_a_dit_is_trained_sampled_scored_and_reported_by_the_same_rules(shop):
     ancestral = {"sampler": "ddpm", "steps": 3, "count": 20, "labels": "balanced", "guidance": 1.5}
     plan = shop.configure(

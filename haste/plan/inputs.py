@@ -19,7 +19,7 @@ from haste.networks.registry import DETECTORS, TEACHERS
 from haste.plan.data import Data
 from haste.plan.evaluations import Evaluations
 from haste.plan.measures import Measurement, Measures
-from haste.plan.names import Evaluation, Segment
+from haste.plan.names import Detector, Evaluation, Segment
 from haste.plan.runs import Runs
 from haste.plan.targets import Targets
 
@@ -111,19 +111,23 @@ def teachers(parts: Parts) -> None:
 def detectors(parts: Parts) -> None:
     """Refuse public detectors whose weights are missing or another network's."""
     for detector in parts.data.detectors.values():
-        scores = [
-            one.score
-            for drawn in parts.evaluations.by_name.values()
-            for one in drawn.judgements
-            if one.detector == detector
-        ]
         spec = parts.config.detector[detector.name].pretrained
-        if spec is None or spec.name not in DETECTORS or _exist([detector.reference.manifest, detector.floor, *scores]):
+        if (
+            spec is None
+            or spec.name not in DETECTORS
+            or _exist([detector.reference.manifest, *_scores(parts, detector)])
+        ):
             continue
         if spec.name in TEACHERS:
             _transformer(spec, f"detector {spec.name}")
         elif spec.weights is not None:
             weights.check_inception(Path(spec.weights))
+
+
+def _scores(parts: Parts, detector: Detector) -> list[str]:
+    """The files that a detector's reference is for."""
+    judged = (one for drawn in parts.evaluations.by_name.values() for one in drawn.judgements)
+    return [detector.floor, *(one.score for one in judged if one.detector == detector)]
 
 
 def _transformer(spec: Any, called: str) -> None:
@@ -139,13 +143,18 @@ def _transformer(spec: Any, called: str) -> None:
 
 
 def references(parts: Parts) -> None:
-    """Refuse references that are not ADM's."""
+    """Refuse references that are not ADM's, and features of one that are gone where a score is still to be made."""
     for detector in parts.data.detectors.values():
         made, file = Path(detector.reference.manifest), detector.reference_file
         if file is not None and Path(file).is_file() and not made.exists():
             from haste.files import npz  # numpy is slow to import
 
             npz.check_reference(file)
+        gone = [path for path in detector.reference.shard_files if made.exists() and not Path(path).exists()]
+        if gone and not _exist(_scores(parts, detector)):
+            raise ValueError(
+                f"{gone[0]}: is gone, but {made} says that it is there; remove that too to make both again"
+            )
 
 
 def starts(parts: Parts) -> None:
