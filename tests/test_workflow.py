@@ -231,6 +231,26 @@ def test_a_branch_at_another_stop_trains_its_own_part_and_the_shared_trunk_once(
     assert shop.jobs() == {("train", trunk), ("train", branch)} | shop.evaluated("HASTE-10", 16)
 
 
+def test_a_fork_trains_only_what_no_run_has_and_shows_stopped_minus_aligned_in_the_report(shop):
+    fork = {"run": "HASTE", "at": [12], "for": 4}  # HASTE goes on, HASTE-12 stops there
+    shop.configure(forks={"F": {**fork, "at": [12, 14]}})
+    trunk, branch = shop.state("F@14-aligned", 14), shop.state("F@14-stopped", 18)
+    both = {("train", state) for state in (trunk, branch, shop.state("F@14-aligned", 18))}
+    drawn = {
+        (rule, shop.evaluation(f"F@14-{side}", 18).name)
+        for side in ("aligned", "stopped")
+        for rule in ("sample", "score")
+    }
+    assert shop.jobs() == both | drawn | {("measure", ""), ("report", "")}
+    shop.configure(forks={"F": fork})
+    assert shop.jobs() == {("measure", ""), ("report", "")}
+    done = shop.snakemake()
+    assert done.returncode == 0, done.stderr
+    lines = (Path(shop.plan.report).parent / "fork-F.csv").read_text().splitlines()
+    assert lines[0].startswith("step,held-out loss,held-out loss ±,") and lines[1].startswith("12,") and len(lines) == 2
+    assert shop.jobs() == set()
+
+
 def test_a_run_that_a_trigger_stops_begins_on_the_finished_trunk_and_its_stop_changes_no_plan(shop):
     stop = {"trigger": "plateau", "after": 8, "every": 4, "fast": 0.5, "slow": 0.75, "margin": 1}
     shop.configure(runs={**RUNS, "seen": {"alignment": "HASTE", "stop": stop}})

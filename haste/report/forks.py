@@ -99,8 +99,8 @@ def _difference(found: Mapping[tuple[tuple[int, bool], int], Row], step: int, se
 
 def _error(aligned: Row, stopped: Row) -> float | None:
     """The standard error of a difference of scores, as if their noise were independent: an upper bound."""
-    errors = [(row.score.get("errors") or {}).get(SCORE) for row in (aligned, stopped)]
-    return None if None in errors else math.hypot(*errors)
+    errors = [float((row.score.get("errors") or {}).get(SCORE) or math.nan) for row in (aligned, stopped)]
+    return None if math.isnan(sum(errors)) else math.hypot(*errors)
 
 
 def _side(fork: Fork, one: Row | Measured) -> tuple[int, bool]:
@@ -160,10 +160,10 @@ def fork_made(report: Report) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
     found = []
     for place, fork in enumerate(report.forks):
         for step in _steps(fork):
-            ones = [one for one in (*fork.measures, *fork.rows) if fork.branches[one.run].at == step]
-            files = [{**(one.score if isinstance(one, Row) else one.found), "file": one.file} for one in ones]
-            kept = [{key: value for key, value in file.items() if key not in ("rows", "terms")} for file in files]
-            found.append((anchor(place, step), f"{fork.name} at step {step:,}", kept))
+            here = {name for name, branch in fork.branches.items() if branch.at == step}
+            files: list[Mapping[str, Any]] = [{**one.score, "file": one.file} for one in fork.rows if one.run in here]
+            files += [{**one.found, "file": one.file} for one in fork.measures if one.run in here]
+            found.append((anchor(place, step), f"{fork.name} at step {step:,}", files))
     return found
 
 

@@ -101,7 +101,7 @@ def _pooled(
     """Each value's mean over groups of images, and a column of its standard error, that of independent groups."""
     errors = {name: f"{name} error" for name in values}
     found = frame.groupby(list(places), sort=False)
-    parts = [found[name].agg(**{name: "mean", error: "sem"}) for name, error in errors.items()]
+    parts = [found[name].agg(["mean", "sem"]).set_axis([name, error], axis=1) for name, error in errors.items()]
     return pd.concat(parts, axis=1).fillna(0.0).reset_index(), errors
 
 
