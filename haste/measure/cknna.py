@@ -20,7 +20,7 @@ from haste.measure.measure import Row
 if TYPE_CHECKING:
     from haste.measure.subject import Subject
 
-SPARE = 24  # candidates beside 2 k, for neighbours that a group takes with it when it is left out
+SPARE = 24  # candidates beside twice as many as are needed with a group left out, which takes some with it
 
 Several = Annotated[int, Field(ge=2)]
 
@@ -75,7 +75,7 @@ class CKNNA(Hidden):
         from haste.measure import passes, representations
 
         states, everyone = passes.hidden(subject, self.split), np.arange(self.images)
-        candidates, device = 2 * self.neighbours + SPARE, subject.group.device
+        device, candidates = subject.group.device, 2 * self.neighbours * self.shards // (self.shards - 1) + SPARE
         theirs = representations.Neighbours.of(
             passes.teacher_features(subject, self.split).read(passes.FEATURES, everyone), candidates, device=device
         )

@@ -71,4 +71,4 @@ def layers_in(look: Mapping[str, Any], taps: Mapping[str, Tap]) -> Sequence[int]
 
 def field(layer: int, t: float) -> str:
     """The field of a store that holds the hidden states after a block at a time."""
-    return f"layer {layer}, t {t:g}"
+    return f"layer {layer}, t {t}"

@@ -98,16 +98,20 @@ def teacher_features(subject: Subject, split: str) -> Store:
     Raises:
         FloatingPointError, ValueError: as `hidden`; or as `haste.teachers.targets.load_teacher`.
     """
-    made = subject.what.seen[split]
-    if subject.group.broadcast(lambda: Path(made.manifest).exists()):
-        return Store.of(made)  # without the teacher and the images
+    made, expected = subject.what.seen[split], {"images": subject.inputs.batches.latents.manifest["images"]}
+    there = subject.group.broadcast(lambda: _fits(made, expected))
+    store = Store.of(made) if there else _teacher_store(subject, made, expected["images"])
+    subject.inputs.identities["teacher"] = store.manifest["teacher"]
+    return store
+
+
+def _teacher_store(subject: Subject, made: Artefact, expected: str) -> Store:
     assert subject.what.teacher is not None
     images = Store.of(subject.plan.images)
     teacher = load_teacher(subject.plan, subject.what.teacher).to(subject.group.device)
-    if images.identity != (expected := subject.inputs.batches.latents.manifest["images"]):
-        raise ValueError(
-            f"{images.folder}: holds images {images.identity[:12]}, expected those of the latents {expected[:12]}"
-        )
+    if images.identity != expected:
+        found = f"holds images {images.identity[:12]}, expected those of the latents {expected[:12]}"
+        raise ValueError(f"{images.folder}: {found}")
 
     def rows(chosen: NDArray[np.int64]) -> Rows:
         shown = torch.from_numpy(images.read("image", chosen)).to(subject.group.device)

@@ -142,7 +142,9 @@ def test_a_state_is_compared_with_the_mean_patch_token_of_the_teacher_of_the_sam
     seen = targets.load_teacher(plan, "vit")(torch.from_numpy(shown), features=True).features.mean(dim=1).numpy()
     tensors = load_file(plan.path(plan.state("plain", 8)))
     for label, over_all in (("hsic", False), ("centred", True)):
-        rows = {(row["layer"], row["t"]): row for row in measured(plan, label)["rows"]}
+        made = measured(plan, label)
+        assert made["provenance"]["inputs"].keys() == {"latents", "teacher"} and made["settings"]["teacher"] == "vit"
+        rows = {(row["layer"], row["t"]): row for row in made["rows"]}
         assert list(rows) == [(layer, t) for t in (0.25, 0.75) for layer in (1, 2, 3)]
         for layer, t in ((1, 0.75), (3, 0.25)):
             states = torch.cat([hidden_state(plan, tensors, image, t, layer) for image in chosen])
