@@ -101,19 +101,20 @@ def _bounds(curve: Curve, weights: Array, together: bool = False) -> tuple[Array
     if curve.by == "seeds":
         half = -float(stdtrit(units - 1, tail)) * error
         return mean - half, mean + half
-    spread = _resampled(units) @ (at - mean) * _expansion(units, tail)  # (B, T)
+    spread = (at - mean).T @ _resampled(units) * _expansion(units, tail)  # (T, B)
     if together:  # the largest deviation of all steps, in standard errors
         safe = np.where(error > 0, error, 1.0)
-        half = float(np.quantile(np.abs(spread / safe).max(axis=1), LEVEL)) * error
+        half = float(np.quantile(np.abs(spread / safe[:, None]).max(axis=0), LEVEL)) * error
         return mean - half, mean + half
-    low, high = np.quantile(spread, [tail, 1 - tail], axis=0)
+    low, high = np.quantile(spread, [tail, 1 - tail], axis=1)
     return mean + low, mean + high
 
 
 @functools.lru_cache(maxsize=4)
 def _resampled(units: int) -> Array:
-    """Weights of the units in each draw of the bootstrap, (B, U); the same in every call."""
-    return np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=DRAWS) / units
+    """Weights of the units in each draw of the bootstrap, (U, B); the same in every call."""
+    counts = np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=DRAWS)
+    return np.ascontiguousarray(counts.T / units)
 
 
 def _expansion(units: int, tail: float) -> float:

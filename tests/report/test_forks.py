@@ -255,17 +255,17 @@ def write_log(one, kind, losses):
 
 def test_a_logged_loss_that_levels_off_is_a_plateau_and_one_that_falls_is_none(forked):
     one = forked(run={"milestones": [100_000]}, forks={})
-    steps, level = range(100, 100_100, 100), 30_000
+    steps, level = range(500, 100_500, 500), 30_000
     falling = {step: 3.0 - min(step, level) / level for step in steps}
     write_log(one, "attention", falling.items())
     (found,) = said(one).values()
-    each = np.repeat(list(falling.values()), 100)  # of each step
+    each = np.repeat(list(falling.values()), 500)  # of each step
 
     def average(step, decay):
         weights = decay ** (step - 1.0 - np.arange(step))
         return float(weights @ each[:step] / weights.sum())
 
-    fires = next(s for s in steps if s >= 20_100 and average(s, 0.999) >= 0.98 * average(s, 0.99995))
+    fires = next(s for s in steps if s >= 20_500 and average(s, 0.999) >= 0.98 * average(s, 0.99995))
     assert level < fires < 100_000 and (found.step, found.low, found.high) == (fires, None, None)
     write_log(one, "attention", [(step, 3.0 - step / 40_000) for step in steps])
     (found,) = said(one).values()
