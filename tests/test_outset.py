@@ -256,9 +256,11 @@ def test_a_reference_that_is_gone_since_or_changed_after_it_was_used_stops_no_pl
     path = tmp_path / "ref.npz"
     path.write_bytes(b"no longer one")
     file = configured(tmp_path, **judged_by(path))
-    made = Path(Plan(resolve(yaml.safe_load(file.read_text()))).detector.reference.manifest)
+    reference = Plan(resolve(yaml.safe_load(file.read_text()))).detector.reference
+    made = Path(reference.manifest)
     made.parent.mkdir(parents=True)
-    made.touch()
+    for there in (reference.manifest, *reference.shard_files):
+        Path(there).touch()
     assert cli.main(["plan", "-c", str(file)]) == 0
     made.unlink()
     path.unlink()
