@@ -382,7 +382,7 @@ OTHER = {
     "measure: gradient-cosine.blocks": [1],
     "measure: cknna.teacher": "big",
     "measure: cknna.formula": "centred",
-    "measure: cknna.split": "train",
+    **{f"measure: {name}.split": "train" for name in ("cknna", "denoising")},
     **{f"measure: {name}.weights": "model" for name in ("cknna", "probe")},
     **{f"measure: {name}.layers": [1] for name in ("cknna", "probe")},
     **{f"measure: {name}.t": [0.3] for name in ("cknna", "probe")},

@@ -297,7 +297,8 @@ WITHIN = {
     *("measures.NAME.measure", "condition.name", "training.process.name", "models.NAME.architecture"),
     *("runs.NAME.stop.features.trigger", "runs.NAME.stop.attention.trigger", "sampling.NAME.sampler"),
     *(f"{rows}.NAME.{key}" for rows in ("runs", "evaluate") for key in ("model", "sampling", "measures")),
-    "runs.NAME.alignment",
+    *("runs.NAME.alignment", "runs.NAME.watch.trigger", "measures.NAME.teacher"),
+    *("forks.NAME.run", "forks.NAME.sampling", "forks.NAME.measures"),
 }
 
 

@@ -42,12 +42,14 @@ class Curve:
         by: what the units are: `images`, for the bootstrap over them, or `seeds`, for t-intervals.
         errors: (K,) standard errors of the only unit, in any correlation with one another; None for others. One unit
             without errors has unknown noise.
+        words: of what the curve speaks, and what it does where the curve is above zero, and where below.
     """
 
     steps: Array
     values: Array
     by: Literal["images", "seeds"]
     errors: Array | None = None
+    words: tuple[str, str, str] = ("alignment", "helps", "harms")
 
     @property
     def mean(self) -> Array:
@@ -124,6 +126,8 @@ def _expansion(units: int, tail: float) -> float:
 
 def crossing(curve: Curve) -> Crossing:
     """The step from which on the curve is below zero; see the top of the file."""
+    if not len(curve.steps):
+        return Crossing(None, None, None, "no step has all seeds yet")
     if not curve.is_noisy:
         return Crossing(None, None, None, "one seed, whose noise is not known")
     low, high = interval(curve, together=True)
@@ -160,10 +164,11 @@ def _between(steps: Array, first: int, last: int) -> tuple[Array, Array]:
 
 def _instead(curve: Curve, above: NDArray[np.int64], below: NDArray[np.int64]) -> str:
     """What is known of a curve without a crossing from above."""
+    what, helps, harms = curve.words
     if len(above):
-        return f"alignment surely helps at step {curve.steps[above[-1]]:,.0f}, and surely harms at no later step"
+        return f"{what} surely {helps} at step {curve.steps[above[-1]]:,.0f}, and surely {harms} at no later step"
     if len(below):
-        return f"alignment surely harms at step {curve.steps[below[0]]:,.0f}, and surely helps at no earlier step"
+        return f"{what} surely {harms} at step {curve.steps[below[0]]:,.0f}, and surely {helps} at no earlier step"
     return "at no step is the difference surely other than zero"
 
 

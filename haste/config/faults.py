@@ -481,8 +481,6 @@ def _faults_of_measuring(config: Config, kind: str, name: str) -> list[str]:
             if borrowed and (unfit := _faults_of_fit(config, row.model, spec.alignment or "")):
                 faults += [f"{where}: {fault}" for fault in unfit]
                 continue
-        if "held-out images" in spec.made.needs and not config.images.holdout:
-            faults.append(f"images.holdout: 0, but measures.{one} ({spec.measure}) is taken on images held out")
         found = spec.made.faults(measured_terms(config, name, one), blocks_of(config, row.model))
         found += spec.made.unfit(config, row.model)
         faults += [f"measures.{one}.{fault} (on {name})" for fault in found]

@@ -64,12 +64,13 @@ def _row(config: Config, branch: Branch) -> Run:
     trunk, fork = config.runs[branch.run], config.forks[branch.fork]
     same = trunk.model_dump(mode="json", include={"model", "alignment", "training", "warm_start"})
     seeds = fork.seeds or trunk.all_seeds
+    scored = [way for way in trunk.sampling if way not in config.sampling or not config.sampling[way].chosen]
     own = {
         "stop": {kind: branch.at for kind in terms_of(config, branch.run)} if branch.stopped else {},
         "seed": seeds[0],
         "seeds": seeds,
         "milestones": [branch.end],
-        "sampling": fork.sampling or trunk.sampling,
+        "sampling": fork.sampling or scored or trunk.sampling,
         "measures": fork.measures,
     }
     return Run.model_validate({**same, **own})
@@ -92,8 +93,11 @@ def _faults(config: Config, name: str) -> list[str]:
     faults = [*unknown_sampling(config, fork.sampling or [], where), *unknown_measures(config, "forks", name)]
     if strange := sorted(set(fork.seeds or ()) - set(row.all_seeds)):
         faults.append(f"{where}.seeds: {strange}, but {fork.run} is trained with {row.all_seeds}")
-    if fork.at[0] == 0:
-        faults.append(f"{where}.at: 0, where nothing has been aligned yet; a run without alignment shows that")
+    ways = _row(config, next(iter(own.values()))).sampling if not faults else []
+    if pictures := [way for way in ways if way in config.sampling and config.sampling[way].chosen]:
+        faults.append(
+            f"{where}.sampling: {pictures[0]} has chosen labels, of which there are no scores; expected others"
+        )
     if fork.at[-1] > row.milestones[-1]:
         faults.append(
             f"{where}.at: {fork.at[-1]}, but {fork.run} ends at step {row.milestones[-1]}; expected steps up to that, "
@@ -107,7 +111,11 @@ def _unaligned(config: Config, name: str) -> list[str]:
     fork, watched = config.forks[name], triggers_of(config, config.forks[name].run)
     for kind, step in falls_from(config, fork.run).items():
         if step is not None and fork.at[-1] > step:
-            does = f"{watched[kind].trigger} may stop {kind} at any time" if kind in watched else f"{kind} goes down"
+            does = (
+                f"{watched[kind].trigger} may stop {kind} at any time"
+                if kind in watched
+                else f"{kind} stops or goes down"
+            )
             return [
                 f"forks.{name}.at: {fork.at[-1]}, but from step {step} on {does} in {fork.run}; expected steps up to "
                 "that, or the fork of a run that never stops"

@@ -498,7 +498,7 @@ class Fork(_For):
     """At each step of `at` a run goes on in two ways for a number of steps, with its alignment and without."""
 
     run: str
-    at: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    at: Annotated[list[Positive], Field(min_length=1)]
     seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)] | None = None
     sampling: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)] | None = None
     measures: Annotated[list[str], AfterValidator(_distinct)] = ["denoising"]

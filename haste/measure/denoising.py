@@ -1,4 +1,4 @@
-"""The denoising loss on images that were held out from training, by t and group of images.
+"""The denoising loss on images, as a rule those held out from training, by t and group of images.
 
 It is the loss that training minimises, without alignment, of a state's averaged weights. Every state sees the same
 images, latent draws and noise, and every image is used at each t: two states' losses differ by their weights alone, so
@@ -7,20 +7,19 @@ their difference is known much better than either (the pairs of a paired bootstr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from haste.config import Positive, Share
-from haste.data import order
+from haste.config import Share
 from haste.measure.measure import Measure, Row
 
 if TYPE_CHECKING:
     from haste.measure.subject import Subject
 
-HELD_OUT = "held_out"  # the split of `images.holdout`
+LEAST = 8  # groups
 TIMES = [0.1, 0.3, 0.5, 0.7, 0.9]
 
 
@@ -29,19 +28,20 @@ class Denoising(Measure):
 
     Attributes:
         weights: as in `Measure`; samples are drawn from the averaged ones.
-        images: number of random held-out images; all if there are fewer.
+        split: `held_out`, the images of `images.holdout`, or `train`, which the network was trained on.
+        images: number of random images of it; all if there are fewer.
         groups: groups of images of equal size, up to one image; as many as images if there are fewer.
         t: every image is used at each of these.
     """
 
-    needs: ClassVar = frozenset({"held-out images"})
     axes: ClassVar = ("t", "group")
     values: ClassVar = {"loss": ""}
     pooled: ClassVar = "group"
 
     weights: Literal["model", "ema"] = "ema"
-    images: Positive = 2048
-    groups: Annotated[int, Field(ge=8)] = 64
+    split: Literal["held_out", "train"] = "held_out"
+    images: Annotated[int, Field(ge=LEAST)] = 2048
+    groups: Annotated[int, Field(ge=LEAST)] = 64
     t: Annotated[list[Share], Field(min_length=1)] = TIMES
 
     @model_validator(mode="after")
@@ -50,15 +50,18 @@ class Denoising(Measure):
             raise ValueError(f"t {self.t} has a value more than once, expected each once")
         return self
 
+    @property
+    def least(self) -> Mapping[str, tuple[str, int]]:
+        """See `Measure`."""
+        return {self.split: ("groups", LEAST)}
+
     def flops(self, terms: int, forward: float, teachers: float) -> float:
         """See `Measure`: a forward pass at every t."""
         return self.images * len(self.t) * forward
 
     def run(self, subject: Subject) -> Iterator[Row]:
         """See `Measure`."""
-        batches = subject.inputs.batches
-        held = batches.latents.range(HELD_OUT)
-        chosen = held.start + order.choice(self.seed, "measured images", 0, self.images, len(held))
+        chosen = subject.inputs.batches.reading_indices(self.images, self.split)
         counts = min(self.groups, len(chosen))
         bounds = [len(chosen) * number // counts for number in range(counts + 1)]
         losses = self._losses(subject, chosen)  # (T, M)

@@ -78,7 +78,7 @@ def _kept(plan: Plan, what: Measurement, keep: bool, group: Group) -> Iterator[M
     if keep or not what.hidden:
         yield what
         return
-    aside = group.broadcast(lambda: artefact.aside_of(Path(plan.root, "hidden")))
+    aside = group.broadcast(lambda: artefact.aside_of(Path(plan.root, "measures", "hidden")))
 
     def moved(stores: Mapping[str, Artefact], room: str) -> dict[str, Artefact]:
         return {split: dataclasses.replace(one, folder=str(aside / room / split)) for split, one in stores.items()}
@@ -88,6 +88,8 @@ def _kept(plan: Plan, what: Measurement, keep: bool, group: Group) -> Iterator[M
     finally:
         if group.is_first:
             shutil.rmtree(aside, ignore_errors=True)
+            with contextlib.suppress(OSError):  # others measure
+                aside.parent.rmdir()
 
 
 # -- `haste measure` ---------------------------------------------------------------------------------------------------

@@ -32,8 +32,7 @@ class Measure(Strict):
 
     Attributes:
         needs: requirements besides the network and the images: `alignment`, for the losses against teachers; `teacher`,
-            for the features of one, which a key `teacher` names; `classes`, for labels;
-            `held-out images`.
+            for the features of one, which a key `teacher` names; `classes`, for labels.
         axes: location columns. Numbers are axes of the figure, words have a panel each.
         values: value columns -> the column of the standard error, "" if there is none.
         pooled: an axis of groups of images, over which the report shows the mean with its standard error; "" for none.
@@ -74,7 +73,7 @@ class Measure(Strict):
         if (asked := self.least.get("held_out")) is not None and asked[1] > held:
             found.append(
                 f"{asked[0]}: {asked[1]:,} images that are not trained on, but images.holdout keeps {held:,}; expected "
-                "fewer here or more there"
+                "fewer here, in an entry of `measures`, or more there"
             )
         if "teacher" in self.needs and (name := getattr(self, "teacher", None)) not in config.teachers:
             known = ", ".join(config.teachers) or "teachers, which has none"

@@ -442,7 +442,8 @@ def price_of_forks(plan: Plan) -> list[str]:
         return []
     without, flops = Plan(written(plan.config).model_copy(update={"forks": {}})), machine_flops()
     (steps, seconds), (fewer, less) = _left_to_train(plan, flops), _left_to_train(without, flops)
-    draws = [plan.evaluations[name].score for name in plan.evaluations.keys() - without.evaluations]
+    more = (plan.evaluations[name] for name in plan.evaluations.keys() - without.evaluations)
+    draws = [one.score for one in more if one.judged]
     measured = [plan.measurements[name].file for name in plan.measurements.keys() - without.measurements]
     unscored, unmeasured = (sum(not Path(file).exists() for file in files) for files in (draws, measured))
     time = f" ({units.clock(seconds - less)})" if seconds > less else ""

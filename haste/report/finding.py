@@ -10,7 +10,7 @@ from haste.report import compare
 from haste.report.compare import Comparison, Point, Summary, comparisons, decimals
 from haste.report.content import NONE, Report
 from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell
-from haste.report.papers import Claim, claims
+from haste.report.papers import Claim, claims, is_like
 
 BASELINES = ("vanilla", "REPA")  # methods relative to which speed-ups are measured
 
@@ -173,7 +173,7 @@ def _timed(report: Report, group: Comparison, label: str) -> Iterator[SpeedUp]:
         run: [(s, f.mean) for s, f in compare.curve(group, run, compare.seeds_of(report, run)) if not f.missing]
         for run in methods
     }
-    places = decimals(report)[group.column.place]
+    places, rows = decimals(report)[group.column.place], compare.lines(report)
     for method in BASELINES:
         baseline = next((run for run in methods if methods[run] == method and curves[run]), None)
         for run in methods:
@@ -187,7 +187,8 @@ def _timed(report: Report, group: Comparison, label: str) -> Iterator[SpeedUp]:
                 continue
             at, first = found or (None, False)
             last = curves[run][-1][0]
-            told = like if group.column.inception else None
+            own = rows[next(p.line for p in group.points if p.run == run)].first
+            told = like if group.column.inception and is_like(own, report.benchmark) else None
             links = (_made(group, baseline, step), _made(group, run, last if at is None else at))
             yield SpeedUp(run, baseline, value, step, at, last, first, label, places, links, told)
 

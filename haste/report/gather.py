@@ -225,7 +225,7 @@ def _there(plan: Plan) -> list[Row]:
             file=judgement.score,
         )
         for row in plan.rows
-        for judgement in row.evaluation.judgements
+        for judgement in row.evaluation.judged
         if Path(judgement.score).exists()
     ]
 
@@ -312,8 +312,10 @@ def benchmark(plan: Plan) -> Benchmark | None:
 
 def _read(plan: Plan) -> list[Read]:
     """What triggers read of the runs."""
-    found = []
+    found, apart = [], config.branches(plan.config)
     for run, seed in plan.pieces:
+        if run in apart:  # its states repeat the readings of the trunk
+            continue
         for one in sources.of_run(plan, run, seed) if config.terms_of(plan.config, run) else []:
             if one.settings and any(one.columns.values()):
                 trigger = sources.trigger_of(one.settings)

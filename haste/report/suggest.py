@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,13 @@ import pandas as pd
 from haste import config
 from haste.align import crossing, triggers
 from haste.align.crossing import Crossing, Curve
-from haste.align.triggers import GradientAngle, Plateau, Reading
-from haste.files.provenance import provenance_of
+from haste.align.triggers import GradientAngle, Reading, Trigger
+from haste.files.artefact import canonical
+from haste.ops import replay, sources
 from haste.plan.plan import Plan
 from haste.report import forks, gather
 from haste.report.formats import Cell, Entry, Head, Table, text_cell, to_text
+from haste.train import stops
 
 TOGETHER = "alignment"  # all terms together, as the gradient cosine has them
 
@@ -70,7 +71,8 @@ def _angles(plan: Plan, run: str) -> Iterator[Suggestion]:
         mean = frame[frame["term"] == term].groupby(["seed", "step"])[["cosine", "error"]].mean().reset_index()
         series = {seed: part for seed, part in mean.groupby("seed")}
         curve = _of_cosines(series, "cosine", GradientAngle().threshold)
-        yield Suggestion(f"{name}, cosine of {term} below {GradientAngle().threshold:g}", crossing.crossing(curve))
+        said = _of_seeds(plan, run, len(series), crossing.crossing(curve))
+        yield Suggestion(f"{name}, cosine of {term} below {GradientAngle().threshold:g}", said)
 
 
 def _of_cosines(series: Mapping[Any, pd.DataFrame], column: str, threshold: float) -> Curve:
@@ -79,7 +81,8 @@ def _of_cosines(series: Mapping[Any, pd.DataFrame], column: str, threshold: floa
     parts = [part.set_index("step").loc[steps] for part in series.values()]
     values = np.array([part[column] - threshold for part in parts], dtype=float).reshape(len(parts), len(steps))
     errors = parts[0]["error"].to_numpy(dtype=float) if len(parts) == 1 else None
-    return Curve(np.array(steps, dtype=float), values, "seeds", errors)
+    words = ("the cosine", "is above the threshold", "is below it")
+    return Curve(np.array(steps, dtype=float), values, "seeds", errors, words)
 
 
 # -- what training recorded --------------------------------------------------------------------------------------------
@@ -87,68 +90,47 @@ def _of_cosines(series: Mapping[Any, pd.DataFrame], column: str, threshold: floa
 
 def _readings(plan: Plan, run: str) -> Iterator[Suggestion]:
     """From the readings of triggers in each seed's newest state, whether they stopped it or only watched."""
-    found: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for seed in plan.config.runs[run].all_seeds:
-        for kind, record in _records(plan, run, seed).items():
-            found.setdefault((kind, record["trigger"]["trigger"]), {})[seed] = record
-    for (kind, name), records in found.items():
-        if not all(record["readings"] for record in records.values()):
-            continue
-        settings = next(iter(records.values()))["trigger"]
+        for kind, record in stops.records(plan, run, seed):
+            if record["readings"]:
+                found.setdefault((kind, canonical(record["trigger"])), []).append(record)
+    for (kind, _), records in found.items():
+        settings = records[0]["trigger"]
+        name, model = settings["trigger"], sources.trigger_of(settings)
         if name == "gradient-angle":
-            series = {seed: pd.DataFrame(record["readings"]) for seed, record in records.items()}
+            series = {place: pd.DataFrame(record["readings"]) for place, record in enumerate(records)}
             said = crossing.crossing(_of_cosines(series, "mean", settings["threshold"]))
         else:
-            said = _agreed([_replayed(name, record) for record in records.values()])
-        yield Suggestion(f"readings of {name} on {kind}", said)
+            said = _agreed([_replayed(name, model, record) for record in records])
+        yield Suggestion(f"readings of {name} on {kind}", _of_seeds(plan, run, len(records), said))
 
 
-def _records(plan: Plan, run: str, seed: int) -> dict[str, Mapping[str, Any]]:
-    """Term -> settings and readings of its triggers, from the newest state of a run with one seed."""
-    last, states = plan.config.runs[run].milestones[-1], []
-    for piece in plan.pieces[run, seed]:
-        steps = [step for step in plan.on_disk(piece.trajectory) if piece.holds(step) and step <= last]
-        states += [Path(plan.root, "states", piece.trajectory, f"step-{step:08d}.safetensors") for step in steps]
-    if not states:
-        return {}
-    header = provenance_of(max(states, key=lambda path: path.name))
-    return {**header.get("watched", {}), **header.get("triggers", {})}
-
-
-def _replayed(name: str, record: Mapping[str, Any]) -> float | None:
+def _replayed(name: str, trigger: Trigger, record: Mapping[str, Any]) -> float | None:
     """Where a trigger with its recorded settings stops."""
-    own = {
-        key: value for key, value in record["trigger"].items() if key not in ("trigger", "after", "every", "release")
-    }
     readings = [Reading(one["step"], {k: v for k, v in one.items() if k != "step"}) for one in record["readings"]]
-    found = triggers.replayed(name, triggers.made(name, own), readings)
+    found = triggers.replayed(name, trigger, readings)
     return found and found[0]
 
 
 def _losses(plan: Plan, run: str) -> Iterator[Suggestion]:
-    """From the logged alignment losses, by a plateau with its default settings."""
-    trigger, seeds = Plateau(), plan.config.runs[run].all_seeds
-    logs = {seed: gather.records(plan, run, seed) for seed in seeds}
-    for kind, term in config.terms_of(plan.config, run).items():
-        lines = {seed: [(one["step"], one[kind]) for one in logs[seed] if one.get(kind) is not None] for seed in seeds}
-        if all(lines.values()):
-            by_angle = kind == "features" and term.get("similarity", "cosine") == "cosine"
-            steps = [_levelled(trigger, mine, 1.0 if by_angle else 0.0) for mine in lines.values()]
-            yield Suggestion(f"plateau of the logged {kind} loss", _agreed(steps))
+    """From the logged alignment losses, by a plateau with its default settings, as `haste replay` has it."""
+    settings, logs = replay.completed({"trigger": "plateau"}), dict[str, list[sources.Source]]()
+    for seed in plan.config.runs[run].all_seeds:
+        for one in sources.of_run(plan, run, seed):
+            if one.found == "log":
+                logs.setdefault(one.term, []).append(one)
+    for kind, mine in logs.items():
+        said = [replay.replayed(one, settings, "defaults") for one in mine]
+        missing = next((one.missing for one in said if one.missing), "")
+        found = Crossing(None, None, None, missing) if missing else _agreed([one.step for one in said])
+        yield Suggestion(f"plateau of the logged {kind} loss", _of_seeds(plan, run, len(mine), found))
 
 
-def _levelled(trigger: Plateau, lines: Sequence[tuple[int, float]], added: float) -> float | None:
-    """The first step of a log at which a plateau would stop; lines are means over the steps since the line before."""
-    sums, weights, before, start = np.zeros(2), np.zeros(2), 0, None
-    for step, loss in lines:
-        kept = np.array([trigger.fast, trigger.slow]) ** (step - before)
-        sums, weights, before = sums * kept + (loss + added) * (1 - kept), weights * kept + 1 - kept, step
-        start = step if start is None else start
-        if step - start >= 1 / (1 - trigger.slow):
-            fast, slow = sums / weights
-            if trigger.decide(step, [Reading(step, {"fast": float(fast), "slow": float(slow)})]).stop:
-                return float(step)
-    return None
+def _of_seeds(plan: Plan, run: str, count: int, said: Crossing) -> Crossing:
+    """With a word where not every seed of the run is there."""
+    every = len(plan.config.runs[run].all_seeds)
+    return said if count == every else replace(said, reason=f"{said.reason}; {count} of {every} seeds are there")
 
 
 def _agreed(steps: Sequence[float | None]) -> Crossing:

@@ -90,7 +90,9 @@ def _record(line: Line, seed: int, scored: Sequence[Column]) -> dict[str, Any]:
 def _protocol(row: Row) -> dict[str, Any]:
     sampling, samples = row.score.get("sampling") or {}, row.score.get("samples")
     said = {"sampler": sampling.get("sampler"), "NFE": row.score.get("nfe"), "guidance": guidance_text(row.score)}
-    return said | {"labels": sampling.get("labels"), "decoder": sampling.get("decoder"), "samples": samples}
+    labels = sampling.get("labels")
+    labels = ", ".join(map(str, labels)) if isinstance(labels, list) else labels
+    return said | {"labels": labels, "decoder": sampling.get("decoder"), "samples": samples}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,17 +7,20 @@ on as from a state of its own.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from haste.files import artefact, tensors
+from haste.files import artefact, journal, tensors
 from haste.files.provenance import STATE_NAME
 from haste.plan.names import Segment, State, Trajectory
 from haste.train import state as states
 
 log = logging.getLogger("haste.train")
+
+LOG = "log.jsonl"
 
 
 def adopt(folder: Path, trajectory: Trajectory, segment: Segment, newest: int) -> None:
@@ -44,6 +47,7 @@ def adopt(folder: Path, trajectory: Trajectory, segment: Segment, newest: int) -
             continue
         if _is_shared(header, trajectory.recipe):
             own = folder / State(trajectory.name, step).file
+            _copy_log(path.parent, folder, step)  # first, so that no state is without its log
             tensors.write(own, found, _renamed(header, trajectory, path))
             log.info("%s: shares its steps up to %d with %s, and goes on from there", trajectory.name, step, path)
             return
@@ -61,6 +65,15 @@ def _twins(folder: Path, trajectory: Trajectory) -> Iterator[tuple[int, Path, st
         for path in about.parent.glob("step-*"):
             if match := STATE_NAME.match(path.name):
                 yield int(match[1]), path, made["key"]
+
+
+def _copy_log(source: Path, folder: Path, step: int) -> None:
+    """Add the lines of a twin's log up to a step that a folder's own does not have. Their `seconds`, the work that they
+    took, were spent there and stay there."""
+    had = {line["step"] for line in journal.read(folder / LOG)}
+    more = [line for line in journal.read(source / LOG, 0, step) if line["step"] not in had]
+    with open(folder / LOG, "a") as file:
+        file.writelines(json.dumps({k: v for k, v in line.items() if k != "seconds"}) + "\n" for line in more)
 
 
 def _is_shared(header: Mapping[str, Any], recipe: Mapping[str, Any]) -> bool:

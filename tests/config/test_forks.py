@@ -64,7 +64,7 @@ def test_a_fork_may_be_at_the_very_step_where_its_run_stops_or_begins_to_be_watc
     [
         ({"run": "HASTY"}, {}, "forks.F.run: nothing is called 'HASTY'; did you mean 'HASTE'?"),
         ({"run": "plain"}, {}, "forks.F.run: plain aligns nothing that could be stopped, expected HASTE"),
-        ({"at": [0, 4]}, {}, "forks.F.at: 0, where nothing has been aligned yet; a run without alignment shows that"),
+        ({"at": [0, 4]}, {}, "forks.F.at.0: Input should be greater than or equal to 1"),
         (
             {"at": [4, 17]},
             {},
@@ -80,9 +80,9 @@ def test_a_fork_may_be_at_the_very_step_where_its_run_stops_or_begins_to_be_watc
         (
             {},
             {"stop": 7},
-            "forks.F.at: 8, but from step 7 on features goes down in HASTE; expected steps up to that, or",
+            "forks.F.at: 8, but from step 7 on features stops or goes down in HASTE; expected steps up to that, or",
         ),
-        ({}, {"stop": 10, "ramp": 3}, "forks.F.at: 8, but from step 7 on features goes down in HASTE"),
+        ({}, {"stop": 10, "ramp": 3}, "forks.F.at: 8, but from step 7 on features stops or goes down in HASTE"),
         ({}, {"stop": TRIGGERED}, "forks.F.at: 8, but from step 6 on plateau may stop features at any time in HASTE"),
     ],
 )
@@ -100,11 +100,19 @@ def test_without_images_that_are_held_out_there_is_no_held_out_loss():
         "teachers": {"vit": {"pretrained": {"name": "DINOv2-B"}}},
         "detector": {"cnn": {"pretrained": {"name": "inception"}}},
     }
-    with pytest.raises(
-        ValueError, match=r"images\.holdout: 0, but measures\.denoising \(denoising\) is taken on images h"
-    ):
+    with pytest.raises(ValueError, match=r"measures\.denoising\.groups: 8 images .*, but images\.holdout keeps 0"):
         resolved(FORK, **public)
     resolved({**FORK, "measures": []}, **public)
+    resolved(FORK, **public, measures={"denoising": {"measure": "denoising", "split": "train"}})
+
+
+def test_branches_leave_out_pictures_of_chosen_classes_which_nothing_compares():
+    ways = {"sampling": {**TINY["sampling"], "pictures": {"preset": "ode-50", "labels": [3, 8]}}}
+    runs = {"HASTE": {"alignment": "HASTE", "sampling": ["quick", "pictures"]}}
+    assert resolved(FORK, runs, **ways).runs["F@4-stopped"].sampling == ["quick"]
+    for fork, row in ((FORK, {"sampling": ["pictures"]}), ({**FORK, "sampling": ["pictures"]}, {})):
+        with pytest.raises(ValueError, match=r"forks\.F\.sampling: pictures has chosen labels, .* no scores"):
+            resolved(fork, {"HASTE": {"alignment": "HASTE", **row}}, **ways)
 
 
 def test_a_run_that_has_the_name_of_a_branch_is_refused():

@@ -66,7 +66,7 @@ def test_the_workflow_ends_where_three_jobs_are_allowed_and_each_job_runs_once(l
     said = world.log.read_text()
     assert "SLURM will not take all jobs at once (AssocMaxSubmitJobLimit)" in said
     assert full in said
-    assert "Error" not in said
+    assert "Error" not in said, said
     found = stages(world)
     assert {state for _, state in found} == {"COMPLETED"}
     assert set(Counter(comment for comment, _ in found).values()) == {1}, "a job ran twice"
