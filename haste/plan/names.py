@@ -12,13 +12,7 @@ from haste.config import Sampling
 from haste.files.artefact import fingerprint
 
 RECIPE = 1  # raised when the method changes so that equal settings no longer give equal results
-STORES = (
-    "images",
-    "latents",
-    "targets",
-    "features",
-    "hidden",
-)  # kinds with shards and a manifest; others are one folder
+STORES = ("images", "latents", "targets", "features", "hidden")  # with shards and a manifest; others are one folder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,6 +55,18 @@ def counts(monkeypatch):
     return {"trigger": "counts", "after": 4, "every": 2}
 
 
+def overheard(monkeypatch):
+    """What training asks for from now on: loads of teachers, and for each forward pass whether it has taps."""
+    loads, asked, load, forward = [], [], encoder.Teacher.load, SiT.forward
+    monkeypatch.setattr(encoder.Teacher, "load", lambda *args, **more: loads.append(1) or load(*args, **more))
+    monkeypatch.setattr(
+        SiT,
+        "forward",
+        lambda self, x, t, y, taps=(): asked.append(bool(taps)) or forward(self, x, t, y, taps=taps),
+    )
+    return loads, asked
+
+
 def runs(**stops):
     return {name: {"alignment": "HASTE", "stop": stop} for name, stop in stops.items()}
 
@@ -114,13 +126,7 @@ def test_the_trunk_is_shared_up_to_the_step_at_which_watching_begins(make_plan):
 def test_after_the_stop_no_teacher_is_built_no_image_read_and_no_tap_asked(make_plan, monkeypatch):
     plan = make_plan(runs=runs(seen=AT_10), runtime=QUICK)
     train_to(plan, "seen", 4, 8)
-    loads, asked, load, forward = [], [], encoder.Teacher.load, SiT.forward
-    monkeypatch.setattr(encoder.Teacher, "load", lambda *args, **more: loads.append(1) or load(*args, **more))
-    monkeypatch.setattr(
-        SiT,
-        "forward",
-        lambda self, x, t, y, taps=(): asked.append(bool(taps)) or forward(self, x, t, y, taps=taps),
-    )
+    loads, asked = overheard(monkeypatch)
     train_to(plan, "seen", 16)
     assert asked == [True] * 2 + [False] * 6
     assert len(loads) == 1

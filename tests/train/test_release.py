@@ -8,17 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_readings import AT_10, QUICK, assert_same_learner, before, folder, killed, runs, tensors, train_to
+from test_readings import AT_10, QUICK, assert_same_learner, before, folder, killed, overheard, runs, tensors, train_to
 
 from haste.align import schedule
 from haste.files import journal
 from haste.files.provenance import read_header
-from haste.models.sit import SiT
 from haste.ops import prune, status
 from haste.plan.names import State
 from haste.plan.plan import Plan
 from haste.report import gather
-from haste.teachers import encoder
 from haste.train import stops
 from haste.train.step import Objective
 
@@ -99,13 +97,7 @@ def test_killed_in_the_middle_of_the_ramp_or_cut_there_it_ends_with_the_same_bit
 def test_the_teacher_is_there_until_the_weight_is_0_and_no_longer(make_plan, monkeypatch):
     plan = two(make_plan)
     train_to(plan, "seen", 8)
-    loads, asked, load, forward = [], [], encoder.Teacher.load, SiT.forward
-    monkeypatch.setattr(encoder.Teacher, "load", lambda *args, **more: loads.append(1) or load(*args, **more))
-    monkeypatch.setattr(
-        SiT,
-        "forward",
-        lambda self, x, t, y, taps=(): asked.append(bool(taps)) or forward(self, x, t, y, taps=taps),
-    )
+    loads, asked = overheard(monkeypatch)
     train_to(plan, "seen", 16)
     assert asked == [True] * 6 + [False] * 2
     assert len(loads) == 2  # up to the firing, and for the ramp
