@@ -60,7 +60,6 @@ class Condition:
             seed: of the run.
             step: steps done before this one.
             visits: the samples' positions in the batch.
-            visits: the samples' places in the batch.
             dropout: in [0, 1).
         """
         told = self.told(rows)
