@@ -84,7 +84,8 @@ class Denoiser(nn.Module):
         return list(found) if isinstance(found, nn.ModuleList) else []
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Initialise from `generator` alone: layers by `fill`, Xavier-uniform weights and zero biases; N(0, 0.02^2) tables.
+        """Initialise from `generator` alone: layers by `fill` (Xavier-uniform weights, zero biases), N(0, 0.02^2)
+        tables.
 
         A network with another initialisation, or with parameters outside linear, convolution, embedding and norm
         layers, extends this.

@@ -1,7 +1,7 @@
-"""MM-DiT: the transformer of Stable Diffusion 3 (Esser et al. 2024, arXiv 2403.03206), in which text and image attend to
-each other, in the size of REPA's and HASTE's text-to-image models and as a velocity model, with named taps.
+"""MM-DiT: the transformer of Stable Diffusion 3 (Esser et al. 2024, arXiv 2403.03206), in which text and image attend
+to each other, as REPA and HASTE have it: a velocity model without pooled text. With named taps.
 
-Shapes: B batch, C channels, N image tokens, L text tokens, W their width, D model width, H heads, K head width (D = H K).
+Shapes: B batch, C channels, N image tokens, L text tokens, W their width, D model width, H heads, K head width.
 Parameter names are those of REPA's and HASTE's checkpoints.
 """
 
@@ -35,7 +35,7 @@ class JointBlock(nn.Module):
     def forward(
         self, text: Tensor, image: Tensor, condition: Tensor, tap: bool = False
     ) -> tuple[Tensor, Tensor, AttentionTap | None]:
-        """text (B, L, D), image (B, N, D), condition (B, D) -> text and image, and the image's tap if `tap`, else None."""
+        """text (B, L, D), image (B, N, D), condition (B, D) -> text, image, and the image's tap if `tap`."""
         of_text, of_image = self.context_block.attn, self.x_block.attn
         entered, text_rest = self.context_block.enter(text, condition)
         text_q, text_k, text_v = of_text.split(entered)
@@ -129,8 +129,8 @@ class MMDiT(Transformer):
         """Velocity (B, C, H, W) at x (B, C, H, W), t (B,) in [0, 1] (0 is data), y (B, L, W), and the requested taps.
 
         taps: "tokens.m"     hidden tokens (B, N, D) of the image after block m, counted from 1
-              "attention.i"  `AttentionTap` of block i counted from 0: the image's q and k, each (B, H, N, K). Its logits
-                             are a part of those in the block, where the image attends to the text too.
+              "attention.i"  `AttentionTap` of block i counted from 0: the image's q and k, each (B, H, N, K). Their
+                             logits are a part of the block's, in which the image attends to the text too.
 
         Taps cost nothing unless requested, and do not change the velocity. ValueError for a tap that it does not have.
         """
