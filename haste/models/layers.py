@@ -149,6 +149,13 @@ class AttentionTap(NamedTuple):
     logsumexp: Tensor | None
 
 
+class HeadNorm(nn.RMSNorm):
+    """(B, H, N, K) -> the same; in the precision of its scale also under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with a fused kernel.
 
@@ -163,7 +170,7 @@ class Attention(nn.Module):
         if not last:
             self.proj = nn.Linear(width, width)
         if qk_norm:
-            self.ln_q, self.ln_k = (nn.RMSNorm(width // heads, eps=NORM_EPS) for _ in "qk")
+            self.ln_q, self.ln_k = (HeadNorm(width // heads, eps=NORM_EPS) for _ in "qk")
         self.qk_norm = qk_norm
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -174,9 +181,7 @@ class Attention(nn.Module):
         """x (B, N, D) -> q, k and v, each (B, H, N, K)."""
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, H, K)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if self.qk_norm:  # in float32 under autocast
-            q, k = self.ln_q(q).to(v.dtype), self.ln_k(k).to(v.dtype)
-        return q, k, v
+        return (self.ln_q(q), self.ln_k(k), v) if self.qk_norm else (q, k, v)
 
     def merge(self, attended: Tensor) -> Tensor:
         """(B, H, N, K) -> (B, N, D)."""
