@@ -80,6 +80,10 @@ class Condition:
         """What is wrong with rows in a store; empty if they can be used."""
         return ""
 
+    def words(self, rows: Rows) -> list[str] | None:
+        """The text of each sample; None for a condition without words."""
+        return None
+
     def columns(self, rows: Rows, most: int) -> tuple[NDArray[np.int64], list[Any]] | None:
         """The layout of a grid of samples: each sample's column, (N,), -1 for none, and the columns' titles.
 
