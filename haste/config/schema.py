@@ -323,11 +323,7 @@ MOST_PROMPT = 1024  # bytes of a prompt in UTF-8
 
 
 def _prompt(text: str) -> str:
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{text[:40]!r} is no UTF-8 text ({error.reason})") from error
-    if size > MOST_PROMPT:
+    if (size := len(text.encode())) > MOST_PROMPT:
         raise ValueError(f"found {size:,} bytes ({text[:40]!r}...), expected at most {MOST_PROMPT:,}")
     return text
 

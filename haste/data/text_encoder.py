@@ -42,6 +42,14 @@ def _is_whole(folder: Path) -> bool:
     return any(folder.glob("model*.safetensors")) and (folder / text.CONFIG).is_file()
 
 
+def _quiet() -> None:
+    """Loading half of a CLIP makes transformers list the other half as unexpected; what is missing is refused here."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 class TextEncoder:
     """The last hidden state of a text encoder, after its final norm, of every token. Make one with `load`.
 
@@ -74,6 +82,7 @@ class TextEncoder:
 
         kind: Any = CLIPTextModel if found.kind in ("clip", "clip_text_model") else AutoModelForTextEncoding
         try:
+            _quiet()
             tokenizer = AutoTokenizer.from_pretrained(str(found.folder), local_files_only=True, trust_remote_code=False)
             model, info = kind.from_pretrained(
                 str(found.folder),

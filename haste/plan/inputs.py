@@ -14,7 +14,7 @@ from typing import Any
 
 from haste import extensions
 from haste.config import Config, Model, facts_in, model_in
-from haste.files import artefact
+from haste.files import artefact, units
 from haste.networks import autoencoder, layouts, weights
 from haste.networks import text as public_text
 from haste.networks.registry import DETECTORS, TEACHERS
@@ -106,6 +106,8 @@ def text(parts: Parts) -> None:
     jobs = parts.trained or parts.drawn or parts.measured
     store = parts.data.text
     made = store is not None and Path(store.manifest).exists()
+    if jobs and store is not None and not made:
+        _check_room(parts)
     folder = public_text.folder_named(where)
     if folder is None and jobs:
         cached = weights.in_cache(where, f"text encoder {where}", public_text.CONFIG) if not made else None
@@ -123,6 +125,15 @@ def text(parts: Parts) -> None:
                     f"{store.folder}: encoded by the {name} {expected[name][:12]}, but {folder} holds {identity[:12]}. "
                     "Put back what was there, or remove the store to encode the captions anew"
                 )
+
+
+def _check_room(parts: Parts) -> None:
+    room, taken = parts.config.cache.max_bytes, parts.data.text_bytes
+    if taken > room:
+        raise ValueError(
+            f"cache.max_bytes: {room} allows {units.readable(room)}, but the states of all captions take "
+            f"{units.readable(taken)}; what would fit: condition.cache: false"
+        )
 
 
 def teachers(parts: Parts) -> None:
