@@ -67,8 +67,8 @@ class MMDiT(Transformer):
         """The keys of `models.NAME`; width and heads follow from the depth, if they are not given."""
 
         depth: Positive = DEPTH
-        width: Positive
-        heads: Positive
+        width: Positive = HEAD_WIDTH * DEPTH
+        heads: Positive = DEPTH
         patch_size: Positive = 2
         mlp_ratio: Rate = 4.0
         qk_norm: Literal["none", "rms"] = "none"
