@@ -13,6 +13,7 @@ from haste.cli import main as cli
 from haste.config import Strict, resolve
 from haste.data.condition import Condition
 from haste.files.npz import read_npz
+from haste.models.mmdit import MMDiT
 from haste.plan.plan import Plan
 from haste.train import loop
 from haste.train.state import new_learner
@@ -48,13 +49,18 @@ class Toy(Condition):
         return {"label": np.asarray(indices) % self.classes}
 
 
+def understands_toys(monkeypatch):
+    monkeypatch.setitem(config.parts.CONDITIONS, "toy", f"{__name__}:Toy")
+    monkeypatch.setattr(MMDiT, "condition", "toy")
+
+
 @pytest.fixture
 def make(make_plan, monkeypatch):
     """A function from changes to a plan of MM-DiT runs, whose latents carry the toy."""
-    monkeypatch.setitem(config.parts.CONDITIONS, "captions", f"{__name__}:Toy")
+    understands_toys(monkeypatch)
 
     def made(**changes):
-        aligned = {"models": JOINT, "alignments": {"HASTE": HASTE}, "condition": {"name": "captions"}}
+        aligned = {"models": JOINT, "alignments": {"HASTE": HASTE}, "condition": {"name": "toy"}}
         defaults = {"model": "dot", "alignment": "HASTE", "milestones": [8], "sampling": ["few"]}
         plan = make_plan(**{**aligned, "sampling": SAMPLING, "defaults": defaults, "runs": {"HASTE": {}}, **changes})
         for how in (["--shard", "0"], ["--shard", "1"], ["--join"]):
@@ -140,12 +146,12 @@ def test_a_warm_start_takes_a_file_of_hastes(make, tmp_path):
 
 def of_published(tiny):
     """The tiny configuration for the published model alone, without alignment."""
-    told = {"condition": {"name": "captions"}, "sampling": SAMPLING, "teachers": {}, "alignments": {}}
+    told = {"condition": {"name": "toy"}, "sampling": SAMPLING, "teachers": {}, "alignments": {}}
     return {**tiny, **told, "defaults": {"milestones": [8], "sampling": ["few"]}, "runs": {"row": {"model": "MM-DiT"}}}
 
 
 def test_the_published_mapping_aligns_12_of_24_heads_of_blocks_4_to_7(tiny, monkeypatch):
-    monkeypatch.setitem(config.parts.CONDITIONS, "captions", f"{__name__}:Toy")
+    understands_toys(monkeypatch)
     teacher = {"teacher": "DINOv2-B"}
     runs = {"HASTE": {"model": "MM-DiT", "alignment": "HASTE"}, "REPA": {"model": "MM-DiT", "alignment": "REPA"}}
     alignments = {"HASTE": {"features": teacher, "attention": teacher}, "REPA": {"features": teacher}}
@@ -163,13 +169,13 @@ def test_the_published_mapping_aligns_12_of_24_heads_of_blocks_4_to_7(tiny, monk
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"condition": {"name": "labels"}}, "condition: labels, but MM-DiT is a network that understands captions"),
+        ({"condition": {"name": "labels"}}, "condition: labels, but MM-DiT is a network that understands toy"),
         ({"images": {"resolution": 10}}, "MM-DiT: input_size 5 is not a multiple of patch_size 2"),
         ({"sampling": {"few": {"sampler": "ddpm", "steps": 2}}}, "ddpm, which is a sampler for ddpm, but MM-DiT is f"),
     ],
 )
 def test_what_does_not_fit_it_is_refused_before_the_first_job(tiny, monkeypatch, changes, words):
-    monkeypatch.setitem(config.parts.CONDITIONS, "captions", f"{__name__}:Toy")
+    understands_toys(monkeypatch)
     raw = of_published(tiny)
     raw |= {name: {**raw[name], **value} for name, value in changes.items()}
     with pytest.raises(ValueError, match=words):
