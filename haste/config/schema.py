@@ -289,6 +289,7 @@ class Runtime(Strict):
     trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
     sample_shards: Positive = 1
     sample_batch: Positive = 256
+    jobs_per_gpu: Positive = 1
 
 
 # The sampling settings of the papers' tables (REPA; HASTE). Keys beside `preset` override them.
