@@ -15,7 +15,7 @@ import torch
 
 from haste import config as configuration
 from haste import extensions
-from haste.config import MEASURES, MODELS, Config, Model
+from haste.config import MEASURES, MODELS, Config
 from haste.files import artefact, locks
 from haste.files.provenance import read_header
 from haste.measure.measure import KIND, check_rows, read
@@ -190,11 +190,11 @@ def _put_row(raw: dict[str, Any], config: Config, file: str, model: str | None, 
 
 
 def _model_of(config: Config, file: str, layout: Any) -> str:
-    """The model of a SiT's or DiT's checkpoint, from its weights."""
+    """The model of a checkpoint, from its weights."""
     shape = open_weights(file, layout=layout).shape
     known = {**MODELS, **config.models}
     for name, model in known.items():
-        alike = isinstance(model, Model) and model.architecture == shape.get("architecture", "sit")
+        alike = model.architecture == shape.get("architecture", "sit")
         if alike and model.settings.items() <= shape.items():
             return name
     raise ValueError(f"{file}: of no model of this configuration or of the papers; expected one, or --model")

@@ -133,7 +133,8 @@ def painter_of(plan: Plan, evaluation: Evaluation) -> Painter:
     device = choose_device(plan.config.runtime.device)
     trajectory = plan.trajectories[evaluation.state.trajectory]
     decoder = Autoencoder.load(plan.decoder, device=str(device))
-    seams = process_in(trajectory.recipe), condition_in(trajectory.recipe)
+    condition = condition_in(trajectory.recipe).opened(plan)
+    seams = process_in(trajectory.recipe), condition
     if trajectory.name in plan.elsewhere:
         check_autoencoder(plan, decoder)
         model = model_elsewhere(plan, trajectory.name).to(device)
@@ -141,6 +142,12 @@ def painter_of(plan: Plan, evaluation: Evaluation) -> Painter:
     model, header = ema_model(plan.path(evaluation.state), key=trajectory.key)
     manifest = Store.of(plan.latents).manifest
     _check_same_latents(plan, header, manifest, decoder)
+    for name, identity in condition.identities.items():
+        if (trained := header["inputs"].get(name)) != identity:
+            raise ValueError(
+                f"{plan.path(evaluation.state)}: was trained with {name} {str(trained)[:12]}, but {name} is now "
+                f"{identity[:12]}; bring the earlier one back"
+            )
     return Painter(model.to(device), evaluation.sampling, decoder, *seams, manifest["scale"], manifest["shift"])
 
 
