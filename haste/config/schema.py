@@ -334,6 +334,7 @@ class Sampling(Strict):
     count: Annotated[int, Field(ge=4)] = 50_000  # precision and recall use the 3 nearest neighbours of each
     labels: Annotated[Literal["random", "balanced"] | list[int], BeforeValidator(_labels)] = "random"
     pixels: Literal["truncate", "round"] = "truncate"
+    weights: Annotated[Literal["ema", "model"], LATER] = "ema"
     seed: Seed = 0
 
     @model_validator(mode="before")

@@ -171,12 +171,15 @@ def starts(parts: Parts) -> None:
 
 def elsewhere(parts: Parts) -> None:
     """Refuse checkpoints of `evaluate` that are not the row's model, or were trained on something else."""
-    states = {one.state.trajectory for one in parts.drawn} | {one.state.trajectory for one in parts.measured}
-    for name in sorted(states & parts.evaluations.elsewhere.keys()):
+    asked = {one.state.trajectory: set[str]() for one in (*parts.drawn, *parts.measured)}
+    for one in parts.drawn:
+        asked[one.state.trajectory].add(parts.evaluations.weights(one.state, one.sampling))
+    for name in sorted(asked.keys() & parts.evaluations.elsewhere.keys()):
         spec, recipe = parts.evaluations.elsewhere[name], parts.evaluations.trajectories[name].recipe
         if (found := _described(spec.checkpoint, recipe, spec.layout)) is not None:
             layouts.check_trained(found.file, found.facts, recipe["training"])
-            layouts.chosen(found.file, found.sets, spec.weights)
+            for which in sorted(asked[name] or {spec.weights}):
+                layouts.chosen(found.file, found.sets, which)
 
 
 def _described(file: str, recipe: dict[str, Any], layout: str | None, classes: bool = True) -> layouts.Described | None:

@@ -43,7 +43,7 @@ from haste.plan.targets import Targets
 # Keys that are younger than people's reports: while they are at their defaults, reports keep their names.
 _YOUNG = {
     *("process", "time_dtype", "eta", "filter", "layer", "normalise", "normalise_factor", "head", "kernel", "t_max"),
-    "release",
+    *("release", "weights"),
 }
 
 
@@ -92,6 +92,7 @@ class Plan:
 
         self.rows, self.elsewhere = evaluations.rows, evaluations.elsewhere
         self.evaluations, self.evaluation = evaluations.by_name, evaluations.named
+        self.weights = evaluations.weights
 
         measures = Measures(config, data, evaluations.states)
         self._parts = inputs.Parts(config, data, targets, runs, evaluations, measures)

@@ -43,6 +43,7 @@ SAMPLERS = {  # their names in prose
     "ddpm": "DDPM",
     "ddim": "DDIM",
 }
+WEIGHTS = {"ema": "averaged", "model": "raw"}  # what samples are drawn from, in prose
 ERROR = "_std"  # suffix of the name of a score's own error bar
 
 
@@ -289,6 +290,7 @@ def protocol_text(score: Mapping[str, Any], guided: bool = True) -> str:
         ("no guidance" if scale == "none" else f"guidance {scale}") if guided else None,
         f"{sampling['labels']} labels" if "labels" in sampling else None,
         f"decoder {sampling['decoder']}" if sampling.get("decoder") else None,
+        f"{WEIGHTS['model']} weights" if sampling.get("weights") == "model" else None,
         f"{score['samples']:,} samples" if score.get("samples") else None,
     ]
     text = ", ".join(word for word in words if word)

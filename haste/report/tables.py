@@ -15,6 +15,7 @@ import pandas as pd
 from haste.files.artefact import canonical
 from haste.report import papers, probes
 from haste.report.compare import (
+    WEIGHTS,
     Column,
     Line,
     best,
@@ -35,7 +36,7 @@ from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cel
 from haste.report.papers import SAMPLES, Published, comparable
 
 IDENTITY = ["run", "model", "method", "stop", "seed", "step"]
-PROTOCOL = ["sampler", "NFE", "guidance", "labels", "decoder", "samples"]
+PROTOCOL = ["sampler", "NFE", "guidance", "labels", "decoder", "weights", "samples"]
 NUMBERS = ["seed", "step", "samples"]
 NOISE = "noise seed"  # a column that is shown if some run was sampled with several
 FLOOR_NAME = "real against real"
@@ -92,7 +93,8 @@ def _protocol(row: Row) -> dict[str, Any]:
     said = {"sampler": sampling.get("sampler"), "NFE": row.score.get("nfe"), "guidance": guidance_text(row.score)}
     labels = sampling.get("labels")
     labels = ", ".join(map(str, labels)) if isinstance(labels, list) else labels
-    return said | {"labels": labels, "decoder": sampling.get("decoder"), "samples": samples}
+    weights = WEIGHTS.get(sampling.get("weights", "ema"))
+    return said | {"labels": labels, "decoder": sampling.get("decoder"), "weights": weights, "samples": samples}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

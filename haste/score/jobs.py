@@ -55,7 +55,7 @@ def _make_reference(plan: Plan, detector: names.Detector) -> None:
 
 def sample(plan: Plan, evaluation: Evaluation, shard: int) -> None:
     """Draw one shard of samples, and extract every detector's features."""
-    painter, path = painter_of(plan, evaluation), Path(evaluation.sample_file(shard))
+    painter, path = painter_of(plan, evaluation.state, evaluation.sampling), Path(evaluation.sample_file(shard))
     with locks.making(path, anew=True):  # whoever waited finds the shard there, and compares its record
         draw_shard(
             painter,
@@ -104,8 +104,11 @@ def judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
     whose: dict[str, Any] = {"trajectory": state.trajectory, "step": state.step, "file": plan.path(state)}
     if elsewhere:
         whose |= {"step": elsewhere.step, "sha256": plan.identities[elsewhere.checkpoint]}
-    weights = elsewhere.weights if elsewhere else "ema"
-    said = {"name": evaluation.sampling_name, "weights": weights, "decoder": evaluation.recipe["decoder"]}
+    said = {
+        "name": evaluation.sampling_name,
+        "weights": plan.weights(state, sampling),
+        "decoder": evaluation.recipe["decoder"],
+    }
     unused = set() if plan.config.condition.name == "labels" else {"labels"}
     about = {
         "state": whose,
