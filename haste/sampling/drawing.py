@@ -55,8 +55,6 @@ def painter_of_file(
     device: str = "cpu",
     layout: Literal["ours", "REPA", "SiT", "DiT"] | None = None,
     model: str | None = None,
-    heads: int | None = None,
-    input_size: int | None = None,
     **changes: Any,
 ) -> Painter:
     """The painter of a state, or of any checkpoint that can be imported.
@@ -74,18 +72,15 @@ def painter_of_file(
         prompts: likewise, for a network that follows captions.
         decoder: folder or hub id of an AutoencoderKL; None is the configuration's.
         device: torch's name of it.
-        layout, model, heads, input_size: of a checkpoint, as for `haste.models.exchange.open_weights`; `model` by name.
+        layout, model: of a checkpoint, as for `haste.models.exchange.open_weights`; the model by its name.
         changes: of `sampling`, such as guidance, seed, weights.
 
     Raises:
         ValueError: the file, the decoder or what is asked for is refused; the message says what to do.
     """
     config = config or _made_by(Path(file))
-    told: dict[str, Any] = {"layout": layout, "model": model}
-    if config is None:
-        found = _alone(str(file), decoder, device, {**told, "heads": heads, "input_size": input_size})
-    else:
-        found = _configured(config, str(file), decoder, device, **told)
+    told = (str(file), decoder, device, model, layout)
+    found = _alone(*told) if config is None else _configured(config, *told)
     name = (found.recipe.get("condition") or {"name": "labels"})["name"]
     _check_asked(str(file), name, found.recipe["classes"], classes, prompts)
     way = sampling if isinstance(sampling, Sampling) else _way(found, sampling)
@@ -131,13 +126,11 @@ def _configured(
     return _Subject(recipe, config.sampling, ways[0] if ways else _usual(recipe), painter)
 
 
-def _alone(file: str, decoder: str | None, device: str, told: Mapping[str, Any]) -> _Subject:
+def _alone(file: str, decoder: str | None, device: str, model: str | None, layout: Any) -> _Subject:
     """A checkpoint of a SiT or DiT without a configuration."""
-    if told["model"] is not None and told["model"] not in MODELS:
-        raise ValueError(
-            f"model {told['model']!r}: expected one of {', '.join(MODELS)}, or a configuration that has it"
-        )
-    found = open_weights(file, **{**told, "model": MODELS.get(told["model"])})
+    if model is not None and model not in MODELS:
+        raise ValueError(f"model {model!r}: expected one of {', '.join(MODELS)}, or a configuration that has it")
+    found = open_weights(file, layout=layout, model=MODELS[model] if model else None)
     shape, facts = dict(found.shape), found.facts
     ddpm = shape.get("architecture") == "dit"
     recipe = {
@@ -152,10 +145,10 @@ def _alone(file: str, decoder: str | None, device: str, told: Mapping[str, Any])
         )
 
     def painter(sampling: Sampling) -> Painter:
-        model, vae = found.model(sampling.weights).to(device), Autoencoder.load(decoder, device=device)
-        if vae.channels != model.in_channels:
-            raise ValueError(f"{decoder}: of {vae.channels} channels, but {file} of {model.in_channels}")
-        return Painter(model, sampling, vae, process_in(recipe), condition_in(recipe), vae.scale, vae.shift)
+        network, vae = found.model(sampling.weights).to(device), Autoencoder.load(decoder, device=device)
+        if vae.channels != network.in_channels:
+            raise ValueError(f"{decoder}: of {vae.channels} channels, but {file} of {network.in_channels}")
+        return Painter(network, sampling, vae, process_in(recipe), condition_in(recipe), vae.scale, vae.shift)
 
     return _Subject(recipe, {}, _usual(recipe), painter)
 
