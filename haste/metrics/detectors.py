@@ -20,7 +20,7 @@ from haste import extensions
 from haste.files import artefact
 from haste.metrics.detector import Detector
 from haste.networks import hub
-from haste.networks.registry import DETECTORS
+from haste.networks.registry import DETECTORS, INCEPTIONS
 
 DESCRIPTION, WEIGHTS = "part.json", "model.safetensors"
 
@@ -99,7 +99,7 @@ def weight_file(name: str) -> Path | None:
     Raises:
         ValueError: it is missing and cannot be downloaded.
     """
-    if name == "inception":
+    if name in INCEPTIONS:
         from haste.metrics import inception
 
         return inception.weight_file()

@@ -151,7 +151,7 @@ def references(parts: Parts) -> None:
         if file is not None and Path(file).is_file() and not made.exists():
             from haste.files import npz  # numpy is slow to import
 
-            npz.check_reference(file)
+            npz.check_reference(file, detector.kind)
         gone = [path for path in detector.reference.shard_files if made.exists() and not Path(path).exists()]
         if gone and not _exist(_scores(parts, detector)):
             raise ValueError(

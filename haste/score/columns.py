@@ -59,10 +59,13 @@ def typed(names: Sequence[str]) -> list[str]:
 
 
 def column(value: str, detector: Mapping[str, Any]) -> str:
-    """The name of a column. FID is Inception's alone; other columns carry their detector's name."""
+    """The name of a column. FID is Inception's alone, and names the convention unless it is ADM's; other columns carry
+    their detector's name."""
     name = VALUES[value][1]
     if detector.get("kind") == "inception":
         return "FID" if value == "fd" else name
+    if value == "fd" and detector.get("kind") == "pytorch-fid":
+        name = "FID"
     return f"{name} ({detector['name']})"
 
 

@@ -86,10 +86,10 @@ def _outputs(detector: Detector) -> dict[str, tuple[Sequence[int], DTypeLike]]:
 
 
 def reference_shard(
-    images: Store, detector: Detector, *, folder: Path, key: str, recipe: dict, batch: int = 256
+    images: Store, detector: Detector, *, folder: Path, key: str, recipe: dict, split: str = "train", batch: int = 256
 ) -> None:
-    """Features of the real training images: the one-shard store that samples are compared with."""
-    rows = images.range("train")
+    """Features of the real images of a split: the one-shard store that samples are compared with."""
+    rows = images.range(split)
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for low in range(0, len(rows), batch):
@@ -105,15 +105,20 @@ def reference_shard(
 def reference_of_file(
     path: Path, detector: Detector, *, folder: Path, key: str, recipe: dict, batch: int = 256
 ) -> None:
-    """As `reference_shard`, for ADM's reference file: features of its images, and its own statistics beside them.
+    """As `reference_shard`, for a file of statistics: these, and features of the file's images, of which ADM's has some
+    and pytorch-fid's none.
 
     Raises:
-        ValueError: the file is missing, truncated, or holds no images or no statistics of Inception.
+        ValueError: the file is missing, truncated, or not such a file, or has statistics by another detector.
     """
-    check_reference(path)
+    check_reference(path, detector.kind)
     found = read_reference(path)
+    if found.detector is not None and found.detector["identity"] != detector.identity:
+        raise ValueError(
+            f"{path}: statistics by {found.detector['name']} {found.detector['identity'][:12]}, expected "
+            f"{detector.name} {detector.identity[:12]}"
+        )
     images, moments = found.samples, found.moments
-    assert images is not None
     arrays = {f"mu{SUFFIX[name]}": one.mean for name, one in moments.items()}
     arrays |= {f"sigma{SUFFIX[name]}": one.covariance for name, one in moments.items()}
     with artefact.replacing(folder / MOMENTS) as aside, open(aside, "wb") as file:
@@ -121,15 +126,17 @@ def reference_of_file(
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         done = 0
-        for pictures in images.batches(batch):
+        for pictures in images.batches(batch) if images else ():
             # The file states no classes.
             yield detector.arrays(pictures, path, done) | {"label": np.full(len(pictures), -1)}
             done += len(pictures)
 
-    inputs = {"detector": detector.identity, "images": images.identity(), "file": found.about["identity"]}
+    inputs = {"detector": detector.identity, "file": found.about["identity"]}
+    inputs |= {"images": images.identity()} if images else {}
     facts = {"file_name": path.name, "moments": artefact.file_identity(folder / MOMENTS)}
     common: dict[str, Any] = {"folder": folder, "key": key, "recipe": recipe}
-    _write_reference(detector, batches(), images.count, inputs, named=path.name, facts=facts, **common)
+    count = images.count if images else 0
+    _write_reference(detector, batches(), count, inputs, named=path.name, facts=facts, **common)
 
 
 def _write_reference(

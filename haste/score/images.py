@@ -302,7 +302,7 @@ class Scorer:
     ) -> Side:
         if source.detector is not None:
             _check_detector(source.path, source.detector, about)
-        elif about.get("kind") not in ("inception", None):
+        elif about.get("kind") not in ("inception", None) and not _is_by_pytorch_fid(source, about):
             return self._moments_of_another(source, metrics, about, detector)
         side = Side(source.about, about)
         for name, output in (("frechet", "pool"), ("sfid", "spatial")):
@@ -329,6 +329,11 @@ class Scorer:
             )
         side = self._look(source.samples, metrics, about, detector)
         return dataclasses.replace(side, about={**source.about, "moments": "of its images under arr_0"})
+
+
+def _is_by_pytorch_fid(source: Reference, about: Mapping[str, Any]) -> bool:
+    """Whether statistics that name no detector can be pytorch-fid's, whose files hold nothing else."""
+    return about.get("kind") == "pytorch-fid" and source.samples is None and "spatial" not in source.moments
 
 
 def open_source(path: Path | str, *, statistics: bool) -> Samples | Store | Reference:

@@ -44,7 +44,8 @@ def _make_reference(plan: Plan, detector: names.Detector) -> None:
     common: dict[str, Any] = {"key": made.key, "recipe": made.recipe}
     judge, folder = load_detector(plan, detector), Path(made.folder)
     if detector.reference_file is None:
-        reference_shard(Store.of(plan.images), judge, folder=folder, **common)
+        split = plan.config.detector[detector.name].split
+        reference_shard(Store.of(plan.images), judge, folder=folder, split=split, **common)
     else:
         reference_of_file(Path(detector.reference_file), judge, folder=folder, **common)
     provenance = artefact.provenance(**common)
