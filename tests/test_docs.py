@@ -16,6 +16,7 @@ import haste
 from haste import config
 from haste.align import triggers
 from haste.cli import main as cli
+from haste.data.captions import Captions
 from haste.plan.plan import Plan
 
 ROOT = Path(haste.__file__).parent.parent
@@ -191,6 +192,7 @@ def rows_of(section: str) -> dict[str, list[str]]:
 # What stands beside the keys that all triggers have.
 SECTIONS = sections() | {f"trigger: {name}": kind for name, kind in triggers.TRIGGERS.items()}
 SECTIONS |= {f"measure: {name}": config.measure_named(name) for name in config.MEASURES}
+SECTIONS |= {"condition: captions": Captions.Settings}
 each_section = pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section or "top")
 FIELDS = [(path, name) for path, model in SECTIONS.items() for name in model.model_fields]
 each_key = pytest.mark.parametrize(("section", "key"), FIELDS, ids=lambda part: part or "top")
@@ -290,6 +292,13 @@ BASE = {
         }
     },
 }
+CAPTIONED = {
+    **{key: BASE[key] for key in ("name", "autoencoder", "teachers", "detector", "sampling")},
+    "images": {**BASE["images"], "captions": "said.csv"},
+    "condition": {"name": "captions", "encoder": "words"},
+    "models": {"dot": {"architecture": "says", "width": 8}},
+    "runs": {"run": {"model": "dot", "milestones": [8, 16], "sampling": ["one"]}},
+}
 PUBLIC = {
     **BASE,
     "autoencoder": {"pretrained": {"encode": "a"}},
@@ -314,6 +323,13 @@ OTHER = {
     "results": "elsewhere",
     "images.path": "b",
     "images.labels": "labels.csv",
+    "images.captions": "said.csv",
+    "images.crop": "centre-lanczos",
+    "condition: captions.encoder": "elsewhere/clip",
+    "condition: captions.attention_mask": True,
+    "condition: captions.cache": False,
+    "sampling.NAME.split": "train",
+    "sampling.NAME.prompts": ["a red bus"],
     "images.resolution": 64,
     "images.on_bad_image": "skip",
     "autoencoder.trained.factor": 4,
@@ -453,7 +469,11 @@ def names(raw: dict, trained: bool) -> dict[str, str]:
 
 def changed(section: str, key: str) -> tuple[dict, dict]:
     """A configuration, and the same with one key changed."""
-    before = copy.deepcopy(PUBLIC if "pretrained" in section else BASE)
+    captions = section.startswith("condition: ") or f"{section}.{key}" in (
+        "sampling.NAME.split",
+        "sampling.NAME.prompts",
+    )
+    before = copy.deepcopy(CAPTIONED if captions else PUBLIC if "pretrained" in section else BASE)
     if section.startswith("evaluate"):
         row = {"checkpoint": str(ROOT / "LICENSE"), "model": "dot", "sampling": ["one"], "step": 3}
         before["evaluate"] = {"file": row}
@@ -475,6 +495,8 @@ def section_of(raw: dict, section: str) -> dict:
         if not isinstance(stops["features"], dict):
             stops["features"] = {"trigger": section.removeprefix("trigger: ").replace("runs.NAME.stop.TERM", "plateau")}
         return stops["features"]
+    if section.startswith("condition: "):
+        return raw["condition"]
     if section.startswith("measure: "):
         kind = section.removeprefix("measure: ")
         if raw["measures"]["cosine"]["measure"] != kind:
@@ -489,6 +511,7 @@ def section_of(raw: dict, section: str) -> dict:
 @each_key
 def test_a_change_of_a_key_recomputes_what_the_document_says(section, key, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # files from elsewhere are remembered in the results folder
+    monkeypatch.setitem(config.DENOISERS, "says", "captioned:Says")
     cell = rows_of(section)[key][2]
     number_or_section = SECTIONS[section] is config.Stops
     if (nested(SECTIONS[section].model_fields[key].annotation) and not number_or_section) or key == "defaults":

@@ -23,6 +23,7 @@ from haste import config
 from haste.cli import main as cli
 from haste.config import resolve
 from haste.data import prepare
+from haste.data.captions import Captions
 from haste.files import listing
 from haste.files.npz import WIDTHS
 from haste.networks import autoencoder
@@ -297,13 +298,14 @@ WITHIN = {
     *("measures.NAME.measure", "condition.name", "training.process.name", "models.NAME.architecture"),
     *("runs.NAME.stop.features.trigger", "runs.NAME.stop.attention.trigger", "sampling.NAME.sampler"),
     *(f"{rows}.NAME.{key}" for rows in ("runs", "evaluate") for key in ("model", "sampling", "measures")),
+    "sampling.NAME.prompts",
     *("runs.NAME.alignment", "runs.NAME.watch.trigger", "measures.NAME.teacher"),
     *("forks.NAME.run", "forks.NAME.sampling", "forks.NAME.measures"),
 }
 
 
 def test_whatever_a_configuration_names_outside_itself_is_looked_at_by_the_plan():
-    found = set(texts())
+    found = {*texts(), *texts(Captions.Settings, "condition")}
     assert found - WITHIN == set(INPUTS) - {"runtime.trackers"}, (
         "say in haste.plan.inputs.INPUTS what looks at it before the first job"
     )

@@ -16,6 +16,7 @@ def add(to: Commands) -> None:
     images.add_argument("--workers", type=int, help="pictures that are decoded at once (runtime.threads)")
     to.rule("autoencoder", _autoencoder, "train the small autoencoder")
     shards(to.rule("latents", _latents, "encode the images: a store of latent means and standard deviations"))
+    shards(to.rule("text", _text, "encode the captions: a store of the states of their tokens"))
     to.rule("teacher", _teacher, "train a small teacher").add_argument("name")
     targets = to.rule("targets", _targets, "keep a teacher's targets on disk")
     targets.add_argument("name")
@@ -40,6 +41,12 @@ def _latents(arguments: argparse.Namespace) -> None:
     from haste.data import jobs
 
     jobs.make_latents(plan_to_compute(arguments), None if arguments.join else arguments.shard)
+
+
+def _text(arguments: argparse.Namespace) -> None:
+    from haste.data import jobs
+
+    jobs.make_text(plan_to_compute(arguments), None if arguments.join else arguments.shard)
 
 
 def _autoencoder(arguments: argparse.Namespace) -> None:

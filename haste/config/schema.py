@@ -319,6 +319,15 @@ def _labels(value: Any) -> Any:
     return value
 
 
+MOST_PROMPT = 1024  # bytes of a prompt in UTF-8
+
+
+def _prompt(text: str) -> str:
+    if (size := len(text.encode())) > MOST_PROMPT:
+        raise ValueError(f"found {size:,} bytes ({text[:40]!r}...), expected at most {MOST_PROMPT:,}")
+    return text
+
+
 class Sampling(Strict):
     """One way to draw samples from a state."""
 
@@ -333,6 +342,8 @@ class Sampling(Strict):
     guided_channels: Annotated[Literal["all", 3], LATER] = "all"
     count: Annotated[int, Field(ge=4)] = 50_000  # precision and recall use the 3 nearest neighbours of each
     labels: Annotated[Literal["random", "balanced"] | list[int], BeforeValidator(_labels)] = "random"
+    split: Annotated[Literal["held_out", "train"], LATER] = "held_out"
+    prompts: Annotated[list[Annotated[str, AfterValidator(_prompt)]], LATER] = []
     pixels: Literal["truncate", "round"] = "truncate"
     weights: Annotated[Literal["ema", "model"], LATER] = "ema"
     seed: Seed = 0
@@ -346,8 +357,8 @@ class Sampling(Strict):
         preset = given.get("preset")
         known = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
         adaptive = {"steps": None, **_TOLERANCES} if given.get("sampler") == "dopri5" else {}
-        chosen = given.get("labels")
-        shown = {"count": OF_EACH * len(chosen)} if isinstance(chosen, list) and chosen else {}
+        chosen = next((given[key] for key in ("prompts", "labels") if isinstance(given.get(key), list)), None)
+        shown = {"count": OF_EACH * len(chosen)} if chosen else {}
         return {**known, **adaptive, **shown, **given}
 
     @model_validator(mode="after")
@@ -358,11 +369,17 @@ class Sampling(Strict):
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Sampling:
-        if self.chosen and self.count < len(self.chosen):
-            raise ValueError(
-                f"count {self.count} is less than the {len(self.chosen)} labels, expected a sample of each or more"
-            )
+        for key, asked in (("labels", self.chosen), ("prompts", self.prompts)):
+            if self.count < len(asked):
+                raise ValueError(
+                    f"count {self.count} is less than the {len(asked)} {key}, expected a sample of each or more"
+                )
         return self
+
+    @property
+    def unscored(self) -> bool:
+        """Whether samples are of what was chosen: there is a picture and no score, for lack of a reference."""
+        return bool(self.chosen or self.prompts)
 
     @property
     def chosen(self) -> list[int]:

@@ -119,7 +119,7 @@ class Denoiser(nn.Module):
             ValueError: settings that do not fit the latents; or outputs or taps that do not have their declared
                 shapes.
         """
-        y = each(lambda piece: torch.from_numpy(piece).to("meta"), condition.null(1))
+        y = each(lambda piece: torch.from_numpy(piece).to("meta"), condition.like(1))
         with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
             model = cls(input_size=input_size, in_channels=in_channels, **condition.arguments, **settings)
             x, t = torch.empty(1, in_channels, input_size, input_size), torch.empty(1)

@@ -14,7 +14,9 @@ from typing import Any
 
 from haste import extensions
 from haste.config import Config, Model, facts_in, model_in
+from haste.files import artefact, units
 from haste.networks import autoencoder, layouts, weights
+from haste.networks import text as public_text
 from haste.networks.registry import DETECTORS, TEACHERS
 from haste.plan.data import Data
 from haste.plan.evaluations import Evaluations
@@ -94,6 +96,44 @@ def _autoencoder(parts: Parts, where: str) -> None:
     if folder is not None:
         found = autoencoder.opened(folder)
         autoencoder.check_size(found.channels, found.factor, spec)
+
+
+def text(parts: Parts) -> None:
+    """Refuse a text encoder of another width, or without its tokenizer; and states that another one made."""
+    where = (parts.config.condition.model_extra or {}).get("encoder")
+    if parts.config.condition.name != "captions" or where == public_text.WORDS:
+        return
+    jobs = parts.trained or parts.drawn or parts.measured
+    store = parts.data.text
+    made = store is not None and Path(store.manifest).exists()
+    if jobs and store is not None and not made:
+        _check_room(parts)
+    folder = public_text.folder_named(where)
+    if folder is None and jobs:
+        cached = weights.in_cache(where, f"text encoder {where}", public_text.CONFIG) if not made else None
+        folder = cached.parent if cached else None
+    if folder is None or not jobs:
+        return
+    found, settings = public_text.opened(folder), parts.config.condition.decided
+    public_text.check(found, tokens=settings["tokens"], width=settings["width"])
+    if made:
+        expected = artefact.read_json(store.manifest, "store")["encoder"]
+        memory = f"{parts.data.root}/identities.json"
+        for name, identity in found.identities(lambda file: artefact.remembered_identity(file, memory)).items():
+            if expected[name] != identity:
+                raise ValueError(
+                    f"{store.folder}: encoded by the {name} {expected[name][:12]}, but {folder} holds {identity[:12]}. "
+                    "Put back what was there, or remove the store to encode the captions anew"
+                )
+
+
+def _check_room(parts: Parts) -> None:
+    room, taken = parts.config.cache.max_bytes, parts.data.text_bytes
+    if taken > room:
+        raise ValueError(
+            f"cache.max_bytes: {room} allows {units.readable(room)}, but the states of all captions take "
+            f"{units.readable(taken)}; what would fit: condition.cache: false"
+        )
 
 
 def teachers(parts: Parts) -> None:
@@ -209,8 +249,10 @@ def check_tracker(kind: str) -> None:
 INPUTS: dict[str, Callable[[Parts], None]] = {
     "images.path": images,
     "images.labels": images,
+    "images.captions": images,
     "autoencoder.pretrained.encode": encoder,
     "autoencoder.pretrained.decode": decoder,
+    "condition.encoder": text,
     "teachers.NAME.pretrained.name": teachers,
     "teachers.NAME.pretrained.weights": teachers,
     "detector.NAME.pretrained.name": detectors,

@@ -85,6 +85,7 @@ class Runs:
             "recipe": RECIPE,
             "latents": self.data.latents.key,
             **configuration.condition_entry(self.config),
+            **self.data.told,
             "model": configuration.model_entry(self.config, model),
             "training": configuration.training_entry(self.config, run),
             "seed": seed,

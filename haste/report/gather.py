@@ -80,6 +80,7 @@ def stages(plan: Plan) -> list[Stage]:
         "teacher",
         "detector",
         "latents",
+        "text",
         "pca",
         "targets",
         "train",

@@ -87,7 +87,7 @@ def painter_of_file(
     changes = {key: value for key, value in changes.items() if value is not None}
     changes |= {"labels": list(classes)} if classes else {}
     changes |= {"prompts": list(prompts)} if prompts else {}
-    count = {"count": max(way.count, len(classes))}  # which decides nothing here
+    count = {"count": max(way.count, len(classes), len(prompts))}  # which decides nothing here
     return found.painter(Sampling.model_validate({**way.model_dump(), **count, **changes}))
 
 
@@ -222,7 +222,7 @@ def write(out: Path | str, painter: Painter, count: int) -> None:
 
 def _grid(painter: Painter, images: np.ndarray) -> Image.Image:
     """All pictures: a column per class or prompt, if these were asked for, else about as many columns as rows."""
-    columns = len(painter.sampling.chosen) or math.ceil(math.sqrt(len(images)))
+    columns = len(painter.sampling.prompts or painter.sampling.chosen) or math.ceil(math.sqrt(len(images)))
     columns = min(columns, len(images))
     place, scale = np.arange(len(images)) % columns, max(1, LEAST // images.shape[1])
     rows = -(-len(images) // columns)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -147,14 +147,16 @@ def painter_of(
     device = device or str(choose_device(plan.config.runtime.device))
     trajectory, weights = plan.trajectories[state.trajectory], plan.weights(state, sampling)
     found = Autoencoder.load(decoder or plan.decoder, device=device)
-    seams = process_in(trajectory.recipe), condition_in(trajectory.recipe)
+    imported, condition = trajectory.name in plan.elsewhere, condition_in(trajectory.recipe)
+    condition = condition.on(plan) if imported and sampling.prompts else condition.opened(plan)
+    seams = process_in(trajectory.recipe), condition
     check_autoencoder(plan, found)
-    if trajectory.name in plan.elsewhere:
+    if imported:
         model = model_elsewhere(plan, trajectory.name, weights).to(device)
         return Painter(model, sampling, found, *seams, found.scale, found.shift)
     model, header = trained_model(plan.path(state), key=trajectory.key, weights=weights)
     manifest = Store.of(plan.latents).manifest
-    _check_same_latents(plan, header, manifest)
+    _check_same_inputs(plan, state, header, manifest["identity"], condition.identities)
     if decoder is None and plan.decoder == plan.encoder and found.identity != manifest["autoencoder"]:
         raise ValueError(
             f"{plan.decoder}: its weights are {found.identity[:12]}, but the latents were encoded with "
@@ -163,10 +165,19 @@ def painter_of(
     return Painter(model.to(device), sampling, found, *seams, manifest["scale"], manifest["shift"])
 
 
-def _check_same_latents(plan: Plan, header: dict[str, Any], manifest: dict[str, Any]) -> None:
-    """Refuse latents, whose scale may be another, than those that the state was trained for."""
-    trained, found = header["inputs"]["latents"], manifest["identity"]
-    if trained != found:
+def _check_same_inputs(
+    plan: Plan, state: State, header: Mapping[str, Any], latents: str, others: Mapping[str, str]
+) -> None:
+    """Refuse latents, whose scale may be another, or a condition's inputs than those that the state was trained for."""
+    trained = header["inputs"]
+    if trained["latents"] != latents:
         raise ValueError(
-            f"{plan.latents.folder}: holds latents {found[:12]}, but the state was trained on {trained[:12]}"
+            f"{plan.latents.folder}: holds latents {latents[:12]}, but the state was trained on "
+            f"{trained['latents'][:12]}"
         )
+    for name, identity in others.items():
+        if (before := trained.get(name)) != identity:
+            raise ValueError(
+                f"{plan.path(state)}: was trained with {name} {str(before)[:12]}, but {name} is now {identity[:12]}; "
+                "bring the earlier one back"
+            )

@@ -83,6 +83,27 @@ rule latents_join:
     shell: "haste latents -c {CONFIG:q} --join > {log:q} 2>&1"
 
 
+if plan.text:
+
+    TEXT = f"{plan.text.folder}/shard-{{shard}}-of-{{shards}}.h5"
+
+    rule text:
+        input: needed(TEXT, plan.images.files)
+        output: update(TEXT)
+        log: log_of("text-{shard}-of-{shards}")
+        benchmark: time_of("text-{shard}-of-{shards}")
+        threads: THREADS
+        shell: "haste text -c {CONFIG:q} --shard $((10#{wildcards.shard})) > {log:q} 2>&1"
+
+
+    rule text_join:
+        input: needed(plan.text.manifest, plan.images.files, plan.text.shard_files)
+        output: update(plan.text.manifest)
+        log: log_of("text-join")
+        benchmark: time_of("text-join")
+        shell: "haste text -c {CONFIG:q} --join > {log:q} 2>&1"
+
+
 # Targets of cached teachers: components if requested, then shards, then the manifest.
 
 def teacher_of(made):

@@ -11,7 +11,7 @@ def before(wildcards):
     """The inputs of a segment: the parent state, the latents and, while it aligns, images and teachers
     or their targets on disk."""
     segment = plan.segment(State(wildcards.trajectory, int(wildcards.step)))
-    files = [*plan.latents.files]
+    files = [*plan.latents.files, *plan.told_from]
     if segment.parent:
         files.append(plan.path(segment.parent))
     if segment.after:
