@@ -103,10 +103,6 @@ class Condition:
         """Rows of samples to be drawn; those of sample i depend only on `sampling` (its seed, ...) and i."""
         raise NotImplementedError(f"{type(self).__name__}.sampled")
 
-    def words(self, rows: Rows) -> list[str] | None:
-        """The text of each sample; None for a condition without words."""
-        return None
-
     def fault(self, rows: Rows) -> str:
         """What is wrong with rows in a store; empty if they can be used."""
         return ""
