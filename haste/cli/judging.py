@@ -47,7 +47,11 @@ def _add_score(sub: argparse.ArgumentParser) -> None:
         "more (inception)",
     )
     sub.add_argument("--weights", type=Path, metavar="FILE", help="weights file of the one detector")
-    sub.add_argument("--metrics", metavar="A,B", help="of fid, sfid, is, precision, recall, kid (all that can be had)")
+    sub.add_argument(
+        "--metrics", metavar="A,B", help="of fid, sfid, is, precision, recall, kid, clip (all that can be had)"
+    )
+    words = "what the images were told, a line each in their order: CLIP score, by --detector clip[=FOLDER]"
+    sub.add_argument("--prompts", type=Path, metavar="FILE", help=words)
     sub.add_argument("--features", type=Path, metavar="FOLDER", help="keep features here, and find them again")
     sub.add_argument("--save-reference", type=Path, metavar="FILE", help="write the reference's statistics, an .npz")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write scores and all that decides comparability")
@@ -156,12 +160,14 @@ def _score(arguments: argparse.Namespace) -> None:
     from haste.score import show
     from haste.score.images import Scorer, detectors_asked
 
-    device = device_named(arguments.device)
+    device, told = device_named(arguments.device), [] if arguments.prompts is None else ["clip"]
+    named = arguments.detector or (["inception"] if told and arguments.reference else [])
     scorer = Scorer(
         arguments.reference,
-        detectors=detectors_asked(arguments.detector or [], arguments.weights, device),
+        detectors=detectors_asked(named, arguments.weights, device, told),
         metrics=None if arguments.metrics is None else arguments.metrics.split(","),
         features=arguments.features,
+        prompts=arguments.prompts,
         batch=arguments.batch,
         device=device,
         seed=arguments.seed,

@@ -162,6 +162,9 @@ def detectors(parts: Parts) -> None:
             continue
         if spec.name in TEACHERS:
             _transformer(spec, f"detector {spec.name}")
+        elif spec.name == "clip":
+            if spec.weights is not None and (folder := public_text.folder_named(spec.weights)) is not None:
+                public_text.opened(folder)
         elif spec.weights is not None:
             weights.check_inception(Path(spec.weights))
 

@@ -33,6 +33,7 @@ METRICS = {
     "is": Metric("IS", lower=False, decimals=1),
     "precision": Metric("precision", lower=False),
     "recall": Metric("recall", lower=False),
+    "clip_score": Metric("CLIP score", lower=False, names_detector=True, decimals=1),
     "class_accuracy": Metric("class accuracy", lower=False),
 }
 INCEPTION = "inception"  # the kind of detector whose Fréchet distance is called FID

@@ -250,7 +250,9 @@ def _notes(part: Sequence[Line], several: bool, kinds: Sequence[Column]) -> list
     elif len(seeds_used := {line.first.seed for line in part}) == 1 and part:
         notes.append(f"One training seed per run ({min(seeds_used)}).")
     if any(line.error(c) is not None for line in part if len(line.seeds) == 1 for c in kinds):
-        notes.append("± of IS and KID with one seed: over splits or subsets of the samples.")
+        notes.append(
+            "± with one seed: of IS and KID over splits or subsets of the samples, of CLIP score its standard error."
+        )
     notes += _on_scores(part)
     if any(line.missing for line in part):
         notes.append("If a seed is missing, the values so far are listed one by one, without a mean.")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from haste.data.condition import Rows
 from haste.files import artefact
 from haste.files.npz import SUFFIX, check_reference
 from haste.files.store import Store, write_shard
+from haste.metrics.clip import Clip
 from haste.metrics.detector import Detector
 from haste.sampling.samples import open_samples
 from haste.sampling.shards import _Watch, asked
@@ -29,9 +31,11 @@ def feature_shard(
     shard: int,
     shards: int,
     total: int,
+    words: Callable[[Rows], list[str] | None] = lambda rows: None,
     batch: int = 256,
 ) -> None:
-    """A detector's features of one shard of samples, as a shard of a features store.
+    """A detector's features of one shard of samples, as a shard of a features store; by CLIP also the `cosine` of each
+    sample and its words, where it has any.
 
     Args:
         detector: extracts the features.
@@ -42,6 +46,7 @@ def feature_shard(
         shard: which shard, from 0.
         shards: how many there are.
         total: samples in all shards.
+        words: rows of the samples' condition -> the words that they were told.
         batch: batch size of the detector; changes results by float rounding only.
 
     Raises:
@@ -49,6 +54,8 @@ def feature_shard(
     """
     images = open_samples(path)
     rows, header = asked(path)
+    said = words(rows) if isinstance(detector, Clip) else None
+    told: dict[str, tuple[Sequence[int], DTypeLike]] = {} if said is None else {"cosine": ((), np.float32)}
     made = {name: value for name, value in header["inputs"].items() if name != "detector"}
     inputs = {**made, "detector": detector.identity}
     facts = {**inputs, "about": _about(detector)}
@@ -57,7 +64,11 @@ def feature_shard(
         done = 0
         for pictures in images.batches(batch):
             mine = {name: row[done : done + len(pictures)] for name, row in rows.items()}
-            yield detector.arrays(pictures, path, done) | mine
+            seen = detector.arrays(pictures, path, done)
+            if said is not None:
+                assert isinstance(detector, Clip)
+                mine["cosine"] = detector.cosines(seen["pool"], said[done : done + len(pictures)])
+            yield seen | mine
             done += len(pictures)
 
     write_shard(
@@ -68,7 +79,7 @@ def feature_shard(
         shard=shard,
         shards=shards,
         total=total,
-        fields=_outputs(detector) | {name: (row.shape[1:], row.dtype) for name, row in rows.items()},
+        fields=_outputs(detector) | told | {name: (row.shape[1:], row.dtype) for name, row in rows.items()},
         batches=batches(),
         provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
         facts=facts,

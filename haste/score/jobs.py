@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from haste.config import condition_in
 from haste.diffusion.samplers import nfe
 from haste.files import artefact, locks, store
 from haste.files.store import Store
@@ -78,6 +79,7 @@ def sample(plan: Plan, evaluation: Evaluation, shard: int) -> None:
 def extract_features(plan: Plan, evaluation: Evaluation, detector: names.Detector, shard: int) -> None:
     """Extract a detector's features of one shard of samples."""
     made = evaluation.judgement(detector.name).features
+    condition = condition_in(plan.trajectories[evaluation.state.trajectory].recipe)
     feature_shard(
         load_detector(plan, detector),
         Path(evaluation.sample_file(shard)),
@@ -87,6 +89,7 @@ def extract_features(plan: Plan, evaluation: Evaluation, detector: names.Detecto
         shard=shard,
         shards=made.shards,
         total=evaluation.sampling.count,
+        words=lambda rows: condition.opened(plan).words(rows) if detector.kind == "clip" else None,
         batch=plan.config.runtime.sample_batch,
     )
 

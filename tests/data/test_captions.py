@@ -271,6 +271,17 @@ def test_training_with_captions_is_resumed_to_the_bit_sampled_and_told_what_it_w
     with Store.open(evaluation.features.folder) as store:
         assert told.condition().words({name: store.read(name, range(12)) for name in rows}) == said
     told.run("grid", evaluation.name)
+    assert provenance.provenance_of(Path(evaluation.grid))["words"] == said
+
+    # `haste draw` draws the same of the same captions, and what it is asked for
+    options = ["-c", str(told.file), "--device", "cpu", "--out", str(tmp_path / "drawn.npz")]
+    assert cli.main(["draw", str(file), "--count", "5", *options]) == 0
+    assert (read_npz(tmp_path / "drawn.npz", "drawing")["arr_0"] == found["arr_0"][:5]).all()
+    assert cli.main(["draw", str(file), "--prompt", "a red bus", "--prompt", "a cat", *options]) == 0
+    drawn, record = read_npz(tmp_path / "drawn.npz", "drawing"), provenance.provenance_of(tmp_path / "drawn.npz")
+    assert drawn["arr_0"].shape == (8, 8, 8, 3) and record["pictures"] == ["a red bus", "a cat"] * 4
+    assert cli.main(["draw", str(file), "--class", "3", *options]) == 2
+    assert "trained with captions and knows no classes; ask for prompts" in capsys.readouterr().err
 
     # another tokenizer's states are refused, before anything is trained with them
     other = tmp_path / "other"
