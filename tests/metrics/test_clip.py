@@ -47,7 +47,7 @@ def test_cosines_are_those_of_the_whole_model(folder, detector):
     images, crossed = pictures(0, 8, 8), whole(folder, pictures(0, 8, 8), WORDS)
     pool = detector.arrays(images, "images")["pool"]
     np.testing.assert_allclose(detector.cosines(pool, WORDS), crossed.diagonal(), rtol=1e-4, atol=1e-5)
-    assert np.abs(crossed - crossed.diagonal()).max() > 0.05  # another text's would be seen
+    assert np.abs(crossed - crossed.diagonal()).max() > 1e-2  # another text's would be seen
     np.testing.assert_allclose(detector.cosines(pool[3:], WORDS[3:]), crossed.diagonal()[3:], rtol=1e-4, atol=1e-5)
 
 
@@ -64,10 +64,12 @@ def test_the_score_is_the_mean_of_100_max_cos_0_with_its_standard_error_and_the_
 ):
     images, prompts = pictures(0, 8, 8), tmp_path / "prompts.txt"
     np.savez(tmp_path / "samples.npz", arr_0=images)
-    prompts.write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    crossed = whole(folder, images, WORDS)
+    told = [WORDS[row.argmin() if number % 2 else row.argmax()] for number, row in enumerate(crossed)]
+    prompts.write_text("\n".join(told) + "\n", encoding="utf-8")
     command = ["score", tmp_path / "samples.npz", "--prompts", prompts, "--detector", f"clip={folder}"]
     assert cli.main([*map(str, command), "--json", str(tmp_path / "out.json"), "--device", "cpu"]) == 0
-    values = 100 * np.maximum(whole(folder, images, WORDS).diagonal().astype(np.float64), 0)
+    values = 100 * np.maximum(whole(folder, images, told).diagonal().astype(np.float64), 0)
     found, column = artefact.read_json(tmp_path / "out.json", "image scores"), f"CLIP score ({folder.name})"
     assert (values > 0).any() and (values == 0).any()  # some cosine is below 0
     assert found["scores"] == {column: pytest.approx(values.mean(), rel=1e-4)}
