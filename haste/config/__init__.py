@@ -17,6 +17,7 @@ Each file imports only from those above it:
 """
 
 from haste.config.derived import (
+    condition_arguments,
     condition_entry,
     condition_in,
     facts_in,

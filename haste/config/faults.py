@@ -201,7 +201,8 @@ def _faults_of_architectures(config: Config) -> list[str]:
     for name in dict.fromkeys(row.model for row in rows):
         if name in {*config.models, *MODELS} and (known := condition_of(model_named(config, name))) != told:
             faults.append(f"condition: {told}, but {name} is a network that understands {known}")
-    for name, model in config.models.items():
+    used = {name: MODELS[name] for name in MODELS if any(row.model == name for row in rows)}
+    for name, model in {**used, **config.models}.items():
         try:
             if isinstance(model, OtherModel) and condition_of(model) == told:
                 taps_of(config, name)

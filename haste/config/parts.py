@@ -219,7 +219,7 @@ class Detector(Strict):
 
 
 # Architectures of the denoising network: name -> import path of its class, which is imported on request.
-DENOISERS = {"sit": "haste.models.sit:SiT", "dit": "haste.models.dit:DiT"}
+DENOISERS = {"sit": "haste.models.sit:SiT", "dit": "haste.models.dit:DiT", "mmdit": "haste.models.mmdit:MMDiT"}
 # Those whose size is a `Model`, with the process of each: known without an import.
 TRANSFORMERS = {"sit": "interpolant", "dit": "ddpm"}
 # Training objectives, likewise.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from haste import extensions
-from haste.config import Config, Model, facts_in, model_in
+from haste.config import Config, condition_arguments, facts_in
 from haste.files import artefact, units
 from haste.networks import autoencoder, layouts, weights
 from haste.networks import text as public_text
@@ -227,13 +227,13 @@ def elsewhere(parts: Parts) -> None:
 
 def _described(file: str, recipe: dict[str, Any], layout: str | None, classes: bool = True) -> layouts.Described | None:
     """What a file of weights holds, checked against a recipe's model; None if the file is gone, which is a note."""
-    expected = layouts.expected_in(recipe, classes)
+    expected = layouts.expected_in(recipe, condition_arguments(recipe) if classes else {})
     if not Path(file).is_file():
         return None
-    if isinstance(model_in(recipe), Model):
+    if (name := recipe["model"].get("architecture", "sit")) in layouts.KNOWN:
         return layouts.described(file, layout, expected)
     shapes = facts_in(recipe).shapes
-    return layouts.described_as(file, recipe["model"]["architecture"], shapes, expected) if shapes else None
+    return layouts.described_as(file, name, shapes, expected) if shapes else None
 
 
 def trackers(parts: Parts) -> None:

@@ -132,6 +132,10 @@ def _alone(file: str, decoder: str | None, device: str, model: str | None, layou
         raise ValueError(f"model {model!r}: expected one of {', '.join(MODELS)}, or a configuration that has it")
     found = open_weights(file, layout=layout, model=MODELS[model] if model else None)
     shape, facts = dict(found.shape), found.facts
+    if "classes" not in shape:
+        raise ValueError(
+            f"{file}: was trained with captions; name a configuration with their encoder and its `condition`"
+        )
     ddpm = shape.get("architecture") == "dit"
     recipe = {
         "model": {("channels" if k == "in_channels" else k): v for k, v in shape.items() if k != "classes"},

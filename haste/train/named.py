@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from haste.config import MODELS, Config, Model
+from haste.config import MODELS, Config
 from haste.files.provenance import read_header
 from haste.models.exchange import open_weights
 from haste.plan.names import State
@@ -64,11 +64,11 @@ def put_row(raw: dict[str, Any], config: Config, file: str, model: str | None, l
 
 
 def _model_of(config: Config, file: str, layout: Any) -> str:
-    """The model of a SiT's or DiT's checkpoint, from its weights."""
+    """The model of a checkpoint, from its weights."""
     shape = open_weights(file, layout=layout).shape
     known = {**MODELS, **config.models}
     for name, model in known.items():
-        alike = isinstance(model, Model) and model.architecture == shape.get("architecture", "sit")
+        alike = model.architecture == shape.get("architecture", "sit")
         if alike and model.settings.items() <= shape.items():
             return name
     raise ValueError(f"{file}: of no model of this configuration or of the papers; expected one, or --model")

@@ -80,7 +80,7 @@ def new_learner(
     if "features" in terms:
         term = terms["features"]
         head = head_of(term, model.taps[f"tokens.{term['depth']}"].width, widths[term["teacher"]])
-        head.initialise(_seeded(recipe["seed"], "initialise projector features"))
+        head.initialise(_seeded(recipe["seed"], "initialise projector features"), model.fill)
         projectors["features"] = head
     settings = recipe["training"]
     dtype = torch.float64 if settings["precision"] == "fp64" else torch.float32
