@@ -6,6 +6,7 @@ N pictures, R pixels per side.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from haste.sampling.painter import Painter, painter_of
 from haste.sampling.shards import _Watch
 from haste.train.named import put_row, run_through, state_named
 from haste.train.state import weights_identity
+
+log = logging.getLogger("haste.sample")
 
 KIND = "drawing"
 USUAL = {"interpolant": "sde-250", "ddpm": "ddpm-250"}  # by the network's process, where no row says another way
@@ -98,10 +101,13 @@ def _made_by(file: Path) -> Config | None:
         return None
     records = sorted(root.glob("*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for record in records:
-        # Its paths are as seen from the folder in which it ran.
-        found = configuration.resolve({**configuration.read(record), "results": str(root)})
-        if state_named(Plan(found), str(file)) is not None:
-            return found
+        try:
+            # Its paths are as seen from the folder in which it ran.
+            found = configuration.resolve({**configuration.read(record), "results": str(root)})
+            if state_named(Plan(found), str(file)) is not None:
+                return found
+        except ValueError as error:  # another one may have the state
+            log.warning("%s", error)
     return None
 
 
