@@ -364,6 +364,7 @@ class Sampling(Strict):
     split: Annotated[Literal["held_out", "train"], LATER] = "held_out"
     prompts: Annotated[list[Annotated[str, AfterValidator(_prompt)]], LATER] = []
     pixels: Literal["truncate", "round"] = "truncate"
+    weights: Annotated[Literal["ema", "model"], LATER] = "ema"
     seed: Seed = 0
 
     @model_validator(mode="before")

@@ -184,15 +184,15 @@ def _shape(tensor: Tensor | None) -> str:
     return "nothing" if tensor is None else str(tuple(tensor.shape))
 
 
-def ema_model(path: Path | str, *, key: str) -> tuple[Denoiser, dict[str, Any]]:
-    """The averaged (EMA) model of a state, frozen, from which samples are drawn, and the state's header.
+def trained_model(path: Path | str, *, key: str, weights: str = "ema") -> tuple[Denoiser, dict[str, Any]]:
+    """The averaged (EMA) model of a state, frozen, or the raw one (`model`), and the state's header.
 
     Raises:
         ValueError: as `read`; or its weights do not fit its recipe, or are not finite.
     """
-    header, tensors = read(path, key=key, prefixes=("ema/",))
+    header, tensors = read(path, key=key, prefixes=(f"{weights}/",))
     model = build_model(header["recipe"])
-    model.load_state_dict(weights_in(tensors, "ema", model, path))
+    model.load_state_dict(weights_in(tensors, weights, model, path))
     return model.requires_grad_(False).eval(), header
 
 
