@@ -47,7 +47,8 @@ def _latents(arguments: argparse.Namespace) -> None:
 def _text(arguments: argparse.Namespace) -> None:
     from haste.data import jobs
 
-    jobs.make_text(plan_to_compute(arguments), None if arguments.join else arguments.shard)
+    plan = (plan_of if arguments.join else plan_to_compute)(arguments)
+    jobs.make_text(plan, None if arguments.join else arguments.shard)
 
 
 def _autoencoder(arguments: argparse.Namespace) -> None:

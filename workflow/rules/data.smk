@@ -97,6 +97,7 @@ if plan.text:
         log: log_of("text-{shard}-of-{shards}")
         benchmark: time_of("text-{shard}-of-{shards}")
         threads: THREADS
+        resources: gpus=1
         shell: "haste text -c {CONFIG:q} --shard $((10#{wildcards.shard})) > {log:q} 2>&1"
 
 
