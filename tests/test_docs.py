@@ -383,6 +383,8 @@ OTHER = {
     "sampling.NAME.interval": [0.1, 0.9],
     "sampling.NAME.labels": "balanced",
     "sampling.NAME.pixels": "round",
+    "sampling.NAME.weights": "model",
+    "detector.NAME.split": "held_out",
     "autoencoder.dtype": "float32",
     "runs.NAME.model": "SiT-S/2",
     "runs.NAME.alignment": "other",
