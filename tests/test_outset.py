@@ -11,7 +11,7 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Literal, get_args, get_origin
 
 import numpy as np
@@ -240,7 +240,7 @@ def test_a_reference_that_the_job_refuses_is_refused_by_the_plan_in_its_words(tm
     plan = said(capsys, "plan", "-c", configured(tmp_path, **judged_by(path)))
     assert f"{path}: {words}" in plan
     with pytest.raises(ValueError) as job:
-        reference_of_file(path, None, folder=tmp_path / "out", key="k", recipe={})
+        reference_of_file(path, SimpleNamespace(kind="inception"), folder=tmp_path / "out", key="k", recipe={})
     assert str(job.value) == plan.rstrip("\n")
 
 

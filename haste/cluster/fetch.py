@@ -57,8 +57,9 @@ def _teachers(plan: Plan) -> Iterator[TargetSpec]:
 
 def _detectors(plan: Plan) -> Iterator[TargetSpec]:
     for name, spec in plan.config.detector.items():
-        if (public := spec.pretrained) is not None and public.weights is None:
+        if (public := spec.pretrained) is not None and (public.weights is None or public.name == "clip"):
             from haste.metrics import detectors
 
             key = f"detector.{name}.pretrained.weights"
-            yield f"detector {name} ({public.name})", key, functools.partial(detectors.weight_file, public.name)
+            load = functools.partial(detectors.weight_file, public.name, public.weights)
+            yield f"detector {name} ({public.name})", key, load

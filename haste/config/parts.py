@@ -17,6 +17,7 @@ from pydantic import (
 
 from haste import extensions
 from haste.config.keys import LATER, Float, Place, Positive, Rate, Seed, Strict, completed, decides, nearest, number
+from haste.networks.registry import INCEPTIONS
 
 
 def _whole(value: Any) -> Any:
@@ -204,11 +205,16 @@ class Detector(Strict):
     trained: TrainedDetector | None = None
     pretrained: PretrainedDetector | None = None
     reference: Place | None = None
+    split: Annotated[Literal["train", "held_out"], LATER] = "train"
 
     @model_validator(mode="after")
     def _one(self) -> Detector:
-        if self.reference is not None and (self.pretrained is None or self.pretrained.name != "inception"):
-            raise ValueError("reference: such files hold statistics of inception, which this detector is not")
+        if self.reference is not None and (self.pretrained is None or self.pretrained.name not in INCEPTIONS):
+            raise ValueError(
+                "reference: such files hold statistics of inception or pytorch-fid, which this detector is not"
+            )
+        if self.reference is not None and self.split != "train":
+            raise ValueError("split: is of the images, but reference is a file; expected one of the two")
         return _exactly_one(self)
 
 

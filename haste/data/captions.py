@@ -89,7 +89,7 @@ class Captions(Condition):
         return found
 
     def on(self, plan: Plan) -> Captions:
-        """The condition with the encoder that a plan names, on its device."""
+        """See `Condition`: with the encoder that a plan names, on its device."""
         found = copy.copy(self)
         settings: Any = plan.config.condition
         found._where, found._device = settings.encoder, _device(plan)

@@ -49,6 +49,10 @@ class Condition:
         """The condition with what it looks up among a plan's artefacts: whoever trains or samples asks for it."""
         return self
 
+    def on(self, plan: Plan) -> Self:
+        """As `opened`, but for samples of prompts alone, which need no image of the plan."""
+        return self
+
     @property
     def identities(self) -> Mapping[str, str]:
         """Name -> identity of what it looks up, once `opened`; states keep them, and other ones are refused."""

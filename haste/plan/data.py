@@ -137,6 +137,8 @@ class Data:
         public = [kind, weights and self._named(weights)]
         key = fingerprint({"recipe": RECIPE, "detector": part.key if part else public})
         of, source = self.images.folder.rsplit("/", 1)[1], self.images.key
+        if spec.split != "train":
+            of, source = f"{of}-{spec.split}", f"{source} {spec.split}"
         if spec.reference is not None:
             source = self.identities[spec.reference]
             of = f"reference-{source[:12]}"

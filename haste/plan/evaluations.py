@@ -71,6 +71,12 @@ class Evaluations:
         self.by_name[draw] = found
         return found
 
+    def weights(self, state: State, sampling: Sampling) -> str:
+        """The set of weights that samples are drawn from, `ema` or `model`: of a checkpoint from elsewhere what its row
+        says, unless the sampling asks for the raw ones."""
+        row = self.elsewhere.get(state.trajectory)
+        return row.weights if row and sampling.weights == "ema" else sampling.weights
+
     def _state_elsewhere(self, spec: Evaluate) -> State:
         """A state that is not trained here. Its step does not identify it, so the step is only in the row."""
         model = model_named(self.config, spec.model)

@@ -162,6 +162,9 @@ def detectors(parts: Parts) -> None:
             continue
         if spec.name in TEACHERS:
             _transformer(spec, f"detector {spec.name}")
+        elif spec.name == "clip":
+            if spec.weights is not None and (folder := public_text.folder_named(spec.weights)) is not None:
+                public_text.opened(folder)
         elif spec.weights is not None:
             weights.check_inception(Path(spec.weights))
 
@@ -191,7 +194,7 @@ def references(parts: Parts) -> None:
         if file is not None and Path(file).is_file() and not made.exists():
             from haste.files import npz  # numpy is slow to import
 
-            npz.check_reference(file)
+            npz.check_reference(file, detector.kind)
         gone = [path for path in detector.reference.shard_files if made.exists() and not Path(path).exists()]
         if gone and not _exist(_scores(parts, detector)):
             raise ValueError(
@@ -211,12 +214,15 @@ def starts(parts: Parts) -> None:
 
 def elsewhere(parts: Parts) -> None:
     """Refuse checkpoints of `evaluate` that are not the row's model, or were trained on something else."""
-    states = {one.state.trajectory for one in parts.drawn} | {one.state.trajectory for one in parts.measured}
-    for name in sorted(states & parts.evaluations.elsewhere.keys()):
+    asked = {one.state.trajectory: set[str]() for one in (*parts.drawn, *parts.measured)}
+    for one in parts.drawn:
+        asked[one.state.trajectory].add(parts.evaluations.weights(one.state, one.sampling))
+    for name in sorted(asked.keys() & parts.evaluations.elsewhere.keys()):
         spec, recipe = parts.evaluations.elsewhere[name], parts.evaluations.trajectories[name].recipe
         if (found := _described(spec.checkpoint, recipe, spec.layout)) is not None:
             layouts.check_trained(found.file, found.facts, recipe["training"])
-            layouts.chosen(found.file, found.sets, spec.weights)
+            for which in sorted(asked[name] or {spec.weights}):
+                layouts.chosen(found.file, found.sets, which)
 
 
 def _described(file: str, recipe: dict[str, Any], layout: str | None, classes: bool = True) -> layouts.Described | None:

@@ -19,6 +19,7 @@ from typing import Any
 from haste.config import (
     TERMS,
     Config,
+    Detector,
     Evaluate,
     Images,
     Run,
@@ -43,7 +44,7 @@ from haste.plan.targets import Targets
 # Keys that are younger than people's reports: while they are at their defaults, reports keep their names.
 _YOUNG = {
     *("process", "time_dtype", "eta", "filter", "layer", "normalise", "normalise_factor", "head", "kernel", "t_max"),
-    *("release", "prompts", "split"),
+    *("release", "weights", "prompts", "split"),
 }
 
 
@@ -93,6 +94,7 @@ class Plan:
 
         self.rows, self.elsewhere = evaluations.rows, evaluations.elsewhere
         self.evaluations, self.evaluation = evaluations.by_name, evaluations.named
+        self.weights = evaluations.weights
 
         measures = Measures(config, data, evaluations.states)
         self._parts = inputs.Parts(config, data, targets, runs, evaluations, measures)
@@ -194,6 +196,7 @@ class Plan:
         sections: list[tuple[type[Strict], dict[str, Any]]] = [(Training, shown["training"])]
         sections += [(TERMS[kind], term) for one in shown["alignments"].values() for kind, term in one.items() if term]
         sections += [(Teacher, teacher) for teacher in shown["teachers"].values()]
+        sections += [(Detector, one) for one in shown["detector"].values()]
         sections += [(Sampling, way) for way in shown["sampling"].values()]
         stops = (stop for row in shown["runs"].values() for stop in row["stop"].values())
         sections += [(Trigger, stop) for stop in stops if isinstance(stop, dict)]

@@ -19,15 +19,15 @@ from haste.train.state import Learner
 log = logging.getLogger("haste.exchange")
 
 
-def model_elsewhere(plan: Plan, trajectory: str) -> Denoiser:
-    """The model of a row that was trained elsewhere.
+def model_elsewhere(plan: Plan, trajectory: str, weights: str) -> Denoiser:
+    """The model of a row that was trained elsewhere, with one set of weights, `ema` or `model`.
 
     Raises:
-        ValueError: as `checkpoint_elsewhere`, or it does not have the weights that the row asks for.
+        ValueError: as `checkpoint_elsewhere`, or it does not have these weights.
     """
     model = build_model(plan.trajectories[trajectory].recipe)
     found = checkpoint_elsewhere(plan, trajectory)
-    model.load_state_dict(dict(found.chosen(plan.elsewhere[trajectory].weights)))
+    model.load_state_dict(dict(found.chosen(weights)))
     return model.requires_grad_(False).eval()
 
 

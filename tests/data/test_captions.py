@@ -21,10 +21,11 @@ from haste.data import order
 from haste.data.batches import Batches
 from haste.data.captions import TEXT_BYTES, Captions
 from haste.data.words import Words
-from haste.files import provenance
+from haste.files import artefact, provenance
 from haste.files.npz import read_npz
 from haste.files.store import Store
 from haste.files.texts import FILE
+from haste.metrics.detectors import open_detector
 from haste.plan.plan import Plan
 from haste.train import loop
 
@@ -271,6 +272,44 @@ def test_training_with_captions_is_resumed_to_the_bit_sampled_and_told_what_it_w
     with Store.open(evaluation.features.folder) as store:
         assert told.condition().words({name: store.read(name, range(12)) for name in rows}) == said
     told.run("grid", evaluation.name)
+    assert provenance.provenance_of(Path(evaluation.grid))["words"] == said
+
+    # `haste draw` draws the same of the same captions, and what it is asked for
+    options = ["-c", str(told.file), "--device", "cpu", "--out", str(tmp_path / "drawn.npz")]
+    assert cli.main(["draw", str(file), "--count", "5", *options]) == 0
+    assert (read_npz(tmp_path / "drawn.npz", "drawing")["arr_0"] == found["arr_0"][:5]).all()
+    assert cli.main(["draw", str(file), "--prompt", "a red bus", "--prompt", "a cat", *options]) == 0
+    drawn, record = read_npz(tmp_path / "drawn.npz", "drawing"), provenance.provenance_of(tmp_path / "drawn.npz")
+    assert drawn["arr_0"].shape == (8, 8, 8, 3) and record["pictures"] == ["a red bus", "a cat"] * 4
+    assert cli.main(["draw", str(file), "--class", "3", *options]) == 2
+    assert "trained with captions and knows no classes; ask for prompts" in capsys.readouterr().err
+
+    # so does a file of its weights alone, which needs no image of the configuration
+    bare = tmp_path / "bare.safetensors"
+    assert cli.main(["export", str(file), str(bare), "--format", "safetensors"]) == 0
+    shutil.move(told.plan.images.folder, tmp_path / "images")
+    asked = ["--model", "dot", "--sampling", "quick", "--prompt", "a red bus", "--prompt", "a cat"]
+    assert cli.main(["draw", str(bare), *asked, *options]) == 0
+    assert (read_npz(tmp_path / "drawn.npz", "drawing")["arr_0"] == drawn["arr_0"]).all()
+    shutil.move(tmp_path / "images", told.plan.images.folder)
+
+    # CLIP score of every sample and its caption, by a detector that is added later
+    where = told.raw["condition"]["encoder"]
+    by_clip = {"clip": {"pretrained": {"name": "clip", "weights": where}}}
+    told.configure(
+        condition=told.raw["condition"], cache=told.raw["cache"], detector={**told.raw["detector"], **by_clip}
+    )
+    evaluation = next(row.evaluation for row in told.plan.rows if row.step == 8)
+    for command in (
+        ["reference"],
+        *([name, evaluation.name, "--detector", "clip"] for name in ("features", "evaluate")),
+    ):
+        told.run(*command)
+    clip = open_detector("clip", where)
+    cosines = clip.cosines(clip.arrays(found["arr_0"], "samples")["pool"], said).astype(np.float64)
+    score = artefact.read_json(evaluation.judgement("clip").score, "score")["scores"]
+    assert score["clip_score"] == pytest.approx(100 * np.maximum(cosines, 0).mean(), rel=1e-4)
+    assert score["clip_score_std"] == pytest.approx(100 * np.maximum(cosines, 0).std(ddof=1) / 12**0.5, rel=1e-3)
 
     # another tokenizer's states are refused, before anything is trained with them
     other = tmp_path / "other"
@@ -284,6 +323,26 @@ def test_training_with_captions_is_resumed_to_the_bit_sampled_and_told_what_it_w
     made = {**json.loads(manifest.read_text()), "key": told.plan.text.key, "recipe": told.plan.text.recipe}
     manifest.write_text(json.dumps(made))
     assert "encoded by the tokenizer" in told.refused(capsys, "plan")
+
+
+def test_an_mmdit_is_aligned_on_captions_stopped_and_drawn_with_guidance(told):
+    layers = {"teacher": "vit", "student_layers": [0, 1], "teacher_layers": [0, 1]}
+    haste = {"features": {"teacher": "vit", "depth": 1, "hidden": 16}, "attention": layers}
+    told.configure(
+        **{key: told.raw[key] for key in ("condition", "cache")},
+        models={"dot": {"architecture": "mmdit", "depth": 2, "width": 16, "heads": 2}},
+        alignments={"HASTE": haste},
+        runs={"HASTE": {"alignment": "HASTE", "stop": 2, "milestones": [3]}},
+    )
+    told.run("plan")
+    for step in (2, 3):
+        told.run("train", told.plan.state("HASTE", step))
+    states = [load_file(told.plan.path(told.plan.state("HASTE", step))) for step in (2, 3)]
+    assert "projectors/features/0.weight" in states[0] and "projectors/features/0.weight" not in states[1]
+    name = "model/context_embedder.weight"
+    assert states[0][name].shape == (16, captioned.WIDTH) and (states[0][name] != states[1][name]).all()
+    told.run("sample", told.plan.rows[0].evaluation.name)
+    assert read_npz(told.plan.rows[0].evaluation.sample_file(0), "samples")["arr_0"].shape == (12, 8, 8, 3)
 
 
 def test_captions_that_changed_are_refused_where_states_were_made_from_the_earlier_ones(told):
