@@ -17,6 +17,7 @@ from haste import config
 from haste.align import triggers
 from haste.cli import main as cli
 from haste.data.captions import Captions
+from haste.models.mmdit import MMDiT
 from haste.plan.plan import Plan
 
 ROOT = Path(haste.__file__).parent.parent
@@ -192,7 +193,7 @@ def rows_of(section: str) -> dict[str, list[str]]:
 # What stands beside the keys that all triggers have.
 SECTIONS = sections() | {f"trigger: {name}": kind for name, kind in triggers.TRIGGERS.items()}
 SECTIONS |= {f"measure: {name}": config.measure_named(name) for name in config.MEASURES}
-SECTIONS |= {"condition: captions": Captions.Settings}
+SECTIONS |= {"condition: captions": Captions.Settings, "architecture: mmdit": MMDiT.Settings}
 each_section = pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section or "top")
 FIELDS = [(path, name) for path, model in SECTIONS.items() for name in model.model_fields]
 each_key = pytest.mark.parametrize(("section", "key"), FIELDS, ids=lambda part: part or "top")
@@ -350,6 +351,10 @@ OTHER = {
     "models.NAME.heads": 8,
     "models.NAME.width": 128,
     "models.NAME.patch_size": 4,
+    "architecture: mmdit.heads": 4,
+    "architecture: mmdit.width": 32,
+    "architecture: mmdit.patch_size": 4,
+    "architecture: mmdit.qk_norm": "rms",
     "alignments.NAME.features.teacher": "big",
     "alignments.NAME.features.similarity": "nt-xent",
     "alignments.NAME.features.negatives": "batch",
@@ -471,7 +476,7 @@ def names(raw: dict, trained: bool) -> dict[str, str]:
 
 def changed(section: str, key: str) -> tuple[dict, dict]:
     """A configuration, and the same with one key changed."""
-    captions = section.startswith("condition: ") or f"{section}.{key}" in (
+    captions = section.startswith(("condition: ", "architecture: ")) or f"{section}.{key}" in (
         "sampling.NAME.split",
         "sampling.NAME.prompts",
     )
@@ -499,6 +504,9 @@ def section_of(raw: dict, section: str) -> dict:
         return stops["features"]
     if section.startswith("condition: "):
         return raw["condition"]
+    if section.startswith("architecture: "):
+        raw["models"]["dot"] = {"architecture": "mmdit", "depth": 2, "width": 16, "heads": 2}
+        return raw["models"]["dot"]
     if section.startswith("measure: "):
         kind = section.removeprefix("measure: ")
         if raw["measures"]["cosine"]["measure"] != kind:
@@ -550,7 +558,9 @@ def test_the_example_has_the_trunk_the_branches_and_the_cost_that_the_documents_
 
 
 def test_the_published_mappings_in_the_document_are_those_of_the_code():
-    rows = re.findall(r"^\| `([SD]iT-\w+/2)` \| (\d+) \| (\d+) \| ([\d, ]+) \| ([\d, ]+) \|$", KEYS, re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([SD]iT-\w+/2|MM-DiT)` \| (\d+) \| (\d+) \| ([\d, ]+) \| ([\d, ]+) \|$", KEYS, re.MULTILINE
+    )
     layers = {name: (int(depth), *(yaml.safe_load(f"[{x}]") for x in pair)) for name, depth, _, *pair in rows}
     assert layers == config.MAPPINGS
     assert {name: int(alone) for name, _, alone, *_ in rows} == config.REPA_DEPTH

@@ -40,13 +40,15 @@ def _images(arguments: argparse.Namespace) -> None:
 def _latents(arguments: argparse.Namespace) -> None:
     from haste.data import jobs
 
-    jobs.make_latents(plan_to_compute(arguments), None if arguments.join else arguments.shard)
+    plan = (plan_of if arguments.join else plan_to_compute)(arguments)
+    jobs.make_latents(plan, None if arguments.join else arguments.shard)
 
 
 def _text(arguments: argparse.Namespace) -> None:
     from haste.data import jobs
 
-    jobs.make_text(plan_to_compute(arguments), None if arguments.join else arguments.shard)
+    plan = (plan_of if arguments.join else plan_to_compute)(arguments)
+    jobs.make_text(plan, None if arguments.join else arguments.shard)
 
 
 def _autoencoder(arguments: argparse.Namespace) -> None:
@@ -70,7 +72,7 @@ def _detector(arguments: argparse.Namespace) -> None:
 def _targets(arguments: argparse.Namespace) -> None:
     from haste.teachers import targets
 
-    plan = plan_to_compute(arguments)
+    plan = (plan_of if arguments.join else plan_to_compute)(arguments)
     if arguments.fit:
         targets.fit(plan, arguments.name)
     elif arguments.join:

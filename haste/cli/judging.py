@@ -110,7 +110,7 @@ def _features(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from haste.score import jobs
 
-    plan = plan_of(arguments)
+    plan = plan_to_compute(arguments)
     evaluation = plan.evaluation(arguments.draw)
     names = [plan.detector_named(arguments.detector).name] if arguments.detector else list(plan.detectors)
     for name in names:
@@ -120,7 +120,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _floor(arguments: argparse.Namespace) -> None:
     from haste.score import jobs
 
-    plan = plan_of(arguments)
+    plan = plan_to_compute(arguments)
     jobs.floor_of(plan.detector_named(arguments.detector or plan.detector.name))
 
 

@@ -79,5 +79,6 @@ from haste.config.schema import (
     Timesteps,
     Training,
     Trigger,
+    minutes_of,
 )
 from haste.networks.registry import DETECTORS, TEACHERS

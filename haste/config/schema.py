@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -274,6 +275,23 @@ class Training(Strict):
         return decides(Training, self.model_dump(exclude={"process"}) | unused)
 
 
+_MINUTES = re.compile(r"(\d+(?:\.\d+)?) ?min")
+
+
+def minutes_of(every: int | str) -> float | None:
+    """Minutes between saves; None if they are counted in steps."""
+    return None if isinstance(every, int) else float(every.removesuffix("min"))
+
+
+def _save_every(value: Any) -> int | str:
+    if type(value) is int and value >= 1:
+        return value
+    found = _MINUTES.fullmatch(value) if isinstance(value, str) else None
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"expected a number of steps, or of minutes such as '10 min', found {value!r}")
+    return f"{found[1]} min"
+
+
 class Runtime(Strict):
     """How the work is executed. No key is part of a name, because none decides a result."""
 
@@ -283,12 +301,13 @@ class Runtime(Strict):
     compile: bool = False
     checkpoint_blocks: bool = False
     threads: Positive = 1
-    save_every: Positive = 1000
+    save_every: Annotated[int | str, BeforeValidator(_save_every)] = 1000
     keep_every: Positive | None = None
     log_every: Positive = 100
     trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
     sample_shards: Positive = 1
     sample_batch: Positive = 256
+    jobs_per_gpu: Positive = 1
 
 
 # The sampling settings of the papers' tables (REPA; HASTE). Keys beside `preset` override them.

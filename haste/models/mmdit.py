@@ -42,8 +42,9 @@ class JointBlock(nn.Module):
         entered, rest = self.x_block.enter(image, condition)
         q, k, v = of_image.split(entered)
         pairs = ((text_q, q), (text_k, k), (text_v, v))
-        joint = (torch.cat(pair, dim=2) for pair in pairs)  # 3 of (B, H, L + N, K), text first
-        attended = functional.scaled_dot_product_attention(*joint).split([text.shape[1], image.shape[1]], dim=2)
+        queries, keys, values = (torch.cat(pair, dim=2) for pair in pairs)  # each (B, H, L + N, K), text first
+        out = functional.scaled_dot_product_attention(queries, keys, values)
+        attended = out.split([text.shape[1], image.shape[1]], dim=2)
         image = self.x_block.leave(image, of_image.merge(attended[1]), rest)
         if not self.last:
             text = self.context_block.leave(text, of_text.merge(attended[0]), text_rest)
@@ -67,8 +68,8 @@ class MMDiT(Transformer):
         """The keys of `models.NAME`; width and heads follow from the depth, if they are not given."""
 
         depth: Positive = DEPTH
-        width: Positive
-        heads: Positive
+        width: Positive = HEAD_WIDTH * DEPTH
+        heads: Positive = DEPTH
         patch_size: Positive = 2
         mlp_ratio: Rate = 4.0
         qk_norm: Literal["none", "rms"] = "none"

@@ -45,10 +45,16 @@ def size(tree: Tree, facts: Mapping[str, Any], told: Mapping[str, Any], file: st
     depth, of_head = len(places), len(tree[_NORM]) if _NORM in tree else 0
     heads = width // of_head if of_head else facts.get("heads") or told.get("heads") or _HEADS.get((depth, width))
     if not heads or width % heads:
-        found = f"{heads} heads do not divide its width {width}" if heads else f"{depth} blocks of width {width} are "
-        unknown = "" if heads else "not the published size, and the weights do not show their heads: say how many"
-        raise ValueError(f"{file}: {found}{unknown}")
-    found = {"architecture": "mmdit", "depth": depth, "width": width, "heads": heads, "patch_size": patch}
+        unknown = f"{depth} blocks of width {width} are not the published size, and the weights do not show their heads"
+        wrong = f"{heads} heads do not divide its width {width}" if heads else f"{unknown}: say how many"
+        raise ValueError(f"{file}: {wrong}")
+    found: dict[str, Any] = {
+        "architecture": "mmdit",
+        "depth": depth,
+        "width": width,
+        "heads": heads,
+        "patch_size": patch,
+    }
     found |= {"mlp_ratio": mlp_ratio(len(tree[_MLP]), width), "qk_norm": "rms" if of_head else "none"}
     return found | {"text_width": tree[_TEXT].shape[1], "in_channels": channels}
 

@@ -213,7 +213,7 @@ def _tidy(tree: Tree, file: str) -> tuple[Tree, tuple[Tree, ...]]:
         weights[f"blocks.{count + int(match[1])}.{match[2]}" if match else name] = value
     if _PATCHES not in weights and (said := foreign.weights(weights)):
         raise ValueError(f"{file}: expected the weights of a SiT or DiT, found {said}")
-    if any("norm1_" in name or name.startswith(("joint_blocks.", "context_embedder.")) for name in weights):
+    if joint.shows(weights):
         raise ValueError(f"{file}: the weights of a joint text and image transformer, expected those of a SiT or DiT")
     return weights, heads
 

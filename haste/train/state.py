@@ -114,19 +114,18 @@ def tensors_of(learner: Learner) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in tensors.items()}
 
 
-def save(path: Path, learner: Learner, header: Mapping[str, Any], beside: Mapping[str, Tensor] | None = None) -> None:
+def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write a state atomically.
 
     Args:
         path: the file.
-        learner: what to write.
+        tensors: those of a learner (`tensors_of`), and others beside them.
         header: the entries of the header, except schema and kind.
-        beside: tensors that are not the learner's.
 
     Raises:
         OSError: the disk is full or the folder is not writable; an existing file stays as it was.
     """
-    files.write(path, tensors_of(learner) | dict(beside or {}), {"schema": artefact.SCHEMA, "kind": STATE, **header})
+    files.write(path, tensors, {"schema": artefact.SCHEMA, "kind": STATE, **header})
 
 
 def read(path: Path | str, *, key: str, prefixes: tuple[str, ...] = ("",)) -> tuple[dict[str, Any], dict[str, Tensor]]:

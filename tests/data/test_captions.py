@@ -325,6 +325,26 @@ def test_training_with_captions_is_resumed_to_the_bit_sampled_and_told_what_it_w
     assert "encoded by the tokenizer" in told.refused(capsys, "plan")
 
 
+def test_an_mmdit_is_aligned_on_captions_stopped_and_drawn_with_guidance(told):
+    layers = {"teacher": "vit", "student_layers": [0, 1], "teacher_layers": [0, 1]}
+    haste = {"features": {"teacher": "vit", "depth": 1, "hidden": 16}, "attention": layers}
+    told.configure(
+        **{key: told.raw[key] for key in ("condition", "cache")},
+        models={"dot": {"architecture": "mmdit", "depth": 2, "width": 16, "heads": 2}},
+        alignments={"HASTE": haste},
+        runs={"HASTE": {"alignment": "HASTE", "stop": 2, "milestones": [3]}},
+    )
+    told.run("plan")
+    for step in (2, 3):
+        told.run("train", told.plan.state("HASTE", step))
+    states = [load_file(told.plan.path(told.plan.state("HASTE", step))) for step in (2, 3)]
+    assert "projectors/features/0.weight" in states[0] and "projectors/features/0.weight" not in states[1]
+    name = "model/context_embedder.weight"
+    assert states[0][name].shape == (16, captioned.WIDTH) and (states[0][name] != states[1][name]).all()
+    told.run("sample", told.plan.rows[0].evaluation.name)
+    assert read_npz(told.plan.rows[0].evaluation.sample_file(0), "samples")["arr_0"].shape == (12, 8, 8, 3)
+
+
 def test_captions_that_changed_are_refused_where_states_were_made_from_the_earlier_ones(told):
     folder, manifest = Path(told.plan.images.folder), Path(told.plan.images.manifest)
     lines = folder.joinpath(FILE).read_bytes().replace(b"three", b"seven")

@@ -158,7 +158,10 @@ def test_another_model_or_layout_than_was_asked_for_is_refused(tmp_path, options
         read_checkpoint(tmp_path / "file.pt", **{"expected": {"heads": 4}, **options})
 
 
-def test_a_sit_is_no_mmdit(tmp_path):
+def test_diffusers_file_without_its_folder_and_a_sit_are_no_mmdit(tmp_path):
+    diffusers_folders.write(tmp_path / "sd3", numbers(5), FOUND)
+    with pytest.raises(ValueError, match="found a joint text and image transformer of diffusers': give its folder"):
+        read_checkpoint(tmp_path / "sd3" / "transformer" / diffusers_folders.WEIGHTS)
     sits = {"x_embedder.proj.weight": torch.ones(16, 4, 2, 2), "blocks.0.attn.qkv.bias": torch.ones(48)}
     torch.save(sits, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="expected the weights of an MM-DiT .*found the weights of a diffusion transf"):

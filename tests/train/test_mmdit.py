@@ -106,7 +106,7 @@ def test_cuts_a_stop_and_blocks_computed_again_change_no_bit_and_every_weight_mo
 
 
 def test_a_state_is_sampled_with_guidance_measured_and_evaluated_as_repas_file(make, tmp_path):
-    plan = make(measures={"gradient-cosine": {"measure": "gradient-cosine", "images": 8, "shards": 2, "times": [0.5]}})
+    plan = make(measures={"gradient-cosine": {"measure": "gradient-cosine", "images": 8, "shards": 2, "t": [0.5]}})
     state = loop.train(plan, plan.state("HASTE", 8))
     assert state.parent.name.startswith("mmdit-features-attention-s0-")
     for command in (["sample", plan.rows[0].evaluation.name], ["measure", "gradient-cosine", str(state)]):
