@@ -211,7 +211,11 @@ def pictures(painter: Painter, count: int) -> dict[str, np.ndarray]:
     watch, found = _Watch("pictures", count), []
     for low in range(0, count, BATCH):
         rows = range(low, min(low + BATCH, count))
-        found.append(painter.draw(rows, lambda share, rows=rows: watch(share * len(rows))))
+
+        def begun(share: float, size: int = len(rows)) -> None:
+            watch(share * size)
+
+        found.append(painter.draw(rows, begun))
         watch.finished(len(rows), True)
     return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
 
