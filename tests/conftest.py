@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import gc
 import hashlib
 import os
 import shutil
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from haste import config
@@ -22,9 +22,17 @@ from haste.plan.plan import Plan
 TINY: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collections of garbage that training asks for need not look at it each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Bits depend on the number of threads, and tests run side by side."""
+    import torch  # here, so that the process that only hands out tests starts without it
+
     torch.set_num_threads(1)
 
 
