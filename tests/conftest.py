@@ -8,12 +8,14 @@ import gc
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from warm import Warm
 
 from haste import config
 from haste.cli import main as cli
@@ -23,9 +25,14 @@ TINY: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: the collections of garbage that training asks for need not look at it each time."""
+    """What is imported by now stays: the collections of garbage that training asks for need not look at it."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Then it is as it was, or some libraries report as leaked what is still there when Python ends."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,6 +70,15 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
         return folder
 
     return made
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """A process that becomes any job at once."""
+    with tempfile.TemporaryDirectory() as folder:  # sockets have 108 characters
+        made = Warm(Path(folder))
+        yield made
+        made.close()
 
 
 @pytest.fixture(scope="session")
