@@ -444,7 +444,7 @@ def _faults_of_measure(config: Config, name: str) -> list[str]:
         return []
     if spec.alignment not in config.alignments:
         return [f"{at}: nothing is called {spec.alignment!r}{nearest(spec.alignment, config.alignments)}"]
-    if "alignment" not in spec.made.needs:
+    if not spec.made.needs & {"alignment", "named alignment"}:
         return [f"{at}: {spec.alignment!r} given, but {spec.measure} compares with no alignment"]
     return []
 
@@ -464,15 +464,16 @@ def _faults_of_measuring(config: Config, kind: str, name: str) -> list[str]:
     own = kind == "runs" and alignment_named(config, row.alignment) != Alignment()
     for one in row.measures:
         spec, where = config.measures[one], f"{kind}.{name}.measures: {one}"
-        if "alignment" in spec.made.needs:
-            borrowed = None if own else alignment_named(config, spec.alignment or "vanilla")
+        if needs := spec.made.needs & {"alignment", "named alignment"}:
+            takes_own = own and ("alignment" in needs or spec.alignment is None)
+            borrowed = None if takes_own else alignment_named(config, spec.alignment or "vanilla")
             if borrowed == Alignment():
                 faults.append(
                     f"{where} ({spec.measure}) compares with an alignment, but {name} has none; expected "
                     f"measures.{one}.alignment, one of {', '.join(config.alignments) or 'alignments, which has none'}"
                 )
                 continue
-            if kind == "runs" and borrowed and borrowed.attention is None:
+            if "alignment" in needs and kind == "runs" and borrowed and borrowed.attention is None:
                 faults.append(
                     f"{where} compares with {spec.alignment}, whose features need a projector, which {name} never has; "
                     "expected an alignment with attention"
