@@ -23,7 +23,17 @@ from haste.config.derived import (
 )
 from haste.config.keys import Strict, nearest
 from haste.config.parts import Autoencoder, Detector, Model, OtherModel, Teacher, architecture_named
-from haste.config.published import MAPPINGS, MODELS, alignment_named, model_named, teacher_shape, teacher_tokens
+from haste.config.published import (
+    MAPPINGS,
+    MODELS,
+    alignment_named,
+    filter_faults,
+    layer_faults,
+    model_named,
+    teacher_shape,
+    teacher_side,
+    teacher_tokens,
+)
 from haste.config.schema import (
     PRESETS,
     SAMPLERS,
@@ -226,6 +236,9 @@ def _faults_of_teachers(config: Config) -> list[str]:
         tokens = teacher_tokens(config, name)
         if tokens and teacher.pca is not None and teacher.pca > tokens[0]:
             faults.append(f"teachers.{name}.pca: {teacher.pca}, but its features have a width of {tokens[0]}")
+        shape, side = teacher_shape(teacher), teacher_side(config, name)
+        faults += layer_faults(config, name, shape[0]) if shape else []
+        faults += filter_faults(config, name, side) if side else []
         found = teacher.pretrained.name if teacher.pretrained else None
         if found is not None and found not in {*TEACHERS, *extensions.names("teachers")} and not _TIMM.match(found):
             faults.append(
@@ -257,21 +270,18 @@ def _faults_of_alignment(config: Config, name: str) -> list[str]:
     elif term.student_layers == []:
         faults.append(f"{at}.student_layers: found none, expected at least one")
     shape = teacher_shape(config.teachers[term.teacher]) if term.teacher in config.teachers else None
-    if shape is not None:  # without one it is a timm name that is not in TEACHERS: known when it is loaded
-        faults += _beyond(f"{at}.teacher_layers", term.teacher_layers, term.teacher, range(shape[0]))
-        if term.heads is not None and term.heads > shape[1]:
-            faults.append(f"{at}.heads: {term.heads}, but teacher {term.teacher} has {shape[1]}")
+    # Without a shape it is a timm name that is not in TEACHERS: known when it is loaded.
+    if shape is not None and term.heads is not None and term.heads > shape[1]:
+        faults.append(f"{at}.heads: {term.heads}, but teacher {term.teacher} has {shape[1]}")
     return faults
 
 
 def _faults_of_target(config: Config, name: str) -> list[str]:
-    """A layer that the teacher does not have, and what needs more than one token."""
+    """What needs more than one token of a teacher."""
     term, at = config.alignments[name].features, f"alignments.{name}.features"
     if term is None or term.teacher not in config.teachers:
         return []
-    shape, tokens = teacher_shape(config.teachers[term.teacher]), teacher_tokens(config, term.teacher)
-    asked = None if term.layer is None else [term.layer]
-    faults = _beyond(f"{at}.layer", asked, term.teacher, range(shape[0])) if shape else []
+    tokens, faults = teacher_tokens(config, term.teacher), []
     if tokens and tokens[1] == 1:
         alone = f"but teacher {term.teacher} has one token an image"
         faults += [f"{at}.head: conv, {alone}: there is no grid to convolve"] if term.head == "conv" else []

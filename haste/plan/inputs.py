@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from haste import extensions
-from haste.config import Config, Model, facts_in, model_in
+from haste.config import Config, Model, facts_in, layer_faults, model_in
 from haste.networks import autoencoder, layouts, weights
 from haste.networks.registry import DETECTORS, TEACHERS
 from haste.plan.data import Data
@@ -110,7 +110,9 @@ def teachers(parts: Parts) -> None:
             weights.check_timm_name(spec.name)
         else:
             public.side(spec.name, parts.config.images.resolution)
-        _transformer(spec, called)
+        depth = _transformer(spec, called)
+        if faults := layer_faults(parts.config, name, depth) if depth else []:
+            raise ValueError("\n".join(faults))
 
 
 def detectors(parts: Parts) -> None:
@@ -132,16 +134,15 @@ def _scores(parts: Parts, detector: Detector) -> list[str]:
     return [detector.floor, *(one.score for one in judged if one.detector == detector)]
 
 
-def _transformer(spec: Any, called: str) -> None:
+def _transformer(spec: Any, called: str) -> int | None:
+    """Look at a public network's weights; returns the number of its blocks, None if nothing tells."""
     public = TEACHERS.get(spec.name)
     if spec.weights is not None:
-        weights.check_transformer(Path(spec.weights), called, public)
-    elif (
-        public is not None
-        and public.on_hub
-        and (found := weights.in_cache(f"timm/{public.timm}", called, "model.safetensors"))
-    ):
-        weights.check_transformer(found, called, public)
+        return weights.check_transformer(Path(spec.weights), called, public)
+    found = None
+    if public is not None and public.on_hub:
+        found = weights.in_cache(f"timm/{public.timm}", called, "model.safetensors")
+    return weights.check_transformer(found, called, public) if found else None
 
 
 def references(parts: Parts) -> None:
