@@ -78,7 +78,7 @@ class Cost(Measure):
                 once.append((step.peak_megabytes(), *(flops / 2e9 for flops in step.flops())))
             del step
         subject.notes += [f"the teacher of {term} is read from disk and not run" for term in subject.what.cached]
-        subject.notes.append(f"images/s are of {_machine(subject)}, one process, and of nothing else")
+        subject.notes.append(f"images/s are of this machine alone, {_machine(subject)}, one process")
         rates = [subject.group.mean(turn) for turn in rates]
         memory = subject.group.mean([megabytes for megabytes, _, _ in once])
         for place, terms in enumerate(sets):

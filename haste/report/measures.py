@@ -3,8 +3,8 @@
 A line of the table is a run at a step, at one place of all axes but the first one of numbers, x, whose places stand
 side by side while they are few. A figure has x along the bottom and a line a run; where there are many places of
 another axis of numbers it is a heat map of that against x, one a run, of the run's last step; many steps have a heat
-map too. A measure may ask for steps along the bottom, of the mean over all axes of numbers, or for no figure. What the
-papers print of the same model is a run of its own.
+map too. A measure may instead ask for steps along the bottom and the mean over all axes of numbers, or for no figure.
+What the papers print of the same model is a run of its own.
 """
 
 from __future__ import annotations
@@ -77,6 +77,11 @@ class Findings:
         return cls(name, ones, frame, several[0] if several else "", several[1:], words, values)
 
     @property
+    def is_drawn(self) -> bool:
+        """Whether it may have figures."""
+        return self.ones[0].found.get("along") != "nothing"
+
+    @property
     def over_steps(self) -> bool:
         """Whether figures have steps along the bottom."""
         asked = self.ones[0].found.get("along") == "step" or not self.x
@@ -135,9 +140,13 @@ def anchor(report: Report, one: Measured) -> str:
 # Tables
 
 
-def measure_tables(report: Report) -> list[Table]:
-    """A table a measure."""
-    return [_table(report.seeds, lambda one: anchor(report, one), found) for found in findings(report)]
+def measure_tables(report: Report, drawn: Sequence[bool] = (True, False)) -> list[Table]:
+    """A table a measure; only of those that may have figures, or may not, if `drawn` says so."""
+    return [
+        _table(report.seeds, lambda one: anchor(report, one), found)
+        for found in findings(report)
+        if found.is_drawn in drawn
+    ]
 
 
 def _table(seeds_of: Mapping[str, Sequence[int]], link_of: Callable[[Measured], str], found: Findings) -> Table:
@@ -236,7 +245,7 @@ def measure_panels(report: Report) -> list[tuple[str, list[Panel]]]:
 
 
 def _panels(found: Findings, drawn: Mapping[str, Style]) -> Iterator[Panel]:
-    if found.ones[0].found.get("along") == "nothing":
+    if not found.is_drawn:
         return
     number, frame = itertools.count(), found.frame
     crowded = [axis for axis in found.others if frame[axis].nunique() > APART]
@@ -253,7 +262,7 @@ def _panels(found: Findings, drawn: Mapping[str, Style]) -> Iterator[Panel]:
     for value in found.values:
         if found.over_steps:
             for place, part in found.groups(frame, found.words):
-                title = ", ".join([value, *place])
+                title = ", ".join([*([value] if len(found.values) > 1 or not place else []), *place])
                 yield _lines(found, value, _averaged(found, value, part), title, drawn, f"{found.slug}-{next(number)}")
         elif crowded:
             yield from maps(value, last, crowded[0], found.x)
@@ -262,7 +271,7 @@ def _panels(found: Findings, drawn: Mapping[str, Style]) -> Iterator[Panel]:
             for place, part in found.groups(frame, apart):
                 title = ", ".join([value, *_where(found, apart, place)])
                 yield _lines(found, value, part, title, drawn, f"{found.slug}-{next(number)}")
-        if found.x and len(found.steps) > APART:
+        if found.x and not found.over_steps and len(found.steps) > APART:
             yield from maps(value, frame, crowded[0] if crowded else found.x, "step")
 
 

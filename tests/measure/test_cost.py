@@ -47,7 +47,7 @@ def test_operations_are_those_of_arithmetic_and_memory_holds_at_least_what_must_
     for row in rows.values():
         assert row["MB / vanilla"] == pytest.approx(row["peak MB"] / vanilla["peak MB"])
     (note,) = found["notes"]
-    assert note.startswith("images/s are of ") and ", 1 threads, fp32," in note
+    assert note.startswith("images/s are of this machine alone, ") and ", 1 threads, fp32, one process" in note
 
 
 def test_peak_memory_is_what_was_held_and_the_most_that_was_allocated_beside_it():
