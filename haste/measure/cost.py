@@ -75,14 +75,15 @@ class Cost(Measure):
             step()
             rates[turn][place] = self._rate(step)
             if not turn:
-                once.append((step.peak_megabytes(), *(flops / 2e9 for flops in step.flops())))
+                student, teacher = step.flops()
+                once.append((step.peak_megabytes(), student / 2e9, teacher / 2e9))
             del step
         subject.notes += [f"the teacher of {term} is read from disk and not run" for term in subject.what.cached]
         subject.notes.append(f"images/s are of this machine alone, {_machine(subject)}, one process")
         rates = [subject.group.mean(turn) for turn in rates]
         memory = subject.group.mean([megabytes for megabytes, _, _ in once])
         for place, terms in enumerate(sets):
-            where = {"terms": JOINT.join(terms) or NONE, "batch": size}
+            where: dict[str, str | int | float] = {"terms": JOINT.join(terms) or NONE, "batch": size}
             found = {MEMORY: memory[place], TIMES_MEMORY: memory[place] / memory[0]}
             found |= {STUDENT: once[place][1], TEACHER: once[place][2]}
             yield {**where, **found, **_over_turns([turn[place] for turn in rates], [turn[0] for turn in rates])}
