@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from haste import extensions
-from haste.config import Config, condition_arguments, facts_in
+from haste.config import Config, condition_arguments, facts_in, layer_faults
 from haste.files import artefact, units
 from haste.networks import autoencoder, layouts, weights
 from haste.networks import text as public_text
@@ -150,7 +150,9 @@ def teachers(parts: Parts) -> None:
             weights.check_timm_name(spec.name)
         else:
             public.side(spec.name, parts.config.images.resolution)
-        _transformer(spec, called)
+        depth = _transformer(spec, called)
+        if faults := layer_faults(parts.config, name, depth) if depth else []:
+            raise ValueError("\n".join(faults))
 
 
 def detectors(parts: Parts) -> None:
@@ -175,16 +177,15 @@ def _scores(parts: Parts, detector: Detector) -> list[str]:
     return [detector.floor, *(one.score for one in judged if one.detector == detector)]
 
 
-def _transformer(spec: Any, called: str) -> None:
+def _transformer(spec: Any, called: str) -> int | None:
+    """Look at a public network's weights; returns the number of its blocks, None if nothing tells."""
     public = TEACHERS.get(spec.name)
     if spec.weights is not None:
-        weights.check_transformer(Path(spec.weights), called, public)
-    elif (
-        public is not None
-        and public.on_hub
-        and (found := weights.in_cache(f"timm/{public.timm}", called, "model.safetensors"))
-    ):
-        weights.check_transformer(found, called, public)
+        return weights.check_transformer(Path(spec.weights), called, public)
+    found = None
+    if public is not None and public.on_hub:
+        found = weights.in_cache(f"timm/{public.timm}", called, "model.safetensors")
+    return weights.check_transformer(found, called, public) if found else None
 
 
 def references(parts: Parts) -> None:
