@@ -53,6 +53,13 @@ class Images(Strict):
     on_bad_image: Literal["fail", "skip"] = "fail"
     shards: Positive = 1
 
+    @model_validator(mode="before")
+    @classmethod
+    def _as_published(cls, given: Any) -> Any:
+        """The crop that numbers on MS-COCO are published for."""
+        coco = isinstance(given, dict) and given.get("source") == "coco"
+        return {"crop": "centre-lanczos", **given} if coco else given
+
     @model_validator(mode="after")
     def _has_path(self) -> Images:
         made = self.source in ("digits", "moved-digits")

@@ -18,7 +18,7 @@ from haste.config.keys import LABEL, Place, Positive
 from haste.data import order
 from haste.data.condition import Condition, Rows
 from haste.data.words import Words
-from haste.files.store import Store
+from haste.files.store import Made, Store
 from haste.files.texts import Texts
 from haste.networks.text import WORDS
 
@@ -58,6 +58,7 @@ class Captions(Condition):
         self.arguments = {"text_tokens": tokens, "text_width": width}
         self._where, self._device = encoder, "cpu"
         self._texts: Texts | None = None
+        self._images: Made | None = None
         self._states: Store | None = None
 
     @property
@@ -78,7 +79,7 @@ class Captions(Condition):
         found = self.on(plan)
         found._texts = Texts.of(plan.data.images)
         if plan.text is None:
-            found.encoder  # noqa: B018 - loaded once, before threads ask for it
+            found._null  # noqa: B018 - before threads ask: the first text sets how the tokenizer cuts and pads
         else:
             found._states = Store.of(plan.text)
             if (sha256 := found._states.manifest["captions"]) != found._texts.sha256:
@@ -91,32 +92,46 @@ class Captions(Condition):
     def on(self, plan: Plan) -> Captions:
         """See `Condition`: with the encoder that a plan names, on its device."""
         found = copy.copy(self)
+        found._images = plan.data.images
         settings: Any = plan.config.condition
         found._where, found._device = settings.encoder, _device(plan)
         return found
 
     @functools.cached_property
     def encoder(self) -> Words | TextEncoder:
-        """The text encoder, loaded at its first use."""
+        """The text encoder, loaded at its first use.
+
+        Raises:
+            ValueError: it cannot be had, or is not the one that made the states of captions.
+        """
         tokens, width = self.shape
         if self._where == WORDS:
             return Words(tokens=tokens, width=width)
         from haste.data.text_encoder import TextEncoder
 
-        return TextEncoder.load(self._where, tokens=tokens, width=width, masked=self._masked, device=self._device)
+        found = TextEncoder.load(self._where, tokens=tokens, width=width, masked=self._masked, device=self._device)
+        made = found.identities if self._states is None else self._states.manifest["encoder"]
+        if self._states is not None and (other := [name for name in made if made[name] != found.identities[name]]):
+            raise ValueError(
+                f"{self._states.folder}: encoded by the {other[0]} {made[other[0]][:12]}, but {self._where} holds "
+                f"{found.identities[other[0]][:12]}. Put back what was there, or remove the store to encode anew"
+            )
+        return found
 
     @property
     def texts(self) -> Texts:
-        """The captions of the images; only once `opened`."""
+        """The captions of the images of a plan that this is `opened` or `on`."""
         if self._texts is None:
-            raise ValueError("captions are read before they are opened; call opened(plan) first")
+            if self._images is None:
+                raise ValueError("captions are read before they are opened; call opened(plan) first")
+            self._texts = Texts.of(self._images)
         return self._texts
 
     @property
     def identities(self) -> dict[str, str]:
-        """See `Condition`: of the captions, the encoder's weights and its tokenizer."""
+        """See `Condition`: of the encoder's weights and its tokenizer and, once these are open, the captions."""
         made = self.encoder.identities if self._states is None else self._states.manifest["encoder"]
-        return {"captions": self.texts.sha256, **made}
+        return dict(made) if self._texts is None else {"captions": self._texts.sha256, **made}
 
     def told(self, rows: Rows) -> NDArray[np.float32]:
         """(N, L, W) float32, whose values float16 holds."""
@@ -150,12 +165,19 @@ class Captions(Condition):
         return found
 
     def sampled(self, sampling: Sampling, indices: range) -> Rows:
-        """Prompts in turn, or captions of a split's images in order, one of each, which follows from seed and i."""
+        """Prompts in turn, or captions of a split's images in order, one of each, which follows from seed and i.
+
+        Raises:
+            ValueError: the split has no images.
+        """
         turns = np.asarray(indices, np.int64)
         if sampling.prompts:
             numbers = turns % len(sampling.prompts)
             return _rows(np.full(len(turns), -1), numbers, [sampling.prompts[number] for number in numbers])
         images = self.texts.splits[sampling.split]
+        if not len(images):
+            why = "images.holdout is 0" if sampling.split == "held_out" else "there are no training images"
+            raise ValueError(f"sampling.split: {sampling.split}, but {why}; expected another split, or prompts")
         chosen = images.start + turns % len(images)
         return self._drawn(chosen, order.uniforms(sampling.seed, "sample caption", 0, indices))
 
@@ -166,11 +188,11 @@ class Captions(Condition):
         return _rows(images, numbers, said)
 
     def words(self, rows: Rows) -> list[str]:
-        """See `Condition`. A text that is longer than its row is read from the captions, where these are open."""
+        """See `Condition`. A text that is longer than its row is read from the plan's captions, where there is one."""
         found = []
         for (image, number), kept in zip(rows["caption"].tolist(), rows["text"], strict=True):
-            if image >= 0 and kept[-1] != _END and self._texts is not None:
-                found.append(self._texts.of_image(image)[number])
+            if image >= 0 and kept[-1] != _END and self._images is not None:
+                found.append(self.texts.of_image(image)[number])
             else:
                 found.append(kept[kept != _END].tobytes().decode(errors="ignore"))
         return found

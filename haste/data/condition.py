@@ -50,7 +50,7 @@ class Condition:
         return self
 
     def on(self, plan: Plan) -> Self:
-        """As `opened`, but for samples of prompts alone, which need no image of the plan."""
+        """As `opened`, but for `words` and for samples of prompts, which need no image of the plan."""
         return self
 
     @property

@@ -83,13 +83,10 @@ class TextEncoder:
         kind: Any = CLIPTextModel if found.kind in ("clip", "clip_text_model") else AutoModelForTextEncoding
         try:
             _quiet()
-            tokenizer = AutoTokenizer.from_pretrained(str(found.folder), local_files_only=True, trust_remote_code=False)
+            options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(str(found.folder), **options)
             model, info = kind.from_pretrained(
-                str(found.folder),
-                local_files_only=True,
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
+                str(found.folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
             )
         except Exception as error:  # of many classes, for one damaged file
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,7 +1,7 @@
 """Captions written beside pictures: COCO's annotations, tables of files and captions, a .txt beside each. No torch.
 
-A text is kept exactly as it stands in its file, down to spaces and line breaks. Those without a letter are left out and
-named; a text that UTF-8 cannot hold is refused.
+A text is kept exactly as it stands in its file, down to spaces and line breaks. Those of white space alone are left out
+and named; a text that UTF-8 cannot hold is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from haste.files.labels import NAMES, columns_of
-from haste.files.walk import Parts, Unused, printable
+from haste.files.walk import EMPTY, Parts, Unused, printable
 
 BESIDE = "beside"  # the name of the .txt beside each picture, in the place of a file's
 TXT = ".txt"
@@ -92,9 +92,10 @@ def _lines(file: Path | str, content: str) -> Table:
         if name is None or said is None:
             known = ", ".join(map(str, keys)) or type(entry).__name__
             raise ValueError(f"{where}: has {known}, expected file_name and caption")
+        name = str(name).replace("\\", "/").removeprefix("./")
         for text in said if isinstance(said, list) else [said]:
-            found.add(where, str(name).replace("\\", "/").removeprefix("./"), text)
-        found.texts.setdefault(str(name), [])
+            found.add(where, name, text)
+        found.texts.setdefault(name, [])
     return found
 
 
@@ -102,19 +103,20 @@ def _coco(file: Path | str, content: str) -> Table:
     whole = _json(str(file), content)
     try:
         names = {one["id"]: str(one["file_name"]) for one in whole["images"]}
-        said = sorted((one["id"], one["image_id"], one["caption"]) for one in whole["annotations"])
+        notes = sorted((one["id"], one["image_id"], one["caption"]) for one in whole["annotations"])
+        said = [(number, image, names.get(image), text) for number, image, text in notes]
         found = Table(texts={names[i]: [] for i in sorted(names)}, ids={name: int(i) for i, name in names.items()})
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{file}: expected COCO's annotations, images with id and file_name, annotations with id, image_id and "
             f"caption; found others ({type(error).__name__}: {str(error)[:60]})"
         ) from error
     if not len(found.ids) == len(names) == len(whole["images"]):
         raise ValueError(f"{file}: names {len(whole['images'])} images, of which some are equal; expected each once")
-    for number, image, text in said:
-        if image not in names:
+    for number, image, name, text in said:
+        if name is None:
             raise ValueError(f"{file}: annotation {number} is of image {image}, which is not among its images")
-        found.add(f"{file}: annotation {number}", names[image], text)
+        found.add(f"{file}: annotation {number}", name, text)
     return found
 
 
@@ -163,7 +165,7 @@ def beside(
         pictures: picture -> its path.
 
     Raises:
-        ValueError: one is no UTF-8 text.
+        ValueError: one cannot be read, or is no UTF-8 text.
     """
     for picture, path in pictures.items():
         if (place := files.get(beside_of(path))) is not None:
@@ -178,8 +180,10 @@ def beside_of(path: Parts) -> Parts:
 def _text(place: Parts, read_file: Any) -> str:
     try:
         content = read_file(place)
-    except ValueError:  # such as an empty file
-        return ""
+    except ValueError as error:
+        if str(error) == EMPTY:
+            return ""
+        raise ValueError(f"{'/'.join(place)}: {error}, expected a caption") from error
     try:
         return content.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:

@@ -58,7 +58,7 @@ def _seen(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     short = min(height, width)
     size = (int(side * width / short), int(side * height / short))
     found = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) if short != side else image
-    top, left = (size[1] - side) // 2, (size[0] - side) // 2
+    left, top = (round((length - side) / 2) for length in size)  # halves to even, as torchvision cuts
     return found[top : top + side, left : left + side]
 
 
@@ -144,11 +144,7 @@ def clip(where: Path | str | None = None) -> Clip:
         tokenizer = AutoTokenizer.from_pretrained(str(found.folder), **options)
         kind: Any = CLIPModel
         model, info = kind.from_pretrained(
-            str(found.folder),
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
+            str(found.folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
         )
     except Exception as error:  # of many classes, for one damaged file
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

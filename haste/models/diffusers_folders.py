@@ -71,14 +71,15 @@ def read(folder: Path, expected: Mapping[str, Any]) -> Checkpoint:
         ValueError: there is none, another network, or weights that are not finite; the message names the file.
     """
     place = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    config, file, scheduler = place / CONFIG, place / WEIGHTS, folder / SCHEDULER
+    config, file = place / CONFIG, place / WEIGHTS
+    beside = [above / SCHEDULER for above in (folder, place.absolute().parent)]
     if not config.is_file() or not file.is_file():
         raise ValueError(f"{folder}: expected diffusers' folder of a DiT or MM-DiT, with {CONFIG} and {WEIGHTS}")
     held, _ = headers.contents(str(file))
     said = _read(config)
     name = "mmdit" if isinstance(said, dict) and said.get("_class_name") == diffusers_sd3.CLASS else "dit"
     kind, called, place_of = KINDS[name], layouts.KNOWN[name], placed(str(file))
-    if scheduler.is_file():
+    if scheduler := next((path for path in beside if path.is_file()), None):
         _told(scheduler, kind.check_scheduler, _read(scheduler))
     shape = _told(config, kind.shape_of, said)
     found = _told(file, kind.from_diffusers, {key: place_of(value) for key, value in held.items()}, shape)

@@ -72,13 +72,13 @@ def opened(folder: Path) -> Found:
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text())
-        kind = config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        kind, inner = config["model_type"], config.get("text_config", config)
+        width, most = inner.get("hidden_size", inner.get("d_model")), inner.get("max_position_embeddings")
+        most = None if most is None else int(most)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"{path}: expected a configuration of transformers ({type(error).__name__}). {HINT}."
         ) from error
-    inner = config.get("text_config", config)
-    width, most = inner.get("hidden_size", inner.get("d_model")), inner.get("max_position_embeddings")
     if kind in ("clip", "clip_text_model"):  # transformers' defaults, which its files may leave out
         width, most = width or 512, most or 77
     files = sorted(folder.glob("model*.safetensors"))

@@ -14,10 +14,10 @@ from haste.files.artefact import fingerprint, remembered_identity
 from haste.files.listing import Listing
 from haste.files.sources import UNUSED, Pictures, SourceRecord
 from haste.networks import foreign
-from haste.networks.text import WORDS
+from haste.networks.text import TOKENIZER, WORDS
 from haste.plan.names import RECIPE, Artefact, Detector
 
-WEIGHTS = ("*.safetensors", "*.bin", "config.json")  # files of a folder of weights that decide what it computes
+WEIGHTS = ("*.safetensors", "*.bin", "config.json", *TOKENIZER)  # files of a folder that decide what it computes
 
 
 class Data:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from haste.config import Sampling, decides
 from haste.files.artefact import canonical
 from haste.report.content import Report, Row
 
@@ -260,14 +261,25 @@ def columns(report: Report) -> list[Column]:
 
 def _sampling(score: Mapping[str, Any]) -> dict[str, Any]:
     """How samples were drawn, except for the noise seed and the name of the sampling. NFE follows from the sampler, and
-    without guidance the interval has no effect."""
-    sampling = {k: v for k, v in (score.get("sampling") or {}).items() if k not in ("seed", "name", "preset")}
+    without guidance the interval has no effect. Keys that older scores lack are left out at their defaults. With
+    captions, the noise seed stays: it chooses the texts."""
+    left = ("name",) if captions_text(score) else ("name", "seed")
+    sampling = {k: v for k, v in decides(Sampling, score.get("sampling") or {}).items() if k not in left}
     return sampling if guidance(score)[0] > 1.0 else sampling | {"guidance": 1.0, "interval": None}
 
 
 def noise(score: Mapping[str, Any]) -> int | None:
     """The seed of the samples' noise."""
     return (score.get("sampling") or {}).get("seed")
+
+
+def captions_text(score: Mapping[str, Any]) -> str | None:
+    """Whose captions samples are told, and the seed that draws one of each image; None if they are told none."""
+    sampling = score.get("sampling") or {}
+    if "split" not in sampling or "labels" in sampling or sampling.get("prompts"):
+        return None
+    images = {"held_out": "held-out images", "train": "training images"}[sampling["split"]]
+    return f"{images}, seed {noise(score)}"
 
 
 def several_noises(part: Sequence[Line]) -> bool:
@@ -291,13 +303,14 @@ def _protocol_key(score: Mapping[str, Any]) -> str:
 def protocol_text(score: Mapping[str, Any], guided: bool = True) -> str:
     """How a score was measured, in words, with or without its guidance."""
     sampling, scale = score.get("sampling") or {}, guidance_text(score)
-    sampler = sampling.get("sampler")
+    sampler, told = sampling.get("sampler"), captions_text(score)
     reference = (score.get("reference") or {}).get("images")
     words = [
         SAMPLERS.get(str(sampler), sampler),
         f"{sampling['steps']} steps" if sampling.get("steps") else None,
         ("no guidance" if scale == "none" else f"guidance {scale}") if guided else None,
         f"{sampling['labels']} labels" if "labels" in sampling else None,
+        f"captions of {told}" if told else None,
         f"decoder {sampling['decoder']}" if sampling.get("decoder") else None,
         f"{WEIGHTS['model']} weights" if sampling.get("weights") == "model" else None,
         f"{score['samples']:,} samples" if score.get("samples") else None,

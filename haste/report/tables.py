@@ -19,6 +19,7 @@ from haste.report.compare import (
     Column,
     Line,
     best,
+    captions_text,
     columns,
     decimals,
     floor_value,
@@ -36,7 +37,7 @@ from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cel
 from haste.report.papers import SAMPLES, Published, comparable
 
 IDENTITY = ["run", "model", "method", "stop", "seed", "step"]
-PROTOCOL = ["sampler", "NFE", "guidance", "labels", "decoder", "weights", "samples"]
+PROTOCOL = ["sampler", "NFE", "guidance", "labels", "captions", "decoder", "weights", "samples"]
 NUMBERS = ["seed", "step", "samples"]
 NOISE = "noise seed"  # a column that is shown if some run was sampled with several
 FLOOR_NAME = "real against real"
@@ -69,9 +70,10 @@ def results(report: Report) -> pd.DataFrame:
     names = [
         name for c in scored for name in (c.name, f"{c.name} error") if name == c.name or any(map(_has(name), found))
     ]
-    how = [*PROTOCOL, *([NOISE] if several_noises(lines(report)) else [])]
+    protocol = [name for name in PROTOCOL if name != "captions" or any(map(_has(name), found))]
+    how = [*protocol, *([NOISE] if several_noises(lines(report)) else [])]
     frame = pd.DataFrame(found, columns=pd.Index([*IDENTITY, *names, *how]))
-    types = {name: "Int64" for name in [*NUMBERS, *how[len(PROTOCOL) :]]} | dict.fromkeys([*names, "NFE"], "float64")
+    types = {name: "Int64" for name in [*NUMBERS, *how[len(protocol) :]]} | dict.fromkeys([*names, "NFE"], "float64")
     return frame.astype(types)
 
 
@@ -93,8 +95,9 @@ def _protocol(row: Row) -> dict[str, Any]:
     said = {"sampler": sampling.get("sampler"), "NFE": row.score.get("nfe"), "guidance": guidance_text(row.score)}
     labels = sampling.get("labels")
     labels = ", ".join(map(str, labels)) if isinstance(labels, list) else labels
-    weights = WEIGHTS.get(sampling.get("weights", "ema"))
-    return said | {"labels": labels, "decoder": sampling.get("decoder"), "weights": weights, "samples": samples}
+    weights, told = WEIGHTS.get(sampling.get("weights", "ema")), captions_text(row.score)
+    said |= {"labels": labels, "captions": told}
+    return said | {"decoder": sampling.get("decoder"), "weights": weights, "samples": samples}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ from haste.sampling.grids import class_grid, write_png
 from haste.sampling.painter import Painter, painter_of
 from haste.sampling.shards import _Watch
 from haste.train.named import put_row, run_through, state_named
-from haste.train.state import weights_identity
 
 log = logging.getLogger("haste.sample")
 
@@ -233,9 +232,8 @@ def write(out: Path | str, painter: Painter, count: int) -> None:
     found = pictures(painter, count)
     rows = {name: found[name] for name in painter.condition.fields}
     told = painter.condition.words(rows) or rows.get("label", np.arange(count)).tolist()
-    made = {"weights": weights_identity(painter.model), "autoencoder": painter.autoencoder.identity}
     about = {"schema": artefact.SCHEMA, "kind": KIND, "sampling": painter.sampling.model_dump(exclude={"count"})}
-    about |= {"pictures": told, "provenance": artefact.provenance(inputs=made)}
+    about |= {"pictures": told, "provenance": artefact.provenance(inputs=painter.inputs)}
     if out.suffix == ".npz":
         arrays = {"arr_0": found["image"], "nfe": found["nfe"], **{ADM.get(name, name): rows[name] for name in rows}}
         with artefact.replacing(out) as aside, open(aside, "wb") as file:

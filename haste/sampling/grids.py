@@ -127,9 +127,10 @@ def _paint(plan: Plan, evaluation: Evaluation) -> None:
     if chosen:
         (place, titles), most = (np.arange(count) % len(chosen), chosen), MOST
     elif columns is None:
-        prompts = len(evaluation.sampling.prompts)
         width = columns_for(count, most=TOLD if words else COLUMNS, rows=PER_CLASS)
-        width = prompts if 0 < prompts <= TOLD else width
+        if prompts := len(evaluation.sampling.prompts):  # a column each or, of many, rows of as equal lengths as can be
+            width, most = columns_for(prompts, most=TOLD, rows=prompts), count
+            count = min(count, MOST * prompts)
         place, titles = np.arange(count) % width, list(range(width))
     else:
         place, titles = columns

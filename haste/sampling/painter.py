@@ -29,7 +29,7 @@ from haste.networks.devices import choose_device
 from haste.networks.spec import each
 from haste.plan.names import State
 from haste.plan.plan import Plan
-from haste.train.state import trained_model
+from haste.train.state import trained_model, weights_identity
 from haste.train.warm_start import model_elsewhere
 
 log = logging.getLogger("haste.sample")
@@ -48,6 +48,12 @@ class Painter:
     condition: Condition
     scale: float
     shift: float
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Identities of what decides the samples beside their settings."""
+        own = {"weights": weights_identity(self.model), "autoencoder": self.autoencoder.identity}
+        return {**own, **self.condition.identities}
 
     def paint(self, indices: range) -> tuple[np.ndarray, Any]:
         """Images (B, R, R, 3) uint8 and the condition of each: labels (B,) int64, or rows of another condition."""

@@ -48,7 +48,7 @@ def draw_shard(
         shard: which shard, from 0.
         shards: the number of shards.
         batch: images per batch; changes results only by float rounding.
-        inputs: identities of state and autoencoder, to be recorded.
+        inputs: identities of what the samples are made by, to be recorded.
     """
     started, indices = time.monotonic(), shard_range(painter.sampling.count, shard, shards)
     name, aside = f"samples, shard {shard} of {shards}", batches.folder_of(path.parent)

@@ -20,7 +20,6 @@ from haste.sampling.painter import painter_of
 from haste.sampling.shards import draw_shard
 from haste.score.features import feature_shard, reference_of_file, reference_shard
 from haste.score.workflow import floor, kept_moments, score
-from haste.train.state import weights_identity
 
 
 def load_detector(plan: Plan, detector: names.Detector) -> Detector:
@@ -67,7 +66,7 @@ def sample(plan: Plan, evaluation: Evaluation, shard: int) -> None:
             shard=shard,
             shards=evaluation.shards,
             batch=plan.config.runtime.sample_batch,
-            inputs={"weights": weights_identity(painter.model), "autoencoder": painter.autoencoder.identity},
+            inputs=painter.inputs,
         )
     for detector in plan.detectors.values():
         extract_features(plan, evaluation, detector, shard)
@@ -79,7 +78,7 @@ def sample(plan: Plan, evaluation: Evaluation, shard: int) -> None:
 def extract_features(plan: Plan, evaluation: Evaluation, detector: names.Detector, shard: int) -> None:
     """Extract a detector's features of one shard of samples."""
     made = evaluation.judgement(detector.name).features
-    condition = condition_in(plan.trajectories[evaluation.state.trajectory].recipe)
+    condition = condition_in(plan.trajectories[evaluation.state.trajectory].recipe).on(plan)
     feature_shard(
         load_detector(plan, detector),
         Path(evaluation.sample_file(shard)),
@@ -89,7 +88,7 @@ def extract_features(plan: Plan, evaluation: Evaluation, detector: names.Detecto
         shard=shard,
         shards=made.shards,
         total=evaluation.sampling.count,
-        words=lambda rows: condition.opened(plan).words(rows) if detector.kind == "clip" else None,
+        words=lambda rows: condition.words(rows) if detector.kind == "clip" else None,
         batch=plan.config.runtime.sample_batch,
     )
 
@@ -113,7 +112,8 @@ def judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
         "weights": plan.weights(state, sampling),
         "decoder": evaluation.recipe["decoder"],
     }
-    unused = set() if plan.config.condition.name == "labels" else {"labels"}
+    of = {"labels": {"labels"}, "captions": {"split", "prompts"}}  # keys by the condition that reads them
+    unused = {key for name, keys in of.items() if name != plan.config.condition.name for key in keys}
     about = {
         "state": whose,
         "sampling": {**sampling.model_dump(exclude=unused), **said},

@@ -215,6 +215,13 @@ REFUSALS = [
 ]
 
 
+def test_coco_is_cropped_as_its_published_numbers_are_unless_another_crop_is_asked_for():
+    coco = {"source": "coco", "path": "coco", "resolution": 8, "holdout": 4, "classes": 0}
+    of = [config.Images.model_validate({**coco, **more}) for more in ({}, {"crop": "adm"}, {"source": "folder"})]
+    assert [one.crop for one in of] == ["centre-lanczos", "adm", "adm"]
+    assert config.Images.model_validate(of[1].model_dump()) == of[1]
+
+
 @pytest.mark.parametrize(("path", "value", "words"), REFUSALS, ids=[f"{p}={v}"[:80] for p, v, _ in REFUSALS])
 def test_a_bad_entry_is_refused_with_its_path_and_what_was_expected(tiny, path, value, words):
     with pytest.raises(ValueError) as refusal:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from haste import config
@@ -20,6 +21,7 @@ from haste.cli import main as cli
 from haste.data import order
 from haste.data.batches import Batches
 from haste.data.captions import TEXT_BYTES, Captions
+from haste.data.text_encoder import TextEncoder
 from haste.data.words import Words
 from haste.files import artefact, provenance
 from haste.files.npz import read_npz
@@ -27,6 +29,7 @@ from haste.files.store import Store
 from haste.files.texts import FILE
 from haste.metrics.detectors import open_detector
 from haste.plan.plan import Plan
+from haste.sampling import grids
 from haste.train import loop
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
@@ -197,9 +200,46 @@ def test_states_made_as_needed_are_those_on_disk(told):
     told.configure(condition={**told.raw["condition"], "cache": False})
     assert told.plan.text is None and str(told.plan.state("REPA", 8)) == names
     online = told.condition()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextEncoder, "_encoded", None)  # it is there before threads ask for it
+        np.testing.assert_allclose(online.null(1), null, atol=1e-3)
     np.testing.assert_allclose(online.told(rows), wanted, atol=1e-3)
-    np.testing.assert_allclose(online.null(1), null, atol=1e-3)
     assert online.identities == kept.identities and {"captions", "text encoder", "tokenizer"} == {*kept.identities}
+
+
+def test_prompts_are_never_told_by_another_encoder_than_the_captions(told, tmp_path, monkeypatch):
+    condition = told.condition()
+    rows = condition.sampled(config.Sampling(sampler="euler", steps=2, prompts=["a red bus"]), range(2))
+    assert condition.told(rows).shape == (2, captioned.TOKENS, captioned.WIDTH)
+    captioned.save_clip(tmp_path / "other", seed=1)  # as if the hub's had changed since the plan was made
+    monkeypatch.setitem(told.plan.config.condition.model_extra, "encoder", str(tmp_path / "other"))
+    with pytest.raises(ValueError, match=f"{told.plan.text.folder}: encoded by the text encoder .*, but .*other holds"):
+        told.condition().told(rows)
+
+
+def test_an_edited_tokenizer_is_another_encoder(tiny, says, clip, tmp_path):
+    folder = tmp_path / "clip"
+    shutil.copytree(clip, folder)
+    given = raw(tiny, tmp_path / "results", condition={**WORDS, "encoder": str(folder)})
+    before = Plan(config.resolve(given)).text.key
+    assert Plan(config.resolve(given)).text.key == before
+    with open(folder / "merges.txt", "a") as merges:
+        merges.write("s e</w>\n")
+    assert Plan(config.resolve(given)).text.key != before
+
+
+def test_an_encoder_with_code_of_its_own_is_refused_without_a_question_and_not_run(clip, tmp_path, monkeypatch):
+    folder, asked = tmp_path / "clip", []
+    shutil.copytree(clip, folder)
+    (folder / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nConfig = Model = object")
+    own = {"AutoConfig": "theirs.Config", "AutoModelForTextEncoding": "theirs.Model"}
+    about = {"model_type": "theirs", "auto_map": own, "hidden_size": captioned.WIDTH}
+    (folder / "config.json").write_text(json.dumps(about))
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(ValueError, match="cannot be loaded as a text encoder"):
+        TextEncoder.load(folder, tokens=captioned.TOKENS, width=captioned.WIDTH, masked=False)
+    assert not asked and not (tmp_path / "ran").exists()
 
 
 def test_words_have_a_vector_each_and_their_place_is_told():
@@ -229,6 +269,11 @@ def test_samples_are_told_a_caption_of_each_held_out_image_in_order(toy):
     assert condition.words(other) != said[:97]  # another caption of each
     trained = condition.sampled(way.model_copy(update={"split": "train"}), range(3))
     np.testing.assert_array_equal(trained["caption"][:, 0], [0, 1, 2])
+    condition.texts.splits["held_out"] = range(60, 60)
+    with pytest.raises(
+        ValueError, match="split: held_out, but images.holdout is 0; expected another split, or prompts"
+    ):
+        condition.sampled(way, range(3))
 
 
 def test_prompts_are_told_in_turn_and_kept_as_they_are(toy):
@@ -268,6 +313,9 @@ def test_training_with_captions_is_resumed_to_the_bit_sampled_and_told_what_it_w
     rows = {name: found[name] for name in ("caption", "text")}
     said = told.condition().words(rows)
     assert found["arr_0"].shape == (12, 8, 8, 3) and all(" " in text for text in said)
+    made = provenance.provenance_of(Path(evaluation.sample_file(0)))["inputs"]
+    assert made.keys() == {"weights", "autoencoder", "captions", "text encoder", "tokenizer"}
+    assert made.items() >= told.condition().identities.items()
     told.run("evaluate", evaluation.name)
     with Store.open(evaluation.features.folder) as store:
         assert told.condition().words({name: store.read(name, range(12)) for name in rows}) == said
@@ -281,6 +329,7 @@ def test_training_with_captions_is_resumed_to_the_bit_sampled_and_told_what_it_w
     assert cli.main(["draw", str(file), "--prompt", "a red bus", "--prompt", "a cat", *options]) == 0
     drawn, record = read_npz(tmp_path / "drawn.npz", "drawing"), provenance.provenance_of(tmp_path / "drawn.npz")
     assert drawn["arr_0"].shape == (8, 8, 8, 3) and record["pictures"] == ["a red bus", "a cat"] * 4
+    assert record["provenance"]["inputs"] == made
     assert cli.main(["draw", str(file), "--class", "3", *options]) == 2
     assert "trained with captions and knows no classes; ask for prompts" in capsys.readouterr().err
 
@@ -300,11 +349,11 @@ def test_training_with_captions_is_resumed_to_the_bit_sampled_and_told_what_it_w
         condition=told.raw["condition"], cache=told.raw["cache"], detector={**told.raw["detector"], **by_clip}
     )
     evaluation = next(row.evaluation for row in told.plan.rows if row.step == 8)
-    for command in (
-        ["reference"],
-        *([name, evaluation.name, "--detector", "clip"] for name in ("features", "evaluate")),
-    ):
-        told.run(*command)
+    told.run("reference")
+    shutil.move(told.plan.text.folder, tmp_path / "text")  # words are read without states or their encoder
+    for name in ("features", "evaluate"):
+        told.run(name, evaluation.name, "--detector", "clip")
+    shutil.move(tmp_path / "text", told.plan.text.folder)
     clip = open_detector("clip", where)
     cosines = clip.cosines(clip.arrays(found["arr_0"], "samples")["pool"], said).astype(np.float64)
     score = artefact.read_json(evaluation.judgement("clip").score, "score")["scores"]
@@ -332,7 +381,8 @@ def test_an_mmdit_is_aligned_on_captions_stopped_and_drawn_with_guidance(told):
         **{key: told.raw[key] for key in ("condition", "cache")},
         models={"dot": {"architecture": "mmdit", "depth": 2, "width": 16, "heads": 2}},
         alignments={"HASTE": haste},
-        runs={"HASTE": {"alignment": "HASTE", "stop": 2, "milestones": [3]}},
+        sampling={**told.raw["sampling"], "asked": {"sampler": "euler", "steps": 2, "prompts": PROMPTS, "count": 26}},
+        runs={"HASTE": {"alignment": "HASTE", "stop": 2, "milestones": [3], "sampling": ["quick", "asked"]}},
     )
     told.run("plan")
     for step in (2, 3):
@@ -343,6 +393,21 @@ def test_an_mmdit_is_aligned_on_captions_stopped_and_drawn_with_guidance(told):
     assert states[0][name].shape == (16, captioned.WIDTH) and (states[0][name] != states[1][name]).all()
     told.run("sample", told.plan.rows[0].evaluation.name)
     assert read_npz(told.plan.rows[0].evaluation.sample_file(0), "samples")["arr_0"].shape == (12, 8, 8, 3)
+
+    # six prompts are two rows of three, and all samples are shown
+    asked = next(one for one in told.plan.evaluations.values() if one.sampling.prompts)
+    told.run("sample", asked.name)
+    told.run("grid", asked.name)
+    assert provenance.provenance_of(Path(asked.grid))["words"] == [PROMPTS[i % 6] for i in range(26)]
+    cell = 8 * grids.SCALE + grids.GAP
+    with Image.open(asked.grid) as grid:
+        assert grid.size == (3 * cell, 9 * cell)
+        left, top = 25 % 3 * cell + grids.GAP // 2, 25 // 3 * cell + grids.GAP // 2
+        shown = np.asarray(grid.crop((left, top, left + 16, top + 16)))[::2, ::2, :3]
+    np.testing.assert_array_equal(shown, read_npz(asked.sample_file(0), "samples")["arr_0"][25])
+
+
+PROMPTS = ["a cat", "three", "", "a red bus", "at", "a three"]
 
 
 def test_captions_that_changed_are_refused_where_states_were_made_from_the_earlier_ones(told):

@@ -163,6 +163,28 @@ def test_a_txt_beside_each_picture_is_its_caption_in_folders_and_in_archives(tmp
     assert said(source) == [["of 000.a"], ["of 001.a"]] and source.unused == []
 
 
+@pytest.mark.parametrize("name", ["./in/a.jpg", "in\\a.jpg", "in/a.jpg", "./in/a"])
+def test_a_pictures_name_may_be_written_as_tables_write_paths(tmp_path, name):
+    picture(tmp_path / "p" / "in" / "a.jpg")
+    for file, content in (
+        ("a.jsonl", json.dumps({"file": name, "caption": "x"})),
+        ("a.csv", f"file,caption\n{name},x"),
+    ):
+        (tmp_path / file).write_text(content)
+        assert said(opened(tmp_path / "p", tmp_path / file)) == [["x"]]
+
+
+def test_a_txt_that_cannot_be_read_is_refused_and_one_without_a_byte_is_an_empty_caption(tmp_path):
+    for name in "ab":
+        picture(tmp_path / "p" / f"{name}.png")
+        (tmp_path / "p" / f"{name}.txt").write_text("" if name == "b" else "of a")
+    assert said(opened(tmp_path / "p", "beside")) == [["of a"], []]
+    (tmp_path / "p" / "b.txt").unlink()
+    (tmp_path / "p" / "b.txt").symlink_to("nothing")
+    with pytest.raises(ValueError, match="b.txt: a link to nothing, expected a caption"):
+        opened(tmp_path / "p", "beside")
+
+
 def test_pictures_without_a_caption_are_named_and_left_out_on_request(tmp_path):
     for name in "abc":
         picture(tmp_path / "p" / f"{name}.png")
@@ -205,6 +227,8 @@ def test_an_edited_caption_changes_what_the_source_holds(tmp_path):
         ("a.json", "[1]", "expected COCO's annotations"),
         ("a.json", '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"id": 1, "image_id": 2, "caption":""}]}',
          "annotation 1 is of image 2, which is not among its images"),
+        ("a.json", '{"images": [{"id": Infinity, "file_name": "a.png"}], "annotations": []}', "a.json: expected COCO"),
+        ("a.json", '{"images": [], "annotations": [{"id": 1, "image_id": [1], "caption": ""}]}', "a.json: expected"),
         ("a.json", '{"images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "a.png"}], "annotations": []}',
          "of which some are equal"),
         ("a.xml", "<a/>", "expected captions in a .csv, .jsonl or COCO's .json, found .xml"),

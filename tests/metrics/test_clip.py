@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.functional import center_crop
 
 from haste.cli import main as cli
 from haste.files import artefact
@@ -52,8 +53,8 @@ def test_cosines_are_those_of_the_whole_model(folder, detector):
 
 
 def test_images_are_resized_on_their_short_side_by_pillows_bicubic_filter_and_cut_to_the_centre(detector):
-    images = pictures(1, 24, 16)
-    small = [np.asarray(Image.fromarray(one).resize((8, 12), Image.Resampling.BICUBIC))[2:10] for one in images]
+    images, bicubic = pictures(1, 24, 17), Image.Resampling.BICUBIC
+    small = [np.asarray(center_crop(Image.fromarray(one).resize((8, 11), bicubic), 8)) for one in images]
     np.testing.assert_array_equal(
         detector.arrays(images, "images")["pool"], detector.arrays(np.stack(small), "images")["pool"]
     )
@@ -88,4 +89,7 @@ def test_what_is_no_clip_is_refused(folder, tmp_path):
         open_detector("clip", str(tmp_path / "none"))
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(ValueError, match=r"found no model\.safetensors"):
+        open_detector("clip", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "clip", "text_config": null}')
+    with pytest.raises(ValueError, match=r"config\.json: expected a configuration of transformers"):
         open_detector("clip", str(tmp_path))

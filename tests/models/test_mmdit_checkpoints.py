@@ -273,7 +273,8 @@ def test_times_up_to_1000_missing_weights_too_few_positions_and_other_mlps_are_r
         diffusers_folders.read(folder, {"depth": 24})
     scheduler = {**diffusers_sd3.SCHEDULER, "num_train_timesteps": 1000}  # Stable Diffusion 3's own
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    with pytest.raises(ValueError, match=r"num_train_timesteps is 1000: .* an MM-DiT t in \[0, 1\]"):
-        diffusers_folders.read(folder, {})
+    for named in (folder, folder / "transformer"):
+        with pytest.raises(ValueError, match=r"num_train_timesteps is 1000: .* an MM-DiT t in \[0, 1\]"):
+            diffusers_folders.read(named, {})
     with pytest.raises(ValueError, match="mlp_ratio is 2.0, and SD3Transformer2DModel has 4 alone"):
         diffusers_folders.write(tmp_path / "other", numbers(5, mlp_ratio=2.0), {**FOUND, "mlp_ratio": 2.0})

@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from haste import config
 from haste.report import compare, finding, formats, page, tables
 from haste.report.content import Report, Row
 
@@ -103,8 +104,8 @@ class Cells(HTMLParser):
 def test_the_table_has_these_columns_in_this_order():
     frame = tables.results(report([row("vanilla", 300, 61.2)]))
     scores = ["FD (digits-cnn)", "precision", "recall", "class accuracy"]
-    assert list(frame.columns) == [*tables.IDENTITY, *scores, *tables.PROTOCOL]
-    assert tables.PROTOCOL == ["sampler", "NFE", "guidance", "labels", "decoder", "weights", "samples"]
+    how = ["sampler", "NFE", "guidance", "labels", "decoder", "weights", "samples"]
+    assert list(frame.columns) == [*tables.IDENTITY, *scores, *how]
     assert frame.loc[0, ["run", "step", "FD (digits-cnn)", "NFE", "samples"]].tolist() == [
         "vanilla",
         300,
@@ -185,6 +186,38 @@ def test_scores_measured_in_different_ways_are_not_ranked(changes: dict):
 def test_the_seed_of_the_noise_does_not_keep_scores_apart():
     built = report([row("a", 1, 9.0), row("b", 1, 8.0, sampling={"seed": 7})])
     assert len([g for g in compare.comparisons(built) if g.column.metric == "fd"]) == 1
+
+
+def test_keys_that_older_scores_lack_keep_neither_seeds_nor_runs_apart():
+    rows = [row("a", 1, 9.0), row("a", 1, 8.0, seed=1), row("b", 1, 7.0), row("b", 1, 6.0, seed=1)]
+    old = [one.score["sampling"] | {"count": 1000, "pixels": "truncate"} for one in rows]
+    for one, given, newer in zip(rows, old, (False, True, True, False), strict=True):
+        now = config.Sampling.model_validate(given).model_dump()
+        one.score["sampling"] = now | {"interval": [0, 1]} if newer else given
+    assert {"weights", "prompts"} <= rows[1].score["sampling"].keys() - rows[0].score["sampling"].keys()
+    (table,) = tables.main_tables(report(rows))
+    assert [cell.text for cell in table.column("FD (digits-cnn)")] == ["8.50", "6.50"]
+    assert len([group for group in compare.comparisons(report(rows)) if group.column.metric == "fd"]) == 1
+    assert len(compare.lines(report([rows[2], row("b", 1, 7.0, sampling={"weights": "model"})]))) == 2
+
+
+def test_which_captions_samples_were_told_is_said_and_keeps_scores_apart():
+    rows = [row("a", 1, 9.0, sampling={"split": split, "seed": seed}) for split, seed in TOLD]
+    for one in rows:
+        del one.score["sampling"]["labels"]
+    (table,) = tables.main_tables(report(rows))
+    assert [cell.text for cell in table.column("captions")] == list(TOLD.values())
+    assert tables.results(report(rows))["captions"].tolist() == list(TOLD.values())
+    for one, said in zip(rows, TOLD.values(), strict=True):
+        assert f", captions of {said}, " in compare.protocol_text(one.score)
+    assert len([group for group in compare.comparisons(report(rows)) if group.column.metric == "fd"]) == 3
+
+
+TOLD = {
+    ("held_out", 0): "held-out images, seed 0",
+    ("train", 0): "training images, seed 0",
+    ("held_out", 1): "held-out images, seed 1",
+}
 
 
 def test_one_state_sampled_with_several_noises_keeps_all_of_its_scores():
