@@ -41,9 +41,10 @@ def _autoencoders(plan: Plan) -> Iterator[TargetSpec]:
 def _text_encoders(plan: Plan) -> Iterator[TargetSpec]:
     where = (plan.config.condition.model_extra or {}).get("encoder")
     if plan.config.condition.name == "captions" and where != WORDS:
-        from haste.data import text_encoder
+        from haste.networks import hub
 
-        yield f"text encoder {where}", "condition.encoder", functools.partial(text_encoder.fetch, str(where))
+        load = functools.partial(hub.text_folder, str(where), "text encoder")
+        yield f"text encoder {where}", "condition.encoder", load
 
 
 def _teachers(plan: Plan) -> Iterator[TargetSpec]:

@@ -6,7 +6,6 @@ Shapes: N texts, L tokens, W width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +16,6 @@ from haste.files.artefact import file_identity
 from haste.networks import hub, text
 
 BATCH = 64  # texts that are encoded at once
-
-
-def fetch(where: str | Path) -> Path:
-    """The folder of a text encoder: `where` itself, or the hub's cache after a download of `text.PATTERNS`.
-
-    Raises:
-        ValueError: neither a folder nor a hub id that can be reached or is cached.
-    """
-    if (folder := text.folder_named(where)) is not None:
-        return folder
-    from huggingface_hub import snapshot_download  # a network client, only for hub ids
-
-    try:
-        return hub.from_hub(partial(snapshot_download, str(where), allow_patterns=text.PATTERNS), _is_whole)
-    except (OSError, ValueError) as error:  # the hub's own errors derive from these
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"text encoder {where}: not a folder, and not to be had from the hub ({first}). {text.HINT}."
-        ) from error
-
-
-def _is_whole(folder: Path) -> bool:
-    return any(folder.glob("model*.safetensors")) and (folder / text.CONFIG).is_file()
 
 
 def _quiet() -> None:
@@ -75,7 +51,7 @@ class TextEncoder:
         Raises:
             ValueError: not found, not a text encoder, or one of another size.
         """
-        found = text.opened(fetch(where))
+        found = text.opened(hub.text_folder(where, "text encoder"))
         text.check(found, tokens=tokens, width=width)
         # Importing transformers takes seconds.
         from transformers import AutoModelForTextEncoding, AutoTokenizer, CLIPTextModel

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -100,28 +99,6 @@ class Clip(Detector):
         return model.text_projection(model.text_model(**given).pooler_output).cpu().numpy()
 
 
-def folder_of(where: str | Path) -> Path:
-    """The folder of a CLIP: `where` itself, or the hub's cache after a download.
-
-    Raises:
-        ValueError: neither a folder nor a hub id that can be reached or is cached.
-    """
-    if (folder := text.folder_named(where)) is not None:
-        return folder
-    from huggingface_hub import snapshot_download  # a network client, only for hub ids
-
-    def whole(folder: Path) -> bool:
-        return any(folder.glob("model*.safetensors")) and (folder / text.CONFIG).is_file()
-
-    try:
-        return hub.from_hub(partial(snapshot_download, str(where), allow_patterns=text.PATTERNS), whole)
-    except (OSError, ValueError) as error:  # the hub's own errors derive from these
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"clip {where}: not a folder, and not to be had from the hub ({first}). {text.HINT}."
-        ) from error
-
-
 def clip(where: Path | str | None = None) -> Clip:
     """The detector, on the CPU.
 
@@ -132,7 +109,7 @@ def clip(where: Path | str | None = None) -> Clip:
         ValueError: not found, not a CLIP, damaged, or lacking weights.
     """
     encoder = str(where or USUAL)
-    found = text.opened(folder_of(encoder))
+    found = text.opened(hub.text_folder(encoder, "clip"))
     if found.kind != "clip":
         raise ValueError(f"{found.folder}: expected a CLIP of both halves, found {found.kind!r}")
     from transformers import AutoTokenizer, CLIPModel  # takes seconds

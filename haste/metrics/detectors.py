@@ -107,7 +107,7 @@ def weight_file(name: str, where: str | None = None) -> Path | None:
     if name == "clip":
         from haste.metrics import clip
 
-        return clip.folder_of(where or clip.USUAL)
+        return hub.text_folder(where or clip.USUAL, "clip")
     from haste.metrics import dinov2
 
     if name in dinov2.TIMM:

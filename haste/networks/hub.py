@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from haste.networks import tensors
+from haste.networks import tensors, text
 from haste.networks.weights import check_transformer
 
 if TYPE_CHECKING:
@@ -74,6 +74,32 @@ def from_hub(ask: Callable[..., str], whole: Callable[[Path], bool] = Path.exist
     if not constants.HF_HUB_OFFLINE:
         _answers(constants.ENDPOINT)
     return Path(ask())
+
+
+def text_folder(where: str | Path, called: str) -> Path:
+    """The folder of a text encoder or a CLIP: `where` itself, or the hub's cache after a download of `text.PATTERNS`.
+
+    Args:
+        where: a folder, or a hub id.
+        called: what messages call it.
+
+    Raises:
+        ValueError: neither a folder nor a hub id that can be reached or is cached.
+    """
+    if (folder := text.folder_named(where)) is not None:
+        return folder
+    from huggingface_hub import snapshot_download  # a network client, only for hub ids
+
+    def whole(folder: Path) -> bool:
+        return any(folder.glob("model*.safetensors")) and (folder / text.CONFIG).is_file()
+
+    try:
+        return from_hub(partial(snapshot_download, str(where), allow_patterns=text.PATTERNS), whole)
+    except (OSError, ValueError) as error:  # the hub's own errors derive from these
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{called} {where}: not a folder, and not to be had from the hub ({first}). {text.HINT}."
+        ) from error
 
 
 def _answers(url: str) -> None:

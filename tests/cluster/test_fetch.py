@@ -8,8 +8,9 @@ import yaml
 
 from haste import extensions
 from haste.cli import main as cli
-from haste.data import latents, text_encoder
+from haste.data import latents
 from haste.metrics import detectors, dinov2, inception
+from haste.networks import hub
 from haste.networks.registry import DETECTORS
 from haste.teachers import encoder
 
@@ -19,7 +20,7 @@ def asked(monkeypatch):
     """What is asked of the hub."""
     found = []
     monkeypatch.setattr(latents, "fetch", lambda where: found.append(where) or f"cache of {where}")
-    monkeypatch.setattr(text_encoder, "fetch", lambda where: found.append(where) or f"cache of {where}")
+    monkeypatch.setattr(hub, "text_folder", lambda where, called: found.append(where) or f"cache of {where}")
     monkeypatch.setattr(encoder, "weight_file", lambda name: found.append(name) or f"cache of {name}")
     for name, known in DETECTORS.items():
         monkeypatch.setitem(DETECTORS, name, dataclasses.replace(known, smallest=1))  # images here are small
@@ -35,10 +36,10 @@ def configured(tiny, tmp_path, **changes):
 
 
 def test_what_the_configuration_names_by_hub_id_is_fetched_and_said(tiny, tmp_path, asked, capsys):
-    hub = {"encode": "some/encoder", "decode": "some/decoder", "factor": 2}
+    public = {"encode": "some/encoder", "decode": "some/decoder", "factor": 2}
     teachers = {"vit": tiny["teachers"]["vit"], "dino": {"pretrained": {"name": "DINOv2-B"}}}
     teachers["own"] = {"pretrained": {"name": "CLIP-L", "weights": "here.safetensors"}}
-    config = configured(tiny, tmp_path, autoencoder={"pretrained": hub}, teachers=teachers)
+    config = configured(tiny, tmp_path, autoencoder={"pretrained": public}, teachers=teachers)
     assert cli.main(["fetch", "-c", config]) == 0
     assert asked == ["some/encoder", "some/decoder", "DINOv2-B"]
     assert "teacher dino (DINOv2-B): cache of DINOv2-B" in capsys.readouterr().out
