@@ -216,7 +216,8 @@ def starts(parts: Parts) -> None:
 def elsewhere(parts: Parts) -> None:
     """Refuse checkpoints of `evaluate` that are not the row's model, or were trained on something else."""
     asked = {one.state.trajectory: set[str]() for one in parts.drawn}
-    asked |= {name: set() for one in parts.measured if (name := one.state.trajectory) not in asked}
+    for measured in parts.measured:
+        asked.setdefault(measured.state.trajectory, set())
     for one in parts.drawn:
         asked[one.state.trajectory].add(parts.evaluations.weights(one.state, one.sampling))
     for name in sorted(asked.keys() & parts.evaluations.elsewhere.keys()):

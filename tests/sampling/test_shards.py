@@ -268,7 +268,7 @@ def test_a_finished_shard_is_drawn_again_only_where_it_is_damaged_or_of_other_we
     second.unlink()
     same(3)
     assert "expected samples" in caplog.text
-    monkeypatch.setattr("haste.score.jobs.weights_identity", lambda model: "of others")
+    monkeypatch.setattr("haste.sampling.painter.weights_identity", lambda model: "of others")
     draw(plan, evaluation)
     assert len(asked) == 4
 
