@@ -23,6 +23,7 @@ from haste.config import (
     Evaluate,
     Images,
     Run,
+    Runtime,
     Sampling,
     Strict,
     Teacher,
@@ -44,7 +45,7 @@ from haste.plan.targets import Targets
 # Keys that are younger than people's reports: while they are at their defaults, reports keep their names.
 _YOUNG = {
     *("process", "time_dtype", "eta", "filter", "layer", "normalise", "normalise_factor", "head", "kernel", "t_max"),
-    *("release", "weights", "prompts", "split"),
+    *("release", "weights", "prompts", "split", "jobs_per_gpu"),
 }
 
 
@@ -194,6 +195,7 @@ class Plan:
         if self.config.condition.name == "labels":
             del shown["condition"]
         sections: list[tuple[type[Strict], dict[str, Any]]] = [(Training, shown["training"])]
+        sections += [(Runtime, shown["runtime"])]
         sections += [(TERMS[kind], term) for one in shown["alignments"].values() for kind, term in one.items() if term]
         sections += [(Teacher, teacher) for teacher in shown["teachers"].values()]
         sections += [(Detector, one) for one in shown["detector"].values()]
