@@ -11,7 +11,7 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Literal, get_args, get_origin
 
 import numpy as np
@@ -23,6 +23,7 @@ from haste import config
 from haste.cli import main as cli
 from haste.config import resolve
 from haste.data import prepare
+from haste.data.captions import Captions
 from haste.files import listing
 from haste.files.npz import WIDTHS
 from haste.networks import autoencoder
@@ -239,7 +240,7 @@ def test_a_reference_that_the_job_refuses_is_refused_by_the_plan_in_its_words(tm
     plan = said(capsys, "plan", "-c", configured(tmp_path, **judged_by(path)))
     assert f"{path}: {words}" in plan
     with pytest.raises(ValueError) as job:
-        reference_of_file(path, None, folder=tmp_path / "out", key="k", recipe={})
+        reference_of_file(path, SimpleNamespace(kind="inception"), folder=tmp_path / "out", key="k", recipe={})
     assert str(job.value) == plan.rstrip("\n")
 
 
@@ -297,13 +298,14 @@ WITHIN = {
     *("measures.NAME.measure", "condition.name", "training.process.name", "models.NAME.architecture"),
     *("runs.NAME.stop.features.trigger", "runs.NAME.stop.attention.trigger", "sampling.NAME.sampler"),
     *(f"{rows}.NAME.{key}" for rows in ("runs", "evaluate") for key in ("model", "sampling", "measures")),
+    "sampling.NAME.prompts",
     *("runs.NAME.alignment", "runs.NAME.watch.trigger", "measures.NAME.teacher"),
     *("forks.NAME.run", "forks.NAME.sampling", "forks.NAME.measures"),
 }
 
 
 def test_whatever_a_configuration_names_outside_itself_is_looked_at_by_the_plan():
-    found = set(texts())
+    found = {*texts(), *texts(Captions.Settings, "condition")}
     assert found - WITHIN == set(INPUTS) - {"runtime.trackers"}, (
         "say in haste.plan.inputs.INPUTS what looks at it before the first job"
     )
@@ -485,6 +487,30 @@ def test_a_teacher_that_timm_does_not_know_is_refused_by_the_plan(make_plan, cap
     plan = make_plan(teachers={"vit": {"pretrained": {"name": "vit_bse_patch16_224"}}})
     assert "teacher vit_bse_patch16_224: neither a folder, nor in timm" in thrown(capsys, "plan", "-c", plan.file)
     make_plan(teachers={"vit": {"pretrained": {"name": "vit_tiny_patch16_224.augreg_in21k"}}}).check()
+
+
+def test_a_layer_that_only_the_weights_of_a_teacher_tell_is_refused_by_key_before_the_first_job(
+    make_plan, tmp_path, capsys
+):
+    file = tmp_path / "w.safetensors"
+    sparse(file, dict(list(SMALL.items())[:4]))  # three blocks
+    teacher = {"vit": {"pretrained": {"name": "vit_tiny_patch16_224.augreg_in21k", "weights": str(file)}}}
+    own = {"images": {**TINY["images"], "resolution": 256}, "autoencoder": {"trained": {"steps": 2, "factor": 2}}}
+
+    def asked(layer, layers):
+        features = {**TINY["alignments"]["HASTE"]["features"], "layer": layer}
+        attention = {**TINY["alignments"]["HASTE"]["attention"], "teacher_layers": layers}
+        return make_plan(
+            **own,
+            teachers=teacher,
+            alignments={"HASTE": {"features": features, "attention": attention}},
+            runs={"a": {"alignment": "HASTE"}},
+        )
+
+    refused = thrown(capsys, "plan", "-c", asked(3, [2, 4]).file)
+    assert "alignments.HASTE.features.layer: [3], but vit has layers 0 to 2" in refused
+    assert "alignments.HASTE.attention.teacher_layers: [4], but vit has layers 0 to 2" in refused
+    asked(1, [0, 1]).check()
 
 
 def test_patches_that_do_not_fit_the_images_are_refused_by_the_plan(make_plan, capsys):

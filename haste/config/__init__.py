@@ -17,6 +17,7 @@ Each file imports only from those above it:
 """
 
 from haste.config.derived import (
+    condition_arguments,
     condition_entry,
     condition_in,
     facts_in,
@@ -55,6 +56,8 @@ from haste.config.published import (
     MODELS,
     REPA_DEPTH,
     alignment_named,
+    filter_faults,
+    layer_faults,
     model_named,
     teacher_shape,
     teacher_tokens,
@@ -78,5 +81,6 @@ from haste.config.schema import (
     Timesteps,
     Training,
     Trigger,
+    minutes_of,
 )
 from haste.networks.registry import DETECTORS, TEACHERS

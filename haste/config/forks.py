@@ -6,12 +6,13 @@ Then one goes on with all terms and the other with none, on the same batches, ti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from haste.config.derived import falls_from, terms_of, triggers_of
 from haste.config.faults import unknown_measures, unknown_sampling
 from haste.config.keys import nearest
-from haste.config.schema import Config, Run
+from haste.config.schema import Config, Run, Trigger
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _row(config: Config, branch: Branch) -> Run:
     trunk, fork = config.runs[branch.run], config.forks[branch.fork]
     same = trunk.model_dump(mode="json", include={"model", "alignment", "training", "warm_start"})
     seeds = fork.seeds or trunk.all_seeds
-    scored = [way for way in trunk.sampling if way not in config.sampling or not config.sampling[way].chosen]
+    scored = [way for way in trunk.sampling if way not in config.sampling or not config.sampling[way].unscored]
     own = {
         "stop": {kind: branch.at for kind in terms_of(config, branch.run)} if branch.stopped else {},
         "seed": seeds[0],
@@ -94,9 +95,9 @@ def _faults(config: Config, name: str) -> list[str]:
     if strange := sorted(set(fork.seeds or ()) - set(row.all_seeds)):
         faults.append(f"{where}.seeds: {strange}, but {fork.run} is trained with {row.all_seeds}")
     ways = _row(config, next(iter(own.values()))).sampling if not faults else []
-    if pictures := [way for way in ways if way in config.sampling and config.sampling[way].chosen]:
+    if pictures := [way for way in ways if way in config.sampling and config.sampling[way].unscored]:
         faults.append(
-            f"{where}.sampling: {pictures[0]} has chosen labels, of which there are no scores; expected others"
+            f"{where}.sampling: {pictures[0]} has chosen labels or prompts, which have no scores; expected others"
         )
     if fork.at[-1] > row.milestones[-1]:
         faults.append(
@@ -104,6 +105,12 @@ def _faults(config: Config, name: str) -> list[str]:
             f"or a later milestone in runs.{fork.run}"
         )
     return faults + _unaligned(config, name)
+
+
+def _watch(stops: Mapping[str, Trigger]) -> str:
+    """How a run that never stops reads what triggers read."""
+    told = ", ".join(dict.fromkeys(f"{{trigger: {stop.trigger}, ...}}" for stop in stops.values()))
+    return f", with `watch: [{told}]` and the triggers' own keys, if their readings are wanted" if told else ""
 
 
 def _unaligned(config: Config, name: str) -> list[str]:
@@ -118,6 +125,6 @@ def _unaligned(config: Config, name: str) -> list[str]:
             )
             return [
                 f"forks.{name}.at: {fork.at[-1]}, but from step {step} on {does} in {fork.run}; expected steps up to "
-                "that, or the fork of a run that never stops"
+                f"that, or the fork of a run that never stops: a copy of {fork.run} without `stop`{_watch(watched)}"
             ]
     return []

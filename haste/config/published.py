@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from haste.config.parts import Model, OtherModel, Teacher
 from haste.config.schema import Alignment, Config
-from haste.networks.registry import TEACHERS
+from haste.networks.registry import TEACHERS, least_low_pass
 
 # Published sizes of DiT (its Table 1) and SiT. L, D, H; the number behind the slash is the patch size.
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 _SYSTEMS: dict[str, Literal["sit", "dit"]] = {"SiT": "sit", "DiT": "dit"}
-MODELS = {
+MODELS: dict[str, Model | OtherModel] = {
     f"{system}-{name}/{patch}": Model(architecture=kind, depth=depth, width=width, heads=heads, patch_size=patch)
     for system, kind in _SYSTEMS.items()
     for name, (depth, width, heads) in _SIZES.items()
     for patch in (2, 4, 8)
 }
+# The text-to-image model of REPA's Table 12 and HASTE. Not validated: that would import torch.
+_JOINT: dict[str, Any] = {"depth": 24, "width": 768, "heads": 24, "patch_size": 2, "mlp_ratio": 4.0, "qk_norm": "none"}
+MODELS["MM-DiT"] = OtherModel.model_construct(architecture="mmdit", **_JOINT)
 
-# HASTE Table 5: feature depth (from 1), student layers (from 0), teacher layers (from 0, a 12-layer ViT-B).
+# HASTE Table 5, and its code for MM-DiT: feature depth (from 1), student layers (from 0), teacher layers (from 0, a
+# 12-layer ViT-B).
 _DEEP = (8, [4, 5, 6, 7], [8, 9, 10, 11])
-MAPPINGS = {"SiT-B/2": (5, [2, 3, 4], [7, 9, 11]), "SiT-L/2": _DEEP, "SiT-XL/2": _DEEP, "DiT-XL/2": _DEEP}
-REPA_DEPTH = {"SiT-B/2": 4, "SiT-L/2": 8, "SiT-XL/2": 8, "DiT-XL/2": 8}
+MAPPINGS = {"SiT-B/2": (5, [2, 3, 4], [7, 9, 11])}
+MAPPINGS |= dict.fromkeys(("SiT-L/2", "SiT-XL/2", "DiT-XL/2", "MM-DiT"), _DEEP)
+REPA_DEPTH = {**{name: depth for name, (depth, *_) in MAPPINGS.items()}, "SiT-B/2": 4}
 ALIGNED_HEADS = 12
 
 
@@ -42,6 +47,40 @@ def teacher_shape(teacher: Teacher) -> tuple[int, int] | None:
     assert teacher.pretrained
     found = TEACHERS.get(teacher.pretrained.name)
     return None if found is None else (found.depth, found.heads)
+
+
+def teacher_side(config: Config, name: str) -> int | None:
+    """Side in pixels of the images that enter a teacher, or None for a timm name that is not in `TEACHERS`."""
+    teacher, resolution = config.teachers[name], config.images.resolution
+    if teacher.trained:
+        return resolution
+    assert teacher.pretrained
+    found = TEACHERS.get(teacher.pretrained.name)
+    return None if found is None else found.size * resolution // 256
+
+
+def filter_faults(config: Config, name: str, side: int) -> list[str]:
+    """A filter of a teacher's images, of a side in pixels, that leaves nothing of them but their mean."""
+    found, least = config.teachers[name].filter, least_low_pass(side)
+    if found is None or found.low_pass >= 2 / side:
+        return []
+    return [
+        f"teachers.{name}.filter.low_pass: {found.low_pass:g} is below the first wave of its images of {side} px and "
+        f"leaves their mean alone; expected {least:g} or more"
+    ]
+
+
+def layer_faults(config: Config, teacher: str, depth: int) -> list[str]:
+    """Layers that alignments ask of a teacher with fewer layers."""
+    found = []
+    for name, alignment in config.alignments.items():
+        layer = getattr(alignment.features, "layer", None)
+        layers = getattr(alignment.attention, "teacher_layers", None)
+        for kind, key, asked in (("features", "layer", [layer]), ("attention", "teacher_layers", layers)):
+            wrong = [one for one in asked or [] if one is not None and one >= depth]
+            if wrong and getattr(alignment, kind).teacher == teacher:
+                found.append(f"alignments.{name}.{kind}.{key}: {wrong}, but {teacher} has layers 0 to {depth - 1}")
+    return found
 
 
 def teacher_tokens(config: Config, name: str) -> tuple[int, int] | None:

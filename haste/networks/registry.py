@@ -5,6 +5,7 @@ A new teacher needs only a line here; a new detector also needs the function tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,6 +58,12 @@ class Encoder:
         return side
 
 
+def least_low_pass(side: int) -> float:
+    """The smallest share of the Nyquist frequency, to four decimals, that leaves more of an image of `side` pixels than
+    its mean."""
+    return math.ceil(2e4 / side) / 1e4
+
+
 BASE, LARGE = (12, 12, 768), (24, 16, 1024)  # blocks, heads, width
 # OpenAI trained CLIP with the sigmoid approximation of GELU; timm's plain variants use the exact one instead.
 _clip = partial(Encoder, norm=CLIP, final_norm=False, resize_first=True, overrides={"act_layer": "quick_gelu"})
@@ -90,8 +97,12 @@ class Judge:
     flops: float
 
 
+# Those of the Inception network, which share its weights file; files of statistics are by one of these.
+INCEPTIONS = ("inception", "pytorch-fid")
 DETECTORS: dict[str, Judge] = {
     "inception": Judge("haste.metrics.inception:inception", smallest=32, numbers=2048 + 2023 + 1008, flops=11.4e9),
+    "pytorch-fid": Judge("haste.metrics.inception:pytorch_fid", smallest=1, numbers=2048, flops=11.4e9),
+    "clip": Judge("haste.metrics.clip:clip", smallest=1, numbers=768 + 1, flops=162e9),
     "DINOv2-B": Judge("haste.metrics.dinov2:base", smallest=1, numbers=768, flops=46.4e9),
     "DINOv2-L": Judge("haste.metrics.dinov2:large", smallest=1, numbers=1024, flops=162e9),
 }

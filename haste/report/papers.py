@@ -46,8 +46,6 @@ CLAIMS = "speedup.csv"
 UNREAD = {  # file -> why no table has its numbers
     "ablation_teacher_data.csv": "its distances are in ablation_components.csv; the rest describes the teachers",
     "coco256.csv": "text-to-image models, which are not trained here, and FID of another convention",
-    "overhead.csv": "memory and operations of a training step, which no table has yet",
-    "throughput.csv": "of eight GPUs of one kind; a report does not know those of its own runs",
 }
 SAMPLED = {"SiT": ("euler-maruyama", 250), "DiT": ("ddpm", 250)}  # how the papers draw; their tables do not repeat it
 GUIDED = {"imagenet256_cfg.csv", "imagenet512.csv"}
@@ -216,6 +214,8 @@ def of_model(row: Row, benchmark: Benchmark | None) -> list[Published]:
 def is_like(row: Row, benchmark: Benchmark | None) -> bool:
     """Whether a row is of the papers' images and batch, and sets nothing that no published run sets."""
     if benchmark is None or benchmark.data != "ImageNet":
+        return False
+    if (row.score.get("sampling") or {}).get("weights", "ema") != "ema":  # the papers draw from the averaged weights
         return False
     if "ramp" in row.settings or "low_pass" in row.settings.get("teacher", ""):
         return False

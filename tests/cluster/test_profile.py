@@ -36,7 +36,7 @@ def test_training_after_the_stop_asks_for_less_than_before():
 
 
 def test_what_runs_a_large_network_over_all_images_or_samples_asks_for_a_gpu_and_its_share_of_cores():
-    for rule in ("latents", "pca", "targets", "sample", "features", "reference"):
+    for rule in ("latents", "text", "pca", "targets", "sample", "features", "reference"):
         asked = PROFILE["set-resources"][rule]
         assert (asked["gpu"], asked["cpus_per_task"]) == (1, 12), rule
 
