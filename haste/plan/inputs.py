@@ -100,12 +100,12 @@ def _autoencoder(parts: Parts, where: str) -> None:
 
 def text(parts: Parts) -> None:
     """Refuse a text encoder of another width, or without its tokenizer; and states that another one made."""
-    where = (parts.config.condition.model_extra or {}).get("encoder")
+    where = str((parts.config.condition.model_extra or {}).get("encoder"))
     if parts.config.condition.name != "captions" or where == public_text.WORDS:
         return
     jobs = parts.trained or parts.drawn or parts.measured
     store = parts.data.text
-    made = store is not None and Path(store.manifest).exists()
+    made = store if store is not None and Path(store.manifest).exists() else None
     if jobs and store is not None and not made:
         _check_room(parts)
     folder = public_text.folder_named(where)
@@ -117,12 +117,12 @@ def text(parts: Parts) -> None:
     found, settings = public_text.opened(folder), parts.config.condition.decided
     public_text.check(found, tokens=settings["tokens"], width=settings["width"])
     if made:
-        expected = artefact.read_json(store.manifest, "store")["encoder"]
+        expected = artefact.read_json(made.manifest, "store")["encoder"]
         memory = f"{parts.data.root}/identities.json"
         for name, identity in found.identities(lambda file: artefact.remembered_identity(file, memory)).items():
             if expected[name] != identity:
                 raise ValueError(
-                    f"{store.folder}: encoded by the {name} {expected[name][:12]}, but {folder} holds {identity[:12]}. "
+                    f"{made.folder}: encoded by the {name} {expected[name][:12]}, but {folder} holds {identity[:12]}. "
                     "Put back what was there, or remove the store to encode the captions anew"
                 )
 
@@ -215,7 +215,8 @@ def starts(parts: Parts) -> None:
 
 def elsewhere(parts: Parts) -> None:
     """Refuse checkpoints of `evaluate` that are not the row's model, or were trained on something else."""
-    asked = {one.state.trajectory: set[str]() for one in (*parts.drawn, *parts.measured)}
+    asked = {one.state.trajectory: set[str]() for one in parts.drawn}
+    asked |= {name: set() for one in parts.measured if (name := one.state.trajectory) not in asked}
     for one in parts.drawn:
         asked[one.state.trajectory].add(parts.evaluations.weights(one.state, one.sampling))
     for name in sorted(asked.keys() & parts.evaluations.elsewhere.keys()):
