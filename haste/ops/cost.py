@@ -26,6 +26,9 @@ from haste.plan.target_spec import Shape, flops_per_image
 MB = 1e6
 # Fraction of the speed of bare matrix products that whole networks reach.
 EFFICIENCY = 0.5
+# Seconds that follow from no operations, of which small networks have most: of a job's start, which imports torch; of a
+# training step, around its operations; and of each of its images, whose noise is drawn and whose row is read.
+START, STEP, IMAGE = 2.0, 0.008, 0.00015
 
 
 def parameters(recipe: dict[str, Any]) -> int:
@@ -83,7 +86,8 @@ def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float,
     work = training_flops(recipe) + sum(_teacher_flops(plan, name) or 0.0 for name in segment.teachers)
     runtime = plan.config.runtime
     work = steps * batch * work + angle_flops(plan, segment)
-    return work / (EFFICIENCY * flops * runtime.threads * runtime.processes), False
+    around = steps * (STEP + IMAGE * batch / runtime.processes)
+    return around + work / (EFFICIENCY * flops * runtime.threads * runtime.processes), False
 
 
 def angle_flops(plan: Plan, segment: Segment) -> float:
@@ -194,7 +198,11 @@ def stages(plan: Plan) -> tuple[list[Stage], bool]:
         _stage("scores", [judgement.score for e in evaluations for judgement in e.judged]),
         _stage("grids, floor, report", closing),
     ]
-    return found, measured
+    started = [  # features are made by the jobs that draw samples
+        stage if stage.name == "features" else dataclasses.replace(stage, seconds=stage.seconds + START * stage.left)
+        for stage in found
+    ]
+    return started, measured
 
 
 def _stage(name: str, files: list[str], megabytes: float = 0.0) -> Stage:
