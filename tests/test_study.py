@@ -26,6 +26,10 @@ from haste.plan.plan import Plan
 ROOT = Path(__file__).parent.parent
 STUDY = yaml.safe_load((ROOT / "config" / "study.yaml").read_text())
 STEPS = 40
+TRIGGERS = {
+    "gradient-angle": {"every": 10, "images": 8, "shards": 2},
+    "plateau": {"every": 2, "fast": 0.5, "slow": 0.75},
+}
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
@@ -46,9 +50,7 @@ def cut(study, results):
             run["stop"] //= ratio
         for trigger in (run.get("stop"), *run.get("watch", ())):
             if isinstance(trigger, dict):
-                trigger |= {name: max(1, trigger[name] // ratio) for name in ("after", "every") if name in trigger}
-                trigger |= {"images": 8, "shards": 2} if trigger["trigger"] == "gradient-angle" else {}
-                trigger |= {"fast": 0.5, "slow": 0.75} if trigger["trigger"] == "plateau" else {}
+                trigger |= TRIGGERS[trigger["trigger"]]
     for fork in raw["forks"].values():
         fork |= {"at": [step // ratio for step in fork["at"]], "for": fork["for"] // ratio}
     for way in raw["sampling"].values():
@@ -103,8 +105,8 @@ def study(once):
 
 def test_the_table_has_every_way_to_train_at_every_milestone_with_every_seed(study):
     found = pd.read_csv(study.report / "results.csv")
-    milestones, seeds = study.plan.config.defaults["milestones"], study.plan.config.defaults["seeds"]
-    expected = {(run, step, seed) for run in STUDY["runs"] for step in milestones for seed in seeds}
+    runs = {name: study.plan.config.runs[name] for name in STUDY["runs"]}
+    expected = {(name, step, seed) for name, run in runs.items() for step in run.milestones for seed in run.all_seeds}
     assert set(found[["run", "step", "seed"]].itertuples(index=False, name=None)) == expected
 
 
