@@ -16,6 +16,7 @@ def add(to: Commands) -> None:
     images.add_argument("--workers", type=int, help="pictures that are decoded at once (runtime.threads)")
     to.rule("autoencoder", _autoencoder, "train the small autoencoder")
     shards(to.rule("latents", _latents, "encode the images: a store of latent means and standard deviations"))
+    shards(to.rule("text", _text, "encode the captions: a store of the states of their tokens"))
     to.rule("teacher", _teacher, "train a small teacher").add_argument("name")
     targets = to.rule("targets", _targets, "keep a teacher's targets on disk")
     targets.add_argument("name")
@@ -39,7 +40,15 @@ def _images(arguments: argparse.Namespace) -> None:
 def _latents(arguments: argparse.Namespace) -> None:
     from haste.data import jobs
 
-    jobs.make_latents(plan_to_compute(arguments), None if arguments.join else arguments.shard)
+    plan = (plan_of if arguments.join else plan_to_compute)(arguments)
+    jobs.make_latents(plan, None if arguments.join else arguments.shard)
+
+
+def _text(arguments: argparse.Namespace) -> None:
+    from haste.data import jobs
+
+    plan = (plan_of if arguments.join else plan_to_compute)(arguments)
+    jobs.make_text(plan, None if arguments.join else arguments.shard)
 
 
 def _autoencoder(arguments: argparse.Namespace) -> None:
@@ -63,7 +72,7 @@ def _detector(arguments: argparse.Namespace) -> None:
 def _targets(arguments: argparse.Namespace) -> None:
     from haste.teachers import targets
 
-    plan = plan_to_compute(arguments)
+    plan = (plan_of if arguments.join else plan_to_compute)(arguments)
     if arguments.fit:
         targets.fit(plan, arguments.name)
     elif arguments.join:

@@ -290,7 +290,8 @@ def _data_stages(plan: Plan, flops: float) -> list[Stage]:
     latent = 2 * config.autoencoder.channels * config.latent_size**2
     detectors = plan.detectors.values()
     encoded = config.runs or plan.measurements  # imported checkpoints that are only scored need no latents
-    joined = [plan.images, *([plan.latents] if encoded else [])]
+    text = [plan.text] if plan.text else []
+    joined = [plan.images, *([plan.latents] if encoded else []), *text]
     sights = [detector for detector in detectors if not Path(detector.reference.manifest).exists()]
     made = (plan.autoencoder, *plan.teachers.values(), *(detector.part for detector in detectors))
     parts = list({part.folder: part for part in made if part}.values())  # teachers may differ by their filters alone
@@ -308,6 +309,7 @@ def _data_stages(plan: Plan, flops: float) -> list[Stage]:
     return [
         _stage("images", plan.images.shard_files, 3 * config.images.resolution**2 * count / MB),
         latents,
+        *(_stage("text states", store.shard_files, plan.data.text_bytes / MB) for store in text),
         _stage("joins", [store.manifest for store in joined]),
         _timed(references, [_seen(plan, one, None if one.reference_file else count) for one in sights], pace),
         _timed(
