@@ -26,10 +26,11 @@ from haste.plan.target_spec import Shape, flops_per_image
 MB = 1e6
 # Fraction of the speed of bare matrix products that whole networks reach.
 EFFICIENCY = 0.5
-# Seconds that follow from no operations, of which small networks have most: of a job's start, which imports torch, and
-# diffusers for the small autoencoder; of a training step, around its operations; and of each of its images, whose noise
-# is drawn and whose row is read, or whose attention is compared in one layer. Features are made where samples are.
-START, STARTS = 2.0, {"latents": 5.0, "samples": 5.0, "features": 0.0}
+# Seconds that follow from no operations, of which small networks have most: of a job's start, which imports torch,
+# diffusers for the small autoencoder, and opens what a measure looks at; of a training step, around its operations; and
+# of each of its images, whose noise is drawn and whose row is read, or whose attention is compared in one layer. The
+# jobs that draw samples also make their features.
+START, STARTS = 2.0, {"latents": 5.0, "samples": 5.0, "measures": 3.5, "features": 0.0}
 STEP, IMAGE = 0.008, 0.00015
 
 
