@@ -331,6 +331,8 @@ MEASURES = {
     "cknna": "haste.measure.cknna:CKNNA",
     "probe": "haste.measure.probe:Probe",
     "denoising": "haste.measure.denoising:Denoising",
+    "progress": "haste.measure.progress:Progress",
+    "cost": "haste.measure.cost:Cost",
 }
 
 
