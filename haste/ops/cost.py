@@ -26,6 +26,12 @@ from haste.plan.target_spec import Shape, flops_per_image
 MB = 1e6
 # Fraction of the speed of bare matrix products that whole networks reach.
 EFFICIENCY = 0.5
+# Seconds that follow from no operations, of which small networks have most: of a job's start, which imports torch,
+# diffusers for the small autoencoder, and opens what a measure looks at; of a training step, around its operations; and
+# of each of its images, whose noise is drawn and whose row is read, or whose attention is compared in one layer. The
+# jobs that draw samples also make their features.
+START, STARTS = 2.0, {"latents": 5.0, "samples": 5.0, "measures": 3.5, "features": 0.0}
+STEP, IMAGE = 0.008, 0.00015
 
 
 def parameters(recipe: dict[str, Any]) -> int:
@@ -72,7 +78,7 @@ def machine_flops() -> float:
 def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float, bool]:
     """Seconds that a segment will take, and whether that is measured (by a journal on its lineage) or computed.
 
-    A computed time includes the forward passes of teachers of known size, and the triggers' measurements.
+    A computed time includes heads, the forward passes of teachers of known size, and the triggers' measurements.
     """
     recipe = plan.trajectories[segment.state.trajectory].recipe
     steps, batch = segment.state.step - segment.start, recipe["training"]["batch"]
@@ -81,9 +87,20 @@ def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float,
         if lines:  # the last may include a trigger's reading, or a start
             return steps * batch / median(line["images_per_s"] for line in lines[-9:]), True
     work = training_flops(recipe) + sum(_teacher_flops(plan, name) or 0.0 for name in segment.teachers)
-    runtime = plan.config.runtime
+    runtime, terms, layers = plan.config.runtime, segment.terms, 0
+    if "features" in terms:
+        work += 6.0 * head_parameters(plan, segment) * _tokens(recipe, terms["features"]["depth"])
+    if "attention" in terms:
+        layers = len(terms["attention"]["student_layers"])
     work = steps * batch * work + angle_flops(plan, segment)
-    return work / (EFFICIENCY * flops * runtime.threads * runtime.processes), False
+    around = steps * (STEP + IMAGE * (1 + layers) * batch / runtime.processes)
+    return around + work / (EFFICIENCY * flops * runtime.threads * runtime.processes), False
+
+
+def _tokens(recipe: dict[str, Any], depth: int) -> int:
+    """Tokens of an image after a block."""
+    rows, columns = facts_in(recipe).taps[f"tokens.{depth}"].grid
+    return rows * columns
 
 
 def angle_flops(plan: Plan, segment: Segment) -> float:
@@ -194,7 +211,8 @@ def stages(plan: Plan) -> tuple[list[Stage], bool]:
         _stage("scores", [judgement.score for e in evaluations for judgement in e.judged]),
         _stage("grids, floor, report", closing),
     ]
-    return found, measured
+    starts = [STARTS.get(stage.name, START) * stage.left for stage in found]
+    return [dataclasses.replace(a, seconds=a.seconds + b) for a, b in zip(found, starts, strict=True)], measured
 
 
 def _stage(name: str, files: list[str], megabytes: float = 0.0) -> Stage:
