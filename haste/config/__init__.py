@@ -22,6 +22,7 @@ from haste.config.derived import (
     facts_in,
     facts_of_other,
     falls_from,
+    measured_beside,
     measured_teacher,
     measured_terms,
     model_entry,

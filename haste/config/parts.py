@@ -307,6 +307,7 @@ MEASURES = {
     "cknna": "haste.measure.cknna:CKNNA",
     "probe": "haste.measure.probe:Probe",
     "denoising": "haste.measure.denoising:Denoising",
+    "pca": "haste.measure.pca:PCA",
 }
 
 

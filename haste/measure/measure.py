@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from haste.config import Config, Seed, Strict
 from haste.files import artefact
+from haste.measure.pictures import Picture
 
 if TYPE_CHECKING:
     from haste.measure.subject import Subject
@@ -32,7 +33,7 @@ class Measure(Strict):
 
     Attributes:
         needs: requirements besides the network and the images: `alignment`, for the losses against teachers; `teacher`,
-            for the features of one, which a key `teacher` names; `classes`, for labels.
+            for the features of one, which a key `teacher` names; `classes`, for labels; `decoder`, for pictures.
         axes: location columns. Numbers are axes of the figure, words have a panel each.
         values: value columns -> the column of the standard error, "" if there is none.
         pooled: an axis of groups of images, over which the report shows the mean with its standard error; "" for none.
@@ -96,7 +97,8 @@ class Measure(Strict):
 
     def run(self, subject: Subject) -> Iterable[Row]:
         """Measure. A collective call, with the same rows on all ranks. What cannot be measured for this network is
-        left out and reported in `subject.notes`.
+        left out and reported in `subject.notes`; pictures go to `subject.pictures`, and values of teachers that are
+        measured in the same way to `subject.teachers`.
 
         Args:
             subject: the opened network, and what `needs` requests.
@@ -116,16 +118,36 @@ def check_rows(measure: Measure, rows: Iterable[Row], of: str) -> list[dict[str,
         ValueError: a row without one of the columns, or with another.
         FloatingPointError: a number is not finite; the message says which, and where.
     """
-    errors = [error for error in measure.values.values() if error]
-    columns, found = [*measure.axes, *measure.values, *errors], [dict(row) for row in rows]
-    for row in found:
-        if set(row) != set(columns):
-            raise ValueError(f"{of}: {type(measure).__name__} gave a row of {sorted(row)}, expected {sorted(columns)}")
-        broken = [name for name, value in row.items() if not isinstance(value, str) and not math.isfinite(value)]
-        if broken:
-            where = ", ".join(f"{name} {row[name]}" for name in measure.axes)
-            raise FloatingPointError(f"{of}: {broken[0]} at {where} is {row[broken[0]]}, expected a finite number")
-    return [{name: row[name] for name in columns} for row in found]
+    return [
+        _checked(
+            measure,
+            row,
+            [*measure.axes, *_columns(measure.values)],
+            of,
+            [f"{name} {row.get(name)}" for name in measure.axes],
+        )
+        for row in rows
+    ]
+
+
+def check_teachers(measure: Measure, teachers: Mapping[str, Row], of: str) -> dict[str, dict[str, Any]]:
+    """The checked values that were measured of teachers, by their names; raises as `check_rows`."""
+    columns = _columns(measure.values)
+    return {name: _checked(measure, row, columns, of, [f"teacher {name}"]) for name, row in teachers.items()}
+
+
+def _columns(values: Mapping[str, str]) -> list[str]:
+    return [*values, *(error for error in values.values() if error)]
+
+
+def _checked(measure: Measure, row: Row, columns: list[str], of: str, where: list[str]) -> dict[str, Any]:
+    if set(row) != set(columns):
+        raise ValueError(f"{of}: {type(measure).__name__} gave a row of {sorted(row)}, expected {sorted(columns)}")
+    broken = [name for name, value in row.items() if not isinstance(value, str) and not math.isfinite(value)]
+    if broken:
+        place = ", ".join(where)
+        raise FloatingPointError(f"{of}: {broken[0]} at {place} is {row[broken[0]]}, expected a finite number")
+    return {name: row[name] for name in columns}
 
 
 def read(path: Path | str) -> dict[str, Any]:
@@ -136,8 +158,12 @@ def read(path: Path | str) -> dict[str, Any]:
     """
     found = artefact.read_json(path, KIND)
     artefact.check_entries(path, found, measure=str, axes=list, values=dict, rows=list, notes=list, provenance=dict)
-    columns = {*found["axes"], *found["values"], *filter(None, found["values"].values())}
-    for number, row in enumerate(found["rows"]):
-        if not isinstance(row, dict) or set(row) != columns:
-            raise ValueError(f"{path}: damaged or edited: row {number} is not one of {', '.join(sorted(columns))}")
+    values = _columns(found["values"])
+    places = {f"row {number}": (row, [*found["axes"], *values]) for number, row in enumerate(found["rows"])}
+    places |= {f"teacher {name}": (row, values) for name, row in found.get("teachers", {}).items()}
+    for place, (row, columns) in places.items():
+        if not isinstance(row, dict) or set(row) != set(columns):
+            raise ValueError(f"{path}: damaged or edited: {place} is not one of {', '.join(sorted(columns))}")
+    for entry in found.get("pictures", []):
+        Picture.read(path, entry)
     return found

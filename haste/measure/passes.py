@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,28 +88,42 @@ def _states(subject: Subject, look: Mapping[str, Any], layers: Any, chosen: NDAr
     return rows
 
 
-def teacher_features(subject: Subject, split: str) -> Store:
-    """The store of the teacher's features of the same images: the mean over its patch tokens, (D,), in float32. A
-    collective call.
+def reader(subject: Subject, split: str, beside: Sequence[str]) -> Callable[..., NDArray[np.float32]]:
+    """A function from a layer and a t, or from a teacher that is measured beside the state, to what is stored of all
+    images: (n, D) or (n, N, D). A collective call; raises as `hidden`."""
+    states, teachers = hidden(subject, split), {name: teacher_features(subject, split, name) for name in beside}
+
+    def read(*place: Any) -> NDArray[np.float32]:
+        store, name = (teachers[place[0]], FEATURES) if len(place) == 1 else (states, field(*place))
+        return store.read(name, np.arange(store.count))
+
+    return read
+
+
+def teacher_features(subject: Subject, split: str, beside: str | None = None) -> Store:
+    """The store of a teacher's features of the same images, in float32: the mean over its patch tokens, (D,), or
+    each, (N, D), as hidden states are asked for. A collective call.
 
     Args:
-        subject: says which teacher.
+        subject: says which teacher is compared with.
         split: as for `hidden`.
+        beside: a teacher that is measured beside the state, in place of that one.
 
     Raises:
         FloatingPointError, ValueError: as `hidden`; or as `haste.teachers.targets.load_teacher`.
     """
-    made, expected = subject.what.seen[split], {"images": subject.inputs.batches.latents.manifest["images"]}
+    name = beside or subject.what.teacher
+    assert name is not None
+    made, expected = subject.what.seen[name][split], {"images": subject.inputs.batches.latents.manifest["images"]}
     there = subject.group.broadcast(lambda: _fits(made, expected))
-    store = Store.of(made) if there else _teacher_store(subject, made, expected["images"])
-    subject.inputs.identities["teacher"] = store.manifest["teacher"]
+    store = Store.of(made) if there else _teacher_store(subject, name, made, expected["images"])
+    subject.inputs.identities[f"teacher {beside}" if beside else "teacher"] = store.manifest["teacher"]
     return store
 
 
-def _teacher_store(subject: Subject, made: Artefact, expected: str) -> Store:
-    assert subject.what.teacher is not None
-    images = Store.of(subject.plan.images)
-    teacher = load_teacher(subject.plan, subject.what.teacher).to(subject.group.device)
+def _teacher_store(subject: Subject, name: str, made: Artefact, expected: str) -> Store:
+    images, pooled = Store.of(subject.plan.images), made.recipe["look"].get("pooled", True)
+    teacher = load_teacher(subject.plan, name).to(subject.group.device)
     if images.identity != expected:
         found = f"holds images {images.identity[:12]}, expected those of the latents {expected[:12]}"
         raise ValueError(f"{images.folder}: {found}")
@@ -117,14 +132,16 @@ def _teacher_store(subject: Subject, made: Artefact, expected: str) -> Store:
         shown = torch.from_numpy(images.read("image", chosen)).to(subject.group.device)
         features = teacher(shown, features=True).features  # (B, N, D)
         assert features is not None
-        return {FEATURES: features.float().mean(dim=1).cpu().numpy()}
+        return {FEATURES: (features.float().mean(dim=1) if pooled else features.float()).cpu().numpy()}
 
-    facts = {"images": images.identity, "teacher": teacher.identity}
-    return _store(subject, made, {FEATURES: (teacher.width,)}, facts, rows, AT_ONCE)
+    facts: dict[str, Any] = {"images": images.identity, "teacher": teacher.identity}
+    facts |= {} if pooled else {"grid": list(teacher.grid)}
+    shape = (teacher.width,) if pooled else (math.prod(teacher.grid), teacher.width)
+    return _store(subject, made, {FEATURES: shape}, facts, rows, AT_ONCE)
 
 
 def _store(
-    subject: Subject, made: Artefact, shapes: Mapping[str, Any], facts: dict[str, str], rows: Pass, at_once: int
+    subject: Subject, made: Artefact, shapes: Mapping[str, Any], facts: dict[str, Any], rows: Pass, at_once: int
 ) -> Store:
     """The store, after making it if it is not there or if its facts are others. A collective call."""
     look, group = made.recipe["look"], subject.group
@@ -155,7 +172,7 @@ def _store(
     return Store.of(made)
 
 
-def _fits(made: Artefact, facts: Mapping[str, str]) -> bool:
+def _fits(made: Artefact, facts: Mapping[str, Any]) -> bool:
     """Whether the store is there, and made from what is there now."""
     if not Path(made.manifest).exists():
         return False

@@ -10,11 +10,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from haste.config import Positive, Rate
-from haste.measure.hidden import Hidden, field
+from haste.measure.hidden import Hidden
 from haste.measure.measure import Row
 
 if TYPE_CHECKING:
@@ -66,18 +65,16 @@ class Probe(Hidden):
         """See `Measure`: each rank takes its share of layers and times."""
         from haste.measure import linear, passes
 
-        train, held_out = (passes.hidden(subject, split) for split in ("train", "held_out"))
+        train, held_out = (passes.reader(subject, split, self.beside) for split in ("train", "held_out"))
         labels, expected = (subject.labels(split) for split in ("train", "held_out"))
         how = linear.Training(self.epochs, self.warmup, self.batch, self.lr, self.seed)
         classes = subject.inputs.recipe["classes"]
         subject.notes.append(NOTE)
 
-        def values(layer: int, t: float) -> tuple[float, float]:
-            name, device = field(layer, t), subject.group.device
-            probe = linear.trained(train.read(name, np.arange(train.count)), labels, classes, how, device)
-            right = linear.classes_of(probe, held_out.read(name, np.arange(held_out.count))) == expected
+        def values(*place: Any) -> tuple[float, float]:
+            probe = linear.trained(train(*place), labels, classes, how, subject.group.device)
+            right = linear.classes_of(probe, held_out(*place)) == expected
             share = float(right.mean())
             return share, math.sqrt(share * (1 - share) / len(right))
 
-        for (layer, t), (accuracy, error) in subject.shared(self.places(subject), values):
-            yield {"layer": layer, "t": t, "accuracy": accuracy, "error": error}
+        yield from self.rows(subject, values)

@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from haste.config import process_in
+from haste.data.jobs import check_autoencoder
+from haste.data.latents import Autoencoder, draw, to_pixels
 from haste.diffusion.process import Process
+from haste.measure.measure import Row
+from haste.measure.pictures import Picture
 from haste.models.build import build_model
 from haste.plan.measures import Measurement
 from haste.plan.plan import Plan
@@ -41,6 +45,8 @@ class Subject:
         group: the ranks; each takes its share of the images.
         part: images per forward pass.
         notes: sentences on what was left out.
+        pictures: what the file shows beside the numbers.
+        teachers: teacher -> value columns -> what was found of it in place of the network.
         plan: with the paths of all files.
         what: the measurement, with the stores of hidden states that it reads.
     """
@@ -53,6 +59,8 @@ class Subject:
     notes: list[str]
     plan: Plan
     what: Measurement
+    pictures: list[Picture] = dataclasses.field(default_factory=list)
+    teachers: dict[str, Row] = dataclasses.field(default_factory=dict)
 
     @property
     def model(self) -> Any:
@@ -74,10 +82,35 @@ class Subject:
         """The identity of its weights."""
         return states.weights_identity(self.model)
 
+    def images(self, split: str) -> NDArray[np.int64]:
+        """The places in the stores of the images whose hidden states are read, (n,)."""
+        look = self.what.hidden[split].recipe["look"]
+        return self.inputs.batches.reading_indices(look["images"], look["split"])
+
     def labels(self, split: str) -> NDArray[np.int64]:
-        """The classes of the images whose hidden states are read, (n,)."""
-        batches, look = self.inputs.batches, self.what.hidden[split].recipe["look"]
-        return batches.latents.read("label", batches.reading_indices(look["images"], look["split"]))
+        """The classes of these images, (n,)."""
+        return self.inputs.batches.latents.read("label", self.images(split))
+
+    def decoded(self, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The latents of some images before noise, decoded: (n, R, R, 3). A collective call.
+
+        Raises:
+            ValueError: the decoder is missing, damaged or of other latents.
+            FloatingPointError: pixels are not finite.
+        """
+        pixels, self.inputs.identities["decoder"] = self.group.broadcast(lambda: self._decoded(chosen))
+        return pixels
+
+    def _decoded(self, chosen: NDArray[np.int64]) -> tuple[NDArray[np.uint8], str]:
+        decoder = Autoencoder.load(self.plan.decoder, device=str(self.group.device))
+        check_autoencoder(self.plan, decoder)
+        batch, latents = self.inputs.batches.measured(chosen, range(len(chosen))), self.inputs.batches.latents.manifest
+        scaling = {"scale": latents["scale"], "shift": latents["shift"]}
+        z = draw(batch.moments, batch.draw, **scaling)
+        decoded = torch.cat([decoder.decode(one, **scaling) for one in z.split(1)])
+        if not decoded.isfinite().all():
+            raise FloatingPointError(f"{self.plan.decoder}: decodes latents to pixels that are not finite numbers")
+        return to_pixels(decoded).cpu().numpy(), decoder.identity
 
     def shared(
         self, places: Sequence[Place], values: Callable[..., Sequence[float]]

@@ -251,9 +251,9 @@ def _passes(plan: Plan, todo: Iterable[Measurement]) -> list[tuple[float, float]
             numbers = sum(tap.width * (1 if look["pooled"] else tap.grid[0] * tap.grid[1]) for tap in taps)
             views = _looked_at(plan, look) * len(look["t"])
             found[store.manifest] = views * facts.flops, 4.0 * views * numbers
-        for store in one.seen.values():
-            each = _teacher_flops(plan, one.teacher) if one.teacher else None
-            found[store.manifest] = (each or 0.0) * _looked_at(plan, store.recipe["look"]), 0.0
+        for name, stores in one.seen.items():
+            each = _teacher_flops(plan, name) or 0.0
+            found |= {s.manifest: (each * _looked_at(plan, s.recipe["look"]), 0.0) for s in stores.values()}
     return [cost for manifest, cost in found.items() if not Path(manifest).exists()]
 
 

@@ -78,8 +78,8 @@ def encoder(parts: Parts) -> None:
 
 
 def decoder(parts: Parts) -> None:
-    """Refuse a public autoencoder that could not decode the samples."""
-    if parts.drawn:
+    """Refuse a public autoencoder that could not decode the samples, or the images of measures' pictures."""
+    if parts.drawn or any("decoder" in parts.config.measures[one.label].made.needs for one in parts.measured):
         _autoencoder(parts, parts.data.decoder)
 
 
@@ -100,7 +100,7 @@ def teachers(parts: Parts) -> None:
     """Refuse public teachers whose weights are missing or another network's, or whose patches do not fit the images."""
     jobs = [*parts.trained, *(one.segment for one in parts.measured)]
     stores = {name for name, store in parts.targets.stores.items() if not Path(store.manifest).exists()}
-    seen = {one.teacher for one in parts.measured if one.teacher and one.unseen}
+    seen = {name for one in parts.measured for name in one.unseen}
     for name in sorted(stores.union(seen, *(job.teachers for job in jobs))):
         spec = parts.config.teachers[name].pretrained
         if spec is None or spec.name in extensions.names("teachers"):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from haste.config import Config, measured_teacher, measured_terms
+from haste.config import Config, measured_beside, measured_teacher, measured_terms
 from haste.files.artefact import fingerprint
 from haste.plan.data import Data
 from haste.plan.names import RECIPE, Artefact, Segment, State
@@ -20,7 +20,8 @@ class Measurement:
 
     label: of the measure, in the configuration; run: the row; terms: the alignment that it is compared with, teachers
     by their names in the configuration; cached: the terms with cached targets; file: the result's path; hidden: the
-    stores of the hidden states that it reads, by split; teacher: whose features it reads, from the stores `seen`.
+    stores of the hidden states that it reads, by split; teacher: whose features it compares with; seen: the stores of
+    teachers' features, that one's and those measured beside the state, by teacher and split.
     """
 
     label: str
@@ -32,12 +33,14 @@ class Measurement:
     file: str
     hidden: dict[str, Artefact]
     teacher: str | None
-    seen: dict[str, Artefact]
+    seen: dict[str, dict[str, Artefact]]
 
     @property
-    def unseen(self) -> list[Artefact]:
-        """The stores of its teacher's features that are still to be made."""
-        return [store for store in self.seen.values() if not Path(store.manifest).exists()]
+    def unseen(self) -> list[str]:
+        """The teachers whose features are still to be stored."""
+        return [
+            name for name, stores in self.seen.items() if not all(Path(s.manifest).exists() for s in stores.values())
+        ]
 
     @property
     def segment(self) -> Segment:
@@ -99,10 +102,11 @@ class Measures:
             of_state |= {key: training[key] for key in ("precision", "time_dtype") if key in training}
         recipe = {**of_state, "measure": spec.measure, "settings": spec.decided}
         recipe["terms"] = named_terms(self.config, self.data, terms)
-        teacher, of_teacher = measured_teacher(self.config, label), dict[str, Any]()
+        teacher, beside = measured_teacher(self.config, label), measured_beside(self.config, label)
         if teacher is not None:
             recipe["teacher"] = self.data.teacher_key(teacher)
-            of_teacher = {"recipe": RECIPE, "images": self.data.images.key, "teacher": recipe["teacher"]}
+        if beside:
+            recipe["beside"] = {name: self.data.teacher_key(name) for name in beside}
         folder, looks = f"{self.data.root}/measures", spec.made.hidden
         own = f"{folder}/{state.trajectory}.{state.step:08d}"
         kind = "".join(c if c.isascii() and (c.isalnum() or c in "._") else "-" for c in spec.measure)
@@ -117,17 +121,19 @@ class Measures:
             f"{own}/{kind}-{fingerprint(recipe)}.json",
             {split: _store(own, {**of_state, "look": dict(look)}) for split, look in looks.items()},
             teacher,
-            {
-                split: _store(f"{folder}/teacher-{fingerprint(of_teacher)}", {**of_teacher, "look": _shown(look)})
-                for split, look in looks.items()
-                if teacher is not None
-            },
+            {name: self._seen(name, looks) for name in [*([teacher] if teacher else []), *beside]},
         )
+
+    def _seen(self, teacher: str, looks: Mapping[str, Mapping[str, Any]]) -> dict[str, Artefact]:
+        """The stores of a teacher's features of the images whose hidden states are read."""
+        whose = {"recipe": RECIPE, "images": self.data.images.key, "teacher": self.data.teacher_key(teacher)}
+        folder = f"{self.data.root}/measures/teacher-{fingerprint(whose)}"
+        return {split: _store(folder, {**whose, "look": _shown(look)}) for split, look in looks.items()}
 
 
 def _shown(look: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a look decides what a teacher says: the images."""
-    return {key: look[key] for key in ("split", "images", "seed")}
+    """What of a look decides what is stored of a teacher: the images, and whether each token is."""
+    return {key: look[key] for key in ("split", "images", "seed")} | ({} if look["pooled"] else {"pooled": False})
 
 
 def _store(folder: str, recipe: dict[str, Any]) -> Artefact:

@@ -154,8 +154,10 @@ class Plan:
         """The files that a measure is made from. For an imported checkpoint see `drawn_from`."""
         state = measurement.state
         own = [] if state.trajectory in self.elsewhere else [self.path(state)]
-        part = self.teachers[measurement.teacher] if measurement.teacher and measurement.unseen else None
-        shown = [*self.images.files, *(part.files if part else [])] if measurement.unseen else []
+        parts = [part for name in measurement.unseen if (part := self.teachers[name])]
+        if self.autoencoder and "decoder" in self.config.measures[measurement.label].made.needs:
+            parts.append(self.autoencoder)
+        shown = [*(self.images.files if measurement.unseen else []), *(file for part in parts for file in part.files)]
         return list(dict.fromkeys([*self.latents.files, *own, *self.aligned_from(measurement.segment), *shown]))
 
     @property

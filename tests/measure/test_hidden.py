@@ -133,7 +133,7 @@ def test_hidden_states_stay_while_a_configuration_measures_them(world):
     folder.with_name("hidden-0123456789ab").mkdir()
     gone = {item.path for item in prune.unneeded(Path(world.root), prune.Needs.of([world.plan]))}
     assert folder.with_name("hidden-0123456789ab") in gone
-    assert not gone & {folder, Path(what.seen["held_out"].folder), Path(what.file)}
+    assert not gone & {folder, Path(what.seen["vit"]["held_out"].folder), Path(what.file)}
 
 
 def test_fewer_images_in_the_store_than_the_measure_asks_for_are_refused(toy, measured, monkeypatch):
