@@ -111,8 +111,9 @@ def _faults_of_names(config: Config) -> list[str]:
     ]
     if not config.results.strip("/") or "\0" in config.results:
         faults.append(f"results: {config.results!r}, expected a folder, and not the root of the disk")
-    if "\0" in (config.images.path or ""):
-        faults.append(f"images.path: {config.images.path!r}, expected a folder")
+    for key, images in {"images": config.images, "evaluation": config.evaluation}.items():
+        if images is not None and "\0" in (images.path or ""):
+            faults.append(f"{key}.path: {images.path!r}, expected a folder")
     return faults
 
 
@@ -124,6 +125,10 @@ def _faults_of_data(config: Config) -> list[str]:
         )
     if trained := [] if config.images.holdout else _trained_here(config):
         faults.append(f"images.holdout: 0, but {', '.join(trained)} are trained here and judged on images held out")
+    if (others := config.evaluation) is not None:
+        alike = {"resolution": resolution, "classes": config.images.classes, "holdout": 0}
+        found = {key: getattr(others, key) for key in alike}
+        faults += [f"evaluation.{k}: {found[k]}, expected {alike[k]}" for k in alike if found[k] != alike[k]]
     names = list(config.detector)
     for place, name in enumerate(names):
         detector = config.detector[name]

@@ -308,6 +308,7 @@ MEASURES = {
     "probe": "haste.measure.probe:Probe",
     "denoising": "haste.measure.denoising:Denoising",
     "pca": "haste.measure.pca:PCA",
+    "attention-maps": "haste.measure.attention_maps:AttentionMaps",
 }
 
 

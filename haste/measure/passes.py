@@ -12,7 +12,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from haste.teachers.targets import load_teacher
 
 if TYPE_CHECKING:
     from haste.measure.subject import Subject
+    from haste.teachers.encoder import Teacher
 
 log = logging.getLogger("haste.measure")
 
@@ -64,8 +65,20 @@ def hidden(subject: Subject, split: str) -> Store:
     return _store(subject, made, shapes, facts, lambda chosen: _states(subject, look, layers, chosen), at_once)
 
 
-@torch.inference_mode()
 def _states(subject: Subject, look: Mapping[str, Any], layers: Any, chosen: NDArray[np.int64]) -> Rows:
+    rows = {}
+    for t, taps in tapped(subject, chosen, look["t"], {f"tokens.{layer}" for layer in layers}):
+        for layer in layers:
+            tokens = taps[f"tokens.{layer}"]  # (B, N, D)
+            tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+            rows[field(layer, t)] = (tokens.mean(dim=1) if look["pooled"] else tokens).float().cpu().numpy()
+    return rows
+
+
+def tapped(
+    subject: Subject, chosen: NDArray[np.int64], times: Sequence[float], names: Collection[str]
+) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Each t with the network's taps of these names, of some images with the null condition."""
     inputs, model, process = subject.inputs, subject.model, subject.process
     batch = inputs.batches.measured(chosen, range(len(chosen))).to(subject.group.device)
     dtype, latents = next(model.parameters()).dtype, inputs.batches.latents.manifest
@@ -75,17 +88,12 @@ def _states(subject: Subject, look: Mapping[str, Any], layers: Any, chosen: NDAr
         told = torch.from_numpy(null).to(z.device)
         return told.to(dtype) if told.is_floating_point() else told
 
-    y, rows = each(piece, inputs.batches.condition.null(len(chosen))), {}
-    for t in look["t"]:
-        times = torch.full_like(batch.t, process.place(t)).to(dtype)
-        with inputs.precision():
-            x_t = process.noised(z, batch.noise.to(dtype), times)
-            _, taps = model(x_t, process.time(times), y, taps={f"tokens.{layer}" for layer in layers})
-        for layer in layers:
-            tokens = taps[f"tokens.{layer}"]  # (B, N, D)
-            tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-            rows[field(layer, t)] = (tokens.mean(dim=1) if look["pooled"] else tokens).float().cpu().numpy()
-    return rows
+    y = each(piece, inputs.batches.condition.null(len(chosen)))
+    for t in times:
+        at = torch.full_like(batch.t, process.place(t)).to(dtype)
+        with torch.inference_mode(), inputs.precision():
+            _, taps = model(process.noised(z, batch.noise.to(dtype), at), process.time(at), y, taps=names)
+        yield t, taps
 
 
 def reader(subject: Subject, split: str, beside: Sequence[str]) -> Callable[..., NDArray[np.float32]]:
@@ -116,17 +124,26 @@ def teacher_features(subject: Subject, split: str, beside: str | None = None) ->
     assert name is not None
     made, expected = subject.what.seen[name][split], {"images": subject.inputs.batches.latents.manifest["images"]}
     there = subject.group.broadcast(lambda: _fits(made, expected))
-    store = Store.of(made) if there else _teacher_store(subject, name, made, expected["images"])
+    store = Store.of(made) if there else _teacher_store(subject, name, made)
     subject.inputs.identities[f"teacher {beside}" if beside else "teacher"] = store.manifest["teacher"]
     return store
 
 
-def _teacher_store(subject: Subject, name: str, made: Artefact, expected: str) -> Store:
-    images, pooled = Store.of(subject.plan.images), made.recipe["look"].get("pooled", True)
-    teacher = load_teacher(subject.plan, name).to(subject.group.device)
+def teacher_and_images(subject: Subject, name: str) -> tuple[Teacher, Store]:
+    """A teacher on the device, and the store of the images whose latents are read.
+
+    Raises:
+        ValueError: the teacher or the store is missing or damaged, or holds other images.
+    """
+    images, expected = Store.of(subject.plan.images), subject.inputs.batches.latents.manifest["images"]
     if images.identity != expected:
         found = f"holds images {images.identity[:12]}, expected those of the latents {expected[:12]}"
         raise ValueError(f"{images.folder}: {found}")
+    return load_teacher(subject.plan, name).to(subject.group.device), images
+
+
+def _teacher_store(subject: Subject, name: str, made: Artefact) -> Store:
+    (teacher, images), pooled = teacher_and_images(subject, name), made.recipe["look"].get("pooled", True)
 
     def rows(chosen: NDArray[np.int64]) -> Rows:
         shown = torch.from_numpy(images.read("image", chosen)).to(subject.group.device)

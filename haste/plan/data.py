@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from haste.files.sources import UNUSED, Pictures, SourceRecord
 from haste.networks import foreign
 from haste.plan.names import RECIPE, Artefact, Detector
 
+EVALUATION = "evaluation"  # the split of the images that only measures see
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")  # files of a folder of weights that decide what it computes
 
 
@@ -32,6 +34,7 @@ class Data:
         detectors: by name; the first one is the main one: its Frechet distance orders curves and grids.
         checked_images: the list of unusable images, if these are left out; else None.
         source: the record of what the images' source held; None for images of a library.
+        evaluation: the same of the images that only measures see, with their latents; None without them.
     """
 
     def __init__(self, config: Config, content: str | None = None):
@@ -43,9 +46,7 @@ class Data:
         self._content = content
         self.config, self.root = config, config.results.rstrip("/")
         self.identities, self._names = _identities(config, self.root), dict[str, str]()
-        self.source, self.images = self._images()
-        skips = config.images.on_bad_image == "skip"
-        self.checked_images = f"{self.images.folder}/checked.json" if skips else None
+        self._take_images()
 
         trained, public = config.autoencoder.trained, config.autoencoder.pretrained
         self.autoencoder = self.part("autoencoder", "autoencoder", trained.model_dump()) if trained else None
@@ -63,6 +64,28 @@ class Data:
             for name, teacher in config.teachers.items()
         }
         self.detectors = {name: self._detector(name, spec) for name, spec in config.detector.items()}
+        self.evaluation = self._evaluation()
+
+    def _evaluation(self) -> Data | None:
+        if self.config.evaluation is None:
+            return None
+        found = copy.copy(self)
+        found.config = self.config.model_copy(update={"images": self.config.evaluation, "evaluation": None})
+        found._content, found.evaluation = None, None
+        found._take_images()
+        found.latents = found._latents()
+        return found
+
+    def _take_images(self) -> None:
+        self.source, self.images = self._images()
+        skips = self.config.images.on_bad_image == "skip"
+        self.checked_images = f"{self.images.folder}/checked.json" if skips else None
+
+    def of(self, split: str) -> Data:
+        """The data of a split of images: `evaluation`, or one of those that training is about."""
+        found = self.evaluation if split == EVALUATION else self
+        assert found is not None
+        return found
 
     def store(self, kind: str, recipe: Mapping[str, Any], shards: int) -> Artefact:
         """A store of some kind."""

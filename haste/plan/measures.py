@@ -9,7 +9,7 @@ from typing import Any
 
 from haste.config import Config, measured_beside, measured_teacher, measured_terms
 from haste.files.artefact import fingerprint
-from haste.plan.data import Data
+from haste.plan.data import EVALUATION, Data
 from haste.plan.names import RECIPE, Artefact, Segment, State
 from haste.plan.runs import named_terms
 
@@ -21,7 +21,8 @@ class Measurement:
     label: of the measure, in the configuration; run: the row; terms: the alignment that it is compared with, teachers
     by their names in the configuration; cached: the terms with cached targets; file: the result's path; hidden: the
     stores of the hidden states that it reads, by split; teacher: whose features it compares with; seen: the stores of
-    teachers' features, that one's and those measured beside the state, by teacher and split.
+    teachers' features, that one's and those measured beside the state, by teacher and split; splits: those of the
+    images that it looks at.
     """
 
     label: str
@@ -34,13 +35,13 @@ class Measurement:
     hidden: dict[str, Artefact]
     teacher: str | None
     seen: dict[str, dict[str, Artefact]]
+    splits: tuple[str, ...]
 
     @property
     def unseen(self) -> list[str]:
-        """The teachers whose features are still to be stored."""
-        return [
-            name for name, stores in self.seen.items() if not all(Path(s.manifest).exists() for s in stores.values())
-        ]
+        """The teachers that it has to load: their features are not stored, or it asks them for something else."""
+        stored = {name: [Path(one.manifest).exists() for one in stores.values()] for name, stores in self.seen.items()}
+        return [name for name, there in stored.items() if not (there and all(there))]
 
     @property
     def segment(self) -> Segment:
@@ -107,6 +108,9 @@ class Measures:
             recipe["teacher"] = self.data.teacher_key(teacher)
         if beside:
             recipe["beside"] = {name: self.data.teacher_key(name) for name in beside}
+        splits = tuple(spec.made.least)
+        if EVALUATION in splits:
+            recipe[EVALUATION] = self.data.of(EVALUATION).latents.key
         folder, looks = f"{self.data.root}/measures", spec.made.hidden
         own = f"{folder}/{state.trajectory}.{state.step:08d}"
         kind = "".join(c if c.isascii() and (c.isalnum() or c in "._") else "-" for c in spec.measure)
@@ -119,16 +123,24 @@ class Measures:
             cached,
             recipe,
             f"{own}/{kind}-{fingerprint(recipe)}.json",
-            {split: _store(own, {**of_state, "look": dict(look)}) for split, look in looks.items()},
+            {
+                split: _store(own, {**of_state, "latents": self.data.of(split).latents.key, "look": dict(look)})
+                for split, look in looks.items()
+            },
             teacher,
             {name: self._seen(name, looks) for name in [*([teacher] if teacher else []), *beside]},
+            splits,
         )
 
     def _seen(self, teacher: str, looks: Mapping[str, Mapping[str, Any]]) -> dict[str, Artefact]:
         """The stores of a teacher's features of the images whose hidden states are read."""
-        whose = {"recipe": RECIPE, "images": self.data.images.key, "teacher": self.data.teacher_key(teacher)}
-        folder = f"{self.data.root}/measures/teacher-{fingerprint(whose)}"
-        return {split: _store(folder, {**whose, "look": _shown(look)}) for split, look in looks.items()}
+        found = {}
+        for split, look in looks.items():
+            images = self.data.of(split).images.key
+            whose = {"recipe": RECIPE, "images": images, "teacher": self.data.teacher_key(teacher)}
+            folder = f"{self.data.root}/measures/teacher-{fingerprint(whose)}"
+            found[split] = _store(folder, {**whose, "look": _shown(look)})
+        return found
 
 
 def _shown(look: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ Its parts, each made from those above it:
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from haste.config import (
 )
 from haste.files.artefact import fingerprint
 from haste.plan import inputs
-from haste.plan.data import Data
+from haste.plan.data import EVALUATION, Data
 from haste.plan.evaluations import Evaluations
 from haste.plan.measures import Measurement, Measures
 from haste.plan.names import Evaluation, Segment, State
@@ -97,6 +99,28 @@ class Plan:
         self._parts = inputs.Parts(config, data, targets, runs, evaluations, measures)
         self.measured, self.measurements, self.measurement = measures.rows, measures.by_name, measures.of
 
+    @functools.cached_property
+    def evaluation(self) -> Plan | None:
+        """The same plan about the images that only measures see: its `images`, `latents` and `data` are theirs. None
+        without them."""
+        if (data := self.data.evaluation) is None:
+            return None
+        found = copy.copy(self)
+        found.config, found.data, found.checked_images = data.config, data, data.checked_images
+        found.images, found.latents = data.images, data.latents
+        return found
+
+    def of(self, split: str) -> Plan:
+        """The plan about the images of a split: `evaluation`, or one of those that training is about."""
+        found = self.evaluation if split == EVALUATION else self
+        assert found is not None
+        return found
+
+    @property
+    def image_sets(self) -> list[Plan]:
+        """The plan about each set of images: that of training, and `evaluation`."""
+        return [self, *([self.evaluation] if self.evaluation else [])]
+
     @property
     def image_count(self) -> int:
         """Images of the store or, before it exists, of its source; raises as `Data.image_count`."""
@@ -110,8 +134,8 @@ class Plan:
     @property
     def changes(self) -> list[str]:
         """How the images' source differs from what they were made from, and what to do; nothing if it does not."""
-        said = self.data.source_changes
-        return [f"{said}. `haste images --update` takes the change up, under new names"] if said else []
+        said = [changed for plan in self.image_sets if (changed := plan.data.source_changes)]
+        return [f"{changed}. `haste images --update` takes the change up, under new names" for changed in said]
 
     def check(self) -> None:
         """Refuse, before anything is submitted, what the first jobs would refuse, with the same messages.
@@ -157,8 +181,11 @@ class Plan:
         parts = [part for name in measurement.unseen if (part := self.teachers[name])]
         if self.autoencoder and "decoder" in self.config.measures[measurement.label].made.needs:
             parts.append(self.autoencoder)
-        shown = [*(self.images.files if measurement.unseen else []), *(file for part in parts for file in part.files)]
-        return list(dict.fromkeys([*self.latents.files, *own, *self.aligned_from(measurement.segment), *shown]))
+        parts += [self.of(split).images for split in measurement.splits if measurement.unseen]
+        shown = [file for part in parts for file in part.files]
+        stores = [self.latents, *(self.of(split).latents for split in measurement.splits)]
+        files = [file for store in stores for file in store.files]
+        return list(dict.fromkeys([*files, *own, *self.aligned_from(measurement.segment), *shown]))
 
     @property
     def measure_files(self) -> list[str]:
