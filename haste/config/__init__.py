@@ -39,6 +39,7 @@ from haste.config.forks import Branch, branches, written
 from haste.config.keys import LABEL, LATER, Float, Positive, Rate, Seed, Share, Strict, decides, number
 from haste.config.parts import (
     DENOISERS,
+    EVALUATION,
     MEASURES,
     Autoencoder,
     Cache,

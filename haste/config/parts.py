@@ -302,6 +302,7 @@ class Condition(_Named):
 
 
 # Measures of a state: name -> import path of the class, which is imported on request.
+EVALUATION = "evaluation"  # the split of the images that only measures see
 MEASURES = {
     "gradient-cosine": "haste.measure.gradient_cosine:GradientCosine",
     "cknna": "haste.measure.cknna:CKNNA",

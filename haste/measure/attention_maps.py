@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from haste.config import ALIGNED_HEADS, LABEL, MAPPINGS, Config, Positive, Share, taps_of, teacher_shape
-from haste.measure.measure import Measure, Row
+from haste.measure.measure import Measure, Row, Split
 from haste.measure.pictures import SIDES, Picture
 from haste.networks.spec import blocks
 
@@ -43,7 +43,7 @@ class AttentionMaps(Measure):
         head: shows one of them, from 0; None shows their mean.
         query: the token whose map is shown, its number on the teacher's grid, rows first; None is the middle one.
         images: number of random images; a row of the picture each.
-        split: `held_out`, the images of `images.holdout`, or `train`, which the network was trained on.
+        split: see `haste.measure.measure.Split`.
     """
 
     needs: ClassVar = frozenset({"teacher", "decoder"})
@@ -58,7 +58,7 @@ class AttentionMaps(Measure):
     head: Layer | None = None
     query: Layer | None = None
     images: Annotated[int, Field(ge=1, le=16)] = 4
-    split: Literal["held_out", "train"] = "held_out"
+    split: Split = "held_out"
 
     @model_validator(mode="after")
     def _each_once(self) -> AttentionMaps:
@@ -104,8 +104,8 @@ class AttentionMaps(Measure):
         from haste.align.losses import attention_loss, resize_tokens
         from haste.measure import passes
 
-        chosen = subject.inputs.batches.reading_indices(self.images, self.split)
-        teacher, images = passes.teacher_and_images(subject, subject.what.teacher or "")
+        chosen = subject.batches(self.split).reading_indices(self.images, self.split)
+        teacher, images = passes.teacher_and_images(subject, subject.what.teacher or "", self.split)
         pairs, grid = self.pairs_of(self._model(subject)), teacher.grid
         shown = torch.from_numpy(images.read("image", chosen)).to(subject.group.device)
         subject.inputs.identities["teacher"] = teacher.identity
@@ -113,9 +113,9 @@ class AttentionMaps(Measure):
         query = (grid[0] // 2) * grid[1] + grid[1] // 2 if self.query is None else self.query
         if query >= grid[0] * grid[1]:
             raise ValueError(f"query: {query}, but {subject.what.teacher} has tokens 0 to {grid[0] * grid[1] - 1}")
-        framed = [_framed(one, query, grid) for one in subject.decoded(chosen)]
+        framed = [_framed(one, query, grid) for one in subject.decoded(self.split, chosen)]
         asked = {f"attention.{mine}" for mine, _ in pairs}
-        for t, taps in passes.tapped(subject, chosen, self.t, asked):
+        for t, taps in passes.tapped(subject, self.split, chosen, self.t, asked):
             columns = {"image\nloss": framed}
             for mine, layer in pairs:
                 name = f"attention.{mine}"

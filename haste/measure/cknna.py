@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from haste.align import angle
 from haste.config import LABEL, Config, Positive
 from haste.measure.hidden import Hidden
-from haste.measure.measure import Row
+from haste.measure.measure import Row, Split
 
 if TYPE_CHECKING:
     from haste.measure.subject import Subject
@@ -31,7 +31,7 @@ class CKNNA(Hidden):
     Attributes:
         teacher: by its name in the configuration; None is the only one. Its identity is part of the result's name.
         images: number of random images.
-        split: `held_out`, the images of `images.holdout`, or `train`, which the network was trained on.
+        split: see `haste.measure.measure.Split`.
         neighbours: k.
         formula: `hsic`, unbiased HSIC of masked kernels, or `centred`, REPA's Eq. 23.
         shards: groups of images for the jackknife of the standard error. With a group left out, neighbours are those
@@ -44,7 +44,7 @@ class CKNNA(Hidden):
 
     teacher: Annotated[str | None, LABEL] = None
     images: Annotated[int, Field(ge=4)] = 10_000
-    split: Literal["held_out", "train"] = "held_out"
+    split: Split = "held_out"
     neighbours: Positive = 10
     formula: Literal["hsic", "centred"] = "hsic"
     shards: Several = 8

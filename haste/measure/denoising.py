@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from haste.config import Share
-from haste.measure.measure import Measure, Row
+from haste.measure.measure import Measure, Row, Split
 
 if TYPE_CHECKING:
     from haste.measure.subject import Subject
@@ -28,7 +28,7 @@ class Denoising(Measure):
 
     Attributes:
         weights: as in `Measure`; samples are drawn from the averaged ones.
-        split: `held_out`, the images of `images.holdout`, or `train`, which the network was trained on.
+        split: see `haste.measure.measure.Split`.
         images: number of random images of it; all if there are fewer.
         groups: groups of images of equal size, up to one image; as many as images if there are fewer.
         t: every image is used at each of these.
@@ -39,7 +39,7 @@ class Denoising(Measure):
     pooled: ClassVar = "group"
 
     weights: Literal["model", "ema"] = "ema"
-    split: Literal["held_out", "train"] = "held_out"
+    split: Split = "held_out"
     images: Annotated[int, Field(ge=LEAST)] = 2048
     groups: Annotated[int, Field(ge=LEAST)] = 64
     t: Annotated[list[Share], Field(min_length=1)] = TIMES
@@ -61,7 +61,7 @@ class Denoising(Measure):
 
     def run(self, subject: Subject) -> Iterator[Row]:
         """See `Measure`."""
-        chosen = subject.inputs.batches.reading_indices(self.images, self.split)
+        chosen = subject.batches(self.split).reading_indices(self.images, self.split)
         counts = min(self.groups, len(chosen))
         bounds = [len(chosen) * number // counts for number in range(counts + 1)]
         losses = self._losses(subject, chosen)  # (T, M)
@@ -81,7 +81,7 @@ class Denoising(Measure):
         low, high = (len(chosen) * rank // group.size for rank in (group.rank, group.rank + 1))
         for start in range(low, high, subject.part):
             rows = range(start, min(start + subject.part, high))
-            batch = inputs.batches.measured(chosen, rows).to(group.device)
+            batch = subject.batches(self.split).measured(chosen, rows).to(group.device)
             for place, t in enumerate(self.t):
                 times = torch.full_like(batch.t, process.place(t))
                 with torch.no_grad(), inputs.precision():

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from haste.config import Config, Seed, Strict
+from haste.config import EVALUATION, Config, Seed, Strict
 from haste.files import artefact
 from haste.measure.pictures import Picture
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from haste.measure.subject import Subject
 
 KIND = "measure"
+
+#: Which images are measured: those of `images.holdout`; of training; or of `evaluation`, a set of their own.
+Split = Literal["held_out", "train", "evaluation"]
 
 #: Column -> a location (a whole number, a number or a word), or a measured value (a number).
 Row = Mapping[str, str | int | float]
@@ -60,7 +63,7 @@ class Measure(Strict):
 
     @property
     def least(self) -> Mapping[str, tuple[str, int]]:
-        """The number of images that it cannot do without: split, `train` or `held_out` -> the key that asks, number."""
+        """The number of images that it cannot do without: `Split` -> the key that asks, number."""
         return {}
 
     @property
@@ -76,6 +79,8 @@ class Measure(Strict):
                 f"{asked[0]}: {asked[1]:,} images that are not trained on, but images.holdout keeps {held:,}; expected "
                 "fewer here, in an entry of `measures`, or more there"
             )
+        if EVALUATION in self.least and config.evaluation is None:
+            found.append("split: evaluation, but there is no section `evaluation`; expected one, or split held_out")
         if "teacher" in self.needs and (name := getattr(self, "teacher", None)) not in config.teachers:
             known = ", ".join(config.teachers) or "teachers, which has none"
             if name is not None or len(config.teachers) != 1:

@@ -61,13 +61,13 @@ def hidden(subject: Subject, split: str) -> Store:
     sizes = {layer: (tap.grid[0] * tap.grid[1], tap.width) for layer, tap in tokens.items()}
     shapes = {field(m, t): size[1:] if look["pooled"] else size for m, size in sizes.items() for t in look["t"]}
     at_once = max(1, min(AT_ONCE, int(MOST_BYTES / sum(4 * n * width for n, width in sizes.values()))))
-    facts = {"latents": subject.inputs.batches.latents.identity, "weights": subject.weights}
+    facts = {"latents": subject.batches(split).latents.identity, "weights": subject.weights}
     return _store(subject, made, shapes, facts, lambda chosen: _states(subject, look, layers, chosen), at_once)
 
 
 def _states(subject: Subject, look: Mapping[str, Any], layers: Any, chosen: NDArray[np.int64]) -> Rows:
     rows = {}
-    for t, taps in tapped(subject, chosen, look["t"], {f"tokens.{layer}" for layer in layers}):
+    for t, taps in tapped(subject, look["split"], chosen, look["t"], {f"tokens.{layer}" for layer in layers}):
         for layer in layers:
             tokens = taps[f"tokens.{layer}"]  # (B, N, D)
             tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
@@ -76,19 +76,19 @@ def _states(subject: Subject, look: Mapping[str, Any], layers: Any, chosen: NDAr
 
 
 def tapped(
-    subject: Subject, chosen: NDArray[np.int64], times: Sequence[float], names: Collection[str]
+    subject: Subject, split: str, chosen: NDArray[np.int64], times: Sequence[float], names: Collection[str]
 ) -> Iterator[tuple[float, dict[str, Any]]]:
-    """Each t with the network's taps of these names, of some images with the null condition."""
-    inputs, model, process = subject.inputs, subject.model, subject.process
-    batch = inputs.batches.measured(chosen, range(len(chosen))).to(subject.group.device)
-    dtype, latents = next(model.parameters()).dtype, inputs.batches.latents.manifest
+    """Each t with the network's taps of these names, of some images of a split with the null condition."""
+    inputs, model, process, batches = subject.inputs, subject.model, subject.process, subject.batches(split)
+    batch = batches.measured(chosen, range(len(chosen))).to(subject.group.device)
+    dtype, latents = next(model.parameters()).dtype, batches.latents.manifest
     z = draw(batch.moments, batch.draw, latents["scale"], latents["shift"]).to(dtype)
 
     def piece(null: NDArray[Any]) -> Tensor:
         told = torch.from_numpy(null).to(z.device)
         return told.to(dtype) if told.is_floating_point() else told
 
-    y = each(piece, inputs.batches.condition.null(len(chosen)))
+    y = each(piece, batches.condition.null(len(chosen)))
     for t in times:
         at = torch.full_like(batch.t, process.place(t)).to(dtype)
         with torch.inference_mode(), inputs.precision():
@@ -122,28 +122,29 @@ def teacher_features(subject: Subject, split: str, beside: str | None = None) ->
     """
     name = beside or subject.what.teacher
     assert name is not None
-    made, expected = subject.what.seen[name][split], {"images": subject.inputs.batches.latents.manifest["images"]}
+    made, expected = subject.what.seen[name][split], {"images": subject.batches(split).latents.manifest["images"]}
     there = subject.group.broadcast(lambda: _fits(made, expected))
-    store = Store.of(made) if there else _teacher_store(subject, name, made)
+    store = Store.of(made) if there else _teacher_store(subject, name, split)
     subject.inputs.identities[f"teacher {beside}" if beside else "teacher"] = store.manifest["teacher"]
     return store
 
 
-def teacher_and_images(subject: Subject, name: str) -> tuple[Teacher, Store]:
-    """A teacher on the device, and the store of the images whose latents are read.
+def teacher_and_images(subject: Subject, name: str, split: str) -> tuple[Teacher, Store]:
+    """A teacher on the device, and the store of the images of a split whose latents are read.
 
     Raises:
         ValueError: the teacher or the store is missing or damaged, or holds other images.
     """
-    images, expected = Store.of(subject.plan.images), subject.inputs.batches.latents.manifest["images"]
+    images, expected = Store.of(subject.plan.of(split).images), subject.batches(split).latents.manifest["images"]
     if images.identity != expected:
         found = f"holds images {images.identity[:12]}, expected those of the latents {expected[:12]}"
         raise ValueError(f"{images.folder}: {found}")
     return load_teacher(subject.plan, name).to(subject.group.device), images
 
 
-def _teacher_store(subject: Subject, name: str, made: Artefact) -> Store:
-    (teacher, images), pooled = teacher_and_images(subject, name), made.recipe["look"].get("pooled", True)
+def _teacher_store(subject: Subject, name: str, split: str) -> Store:
+    (teacher, images), made = teacher_and_images(subject, name, split), subject.what.seen[name][split]
+    pooled = made.recipe["look"].get("pooled", True)
 
     def rows(chosen: NDArray[np.int64]) -> Rows:
         shown = torch.from_numpy(images.read("image", chosen)).to(subject.group.device)
@@ -162,9 +163,10 @@ def _store(
 ) -> Store:
     """The store, after making it if it is not there or if its facts are others. A collective call."""
     look, group = made.recipe["look"], subject.group
-    indices = subject.inputs.batches.reading_indices(look["images"], look["split"])
+    batches = subject.batches(look["split"])
+    indices = batches.reading_indices(look["images"], look["split"])
     if len(indices) < (look["images"] or 1):
-        folder, asked = subject.inputs.batches.latents.folder, look["images"] or 1
+        folder, asked = batches.latents.folder, look["images"] or 1
         raise ValueError(
             f"{folder}: has {len(indices):,} images of {look['split']}, but measured are {asked:,}; ask for fewer"
         )

@@ -10,14 +10,14 @@ columns cannot be compared.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from haste.measure.hidden import Hidden, field
-from haste.measure.measure import Row
+from haste.measure.measure import Row, Split
 from haste.measure.pictures import Picture
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class PCA(Hidden):
 
     Attributes:
         images: number of random images; a row of the picture each.
-        split: `held_out`, the images of `images.holdout`, or `train`, which the network was trained on.
+        split: see `haste.measure.measure.Split`.
     """
 
     needs: ClassVar = frozenset({"decoder"})
@@ -39,7 +39,7 @@ class PCA(Hidden):
     values: ClassVar = {"explained": ""}
 
     images: Annotated[int, Field(ge=1, le=16)] = 4
-    split: Literal["held_out", "train"] = "held_out"
+    split: Split = "held_out"
 
     @property
     def least(self) -> Mapping[str, tuple[str, int]]:
@@ -65,7 +65,7 @@ class PCA(Hidden):
             tokens, grid = states.read(field(layer, t), everyone), subject.model.taps[f"tokens.{layer}"].grid
             columns.setdefault(t, {})[f"{layer}"], explained = coloured(tokens, grid)
             yield {"layer": layer, "t": t, "explained": explained}
-        shown = list(subject.decoded(subject.images(self.split)))
+        shown = list(subject.decoded(self.split, subject.images(self.split)))
         for t, by_layer in columns.items():
             what = f"after block {', '.join(by_layer)}" + "".join(f", of teacher {name}" for name in beside)
             alt = f"First three principal components of the tokens of {self.images} images at t {t:g}, a row an image: "

@@ -13,10 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from haste.config import process_in
+from haste.config import EVALUATION, process_in
+from haste.data.batches import Batches
 from haste.data.jobs import check_autoencoder
 from haste.data.latents import Autoencoder, draw, to_pixels
 from haste.diffusion.process import Process
+from haste.files.store import Store
 from haste.measure.measure import Row
 from haste.measure.pictures import Picture
 from haste.models.build import build_model
@@ -84,27 +86,50 @@ class Subject:
 
     def images(self, split: str) -> NDArray[np.int64]:
         """The places in the stores of the images whose hidden states are read, (n,)."""
-        look = self.what.hidden[split].recipe["look"]
-        return self.inputs.batches.reading_indices(look["images"], look["split"])
+        return self.batches(split).reading_indices(self.what.hidden[split].recipe["look"]["images"], split)
 
     def labels(self, split: str) -> NDArray[np.int64]:
-        """The classes of these images, (n,)."""
-        return self.inputs.batches.latents.read("label", self.images(split))
+        """The classes of these images, (n,).
 
-    def decoded(self, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The latents of some images before noise, decoded: (n, R, R, 3). A collective call.
+        Raises:
+            ValueError: images of `evaluation` have other classes than those of training.
+        """
+        found, ours = (one.latents for one in (self.batches(split), self.inputs.batches))
+        if found.manifest["classes"] != ours.manifest["classes"]:
+            raise ValueError(f"{found.folder}: has other classes than {ours.folder}, expected the same names")
+        return found.read("label", self.images(split))
+
+    def batches(self, split: str) -> Batches:
+        """Those that have the images of a split: of training's inputs, or of `evaluation`.
+
+        Raises:
+            ValueError: a store is missing or damaged, or was encoded by another autoencoder.
+        """
+        return self._others if split == EVALUATION else self.inputs.batches
+
+    @functools.cached_property
+    def _others(self) -> Batches:
+        found, ours = Store.of(self.plan.of(EVALUATION).latents), self.inputs.batches.latents
+        if found.manifest["autoencoder"] != ours.manifest["autoencoder"]:
+            raise ValueError(f"{found.folder}: was encoded by another autoencoder than {ours.folder}")
+        self.inputs.identities["latents of evaluation"] = found.identity
+        return self.inputs.batches.of_all(found)
+
+    def decoded(self, split: str, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The latents of some images of a split before noise, decoded: (n, R, R, 3). A collective call.
 
         Raises:
             ValueError: the decoder is missing, damaged or of other latents.
             FloatingPointError: pixels are not finite.
         """
-        pixels, self.inputs.identities["decoder"] = self.group.broadcast(lambda: self._decoded(chosen))
+        pixels, self.inputs.identities["decoder"] = self.group.broadcast(lambda: self._decoded(split, chosen))
         return pixels
 
-    def _decoded(self, chosen: NDArray[np.int64]) -> tuple[NDArray[np.uint8], str]:
+    def _decoded(self, split: str, chosen: NDArray[np.int64]) -> tuple[NDArray[np.uint8], str]:
         decoder = Autoencoder.load(self.plan.decoder, device=str(self.group.device))
         check_autoencoder(self.plan, decoder)
-        batch, latents = self.inputs.batches.measured(chosen, range(len(chosen))), self.inputs.batches.latents.manifest
+        batches = self.batches(split)
+        batch, latents = batches.measured(chosen, range(len(chosen))), batches.latents.manifest
         scaling = {"scale": latents["scale"], "shift": latents["shift"]}
         z = draw(batch.moments, batch.draw, **scaling)
         decoded = torch.cat([decoder.decode(one, **scaling) for one in z.split(1)])

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from haste.config import DETECTORS, Config, Images, decides
+from haste.config import DETECTORS, EVALUATION, Config, Images, decides
 from haste.config import Detector as DetectorSpec
 from haste.files import artefact, listing, walk
 from haste.files.artefact import fingerprint, remembered_identity
@@ -17,7 +17,6 @@ from haste.files.sources import UNUSED, Pictures, SourceRecord
 from haste.networks import foreign
 from haste.plan.names import RECIPE, Artefact, Detector
 
-EVALUATION = "evaluation"  # the split of the images that only measures see
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")  # files of a folder of weights that decide what it computes
 
 
@@ -219,6 +218,13 @@ class Data:
     def _listing(self) -> Listing:
         spec = self.config.images
         return listing.survey(spec.source, spec.path, spec.classes, spec.labels)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The images' classes in order; None if only files that are not read yet name them. Raises as `image_count`."""
+        if Path(self.images.manifest).exists():
+            return artefact.read_json(self.images.manifest, "store")["classes"]
+        return self._listing.classes
 
     @property
     def where(self) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from haste import extensions
-from haste.config import Config, Model, facts_in, model_in
+from haste.config import EVALUATION, Config, Model, facts_in, model_in
 from haste.networks import autoencoder, layouts, weights
 from haste.networks.registry import DETECTORS, TEACHERS
 from haste.plan.data import Data
@@ -63,17 +63,35 @@ def _exist(files: list[str]) -> bool:
 def images(parts: Parts) -> None:
     """Refuse pictures that cannot be counted, are too few, have other classes, or have changed since the first were
     prepared."""
-    trained_on = parts.data.image_count - parts.config.images.holdout
+    there = {"train": parts.data.image_count - parts.config.images.holdout}
     parts.data.check_source()
+    if any(EVALUATION in one.splits for one in parts.measured):
+        there[EVALUATION] = _evaluation(parts.data)
     for one in parts.measured:
-        key, least = parts.config.measures[one.label].made.least.get("train", ("", 0))
-        if least > trained_on:
-            raise ValueError(f"measures.{one.label}.{key}: {least:,}, but there are {trained_on:,} training images")
+        for split, (key, least) in parts.config.measures[one.label].made.least.items():
+            if least > (count := there.get(split, least)):
+                whose = "training" if split == "train" else split
+                raise ValueError(f"measures.{one.label}.{key}: {least:,}, but there are {count:,} {whose} images")
+
+
+def _evaluation(data: Data) -> int:
+    """The number of images that only measures see; refuses those that cannot be used, as of other classes."""
+    others, ours = data.of(EVALUATION), data.class_names
+    count = others.image_count
+    others.check_source()
+    if None not in (ours, found := others.class_names) and found != ours:
+        wrong = sorted({*(found or [])} ^ {*(ours or [])})
+        raise ValueError(
+            f"{others.where}: its classes are not those of {data.where}: {', '.join(wrong[:5])} only in one of them; "
+            "expected the same names, because a label is a class's place among them"
+        )
+    return count
 
 
 def encoder(parts: Parts) -> None:
     """Refuse a public autoencoder that could not encode the images."""
-    if not Path(parts.data.latents.manifest).exists() and (parts.trained or parts.measured):
+    stores = [parts.data.latents, *(parts.data.of(split).latents for one in parts.measured for split in one.splits)]
+    if not _exist([store.manifest for store in stores]) and (parts.trained or parts.measured):
         _autoencoder(parts, parts.data.encoder)
 
 

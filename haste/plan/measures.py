@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from haste.config import Config, measured_beside, measured_teacher, measured_terms
+from haste.config import EVALUATION, Config, measured_beside, measured_teacher, measured_terms
 from haste.files.artefact import fingerprint
-from haste.plan.data import EVALUATION, Data
+from haste.plan.data import Data
 from haste.plan.names import RECIPE, Artefact, Segment, State
 from haste.plan.runs import named_terms
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from haste.config import (
+    EVALUATION,
     TERMS,
     Config,
     Evaluate,
@@ -35,7 +36,7 @@ from haste.config import (
 )
 from haste.files.artefact import fingerprint
 from haste.plan import inputs
-from haste.plan.data import EVALUATION, Data
+from haste.plan.data import Data
 from haste.plan.evaluations import Evaluations
 from haste.plan.measures import Measurement, Measures
 from haste.plan.names import Evaluation, Segment, State
@@ -100,26 +101,22 @@ class Plan:
         self.measured, self.measurements, self.measurement = measures.rows, measures.by_name, measures.of
 
     @functools.cached_property
-    def evaluation(self) -> Plan | None:
-        """The same plan about the images that only measures see: its `images`, `latents` and `data` are theirs. None
-        without them."""
-        if (data := self.data.evaluation) is None:
-            return None
+    def _about_evaluation(self) -> Plan:
+        data = self.data.of(EVALUATION)
         found = copy.copy(self)
         found.config, found.data, found.checked_images = data.config, data, data.checked_images
         found.images, found.latents = data.images, data.latents
         return found
 
     def of(self, split: str) -> Plan:
-        """The plan about the images of a split: `evaluation`, or one of those that training is about."""
-        found = self.evaluation if split == EVALUATION else self
-        assert found is not None
-        return found
+        """The plan about the images of a split: of `evaluation`, with `images`, `latents` and `data` of its own, or one
+        of those that training is about."""
+        return self._about_evaluation if split == EVALUATION else self
 
     @property
     def image_sets(self) -> list[Plan]:
         """The plan about each set of images: that of training, and `evaluation`."""
-        return [self, *([self.evaluation] if self.evaluation else [])]
+        return [self, *([self.of(EVALUATION)] if self.data.evaluation else [])]
 
     @property
     def image_count(self) -> int:
