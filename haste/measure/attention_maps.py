@@ -93,6 +93,10 @@ class AttentionMaps(Measure):
                 found.append(f"{key}: {getattr(self, key)}, but {model} and its teacher have {most} heads together")
         return found
 
+    def flops(self, terms: int, forward: float, teachers: float) -> float:
+        """See `Measure`: a forward pass at every t."""
+        return self.images * len(self.t) * forward
+
     def pairs_of(self, model: str) -> list[list[int]]:
         """The pairs of layers for a model of this name."""
         return self.pairs or [list(pair) for pair in zip(*MAPPINGS[model][1:], strict=True)]

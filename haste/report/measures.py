@@ -318,7 +318,8 @@ def _heat_map(
     when = f"step {int(part['step'].iloc[0]):,}"
     if x == "step":
         when = "over steps" if y == found.x else f"over steps, the mean over {found.x}"
-    return Panel(title, "", f"{title}, {when}.", to_svg(figure, name, spoken))
+    beside = [f" Teacher {teacher}: {row[value]:.3g}." for teacher, row in found.teachers.items()]
+    return Panel(title, "", f"{title}, {when}.{''.join(beside)}", to_svg(figure, name, spoken))
 
 
 def _tick(axis: str, at: float) -> str:
