@@ -127,8 +127,8 @@ def _faults_of_data(config: Config) -> list[str]:
         faults.append(f"images.holdout: 0, but {', '.join(trained)} are trained here and judged on images held out")
     if (others := config.evaluation) is not None:
         alike = {"resolution": resolution, "classes": config.images.classes, "holdout": 0}
-        found = {key: getattr(others, key) for key in alike}
-        faults += [f"evaluation.{k}: {found[k]}, expected {alike[k]}" for k in alike if found[k] != alike[k]]
+        own = others.model_dump(include=set(alike))
+        faults += [f"evaluation.{k}: {own[k]}, expected {alike[k]}" for k in alike if own[k] != alike[k]]
     names = list(config.detector)
     for place, name in enumerate(names):
         detector = config.detector[name]

@@ -8,7 +8,7 @@ sides are compared.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from haste.config import ALIGNED_HEADS, LABEL, MAPPINGS, Config, Positive, Share, taps_of, teacher_shape
 from haste.measure.measure import Measure, Row, Split
-from haste.measure.pictures import SIDES, Picture
+from haste.measure.pictures import SIDES, Column, Picture
 from haste.networks.spec import blocks
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class AttentionMaps(Measure):
 
     @model_validator(mode="after")
     def _each_once(self) -> AttentionMaps:
-        for name, values in {"t": self.t, "pairs": self.pairs or []}.items():
+        given: dict[str, Sequence[Any]] = {"t": self.t, "pairs": self.pairs or []}
+        for name, values in given.items():
             if any(values.count(one) > 1 for one in values):
                 raise ValueError(f"{name} {values} has a value more than once, expected each once")
         if self.heads is not None and self.head is not None and self.head >= self.heads:
@@ -120,18 +121,19 @@ class AttentionMaps(Measure):
         framed = [_framed(one, query, grid) for one in subject.decoded(self.split, chosen)]
         asked = {f"attention.{mine}" for mine, _ in pairs}
         for t, taps in passes.tapped(subject, self.split, chosen, self.t, asked):
-            columns = {"image\nloss": framed}
+            columns: list[Column] = [("image\nloss", framed)]
             for mine, layer in pairs:
                 name = f"attention.{mine}"
                 own = (resize_tokens(x, subject.model.taps[name].grid, grid) for x in taps[name][:2])
-                pair = self._shown(*own, *theirs[layer])
-                student, teachers = rows(*(x.double() for x in pair), query)  # (B, H, N) each
+                q_s, k_s, q_t, k_t = self._shown(*own, *theirs[layer])
+                student, teachers = rows(q_s.double(), k_s.double(), q_t.double(), k_t.double(), query)  # (B, H, N)
                 row, least = (-float((teachers.exp() * other).sum(-1).mean()) for other in (student, teachers))
-                loss = float(attention_loss(*pair))
-                columns[f"student {mine}\n{row:.3f}"] = _coloured(student, grid)
-                columns[f"teacher {layer}\n{least:.3f}"] = _coloured(teachers, grid)
+                loss = float(attention_loss(q_s, k_s, q_t, k_t))
+                columns.append((f"student {mine}\n{row:.3f}", _coloured(student, grid)))
+                columns.append((f"teacher {layer}\n{least:.3f}", _coloured(teachers, grid)))
                 yield {"layers": f"student {mine}, teacher {layer}", "t": t, "row": row, "loss": loss}
-            subject.pictures.append(Picture.of(f"t {t:g}", self._alt(t, query, list(columns)[1:]), columns))
+            alt = self._alt(t, query, [heading for heading, _ in columns[1:]])
+            subject.pictures.append(Picture.of(f"t {t:g}", alt, columns))
 
     def _model(self, subject: Subject) -> str:
         config, run = subject.plan.config, subject.what.run

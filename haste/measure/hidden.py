@@ -70,7 +70,7 @@ class Hidden(Measure):
         for place, found in subject.shared([*self.places(subject), *((name,) for name in self.beside)], values):
             row = dict(zip((value, error), found, strict=True))
             if len(place) == 1:
-                subject.teachers[place[0]] = row
+                subject.teachers[str(place[0])] = row
             else:
                 yield {"layer": place[0], "t": place[1], **row}
 

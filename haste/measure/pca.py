@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from haste.measure.hidden import Hidden, field
+from haste.measure.hidden import Hidden
 from haste.measure.measure import Row, Split
-from haste.measure.pictures import Picture
+from haste.measure.pictures import Column, Picture
 
 if TYPE_CHECKING:
     from haste.measure.subject import Subject
@@ -55,25 +55,29 @@ class PCA(Hidden):
         """See `Measure`: every rank computes everything, which is little."""
         from haste.measure import passes
 
-        states, everyone = passes.hidden(subject, self.split), np.arange(self.images)
-        beside, columns = dict[str, list[NDArray[np.uint8]]](), dict[float, dict[str, list[NDArray[np.uint8]]]]()
+        read, by_t, beside = (
+            passes.reader(subject, self.split, self.beside),
+            dict[float, list[Column]](),
+            list[Column](),
+        )
         for name in self.beside:
-            tokens = passes.teacher_features(subject, self.split, name)
-            beside[name], explained = coloured(tokens.read(passes.FEATURES, everyone), tuple(tokens.manifest["grid"]))
+            grid = passes.teacher_features(subject, self.split, name).manifest["grid"]
+            cells, explained = coloured(read(name), tuple(grid))
+            beside.append((name, cells))
             subject.teachers[name] = {"explained": explained}
         for layer, t in self.places(subject):
-            tokens, grid = states.read(field(layer, t), everyone), subject.model.taps[f"tokens.{layer}"].grid
-            columns.setdefault(t, {})[f"{layer}"], explained = coloured(tokens, grid)
+            cells, explained = coloured(read(layer, t), subject.model.taps[f"tokens.{layer}"].grid)
+            by_t.setdefault(t, []).append((f"{layer}", cells))
             yield {"layer": layer, "t": t, "explained": explained}
         shown = list(subject.decoded(self.split, subject.images(self.split)))
-        for t, by_layer in columns.items():
-            what = f"after block {', '.join(by_layer)}" + "".join(f", of teacher {name}" for name in beside)
+        for t, columns in by_t.items():
+            layers = f"after block {', '.join(layer for layer, _ in columns)}"
+            what = "; ".join([layers, *(f"of teacher {name}" for name in self.beside)])
             alt = f"First three principal components of the tokens of {self.images} images at t {t:g}, a row an image: "
-            subject.pictures.append(
-                Picture.of(
-                    f"t {t:g}", f"{alt}the image, then its tokens {what}", {"image": shown, **by_layer, **beside}
-                )
+            picture = Picture.of(
+                f"t {t:g}", f"{alt}the image, then its tokens {what}", [("image", shown), *columns, *beside]
             )
+            subject.pictures.append(picture)
 
 
 def coloured(tokens: NDArray[np.float32], grid: tuple[int, int]) -> tuple[list[NDArray[np.uint8]], float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from PIL import Image
 from haste.files.artefact import check_entries, replacing
 from haste.sampling.grids import class_grid
 
+Column = tuple[str, Sequence[NDArray[np.uint8]]]
 SIDES = 64, 256  # smallest and largest side of a cell in pixels
 
 
@@ -37,18 +38,18 @@ class Picture:
     png: bytes
 
     @classmethod
-    def of(cls, title: str, alt: str, columns: Mapping[str, Sequence[NDArray[np.uint8]]]) -> Picture:
-        """Cells (h, w, 3) of any sizes by the headings of their columns, a row each; enlarged to squares of the largest
+    def of(cls, title: str, alt: str, columns: Sequence[Column]) -> Picture:
+        """Cells (h, w, 3) of any sizes, behind the headings of their columns, a row each; enlarged to squares of the largest
         side by nearest neighbour, so that a token stays a square, and made smaller where it has more than 256 pixels.
         """
-        cells = [cell for column in columns.values() for cell in column]
+        cells = [cell for _, column in columns for cell in column]
         side = min(SIDES[1], max(max(cell.shape[:2]) for cell in cells))
         squares = np.stack([_square(cell, side) for cell in cells])
-        places = np.repeat(np.arange(len(columns)), [len(column) for column in columns.values()])
-        rows, out = max(map(len, columns.values())), io.BytesIO()
+        places = np.repeat(np.arange(len(columns)), [len(column) for _, column in columns])
+        rows, out = max(len(column) for _, column in columns), io.BytesIO()
         scale = -(-SIDES[0] // side)
         class_grid(squares, places, per_class=rows, scale=scale, classes=range(len(columns))).save(out, "PNG")
-        return cls(title, list(columns), alt, out.getvalue())
+        return cls(title, [heading for heading, _ in columns], alt, out.getvalue())
 
     @classmethod
     def read(cls, path: Path | str, entry: Any) -> Picture:

@@ -42,7 +42,9 @@ def test_a_row_is_that_of_the_whole_map_and_the_mean_over_all_rows_is_the_attent
 
 
 def test_maps_of_the_network_and_the_teacher_stand_side_by_side_with_their_cross_entropy(toy, measured):
-    plan = toy(maps=MAPS, second=MAPS | {"head": 1, "query": None, "t": [0.75], "pairs": [[2, 1]], "weights": "model"})
+    plan = toy(
+        maps=MAPS, second=MAPS | {"head": 1, "query": None, "t": [0.75], "pairs": [[2, 1], [1, 1]], "weights": "model"}
+    )
     with Store.open(plan.images.folder) as images:
         held_out = images.range("held_out")
         chosen = held_out.start + order.choice(0, "measured images", 0, 2, len(held_out))
@@ -53,7 +55,7 @@ def test_maps_of_the_network_and_the_teacher_stand_side_by_side_with_their_cross
         found = measured(plan, label)
         assert found["provenance"]["inputs"].keys() == {"latents", "teacher", "decoder"}
         for row in found["rows"]:
-            mine, layer = {"student 1, teacher 0": (1, 0), "student 2, teacher 1": (2, 1)}[row["layers"]]
+            mine, layer = (int(word.split()[1]) for word in row["layers"].split(", "))
             taps = [tapped(plan, tensors, image, row["t"], f"attention.{mine}", weights) for image in chosen]
             q, k = (torch.cat([coarser(getattr(tap, part)) for tap in taps]) for part in "qk")
             student, teacher = maps(q, k)[:, heads], maps(*theirs[layer])[:, heads]
@@ -63,7 +65,7 @@ def test_maps_of_the_network_and_the_teacher_stand_side_by_side_with_their_cross
             (picture,) = (one for one in found["pictures"] if one["title"] == f"t {row['t']:g}")
             own = -(teacher * np.log(teacher)).sum(-1)[:, :, query].mean()
             heads_of = f"student {mine}\n{row['row']:.3f}", f"teacher {layer}\n{own:.3f}"
-            assert set(heads_of) < set(picture["columns"])
+            assert set(heads_of) < set(picture["columns"]) and len(picture["columns"]) == 5
             for name, whole in zip(heads_of, (student, teacher), strict=True):
                 for cell, values in zip(cells(picture, 2)[name], whole[:, :, query].mean(1), strict=True):
                     expected = 255 * colormaps["viridis"](values / values.max())[:, :3]

@@ -232,7 +232,7 @@ def test_a_teacher_beside_is_a_dashed_line_and_the_last_line_of_the_table():
 def test_pictures_are_shown_by_step_with_what_they_show_in_words_and_lead_to_their_file():
     def shown(run, step, seed=0):
         cell = np.full((2, 2, 3), step, np.uint8)
-        picture = Picture.of("t 0.5", "Four <tokens> in one colour", {"image": [cell], "vit\n1.2": [cell]}).entry
+        picture = Picture.of("t 0.5", "Four <tokens> in one colour", [("image", [cell]), ("vit\n1.2", [cell])]).entry
         one = measured(run, step, rows(), seed=seed)
         return dataclasses.replace(one, found={**one.found, "pictures": [picture]})
 
