@@ -55,11 +55,8 @@ class PCA(Hidden):
         """See `Measure`: every rank computes everything, which is little."""
         from haste.measure import passes
 
-        read, by_t, beside = (
-            passes.reader(subject, self.split, self.beside),
-            dict[float, list[Column]](),
-            list[Column](),
-        )
+        read = passes.reader(subject, self.split, self.beside)
+        beside, by_t = list[Column](), dict[float, list[Column]]()
         for name in self.beside:
             grid = passes.teacher_features(subject, self.split, name).manifest["grid"]
             cells, explained = coloured(read(name), tuple(grid))

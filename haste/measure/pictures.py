@@ -39,9 +39,8 @@ class Picture:
 
     @classmethod
     def of(cls, title: str, alt: str, columns: Sequence[Column]) -> Picture:
-        """Cells (h, w, 3) of any sizes, behind the headings of their columns, a row each; enlarged to squares of the largest
-        side by nearest neighbour, so that a token stays a square, and made smaller where it has more than 256 pixels.
-        """
+        """Cells (h, w, 3) of any sizes, behind the headings of their columns, a row each; enlarged to squares of the
+        largest side by nearest neighbour, so that a token stays a square, and made smaller above 256 pixels."""
         cells = [cell for _, column in columns for cell in column]
         side = min(SIDES[1], max(max(cell.shape[:2]) for cell in cells))
         squares = np.stack([_square(cell, side) for cell in cells])

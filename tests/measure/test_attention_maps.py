@@ -42,9 +42,8 @@ def test_a_row_is_that_of_the_whole_map_and_the_mean_over_all_rows_is_the_attent
 
 
 def test_maps_of_the_network_and_the_teacher_stand_side_by_side_with_their_cross_entropy(toy, measured):
-    plan = toy(
-        maps=MAPS, second=MAPS | {"head": 1, "query": None, "t": [0.75], "pairs": [[2, 1], [1, 1]], "weights": "model"}
-    )
+    other = {"head": 1, "query": None, "t": [0.75], "pairs": [[2, 1], [1, 1]], "weights": "model"}
+    plan = toy(maps=MAPS, second=MAPS | other)
     with Store.open(plan.images.folder) as images:
         held_out = images.range("held_out")
         chosen = held_out.start + order.choice(0, "measured images", 0, 2, len(held_out))
