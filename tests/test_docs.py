@@ -16,6 +16,8 @@ import haste
 from haste import config
 from haste.align import triggers
 from haste.cli import main as cli
+from haste.data.captions import Captions
+from haste.models.mmdit import MMDiT
 from haste.plan.plan import Plan
 
 ROOT = Path(haste.__file__).parent.parent
@@ -193,6 +195,7 @@ def rows_of(section: str) -> dict[str, list[str]]:
 # What stands beside the keys that all triggers have.
 SECTIONS = sections() | {f"trigger: {name}": kind for name, kind in triggers.TRIGGERS.items()}
 SECTIONS |= {f"measure: {name}": config.measure_named(name) for name in config.MEASURES}
+SECTIONS |= {"condition: captions": Captions.Settings, "architecture: mmdit": MMDiT.Settings}
 each_section = pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section or "top")
 FIELDS = [(path, name) for path, model in SECTIONS.items() for name in model.model_fields]
 each_key = pytest.mark.parametrize(("section", "key"), FIELDS, ids=lambda part: part or "top")
@@ -293,6 +296,13 @@ BASE = {
         }
     },
 }
+CAPTIONED = {
+    **{key: BASE[key] for key in ("name", "autoencoder", "teachers", "detector", "sampling")},
+    "images": {**BASE["images"], "captions": "said.csv"},
+    "condition": {"name": "captions", "encoder": "words"},
+    "models": {"dot": {"architecture": "says", "width": 8}},
+    "runs": {"run": {"model": "dot", "milestones": [8, 16], "sampling": ["one"]}},
+}
 PUBLIC = {
     **BASE,
     "autoencoder": {"pretrained": {"encode": "a"}},
@@ -317,6 +327,13 @@ OTHER = {
     "results": "elsewhere",
     "images.path": "b",
     "images.labels": "labels.csv",
+    "images.captions": "said.csv",
+    "images.crop": "centre-lanczos",
+    "condition: captions.encoder": "elsewhere/clip",
+    "condition: captions.attention_mask": True,
+    "condition: captions.cache": False,
+    "sampling.NAME.split": "train",
+    "sampling.NAME.prompts": ["a red bus"],
     "images.resolution": 64,
     "images.on_bad_image": "skip",
     "autoencoder.trained.factor": 4,
@@ -337,6 +354,10 @@ OTHER = {
     "models.NAME.heads": 8,
     "models.NAME.width": 128,
     "models.NAME.patch_size": 4,
+    "architecture: mmdit.heads": 4,
+    "architecture: mmdit.width": 32,
+    "architecture: mmdit.patch_size": 4,
+    "architecture: mmdit.qk_norm": "rms",
     "alignments.NAME.features.teacher": "big",
     "alignments.NAME.features.similarity": "nt-xent",
     "alignments.NAME.features.negatives": "batch",
@@ -365,6 +386,8 @@ OTHER = {
     "sampling.NAME.interval": [0.1, 0.9],
     "sampling.NAME.labels": "balanced",
     "sampling.NAME.pixels": "round",
+    "sampling.NAME.weights": "model",
+    "detector.NAME.split": "held_out",
     "autoencoder.dtype": "float32",
     "runs.NAME.model": "SiT-S/2",
     "runs.NAME.alignment": "other",
@@ -463,7 +486,11 @@ def names(raw: dict, trained: bool) -> dict[str, str]:
 
 def changed(section: str, key: str) -> tuple[dict, dict]:
     """A configuration, and the same with one key changed."""
-    before = copy.deepcopy(PUBLIC if "pretrained" in section else BASE)
+    captions = section.startswith(("condition: ", "architecture: ")) or f"{section}.{key}" in (
+        "sampling.NAME.split",
+        "sampling.NAME.prompts",
+    )
+    before = copy.deepcopy(CAPTIONED if captions else PUBLIC if "pretrained" in section else BASE)
     if section.startswith("evaluate"):
         row = {"checkpoint": str(ROOT / "LICENSE"), "model": "dot", "sampling": ["one"], "step": 3}
         before["evaluate"] = {"file": row}
@@ -485,6 +512,11 @@ def section_of(raw: dict, section: str) -> dict:
         if not isinstance(stops["features"], dict):
             stops["features"] = {"trigger": section.removeprefix("trigger: ").replace("runs.NAME.stop.TERM", "plateau")}
         return stops["features"]
+    if section.startswith("condition: "):
+        return raw["condition"]
+    if section.startswith("architecture: "):
+        raw["models"]["dot"] = {"architecture": "mmdit", "depth": 2, "width": 16, "heads": 2}
+        return raw["models"]["dot"]
     if section.startswith("measure: "):
         kind = section.removeprefix("measure: ")
         if raw["measures"]["cosine"]["measure"] != kind:
@@ -499,6 +531,7 @@ def section_of(raw: dict, section: str) -> dict:
 @each_key
 def test_a_change_of_a_key_recomputes_what_the_document_says(section, key, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # files from elsewhere are remembered in the results folder
+    monkeypatch.setitem(config.DENOISERS, "says", "captioned:Says")
     cell = rows_of(section)[key][2]
     number_or_section = SECTIONS[section] is config.Stops
     if (nested(SECTIONS[section].model_fields[key].annotation) and not number_or_section) or key == "defaults":
@@ -535,7 +568,9 @@ def test_the_example_has_the_trunk_the_branches_and_the_cost_that_the_documents_
 
 
 def test_the_published_mappings_in_the_document_are_those_of_the_code():
-    rows = re.findall(r"^\| `([SD]iT-\w+/2)` \| (\d+) \| (\d+) \| ([\d, ]+) \| ([\d, ]+) \|$", KEYS, re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([SD]iT-\w+/2|MM-DiT)` \| (\d+) \| (\d+) \| ([\d, ]+) \| ([\d, ]+) \|$", KEYS, re.MULTILINE
+    )
     layers = {name: (int(depth), *(yaml.safe_load(f"[{x}]") for x in pair)) for name, depth, _, *pair in rows}
     assert layers == config.MAPPINGS
     assert {name: int(alone) for name, _, alone, *_ in rows} == config.REPA_DEPTH

@@ -106,11 +106,15 @@ def test_training_imports_no_teacher_before_it_asks_one():
 
 
 def test_the_workflow_imports_only_the_plan_its_ground_and_what_asks_the_cluster():
-    files = [Path(ROOT.parent, "workflow", "Snakefile"), *Path(ROOT.parent, "workflow", "rules").glob("*.smk")]
+    files = [Path(ROOT.parent, "workflow", "Snakefile"), *sorted(Path(ROOT.parent, "workflow", "rules").glob("*.smk"))]
     lines = [line for file in files for line in file.read_text().splitlines() if "haste" in line and "import " in line]
     ground = ["from haste import config as configuration", "from haste.files import artefact, locks"]
     plan = ["from haste.plan.names import State", "from haste.plan.plan import Plan"]
-    asks = ["from haste.cluster import check, queue", "    from haste.cluster import executor"]
+    asks = [
+        "from haste.cluster import gpus",
+        "from haste.cluster import check, queue",
+        "    from haste.cluster import executor",
+    ]
     assert lines == [*ground, *plan, *asks]
 
 

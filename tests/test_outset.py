@@ -11,7 +11,7 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Literal, get_args, get_origin
 
 import numpy as np
@@ -23,6 +23,7 @@ from haste import config
 from haste.cli import main as cli
 from haste.config import resolve
 from haste.data import prepare
+from haste.data.captions import Captions
 from haste.files import listing
 from haste.files.npz import WIDTHS
 from haste.networks import autoencoder
@@ -239,7 +240,7 @@ def test_a_reference_that_the_job_refuses_is_refused_by_the_plan_in_its_words(tm
     plan = said(capsys, "plan", "-c", configured(tmp_path, **judged_by(path)))
     assert f"{path}: {words}" in plan
     with pytest.raises(ValueError) as job:
-        reference_of_file(path, None, folder=tmp_path / "out", key="k", recipe={})
+        reference_of_file(path, SimpleNamespace(kind="inception"), folder=tmp_path / "out", key="k", recipe={})
     assert str(job.value) == plan.rstrip("\n")
 
 
@@ -297,13 +298,14 @@ WITHIN = {
     *("measures.NAME.measure", "condition.name", "training.process.name", "models.NAME.architecture"),
     *("runs.NAME.stop.features.trigger", "runs.NAME.stop.attention.trigger", "sampling.NAME.sampler"),
     *(f"{rows}.NAME.{key}" for rows in ("runs", "evaluate") for key in ("model", "sampling", "measures")),
+    "sampling.NAME.prompts",
     *("runs.NAME.alignment", "runs.NAME.watch.trigger", "measures.NAME.teacher"),
     *("forks.NAME.run", "forks.NAME.sampling", "forks.NAME.measures"),
 }
 
 
 def test_whatever_a_configuration_names_outside_itself_is_looked_at_by_the_plan():
-    found = set(texts())
+    found = {*texts(), *texts(Captions.Settings, "condition")}
     assert found - WITHIN == set(INPUTS) - {"runtime.trackers"}, (
         "say in haste.plan.inputs.INPUTS what looks at it before the first job"
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from haste.cli import main as cli
 from haste.files import artefact, npz
 from haste.files.store import Store, join, shard_range, write_shard
 from haste.metrics import inception_score
@@ -329,6 +330,44 @@ def test_a_reference_file_gives_its_own_moments_for_fid_and_sfid_and_its_images_
     assert about.items() <= found["reference"].items()
     said = "FID and sFID against the statistics in adm.npz, precision, recall and KID against its 13 images"
     assert said in found["notes"]
+
+
+def test_statistics_of_pytorch_fid_alone_give_the_workflow_its_fid_and_nothing_that_needs_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(npz, "WIDTHS", {"pool": 3, "spatial": 3})
+    kind = {"kind": "pytorch-fid", "weights": "w", "outputs": {"pool": 3}, "preprocessing": "none"}
+    detector, rng = Detector(Means(), **kind), np.random.default_rng(12)
+    real, fake = rng.normal(size=(40, 3)), rng.normal(size=(20, 3)).astype(np.float32)
+    np.savez(tmp_path / "stats.npz", mu=real.mean(0), sigma=np.cov(real.T))
+    common = {"kind": "features", "key": "r", "recipe": {}, "shards": 1, "provenance": {}}
+    reference_of_file(tmp_path / "stats.npz", detector, folder=tmp_path / "seen", key="r", recipe={})
+    join(tmp_path / "seen", splits={}, **common)
+    fields, facts = {"pool": ((3,), "float32"), "label": ((), "int64")}, {"detector": detector.identity}
+    rows = {"pool": fake, "label": np.zeros(20, np.int64)}
+    write_shard(tmp_path / "fake", shard=0, total=20, fields=fields, batches=[rows], facts=facts, **common)
+    join(tmp_path / "fake", splits={}, **common)
+    stores = [Store.open(tmp_path / name) for name in ("fake", "seen")]
+    made = score.score(*stores, detector="coco", about={}, key="k", path=tmp_path / "score.json")
+    gap, product = fake.astype(np.float64).mean(0) - real.mean(0), np.cov(fake.astype(np.float64).T) @ np.cov(real.T)
+    spread = np.trace(np.cov(fake.astype(np.float64).T) + np.cov(real.T))
+    expected = gap @ gap + spread - 2 * np.sqrt(np.linalg.eigvals(product).real).sum()
+    assert made["scores"] == {"fd": pytest.approx(expected)} and made["reference"]["images"] is None
+    assert "FID against the statistics in stats.npz, of images that it does not tell" in made["notes"]
+    floor = score.floor(stores[1], detector="coco", held_out_accuracy=None, key="k", path=tmp_path / "floor.json")
+    assert floor["scores"] == {}  # no image against another
+    adm_file(tmp_path / "adm.npz", np.zeros((2, 4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match="expected pytorch-fid's mu and sigma alone, found arr_0"):
+        reference_of_file(tmp_path / "adm.npz", detector, folder=tmp_path / "no", key="r", recipe={})
+
+
+def test_samples_may_be_compared_with_the_held_out_images(make_plan):
+    spec = {"trained": {"steps": 2, "batch": 8, "width": 8}}
+    plan = make_plan(detector={"cnn": spec, "val": {**spec, "split": "held_out"}})
+    train, val = plan.detectors.values()
+    assert train.reference.folder != val.reference.folder and train.part.folder == val.part.folder
+    assert cli.main(["reference", "-c", str(plan.file)]) == 0
+    images, store = Store.open(plan.images.folder), Store.open(val.reference.folder)
+    assert store.count == 97
+    assert (store.read("label", range(97)) == images.read("label", images.range("held_out"))).all()
 
 
 def test_weights_that_are_known_not_to_be_the_published_ones_are_said(tmp_path):

@@ -24,6 +24,7 @@ def add(to: Commands) -> None:
     encoded = to.rule("latents", _latents, "encode the images: a store of latent means and standard deviations")
     encoded.add_argument("--evaluation", action="store_true", help="of the images that only measures see")
     shards(encoded)
+    shards(to.rule("text", _text, "encode the captions: a store of the states of their tokens"))
     to.rule("teacher", _teacher, "train a small teacher").add_argument("name")
     targets = to.rule("targets", _targets, "keep a teacher's targets on disk")
     targets.add_argument("name")
@@ -56,7 +57,15 @@ def _about(plan: Plan, arguments: argparse.Namespace) -> Plan:
 def _latents(arguments: argparse.Namespace) -> None:
     from haste.data import jobs
 
-    jobs.make_latents(_about(plan_to_compute(arguments), arguments), None if arguments.join else arguments.shard)
+    plan = (plan_of if arguments.join else plan_to_compute)(arguments)
+    jobs.make_latents(_about(plan, arguments), None if arguments.join else arguments.shard)
+
+
+def _text(arguments: argparse.Namespace) -> None:
+    from haste.data import jobs
+
+    plan = (plan_of if arguments.join else plan_to_compute)(arguments)
+    jobs.make_text(plan, None if arguments.join else arguments.shard)
 
 
 def _autoencoder(arguments: argparse.Namespace) -> None:
@@ -80,7 +89,7 @@ def _detector(arguments: argparse.Namespace) -> None:
 def _targets(arguments: argparse.Namespace) -> None:
     from haste.teachers import targets
 
-    plan = plan_to_compute(arguments)
+    plan = (plan_of if arguments.join else plan_to_compute)(arguments)
     if arguments.fit:
         targets.fit(plan, arguments.name)
     elif arguments.join:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from haste.cli.shared import Commands, plan_of, plan_to_compute
+from haste.networks.layouts import LAYOUTS
 
 
 def add(to: Commands) -> None:
@@ -25,6 +26,7 @@ def add(to: Commands) -> None:
     floor.add_argument("--detector", help="name of a detector; the leading one")
     to.rule("report", _report, "write the report page and its tables")
     _add_score(to.command("score", _score, "score images from anywhere against a reference"))
+    _add_draw(to.command("draw", _draw, "draw pictures from a state, or from a checkpoint from elsewhere"))
 
 
 def _add_score(sub: argparse.ArgumentParser) -> None:
@@ -45,7 +47,11 @@ def _add_score(sub: argparse.ArgumentParser) -> None:
         "more (inception)",
     )
     sub.add_argument("--weights", type=Path, metavar="FILE", help="weights file of the one detector")
-    sub.add_argument("--metrics", metavar="A,B", help="of fid, sfid, is, precision, recall, kid (all that can be had)")
+    sub.add_argument(
+        "--metrics", metavar="A,B", help="of fid, sfid, is, precision, recall, kid, clip (all that can be had)"
+    )
+    words = "what the images were told, a line each in their order: CLIP score, by --detector clip[=FOLDER]"
+    sub.add_argument("--prompts", type=Path, metavar="FILE", help=words)
     sub.add_argument("--features", type=Path, metavar="FOLDER", help="keep features here, and find them again")
     sub.add_argument("--save-reference", type=Path, metavar="FILE", help="write the reference's statistics, an .npz")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write scores and all that decides comparability")
@@ -54,6 +60,29 @@ def _add_score(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--batch", type=int, default=64, help="images that a detector sees at once (64)")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
     sub.add_argument("--seed", type=int, default=2020, help="of KID's subsets (2020, as torch-fidelity's)")
+
+
+def _add_draw(sub: argparse.ArgumentParser) -> None:
+    sub.epilog = (
+        "Example: haste draw results/states/NAME/step-00000400.safetensors --class 3 --class 7 --guidance 2 "
+        "--out threes-and-sevens.png"
+    )
+    sub.add_argument("file", help="a state, by its file or as TRAJECTORY/STEP, or a checkpoint that can be imported")
+    sub.add_argument("-c", "--config", help="configuration file (the one whose workflow made the state)")
+    sub.add_argument("--class", type=int, action="append", dest="classes", help="of the pictures; again for more")
+    sub.add_argument("--prompt", action="append", help="for a network that follows captions; again for more")
+    sub.add_argument("--count", type=int, metavar="N", help="pictures in all (4 of each class or prompt, else 16)")
+    sub.add_argument("--seed", type=int, help="picture i follows from seed and i (what the sampling says: 0)")
+    ways = "a way of the configuration, or a preset (the row's first; sde-250, of a DiT ddpm-250)"
+    sub.add_argument("--sampling", metavar="NAME", help=ways)
+    sub.add_argument("--guidance", type=float, metavar="W", help="scale of classifier-free guidance")
+    sub.add_argument("--weights", choices=("ema", "model"), help="the averaged weights, or the raw ones (ema)")
+    sub.add_argument("--decoder", metavar="VAE", help="folder or hub id of an AutoencoderKL (the configuration's)")
+    where = "a grid as .png, an .npz, or the name of a folder for a PNG of each (drawn.png)"
+    sub.add_argument("--out", type=Path, default=Path("drawn.png"), help=where)
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+    sub.add_argument("--layout", choices=LAYOUTS, help="whose checkpoint it is; SiT's and DiT's must be told")
+    sub.add_argument("--model", help="what a checkpoint from elsewhere holds (what its row or its weights say)")
 
 
 def _reference(arguments: argparse.Namespace) -> None:
@@ -81,7 +110,7 @@ def _features(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from haste.score import jobs
 
-    plan = plan_of(arguments)
+    plan = plan_to_compute(arguments)
     evaluation = plan.evaluation(arguments.draw)
     names = [plan.detector_named(arguments.detector).name] if arguments.detector else list(plan.detectors)
     for name in names:
@@ -91,7 +120,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _floor(arguments: argparse.Namespace) -> None:
     from haste.score import jobs
 
-    plan = plan_of(arguments)
+    plan = plan_to_compute(arguments)
     jobs.floor_of(plan.detector_named(arguments.detector or plan.detector.name))
 
 
@@ -108,17 +137,37 @@ def _report(arguments: argparse.Namespace) -> None:
     page.make(plan_of(arguments))
 
 
+def _draw(arguments: argparse.Namespace) -> None:
+    from haste import config
+    from haste.networks.devices import device_named
+    from haste.sampling import drawing
+
+    classes, prompts = arguments.classes or [], arguments.prompt or []
+    count = (4 * (len(classes) + len(prompts)) or 16) if arguments.count is None else arguments.count
+    if count < 1:
+        raise ValueError(f"--count: expected 1 or more, found {count}")
+    drawing.check_out(arguments.out)
+    asked = {name: getattr(arguments, name) for name in ("sampling", "guidance", "seed", "weights", "decoder")}
+    asked |= {"layout": arguments.layout, "model": arguments.model, "device": device_named(arguments.device)}
+    made = config.load(arguments.config) if arguments.config else None
+    painter = drawing.painter_of_file(arguments.file, config=made, classes=classes, prompts=prompts, **asked)
+    drawing.write(arguments.out, painter, count)
+    print(f"{arguments.out}: {count} pictures")
+
+
 def _score(arguments: argparse.Namespace) -> None:
     from haste.networks.devices import device_named
     from haste.score import show
     from haste.score.images import Scorer, detectors_asked
 
-    device = device_named(arguments.device)
+    device, told = device_named(arguments.device), [] if arguments.prompts is None else ["clip"]
+    named = arguments.detector or (["inception"] if told and arguments.reference else [])
     scorer = Scorer(
         arguments.reference,
-        detectors=detectors_asked(arguments.detector or [], arguments.weights, device),
+        detectors=detectors_asked(named, arguments.weights, device, told),
         metrics=None if arguments.metrics is None else arguments.metrics.split(","),
         features=arguments.features,
+        prompts=arguments.prompts,
         batch=arguments.batch,
         device=device,
         seed=arguments.seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from haste.cli.shared import Commands, plan_of
+from haste.cli.shared import Commands, plan_of, take_gpus
 from haste.networks.layouts import LAYOUTS
 
 
@@ -59,6 +59,8 @@ def _measure(arguments: argparse.Namespace) -> None:
 
     options = {"model": arguments.model, "layout": arguments.layout, "alignment": arguments.alignment}
     plan, asked, keep = jobs.asked(plan_of(arguments).config, arguments.name, arguments.file, **options)
+    if not Path(asked.file).exists():
+        take_gpus(plan)
     found = jobs.measure(plan, asked, keep, arguments.json)
     if found is None:
         return

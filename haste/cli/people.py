@@ -32,7 +32,7 @@ def add(to: Commands) -> None:
 
 
 def _add_exchange(to: Commands) -> None:
-    words = "make a checkpoint of REPA, HASTE, SiT, DiT or this package a file of weights of ours"
+    words = "make a checkpoint of REPA, HASTE, SiT, DiT, diffusers or this package a file of weights of ours"
     took = to.command("import", _import, words)
     took.add_argument(
         "file", type=Path, help="a .pt of REPA, HASTE, SiT or DiT, a .ckpt, a state, or diffusers' folder"
@@ -41,7 +41,7 @@ def _add_exchange(to: Commands) -> None:
     gave = to.command("export", _export, "write the weights of a state for other programs")
     gave.add_argument("file", type=Path, help="a state, or any file that can be imported")
     gave.add_argument("out", type=Path, help="the file to write, for diffusers a folder")
-    form = "bare weights, REPA's .pt, or the folder that diffusers' DiTPipeline loads"
+    form = "bare weights, REPA's .pt, or the folder of a DiT or MM-DiT that diffusers loads"
     gave.add_argument("--format", choices=("safetensors", "repa", "diffusers"), required=True, help=form)
     gave.add_argument("--vae", type=Path, help="for diffusers: the folder of an AutoencoderKL to put into it")
     gave.add_argument("--weights", choices=("ema", "model"), default="ema", help="which, for safetensors (ema)")
@@ -104,7 +104,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
     found = exchange.import_weights(arguments.file, arguments.out, **_told(arguments))
     size = {name: value for name, value in found.shape.items() if name != "architecture"}
-    shape = ", ".join(f"{name} {value:g}" for name, value in size.items())
+    shape = ", ".join(f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in size.items())
     print(f"{arguments.out}: {' and '.join(found.weights)} of {arguments.file} ({found.layout}'s layout; {shape})")
 
 

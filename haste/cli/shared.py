@@ -48,9 +48,18 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 
 
 def plan_to_compute(arguments: argparse.Namespace) -> Plan:
-    """What the configuration asks for; torch computes with as many threads as it says."""
+    """What the configuration asks for; torch computes with as many threads as it says, on a GPU of its own."""
+    plan = plan_of(arguments)
+    take_gpus(plan)
     import torch
 
-    plan = plan_of(arguments)
     torch.set_num_threads(plan.config.runtime.threads)
     return plan
+
+
+def take_gpus(plan: Plan, count: int = 1) -> None:
+    """Take GPUs of this machine for this process until it ends, before torch looks for them."""
+    from haste.cluster import gpus
+
+    if plan.config.runtime.device != "cpu":
+        gpus.take(count, plan.config.runtime.jobs_per_gpu)

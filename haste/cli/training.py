@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from haste.cli.shared import Commands, plan_of
+from haste.cli.shared import Commands, plan_of, take_gpus
 
 
 def add(to: Commands) -> None:
@@ -31,6 +31,7 @@ def _train(arguments: argparse.Namespace) -> None:
             print(f"haste train: {left}", file=sys.stderr)
             sys.exit(130)
         return
+    take_gpus(plan, plan.config.runtime.processes)
     from haste.train.launch import launch
     from haste.train.loop import Interrupted
 

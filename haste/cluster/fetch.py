@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 
+from haste.networks.text import WORDS
 from haste.plan.plan import Plan
 
 # What is downloaded, the key that takes a local file instead, and the function that downloads it and returns its path.
@@ -18,7 +19,7 @@ def fetch(plan: Plan) -> Iterator[str]:
         ValueError: some are missing and cannot be downloaded; raised after all others are downloaded.
     """
     missing = []
-    for what, key, load in [*_autoencoders(plan), *_teachers(plan), *_detectors(plan)]:
+    for what, key, load in [*_autoencoders(plan), *_text_encoders(plan), *_teachers(plan), *_detectors(plan)]:
         try:
             yield f"{what}: {load() or 'it has what it needs'}"
         except ValueError as error:
@@ -37,6 +38,14 @@ def _autoencoders(plan: Plan) -> Iterator[TargetSpec]:
         yield f"autoencoder {where}", f"autoencoder.pretrained.{key}", functools.partial(latents.fetch, where)
 
 
+def _text_encoders(plan: Plan) -> Iterator[TargetSpec]:
+    where = (plan.config.condition.model_extra or {}).get("encoder")
+    if plan.config.condition.name == "captions" and where != WORDS:
+        from haste.data import text_encoder
+
+        yield f"text encoder {where}", "condition.encoder", functools.partial(text_encoder.fetch, str(where))
+
+
 def _teachers(plan: Plan) -> Iterator[TargetSpec]:
     for name, spec in plan.config.teachers.items():
         if (public := spec.pretrained) is not None and public.weights is None:
@@ -48,8 +57,9 @@ def _teachers(plan: Plan) -> Iterator[TargetSpec]:
 
 def _detectors(plan: Plan) -> Iterator[TargetSpec]:
     for name, spec in plan.config.detector.items():
-        if (public := spec.pretrained) is not None and public.weights is None:
+        if (public := spec.pretrained) is not None and (public.weights is None or public.name == "clip"):
             from haste.metrics import detectors
 
             key = f"detector.{name}.pretrained.weights"
-            yield f"detector {name} ({public.name})", key, functools.partial(detectors.weight_file, public.name)
+            load = functools.partial(detectors.weight_file, public.name, public.weights)
+            yield f"detector {name} ({public.name})", key, load

@@ -99,6 +99,7 @@ def wanted(plan: Plan, state: State) -> dict[str, Artefact]:
     """The stores that the job of a state reads, by their name in messages: images and targets only while it aligns."""
     segment = plan.segment(state)
     images = {"images": plan.images} if segment.teachers else {}
+    images |= {"text": plan.text} if plan.text else {}
     return {"latents": plan.latents, **images, **{f"targets of {name}": plan.targets[name] for name in segment.targets}}
 
 
@@ -262,6 +263,7 @@ def _reading(plan: Plan, copies: Mapping[str, Path]) -> Plan:
     """The plan, with stores read from copies."""
     near = copying.copy(plan)
     near.latents = _at(plan.latents, copies.get("latents"))
+    near.text = _at(plan.text, copies.get("text")) if plan.text else None
     near.images = _at(plan.images, copies.get("images"))
     near.targets = {name: _at(made, copies.get(f"targets of {name}")) for name, made in plan.targets.items()}
     return near

@@ -17,6 +17,7 @@ Each file imports only from those above it:
 """
 
 from haste.config.derived import (
+    condition_arguments,
     condition_entry,
     condition_in,
     facts_in,
@@ -80,5 +81,6 @@ from haste.config.schema import (
     Timesteps,
     Training,
     Trigger,
+    minutes_of,
 )
 from haste.networks.registry import DETECTORS, TEACHERS

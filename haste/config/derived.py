@@ -85,6 +85,11 @@ def condition_entry(config: Config) -> dict[str, Any]:
     return {"classes": config.images.classes, **config.condition.entry}
 
 
+def condition_arguments(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the condition of a trajectory's recipe says of the network: arguments of its constructor."""
+    return condition_in(recipe).arguments if "condition" in recipe else {"classes": recipe["classes"]}
+
+
 def condition_in(recipe: Mapping[str, Any]) -> Any:
     """The `haste.data.condition.Condition` of a trajectory's recipe."""
     given = dict(recipe.get("condition") or {"name": "labels"})

@@ -127,6 +127,10 @@ def _faults_of_data(config: Config) -> list[str]:
         faults.append(f"images.holdout: 0, but {', '.join(trained)} are trained here and judged on images held out")
     if (others := config.evaluation) is not None:
         alike = {"resolution": resolution, "classes": config.images.classes, "holdout": 0}
+        if config.condition.name == "captions":
+            faults.append(
+                "evaluation: captions of images that only measures see are not encoded; expected no such section"
+            )
         own = others.model_dump(include=set(alike))
         faults += [f"evaluation.{k}: {own[k]}, expected {alike[k]}" for k in alike if own[k] != alike[k]]
     names = list(config.detector)
@@ -157,6 +161,7 @@ def _faults_of_data(config: Config) -> list[str]:
             for name, way in config.sampling.items()
             if way.guidance > 1
         ]
+    faults += _faults_of_captions(config)
     classes = config.images.classes
     beyond = {name: [label for label in way.chosen if label >= classes] for name, way in config.sampling.items()}
     if config.condition.name == "labels":
@@ -167,6 +172,25 @@ def _faults_of_data(config: Config) -> list[str]:
             if found
         ]
     return faults
+
+
+def _faults_of_captions(config: Config) -> list[str]:
+    """Prompts for samples that are told something else, and captions that are not there."""
+    if config.condition.name != "captions":
+        return [
+            f"sampling.{name}.{key}: {value}, but samples are told {config.condition.name}"
+            for name, way in config.sampling.items()
+            for key, value, default in (("prompts", way.prompts, []), ("split", way.split, "held_out"))
+            if value != default
+        ]
+    if not config.images.captioned:
+        expected = "images.captions, or a source that has some (coco, moved-digits)"
+        return [f"condition: captions, but the images have none; expected {expected}"]
+    return [
+        f"sampling.{name}.split: held_out, but images.holdout is 0; expected train, or prompts"
+        for name, way in config.sampling.items()
+        if way.split == "held_out" and not way.prompts and not config.images.holdout
+    ]
 
 
 def _trained_here(config: Config) -> list[str]:
@@ -186,7 +210,8 @@ def _faults_of_architectures(config: Config) -> list[str]:
     for name in dict.fromkeys(row.model for row in rows):
         if name in {*config.models, *MODELS} and (known := condition_of(model_named(config, name))) != told:
             faults.append(f"condition: {told}, but {name} is a network that understands {known}")
-    for name, model in config.models.items():
+    used = {name: MODELS[name] for name in MODELS if any(row.model == name for row in rows)}
+    for name, model in {**used, **config.models}.items():
         try:
             if isinstance(model, OtherModel) and condition_of(model) == told:
                 taps_of(config, name)

@@ -64,7 +64,7 @@ def _row(config: Config, branch: Branch) -> Run:
     trunk, fork = config.runs[branch.run], config.forks[branch.fork]
     same = trunk.model_dump(mode="json", include={"model", "alignment", "training", "warm_start"})
     seeds = fork.seeds or trunk.all_seeds
-    scored = [way for way in trunk.sampling if way not in config.sampling or not config.sampling[way].chosen]
+    scored = [way for way in trunk.sampling if way not in config.sampling or not config.sampling[way].unscored]
     own = {
         "stop": {kind: branch.at for kind in terms_of(config, branch.run)} if branch.stopped else {},
         "seed": seeds[0],
@@ -94,9 +94,9 @@ def _faults(config: Config, name: str) -> list[str]:
     if strange := sorted(set(fork.seeds or ()) - set(row.all_seeds)):
         faults.append(f"{where}.seeds: {strange}, but {fork.run} is trained with {row.all_seeds}")
     ways = _row(config, next(iter(own.values()))).sampling if not faults else []
-    if pictures := [way for way in ways if way in config.sampling and config.sampling[way].chosen]:
+    if pictures := [way for way in ways if way in config.sampling and config.sampling[way].unscored]:
         faults.append(
-            f"{where}.sampling: {pictures[0]} has chosen labels, of which there are no scores; expected others"
+            f"{where}.sampling: {pictures[0]} has chosen labels or prompts, which have no scores; expected others"
         )
     if fork.at[-1] > row.milestones[-1]:
         faults.append(

@@ -17,6 +17,7 @@ from pydantic import (
 
 from haste import extensions
 from haste.config.keys import LATER, Float, Place, Positive, Rate, Seed, Strict, completed, decides, nearest, number
+from haste.networks.registry import INCEPTIONS
 
 
 def _whole(value: Any) -> Any:
@@ -40,9 +41,12 @@ def _exactly_one(part: Any) -> Any:
 class Images(Strict):
     """Where the images come from and how they are prepared."""
 
-    source: Literal["digits", "folder", "archive", "parquet"] = "folder"
+    source: Literal["digits", "moved-digits", "folder", "archive", "parquet", "coco"] = "folder"
     path: Place | None = None
     labels: Annotated[Place | None, LATER] = None
+    captions: Annotated[Place | None, LATER] = None
+    crop: Annotated[Literal["adm", "centre-lanczos"], LATER] = "adm"
+    subset: Annotated[Positive | None, LATER] = None
     resolution: Positive
     holdout: Annotated[int, Field(ge=0)]  # the networks that are trained here are evaluated on these images
     classes: Annotated[int, Field(ge=0)]
@@ -51,12 +55,22 @@ class Images(Strict):
 
     @model_validator(mode="after")
     def _has_path(self) -> Images:
-        if (self.source == "digits") != (self.path is None):
-            raise ValueError("sources 'folder', 'archive' and 'parquet' need a path, and only they take one")
-        if self.source == "digits" and (self.on_bad_image == "skip" or self.labels):
-            key = "labels" if self.labels else "on_bad_image skip"
-            raise ValueError(f"{key} is for sources 'folder', 'archive' and 'parquet', found 'digits'")
+        made = self.source in ("digits", "moved-digits")
+        if made != (self.path is None):
+            raise ValueError("sources 'folder', 'archive', 'parquet' and 'coco' need a path, and only they take one")
+        if made and (self.on_bad_image == "skip" or self.labels or self.crop != "adm"):
+            key = "labels" if self.labels else "on_bad_image skip" if self.on_bad_image == "skip" else "crop"
+            raise ValueError(f"{key} is for sources 'folder', 'archive' and 'parquet', found {self.source!r}")
+        if self.source == "coco" and (self.classes or self.labels):
+            raise ValueError("source 'coco' has captions and no labels, expected classes 0")
+        if self.captions and self.source not in ("folder", "archive"):
+            raise ValueError(f"captions are for sources 'folder' and 'archive', found {self.source!r}")
         return self
+
+    @property
+    def captioned(self) -> bool:
+        """Whether images have captions."""
+        return self.captions is not None or self.source in ("coco", "moved-digits")
 
 
 class TrainedAutoencoder(Strict):
@@ -191,22 +205,27 @@ class Detector(Strict):
     trained: TrainedDetector | None = None
     pretrained: PretrainedDetector | None = None
     reference: Place | None = None
+    split: Annotated[Literal["train", "held_out"], LATER] = "train"
 
     @model_validator(mode="after")
     def _one(self) -> Detector:
-        if self.reference is not None and (self.pretrained is None or self.pretrained.name != "inception"):
-            raise ValueError("reference: such files hold statistics of inception, which this detector is not")
+        if self.reference is not None and (self.pretrained is None or self.pretrained.name not in INCEPTIONS):
+            raise ValueError(
+                "reference: such files hold statistics of inception or pytorch-fid, which this detector is not"
+            )
+        if self.reference is not None and self.split != "train":
+            raise ValueError("split: is of the images, but reference is a file; expected one of the two")
         return _exactly_one(self)
 
 
 # Architectures of the denoising network: name -> import path of its class, which is imported on request.
-DENOISERS = {"sit": "haste.models.sit:SiT", "dit": "haste.models.dit:DiT"}
+DENOISERS = {"sit": "haste.models.sit:SiT", "dit": "haste.models.dit:DiT", "mmdit": "haste.models.mmdit:MMDiT"}
 # Those whose size is a `Model`, with the process of each: known without an import.
 TRANSFORMERS = {"sit": "interpolant", "dit": "ddpm"}
 # Training objectives, likewise.
 PROCESSES = {"interpolant": "haste.diffusion.interpolant:Interpolant", "ddpm": "haste.diffusion.ddpm:DDPM"}
 # Conditions, the network's inputs besides x and t, likewise.
-CONDITIONS = {"labels": "haste.data.condition:Labels"}
+CONDITIONS = {"labels": "haste.data.condition:Labels", "captions": "haste.data.captions:Captions"}
 
 
 def _class_named(group: str, name: str, own: Mapping[str, str], expected: str, *taken: str) -> Any:
@@ -299,6 +318,11 @@ class Condition(_Named):
     def entry(self) -> dict[str, Any]:
         """Its entries in a recipe: none for labels, since a recipe has the number of classes."""
         return {} if self.name == "labels" else {"condition": self.decided}
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """Its entries in the recipe of latents: none where only labels are kept beside them."""
+        return {} if self.name == "captions" else self.entry
 
 
 # Measures of a state: name -> import path of the class, which is imported on request.

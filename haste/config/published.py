@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from haste.config.parts import Model, OtherModel, Teacher
 from haste.config.schema import Alignment, Config
@@ -11,17 +11,22 @@ from haste.networks.registry import TEACHERS
 # Published sizes of DiT (its Table 1) and SiT. L, D, H; the number behind the slash is the patch size.
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 _SYSTEMS: dict[str, Literal["sit", "dit"]] = {"SiT": "sit", "DiT": "dit"}
-MODELS = {
+MODELS: dict[str, Model | OtherModel] = {
     f"{system}-{name}/{patch}": Model(architecture=kind, depth=depth, width=width, heads=heads, patch_size=patch)
     for system, kind in _SYSTEMS.items()
     for name, (depth, width, heads) in _SIZES.items()
     for patch in (2, 4, 8)
 }
+# The text-to-image model of REPA's Table 12 and HASTE. Not validated: that would import torch.
+_JOINT: dict[str, Any] = {"depth": 24, "width": 768, "heads": 24, "patch_size": 2, "mlp_ratio": 4.0, "qk_norm": "none"}
+MODELS["MM-DiT"] = OtherModel.model_construct(architecture="mmdit", **_JOINT)
 
-# HASTE Table 5: feature depth (from 1), student layers (from 0), teacher layers (from 0, a 12-layer ViT-B).
+# HASTE Table 5, and its code for MM-DiT: feature depth (from 1), student layers (from 0), teacher layers (from 0, a
+# 12-layer ViT-B).
 _DEEP = (8, [4, 5, 6, 7], [8, 9, 10, 11])
-MAPPINGS = {"SiT-B/2": (5, [2, 3, 4], [7, 9, 11]), "SiT-L/2": _DEEP, "SiT-XL/2": _DEEP, "DiT-XL/2": _DEEP}
-REPA_DEPTH = {"SiT-B/2": 4, "SiT-L/2": 8, "SiT-XL/2": 8, "DiT-XL/2": 8}
+MAPPINGS = {"SiT-B/2": (5, [2, 3, 4], [7, 9, 11])}
+MAPPINGS |= dict.fromkeys(("SiT-L/2", "SiT-XL/2", "DiT-XL/2", "MM-DiT"), _DEEP)
+REPA_DEPTH = {**{name: depth for name, (depth, *_) in MAPPINGS.items()}, "SiT-B/2": 4}
 ALIGNED_HEADS = 12
 
 

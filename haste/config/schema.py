@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -274,6 +275,23 @@ class Training(Strict):
         return decides(Training, self.model_dump(exclude={"process"}) | unused)
 
 
+_MINUTES = re.compile(r"(\d+(?:\.\d+)?) ?min")
+
+
+def minutes_of(every: int | str) -> float | None:
+    """Minutes between saves; None if they are counted in steps."""
+    return None if isinstance(every, int) else float(every.removesuffix("min"))
+
+
+def _save_every(value: Any) -> int | str:
+    if type(value) is int and value >= 1:
+        return value
+    found = _MINUTES.fullmatch(value) if isinstance(value, str) else None
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"expected a number of steps, or of minutes such as '10 min', found {value!r}")
+    return f"{found[1]} min"
+
+
 class Runtime(Strict):
     """How the work is executed. No key is part of a name, because none decides a result."""
 
@@ -283,12 +301,13 @@ class Runtime(Strict):
     compile: bool = False
     checkpoint_blocks: bool = False
     threads: Positive = 1
-    save_every: Positive = 1000
+    save_every: Annotated[int | str, BeforeValidator(_save_every)] = 1000
     keep_every: Positive | None = None
     log_every: Positive = 100
     trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
     sample_shards: Positive = 1
     sample_batch: Positive = 256
+    jobs_per_gpu: Positive = 1
 
 
 # The sampling settings of the papers' tables (REPA; HASTE). Keys beside `preset` override them.
@@ -319,6 +338,15 @@ def _labels(value: Any) -> Any:
     return value
 
 
+MOST_PROMPT = 1024  # bytes of a prompt in UTF-8
+
+
+def _prompt(text: str) -> str:
+    if (size := len(text.encode())) > MOST_PROMPT:
+        raise ValueError(f"found {size:,} bytes ({text[:40]!r}...), expected at most {MOST_PROMPT:,}")
+    return text
+
+
 class Sampling(Strict):
     """One way to draw samples from a state."""
 
@@ -333,7 +361,10 @@ class Sampling(Strict):
     guided_channels: Annotated[Literal["all", 3], LATER] = "all"
     count: Annotated[int, Field(ge=4)] = 50_000  # precision and recall use the 3 nearest neighbours of each
     labels: Annotated[Literal["random", "balanced"] | list[int], BeforeValidator(_labels)] = "random"
+    split: Annotated[Literal["held_out", "train"], LATER] = "held_out"
+    prompts: Annotated[list[Annotated[str, AfterValidator(_prompt)]], LATER] = []
     pixels: Literal["truncate", "round"] = "truncate"
+    weights: Annotated[Literal["ema", "model"], LATER] = "ema"
     seed: Seed = 0
 
     @model_validator(mode="before")
@@ -345,8 +376,8 @@ class Sampling(Strict):
         preset = given.get("preset")
         known = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
         adaptive = {"steps": None, **_TOLERANCES} if given.get("sampler") == "dopri5" else {}
-        chosen = given.get("labels")
-        shown = {"count": OF_EACH * len(chosen)} if isinstance(chosen, list) and chosen else {}
+        chosen = next((given[key] for key in ("prompts", "labels") if isinstance(given.get(key), list)), None)
+        shown = {"count": OF_EACH * len(chosen)} if chosen else {}
         return {**known, **adaptive, **shown, **given}
 
     @model_validator(mode="after")
@@ -357,11 +388,17 @@ class Sampling(Strict):
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Sampling:
-        if self.chosen and self.count < len(self.chosen):
-            raise ValueError(
-                f"count {self.count} is less than the {len(self.chosen)} labels, expected a sample of each or more"
-            )
+        for key, asked in (("labels", self.chosen), ("prompts", self.prompts)):
+            if self.count < len(asked):
+                raise ValueError(
+                    f"count {self.count} is less than the {len(asked)} {key}, expected a sample of each or more"
+                )
         return self
+
+    @property
+    def unscored(self) -> bool:
+        """Whether samples are of what was chosen: there is a picture and no score, for lack of a reference."""
+        return bool(self.chosen or self.prompts)
 
     @property
     def chosen(self) -> list[int]:

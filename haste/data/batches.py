@@ -87,7 +87,7 @@ class Batches:
     ):
         """
         Args:
-            latents: store with `moments` and the fields of the condition.
+            latents: store with `moments` and what the condition keeps beside them.
             images: store with field `image`, or None if no teacher runs online.
             seed: determines order, noise, times and dropped conditions.
             size: samples per batch, B.
@@ -123,8 +123,15 @@ class Batches:
             )
 
     @classmethod
-    def of(cls, recipe: Mapping[str, Any], latents: Store, images: Store | None = None, **more: Any) -> Batches:
-        """The batches of a trajectory's recipe; `more` as in `__init__`."""
+    def of(
+        cls,
+        recipe: Mapping[str, Any],
+        latents: Store,
+        images: Store | None = None,
+        condition: Condition | None = None,
+        **more: Any,
+    ) -> Batches:
+        """The batches of a trajectory's recipe; `condition` is the recipe's, opened; `more` as in `__init__`."""
         training = recipe["training"]
         return cls(
             latents,
@@ -132,7 +139,7 @@ class Batches:
             seed=recipe["seed"],
             size=training["batch"],
             process=process_in(recipe),
-            condition=condition_in(recipe),
+            condition=condition or condition_in(recipe),
             class_dropout=training["class_dropout"],
             **more,
         )
@@ -202,7 +209,7 @@ class Batches:
 
     def _told(self, chosen: np.ndarray, step: int, visits: Sequence[int], dropout: float) -> Any:
         """The conditions of some images."""
-        rows = {name: self.latents.read(name, chosen) for name in self.condition.fields}
+        rows = {name: self.latents.read(name, chosen) for name in self.condition.stored} | {"index": chosen}
         if fault := self.condition.fault(rows):
             raise ValueError(f"{self.latents.folder}: {fault}")
         told = self.condition.batch(rows, seed=self.seed, step=step, visits=visits, dropout=dropout)

@@ -9,7 +9,7 @@ Shapes: N samples, B samples of a batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -18,8 +18,12 @@ from haste.config import Sampling, Strict
 from haste.data import order
 from haste.networks.spec import each
 
+if TYPE_CHECKING:
+    from haste.plan.plan import Plan
+
 Rows = Mapping[str, NDArray[Any]]
 Told = NDArray[Any] | Mapping[str, NDArray[Any]]
+Fields = Mapping[str, tuple[Sequence[int], DTypeLike]]
 
 
 class Condition:
@@ -33,8 +37,26 @@ class Condition:
     """
 
     Settings: ClassVar[type[Strict]] = Strict
-    fields: Mapping[str, tuple[Sequence[int], DTypeLike]]
+    fields: Fields
     arguments: Mapping[str, Any]
+
+    @property
+    def stored(self) -> Fields:
+        """The fields of what `rows` returns: those of samples, unless a class keeps something else beside latents."""
+        return self.fields
+
+    def opened(self, plan: Plan) -> Self:
+        """The condition with what it looks up among a plan's artefacts: whoever trains or samples asks for it."""
+        return self
+
+    def on(self, plan: Plan) -> Self:
+        """As `opened`, but for samples of prompts alone, which need no image of the plan."""
+        return self
+
+    @property
+    def identities(self) -> Mapping[str, str]:
+        """Name -> identity of what it looks up, once `opened`; states keep them, and other ones are refused."""
+        return {}
 
     def rows(self, said: Rows) -> Rows:
         """Rows of images, to be stored beside their latents.
@@ -52,11 +74,16 @@ class Condition:
         """The null condition of `count` samples, with the shapes and dtypes of `told`."""
         raise NotImplementedError(f"{type(self).__name__}.null")
 
+    def like(self, count: int) -> Told:
+        """Anything with the shapes and dtypes of `told`, also before `opened`: for a network that is only looked at."""
+        return self.null(count)
+
     def batch(self, rows: Rows, *, seed: int, step: int, visits: Sequence[int], dropout: float) -> Told:
         """The network's input in a training step: each sample's own condition or, for a share `dropout`, the null one.
 
         Args:
-            rows: of the batch, or of a part of it.
+            rows: of the batch, or of a part of it, as they are beside the latents; and `index`, the images' places in
+                the stores, (B,) int64.
             seed: of the run.
             step: steps done before this one.
             visits: the samples' positions in the batch.
@@ -79,6 +106,10 @@ class Condition:
     def fault(self, rows: Rows) -> str:
         """What is wrong with rows in a store; empty if they can be used."""
         return ""
+
+    def words(self, rows: Rows) -> list[str] | None:
+        """The text of each sample; None for a condition without words."""
+        return None
 
     def columns(self, rows: Rows, most: int) -> tuple[NDArray[np.int64], list[Any]] | None:
         """The layout of a grid of samples: each sample's column, (N,), -1 for none, and the columns' titles.

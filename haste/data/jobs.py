@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL
 
 from haste.config import condition_entry, condition_in
@@ -16,10 +17,13 @@ from haste.data.latents import Autoencoder
 from haste.data.prepare import Bad, Source
 from haste.files import artefact, listing, locks, walk
 from haste.files.sources import SourceRecord
-from haste.files.store import Store
+from haste.files.store import Store, join, shard_range, write_shard
+from haste.files.texts import Texts
 from haste.networks.autoencoder import check_size
 from haste.networks.devices import choose_device
 from haste.plan.plan import Plan
+
+_TEXTS = 64  # that are encoded at once
 
 
 def make_images(plan: Plan, shard: int | None, workers: int | None = None) -> None:
@@ -110,10 +114,16 @@ def _source(plan: Plan, without: Bad | None = None) -> tuple[Source, Bad | None]
     if plan.checked_images and without is None:
         without = prepare.read_checked(plan.checked_images, _source(plan, without=[])[0])
     if spec.path is not None:
-        options = {"path": spec.path, "classes": spec.classes, "labels": spec.labels}
+        options = {"path": spec.path, "classes": spec.classes, "labels": spec.labels, "crop": spec.crop}
+        options |= {"captions": spec.captions}
         options |= {"without": frozenset(name for name, _ in without)} if without else {}
     source = prepare.open_source(
-        spec.source, resolution=spec.resolution, holdout=spec.holdout, labelled=bool(spec.classes), **options
+        spec.source,
+        resolution=spec.resolution,
+        holdout=spec.holdout,
+        labelled=bool(spec.classes),
+        subset=spec.subset,
+        **options,
     )
     listing.check_classes(spec.path or spec.source, source.classes, spec.classes)
     return source, without
@@ -147,6 +157,40 @@ def make_latents(plan: Plan, shard: int | None) -> None:
     check_autoencoder(plan, encoder)
     common |= {"condition": condition_in(condition_entry(plan.config)), "dtype": plan.config.autoencoder.dtype}
     latents.encode_shard(store.folder, images, encoder, **common, shard=shard)
+
+
+def make_text(plan: Plan, shard: int | None) -> None:
+    """Encode one shard of the captions or, without one, check all shards and write the manifest.
+
+    Its rows are the states of every caption, image by image, and then of the empty one.
+
+    Raises:
+        ValueError: there is nothing to make; or as `haste.data.text_encoder`.
+    """
+    store = plan.text
+    if store is None:
+        raise ValueError("condition: no states of texts are kept, expected captions with cache: true and an encoder")
+    texts = Texts.of(plan.images)
+    made = artefact.provenance(key=store.key, recipe=store.recipe, inputs={"captions": texts.sha256})
+    common: dict[str, Any] = {"kind": store.kind, "key": store.key, "recipe": store.recipe, "shards": store.shards}
+    if shard is None:
+        splits = {"captions": [0, texts.count], "empty": [texts.count, texts.count + 1]}
+        join(store.folder, **common, splits=splits, provenance=made, expected_facts={"captions": texts.sha256})
+        return
+    condition = condition_in(condition_entry(plan.config)).on(plan)
+    said, encoder = [*texts.all(), ""], condition.encoder
+    rows = shard_range(len(said), shard, store.shards)
+    write_shard(
+        store.folder,
+        **common,
+        shard=shard,
+        total=len(said),
+        fields={"states": (condition.shape, np.float16)},
+        batches=({"states": encoder(said[low : min(low + _TEXTS, rows.stop)])} for low in rows[::_TEXTS]),
+        provenance=made,
+        facts={"captions": texts.sha256, "encoder": encoder.identities},
+        progress=_progress("captions encoded"),
+    )
 
 
 def check_autoencoder(plan: Plan, autoencoder: Autoencoder) -> None:

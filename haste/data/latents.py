@@ -239,7 +239,7 @@ def encode_shard(
         shard=shard,
         shards=shards,
         total=images.count,
-        fields={"moments": ((2 * autoencoder.channels, side, side), dtype), **condition.fields},
+        fields={"moments": ((2 * autoencoder.channels, side, side), dtype), **condition.stored},
         batches=_encode(images, autoencoder, condition, shard_range(images.count, shard, shards), batch, dtype),
         provenance=provenance,
         facts=facts,

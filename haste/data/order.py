@@ -88,6 +88,14 @@ def choice(seed: int, purpose: str, step: int, count: int, n: int) -> np.ndarray
     return np.argsort(np.asarray(keys, dtype=np.uint64), kind="stable")[:count].astype(np.int64)
 
 
+def used(count: int, holdout: int, subset: int) -> np.ndarray:
+    """`subset` of the images to train on, which depend only on the numbers of images, and all held-out ones, the last
+    `holdout` of `count`: (subset + holdout,) int64, ascending."""
+    trained = count - holdout
+    kept = np.arange(trained) if subset == trained else np.sort(choice(0, "subset", 0, subset, trained))
+    return np.concatenate([kept, np.arange(trained, count)])
+
+
 def normals(seed: int, purpose: str, step: int, positions: Sequence[int], shape: Sequence[int]) -> np.ndarray:
     """Standard normal (len(positions), *shape) float32; row r depends only on seed, purpose, step and positions[r]."""
     drawn = np.empty((len(positions), *shape), dtype=np.float32)

@@ -144,6 +144,13 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def centre_square(image: Image.Image, size: int) -> Image.Image:
+    """U-ViT's crop: the centre square, then LANCZOS to size."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+
+
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's centre crop: halve with BOX while the short side is at least 2 x size, BICUBIC to size, crop the centre.
 
@@ -161,3 +168,6 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+CROPS = {"adm": centre_crop, "centre-lanczos": centre_square}

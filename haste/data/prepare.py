@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from haste.data import order, pictures
-from haste.files import artefact, listing, walk
+from haste.data.digits import Digits, MovedDigits
+from haste.files import artefact, listing, texts, walk
 from haste.files.archives import Archives
+from haste.files.captions import NO_CAPTION
 from haste.files.listing import Listing
 from haste.files.parquet import Rows
 from haste.files.provenance import provenance_of
@@ -43,6 +44,7 @@ class Source(Protocol):
         holdout: how many of the last images are held out from training.
         resolution: R, the side of the squares that `load` returns.
         listing: hash that identifies the set of images, equal in every job that shares the work.
+        captioned: whether images have captions.
 
     A source without labels has no classes, and its label is always 0, which is then the null class.
     """
@@ -52,34 +54,19 @@ class Source(Protocol):
     holdout: int
     resolution: int
     listing: str
+    captioned: bool
 
     def load(self, i: int) -> tuple[np.ndarray, int]:
         """Image i as (R, R, 3) uint8, and its label.
 
         Raises:
-            ValueError: the image cannot be read; the message names its file.
+            ValueError: the image cannot be read, or has no caption where others have; the message names its file.
         """
         ...
 
-
-class Digits:
-    """scikit-learn's 1,797 handwritten digits (8x8), resized; the last `holdout` ones are held out."""
-
-    def __init__(self, resolution: int, holdout: int, labelled: bool = True) -> None:
-        from sklearn.datasets import load_digits  # 1 s to import, and only this source needs it
-
-        data: Any = load_digits()
-        self._levels = np.rint(data.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), 0..16 -> 0..255
-        self._labels = data.target if labelled else np.zeros_like(data.target)
-        self.count, self.classes = len(self._levels), [str(digit) for digit in range(10)] if labelled else []
-        self.resolution, self.holdout = resolution, listing.checked_holdout("digits", holdout, self.count)
-        self.listing = artefact.fingerprint(["digits", self.count])
-
-    def load(self, i: int) -> tuple[np.ndarray, int]:
-        """Digit i as (R, R, 3) uint8 with three equal channels, and its label 0..9."""
-        small = Image.fromarray(self._levels[i])
-        grey = np.asarray(small.resize((self.resolution, self.resolution), Image.Resampling.BICUBIC))  # clips by itself
-        return np.repeat(grey[:, :, None], 3, axis=2), int(self._labels[i])
+    def captions(self, i: int) -> list[str]:
+        """The captions of image i, at least one; only where `captioned`."""
+        ...
 
 
 class Folder:
@@ -100,6 +87,9 @@ class Folder:
         without: frozenset[str] = frozenset(),
         classes: int | None = None,
         labels: str | None = None,
+        captions: str | None = None,
+        crop: str = "adm",
+        subset: int | None = None,
     ) -> None:
         """
         Args:
@@ -111,19 +101,31 @@ class Folder:
             without: names of images to leave out, as `check` returns them.
             classes: the number of classes that is expected; it decides only where pictures say nothing.
             labels: a .csv of names and labels; for rows of parquet files, their column.
+            captions: where they are, as `haste.files.listing.with_captions` says.
+            crop: one of `haste.data.pictures.CROPS`.
+            subset: how many of the images to train on are used; None is all.
         """
-        self.root, self.resolution = Path(path), resolution
-        found = self._list(labelled, classes, labels)
+        self.root, self.resolution, self._crop = Path(path), resolution, pictures.CROPS[crop]
+        found = self._list(labelled, classes, labels, captions)
         assert found.classes is not None
-        self.classes, self.unused, self._places, self._size = found.classes, found.unused, found.places, found.size
+        self.classes, self.unused, self._found = found.classes, found.unused, found
+        self.captioned = found.captions is not None
         files = [(parts, label) for parts, label in found.files if "/".join(parts) not in without]
         if bare := [self.classes[label] for label in sorted({*range(len(self.classes))} - {y for _, y in files})]:
             raise ValueError(f"{path}: class {bare[0]!r} has no picture that can be read, expected at least one")
-        self.count, self.holdout = len(files), listing.checked_holdout(str(path), holdout, len(files))
-        out = np.zeros(self.count, dtype=bool)
-        out[order.permutation(seed, 0, self.count)[:holdout]] = True
-        self._files = [files[i] for i in [*np.flatnonzero(~out), *np.flatnonzero(out)]]
-        self.listing = artefact.fingerprint([[parts, label] for parts, label in self._files])
+        listing.checked_holdout(str(path), holdout, len(files), found.held_out)
+        out = np.zeros(len(files), dtype=bool)
+        if found.held_out is None:
+            out[order.permutation(seed, 0, len(files))[:holdout]] = True
+        else:  # those that are left of the source's own
+            last = {parts for parts, _ in found.files[len(found.files) - found.held_out :]}
+            out[:] = [parts in last for parts, _ in files]
+        self.holdout = int(out.sum())
+        ordered = [files[i] for i in [*np.flatnonzero(~out), *np.flatnonzero(out)]]
+        kept = listing.checked_subset(subset, len(files) - self.holdout)
+        self._files = [ordered[i] for i in order.used(len(files), self.holdout, kept)]
+        self.count = len(self._files)
+        self.listing = artefact.fingerprint([[parts, label, *self._mark(parts)] for parts, label in self._files])
 
     def load(self, i: int) -> tuple[np.ndarray, int]:
         """Image i as (R, R, 3) uint8, and its label.
@@ -133,25 +135,32 @@ class Folder:
         """
         path, (parts, label) = self.root / self.name(i), self._files[i]
         try:
-            image = pictures.opened(self._file(self._places.get(parts, parts)), pictures.upright_rgb)
-            return np.asarray(pictures.centre_crop(image, self.resolution)), label
+            if self.captioned and not self.captions(i):
+                raise ValueError(NO_CAPTION)
+            image = pictures.opened(self._file(self._found.places.get(parts, parts)), pictures.upright_rgb)
+            return np.asarray(self._crop(image, self.resolution)), label
         except Exception as error:  # of many classes; without its name nobody finds the file
             raise ValueError(f"{path}: not a picture that can be read ({pictures.reason(error, path)})") from error
 
     def held(self, samples: range) -> str:
         """The identity of some images' names, sizes and labels."""
-        files = [self._files[i] for i in samples]
-        sized = (("/".join(parts), self._size(self._places.get(parts, parts)), label) for parts, label in files)
-        return identity_of(pictures_of(sized))
+        return identity_of(pictures_of(self._found.sized(*self._files[i]) for i in samples))
+
+    def captions(self, i: int) -> list[str]:
+        """The captions of image i, in order."""
+        return (self._found.captions or {}).get(self._files[i][0], [])
+
+    def _mark(self, parts: Parts) -> list[str]:
+        return [self._found.marks[parts]] if parts in self._found.marks else []
 
     def name(self, i: int) -> str:
         """The file of image i, below the folder."""
         return "/".join(self._files[i][0])
 
-    def _list(self, labelled: bool, classes: int | None, labels: str | None) -> Listing:
+    def _list(self, labelled: bool, classes: int | None, labels: str | None, captions: str | None) -> Listing:
         tree = Directory(self.root)
         self._file: Callable[[Parts], Path | io.BytesIO] = tree.file
-        return listing.listed(tree, labelled, classes, labels)
+        return listing.with_captions(listing.listed(tree, labelled, classes, labels), tree, captions)
 
 
 class Archive(Folder):
@@ -160,22 +169,39 @@ class Archive(Folder):
     Folders common to all images are ignored, so it does not matter whether `train/` or its contents were packed.
     """
 
-    def _list(self, labelled: bool, classes: int | None, labels: str | None) -> Listing:
+    def _list(self, labelled: bool, classes: int | None, labels: str | None, captions: str | None) -> Listing:
         tree = Archives(self.root)
         self._file = lambda parts: io.BytesIO(tree.read(parts))
-        return listing.listed(tree, labelled, classes, labels)
+        return listing.with_captions(listing.listed(tree, labelled, classes, labels), tree, captions)
 
 
 class Parquet(Folder):
     """Images in the rows of parquet files, as hubs keep data sets, in the rows' order."""
 
-    def _list(self, labelled: bool, classes: int | None, labels: str | None) -> Listing:
+    def _list(self, labelled: bool, classes: int | None, labels: str | None, captions: str | None) -> Listing:
         rows = Rows(self.root)
         self._file = lambda parts: io.BytesIO(rows.read(parts))
         return listing.of_rows(rows, labelled, classes, labels)
 
 
-SOURCES = {"digits": Digits, "folder": Folder, "archive": Archive, "parquet": Parquet}
+class Coco(Folder):
+    """MS-COCO as it is handed out: train and val pictures with their captions, in the order of their numbers; those of
+    val are held out."""
+
+    def _list(self, labelled: bool, classes: int | None, labels: str | None, captions: str | None) -> Listing:
+        tree = Directory(self.root)
+        self._file = tree.file
+        return listing.of_coco(tree)
+
+
+SOURCES = {
+    "digits": Digits,
+    "moved-digits": MovedDigits,
+    "folder": Folder,
+    "archive": Archive,
+    "parquet": Parquet,
+    "coco": Coco,
+}
 
 
 def open_source(name: str, *, resolution: int, holdout: int, **options: Any) -> Source:
@@ -367,6 +393,9 @@ def prepare_join(
     if isinstance(source, Folder):
         _check_shards(folder, source, shards)
     kept = source.count - source.holdout
+    said = {}
+    if source.captioned:
+        said["captions"] = texts.write(folder, (source.captions(i) for i in range(source.count)))
     return join(
         folder,
         kind=KIND,
@@ -376,6 +405,7 @@ def prepare_join(
         splits={"train": [0, kept], "held_out": [kept, source.count]},
         provenance=provenance,
         extra={
+            **said,
             **({} if skipped is None else {"skipped": [list(entry) for entry in skipped]}),
             "unused": walk.grouped(getattr(source, "unused", [])),
         },

@@ -115,7 +115,8 @@ def of_csv(file: Path | str, where: Path, pictures: Mapping[Parts, Parts]) -> tu
         ValueError: no such table, or a picture is not in it.
     """
     words: dict[str, str] = {}
-    for name, label in _rows(file):
+    for _, name, word in columns_of(file, LABELS):
+        label = word.strip()
         if words.setdefault(name, label) != label:
             raise ValueError(f"{file}: {name!r} has the labels {words[name]!r} and {label!r}, expected one")
     found: dict[Parts, str] = {}
@@ -133,19 +134,30 @@ def of_csv(file: Path | str, where: Path, pictures: Mapping[Parts, Parts]) -> tu
     return classes, {picture: places[word] for picture, word in found.items()}, lost
 
 
-def _rows(file: Path | str) -> Iterator[tuple[str, str]]:
+def columns_of(file: Path | str, words: Collection[str]) -> Iterator[tuple[int, str, str]]:
+    """Line, name and what is said of it, of each row of a .csv with a header.
+
+    Args:
+        file: the .csv.
+        words: names of the column that says it, else it is the second of two.
+
+    Raises:
+        ValueError: no such table.
+    """
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-            rows = [row for row in csv.reader(lines) if row]
+            reader = csv.reader(lines)
+            rows = [(reader.line_num, row) for row in reader if row]
     except (OSError, csv.Error) as error:
-        raise ValueError(f"{file}: expected a .csv of names and labels ({error})") from error
-    header = [word.strip().lower() for word in rows[0]] if rows else []
+        raise ValueError(f"{file}: expected a .csv of names and {next(iter(words))}s ({error})") from error
+    header = [word.strip().lower() for word in rows[0][1]] if rows else []
     name = next((place for word in NAMES for place, found in enumerate(header) if found == word), 0)
-    label = next((place for word in LABELS for place, found in enumerate(header) if found == word), None)
-    label = 1 - name if label is None and len(header) == 2 and name < 2 else label
-    if label is None or label == name:
-        raise ValueError(f"{file}: has columns {', '.join(header) or 'none'}, expected a name and a column 'label'")
-    for number, row in enumerate(rows[1:], start=2):
-        if len(row) <= max(name, label):
+    said = next((place for word in words for place, found in enumerate(header) if found == word), None)
+    said = 1 - name if said is None and len(header) == 2 and name < 2 else said
+    if said is None or said == name:
+        expected = f"a name and a column {next(iter(words))!r}"
+        raise ValueError(f"{file}: has columns {', '.join(header) or 'none'}, expected {expected}")
+    for number, row in rows[1:]:
+        if len(row) <= max(name, said):
             raise ValueError(f"{file}: line {number} has {len(row)} columns, expected {len(header)}")
-        yield row[name].strip().replace("\\", "/").removeprefix("./"), row[label].strip()
+        yield number, row[name].strip().replace("\\", "/").removeprefix("./"), row[said]

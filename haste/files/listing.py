@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
+import operator
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from haste.files import archives, labels, parquet, walk
+from haste.files import archives, captions, labels, parquet, walk
 from haste.files.labels import Labels
 from haste.files.sources import Pictures, pictures_of
 from haste.files.walk import Directory, Parts, Unused, grouped, told
@@ -48,6 +51,9 @@ class Listing:
     places: path of a picture -> where its tree has it, if that is somewhere else.
     unused: names of the files that are not used, each with its reason.
     size: a picture's size in bytes, by where its tree has it; -1 where it cannot be had.
+    captions: captions of every picture, also none; None without captions, or if files beside them were not read.
+    marks: path of a picture -> what shows that its captions changed.
+    held_out: how many of the last pictures the source itself holds out; None if it says nothing.
     """
 
     classes: list[str] | None
@@ -55,15 +61,28 @@ class Listing:
     places: Mapping[Parts, Parts] = dataclasses.field(default_factory=dict)
     unused: Unused = dataclasses.field(default_factory=list)
     size: Callable[[Parts], int] = lambda _: 0
+    captions: captions.Captions | None = None
+    marks: Mapping[Parts, str] = dataclasses.field(default_factory=dict)
+    held_out: int | None = None
+
+    @property
+    def said_of_each(self) -> float:
+        """Captions of a picture on average; 1 where they were not read."""
+        return sum(map(len, self.captions.values())) / len(self.captions) if self.captions else 1.0
+
+    def sized(self, parts: Parts, label: int) -> tuple[str, int, str]:
+        """A picture's name and size in bytes, and what is said of it."""
+        said = f"{label} {self.marks[parts]}" if parts in self.marks else str(label)
+        return "/".join(parts), self.size(self.places.get(parts, parts)), said
 
 
 def held(found: Listing) -> Pictures:
-    """What a source holds, as `haste.files.sources` compares it: names, sizes and those labels that names give."""
-    places = found.places
-    return pictures_of(("/".join(parts), found.size(places.get(parts, parts)), label) for parts, label in found.files)
+    """What a source holds, as `haste.files.sources` compares it: names, sizes and what is said of each, as far as names
+    tell it."""
+    return pictures_of(found.sized(parts, label) for parts, label in found.files)
 
 
-def survey(source: str, path: str | None, classes: int, table: str | None = None) -> Listing:
+def survey(source: str, path: str | None, classes: int, table: str | None = None, said: str | None = None) -> Listing:
     """The pictures of a source and its classes, without reading a file a picture.
 
     Args:
@@ -71,25 +90,48 @@ def survey(source: str, path: str | None, classes: int, table: str | None = None
         path: where it is.
         classes: the number of classes that is expected; 0 ignores labels.
         table: a .csv of names and labels, or a column of a parquet file.
+        said: where captions are, see `with_captions`.
 
     Raises:
         ValueError: there is no such source, or it has no pictures; the same message as when reading it.
     """
-    if source == "digits":
+    if source in ("digits", "moved-digits"):
         names = [str(digit) for digit in range(10)] if classes else []
         return Listing(names, [((str(i),), 0) for i in range(DIGITS)])
     root = Path(path or "")
     if source == "parquet":
         return of_rows(parquet.Rows(root), bool(classes), classes, table)
+    if source == "coco":
+        return of_coco(Directory(root))
     tree = Directory(root) if source == "folder" else archives.Archives(root)
-    return listed(tree, bool(classes), classes, table, lazily=True)
+    return with_captions(listed(tree, bool(classes), classes, table, lazily=True), tree, said, lazily=True)
 
 
-def checked_holdout(where: str, holdout: int, count: int) -> int:
-    """Refuse a holdout of all pictures of a source, or more."""
+def checked_holdout(where: str, holdout: int, count: int, own: int | None = None) -> int:
+    """Refuse a holdout of all pictures of a source, or more; or one other than the source's own."""
+    if own is not None and holdout != own:
+        raise ValueError(
+            f"images.holdout: {holdout}, but {where} has {own} pictures of its own to validate, expected {own}"
+        )
     if not 0 <= holdout < count:
         raise ValueError(f"{where}: {holdout} pictures to hold out of {count}, expected 0..{count - 1}")
     return holdout
+
+
+def checked_subset(subset: int | None, trained_on: int) -> int:
+    """How many of the pictures to train on are used: `subset` of them, or all. Refuses more than there are."""
+    if subset is not None and subset > trained_on:
+        raise ValueError(f"images.subset: {subset:,}, but there are {trained_on:,} training images")
+    return trained_on if subset is None else subset
+
+
+def check_captioned(where: str, found: Listing) -> None:
+    """Refuse pictures without captions where others have some, as far as they were read."""
+    if lacking := ["/".join(parts) for parts, said in (found.captions or {}).items() if not said]:
+        raise ValueError(
+            f"{where}: {captions.named(lacking)} without a caption. Caption them, or leave them out "
+            "(images.on_bad_image: skip)"
+        )
 
 
 def check_classes(where: str, classes: list[str], expected: int) -> None:
@@ -146,6 +188,91 @@ def listed(
     if flat and classes != 1 and len({*origins.values()}) > 1:
         below = {parts: (origins[parts][-1].rpartition(".")[0], *path) for parts, path in below.items()}
     return _in_order(tree, *_by_folder(tree, below), shown)
+
+
+def with_captions(found: Listing, tree: Tree, place: str | None, lazily: bool = False) -> Listing:
+    """A listing with the captions of its pictures.
+
+    Args:
+        found: the pictures; where COCO numbers them, they come back in that order.
+        tree: their files.
+        place: a file that `haste.files.captions.read` understands; "beside" for the .txt beside each; None for none.
+        lazily: do not read a file a picture.
+
+    Raises:
+        ValueError: no such file, or captions for pictures that are not there.
+    """
+    if place is None:
+        return found
+    at = {parts: found.places.get(parts, parts) for parts, _ in found.files}
+    if place == captions.BESIDE:
+        return _beside(found, tree, at, lazily)
+    table = captions.read(place)
+    texts = captions.matched(table, place, tree.root, {parts: "/".join(parts) for parts in at})
+    ids = {parts: table.ids.get("/".join(parts), table.ids.get("/".join(parts).rpartition(".")[0])) for parts in at}
+    files = sorted(found.files, key=lambda one: ids[one[0]] or 0) if table.ids else found.files
+    own = [one for one in found.unused if (tree.root / one[0]).absolute() != Path(place).absolute()]
+    return _captioned(dataclasses.replace(found, files=files, unused=own), texts, table.empty)
+
+
+def _beside(found: Listing, tree: Tree, at: Mapping[Parts, Parts], lazily: bool) -> Listing:
+    apart = len({tree.inner(place) for place in at.values()}) < len(at)
+    known = {place if apart else tree.inner(place): place for place in tree.names if place[-1].endswith(captions.TXT)}
+    paths = {parts: place if apart else tree.inner(place) for parts, place in at.items()}
+    used = {parts: known[text] for parts, path in paths.items() if (text := captions.beside_of(path)) in known}
+    taken = {"/".join(place) for place in used.values()}
+    found = dataclasses.replace(found, unused=[one for one in found.unused if one[0] not in taken])
+    if lazily:
+        return dataclasses.replace(found, marks={parts: str(tree.size(place)) for parts, place in used.items()})
+    table = captions.Table()
+    for parts, text in captions.beside(known, tree.read, paths):
+        table.add(str(tree.root), "/".join(parts), text)
+    return _captioned(found, {parts: table.texts.get("/".join(parts), []) for parts in at}, table.empty)
+
+
+def _captioned(found: Listing, texts: captions.Captions, empty: list[str]) -> Listing:
+    unused, marks = (
+        [*found.unused, *captions.empty(empty)],
+        {parts: captions.mark(said) for parts, said in texts.items()},
+    )
+    return dataclasses.replace(found, captions=texts, unused=unused, marks=marks)
+
+
+def of_coco(tree: Directory) -> Listing:
+    """COCO as it is handed out: annotations/captions_train2014.json and train2014/, and the same of val2014, whose
+    pictures are the held-out ones. Pictures are in the order of their numbers.
+
+    Raises:
+        ValueError: annotations or pictures that are not there.
+    """
+    train, val = _coco_split(tree, "train"), _coco_split(tree, "val")
+    if train is None:
+        raise ValueError(f"{tree.root}: found no annotations/captions_trainYEAR.json, expected COCO's files")
+    annotations, texts, empty = train if val is None else tuple(map(operator.add, train, val))
+    files = [(parts, 0) for parts, _ in texts]
+    listing = Listing([], files, {}, unused_by(tree, {*(parts for parts, _ in files), *annotations}), tree.size)
+    return dataclasses.replace(_captioned(listing, dict(texts), empty), held_out=len(val[1]) if val else None)
+
+
+_Split = tuple[list[Parts], list[tuple[Parts, list[str]]], list[str]]  # annotations, captions in order, empty ones
+
+
+def _coco_split(tree: Directory, split: str) -> _Split | None:
+    """One split; None without annotations. Pictures that these do not name come last, without captions."""
+    pattern = rf"captions_({split}\d*)\.json"
+    found = [parts for parts in tree.names if parts[:-1] == ("annotations",) and re.fullmatch(pattern, parts[-1])]
+    if len(found) > 1:
+        raise ValueError(f"{tree.root}: found {', '.join(sorted(p[-1] for p in found))}, expected one of {split}")
+    if not found:
+        return None
+    folder = found[0][-1].removeprefix("captions_").removesuffix(".json")
+    file, table = tree.root.joinpath(*found[0]), captions.read(tree.root.joinpath(*found[0]))
+    if not table.ids:
+        raise ValueError(f"{file}: expected COCO's annotations, found others")
+    there = {parts for parts in tree.names if parts[0] == folder and parts[-1].lower().endswith(SUFFIXES)}
+    texts = captions.matched(table, file, tree.root / folder, {parts: "/".join(parts[1:]) for parts in there})
+    order = sorted(there, key=lambda parts: (table.ids.get("/".join(parts[1:]), math.inf), parts))
+    return found, [(parts, texts[parts]) for parts in order], [f"{folder}/{name}" for name in table.empty]
 
 
 def of_rows(rows: parquet.Rows, labelled: bool, classes: int | None = None, column: str | None = None) -> Listing:

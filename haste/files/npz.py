@@ -132,22 +132,25 @@ def check_moments(path: Path | str, found: Mapping[str, Header], output: str, wi
         raise ValueError(f"{path}: {mu} and {sigma} are {mean.shape} and {covariance.shape}, expected {expected}")
 
 
-def check_reference(path: Path | str) -> None:
-    """Refuse a file that is not a reference like ADM's: `mu`, `sigma` of Inception, and images.
+def check_reference(path: Path | str, detector: str = "inception") -> None:
+    """Refuse a file that is not a detector's reference: ADM's, with `mu`, `sigma` of Inception, and images, or
+    pytorch-fid's, of `mu` and `sigma` alone, which is how the two are told apart.
 
     Raises:
         ValueError: it is truncated or foreign, or one of these is missing or of another shape.
     """
-    found = headers(path)
+    found, alone = headers(path), detector == "pytorch-fid"
     for output, width in WIDTHS.items():
         if f"mu{SUFFIX[output]}" in found:
             check_moments(path, found, output, None if "haste" in found else width)
     if "arr_0" in found:
         check_images(path, found["arr_0"])
-    if not {"mu", "arr_0"} <= found.keys():
-        held = " and ".join(sorted(found.keys() - {"haste"})) or "nothing"
+    held = " and ".join(sorted(found.keys() - {"haste"})) or "nothing"
+    if alone and (found.keys() & {"arr_0", "mu_s"} or "mu" not in found):
+        raise ValueError(f"{path}: expected pytorch-fid's mu and sigma alone, found {held}")
+    if not alone and not {"mu", "arr_0"} <= found.keys():
         raise ValueError(f"{path}: expected ADM's mu, sigma and arr_0 (images), found {held}")
-    if not found["arr_0"].shape[0]:
+    if not alone and not found["arr_0"].shape[0]:
         raise ValueError(f"{path}: found no images under arr_0")
     for name in sorted(found.keys() & {"mu", "sigma", "mu_s", "sigma_s", "arr_0"}):
         one = found[name]

@@ -30,8 +30,8 @@ _NAMED = 3  # pictures named in a message
 Pictures = list[bytes]  # a line per picture, sorted: its relative name, its size in bytes and its label
 
 
-def pictures_of(found: Iterable[tuple[str, int, int]]) -> Pictures:
-    """The lines of pictures given by relative name, size in bytes and label."""
+def pictures_of(found: Iterable[tuple[str, int, int | str]]) -> Pictures:
+    """The lines of pictures given by relative name, size in bytes and label, or more that is said of them."""
     lines = (f"{name.translate(_ESCAPES)}\t{size}\t{label}\n" for name, size, label in found)
     return sorted(line.encode(errors="surrogatepass") for line in lines)  # names may be bytes that are not UTF-8
 

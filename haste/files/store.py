@@ -306,7 +306,8 @@ def differences(found: Any, expected: Any, name: str = "") -> list[str]:
     return [] if found == expected else [f"{name or 'recipe'}: found {found!r}, expected {expected!r}"]
 
 
-def _check_key(where: Path, key: Any, recipe: Any, expected_key: str, expected_recipe: Any) -> None:
+def check_key(where: Path, key: Any, recipe: Any, expected_key: str, expected_recipe: Any) -> None:
+    """Refuse what another recipe made; raises ValueError."""
     if key != expected_key:
         lines = [] if expected_recipe is None else differences(recipe, expected_recipe)
         why = "; ".join(lines[:8]) or "which entries of the recipe differ is not known here"
@@ -401,7 +402,7 @@ def _check_agreement(found: Sequence[_Shard], key: str, recipe: Mapping[str, Any
     first = found[0]
     for number, shard in enumerate(found):
         header = shard.header
-        _check_key(shard.path, header["key"], header["recipe"], key, recipe)
+        check_key(shard.path, header["key"], header["recipe"], key, recipe)
         span = shard_range(first.header["total"], number, len(found))
         place = {"shard": number, "shards": len(found), "total": first.header["total"]}
         place |= {"start": span.start, "count": len(span)}
@@ -512,7 +513,7 @@ class Store:
         if kind is not None and manifest["store"] != kind:
             raise ValueError(f"{folder / MANIFEST}: a store of {manifest['store']}, expected {kind}")
         if key is not None:
-            _check_key(folder / MANIFEST, manifest["key"], manifest["recipe"], key, recipe)
+            check_key(folder / MANIFEST, manifest["key"], manifest["recipe"], key, recipe)
         shards = [_open_shard(folder, manifest, number) for number in range(len(manifest["shards"]))]
         store = cls(folder, manifest, shards)
         identity = _identity(_read_rows(shard, DIGEST) for shard in shards)

@@ -15,16 +15,15 @@ import torch
 
 from haste import config as configuration
 from haste import extensions
-from haste.config import MEASURES, MODELS, Config, Model
+from haste.config import MEASURES, Config
 from haste.files import artefact, locks
-from haste.files.provenance import read_header
 from haste.measure.measure import KIND, check_rows, check_teachers, read
 from haste.measure.subject import opened
-from haste.models.exchange import open_weights
 from haste.plan.measures import Measurement
-from haste.plan.names import Artefact, State
+from haste.plan.names import Artefact
 from haste.plan.plan import Plan
 from haste.train.distributed import Group, enough_memory, joined
+from haste.train.named import put_row, run_through, state_named
 
 
 def measure(plan: Plan, what: Measurement, keep: bool, json: Path | None = None) -> dict[str, Any] | None:
@@ -129,11 +128,11 @@ def asked(
         return plan, plan.measurements[file], True
     raw = config.model_dump(mode="json") | {"forks": {}}  # their branches are rows already
     _put_measure(raw, name, alignment)
-    state = _own_state(plan, file)
+    state = state_named(plan, file)
     if state is None:
-        kind, row = "evaluate", _put_row(raw, config, file, model, layout)
+        kind, row = "evaluate", put_row(raw, config, file, model, layout)
     else:
-        kind, row = "runs", _run_through(plan, state)
+        kind, row = "runs", run_through(plan, state)
     for every in (*raw["runs"].values(), *raw["evaluate"].values()):  # an alignment for one row need not fit others
         every["measures"] = []
     raw[kind][row]["measures"] = [name]
@@ -152,53 +151,3 @@ def _put_measure(raw: dict[str, Any], name: str, alignment: str | None) -> None:
         raw["measures"][name] = {"measure": name}
     if alignment is not None:
         raw["measures"][name] = {**raw["measures"][name], "alignment": alignment}
-
-
-def _own_state(plan: Plan, file: str) -> State | None:
-    """The state of the plan with this name or file."""
-    path = Path(file)
-    if not path.exists() and file.rpartition("/")[0] not in plan.trajectories:
-        expected = "a state of the configuration, by its file or as TRAJECTORY/STEP, or a checkpoint from elsewhere"
-        raise ValueError(f"{file}: no such file; expected {expected}")
-    if not path.exists():
-        return plan.parse(file)
-    try:
-        header = read_header(path)
-        state = plan.parse(f"{header.get('trajectory')}/{header['step']}")
-    except (ValueError, IsADirectoryError):  # not one of our states
-        return None
-    return state if Path(plan.path(state)).exists() and path.samefile(plan.path(state)) else None
-
-
-def _run_through(plan: Plan, state: State) -> str:
-    """A run that passes through a state."""
-    return next(
-        run
-        for (run, _), pieces in plan.pieces.items()
-        if any(piece.trajectory == state.trajectory and piece.holds(state.step) for piece in pieces)
-    )
-
-
-def _put_row(raw: dict[str, Any], config: Config, file: str, model: str | None, layout: str | None) -> str:
-    """A row that evaluates a checkpoint: an existing one, or a new one. Returns its name."""
-    for known, spec in config.evaluate.items():
-        if Path(spec.checkpoint).exists() and Path(spec.checkpoint).samefile(file):
-            return known
-    name = Path(file).name
-    while name in raw["runs"] or name in raw["evaluate"]:
-        name += "'"
-    sampling = next(iter(config.sampling), "ode-50")  # nothing is sampled, but a row needs one
-    row = {"checkpoint": file, "model": model or _model_of(config, file, layout), "sampling": [sampling], "step": 0}
-    raw["evaluate"][name] = row if layout is None else {**row, "layout": layout}
-    return name
-
-
-def _model_of(config: Config, file: str, layout: Any) -> str:
-    """The model of a SiT's or DiT's checkpoint, from its weights."""
-    shape = open_weights(file, layout=layout).shape
-    known = {**MODELS, **config.models}
-    for name, model in known.items():
-        alike = isinstance(model, Model) and model.architecture == shape.get("architecture", "sit")
-        if alike and model.settings.items() <= shape.items():
-            return name
-    raise ValueError(f"{file}: of no model of this configuration or of the papers; expected one, or --model")

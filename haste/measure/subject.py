@@ -19,7 +19,6 @@ from haste.data.jobs import check_autoencoder
 from haste.data.latents import Autoencoder, draw, to_pixels
 from haste.diffusion.process import Process
 from haste.files.store import Store
-from haste.measure.measure import Row
 from haste.measure.pictures import Picture
 from haste.models.build import build_model
 from haste.plan.measures import Measurement
@@ -62,7 +61,7 @@ class Subject:
     plan: Plan
     what: Measurement
     pictures: list[Picture] = dataclasses.field(default_factory=list)
-    teachers: dict[str, Row] = dataclasses.field(default_factory=dict)
+    teachers: dict[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def model(self) -> Any:

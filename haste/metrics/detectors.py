@@ -20,7 +20,7 @@ from haste import extensions
 from haste.files import artefact
 from haste.metrics.detector import Detector
 from haste.networks import hub
-from haste.networks.registry import DETECTORS
+from haste.networks.registry import DETECTORS, INCEPTIONS
 
 DESCRIPTION, WEIGHTS = "part.json", "model.safetensors"
 
@@ -87,11 +87,12 @@ def _lazily(where: str) -> Callable[[Path | str | None], Detector]:
 PUBLISHED = extensions.Table("detectors", {name: _lazily(judge.made_by) for name, judge in DETECTORS.items()})
 
 
-def weight_file(name: str) -> Path | None:
-    """The weights file of a published detector on this machine, downloaded if it is missing.
+def weight_file(name: str, where: str | None = None) -> Path | None:
+    """The weights file, or folder, of a published detector on this machine, downloaded if it is missing.
 
     Args:
         name: a name in PUBLISHED.
+        where: of clip, another hub id than its usual one.
 
     Returns:
         The file; None for a detector of another package, which has loaded whatever it needs.
@@ -99,10 +100,14 @@ def weight_file(name: str) -> Path | None:
     Raises:
         ValueError: it is missing and cannot be downloaded.
     """
-    if name == "inception":
+    if name in INCEPTIONS:
         from haste.metrics import inception
 
         return inception.weight_file()
+    if name == "clip":
+        from haste.metrics import clip
+
+        return clip.folder_of(where or clip.USUAL)
     from haste.metrics import dinov2
 
     if name in dinov2.TIMM:
@@ -128,7 +133,8 @@ def open_detector(
 
     Args:
         what: a name in PUBLISHED, or the folder of a detector that was trained here.
-        weights: a published detector's weights file; None is its own download or its cached copy.
+        weights: a published detector's weights file, of clip its folder or hub id; None is its own download or its
+            cached copy.
         called: its name in columns of scores; None is its own.
         device: where to compute.
 

@@ -1,4 +1,7 @@
-"""The detector "inception": the Inception v3 of 2015 by which ADM's scores are defined, in torch-fidelity's port.
+"""The detectors "inception" and "pytorch-fid": the Inception v3 of 2015 in torch-fidelity's port, by two conventions.
+
+They differ in what enters the network: "inception" resizes as TensorFlow 1 did, by which ADM's scores are defined;
+"pytorch-fid" as that package does, by whose FID text-to-image models are compared. Their scores never share a column.
 
 B images, H x W pixels.
 Its weights file is torch-fidelity's (a state dict in torch's own format); it is read without running code from it.
@@ -21,10 +24,16 @@ from haste.networks import hub, tensors
 from haste.networks.weights import check_inception
 
 POOL, SPATIAL, LOGITS = 2048, 17 * 17 * 7, 1008
+SIDE = 299
 CHANNELS = 7  # channels of Mixed_6d.branch1x1 that sFID reads
 PREPROCESSING = (
     "uint8 RGB 0..255, bilinear to 299 x 299 px as TensorFlow 1 resizes (corners not aligned, no half-pixel centres, "
     "no antialiasing), (x - 128) / 128"
+)
+
+
+PREPROCESSING_PYTORCH = (
+    "uint8 RGB / 255, bilinear to 299 x 299 px (half-pixel centres, corners not aligned, no antialiasing), 2 x - 1"
 )
 
 
@@ -55,8 +64,28 @@ class Inception(nn.Module):
         return {"pool": pool, "spatial": spatial, "logits_unbiased": logits}
 
 
+class PytorchFID(nn.Module):
+    """The same network up to its pooled features, with the preprocessing of pytorch-fid (its `InceptionV3`).
+
+    Args:
+        extractor: torch-fidelity's.
+    """
+
+    def __init__(self, extractor: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(layer for name, layer in extractor.named_children() if name != "fc"))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images uint8 NHWC (B, H, W, 3) -> float32 {"pool": (B, 2048)}."""
+        # NHWC uint8 -> NCHW float32 in [0, 1] -> [-1, 1]
+        pixels = images.permute(0, 3, 1, 2).float() / 255
+        pixels = 2 * functional.interpolate(pixels, size=(SIDE, SIDE), mode="bilinear", align_corners=False) - 1
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return {"pool": self.layers(pixels).flatten(1)}
+
+
 def inception(weights: Path | str | None = None) -> Detector:
-    """The detector, on the CPU.
+    """The detector by ADM's convention, on the CPU.
 
     Args:
         weights: torch-fidelity's weights file; None takes it from torch's cache, downloading it if it is missing.
@@ -64,6 +93,21 @@ def inception(weights: Path | str | None = None) -> Detector:
     Raises:
         ValueError: torch-fidelity is not installed; the weights are missing, truncated, foreign or not downloadable.
     """
+    extractor, about = _extractor(weights)
+    outputs = {"pool": POOL, "spatial": SPATIAL, "logits_unbiased": LOGITS}
+    more: dict[str, Any] = {"outputs": outputs, "preprocessing": PREPROCESSING, "smallest": 32}
+    return Detector(Inception(extractor), kind="inception", **about, **more)
+
+
+def pytorch_fid(weights: Path | str | None = None) -> Detector:
+    """The detector by pytorch-fid's convention, on the CPU. The weights file is the same. Arguments as `inception`."""
+    extractor, about = _extractor(weights)
+    more: dict[str, Any] = {"outputs": {"pool": POOL}, "preprocessing": PREPROCESSING_PYTORCH}
+    return Detector(PytorchFID(extractor), kind="pytorch-fid", **about, **more)
+
+
+def _extractor(weights: Path | str | None) -> tuple[nn.Module, dict[str, Any]]:
+    """torch-fidelity's network, and the identity of its weights and whether these are the published ones."""
     try:
         from torch_fidelity import feature_extractor_inceptionv3 as port
     except ImportError as error:
@@ -79,16 +123,8 @@ def inception(weights: Path | str | None = None) -> Detector:
         what = " ".join(str(error).split())[:300]
         raise ValueError(f"{path}: expected torch-fidelity's Inception v3, found other weights: {what}") from error
     identity = artefact.file_identity(path)
-    return Detector(
-        Inception(extractor),
-        kind="inception",
-        weights=identity,
-        outputs={"pool": POOL, "spatial": SPATIAL, "logits_unbiased": LOGITS},
-        preprocessing=PREPROCESSING,
-        smallest=32,
-        # torch's convention: NAME-HASH.pth, with the first digits of the file's sha256
-        published=identity.startswith(_hash_prefix(port.URL_INCEPTION_V3)),
-    )
+    # torch's convention: NAME-HASH.pth, with the first digits of the file's sha256
+    return extractor, {"weights": identity, "published": identity.startswith(_hash_prefix(port.URL_INCEPTION_V3))}
 
 
 def _hash_prefix(url: str) -> str:

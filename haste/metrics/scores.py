@@ -28,6 +28,7 @@ from haste.metrics.neighbours import precision_recall
 
 Batch = Mapping[str, NDArray]
 Numbers = TypeVar("Numbers", bound=Mapping[str, Any])
+SCALE = 100.0  # of CLIP scores, as torchmetrics has them; Hessel et al. 2021 have 2.5
 NEIGHBOURS = 10_000  # real images that ADM's precision and recall, and here KID, use
 
 
@@ -101,6 +102,13 @@ def _accuracy(stats: Hits) -> float:
     return stats.right / stats.count
 
 
+def _mean(stats: frechet.Moments) -> dict[str, float]:
+    """The CLIP score, and its standard error over samples if there are two."""
+    found = {"clip_score": float(stats.mean[0])}
+    more = stats.count > 1
+    return found | ({"clip_score_std": math.sqrt(stats.covariance[0, 0] / stats.count)} if more else {})
+
+
 def _precision_recall(stats: rows.Rows, reference: rows.Rows) -> dict[str, float]:
     # A fake's radius needs every other fake, so no smaller statistic merges exactly: 50,000 of width 2,048 are 0.4 GB.
     precision, recall = precision_recall(reference.ordered, stats.ordered)
@@ -153,6 +161,14 @@ METRICS = extensions.Table(
             better={"kid": "lower"},
             reference_rows=NEIGHBOURS,
             notes=lambda stats, reference: kid.notes(len(reference.index), len(stats.index)),
+        ),
+        "clip_score": Metric(
+            needs=("cosine",),
+            update=lambda stats, batch: frechet.update(stats, SCALE * np.maximum(batch["cosine"], 0.0)[:, None]),
+            merge=frechet.merge,
+            value=lambda stats, reference: _mean(stats),
+            reference=False,
+            better={"clip_score": "higher"},
         ),
         "class_accuracy": Metric(
             needs=("logits", "labels"),

@@ -1,4 +1,4 @@
-"""Weights of a SiT or DiT from other projects' files, and ours for other programs.
+"""Weights of a SiT, DiT or MM-DiT from other projects' files, and ours for other programs.
 
 Supported layouts:
     ours    states and imported weights: safetensors with a header
@@ -33,22 +33,25 @@ from haste.files import artefact
 from haste.files import tensors as files
 from haste.models.dit import DiT
 from haste.models.layers import sincos_positions
+from haste.models.mmdit import MMDiT
 from haste.models.sit import SiT
+from haste.models.transformer import Transformer
 from haste.networks import layouts
 from haste.networks.layouts import Described, Size
 from haste.networks.sets import KIND
 from haste.networks.tensors import placed
 
 Weights = Mapping[str, Tensor]
+_KINDS: dict[str, type[Transformer]] = {"sit": SiT, "dit": DiT, "mmdit": MMDiT}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights of a SiT or DiT, as read from a file.
+    """Weights of a SiT, DiT or MM-DiT, as read from a file.
 
     file: its path; sha256: of the file; layout: one of `layouts.LAYOUTS`.
     shape: arguments of `SiT`: depth, width, heads, patch_size, mlp_ratio, input_size, in_channels, classes; for another
-        architecture its name, its settings and the last three.
+        architecture its name and its constructor's arguments.
     weights: "model" and "ema", whichever the file has (a bare set counts as "ema"), each name -> tensor.
     projectors: heads onto teachers' features, in the file's order, each name -> tensor.
     facts: other contents of the file, plain data: step, path, args, ...
@@ -70,9 +73,9 @@ class Checkpoint:
         """
         return layouts.chosen(self.file, self.weights, which)
 
-    def model(self, which: str = "ema") -> SiT:
+    def model(self, which: str = "ema") -> Transformer:
         """The model with one set of weights, float32, frozen."""
-        kind = DiT if self.shape.get("architecture") == "dit" else SiT
+        kind = _KINDS[self.shape.get("architecture", "sit")]
         model = kind(**{name: value for name, value in self.shape.items() if name != "architecture"})
         model.load_state_dict(dict(self.chosen(which)))
         return model.requires_grad_(False).eval()
@@ -85,7 +88,7 @@ def read_checkpoint(
     expected: Mapping[str, Any] | None = None,
     sizes: Iterable[Size] = (),
 ) -> Checkpoint:
-    """Read the weights of a SiT or DiT from a file of any known layout.
+    """Read the weights of a SiT, DiT or MM-DiT from a file of any known layout.
 
     Args:
         path: the file.
@@ -101,7 +104,7 @@ def read_checkpoint(
             not finite or unknown. The message names the file, what was found and what was expected.
     """
     described = layouts.described(str(path), layout, expected, sizes)
-    found = _read(described, "DiT" if described.shape.get("architecture") == "dit" else "SiT")
+    found = _read(described, layouts.KNOWN[described.shape.get("architecture", "sit")])
     if described.layout != "SiT":
         return found
     return dataclasses.replace(found, weights={n: _turned(tree, described.shape) for n, tree in found.weights.items()})
@@ -132,7 +135,7 @@ def _read(what: Described, name: str) -> Checkpoint:
     weights = {which: {name: place(value) for name, value in tree.items()} for which, tree in what.sets.items()}
     heads = tuple({name: place(value) for name, value in head.items()} for head in what.projectors)
     for tree in weights.values():
-        if name in ("SiT", "DiT") and "pos_embed" not in tree:
+        if name in layouts.KNOWN.values() and "pos_embed" not in tree:
             side = what.shape["input_size"] // what.shape["patch_size"]
             tree["pos_embed"] = sincos_positions(what.shape["width"], (side, side))[None]
     weights = {which: finite(what.file, name, tree) for which, tree in weights.items()}
@@ -205,7 +208,7 @@ def _save(path: Path | str, tensors: dict[str, Tensor], checkpoint: Checkpoint, 
         "schema": artefact.SCHEMA,
         "kind": KIND,
         "model": {name: shape[name] for name in shape if name != "classes"},
-        "classes": shape["classes"],
+        "classes": shape.get("classes"),
         "time": "t = 0 is data",
         **{name: checkpoint.facts.get(name) for name in ("step", "path", "process", "args")},
         "source": checkpoint.facts.get("source")

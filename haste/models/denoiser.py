@@ -40,6 +40,7 @@ class Denoiser(nn.Module):
     own_logsumexp       True requests the logsumexp of tapped attention; a network may ignore it
     can_precise_time    whether it supports `precise_time`; if not, configurations that request it are refused
     precise_time        True requests that the layers of the time alone leave autocast, as in `TimestepEmbedding`
+    fill                initialises a linear layer or a convolution, also of the projectors trained with it
     """
 
     Settings: ClassVar[Any] = None
@@ -47,6 +48,7 @@ class Denoiser(nn.Module):
     condition: ClassVar[str] = "labels"
     can_checkpoint: ClassVar[bool] = False
     can_precise_time: ClassVar[bool] = False
+    fill: ClassVar[Any] = staticmethod(fill_xavier)
     taps: Mapping[str, Tap]
 
     def __init__(self, *, input_size: int, in_channels: int, classes: int = 0):
@@ -82,7 +84,8 @@ class Denoiser(nn.Module):
         return list(found) if isinstance(found, nn.ModuleList) else []
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Initialise from `generator` alone: Xavier-uniform weights, N(0, 0.02^2) tables, zero biases.
+        """Initialise from `generator` alone: layers by `fill` (Xavier-uniform weights, zero biases), N(0, 0.02^2)
+        tables.
 
         A network with another initialisation, or with parameters outside linear, convolution, embedding and norm
         layers, extends this.
@@ -93,7 +96,7 @@ class Denoiser(nn.Module):
         """
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv2d):
-                fill_xavier(layer, generator)
+                self.fill(layer, generator)
             elif isinstance(layer, nn.Embedding):
                 fill_normal(layer.weight, 0.02, generator)
             elif isinstance(layer, _NORMS):
@@ -119,7 +122,7 @@ class Denoiser(nn.Module):
             ValueError: settings that do not fit the latents; or outputs or taps that do not have their declared
                 shapes.
         """
-        y = each(lambda piece: torch.from_numpy(piece).to("meta"), condition.null(1))
+        y = each(lambda piece: torch.from_numpy(piece).to("meta"), condition.like(1))
         with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
             model = cls(input_size=input_size, in_channels=in_channels, **condition.arguments, **settings)
             x, t = torch.empty(1, in_channels, input_size, input_size), torch.empty(1)

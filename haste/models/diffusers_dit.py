@@ -1,4 +1,4 @@
-"""DiT in diffusers' names: `DiTTransformer2DModel`, its scheduler, and the folder that `DiTPipeline` loads.
+"""DiT in diffusers' names: `DiTTransformer2DModel`, its scheduler, and the index of the pipeline that loads them.
 
 diffusers keeps the embedders of time and label in every block, and q, k and v apart. Its timestep features have the
 frequencies 10000^(-i / 127), DiT's and ours 10000^(-i / 128), and no weights make up for that: the best linear map of
@@ -8,24 +8,15 @@ other outputs, also with the public files of DiT; `at_our_times` corrects a load
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from haste.files import artefact
-from haste.models.checkpoints import Checkpoint, finite
 from haste.models.layers import sincos_positions
-from haste.networks import headers, layouts
 from haste.networks.spec import sit_shapes
-from haste.networks.tensors import placed
 
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 CLASS = "DiTTransformer2DModel"
 SCHEDULER: dict[str, Any] = {
     "_class_name": "DDPMScheduler",
@@ -60,10 +51,10 @@ _EMBEDDERS = {
 _KINDS = ("weight", "bias")
 
 
-def to_diffusers(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+def to_diffusers(weights: Mapping[str, Tensor], shape: Mapping[str, Any]) -> dict[str, Tensor]:
     """A DiT's weights under diffusers' names; the positions, which it computes by itself, are left out."""
     found = {f"{b}.{kind}": weights[f"{a}.{kind}"] for a, b in _OUTSIDE.items() for kind in _KINDS}
-    for i in range(depth):
+    for i in range(shape["depth"]):
         block, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
         found |= {f"{theirs}.{b}.{kind}": weights[f"{block}.{a}.{kind}"] for a, b in _INSIDE.items() for kind in _KINDS}
         for kind in _KINDS:
@@ -73,16 +64,16 @@ def to_diffusers(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]
     return {name: value.clone() for name, value in found.items()}  # a file does not hold a tensor under two names
 
 
-def from_diffusers(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """The inverse of `to_diffusers`.
+def from_diffusers(weights: Mapping[str, Tensor], shape: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inverse of `to_diffusers`, with the positions.
 
     Raises:
         ValueError: a weight is missing, or blocks have different embedders, which no DiT has.
     """
-    if missing := sorted(_names(depth) - weights.keys()):
+    if missing := sorted(_names(shape["depth"]) - weights.keys()):
         raise ValueError(f"does not hold {', '.join(missing[:4])}, expected the weights of a {CLASS}")
     found = {f"{a}.{kind}": weights[f"{b}.{kind}"] for a, b in _OUTSIDE.items() for kind in _KINDS}
-    for i in range(depth):
+    for i in range(shape["depth"]):
         block, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
         found |= {f"{block}.{a}.{kind}": weights[f"{theirs}.{b}.{kind}"] for a, b in _INSIDE.items() for kind in _KINDS}
         for kind in _KINDS:
@@ -91,7 +82,8 @@ def from_diffusers(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tenso
             own = weights[f"{theirs}.norm1.emb.{other}"]
             if not torch.equal(found.setdefault(name, own), own):
                 raise ValueError(f"block {i} has another {other} than block 0, expected one for all")
-    return found
+    side = shape["input_size"] // shape["patch_size"]
+    return found | {"pos_embed": sincos_positions(shape["width"], (side, side))[None]}
 
 
 def _names(depth: int) -> set[str]:
@@ -142,7 +134,7 @@ def shape_of(config: Any) -> dict[str, Any]:
         raise ValueError(f"a {type(config).__name__}, expected an object")
     older = ("Transformer2DModel", "ada_norm_zero")  # as diffusers called a DiT at first
     if config.get("_class_name") != CLASS and (config.get("_class_name"), config.get("norm_type")) != older:
-        raise ValueError(f"its _class_name is {config.get('_class_name')!r}, expected {CLASS}")
+        raise ValueError(f"its _class_name is {config.get('_class_name')!r}, expected {CLASS} or SD3Transformer2DModel")
     try:
         channels, heads = config["in_channels"], config["num_attention_heads"]
         shape = {
@@ -164,84 +156,21 @@ def shape_of(config: Any) -> dict[str, Any]:
     return shape
 
 
-def write_pipeline(
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    shape: Mapping[str, Any],
-    autoencoder: Path | None = None,
-    labels: Sequence[str] | None = None,
-) -> None:
-    """Write the folder that `DiTPipeline.from_pretrained` loads.
+def shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of our weights by their names."""
+    return sit_shapes({**shape, "channels": shape["in_channels"], "architecture": "dit"}, shape["classes"])
 
-    Args:
-        folder: to be made; it must not exist.
-        weights: of the DiT, ours.
-        shape: its arguments.
-        autoencoder: a folder of an AutoencoderKL, copied as `vae`; None leaves it out, to be given to the loader.
-        labels: names of the classes, in order; None numbers them.
 
-    Raises:
-        ValueError: a network that diffusers does not have, or no autoencoder there.
-        OSError: the folder exists, or cannot be written.
-    """
-    transformer = config_of(shape)
-    if autoencoder is not None and not (autoencoder / CONFIG).is_file():
-        raise ValueError(f"{autoencoder}: expected the folder of an AutoencoderKL, with {CONFIG}")
+def index(shape: Mapping[str, Any], labels: Sequence[str] | None, vae: bool) -> dict[str, Any]:
+    """The model_index.json of the pipeline."""
     names = labels or [str(number) for number in range(shape["classes"])]
-    index: dict[str, Any] = {"_class_name": "DiTPipeline", "id2label": dict(enumerate(names))}
-    index |= {"scheduler": ["diffusers", "DDPMScheduler"], "transformer": ["diffusers", CLASS]}
-    index["vae"] = ["diffusers", "AutoencoderKL"] if autoencoder else [None, None]
-    folder.mkdir(parents=True)
-    for name in ("transformer", "scheduler"):
-        (folder / name).mkdir()
-    tensors = {name: value.contiguous() for name, value in to_diffusers(weights, shape["depth"]).items()}
-    file = folder / "transformer" / WEIGHTS
-    with artefact.replacing(file) as aside, artefact.saving_tensors(file):
-        save_file(tensors, aside, metadata={"format": "pt"})
-    artefact.write_json(folder / "transformer" / CONFIG, transformer)
-    artefact.write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    if autoencoder:
-        shutil.copytree(autoencoder, folder / "vae")
-    artefact.write_json(folder / "model_index.json", index)  # last: without it nothing loads
+    found: dict[str, Any] = {"_class_name": "DiTPipeline", "id2label": dict(enumerate(names))}
+    found |= {"scheduler": ["diffusers", "DDPMScheduler"], "transformer": ["diffusers", CLASS]}
+    return found | {"vae": ["diffusers", "AutoencoderKL"] if vae else [None, None]}
 
 
-def read_folder(folder: Path, expected: Mapping[str, Any]) -> Checkpoint:
-    """The DiT in diffusers' folder of a pipeline, or of its transformer.
-
-    Args:
-        folder: the folder.
-        expected: known entries of `Checkpoint.shape`.
-
-    Raises:
-        ValueError: there is none, another network, or weights that are not finite; the message names the file.
-    """
-    place = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    config, file = place / CONFIG, place / WEIGHTS
-    if not config.is_file() or not file.is_file():
-        raise ValueError(f"{folder}: expected diffusers' folder of a DiT, with {CONFIG} and {WEIGHTS}")
-    held, _ = headers.contents(str(file))
-    try:
-        shape = shape_of(json.loads(config.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{config}: {error}") from error
-    place_of = placed(str(file))
-    try:
-        found = from_diffusers({name: place_of(value) for name, value in held.items()}, shape["depth"])
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-    side = shape["input_size"] // shape["patch_size"]
-    found["pos_embed"] = sincos_positions(shape["width"], (side, side))[None]
-    layouts.check_fit(str(file), "a DiT of this size", found, sit_shapes(_sized(shape), shape["classes"]))
-    shape["architecture"] = "dit"
-    pairs = ((name, shape.get(name), value) for name, value in expected.items())
-    if wrong := [f"{name}: found {own}, expected {value}" for name, own, value in pairs if own != value]:
-        raise ValueError(f"{file}: not the model that was asked for; {'; '.join(wrong)}")
-    weights = finite(str(file), "DiT", found)
-    return Checkpoint(str(file), artefact.file_identity(file), "diffusers", shape, {"ema": weights})
-
-
-def _sized(shape: Mapping[str, Any]) -> dict[str, Any]:
-    return {**shape, "channels": shape["in_channels"], "architecture": "dit"}
+def check_scheduler(config: Mapping[str, Any]) -> None:
+    """Any will do: it is not read."""
 
 
 def at_our_times(transformer: Any) -> Any:

@@ -7,24 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from haste.config import MODELS, Model, facts_in, model_in
+from haste.config import MODELS, Model, OtherModel, condition_arguments, facts_in
 from haste.files import artefact
 from haste.files.provenance import read_header
-from haste.models import checkpoints, diffusers_dit
+from haste.models import checkpoints, diffusers_folders
 from haste.models.checkpoints import Checkpoint
-from haste.networks.layouts import expected_in
+from haste.networks.layouts import KNOWN, expected_in
 
 log = logging.getLogger("haste.exchange")
 
 FORMATS = ("safetensors", "repa", "diffusers")
-SIZES = {(model.depth, model.width, model.heads) for model in MODELS.values()}
+SIZES = {(model.depth, model.width, model.heads) for model in MODELS.values() if isinstance(model, Model)}
 
 
 def open_weights(
     path: Path | str,
     *,
     layout: Literal["ours", "REPA", "SiT", "DiT"] | None = None,
-    model: Model | None = None,
+    model: Model | OtherModel | None = None,
     heads: int | None = None,
     input_size: int | None = None,
     expected: Mapping[str, Any] | None = None,
@@ -46,7 +46,9 @@ def open_weights(
     return checkpoints.read_checkpoint(path, sizes=SIZES, layout=layout, expected=told)
 
 
-def _expected(model: Model | None = None, heads: int | None = None, input_size: int | None = None) -> dict[str, Any]:
+def _expected(
+    model: Model | OtherModel | None = None, heads: int | None = None, input_size: int | None = None
+) -> dict[str, Any]:
     told = {**(model.model_dump() if model else {"heads": heads}), "input_size": input_size}
     return {name: value for name, value in told.items() if value is not None}
 
@@ -55,7 +57,7 @@ def import_weights(source: Path, out: Path, **options: Any) -> Checkpoint:
     """Read weights of any known layout and write them in ours, without the optimiser.
 
     Args:
-        source: the file to read, or diffusers' folder of a DiT.
+        source: the file to read, or diffusers' folder of a DiT or MM-DiT.
         out: the .safetensors file to write.
         options: layout, model, heads and input_size, as for `open_weights`.
 
@@ -64,10 +66,10 @@ def import_weights(source: Path, out: Path, **options: Any) -> Checkpoint:
         OSError: `out` cannot be written.
     """
     _check_out(source, out, ".safetensors")
-    if (source.is_dir() and (source / diffusers_dit.CONFIG).is_file()) or (source / "transformer").is_dir():
+    if (source.is_dir() and (source / diffusers_folders.CONFIG).is_file()) or (source / "transformer").is_dir():
         if options.pop("layout", None):
             raise ValueError(f"{source}: a folder is read as diffusers', expected no layout")
-        found = diffusers_dit.read_folder(source, _expected(**options))
+        found = diffusers_folders.read(source, _expected(**options))
     else:
         found = open_weights(source, **options)
     checkpoints.save_imported(out, found, artefact.provenance(inputs={"source": found.sha256}))
@@ -83,7 +85,8 @@ def export_weights(
         source: a state, or a file of any known layout.
         out: the file to write, for "diffusers" a folder.
         form: "safetensors": one set of weights under bare names; "repa": a .pt with both sets, as REPA reads it;
-            "diffusers": of a DiT, the folder that `DiTPipeline` loads.
+            "diffusers": of a DiT, the folder that `DiTPipeline` loads; of an MM-DiT, one with the transformer that
+            `SD3Transformer2DModel` loads, and its scheduler.
         which: "ema" or "model", unless for REPA.
         vae: for diffusers, a folder of an AutoencoderKL to put into it.
         options: layout, model, heads and input_size, as for `open_weights`.
@@ -96,34 +99,37 @@ def export_weights(
         raise ValueError(f"format {form!r}: expected one of {', '.join(FORMATS)}")
     _check_out(source, out, {"safetensors": ".safetensors", "repa": ".pt", "diffusers": ""}[form])
     found = _of_state(source) or open_weights(source, **options)
-    if form == "repa" and "architecture" in found.shape:
-        raise ValueError(
-            f"{source}: its network is a {found.shape['architecture']}, and REPA's programs know SiT alone"
-        )
-    if form == "diffusers" and found.shape.get("architecture") != "dit":
-        raise ValueError(f"{source}: not a DiT; diffusers has no pipeline for other networks of this package")
+    kind = found.shape.get("architecture", "sit")
+    if form == "repa" and kind not in ("sit", "mmdit"):
+        raise ValueError(f"{source}: its network is a {kind}, and REPA's programs know SiT and MM-DiT alone")
+    if form == "diffusers" and kind not in diffusers_folders.KINDS:
+        raise ValueError(f"{source}: not a DiT or MM-DiT; diffusers has none of the other networks of this package")
     if form == "repa":
         checkpoints.save_repa(out, found, _arguments(found))
     elif form == "diffusers":
-        diffusers_dit.write_pipeline(out, found.chosen(which), found.shape, vae)
+        diffusers_folders.write(out, found.chosen(which), found.shape, vae)
     else:
         checkpoints.save_bare(out, found, which, artefact.provenance(inputs={"source": found.sha256}))
     return found
 
 
 def _of_state(source: Path) -> Checkpoint | None:
-    """The weights of a state of another architecture than SiT and DiT; None for any other file."""
+    """The weights of a state of an architecture that its weights do not show; None for any other file."""
     try:
         recipe = read_header(source)["recipe"]
     except ValueError:
         return None
-    return None if isinstance(model_in(recipe), Model) else weights_by_recipe(source, recipe)
+    return None if recipe["model"].get("architecture", "sit") in KNOWN else weights_by_recipe(source, recipe)
 
 
-def weights_by_recipe(file: Path | str, recipe: Mapping[str, Any]) -> Checkpoint:
-    """Weights of another architecture than SiT, which the recipe names; the file only holds tensors."""
-    name, shapes = recipe["model"]["architecture"], facts_in(recipe).shapes
-    return checkpoints.read_weights_of(file, name, shapes, expected_in(recipe))
+def weights_by_recipe(
+    file: Path | str, recipe: Mapping[str, Any], layout: Any = None, classes: bool = True
+) -> Checkpoint:
+    """Weights of the model that a recipe names, of any number of classes if `classes` is False."""
+    expected = expected_in(recipe, condition_arguments(recipe) if classes else {})
+    if (name := expected.get("architecture", "sit")) in KNOWN:
+        return open_weights(file, layout=layout, expected=expected)
+    return checkpoints.read_weights_of(file, name, facts_in(recipe).shapes, expected)
 
 
 def _check_out(source: Path, out: Path, suffix: str) -> None:
@@ -141,9 +147,9 @@ def _arguments(found: Checkpoint) -> dict[str, Any]:
     return {
         **said,
         "model": name,
-        "num_classes": found.shape["classes"],
+        "num_classes": found.shape.get("classes"),
         "path_type": found.facts.get("path"),
         "prediction": "v",
-        "qk_norm": False,
+        "qk_norm": found.shape.get("qk_norm", "none") != "none",
         "projector_embed_dims": ",".join(map(str, widths)),
     }

@@ -7,13 +7,15 @@ weights with and without one. Without a generator it uses seed 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from haste.models.layers import fill_xavier
+
+Fill = Callable[..., None]  # of a layer and a generator
 
 
 class Projector(nn.Sequential):
@@ -28,11 +30,11 @@ class Projector(nn.Sequential):
         )
         self.initialise(generator or torch.Generator("cpu").manual_seed(0))
 
-    def initialise(self, generator: torch.Generator) -> None:
-        """Xavier-uniform weights and zero biases, from `generator` alone."""
+    def initialise(self, generator: torch.Generator, fill: Fill = fill_xavier) -> None:
+        """Weights from `generator` alone, as the network's own layers: by default Xavier-uniform, with zero biases."""
         for layer in self:
             if isinstance(layer, nn.Linear):
-                fill_xavier(layer, generator)
+                fill(layer, generator)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:  # type: ignore[override]
         """See the file; every token alone, so the grid does not matter."""
@@ -57,9 +59,9 @@ class OneLayer(nn.Module):
         )
         self.initialise(generator or torch.Generator("cpu").manual_seed(0))
 
-    def initialise(self, generator: torch.Generator) -> None:
-        """Xavier-uniform weights (a convolution is a linear map of its patch) and zero bias, from `generator` alone."""
-        fill_xavier(self.projection_layer, generator)
+    def initialise(self, generator: torch.Generator, fill: Fill = fill_xavier) -> None:
+        """As `Projector.initialise`; a convolution is a linear map of its patch."""
+        fill(self.projection_layer, generator)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """See the file. ValueError if a convolution's tokens are not those of the grid."""

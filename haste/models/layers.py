@@ -32,6 +32,15 @@ def fill_xavier(layer: nn.Linear | nn.Conv2d, generator: torch.Generator) -> Non
     fill_zero(layer.bias)
 
 
+def fill_default(layer: nn.Linear | nn.Conv2d, generator: torch.Generator) -> None:
+    """PyTorch's own initialisation: weight and bias uniform within 1 / sqrt(fan in)."""
+    bound = layer.weight[0].numel() ** -0.5
+    for tensor in (layer.weight, layer.bias):
+        if tensor is not None and not tensor.is_meta:
+            drawn = torch.empty(tensor.shape, device=generator.device, dtype=torch.float32)
+            _copy(tensor, drawn.uniform_(-bound, bound, generator=generator))
+
+
 def fill_normal(weight: Tensor, std: float, generator: torch.Generator) -> None:
     """N(0, std^2) in place."""
     if not weight.is_meta:
@@ -140,30 +149,53 @@ class AttentionTap(NamedTuple):
     logsumexp: Tensor | None
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with a fused kernel."""
+class HeadNorm(nn.RMSNorm):
+    """(B, H, N, K) -> the same; in the precision of its scale also under autocast."""
 
-    def __init__(self, width: int, heads: int):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused kernel.
+
+    qk_norm     normalise queries and keys over the width of a head (RMS, with a learnt scale)
+    last        nothing follows the attention: there is no `proj`
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False, last: bool = False):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        if not last:
+            self.proj = nn.Linear(width, width)
+        if qk_norm:
+            self.ln_q, self.ln_k = (HeadNorm(width // heads, eps=NORM_EPS) for _ in "qk")
+        self.qk_norm = qk_norm
 
     def initialise(self, generator: torch.Generator) -> None:
         fill_xavier(self.qkv, generator)
         fill_xavier(self.proj, generator)
 
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, N, D) -> q, k and v, each (B, H, N, K)."""
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (B, N, 3, H, K)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return (self.ln_q(q), self.ln_k(k), v) if self.qk_norm else (q, k, v)
+
+    def merge(self, attended: Tensor) -> Tensor:
+        """(B, H, N, K) -> (B, N, D)."""
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
     def forward(self, x: Tensor, with_logsumexp: bool = False) -> tuple[Tensor, AttentionTap]:
         """x (B, N, D) -> (B, N, D), and the tap; with the logits' logsumexp only if requested."""
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)  # (B, N, 3, H, K)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 of (B, H, N, K)
+        q, k, v = self.split(x)
         logsumexp = None
         if with_logsumexp:
             out, logsumexp = attention_with_logsumexp(q, k, v)
         else:
             out = functional.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width)), AttentionTap(q, k, logsumexp)
+        return self.merge(out), AttentionTap(q, k, logsumexp)
 
 
 class Mlp(nn.Module):
@@ -187,7 +219,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-class _Modulation(nn.Sequential):
+class Modulation(nn.Sequential):
     """Condition (B, D) -> (B, parts D), zero at the start of training (adaLN-Zero, DiT section 3.2)."""
 
     def __init__(self, width: int, parts: int):
@@ -202,32 +234,46 @@ class _Modulation(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Transformer block whose norms and residuals are scaled by the condition; the identity at initialisation."""
+    """Transformer block whose norms and residuals are scaled by the condition; the identity once `initialise`d.
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0):
+    qk_norm     as for `Attention`
+    last        its tokens are attended to, and end here: no `proj`, no MLP, and two modulations of six
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False, last: bool = False):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
-        self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.adaLN_modulation = _Modulation(width, 6)
+        self.attn = Attention(width, heads, qk_norm, last)
+        if not last:
+            self.norm2 = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+            self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.adaLN_modulation = Modulation(width, 2 if last else 6)
 
     def initialise(self, generator: torch.Generator) -> None:
         self.attn.initialise(generator)
         self.mlp.initialise(generator)
         self.adaLN_modulation.zero()
 
+    def enter(self, x: Tensor, condition: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """x (B, N, D), condition (B, D) -> the attention's input (B, N, D), and the modulations for `leave`."""
+        shift, scale, *rest = self.adaLN_modulation(condition)
+        return modulate(self.norm1(x), shift, scale), rest
+
+    def leave(self, x: Tensor, attended: Tensor, rest: list[Tensor]) -> Tensor:
+        """Residual x, and what the attention makes of its input, each (B, N, D) -> (B, N, D)."""
+        gate_a, shift_m, scale_m, gate_m = rest
+        x = x + gate_a.unsqueeze(1) * attended
+        return x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
     def forward(
         self, x: Tensor, condition: Tensor, tap: bool = False, with_logsumexp: bool = False
     ) -> tuple[Tensor, AttentionTap | None]:
         """x (B, N, D), condition (B, D) -> (B, N, D), and the attention's tap if `tap`, else None."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition)
-        attended, inner = self.attn(modulate(self.norm1(x), shift_a, scale_a), tap and with_logsumexp)
+        entered, rest = self.enter(x, condition)
+        attended, inner = self.attn(entered, tap and with_logsumexp)
         tapped = inner if tap else None
-        del inner  # free them before the rest of the block runs
-        x = x + gate_a.unsqueeze(1) * attended
-        x = x + gate_m.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
-        return x, tapped
+        del inner, entered  # free them before the rest of the block runs
+        return self.leave(x, attended, rest), tapped
 
 
 class FinalLayer(nn.Module):
@@ -237,7 +283,7 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
         self.linear = nn.Linear(width, outputs)
-        self.adaLN_modulation = _Modulation(width, 2)
+        self.adaLN_modulation = Modulation(width, 2)
 
     def initialise(self) -> None:
         fill_zero(*self.linear.parameters())

@@ -5,17 +5,16 @@ Parameter names are those of REPA's checkpoints.
 """
 
 from collections.abc import Collection
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from haste.models.denoiser import Denoiser
-from haste.models.layers import Block, FinalLayer, LabelEmbedding, PatchEmbedding, TimestepEmbedding, sincos_positions
-from haste.networks.spec import sit_taps
+from haste.models.layers import Block, FinalLayer, LabelEmbedding
+from haste.models.transformer import Transformer
 
 
-class SiT(Denoiser):
+class SiT(Transformer):
     """Velocity model v(x_t, t, y).
 
     input_size      height and width of the (latent) image
@@ -25,10 +24,6 @@ class SiT(Denoiser):
 
     ValueError if the patches do not tile the image or the heads do not divide the width.
     """
-
-    can_checkpoint = can_precise_time = True
-    predictions: ClassVar[int] = 1  # output channels for each channel of the latents
-    pos_embed: Tensor
 
     def __init__(
         self,
@@ -43,24 +38,11 @@ class SiT(Denoiser):
         mlp_ratio: float = 4.0,
         generator: torch.Generator | None = None,
     ):
-        super().__init__(input_size=input_size, in_channels=in_channels, classes=classes)
-        if input_size % patch_size:
-            raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
-        if width % heads:
-            raise ValueError(f"width {width} is not a multiple of heads {heads}")
-        self.patch_size, self.depth, self.width, self.heads = patch_size, depth, width, heads
-        self.head_width = width // heads
-        self.grid = (input_size // patch_size, input_size // patch_size)
-        self.taps = sit_taps(depth, width, heads, self.grid[0])
-        self.tokens = self.grid[0] * self.grid[1]
-
-        self.x_embedder = PatchEmbedding(in_channels, patch_size, width)
-        self.t_embedder = TimestepEmbedding(width)
+        sizes = {"patch_size": patch_size, "depth": depth, "width": width, "heads": heads}
+        super().__init__(input_size=input_size, in_channels=in_channels, classes=classes, **sizes)
         self.y_embedder = LabelEmbedding(classes, width)
-        # A buffer, not a frozen parameter: the key is the same, and no optimiser or parameter count ever meets it.
-        self.register_buffer("pos_embed", torch.zeros(1, self.tokens, width))
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch_size * patch_size * self.predictions * in_channels)
+        self.final_layer = FinalLayer(width, self.outputs)
         self.initialise(generator or torch.Generator("cpu").manual_seed(0))
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -76,7 +58,7 @@ class SiT(Denoiser):
             assert isinstance(block, Block)
             block.initialise(generator)
         self.final_layer.initialise()
-        self.pos_embed.copy_(sincos_positions(self.width, self.grid))
+        self.place()
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, dict[str, Any]]:
         """Velocity (B, C, H, W) at x (B, C, H, W), t (B,) in [0, 1] (0 is data), y (B,) int64, and the requested taps.
@@ -88,9 +70,8 @@ class SiT(Denoiser):
         Taps cost nothing unless requested, and do not change the velocity. Labels are never dropped here: to
         train without a label, pass `null_class`. ValueError for a tap that this model does not have.
         """
-        self._check_taps(taps)
-        assert x.shape[1:] == (self.in_channels, self.input_size, self.input_size), tuple(x.shape)
-        assert t.shape == y.shape == x.shape[:1], (tuple(t.shape), tuple(y.shape))
+        self.check(x, t, taps)
+        assert y.shape == x.shape[:1], tuple(y.shape)
         tapped: dict[str, Any] = {}
         tokens = self.x_embedder(x) + self.pos_embed  # (B, N, D)
         condition = self.t_embedder(t, self.precise_time) + self.y_embedder(y)  # (B, D)
@@ -101,19 +82,4 @@ class SiT(Denoiser):
                 tapped[f"attention.{index}"] = inner
             if f"tokens.{index + 1}" in taps:
                 tapped[f"tokens.{index + 1}"] = tokens
-        return self._unpatchify(self.final_layer(tokens, condition)), tapped
-
-    def _check_taps(self, taps: Collection[str]) -> None:
-        for tap in taps:
-            if tap not in self.taps:
-                raise ValueError(
-                    f"no tap {tap!r}: a {type(self).__name__} of {self.depth} blocks has tokens.1 to "
-                    f"tokens.{self.depth} and attention.0 to attention.{self.depth - 1}"
-                )
-
-    def _unpatchify(self, patches: Tensor) -> Tensor:
-        """(B, N, p p C) -> (B, C, H, W); within a patch the order is rows, columns, channels."""
-        rows, columns, p = *self.grid, self.patch_size
-        channels = self.predictions * self.in_channels
-        patches = patches.view(-1, rows, columns, p, p, channels)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, rows * p, columns * p)
+        return self.unpatchify(self.final_layer(tokens, condition)), tapped

@@ -1,4 +1,5 @@
-"""What weights in a file are: whose layout, which sets, and the size of the SiT or DiT that they are of. No torch.
+"""What weights in a file are: whose layout, which sets, and the size of the SiT, DiT or MM-DiT that they are of. No
+torch.
 
 Everything follows from headers (`haste.networks.headers`), so that a plan can refuse what a job would refuse.
 Shapes: D model width, p patch size, C channels.
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from haste.networks import foreign
+from haste.networks import foreign, joint
 from haste.networks.pickles import Stored
 from haste.networks.sets import Tree, opened
-from haste.networks.spec import sit_shapes
+from haste.networks.spec import mlp_ratio, sit_shapes
 
 LAYOUTS = ("ours", "REPA", "SiT", "DiT")
+KNOWN = {"sit": "SiT", "dit": "DiT", "mmdit": "MM-DiT"}  # architectures that weights show
 # Names under which SiT and DiT publish their files.
 _PUBLISHED = re.compile(r"([SD]iT)-(?:S|B|L|XL)-[248]-\d+x\d+\.pt")
 # The `prediction` that the arguments of either's training name.
@@ -61,7 +63,7 @@ def chosen(file: str, sets: Mapping[str, Any], which: str) -> Any:
 def described(
     file: str, layout: str | None = None, expected: Mapping[str, Any] | None = None, sizes: Iterable[Size] = ()
 ) -> Described:
-    """The weights of a SiT or DiT in a file of any known layout.
+    """The weights of a SiT, DiT or MM-DiT in a file of any known layout.
 
     Arguments as for `haste.models.checkpoints.read_checkpoint`.
 
@@ -70,6 +72,9 @@ def described(
             or unknown. The message names the file, what was found and what was expected.
     """
     trees, facts = opened(file, [_PATCHES])
+    asked = (expected or {}).get("architecture", "sit" if "depth" in (expected or {}) else None)
+    if (asked or "mmdit") == "mmdit" and (asked or any(joint.shows(tree) for tree in trees.values())):
+        return _described_joint(file, trees, facts, layout, expected or {})
     tidy = {which: _tidy(tree, file) for which, tree in trees.items()}
     sets = {which: tree for which, (tree, _) in tidy.items()}
     found, system = _layout(sets, facts, layout, expected or {}, file)
@@ -90,6 +95,30 @@ def described(
     return Described(file, found, shape, sets, projectors, facts)
 
 
+def _described_joint(
+    file: str, trees: Mapping[str, Tree], facts: Mapping[str, Any], layout: str | None, expected: Mapping[str, Any]
+) -> Described:
+    """The weights of an MM-DiT, in ours or in REPA's and HASTE's layout, which have the same names."""
+    found = "ours" if facts.get("ours") else "REPA"
+    if layout not in (None, found):
+        raise ValueError(f"{file}: is said to be {layout}'s, but it is an MM-DiT as of {found}; expected no layout")
+    split = {which: without_projectors(tree) for which, tree in trees.items()}
+    sets = {which: tree for which, (tree, _) in split.items()}
+    first = next(iter(sets.values()))
+    if not joint.shows(first):
+        said = foreign.weights(first) or "other weights"
+        raise ValueError(f"{file}: expected the weights of an MM-DiT (joint_blocks.0., ...), found {said}")
+    shape: dict[str, Any] = joint.size(first, facts, expected, file)
+    shape["input_size"] = _input_size(first.get("pos_embed"), shape["patch_size"], expected.get("input_size"), file)
+    _check_expected(file, shape, expected)
+    for tree in sets.values():
+        shapes = joint.shapes(shape)
+        if "pos_embed" not in tree:  # it is computed
+            del shapes["pos_embed"]
+        check_fit(file, "an MM-DiT of this size", tree, shapes)
+    return Described(file, found, shape, sets, next((heads for _, heads in split.values() if heads), ()), facts)
+
+
 def described_as(file: str, name: str, shapes: Mapping[str, tuple[int, ...]], shape: Mapping[str, Any]) -> Described:
     """The weights of any network in a file: a state, imported weights, or a .pt in REPA's layout.
 
@@ -103,7 +132,7 @@ def described_as(file: str, name: str, shapes: Mapping[str, tuple[int, ...]], sh
         ValueError: as `described`.
     """
     trees, facts = opened(file, list(shapes))
-    split = {which: _without_projectors(tree) for which, tree in trees.items()}
+    split = {which: without_projectors(tree) for which, tree in trees.items()}
     for tree, _ in split.values():
         check_fit(file, f"a {name} of this size", tree, shapes)
     heads = next((heads for _, heads in split.values() if heads), ())
@@ -132,10 +161,10 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def expected_in(recipe: Mapping[str, Any], classes: bool = True) -> dict[str, Any]:
-    """A recipe's model in the form of `Described.shape`, without the number of classes where any will do."""
+def expected_in(recipe: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's model in the form of `Described.shape`; `told` is what its condition says of it."""
     size = {("in_channels" if name == "channels" else name): value for name, value in recipe["model"].items()}
-    return {**size, "classes": recipe["classes"]} if classes else size
+    return {**size, **told}
 
 
 def trained_otherwise(facts: Mapping[str, Any], training: Mapping[str, Any]) -> tuple[str, Any] | None:
@@ -162,7 +191,7 @@ def check_trained(file: str, facts: Mapping[str, Any], training: Mapping[str, An
 # ---- names and shapes
 
 
-def _without_projectors(tree: Tree) -> tuple[Tree, tuple[Tree, ...]]:
+def without_projectors(tree: Tree) -> tuple[Tree, tuple[Tree, ...]]:
     heads: dict[int, Tree] = {}
     for name, value in tree.items():
         # iREPA's MLP has REPA's layers under a name of its own; its other heads are one layer of that name.
@@ -175,7 +204,7 @@ def _without_projectors(tree: Tree) -> tuple[Tree, tuple[Tree, ...]]:
 
 def _tidy(tree: Tree, file: str) -> tuple[Tree, tuple[Tree, ...]]:
     """Weights under our names, and the projectors separately."""
-    found, heads = _without_projectors(tree)
+    found, heads = without_projectors(tree)
     count = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
     weights = {}
     for name, value in found.items():
@@ -184,8 +213,8 @@ def _tidy(tree: Tree, file: str) -> tuple[Tree, tuple[Tree, ...]]:
         weights[f"blocks.{count + int(match[1])}.{match[2]}" if match else name] = value
     if _PATCHES not in weights and (said := foreign.weights(weights)):
         raise ValueError(f"{file}: expected the weights of a SiT or DiT, found {said}")
-    if any("norm1_" in name or name.startswith(("joint_blocks.", "context_embedder.")) for name in weights):
-        raise ValueError(f"{file}: the weights of a joint text and image transformer, expected those of a SiT")
+    if joint.shows(weights):
+        raise ValueError(f"{file}: the weights of a joint text and image transformer, expected those of a SiT or DiT")
     return weights, heads
 
 
@@ -263,18 +292,21 @@ def _shape(
         raise ValueError(f"{file}: {_PATCHES} is {tree[_PATCHES].shape}, expected (width, channels, patch, patch)")
     shape: dict[str, Any] = {"depth": depth, "width": width, "patch_size": patch, "in_channels": channels}
     shape["classes"] = len(tree[LABELS]) - 1
-    ratio = len(tree[needed[1]]) / width
-    exact = int(width * ratio) == len(tree[needed[1]])  # the division may have rounded down
-    shape["mlp_ratio"] = ratio if exact else math.nextafter(ratio, math.inf)
+    shape["mlp_ratio"] = mlp_ratio(len(tree[needed[1]]), width)
     shape["heads"] = facts.get("heads") or told.get("heads") or _heads(depth, width, sizes, file)
     shape["input_size"] = _input_size(tree.get("pos_embed"), patch, told.get("input_size"), file)
     known = {name: value for name, value in told.items() if name != "architecture"}
-    wrong = [f"{name}: found {shape[name]}, expected {value}" for name, value in known.items() if shape[name] != value]
-    if wrong:
-        raise ValueError(f"{file}: not the model that was asked for; {'; '.join(wrong)}")
+    _check_expected(file, shape, known)
     if width % shape["heads"]:
         raise ValueError(f"{file}: {shape['heads']} heads do not divide its width {width}")
     return shape
+
+
+def _check_expected(file: str, shape: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    """Refuse weights of another size than was told, by all that they show."""
+    pairs = [(name, shape[name], value) for name, value in told.items() if name in shape]
+    if wrong := [f"{name}: found {own}, expected {value}" for name, own, value in pairs if own != value]:
+        raise ValueError(f"{file}: not the model that was asked for; {'; '.join(wrong)}")
 
 
 def _heads(depth: int, width: int, sizes: Iterable[Size], file: str) -> int:

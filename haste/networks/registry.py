@@ -90,8 +90,12 @@ class Judge:
     flops: float
 
 
+# Those of the Inception network, which share its weights file; files of statistics are by one of these.
+INCEPTIONS = ("inception", "pytorch-fid")
 DETECTORS: dict[str, Judge] = {
     "inception": Judge("haste.metrics.inception:inception", smallest=32, numbers=2048 + 2023 + 1008, flops=11.4e9),
+    "pytorch-fid": Judge("haste.metrics.inception:pytorch_fid", smallest=1, numbers=2048, flops=11.4e9),
+    "clip": Judge("haste.metrics.clip:clip", smallest=1, numbers=768 + 1, flops=162e9),
     "DINOv2-B": Judge("haste.metrics.dinov2:base", smallest=1, numbers=768, flops=46.4e9),
     "DINOv2-L": Judge("haste.metrics.dinov2:large", smallest=1, numbers=1024, flops=162e9),
 }

@@ -60,8 +60,14 @@ def blocks(taps: Mapping[str, Tap], kind: str) -> list[int]:
     return sorted(int(number) for what, _, number in split if what == kind)
 
 
+def mlp_ratio(hidden: int, width: int) -> float:
+    """The ratio of which `int(width * ratio)` is `hidden`."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)  # it was rounded down
+
+
 def sit_taps(depth: int, width: int, heads: int, side: int) -> dict[str, Tap]:
-    """The taps of a SiT with side x side tokens: all of every block."""
+    """The taps of a SiT, DiT or MM-DiT with side x side tokens: all of every block."""
     grid = (side, side)
     tokens = {f"tokens.{block}": Tap(grid, width) for block in range(1, depth + 1)}
     return tokens | {f"attention.{block}": Tap(grid, width, heads) for block in range(depth)}

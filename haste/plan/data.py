@@ -15,6 +15,7 @@ from haste.files.artefact import fingerprint, remembered_identity
 from haste.files.listing import Listing
 from haste.files.sources import UNUSED, Pictures, SourceRecord
 from haste.networks import foreign
+from haste.networks.text import WORDS
 from haste.plan.names import RECIPE, Artefact, Detector
 
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")  # files of a folder of weights that decide what it computes
@@ -26,6 +27,8 @@ class Data:
     Attributes:
         identities: external file -> sha256 of its content, which enters names.
         images, latents: the two stores.
+        text: the store of captions' states; None for another condition, or if they are made as they are needed.
+        told: what else decides what samples are told, as entries of a recipe.
         autoencoder: the one trained here, or None.
         encoder, decoder: what encodes images and decodes samples: that part's folder, or a folder or hub id.
         encoder_key, decoder_key: what identifies them in recipes.
@@ -57,6 +60,7 @@ class Data:
             self.encoder = self.decoder = self.autoencoder.folder
             self.encoder_key = self.decoder_key = self.autoencoder.key
         self.latents = self._latents()
+        self.text, self.told = self._text()
 
         self.teachers: dict[str, Artefact | None] = {
             name: self.part("teacher", name, teacher.trained.model_dump()) if teacher.trained else None
@@ -129,8 +133,25 @@ class Data:
     def _latents(self) -> Artefact:
         spec = self.config.autoencoder
         recipe = {"recipe": RECIPE, "images": self.images.key, "autoencoder": self.encoder_key, "dtype": spec.dtype}
-        recipe |= self.config.condition.entry
+        recipe |= self.config.condition.stored
         return self.store("latents", recipe, spec.shards)
+
+    def _text(self) -> tuple[Artefact | None, dict[str, Any]]:
+        if self.config.condition.name != "captions":
+            return None, {}
+        settings = self.config.condition.decided
+        settings |= {"encoder": self._named(settings["encoder"])}
+        recipe = {"recipe": RECIPE, "images": self.images.key, **settings}
+        made = self.store("text", recipe, self.config.cache.shards)
+        cached = settings["encoder"] != WORDS and (self.config.condition.model_extra or {})["cache"]
+        return made if cached else None, {"text": made.key}
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of the store of captions' states: float16, of every caption and the empty one; raises as
+        `image_count`."""
+        settings = self.config.condition.decided
+        return (self._survey[2] + 1) * settings["tokens"] * settings["width"] * 2
 
     def _detector(self, name: str, spec: DetectorSpec) -> Detector:
         part = self.part("detector", name, spec.trained.model_dump()) if spec.trained else None
@@ -138,6 +159,8 @@ class Data:
         public = [kind, weights and self._named(weights)]
         key = fingerprint({"recipe": RECIPE, "detector": part.key if part else public})
         of, source = self.images.folder.rsplit("/", 1)[1], self.images.key
+        if spec.split != "train":
+            of, source = f"{of}-{spec.split}", f"{source} {spec.split}"
         if spec.reference is not None:
             source = self.identities[spec.reference]
             of = f"reference-{source[:12]}"
@@ -204,20 +227,26 @@ class Data:
         return self._survey[1]
 
     @functools.cached_property
-    def _survey(self) -> tuple[int, list[dict[str, Any]]]:
+    def _survey(self) -> tuple[int, list[dict[str, Any]], int]:
         if Path(self.images.manifest).exists():
             made = artefact.read_json(self.images.manifest, "store")
-            return made["count"], made.get("unused", [])
+            return made["count"], made.get("unused", []), made.get("captions", {}).get("count", 0)
         spec, found = self.config.images, self._listing
-        listing.checked_holdout(self.where, spec.holdout, len(found.files))
+        trained_on = len(found.files) - listing.checked_holdout(
+            self.where, spec.holdout, len(found.files), found.held_out
+        )
+        count = spec.holdout + listing.checked_subset(spec.subset, trained_on)
         if found.classes is not None:
             listing.check_classes(self.where, found.classes, spec.classes)
-        return len(found.files), walk.grouped(found.unused)
+        if spec.on_bad_image == "fail":
+            listing.check_captioned(self.where, found)
+        each = found.said_of_each if spec.captioned else 0
+        return count, walk.grouped(found.unused), round(each * count)
 
     @functools.cached_property  # a large folder takes minutes to walk
     def _listing(self) -> Listing:
         spec = self.config.images
-        return listing.survey(spec.source, spec.path, spec.classes, spec.labels)
+        return listing.survey(spec.source, spec.path, spec.classes, spec.labels, spec.captions)
 
     @property
     def class_names(self) -> list[str] | None:

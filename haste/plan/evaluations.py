@@ -42,7 +42,7 @@ class Evaluations:
         for run, seed in runs.pieces:
             row = config.runs[run]
             # Chosen classes are for a picture, and the report shows that of the first seed.
-            ways = [way for way in row.sampling if seed == row.all_seeds[0] or not config.sampling[way].chosen]
+            ways = [way for way in row.sampling if seed == row.all_seeds[0] or not config.sampling[way].unscored]
             self.states += [(run, step, seed, runs.state(run, step, seed)) for step in row.milestones]
             for step, sampling in itertools.product(row.milestones, ways):
                 self.rows.append(Row(run, step, self._evaluation(runs.state(run, step, seed), sampling), seed))
@@ -51,8 +51,10 @@ class Evaluations:
             self.states.append((name, spec.step, spec.seed, state))
             self.rows += [Row(name, spec.step, self._evaluation(state, way), spec.seed) for way in spec.sampling]
 
-        used = dict.fromkeys(row.evaluation.sampling_name for row in self.rows if row.evaluation.sampling.chosen)
-        self.notes = [f"sampling.{name}: samples of chosen classes are shown and not scored" for name in used]
+        used = dict.fromkeys(row.evaluation.sampling_name for row in self.rows if row.evaluation.sampling.unscored)
+        self.notes = [
+            f"sampling.{name}: samples of chosen {_chosen(config, name)} are shown and not scored" for name in used
+        ]
 
     def _evaluation(self, state: State, name: str) -> Evaluation:
         root, sampling, shards = self.data.root, self.config.sampling[name], self.config.runtime.sample_shards
@@ -69,6 +71,12 @@ class Evaluations:
         self.by_name[draw] = found
         return found
 
+    def weights(self, state: State, sampling: Sampling) -> str:
+        """The set of weights that samples are drawn from, `ema` or `model`: of a checkpoint from elsewhere what its row
+        says, unless the sampling asks for the raw ones."""
+        row = self.elsewhere.get(state.trajectory)
+        return row.weights if row and sampling.weights == "ema" else sampling.weights
+
     def _state_elsewhere(self, spec: Evaluate) -> State:
         """A state that is not trained here. Its step does not identify it, so the step is only in the row."""
         model = model_named(self.config, spec.model)
@@ -77,6 +85,7 @@ class Evaluations:
             "checkpoint": self.data.identities[spec.checkpoint],
             "weights": spec.weights,
             **condition_entry(self.config),
+            **self.data.told,
             "model": model_entry(self.config, model),
             "training": training_elsewhere(self.config, spec),
         }
@@ -96,3 +105,7 @@ class Evaluations:
                 f"samples {name!r}: not in this configuration, which has {', '.join(sorted(self.by_name))}"
             )
         return self.by_name[name]
+
+
+def _chosen(config: Config, way: str) -> str:
+    return "prompts" if config.sampling[way].prompts else "classes"

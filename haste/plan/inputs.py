@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from haste import extensions
-from haste.config import EVALUATION, Config, Model, facts_in, model_in
+from haste.config import EVALUATION, Config, condition_arguments, facts_in
+from haste.files import artefact, units
 from haste.networks import autoencoder, layouts, weights
+from haste.networks import text as public_text
 from haste.networks.registry import DETECTORS, TEACHERS
 from haste.plan.data import Data
 from haste.plan.evaluations import Evaluations
@@ -114,6 +116,44 @@ def _autoencoder(parts: Parts, where: str) -> None:
         autoencoder.check_size(found.channels, found.factor, spec)
 
 
+def text(parts: Parts) -> None:
+    """Refuse a text encoder of another width, or without its tokenizer; and states that another one made."""
+    where = (parts.config.condition.model_extra or {}).get("encoder")
+    if parts.config.condition.name != "captions" or where == public_text.WORDS:
+        return
+    jobs = parts.trained or parts.drawn or parts.measured
+    store = parts.data.text
+    made = store is not None and Path(store.manifest).exists()
+    if jobs and store is not None and not made:
+        _check_room(parts)
+    folder = public_text.folder_named(where)
+    if folder is None and jobs:
+        cached = weights.in_cache(where, f"text encoder {where}", public_text.CONFIG) if not made else None
+        folder = cached.parent if cached else None
+    if folder is None or not jobs:
+        return
+    found, settings = public_text.opened(folder), parts.config.condition.decided
+    public_text.check(found, tokens=settings["tokens"], width=settings["width"])
+    if made:
+        expected = artefact.read_json(store.manifest, "store")["encoder"]
+        memory = f"{parts.data.root}/identities.json"
+        for name, identity in found.identities(lambda file: artefact.remembered_identity(file, memory)).items():
+            if expected[name] != identity:
+                raise ValueError(
+                    f"{store.folder}: encoded by the {name} {expected[name][:12]}, but {folder} holds {identity[:12]}. "
+                    "Put back what was there, or remove the store to encode the captions anew"
+                )
+
+
+def _check_room(parts: Parts) -> None:
+    room, taken = parts.config.cache.max_bytes, parts.data.text_bytes
+    if taken > room:
+        raise ValueError(
+            f"cache.max_bytes: {room} allows {units.readable(room)}, but the states of all captions take "
+            f"{units.readable(taken)}; what would fit: condition.cache: false"
+        )
+
+
 def teachers(parts: Parts) -> None:
     """Refuse public teachers whose weights are missing or another network's, or whose patches do not fit the images."""
     jobs = [*parts.trained, *(one.segment for one in parts.measured)]
@@ -140,6 +180,9 @@ def detectors(parts: Parts) -> None:
             continue
         if spec.name in TEACHERS:
             _transformer(spec, f"detector {spec.name}")
+        elif spec.name == "clip":
+            if spec.weights is not None and (folder := public_text.folder_named(spec.weights)) is not None:
+                public_text.opened(folder)
         elif spec.weights is not None:
             weights.check_inception(Path(spec.weights))
 
@@ -169,7 +212,7 @@ def references(parts: Parts) -> None:
         if file is not None and Path(file).is_file() and not made.exists():
             from haste.files import npz  # numpy is slow to import
 
-            npz.check_reference(file)
+            npz.check_reference(file, detector.kind)
         gone = [path for path in detector.reference.shard_files if made.exists() and not Path(path).exists()]
         if gone and not _exist(_scores(parts, detector)):
             raise ValueError(
@@ -189,23 +232,26 @@ def starts(parts: Parts) -> None:
 
 def elsewhere(parts: Parts) -> None:
     """Refuse checkpoints of `evaluate` that are not the row's model, or were trained on something else."""
-    states = {one.state.trajectory for one in parts.drawn} | {one.state.trajectory for one in parts.measured}
-    for name in sorted(states & parts.evaluations.elsewhere.keys()):
+    asked = {one.state.trajectory: set[str]() for one in (*parts.drawn, *parts.measured)}
+    for one in parts.drawn:
+        asked[one.state.trajectory].add(parts.evaluations.weights(one.state, one.sampling))
+    for name in sorted(asked.keys() & parts.evaluations.elsewhere.keys()):
         spec, recipe = parts.evaluations.elsewhere[name], parts.evaluations.trajectories[name].recipe
         if (found := _described(spec.checkpoint, recipe, spec.layout)) is not None:
             layouts.check_trained(found.file, found.facts, recipe["training"])
-            layouts.chosen(found.file, found.sets, spec.weights)
+            for which in sorted(asked[name] or {spec.weights}):
+                layouts.chosen(found.file, found.sets, which)
 
 
 def _described(file: str, recipe: dict[str, Any], layout: str | None, classes: bool = True) -> layouts.Described | None:
     """What a file of weights holds, checked against a recipe's model; None if the file is gone, which is a note."""
-    expected = layouts.expected_in(recipe, classes)
+    expected = layouts.expected_in(recipe, condition_arguments(recipe) if classes else {})
     if not Path(file).is_file():
         return None
-    if isinstance(model_in(recipe), Model):
+    if (name := recipe["model"].get("architecture", "sit")) in layouts.KNOWN:
         return layouts.described(file, layout, expected)
     shapes = facts_in(recipe).shapes
-    return layouts.described_as(file, recipe["model"]["architecture"], shapes, expected) if shapes else None
+    return layouts.described_as(file, name, shapes, expected) if shapes else None
 
 
 def trackers(parts: Parts) -> None:
@@ -224,8 +270,10 @@ def check_tracker(kind: str) -> None:
 INPUTS: dict[str, Callable[[Parts], None]] = {
     "images.path": images,
     "images.labels": images,
+    "images.captions": images,
     "autoencoder.pretrained.encode": encoder,
     "autoencoder.pretrained.decode": decoder,
+    "condition.encoder": text,
     "teachers.NAME.pretrained.name": teachers,
     "teachers.NAME.pretrained.weights": teachers,
     "detector.NAME.pretrained.name": detectors,

@@ -12,7 +12,14 @@ from haste.config import Sampling
 from haste.files.artefact import fingerprint
 
 RECIPE = 1  # raised when the method changes so that equal settings no longer give equal results
-STORES = ("images", "latents", "targets", "features", "hidden")  # with shards and a manifest; others are one folder
+STORES = (
+    "images",
+    "latents",
+    "text",
+    "targets",
+    "features",
+    "hidden",
+)  # with shards and a manifest; others are one folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +198,8 @@ class Evaluation:
 
     @property
     def judged(self) -> tuple[Judgement, ...]:
-        """The scores that a configuration makes: none of chosen classes, which are not what the reference is of."""
-        return () if self.sampling.chosen else self.judgements
+        """The scores that a configuration makes: none of what was chosen, which is not what the reference is of."""
+        return () if self.sampling.unscored else self.judgements
 
     @property
     def features(self) -> Artefact:

@@ -22,6 +22,7 @@ from haste.config import (
     EVALUATION,
     TERMS,
     Config,
+    Detector,
     Evaluate,
     Images,
     Run,
@@ -46,7 +47,7 @@ from haste.plan.targets import Targets
 # Keys that are younger than people's reports: while they are at their defaults, reports keep their names.
 _YOUNG = {
     *("process", "time_dtype", "eta", "filter", "layer", "normalise", "normalise_factor", "head", "kernel", "t_max"),
-    "release",
+    *("release", "weights", "prompts", "split"),
 }
 
 
@@ -78,6 +79,7 @@ class Plan:
         self.folder = f"{data.root}/{config.name}"
         self.config_file, self.report = f"{self.folder}/config.json", f"{self.folder}/report/index.html"
         self.images, self.latents, self.checked_images = data.images, data.latents, data.checked_images
+        self.text = data.text
         self.autoencoder, self.encoder, self.decoder = data.autoencoder, data.encoder, data.decoder
         self.teachers, self.detectors, self.detector_named = data.teachers, data.detectors, data.detector_named
         self.feature_bytes = data.feature_bytes
@@ -95,6 +97,7 @@ class Plan:
 
         self.rows, self.elsewhere = evaluations.rows, evaluations.elsewhere
         self.evaluations, self.evaluation = evaluations.by_name, evaluations.named
+        self.weights = evaluations.weights
 
         measures = Measures(config, data, evaluations.states)
         self._parts = inputs.Parts(config, data, targets, runs, evaluations, measures)
@@ -160,10 +163,16 @@ class Plan:
         An imported checkpoint needs only the decoder, which knows the latents' scale. The checkpoint itself is
         not listed: its content is in the samples' name, and existing samples remain valid without it.
         """
-        decoder = self.autoencoder.files if self.autoencoder else []
+        made = [*(self.autoencoder.files if self.autoencoder else []), *self.told_from]
         if evaluation.state.trajectory in self.elsewhere:
-            return decoder
-        return [self.path(evaluation.state), self.latents.manifest, *decoder]  # the latents' scale is in their manifest
+            return made
+        return [self.path(evaluation.state), self.latents.manifest, *made]  # the latents' scale is in their manifest
+
+    @property
+    def told_from(self) -> list[str]:
+        """The files that a job looks up what samples are told in: none for labels."""
+        texts = [self.images.manifest] if self.config.condition.name == "captions" else []
+        return [*texts, *(self.text.files if self.text else [])]
 
     def aligned_from(self, segment: Segment) -> list[str]:
         """The files that a job reads its alignment targets from."""
@@ -182,7 +191,7 @@ class Plan:
         shown = [file for part in parts for file in part.files]
         stores = [self.latents, *(self.of(split).latents for split in measurement.splits)]
         files = [file for store in stores for file in store.files]
-        return list(dict.fromkeys([*files, *own, *self.aligned_from(measurement.segment), *shown]))
+        return list(dict.fromkeys([*files, *self.told_from, *own, *self.aligned_from(measurement.segment), *shown]))
 
     @property
     def measure_files(self) -> list[str]:
@@ -211,6 +220,7 @@ class Plan:
         sections: list[tuple[type[Strict], dict[str, Any]]] = [(Training, shown["training"])]
         sections += [(TERMS[kind], term) for one in shown["alignments"].values() for kind, term in one.items() if term]
         sections += [(Teacher, teacher) for teacher in shown["teachers"].values()]
+        sections += [(Detector, one) for one in shown["detector"].values()]
         sections += [(Sampling, way) for way in shown["sampling"].values()]
         stops = (stop for row in shown["runs"].values() for stop in row["stop"].values())
         sections += [(Trigger, stop) for stop in stops if isinstance(stop, dict)]

@@ -85,6 +85,7 @@ class Runs:
             "recipe": RECIPE,
             "latents": self.data.latents.key,
             **configuration.condition_entry(self.config),
+            **self.data.told,
             "model": configuration.model_entry(self.config, model),
             "training": configuration.training_entry(self.config, run),
             "seed": seed,
@@ -231,11 +232,11 @@ def named_terms(config: Config, data: Data, terms: Mapping[str, Mapping[str, Any
 def readable_name(model: Model | OtherModel, terms: dict[str, dict[str, Any]], otherwise: str = "vanilla") -> str:
     """A readable name that depends only on the recipe (labels may differ between configurations)."""
     if isinstance(model, Model):
-        size = next((n.replace("/", "-") for n, m in configuration.MODELS.items() if m == model), None)
         system = {"sit": "SiT", "dit": "DiT"}[model.architecture]
-        words = [size or f"{system}-d{model.depth}w{model.width}p{model.patch_size}"]
+        unnamed = f"{system}-d{model.depth}w{model.width}p{model.patch_size}"
     else:
-        words = [re.sub(r"[^A-Za-z0-9._]", "-", model.architecture)]
+        unnamed = re.sub(r"[^A-Za-z0-9._]", "-", model.architecture)
+    words = [next((n.replace("/", "-") for n, m in configuration.MODELS.items() if m == model), unnamed)]
     for kind, term in terms.items():
         end, ramp, trigger = term["active"][1], term.get("ramp"), term.get("trigger")
         by = "-" + re.sub(r"[^\w.]", "-", trigger["trigger"]) if trigger else ""

@@ -33,9 +33,11 @@ METRICS = {
     "is": Metric("IS", lower=False, decimals=1),
     "precision": Metric("precision", lower=False),
     "recall": Metric("recall", lower=False),
+    "clip_score": Metric("CLIP score", lower=False, names_detector=True, decimals=1),
     "class_accuracy": Metric("class accuracy", lower=False),
 }
 INCEPTION = "inception"  # the kind of detector whose Fréchet distance is called FID
+PYTORCH_FID = "pytorch-fid"  # that of the other convention, which its column names
 SAMPLERS = {  # their names in prose
     "euler": "Euler",
     "heun": "Heun",
@@ -43,6 +45,7 @@ SAMPLERS = {  # their names in prose
     "ddpm": "DDPM",
     "ddim": "DDIM",
 }
+WEIGHTS = {"ema": "averaged", "model": "raw"}  # what samples are drawn from, in prose
 ERROR = "_std"  # suffix of the name of a score's own error bar
 
 
@@ -53,12 +56,19 @@ class Column:
     metric: str
     detector: str
     guidance: str
-    inception: bool = False
+    kind: str = ""
     crowded: bool = field(default=False, compare=False)  # whether another detector gives this metric too
+
+    @property
+    def inception(self) -> bool:
+        """Whether it is by ADM's conventions."""
+        return self.kind == INCEPTION
 
     @property
     def title(self) -> str:
         """Its name in a table whose lines state their guidance. FID is Inception's Fréchet distance and no other's."""
+        if self.metric == "fd" and self.kind == PYTORCH_FID:
+            return f"FID ({', '.join(dict.fromkeys([PYTORCH_FID, self.detector]))})"
         known, plain = metric(self.metric), self.inception and self.detector.lower() == INCEPTION
         label = "FID" if self.metric == "fd" and self.inception else known.label
         named = (known.names_detector and not plain) or (self.crowded and label != "FID")
@@ -177,10 +187,10 @@ def detector_name(score: Mapping[str, Any]) -> str | None:
     return (score.get("detector") or {}).get("name")
 
 
-def is_inception(score: Mapping[str, Any]) -> bool:
-    """Whether a score is by Inception: by the detector's kind, whatever the configuration calls it."""
+def detector_kind(score: Mapping[str, Any]) -> str:
+    """The kind of the detector that made a score, whatever the configuration calls it."""
     detector = score.get("detector") or {}
-    return detector.get("kind", detector.get("name")) == INCEPTION
+    return str(detector.get("kind", detector.get("name")))
 
 
 def lines(report: Report) -> list[Line]:
@@ -201,9 +211,9 @@ def _scores(score: Mapping[str, Any], where: str) -> dict[Column, float]:
     found, detector = score.get("scores"), detector_name(score)
     if not isinstance(found, Mapping) or detector is None:
         raise ValueError(f"{where}: found keys {sorted(score)}, expected a score with 'scores' and 'detector'")
-    guided, inception = guidance_text(score), is_inception(score)
+    guided, kind = guidance_text(score), detector_kind(score)
     kept = {key: value for key, value in found.items() if value is not None and not _error_bar(key, found)}
-    values = {Column(key, detector, guided, inception): value for key, value in kept.items()}
+    values = {Column(key, detector, guided, kind): value for key, value in kept.items()}
     return {column: float(value) for column, value in values.items() if math.isfinite(value)}
 
 
@@ -289,6 +299,7 @@ def protocol_text(score: Mapping[str, Any], guided: bool = True) -> str:
         ("no guidance" if scale == "none" else f"guidance {scale}") if guided else None,
         f"{sampling['labels']} labels" if "labels" in sampling else None,
         f"decoder {sampling['decoder']}" if sampling.get("decoder") else None,
+        f"{WEIGHTS['model']} weights" if sampling.get("weights") == "model" else None,
         f"{score['samples']:,} samples" if score.get("samples") else None,
     ]
     text = ", ".join(word for word in words if word)

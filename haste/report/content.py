@@ -94,7 +94,8 @@ class Fork:
 
 @dataclass(frozen=True)
 class Grid:
-    """A PNG of samples, one column per class; `labels` names the columns, if they are classes."""
+    """A PNG of samples, one column per class; `labels` names the columns, if they are classes. `words`: what the
+    samples were told, row by row, if these are words."""
 
     run: str
     step: int
@@ -102,6 +103,7 @@ class Grid:
     labels: Sequence[str]
     sampling: str = ""
     columns: int = 0  # 0: as many as there are labels
+    words: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

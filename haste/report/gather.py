@@ -80,6 +80,7 @@ def stages(plan: Plan) -> list[Stage]:
         "teacher",
         "detector",
         "latents",
+        "text",
         "pca",
         "targets",
         "train",
@@ -283,7 +284,9 @@ def _grids(plan: Plan) -> list[Grid]:
             artefact.check_entries(path, made, classes=list)
             titled = made.get("titled", plan.config.images.classes > 0)  # pictures that are older do not say it
             labels = [str(label) for label in made["classes"]] if titled else []
-            found.append(Grid(row.run, row.step, path, labels, row.evaluation.sampling_name, len(made["classes"])))
+            artefact.check_entries(path, {"words": [], **made}, words=list)
+            width, words = len(made["classes"]), list(map(str, made.get("words", [])))
+            found.append(Grid(row.run, row.step, path, labels, row.evaluation.sampling_name, width, words))
     return found
 
 

@@ -7,7 +7,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ OURS = re.compile(
 )  # files of tables
 BANDS = " Lines are means over seeds, bands one sample standard deviation."
 CELL = 68  # largest width of a grid's column on the page, in pixels
+CELL_WITH_WORDS = 150
+MOST_WORDS = 80  # characters under a picture; pointing at it shows all
 
 
 def all_tables(report: Report) -> dict[str, list[Table]]:
@@ -173,7 +175,26 @@ def _grid(grid: Grid) -> dict[str, Any]:
     what = f"Samples of {grid.run} at step {grid.step:,}"
     columns = grid.columns or max(len(grid.labels), 1)
     alt = f"{what}, one column per class: {', '.join(map(str, grid.labels))}" if grid.labels else what
+    if grid.words:
+        facts = {"title": grid.run, "labels": grid.labels, "columns": columns, "alt": alt, "link": ""}
+        return {**facts, "told": list(_told(grid, columns, what)), "most": columns * CELL_WITH_WORDS}
     return _framed(grid.run, grid.labels, columns, alt, grid.image)
+
+
+def _told(grid: Grid, columns: int, what: str) -> Iterator[dict[str, str]]:
+    """A grid's pictures one by one, each with its words: all of them, and as many as fit under it."""
+    data_uri(grid.image, 2 * columns * CELL_WITH_WORDS)  # refuses what is no picture
+    with Image.open(grid.image) as image:
+        side = image.width // columns
+        for place, words in enumerate(grid.words):
+            left, top = place % columns * side, place // columns * side
+            picture, out = image.crop((left, top, left + side, top + side)), io.BytesIO()
+            if side > 2 * CELL_WITH_WORDS:
+                picture = picture.resize((2 * CELL_WITH_WORDS, 2 * CELL_WITH_WORDS))
+            picture.save(out, "WEBP", quality=90, lossless=side <= 2 * CELL_WITH_WORDS)
+            src = "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
+            short = words if len(words) <= MOST_WORDS else words[: MOST_WORDS - 1].rstrip() + "…"
+            yield {"src": src, "words": words, "short": short, "alt": f"{what}: {words}"}
 
 
 def _framed(
@@ -181,7 +202,7 @@ def _framed(
 ) -> dict[str, Any]:
     """A PNG of equal columns for the page; `link` is the id of the place that says how it was made."""
     src = data_uri(image, 2 * columns * CELL)  # two pixels of the picture for one of the page
-    facts = {"title": title, "labels": labels, "columns": columns, "alt": alt}
+    facts = {"title": title, "labels": labels, "columns": columns, "alt": alt, "told": []}
     return {**facts, "src": src, "most": columns * CELL, "link": link}
 
 

@@ -217,6 +217,8 @@ def is_like(row: Row, benchmark: Benchmark | None) -> bool:
     """Whether a row is of the papers' images and batch, and sets nothing that no published run sets."""
     if benchmark is None or benchmark.data != "ImageNet":
         return False
+    if (row.score.get("sampling") or {}).get("weights", "ema") != "ema":  # the papers draw from the averaged weights
+        return False
     if "ramp" in row.settings or "low_pass" in row.settings.get("teacher", ""):
         return False
     return all(row.settings.get(name, words) == words for name, words in {"batch": BATCH, **AS_PUBLISHED}.items())

@@ -104,7 +104,7 @@ def _table(
 
 def _value(line: Line, column: Column) -> float | None:
     """The mean over the seeds at the line's own guidance; None while a seed is missing."""
-    own = Column(column.metric, column.detector, guidance_text(line.first.score), column.inception)
+    own = Column(column.metric, column.detector, guidance_text(line.first.score), column.kind)
     found = line.summary(own)
     return None if found is None or found.missing else found.mean
 

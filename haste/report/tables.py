@@ -15,6 +15,7 @@ import pandas as pd
 from haste.files.artefact import canonical
 from haste.report import papers, probes
 from haste.report.compare import (
+    WEIGHTS,
     Column,
     Line,
     best,
@@ -35,7 +36,7 @@ from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cel
 from haste.report.papers import SAMPLES, Published, comparable
 
 IDENTITY = ["run", "model", "method", "stop", "seed", "step"]
-PROTOCOL = ["sampler", "NFE", "guidance", "labels", "decoder", "samples"]
+PROTOCOL = ["sampler", "NFE", "guidance", "labels", "decoder", "weights", "samples"]
 NUMBERS = ["seed", "step", "samples"]
 NOISE = "noise seed"  # a column that is shown if some run was sampled with several
 FLOOR_NAME = "real against real"
@@ -92,7 +93,8 @@ def _protocol(row: Row) -> dict[str, Any]:
     said = {"sampler": sampling.get("sampler"), "NFE": row.score.get("nfe"), "guidance": guidance_text(row.score)}
     labels = sampling.get("labels")
     labels = ", ".join(map(str, labels)) if isinstance(labels, list) else labels
-    return said | {"labels": labels, "decoder": sampling.get("decoder"), "samples": samples}
+    weights = WEIGHTS.get(sampling.get("weights", "ema"))
+    return said | {"labels": labels, "decoder": sampling.get("decoder"), "weights": weights, "samples": samples}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,7 +250,9 @@ def _notes(part: Sequence[Line], several: bool, kinds: Sequence[Column]) -> list
     elif len(seeds_used := {line.first.seed for line in part}) == 1 and part:
         notes.append(f"One training seed per run ({min(seeds_used)}).")
     if any(line.error(c) is not None for line in part if len(line.seeds) == 1 for c in kinds):
-        notes.append("± of IS and KID with one seed: over splits or subsets of the samples.")
+        notes.append(
+            "± with one seed: of IS and KID over splits or subsets of the samples, of CLIP score its standard error."
+        )
     notes += _on_scores(part)
     if any(line.missing for line in part):
         notes.append("If a seed is missing, the values so far are listed one by one, without a mean.")

@@ -89,6 +89,7 @@ def write_png(path: Path | str, image: Image.Image, about: Mapping[str, Any]) ->
 
 
 COLUMNS = 10  # classes in a grid
+TOLD = 5  # columns of a grid whose pictures have words, which need width
 PER_CLASS = 4  # samples per class in a grid
 MOST = 16  # of chosen classes, which have all their samples
 SCALE = 2  # screen pixels per sample pixel, for small images
@@ -121,11 +122,14 @@ def _paint(plan: Plan, evaluation: Evaluation) -> None:
         inputs |= provenance_of(Path(path)).get("inputs", {})
     count = sum(samples.count for samples in sets)
     chosen, most = evaluation.sampling.chosen, PER_CLASS
-    columns = condition.columns({name: np.concatenate([rows[name] for rows in told]) for name in told[0]}, COLUMNS)
+    rows = {name: np.concatenate([rows[name] for rows in told]) for name in told[0]}
+    columns, words = condition.columns(rows, COLUMNS), condition.words(rows)
     if chosen:
         (place, titles), most = (np.arange(count) % len(chosen), chosen), MOST
     elif columns is None:
-        width = columns_for(count, most=COLUMNS, rows=PER_CLASS)
+        prompts = len(evaluation.sampling.prompts)
+        width = columns_for(count, most=TOLD if words else COLUMNS, rows=PER_CLASS)
+        width = prompts if 0 < prompts <= TOLD else width
         place, titles = np.arange(count) % width, list(range(width))
     else:
         place, titles = columns
@@ -133,6 +137,8 @@ def _paint(plan: Plan, evaluation: Evaluation) -> None:
     grid = class_grid(_images(sets, shown), place[shown], per_class=most, scale=SCALE, classes=range(len(titles)))
     about = {"schema": artefact.SCHEMA, "kind": "grid", "samples": evaluation.name, "classes": titles}
     about |= {"titled": columns is not None}
+    if words is not None:  # under the pictures, row by row
+        about["words"] = [words[row] for row in shown]
     made = artefact.provenance(key=evaluation.key, recipe=evaluation.recipe, inputs=inputs)
     write_png(evaluation.grid, grid, {**about, "provenance": made})
     if not evaluation.judged:  # otherwise the score is the last to need them

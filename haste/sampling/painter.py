@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -27,9 +27,9 @@ from haste.files.store import Store
 from haste.models.denoiser import Denoiser
 from haste.networks.devices import choose_device
 from haste.networks.spec import each
-from haste.plan.names import Evaluation
+from haste.plan.names import State
 from haste.plan.plan import Plan
-from haste.train.state import ema_model
+from haste.train.state import trained_model
 from haste.train.warm_start import model_elsewhere
 
 log = logging.getLogger("haste.sample")
@@ -124,35 +124,60 @@ class Painter:
         return None if count == self.process.outputs(channels) else count
 
 
-def painter_of(plan: Plan, evaluation: Evaluation) -> Painter:
-    """The painter of an evaluation's samples: model, decoder, and the scale of the model's latents.
+def painter_of(
+    plan: Plan,
+    state: State,
+    sampling: Sampling,
+    *,
+    decoder: str | None = None,
+    device: str | None = None,
+) -> Painter:
+    """The painter of a state's samples: model, decoder, and the scale of the model's latents.
+
+    Args:
+        plan: has the state.
+        state: trained or imported.
+        sampling: how samples are drawn.
+        decoder: a folder or hub id in place of the plan's.
+        device: torch's name of it, in place of the configuration's.
 
     Raises:
         ValueError: state, decoder or latents do not belong together.
     """
-    device = choose_device(plan.config.runtime.device)
-    trajectory = plan.trajectories[evaluation.state.trajectory]
-    decoder = Autoencoder.load(plan.decoder, device=str(device))
-    seams = process_in(trajectory.recipe), condition_in(trajectory.recipe)
-    if trajectory.name in plan.elsewhere:
-        check_autoencoder(plan, decoder)
-        model = model_elsewhere(plan, trajectory.name).to(device)
-        return Painter(model, evaluation.sampling, decoder, *seams, decoder.scale, decoder.shift)
-    model, header = ema_model(plan.path(evaluation.state), key=trajectory.key)
+    device = device or str(choose_device(plan.config.runtime.device))
+    trajectory, weights = plan.trajectories[state.trajectory], plan.weights(state, sampling)
+    found = Autoencoder.load(decoder or plan.decoder, device=device)
+    imported, condition = trajectory.name in plan.elsewhere, condition_in(trajectory.recipe)
+    condition = condition.on(plan) if imported and sampling.prompts else condition.opened(plan)
+    seams = process_in(trajectory.recipe), condition
+    check_autoencoder(plan, found)
+    if imported:
+        model = model_elsewhere(plan, trajectory.name, weights).to(device)
+        return Painter(model, sampling, found, *seams, found.scale, found.shift)
+    model, header = trained_model(plan.path(state), key=trajectory.key, weights=weights)
     manifest = Store.of(plan.latents).manifest
-    _check_same_latents(plan, header, manifest, decoder)
-    return Painter(model.to(device), evaluation.sampling, decoder, *seams, manifest["scale"], manifest["shift"])
-
-
-def _check_same_latents(plan: Plan, header: dict[str, Any], manifest: dict[str, Any], decoder: Autoencoder) -> None:
-    """Refuse latents with another scale or a decoder other than those that the state was trained for."""
-    trained, found = header["inputs"]["latents"], manifest["identity"]
-    if trained != found:
+    _check_same_inputs(plan, state, header, manifest["identity"], condition.identities)
+    if decoder is None and plan.decoder == plan.encoder and found.identity != manifest["autoencoder"]:
         raise ValueError(
-            f"{plan.latents.folder}: holds latents {found[:12]}, but the state was trained on {trained[:12]}"
-        )
-    if plan.decoder == plan.encoder and decoder.identity != manifest["autoencoder"]:
-        raise ValueError(
-            f"{plan.decoder}: its weights are {decoder.identity[:12]}, but the latents were encoded with "
+            f"{plan.decoder}: its weights are {found.identity[:12]}, but the latents were encoded with "
             f"{manifest['autoencoder'][:12]}"
         )
+    return Painter(model.to(device), sampling, found, *seams, manifest["scale"], manifest["shift"])
+
+
+def _check_same_inputs(
+    plan: Plan, state: State, header: Mapping[str, Any], latents: str, others: Mapping[str, str]
+) -> None:
+    """Refuse latents, whose scale may be another, or a condition's inputs than those that the state was trained for."""
+    trained = header["inputs"]
+    if trained["latents"] != latents:
+        raise ValueError(
+            f"{plan.latents.folder}: holds latents {latents[:12]}, but the state was trained on "
+            f"{trained['latents'][:12]}"
+        )
+    for name, identity in others.items():
+        if (before := trained.get(name)) != identity:
+            raise ValueError(
+                f"{plan.path(state)}: was trained with {name} {str(before)[:12]}, but {name} is now {identity[:12]}; "
+                "bring the earlier one back"
+            )

@@ -23,10 +23,12 @@ VALUES = {
     "precision": ("precision_recall", "precision"),
     "recall": ("precision_recall", "recall"),
     "kid": ("kid", "KID"),
+    "clip_score": ("clip_score", "CLIP score"),
 }
-TYPED = {"fid": "fd", **{name: name for name in VALUES}}  # what users type -> a name in VALUES
+TYPED = {"fid": "fd", "clip": "clip_score", **{name: name for name in VALUES}}  # what users type -> a name in VALUES
 OVER_SPLITS, OVER_SUBSETS = "standard deviation over splits", "standard deviation over subsets"
 OF_SAMPLES = "standard error of so many samples"
+BARS = {"is": OVER_SPLITS, "kid": OVER_SUBSETS, "clip_score": OF_SAMPLES}  # of those that come with the value
 FEATURES = {"fd": "pool", "sfid": "spatial"}
 
 
@@ -59,10 +61,13 @@ def typed(names: Sequence[str]) -> list[str]:
 
 
 def column(value: str, detector: Mapping[str, Any]) -> str:
-    """The name of a column. FID is Inception's alone; other columns carry their detector's name."""
+    """The name of a column. FID is Inception's alone, and names the convention unless it is ADM's; other columns carry
+    their detector's name."""
     name = VALUES[value][1]
     if detector.get("kind") == "inception":
         return "FID" if value == "fd" else name
+    if value == "fd" and detector.get("kind") == "pytorch-fid":
+        name = "FID"
     return f"{name} ({detector['name']})"
 
 
@@ -142,9 +147,9 @@ def _numbers(name: str, side: Side, real: Side | None, seed: int) -> dict[str, f
 
 def _error(value: str, numbers: Mapping[str, float], side: Side, real: Side | None) -> tuple[float | None, str | None]:
     """An error bar, and its kind."""
-    if value in ("is", "kid"):
+    if value in BARS:
         error = numbers.get(f"{value}_std")
-        return error, None if error is None else OVER_SPLITS if value == "is" else OVER_SUBSETS
+        return error, None if error is None else BARS[value]
     if value in FEATURES and FEATURES[value] in side.kept:
         assert real is not None
         name = VALUES[value][0]

@@ -9,6 +9,7 @@ from typing import Any
 from haste.files import walk
 
 PUBLISHED = 50_000  # samples behind published scores
+PUBLISHED_COCO = (30_000, 40_192, 40_504)  # by pytorch-fid: of U-ViT, of REPA's code, of all validation images
 WIDTH = 2048  # width of Inception's features
 # ADM's references: name -> side of the 10,000 images under arr_0.
 ADM = {
@@ -35,7 +36,8 @@ def notes(
         detectors: the detectors that were used.
         columns: the scores that were computed.
     """
-    found = [*of_images(samples), *_of_count(samples, columns)]
+    coco = all(detector.get("kind") == "pytorch-fid" for detector in detectors)
+    found = [*of_images(samples), *_of_count(samples, columns, PUBLISHED_COCO if coco else (PUBLISHED,))]
     found += [
         f"beside the images in {side['path']} there is more, {walk.told(side['unused'])}"
         for side in (samples, reference or {})
@@ -74,12 +76,13 @@ def of_images(samples: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _of_count(samples: Mapping[str, Any], columns: Collection[str]) -> list[str]:
+def _of_count(samples: Mapping[str, Any], columns: Collection[str], published: Sequence[int]) -> list[str]:
     count, found = samples["images"], []
     distances = [name for name in columns if name.startswith(("FID", "FD", "sFID"))]
-    if count != PUBLISHED:
-        found.append(f"{count:,} samples; published scores are of {PUBLISHED:,}")
-        if distances and count < PUBLISHED:
+    if count not in published:
+        on = " on MS-COCO" if len(published) > 1 else ""
+        found.append(f"{count:,} samples; published scores{on} are of {' or '.join(f'{n:,}' for n in published)}")
+        if distances and count < min(published):
             found[0] += f"; fewer make {', '.join(distances)} too high, and move recall and IS"
     return found
 
@@ -87,6 +90,13 @@ def _of_count(samples: Mapping[str, Any], columns: Collection[str]) -> list[str]
 def _of_reference(reference: Mapping[str, Any], detectors: Sequence[Mapping[str, Any]]) -> list[str]:
     others = [str(detector["name"]) for detector in detectors if detector.get("kind") != "inception"]
     found = []
+    by_it = any(detector.get("kind") == "pytorch-fid" for detector in detectors)
+    if by_it and reference["kind"] == "statistics" and not reference.get("pictures") and not reference.get("source"):
+        found.append(
+            f"nothing in {reference['path']} says how its mu and sigma were made; they are taken to be pytorch-fid's"
+        )
+    if by_it and len(others) < len(detectors):
+        found.append("FID and FID (pytorch-fid) resize images in different ways: neither compares with the other")
     if others and reference.get("pictures"):
         found.append(
             f"scores by {', '.join(others)} are against the {reference['pictures']:,} images in {reference['path']}, "

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from haste.data.condition import Rows
 from haste.files import artefact
 from haste.files.npz import SUFFIX, check_reference
 from haste.files.store import Store, write_shard
+from haste.metrics.clip import Clip
 from haste.metrics.detector import Detector
 from haste.sampling.samples import open_samples
 from haste.sampling.shards import _Watch, asked
@@ -29,9 +31,11 @@ def feature_shard(
     shard: int,
     shards: int,
     total: int,
+    words: Callable[[Rows], list[str] | None] = lambda rows: None,
     batch: int = 256,
 ) -> None:
-    """A detector's features of one shard of samples, as a shard of a features store.
+    """A detector's features of one shard of samples, as a shard of a features store; by CLIP also the `cosine` of each
+    sample and its words, where it has any.
 
     Args:
         detector: extracts the features.
@@ -42,6 +46,7 @@ def feature_shard(
         shard: which shard, from 0.
         shards: how many there are.
         total: samples in all shards.
+        words: rows of the samples' condition -> the words that they were told.
         batch: batch size of the detector; changes results by float rounding only.
 
     Raises:
@@ -49,6 +54,8 @@ def feature_shard(
     """
     images = open_samples(path)
     rows, header = asked(path)
+    said = words(rows) if isinstance(detector, Clip) else None
+    told: dict[str, tuple[Sequence[int], DTypeLike]] = {} if said is None else {"cosine": ((), np.float32)}
     made = {name: value for name, value in header["inputs"].items() if name != "detector"}
     inputs = {**made, "detector": detector.identity}
     facts = {**inputs, "about": _about(detector)}
@@ -57,7 +64,11 @@ def feature_shard(
         done = 0
         for pictures in images.batches(batch):
             mine = {name: row[done : done + len(pictures)] for name, row in rows.items()}
-            yield detector.arrays(pictures, path, done) | mine
+            seen = detector.arrays(pictures, path, done)
+            if said is not None:
+                assert isinstance(detector, Clip)
+                mine["cosine"] = detector.cosines(seen["pool"], said[done : done + len(pictures)])
+            yield seen | mine
             done += len(pictures)
 
     write_shard(
@@ -68,7 +79,7 @@ def feature_shard(
         shard=shard,
         shards=shards,
         total=total,
-        fields=_outputs(detector) | {name: (row.shape[1:], row.dtype) for name, row in rows.items()},
+        fields=_outputs(detector) | told | {name: (row.shape[1:], row.dtype) for name, row in rows.items()},
         batches=batches(),
         provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
         facts=facts,
@@ -86,10 +97,10 @@ def _outputs(detector: Detector) -> dict[str, tuple[Sequence[int], DTypeLike]]:
 
 
 def reference_shard(
-    images: Store, detector: Detector, *, folder: Path, key: str, recipe: dict, batch: int = 256
+    images: Store, detector: Detector, *, folder: Path, key: str, recipe: dict, split: str = "train", batch: int = 256
 ) -> None:
-    """Features of the real training images: the one-shard store that samples are compared with."""
-    rows = images.range("train")
+    """Features of the real images of a split: the one-shard store that samples are compared with."""
+    rows = images.range(split)
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for low in range(0, len(rows), batch):
@@ -105,15 +116,20 @@ def reference_shard(
 def reference_of_file(
     path: Path, detector: Detector, *, folder: Path, key: str, recipe: dict, batch: int = 256
 ) -> None:
-    """As `reference_shard`, for ADM's reference file: features of its images, and its own statistics beside them.
+    """As `reference_shard`, for a file of statistics: these, and features of the file's images, of which ADM's has some
+    and pytorch-fid's none.
 
     Raises:
-        ValueError: the file is missing, truncated, or holds no images or no statistics of Inception.
+        ValueError: the file is missing, truncated, or not such a file, or has statistics by another detector.
     """
-    check_reference(path)
+    check_reference(path, detector.kind)
     found = read_reference(path)
+    if found.detector is not None and found.detector["identity"] != detector.identity:
+        raise ValueError(
+            f"{path}: statistics by {found.detector['name']} {found.detector['identity'][:12]}, expected "
+            f"{detector.name} {detector.identity[:12]}"
+        )
     images, moments = found.samples, found.moments
-    assert images is not None
     arrays = {f"mu{SUFFIX[name]}": one.mean for name, one in moments.items()}
     arrays |= {f"sigma{SUFFIX[name]}": one.covariance for name, one in moments.items()}
     with artefact.replacing(folder / MOMENTS) as aside, open(aside, "wb") as file:
@@ -121,15 +137,17 @@ def reference_of_file(
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         done = 0
-        for pictures in images.batches(batch):
+        for pictures in images.batches(batch) if images else ():
             # The file states no classes.
             yield detector.arrays(pictures, path, done) | {"label": np.full(len(pictures), -1)}
             done += len(pictures)
 
-    inputs = {"detector": detector.identity, "images": images.identity(), "file": found.about["identity"]}
+    inputs = {"detector": detector.identity, "file": found.about["identity"]}
+    inputs |= {"images": images.identity()} if images else {}
     facts = {"file_name": path.name, "moments": artefact.file_identity(folder / MOMENTS)}
     common: dict[str, Any] = {"folder": folder, "key": key, "recipe": recipe}
-    _write_reference(detector, batches(), images.count, inputs, named=path.name, facts=facts, **common)
+    count = images.count if images else 0
+    _write_reference(detector, batches(), count, inputs, named=path.name, facts=facts, **common)
 
 
 def _write_reference(

@@ -13,12 +13,14 @@ from typing import Any
 from haste.files import artefact
 from haste.files.store import MANIFEST, Store
 from haste.metrics import inception_score, kid
+from haste.metrics.clip import Clip
 from haste.metrics.detector import Detector
 from haste.metrics.detectors import open_detector
 from haste.metrics.scores import METRICS, NEIGHBOURS
 from haste.sampling.samples import Samples, open_samples
 from haste.score import comparable
 from haste.score.columns import VALUES, Score, column, compare, refuse, typed
+from haste.score.prompts import Prompts
 from haste.score.sides import Reference, Side, gather, holds_statistics, read_reference, write_reference
 from haste.score.views import View, check_size, extract_features, probe, view_of
 
@@ -84,6 +86,7 @@ def score_images(
     detectors: Sequence[Detector] | None = None,
     metrics: Sequence[str] | None = None,
     features: Path | str | None = None,
+    prompts: Path | str | None = None,
     batch: int = 64,
     device: str = "cpu",
     seed: int = kid.SEED,
@@ -98,6 +101,7 @@ def score_images(
         metrics: of fid (or fd), sfid, is, precision, recall, kid. None is all that can be computed; a named one that
             cannot be computed is an error.
         features: a folder in which features are kept and found again; None keeps none.
+        prompts: a file of what the images were told, a line each in their order, for the CLIP score.
         batch: batch size of a detector.
         device: of Inception, if no detector is given; a given detector stays on its device.
         seed: of KID's subsets.
@@ -105,7 +109,7 @@ def score_images(
     Raises:
         ValueError: an input is wrong; the message says where, what was found and what was expected.
     """
-    options: dict[str, Any] = {"features": features, "batch": batch, "device": device, "seed": seed}
+    options: dict[str, Any] = {"features": features, "prompts": prompts, "batch": batch, "device": device, "seed": seed}
     return Scorer(reference, detectors=detectors, metrics=metrics, **options)(samples)
 
 
@@ -119,6 +123,7 @@ class Scorer:
         detectors: Sequence[Detector] | None = None,
         metrics: Sequence[str] | None = None,
         features: Path | str | None = None,
+        prompts: Path | str | None = None,
         batch: int = 64,
         device: str = "cpu",
         seed: int = kid.SEED,
@@ -132,6 +137,9 @@ class Scorer:
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed: expected 0 to {2**32 - 1}, found {seed}")
         self.detectors = None if detectors is None else list(detectors)
+        self.prompts = None if prompts is None else Prompts(Path(prompts))
+        if self.prompts and not any(isinstance(one, Clip) for one in self.detectors or []):
+            raise ValueError(f"{prompts}: of the detectors only clip reads prompts, and it is not among them")
         self.columns: dict[str, str] = {}  # column of a distance -> the identity of its detector
         for detector in self.detectors or []:
             self._claim(detector.about)
@@ -152,6 +160,9 @@ class Scorer:
         """Open a set of images and check that it can be scored, without extracting features. Raises ValueError."""
         source = open_source(samples, statistics=False)
         _check_sizes(source, self.source)
+        if self.prompts:
+            assert not isinstance(source, Reference)
+            self.prompts.check(samples, source.count)
         return source
 
     def __call__(self, samples: Path | str) -> Scores:
@@ -170,8 +181,12 @@ class Scorer:
             # Cheap checks that may refuse come first: hours of feature extraction must not end in a refusal.
             real = None if self.source is None else self._reference(seen, detector)
             if self.strict and self._alone:
-                refuse(seen, real, self.wanted)
-            side = self._gather_samples(dataclasses.replace(see(), detector=seen))
+                told = {"cosine": 1} if self.prompts else {}
+                refuse({**seen, "outputs": {**seen["outputs"], **told}}, real, self.wanted)
+            view = dataclasses.replace(see(), detector=seen)
+            if self.prompts and isinstance(detector, Clip):
+                view = self.prompts.beside(view, detector)
+            side = self._gather_samples(view)
             # Inception's default is all five scores; scores that other networks lack need no remark.
             wanted = [name for name in self.wanted if self.strict or VALUES[name][0] not in side.absent]
             found = compare(side, real, wanted, strict=self.strict and self._alone, seed=self.seed)
@@ -239,6 +254,7 @@ class Scorer:
             "precision_recall": {"neighbours": 3, "reference_images": near},
             "inception_score": {"split": inception_score.SPLIT, "splits": -(-count // inception_score.SPLIT)},
             "kid": {**subsets, "seed": self.seed},
+            **({"clip_score": {"formula": "mean of 100 max(cos, 0)", **self.prompts.about}} if self.prompts else {}),
         }
 
     def _views(
@@ -302,7 +318,7 @@ class Scorer:
     ) -> Side:
         if source.detector is not None:
             _check_detector(source.path, source.detector, about)
-        elif about.get("kind") not in ("inception", None):
+        elif about.get("kind") not in ("inception", None) and not _is_by_pytorch_fid(source, about):
             return self._moments_of_another(source, metrics, about, detector)
         side = Side(source.about, about)
         for name, output in (("frechet", "pool"), ("sfid", "spatial")):
@@ -329,6 +345,11 @@ class Scorer:
             )
         side = self._look(source.samples, metrics, about, detector)
         return dataclasses.replace(side, about={**source.about, "moments": "of its images under arr_0"})
+
+
+def _is_by_pytorch_fid(source: Reference, about: Mapping[str, Any]) -> bool:
+    """Whether statistics that name no detector can be pytorch-fid's, whose files hold nothing else."""
+    return about.get("kind") == "pytorch-fid" and source.samples is None and "spatial" not in source.moments
 
 
 def open_source(path: Path | str, *, statistics: bool) -> Samples | Store | Reference:
@@ -381,13 +402,16 @@ def _check_detector(path: Path, seen: Mapping[str, Any], asked: Mapping[str, Any
         )
 
 
-def detectors_asked(names: Sequence[str], weights: Path | None, device: str) -> list[Detector] | None:
+def detectors_asked(
+    names: Sequence[str], weights: Path | None, device: str, told: Sequence[str] = ()
+) -> list[Detector] | None:
     """The detectors that `haste score` is given; None if it is given none.
 
     Args:
         names: NAME or NAME=WEIGHTS of each.
         weights: the weights file of the only one, if its name does not include it.
         device: where to compute.
+        told: those that prompts ask for, where none of the names is clip.
 
     Raises:
         ValueError: `weights` with several detectors, or in addition to NAME=WEIGHTS; or as in `open_detector`.
@@ -397,4 +421,5 @@ def detectors_asked(names: Sequence[str], weights: Path | None, device: str) -> 
         if len(asked) > 1 or any(own for _, own in asked):
             raise ValueError("--weights: is for one detector without weights of its own, see --detector NAME=WEIGHTS")
         asked = [(asked[0][0] if asked else "inception", str(weights))]
+    asked += [(name, "") for name in told if not any(one == "clip" for one, _ in asked)]
     return [open_detector(name, own or None, device=device) for name, own in asked] or None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from haste.config import condition_in
 from haste.diffusion.samplers import nfe
 from haste.files import artefact, locks, store
 from haste.files.store import Store
@@ -44,7 +45,8 @@ def _make_reference(plan: Plan, detector: names.Detector) -> None:
     common: dict[str, Any] = {"key": made.key, "recipe": made.recipe}
     judge, folder = load_detector(plan, detector), Path(made.folder)
     if detector.reference_file is None:
-        reference_shard(Store.of(plan.images), judge, folder=folder, **common)
+        split = plan.config.detector[detector.name].split
+        reference_shard(Store.of(plan.images), judge, folder=folder, split=split, **common)
     else:
         reference_of_file(Path(detector.reference_file), judge, folder=folder, **common)
     provenance = artefact.provenance(**common)
@@ -55,7 +57,7 @@ def _make_reference(plan: Plan, detector: names.Detector) -> None:
 
 def sample(plan: Plan, evaluation: Evaluation, shard: int) -> None:
     """Draw one shard of samples, and extract every detector's features."""
-    painter, path = painter_of(plan, evaluation), Path(evaluation.sample_file(shard))
+    painter, path = painter_of(plan, evaluation.state, evaluation.sampling), Path(evaluation.sample_file(shard))
     with locks.making(path, anew=True):  # whoever waited finds the shard there, and compares its record
         draw_shard(
             painter,
@@ -77,6 +79,7 @@ def sample(plan: Plan, evaluation: Evaluation, shard: int) -> None:
 def extract_features(plan: Plan, evaluation: Evaluation, detector: names.Detector, shard: int) -> None:
     """Extract a detector's features of one shard of samples."""
     made = evaluation.judgement(detector.name).features
+    condition = condition_in(plan.trajectories[evaluation.state.trajectory].recipe)
     feature_shard(
         load_detector(plan, detector),
         Path(evaluation.sample_file(shard)),
@@ -86,6 +89,7 @@ def extract_features(plan: Plan, evaluation: Evaluation, detector: names.Detecto
         shard=shard,
         shards=made.shards,
         total=evaluation.sampling.count,
+        words=lambda rows: condition.opened(plan).words(rows) if detector.kind == "clip" else None,
         batch=plan.config.runtime.sample_batch,
     )
 
@@ -104,8 +108,11 @@ def judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
     whose: dict[str, Any] = {"trajectory": state.trajectory, "step": state.step, "file": plan.path(state)}
     if elsewhere:
         whose |= {"step": elsewhere.step, "sha256": plan.identities[elsewhere.checkpoint]}
-    weights = elsewhere.weights if elsewhere else "ema"
-    said = {"name": evaluation.sampling_name, "weights": weights, "decoder": evaluation.recipe["decoder"]}
+    said = {
+        "name": evaluation.sampling_name,
+        "weights": plan.weights(state, sampling),
+        "decoder": evaluation.recipe["decoder"],
+    }
     unused = set() if plan.config.condition.name == "labels" else {"labels"}
     about = {
         "state": whose,

@@ -86,7 +86,8 @@ def real_statistics(reference: Store) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         ValueError: the file's statistics are missing, or not those that the features were stored with.
     """
-    about, facts = {"images": reference.count, "identity": reference.identity}, reference.manifest
+    # pytorch-fid's files do not say of how many images they are.
+    about, facts = {"images": reference.count or None, "identity": reference.identity}, reference.manifest
     path = reference.folder / MOMENTS
     if "moments" not in facts:
         moments: Mapping[str, Moments] = kept_moments(reference)
@@ -219,7 +220,9 @@ def _notes_on(features: Store, against: dict[str, Any]) -> list[str]:
     found, about = [], features.manifest.get("about", {})
     if about.get("published") is False:
         found.append(f"{about['name']}: these are not the weights that published scores were made with")
-    if "file" in against:
+    if "file" in against and against["images"] is None:
+        found.append(f"FID against the statistics in {against['file']}, of images that it does not tell")
+    elif "file" in against:
         images = f"precision, recall and KID against its {against['images']:,} images"
         found.append(f"FID and sFID against the statistics in {against['file']}, {images}")
     return found

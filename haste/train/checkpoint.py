@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from haste.config import minutes_of
 from haste.files import artefact, locks
 from haste.files.provenance import STATE_NAME, read_header
 from haste.plan.names import Segment, State
@@ -22,6 +24,7 @@ from haste.train import stops, twins
 from haste.train.distributed import Group
 from haste.train.inputs import Inputs
 from haste.train.readings import Watches
+from haste.train.saving import Background
 from haste.train.state import Learner
 
 log = logging.getLogger("haste.train")
@@ -50,6 +53,8 @@ class Checkpoints:
         self.parent = Path(plan.path(before)) if before else None
         self.parent_key = plan.trajectories[before.trajectory].key if before else None
         self.runtime = plan.config.runtime
+        self.background = Background()
+        self.asked = time.monotonic()  # when a save was last due by the clock
         # What new states record; see `resume`.
         self.inputs: dict[str, str] = {}  # name -> identity of every input that this lineage was trained with
         self.sources: dict[str, str] = {}  # term -> source of its targets
@@ -72,7 +77,10 @@ class Checkpoints:
         with taking(self.folder / "lock", f"trajectory {self.trajectory.name}"):
             artefact.sweep(self.folder, locked=locks.taken())
             artefact.sweep(self.folder / "rolling", locked=locks.taken())
-            yield
+            try:
+                yield
+            finally:
+                self.background.close()
 
     def describe(self) -> None:
         """Write the trajectory's description into its folder."""
@@ -197,32 +205,64 @@ class Checkpoints:
 
     def is_due(self, step: int) -> bool:
         """Whether the state after `step` steps is always saved."""
-        return step % self.runtime.save_every == 0 or self._is_kept(step)
+        every = self.runtime.save_every
+        return (isinstance(every, int) and step % every == 0) or self._is_kept(step)
+
+    @property
+    def timed(self) -> bool:
+        """Whether saves are due by the clock, which differs among ranks."""
+        return not isinstance(self.runtime.save_every, int)
+
+    def ask_to_save(self) -> bool:
+        """Whether rank 0's clock says that a save is due; once for each."""
+        now, minutes = time.monotonic(), minutes_of(self.runtime.save_every)
+        due = self.group.is_first and minutes is not None and now - self.asked >= 60 * minutes
+        self.asked = now if due else self.asked
+        return due
 
     def _is_kept(self, step: int) -> bool:
         every = self.runtime.keep_every
         return every is not None and step % every == 0
 
-    def save(self, learner: Learner, watches: Watches, step: int, *, last: bool) -> None:
+    def save(self, learner: Learner, watches: Watches, step: int, *, wait: bool, last: bool) -> None:
         """Save the state after `step` steps, then remove old rolling states. A collective call.
 
         Args:
             learner: its tensors.
             watches: the readings of the triggers so far.
             step: steps done.
+            wait: return once the state is on disk; otherwise it is written while training goes on.
             last: whether training ends here, or continues without a term; such a state is kept.
 
         Raises:
-            OSError: the disk is full or the folder is not writable; existing files stay as they were.
+            OSError: the disk is full or the folder is not writable; existing files stay as they were. What fails in the
+                background is raised by `check` or the next save.
         """
         averages = watches.averages()
         if not self.group.is_first:
             return
-        header = self._header(step) | watches.header()
+        header, tensors = self._header(step) | watches.header(), states.tensors_of(learner) | averages
         folder = self.folder if last or self._is_kept(step) else self.folder / "rolling"
-        states.save(folder / State(self.trajectory.name, step).file, learner, header, averages)
-        stops.write(self.folder, header)
-        self._forget_rolling(keep=0 if step == self.segment.state.step else ROLLING)
+
+        def write() -> None:
+            states.save(folder / State(self.trajectory.name, step).file, tensors, header)
+            stops.write(self.folder, header)
+            self._forget_rolling(keep=0 if step == self.segment.state.step else ROLLING)
+
+        if wait or last:
+            self.background.settle()
+            write()
+        else:
+            tensors = self.background.copy(tensors)
+            self.background.start(write)
+
+    def check(self) -> None:
+        """Raise what a save in the background raised.
+
+        Raises:
+            OSError: as `save`.
+        """
+        self.background.check()
 
     def _header(self, step: int) -> dict[str, Any]:
         made = artefact.provenance(key=self.trajectory.key, inputs=self.inputs)

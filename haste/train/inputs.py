@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from haste.align.losses import TeacherTargets
-from haste.config import process_in
+from haste.config import condition_in, process_in
 from haste.data.batches import Batch, Batches
 from haste.files.store import Store
 from haste.models.attention import logsumexp_works
@@ -40,8 +40,8 @@ class Inputs:
         group: the ranks.
         batches: the batch of every step.
         teachers: name -> teacher, on the device; only those that run online.
-        identities: `latents`, `teacher of TERM`, `components of TERM` -> identity. Keyed by term, because the name of
-            a teacher is the configuration's own choice.
+        identities: `latents`, `teacher of TERM`, `components of TERM`, and what the condition looks up -> identity.
+            Keyed by term, because the name of a teacher is the configuration's own choice.
         sources: term -> source of its targets: `online`, or `cached` and the identity of the store.
     """
 
@@ -66,7 +66,7 @@ class Inputs:
         self.cached = Cached(plan, segment)
         self.online = {kind: term for kind, term in segment.terms.items() if kind not in segment.cached}
         self.batches = self._batches(plan)
-        self.identities = {"latents": self.batches.latents.identity}
+        self.identities = {"latents": self.batches.latents.identity, **self.batches.condition.identities}
         self.sources = {}
         for kind, term in segment.terms.items():
             name = term["teacher"]
@@ -86,7 +86,9 @@ class Inputs:
     def _batches(self, plan: Plan) -> Batches:
         images = Store.of(plan.images) if self.teachers else None  # after the last stop no images are needed
         targets = {name: (store, self.cached.fields[name]) for name, store in self.cached.stores.items()}
-        return Batches.of(self.recipe, Store.of(plan.latents), images, targets=targets, bands=bands_of(self.terms))
+        condition = condition_in(self.recipe).opened(plan)
+        more = {"targets": targets, "bands": bands_of(self.terms)}
+        return Batches.of(self.recipe, Store.of(plan.latents), images, condition, **more)
 
     def learner(self) -> Learner:
         """A learner before its first step, on the device. Its optimiser has allocated no moments yet."""

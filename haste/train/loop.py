@@ -146,7 +146,7 @@ class Loop:
         name, aligning = self.checkpoints.trajectory.name, ", ".join(self.inputs.terms) or "nothing"
         log.info("%s: steps %d to %d, aligning %s", name, self.begin, self.end, aligning)
         self._warm_up()
-        agreement, steps = Agreement(self.group), range(self.begin, self.end)
+        agreement, clock, steps = Agreement(self.group), Agreement(self.group), range(self.begin, self.end)
         with self._journal() as journal:
             for batch in journal.timing(self.inputs.batches.ahead(steps, self.rows, self.group.device)):
                 journal.add(self._step(batch))
@@ -155,11 +155,14 @@ class Loop:
                 if last or done % self.runtime.log_every == 0:
                     journal.write(done, self.group.peak_memory_mb())
                 reason = agreement.largest(interrupted()) if interrupted and done < self.end else 0
-                if last or reason or self.checkpoints.is_due(done):
+                due = bool(clock.largest(self.checkpoints.ask_to_save())) if self.checkpoints.timed else False
+                self.checkpoints.check()
+                if last or reason or due or self.checkpoints.is_due(done):
                     journal.check_finite(done)
-                    self.checkpoints.save(self.learner, self.watches, done, last=last)
+                    self.checkpoints.save(self.learner, self.watches, done, wait=bool(reason), last=last)
                 if last or reason:
                     agreement.settle()
+                    clock.settle()
                 if reason:
                     self.group.wait()  # no rank returns before the state is on disk
                     raise Interrupted(done, reason)

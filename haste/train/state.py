@@ -80,7 +80,7 @@ def new_learner(
     if "features" in terms:
         term = terms["features"]
         head = head_of(term, model.taps[f"tokens.{term['depth']}"].width, widths[term["teacher"]])
-        head.initialise(_seeded(recipe["seed"], "initialise projector features"))
+        head.initialise(_seeded(recipe["seed"], "initialise projector features"), model.fill)
         projectors["features"] = head
     settings = recipe["training"]
     dtype = torch.float64 if settings["precision"] == "fp64" else torch.float32
@@ -114,19 +114,18 @@ def tensors_of(learner: Learner) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in tensors.items()}
 
 
-def save(path: Path, learner: Learner, header: Mapping[str, Any], beside: Mapping[str, Tensor] | None = None) -> None:
+def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
     """Write a state atomically.
 
     Args:
         path: the file.
-        learner: what to write.
+        tensors: those of a learner (`tensors_of`), and others beside them.
         header: the entries of the header, except schema and kind.
-        beside: tensors that are not the learner's.
 
     Raises:
         OSError: the disk is full or the folder is not writable; an existing file stays as it was.
     """
-    files.write(path, tensors_of(learner) | dict(beside or {}), {"schema": artefact.SCHEMA, "kind": STATE, **header})
+    files.write(path, tensors, {"schema": artefact.SCHEMA, "kind": STATE, **header})
 
 
 def read(path: Path | str, *, key: str, prefixes: tuple[str, ...] = ("",)) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -185,15 +184,15 @@ def _shape(tensor: Tensor | None) -> str:
     return "nothing" if tensor is None else str(tuple(tensor.shape))
 
 
-def ema_model(path: Path | str, *, key: str) -> tuple[Denoiser, dict[str, Any]]:
-    """The averaged (EMA) model of a state, frozen, from which samples are drawn, and the state's header.
+def trained_model(path: Path | str, *, key: str, weights: str = "ema") -> tuple[Denoiser, dict[str, Any]]:
+    """The averaged (EMA) model of a state, frozen, or the raw one (`model`), and the state's header.
 
     Raises:
         ValueError: as `read`; or its weights do not fit its recipe, or are not finite.
     """
-    header, tensors = read(path, key=key, prefixes=("ema/",))
+    header, tensors = read(path, key=key, prefixes=(f"{weights}/",))
     model = build_model(header["recipe"])
-    model.load_state_dict(weights_in(tensors, "ema", model, path))
+    model.load_state_dict(weights_in(tensors, weights, model, path))
     return model.requires_grad_(False).eval(), header
 
 

@@ -8,27 +8,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from haste.config import Model, model_in
 from haste.models.build import build_model
 from haste.models.checkpoints import Checkpoint
 from haste.models.denoiser import Denoiser
-from haste.models.exchange import open_weights, weights_by_recipe
-from haste.networks.layouts import LABELS, check_trained, expected_in, trained_otherwise
+from haste.models.exchange import weights_by_recipe
+from haste.networks.layouts import LABELS, check_trained, trained_otherwise
 from haste.plan.plan import Plan
 from haste.train.state import Learner
 
 log = logging.getLogger("haste.exchange")
 
 
-def model_elsewhere(plan: Plan, trajectory: str) -> Denoiser:
-    """The model of a row that was trained elsewhere.
+def model_elsewhere(plan: Plan, trajectory: str, weights: str) -> Denoiser:
+    """The model of a row that was trained elsewhere, with one set of weights, `ema` or `model`.
 
     Raises:
-        ValueError: as `checkpoint_elsewhere`, or it does not have the weights that the row asks for.
+        ValueError: as `checkpoint_elsewhere`, or it does not have these weights.
     """
     model = build_model(plan.trajectories[trajectory].recipe)
     found = checkpoint_elsewhere(plan, trajectory)
-    model.load_state_dict(dict(found.chosen(plan.elsewhere[trajectory].weights)))
+    model.load_state_dict(dict(found.chosen(weights)))
     return model.requires_grad_(False).eval()
 
 
@@ -81,9 +80,7 @@ def warm_start(plan: Plan, trajectory: str, learner: Learner) -> None:
 
 def _known(plan: Plan, file: str, recipe: Mapping[str, Any], layout: Any, classes: bool = True) -> Checkpoint:
     """A file that the plan identified by its content, after checking that content and the model."""
-    expected = expected_in(recipe, classes)
-    other = not isinstance(model_in(recipe), Model)
-    found = weights_by_recipe(file, recipe) if other else open_weights(file, layout=layout, expected=expected)
+    found = weights_by_recipe(file, recipe, layout, classes)
     if found.sha256 != plan.identities[file]:
         raise ValueError(
             f"{file}: holds {found.sha256[:12]}, but {plan.identities[file][:12]} when it was named. It changed while "

@@ -8,7 +8,7 @@ import yaml
 
 from haste import extensions
 from haste.cli import main as cli
-from haste.data import latents
+from haste.data import latents, text_encoder
 from haste.metrics import detectors, dinov2, inception
 from haste.networks.registry import DETECTORS
 from haste.teachers import encoder
@@ -19,6 +19,7 @@ def asked(monkeypatch):
     """What is asked of the hub."""
     found = []
     monkeypatch.setattr(latents, "fetch", lambda where: found.append(where) or f"cache of {where}")
+    monkeypatch.setattr(text_encoder, "fetch", lambda where: found.append(where) or f"cache of {where}")
     monkeypatch.setattr(encoder, "weight_file", lambda name: found.append(name) or f"cache of {name}")
     for name, known in DETECTORS.items():
         monkeypatch.setitem(DETECTORS, name, dataclasses.replace(known, smallest=1))  # images here are small
@@ -41,6 +42,16 @@ def test_what_the_configuration_names_by_hub_id_is_fetched_and_said(tiny, tmp_pa
     assert cli.main(["fetch", "-c", config]) == 0
     assert asked == ["some/encoder", "some/decoder", "DINOv2-B"]
     assert "teacher dino (DINOv2-B): cache of DINOv2-B" in capsys.readouterr().out
+
+
+def test_a_text_encoder_is_fetched_and_words_are_not(tiny, tmp_path, asked, capsys):
+    joint = {"dot": {"architecture": "mmdit", "depth": 2, "width": 16, "heads": 2}}
+    told = {"images": {**tiny["images"], "source": "moved-digits"}, "models": joint, "alignments": {}}
+    told |= {"sampling": {"quick": {"steps": 2, "count": 8}}, "runs": {"vanilla": {}}}
+    for encoder_name in ("some/clip", "words"):
+        config = configured(tiny, tmp_path, **told, condition={"name": "captions", "encoder": encoder_name})
+        assert cli.main(["fetch", "-c", config]) == 0
+    assert asked == ["some/clip"] and "text encoder some/clip: cache of some/clip" in capsys.readouterr().out
 
 
 def test_a_configuration_that_trains_everything_fetches_nothing(tiny, tmp_path, asked, capsys):

@@ -219,7 +219,10 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path):
 
 
 def test_unknown_sources_and_options_are_refused():
-    with pytest.raises(ValueError, match=r"'cifar': expected one of \['archive', 'digits', 'folder', 'parquet'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"'cifar': expected one of \['archive', 'coco', 'digits', 'folder', 'moved-digits', 'parquet'\]",
+    ):
         prepare.open_source("cifar", resolution=8, holdout=0)
     with pytest.raises(ValueError, match="'digits' with options"):
         prepare.open_source("digits", resolution=8, holdout=0, path="x")

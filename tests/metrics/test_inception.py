@@ -133,14 +133,18 @@ def test_spatial_is_seven_channels_of_mixed_6d_after_the_relu_by_row_column_chan
         assert np.abs(found["spatial"].numpy() - wrong).max() > 0.1
 
 
-def resized(image, side=299):
-    """TensorFlow 1's bilinear resize of an image (H, W, 3), pixel by pixel, in float64: source = target * in / out."""
+def resized(image, side=299, centre=0.0):
+    """A bilinear resize of an image (H, W, 3), pixel by pixel, in float64.
+
+    source + centre = (target + centre) in / out, with a centre of 0 in TensorFlow 1 and of 1/2 in pytorch-fid.
+    """
     height, width, _ = image.shape
     result = np.empty((side, side, 3))
     for y in range(side):
         for x in range(side):
-            v, u = y * height / side, x * width / side
-            top, left = int(v), int(u)
+            v = max(0.0, (y + centre) * height / side - centre)
+            u = max(0.0, (x + centre) * width / side - centre)
+            top, left = min(int(v), height - 1), min(int(u), width - 1)
             bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
             dv, du = v - top, u - left
             above = image[top, left] * (1 - du) + image[top, right] * du
@@ -160,6 +164,32 @@ def test_images_are_resized_by_tensorflow_1s_formula_and_scaled_by_128(weights, 
     expected = (resized(image.astype(np.float64)) - 128) / 128
     # The source coordinate is a float32, so near a pixel's border half a pixel's step can be 3e-5 off.
     np.testing.assert_allclose(seen[0], expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("size", [(40, 33), (320, 512)], ids=["enlarged", "reduced"])
+def test_pytorch_fid_resizes_with_half_pixel_centres_to_2x_minus_1_and_pools_what_the_same_network_makes_of_it(
+    weights, size
+):
+    detector = open_detector("pytorch-fid", weights)
+    image = np.random.default_rng(2).integers(0, 256, (*size, 3), np.uint8)
+    seen = []
+    first = next(iter(detector.network.layers))
+    first.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    pool = detector(torch.from_numpy(image)[None])["pool"]
+    expected = 2 * resized(image.astype(np.float64) / 255, centre=0.5) - 1
+    np.testing.assert_allclose(seen[0][0].permute(1, 2, 0), expected, atol=1e-4)
+    assert np.abs(expected - (resized(image.astype(np.float64)) - 128) / 128).max() > 0.1  # the other convention's
+    witness = port.FeatureExtractorInceptionV3("witness", ["2048"], str(weights))
+    witness.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, given: (seen[0],))
+    (by_witness,) = witness(torch.zeros(1, 3, 9, 9, dtype=torch.uint8))
+    torch.testing.assert_close(pool, by_witness, rtol=1e-5, atol=1e-6)
+
+
+def test_the_two_conventions_are_two_detectors_of_one_file_whose_features_are_never_compared(weights):
+    adm, other = open_detector("inception", weights), open_detector("pytorch-fid", weights)
+    assert adm.weights == other.weights and adm.identity != other.identity
+    assert other.outputs == {"pool": 2048} and DETECTORS["pytorch-fid"].numbers == 2048
+    assert "half-pixel" in other.preprocessing and "2 x - 1" in other.preprocessing
 
 
 def test_outputs_of_an_image_do_not_depend_on_its_batch(weights, pictures, found):

@@ -325,7 +325,7 @@ def test_anything_but_tensors_plain_data_and_a_namespace_is_refused_by_name_and_
         ({"x_embedder.proj.weight": None}, r"expected a SiT's x_embedder\.proj\.weight"),
         ({"final_layer.linear.weight": torch.ones(20, 32)}, "20 output entries a patch, expected 16"),
         ({"y_embedder.embedding_table.weight": torch.tensor(1.0)}, r"does not hold y_embedder\.embedding_table"),
-        ({"joint_blocks.0.x_block.attn.qkv.weight": torch.ones(2)}, "joint text and image transformer"),
+        ({"joint_blocks.0.x_block.attn.qkv.weight": torch.ones(2)}, "does not hold context_embedder.weight, "),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from haste.cli import main as cli
 from haste.diffusion.ddpm import DDPM
 from haste.diffusion.respacing import ancestral
-from haste.models import diffusers_dit
+from haste.models import diffusers_dit, diffusers_folders
 from haste.models.dit import DiT
 from haste.models.exchange import open_weights
 from haste.models.sit import SiT
@@ -40,7 +40,9 @@ def folder(model, tmp_path):
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     ).save_pretrained(tmp_path / "autoencoder")  # fmt: skip
     out = tmp_path / "pipeline"
-    diffusers_dit.write_pipeline(out, model.state_dict(), SHAPE, tmp_path / "autoencoder", list("abcde"))
+    diffusers_folders.write(
+        out, model.state_dict(), {**SHAPE, "architecture": "dit"}, tmp_path / "autoencoder", list("abcde")
+    )
     return out
 
 
@@ -91,13 +93,13 @@ def test_the_same_noise_through_250_steps_gives_the_latents_of_diffusers_schedul
 
 
 def test_what_goes_out_comes_back_the_same(model, folder):
-    found = load_file(folder / "transformer" / diffusers_dit.WEIGHTS)
+    found = load_file(folder / "transformer" / diffusers_folders.WEIGHTS)
     shape = diffusers_dit.shape_of(json.loads((folder / "transformer" / "config.json").read_text()))
     assert shape == SHAPE
-    back = diffusers_dit.from_diffusers(found, shape["depth"])
-    expected = {name: value for name, value in model.state_dict().items() if name != "pos_embed"}
+    back = diffusers_dit.from_diffusers(found, shape)
+    expected = model.state_dict()
     assert back.keys() == expected.keys()
-    assert all(torch.equal(back[name], value) for name, value in expected.items())
+    assert all(torch.equal(back[name].double(), value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize(
@@ -116,14 +118,14 @@ def test_another_network_is_refused_with_what_is_wrong(change, words):
 
 
 def test_embedders_that_differ_among_blocks_and_missing_weights_are_refused(folder):
-    found = load_file(folder / "transformer" / diffusers_dit.WEIGHTS)
+    found = load_file(folder / "transformer" / diffusers_folders.WEIGHTS)
     name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
     with pytest.raises(ValueError, match="block 1 has another timestep_embedder.linear_1.bias than block 0"):
-        diffusers_dit.from_diffusers({**found, name: found[name] + 1}, 3)
+        diffusers_dit.from_diffusers({**found, name: found[name] + 1}, SHAPE)
     with pytest.raises(
         ValueError, match="does not hold transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
     ):
-        diffusers_dit.from_diffusers({key: value for key, value in found.items() if key != name}, 3)
+        diffusers_dit.from_diffusers({key: value for key, value in found.items() if key != name}, SHAPE)
 
 
 def test_a_network_that_diffusers_does_not_have_is_refused():
@@ -144,7 +146,7 @@ def test_an_exported_state_is_a_pipeline_and_comes_back_by_import(model, tmp_pat
     assert isinstance(found.model(), DiT)
     again = tmp_path / "again"
     assert cli.main(["export", str(back), str(again), "--format", "diffusers"]) == 0
-    one, two = (load_file(folder / "transformer" / diffusers_dit.WEIGHTS) for folder in (out, again))
+    one, two = (load_file(folder / "transformer" / diffusers_folders.WEIGHTS) for folder in (out, again))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -153,7 +155,7 @@ def test_what_cannot_go_out_or_come_in_is_refused_in_a_line(tmp_path, capsys):
     torch.save(sit.state_dict(), tmp_path / "sit.pt")
     out = str(tmp_path / "out")
     assert cli.main(["export", str(tmp_path / "sit.pt"), out, "--format", "diffusers", "--heads", "4"]) == 2
-    assert "not a DiT; diffusers has no pipeline" in capsys.readouterr().err
+    assert "not a DiT or MM-DiT; diffusers has none" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert cli.main(["import", str(tmp_path / "empty"), f"{out}.safetensors"]) == 2
     assert "found a folder" in capsys.readouterr().err

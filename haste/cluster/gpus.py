@@ -1,0 +1,118 @@
+"""The GPUs of one machine, shared out among jobs: each takes free ones by locks that die with its process. No torch.
+
+A cluster's own allocation, and a launcher that starts ranks, have already decided who computes where.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from haste.files import locks
+
+log = logging.getLogger("haste.cluster")
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+_ANSWER = 30.0  # seconds that a driver may take to say which GPUs there are
+_GPU = re.compile(r"GPU (\d+): (.*) \(UUID: (\S+)\)")
+_PART = re.compile(r"\s+MIG .*\(UUID: (\S+)\)")
+_held: list[Any] = []  # open lock files of this process, until it ends
+
+
+def visible() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; none where nothing says which there are.
+
+    Whole GPUs and parts of them (MIG) by their UUIDs; what the variable names in a way that cannot be translated, as it
+    stands there.
+    """
+    found = _machine()
+    if (said := os.environ.get(VISIBLE)) is None:
+        return [part for _, _, parts in found for part in parts]
+    asked = [word.strip() for word in said.split(",")]
+    if "-1" in asked:  # CUDA reads up to the first that is none
+        asked = asked[: asked.index("-1")]
+    return [_uuid(word, found) for word in asked if word]
+
+
+def take(count: int, jobs_per_gpu: int = 1) -> list[str]:
+    """Take GPUs for this process and those that it starts, after waiting for free ones: CUDA sees no others. To be
+    called before CUDA is used.
+
+    Args:
+        count: of GPUs.
+        jobs_per_gpu: how many jobs may share one.
+
+    Returns:
+        The GPUs; none if they are not shared out here: in a job of a cluster, in a launcher's rank, or where fewer are
+        visible than asked for, which is refused with the reason when a rank looks for its own.
+    """
+    names = visible()
+    if "SLURM_JOB_ID" in os.environ or "RANK" in os.environ or len(names) < count or not locks.taken():
+        return []
+    taken: dict[str, Any] = {}
+    # Who waits for several keeps those that became free, and the next one waits behind it: nobody starves, and no two
+    # keep from one another what both need.
+    with locks.waiting(_folder() / "queue", "its turn at the GPUs of this machine"):
+        told = False
+        while len(taken) < count:
+            for name in names:
+                if name not in taken and len(taken) < count and (file := _attempt(name, jobs_per_gpu)) is not None:
+                    taken[name] = file
+            if len(taken) < count:
+                if not told:
+                    log.info("waiting for %d free GPUs of %d", count, len(names))
+                told = True
+                time.sleep(locks.LOOK)
+    _held.extend(taken.values())
+    os.environ[VISIBLE] = ",".join(taken)
+    log.info("computes on %s", ", ".join(taken))
+    return [*taken]
+
+
+def _attempt(name: str, jobs: int) -> Any:
+    place = _folder() / re.sub(r"[^\w.-]", "_", name)
+    return next((file for slot in range(jobs) if (file := locks.attempt(f"{place}.{slot}")) is not None), None)
+
+
+def _folder() -> Path:
+    # A job's own TMPDIR is not what all jobs of the machine share. Other users' locks could not be opened.
+    shared = Path("/tmp")
+    return (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"haste-gpus-{os.getuid()}"
+
+
+@functools.cache
+def _machine() -> list[tuple[str, str, list[str]]]:
+    """Each GPU's kind, UUID, and what of it can be used: itself, or its parts."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    try:
+        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=_ANSWER, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("nvidia-smi does not say which GPUs there are (%s): jobs are not kept apart", error)
+        return []
+    found: list[tuple[str, str, list[str]]] = []
+    for line in said.splitlines():
+        if whole := _GPU.match(line):
+            found.append((whole[2], whole[3], []))
+        elif (part := _PART.match(line)) and found:
+            found[-1][2].append(part[1])
+    return [(kind, uuid, parts or [uuid]) for kind, uuid, parts in found]
+
+
+def _uuid(word: str, machine: list[tuple[str, str, list[str]]]) -> str:
+    """The UUID of what CUDA_VISIBLE_DEVICES names: a number, or the beginning of a UUID."""
+    if word.isdigit():
+        # CUDA numbers GPUs by their speed unless told otherwise, nvidia-smi by their slot: the same among equal ones.
+        ordered = os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({kind for kind, *_ in machine}) == 1
+        known = machine[int(word)] if ordered and int(word) < len(machine) else None
+        return known[1] if known and known[2] == [known[1]] else word
+    fits = [uuid for _, _, parts in machine for uuid in parts if uuid.startswith(word)]
+    return fits[0] if len(fits) == 1 else word

@@ -1,0 +1,254 @@
+"""Pictures of a state or a checkpoint, asked for by its file alone: `haste draw`.
+
+N pictures, R pixels per side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from haste import config as configuration
+from haste.config import MODELS, PRESETS, Config, Sampling, condition_in, process_in
+from haste.data.latents import Autoencoder
+from haste.files import artefact
+from haste.files.npz import ADM
+from haste.files.provenance import STATE_NAME, provenance_of
+from haste.models.exchange import open_weights
+from haste.plan.plan import Plan
+from haste.sampling.grids import class_grid, write_png
+from haste.sampling.painter import Painter, painter_of
+from haste.sampling.shards import _Watch
+from haste.train.named import put_row, run_through, state_named
+from haste.train.state import weights_identity
+
+log = logging.getLogger("haste.sample")
+
+KIND = "drawing"
+USUAL = {"interpolant": "sde-250", "ddpm": "ddpm-250"}  # by the network's process, where no row says another way
+BATCH = 32  # changes pictures by float rounding only
+LEAST = 64  # pixels per side of a picture in a grid; smaller ones are enlarged
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """What a file holds: its recipe, ways to sample by name, the usual one, and what makes its painter."""
+
+    recipe: Mapping[str, Any]
+    ways: Mapping[str, Sampling]
+    usual: str
+    painter: Callable[[Sampling], Painter]
+
+
+def painter_of_file(
+    file: Path | str,
+    *,
+    config: Config | None = None,
+    sampling: str | Sampling | None = None,
+    classes: Sequence[int] = (),
+    prompts: Sequence[str] = (),
+    decoder: str | None = None,
+    device: str = "cpu",
+    layout: Literal["ours", "REPA", "SiT", "DiT"] | None = None,
+    model: str | None = None,
+    **changes: Any,
+) -> Painter:
+    """The painter of a state, or of any checkpoint that can be imported.
+
+    With the configuration of a state its pictures are those that the workflow draws in the same way: its decoder, its
+    latents' scale. Without one they need a decoder, whose scale is taken.
+
+    Args:
+        file: a state, by its file or, with a configuration, as TRAJECTORY/STEP; or a checkpoint from elsewhere.
+        config: None is the configuration that made the state, by the record that a workflow leaves in the same results
+            folder.
+        sampling: a name in the configuration, a preset, or the settings themselves; None is the first of the row that
+            the file belongs to, else the papers' (`USUAL`).
+        classes: sample i is of the class in place i, counted round; none leaves it to `sampling`.
+        prompts: likewise, for a network that follows captions.
+        decoder: folder or hub id of an AutoencoderKL; None is the configuration's.
+        device: torch's name of it.
+        layout, model: of a checkpoint, as for `haste.models.exchange.open_weights`; the model by its name.
+        changes: of `sampling`, such as guidance, seed, weights.
+
+    Raises:
+        ValueError: the file, the decoder or what is asked for is refused; the message says what to do.
+    """
+    config = config or _made_by(Path(file))
+    told = (str(file), decoder, device, model, layout)
+    found = _alone(*told) if config is None else _configured(config, *told)
+    name = (found.recipe.get("condition") or {"name": "labels"})["name"]
+    _check_asked(str(file), name, found.recipe["classes"], classes, prompts)
+    way = sampling if isinstance(sampling, Sampling) else _way(found, sampling)
+    changes = {key: value for key, value in changes.items() if value is not None}
+    changes |= {"labels": list(classes)} if classes else {}
+    changes |= {"prompts": list(prompts)} if prompts else {}
+    count = {"count": max(way.count, len(classes), len(prompts))}  # which decides nothing here
+    return found.painter(Sampling.model_validate({**way.model_dump(), **count, **changes}))
+
+
+def _made_by(file: Path) -> Config | None:
+    """The configuration of a state in a results folder: of those that a workflow ran there, the latest that has it."""
+    root = file.absolute().parent.parent.parent
+    if not STATE_NAME.match(file.name) or not file.is_file():
+        return None
+    records = sorted(root.glob("*/config.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for record in records:
+        try:
+            # Its paths are as seen from the folder in which it ran.
+            found = configuration.resolve({**configuration.read(record), "results": str(root)})
+            if state_named(Plan(found), str(file)) is not None:
+                return found
+        except ValueError as error:  # another one may have the state
+            log.warning("%s", error)
+    return None
+
+
+def _configured(
+    config: Config, file: str, decoder: str | None, device: str, model: str | None, layout: str | None
+) -> _Subject:
+    plan = Plan(config)
+    state = state_named(plan, file)
+    if state is not None:
+        ways = config.runs[run_through(plan, state)].sampling
+    else:
+        raw = config.model_dump(mode="json") | {"forks": {}}  # their branches are rows already
+        row = put_row(raw, config, file, model, layout)
+        ways = config.evaluate[row].sampling if row in config.evaluate else []
+        plan = Plan(configuration.resolve(raw))
+        state = next(one.evaluation.state for one in plan.rows if one.run == row)
+    recipe = plan.trajectories[state.trajectory].recipe
+
+    def painter(sampling: Sampling) -> Painter:
+        return painter_of(plan, state, sampling, decoder=decoder, device=device)
+
+    return _Subject(recipe, config.sampling, ways[0] if ways else _usual(recipe), painter)
+
+
+def _alone(file: str, decoder: str | None, device: str, model: str | None, layout: Any) -> _Subject:
+    """A checkpoint of a SiT or DiT without a configuration."""
+    if model is not None and model not in MODELS:
+        raise ValueError(f"model {model!r}: expected one of {', '.join(MODELS)}, or a configuration that has it")
+    found = open_weights(file, layout=layout, model=MODELS[model] if model else None)
+    shape, facts = dict(found.shape), found.facts
+    if "classes" not in shape:
+        raise ValueError(
+            f"{file}: was trained with captions; name a configuration with their encoder and its `condition`"
+        )
+    ddpm = shape.get("architecture") == "dit"
+    recipe = {
+        "model": {("channels" if k == "in_channels" else k): v for k, v in shape.items() if k != "classes"},
+        "classes": shape["classes"],
+        "training": {"process": {"name": "ddpm"}} if ddpm else {"path": facts.get("path") or "linear"},
+    }
+    if decoder is None:
+        raise ValueError(
+            f"{file}: no configuration that ran in its results folder has it, so nothing says its decoder. Name the "
+            "configuration, or a decoder: a folder or hub id of an AutoencoderKL, such as stabilityai/sd-vae-ft-ema"
+        )
+
+    def painter(sampling: Sampling) -> Painter:
+        network, vae = found.model(sampling.weights).to(device), Autoencoder.load(decoder, device=device)
+        if vae.channels != network.in_channels:
+            raise ValueError(f"{decoder}: of {vae.channels} channels, but {file} of {network.in_channels}")
+        return Painter(network, sampling, vae, process_in(recipe), condition_in(recipe), vae.scale, vae.shift)
+
+    return _Subject(recipe, {}, _usual(recipe), painter)
+
+
+def _usual(recipe: Mapping[str, Any]) -> str:
+    return USUAL.get((recipe["training"].get("process") or {"name": "interpolant"})["name"], "")
+
+
+def _way(found: _Subject, name: str | None) -> Sampling:
+    """A way to sample by its name."""
+    wanted = name or found.usual
+    if wanted in found.ways:
+        return found.ways[wanted]
+    if wanted not in PRESETS:
+        known = ", ".join({**found.ways, **PRESETS})
+        raise ValueError(f"sampling {wanted!r}: expected one of {known}")
+    return Sampling.model_validate({"preset": wanted})
+
+
+def _check_asked(file: str, condition: str, known: int, classes: Sequence[int], prompts: Sequence[str]) -> None:
+    """Refuse what the network does not follow."""
+    if classes and prompts:
+        raise ValueError("found classes and prompts, expected one of the two")
+    if classes and condition != "labels":
+        raise ValueError(f"{file}: was trained with {condition} and knows no classes; ask for prompts")
+    if prompts and condition == "labels":
+        what = f"classes 0 to {known - 1}; ask for these" if known else "no labels; ask for neither"
+        raise ValueError(f"{file}: was trained with labels and follows no prompts, but {what}")
+    if outside := [one for one in classes if not 0 <= one < known]:
+        expected = f"0 to {known - 1}" if known else "none: it was trained without labels"
+        raise ValueError(f"{file}: has no class {outside[0]}, expected {expected}")
+
+
+def pictures(painter: Painter, count: int) -> dict[str, np.ndarray]:
+    """The first samples of a painter, as `Painter.draw`: `image` (N, R, R, 3) uint8, the condition's rows, `nfe`."""
+    watch, found = _Watch("pictures", count), []
+    for low in range(0, count, BATCH):
+        rows = range(low, min(low + BATCH, count))
+        found.append(painter.draw(rows, lambda share, rows=rows: watch(share * len(rows))))
+        watch.finished(len(rows), True)
+    return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+
+
+def write(out: Path | str, painter: Painter, count: int) -> None:
+    """Draw the first samples and write them: a `.png` with all, an `.npz` like ADM's, or a folder of PNGs.
+
+    Each file has a record of how it was made, which `haste show` prints.
+
+    Raises:
+        ValueError: another suffix; or there is a file that is no drawing, or a folder with files.
+    """
+    out = Path(out)
+    check_out(out)
+    found = pictures(painter, count)
+    rows = {name: found[name] for name in painter.condition.fields}
+    told = painter.condition.words(rows) or rows.get("label", np.arange(count)).tolist()
+    made = {"weights": weights_identity(painter.model), "autoencoder": painter.autoencoder.identity}
+    about = {"schema": artefact.SCHEMA, "kind": KIND, "sampling": painter.sampling.model_dump(exclude={"count"})}
+    about |= {"pictures": told, "provenance": artefact.provenance(inputs=made)}
+    if out.suffix == ".npz":
+        arrays = {"arr_0": found["image"], "nfe": found["nfe"], **{ADM.get(name, name): rows[name] for name in rows}}
+        with artefact.replacing(out) as aside, open(aside, "wb") as file:
+            np.savez(file, **arrays, haste=np.array(artefact.canonical(about)))  # type: ignore[arg-type]
+    elif out.suffix == ".png":
+        write_png(out, _grid(painter, found["image"]), about)
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(found["image"]):
+            write_png(out / f"{number:06d}.png", Image.fromarray(image), {**about, "pictures": told[number]})
+
+
+def _grid(painter: Painter, images: np.ndarray) -> Image.Image:
+    """All pictures: a column per class or prompt, if these were asked for, else about as many columns as rows."""
+    columns = len(painter.sampling.prompts or painter.sampling.chosen) or math.ceil(math.sqrt(len(images)))
+    columns = min(columns, len(images))
+    place, scale = np.arange(len(images)) % columns, max(1, LEAST // images.shape[1])
+    rows = -(-len(images) // columns)
+    return class_grid(images, place, per_class=rows, scale=scale, classes=range(columns))
+
+
+def check_out(out: Path) -> None:
+    """Refuse a place for drawings that would overwrite something else; raises ValueError."""
+    if out.suffix not in (".png", ".npz", ""):
+        raise ValueError(f"{out}: expected a .png, an .npz, or a folder, whose name has no suffix")
+    if out.is_dir() and (out.suffix or any(out.iterdir())):
+        raise ValueError(f"{out}: is a folder{'' if out.suffix else ' with files'}; expected another name")
+    if out.is_file():
+        try:
+            kind = provenance_of(out).get("kind")
+        except ValueError:
+            kind = None
+        if kind != KIND:
+            raise ValueError(f"{out}: is there already and is no drawing; remove it, or give another name")

@@ -1,0 +1,74 @@
+"""The state or checkpoint that a command's FILE names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from haste.config import MODELS, Config
+from haste.files.provenance import read_header
+from haste.models.exchange import open_weights
+from haste.plan.names import State
+from haste.plan.plan import Plan
+
+
+def state_named(plan: Plan, file: str) -> State | None:
+    """The state of the plan with this name or file; None for a file that is none of its states.
+
+    Raises:
+        ValueError: neither a file, nor a state of the plan.
+    """
+    path = Path(file)
+    if not path.exists() and file.rpartition("/")[0] not in plan.trajectories:
+        expected = "a state of the configuration, by its file or as TRAJECTORY/STEP, or a checkpoint from elsewhere"
+        raise ValueError(f"{file}: no such file; expected {expected}")
+    if not path.exists():
+        return plan.parse(file)
+    try:
+        header = read_header(path)
+        state = plan.parse(f"{header.get('trajectory')}/{header['step']}")
+    except (ValueError, IsADirectoryError):  # not one of our states
+        return None
+    return state if Path(plan.path(state)).exists() and path.samefile(plan.path(state)) else None
+
+
+def run_through(plan: Plan, state: State) -> str:
+    """A run that passes through a state."""
+    return next(
+        run
+        for (run, _), pieces in plan.pieces.items()
+        if any(piece.trajectory == state.trajectory and piece.holds(state.step) for piece in pieces)
+    )
+
+
+def put_row(raw: dict[str, Any], config: Config, file: str, model: str | None, layout: str | None) -> str:
+    """Put a row that evaluates a checkpoint into a configuration, unless it has one. Returns its name.
+
+    Args:
+        raw: the configuration, to be resolved.
+        config: the same before.
+        file: the checkpoint.
+        model: its model; None is that of its weights.
+        layout: whose file it is; None detects it.
+    """
+    for known, spec in config.evaluate.items():
+        if Path(spec.checkpoint).exists() and Path(spec.checkpoint).samefile(file):
+            return known
+    name = Path(file).name
+    while name in raw["runs"] or name in raw["evaluate"]:
+        name += "'"
+    sampling = next(iter(config.sampling), "ode-50")  # nothing is sampled, but a row needs one
+    row = {"checkpoint": file, "model": model or _model_of(config, file, layout), "sampling": [sampling], "step": 0}
+    raw["evaluate"][name] = row if layout is None else {**row, "layout": layout}
+    return name
+
+
+def _model_of(config: Config, file: str, layout: Any) -> str:
+    """The model of a checkpoint, from its weights."""
+    shape = open_weights(file, layout=layout).shape
+    known = {**MODELS, **config.models}
+    for name, model in known.items():
+        alike = model.architecture == shape.get("architecture", "sit")
+        if alike and model.settings.items() <= shape.items():
+            return name
+    raise ValueError(f"{file}: of no model of this configuration or of the papers; expected one, or --model")

@@ -1,0 +1,70 @@
+"""Saving in the background: a copy of the state in the host's memory is written while training goes on.
+
+One save is in flight at a time. A kill during one leaves the save before; whoever needs the file waits for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("haste.train")
+
+
+class Background:
+    """Writes what it is given, in a thread of its own. Only rank 0 needs one."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "saving")
+        self._now: Future[None] | None = None
+        self._host: dict[str, Tensor] = {}  # kept for the next copy: page-locked memory is slow to get
+
+    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors as they are now, in the host's memory; of a GPU's in page-locked memory, at the bus's full speed.
+        It waits for the save in flight, whose copies these overwrite.
+
+        Raises:
+            OSError: as `settle`.
+        """
+        self.settle()
+        kept, self._host = self._host, {}
+        for name, value in tensors.items():
+            to = kept.get(name)
+            if to is None or to.shape != value.shape or to.dtype != value.dtype:
+                to = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self._host[name] = to.copy_(value, non_blocking=True)
+        if any(value.is_cuda for value in tensors.values()):
+            torch.cuda.synchronize()
+        return dict(self._host)
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Begin to write; `copy` and `settle` wait for it."""
+        self._now = self._pool.submit(write)
+
+    def check(self) -> None:
+        """Raise what a save that has ended raised, without waiting for one in flight."""
+        if self._now is not None and self._now.done():
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the save in flight.
+
+        Raises:
+            OSError: it could not be written, such as on a full disk; existing files stay as they were.
+        """
+        now, self._now = self._now, None
+        if now is not None:
+            now.result()
+
+    def close(self) -> None:
+        """Wait for the save in flight, of which only a word is left if it fails, and free the copies."""
+        try:
+            self.settle()
+        except Exception as error:  # what ends training is already on its way
+            log.error("the last save failed: %s", error)
+        self._pool.shutdown()
+        self._host = {}

@@ -1,0 +1,133 @@
+"""Saving goes on beside training, and loses nothing."""
+
+import errno
+import os
+import re
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from haste import config
+from haste.files import tensors as files
+from haste.train import checkpoint, loop
+
+QUIET = {"log_every": 100, "trackers": []}
+
+
+def read(path):
+    with files.opened(path, "state") as file:
+        return files.read(path, file, list(file.keys()))
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """What happens to a write into the folder of rolling states: `disk.append(function)`."""
+    first, write = [], files.write
+
+    def written(path, tensors, header):
+        if first and "rolling" in str(path):
+            first.pop(0)()
+        write(path, tensors, header)
+
+    monkeypatch.setattr(files, "write", written)
+    return first
+
+
+def test_training_goes_on_while_a_slow_disk_writes_and_the_next_save_waits_for_it(make_plan, disk, monkeypatch):
+    plan = make_plan(runs={"short": {"milestones": [6]}}, runtime={**QUIET, "save_every": 2})
+    may_end, seen, step = threading.Event(), [], loop.Loop._step
+    disk.append(lambda: seen.append("writes") or may_end.wait(60) or seen.append("hangs"))
+    disk.append(lambda: seen.append("writes again"))
+
+    def counted(self, batch):
+        seen.append(batch.step)
+        if batch.step == 3:  # the state after two steps is still on its way
+            may_end.set()
+        return step(self, batch)
+
+    monkeypatch.setattr(loop.Loop, "_step", counted)
+    loop.train(plan, plan.state("short", 6))
+    assert "hangs" not in seen and seen.index("writes") < seen.index(3) < seen.index("writes again")
+
+
+def test_a_state_saved_in_the_background_is_that_of_its_step_to_the_bit(make_plan):
+    runs = {"short": {"milestones": [4]}, "long": {"milestones": [7]}}
+    plan = make_plan(runs=runs, runtime={**QUIET, "save_every": 1, "keep_every": 4})
+    kept = Path(plan.path(plan.state("short", 4)))
+    expected = read(loop.train(plan, plan.state("short", 4)))
+    kept.unlink()
+    loop.train(plan, plan.state("long", 7))  # saves the same state on its way, while it goes on
+    found = read(kept)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_disk_that_is_full_during_a_save_in_the_background_ends_training_with_its_name(make_plan, disk):
+    plan = make_plan(runs={"short": {"milestones": [300]}}, runtime={**QUIET, "save_every": 2})
+    steps = []
+
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "step-2")
+
+    disk.append(full)
+    with pytest.raises(OSError, match="No space left"):
+        loop.train(plan, plan.state("short", 300), lambda: steps.append(1) or 0)
+    assert len(steps) <= 4  # the next save would have raised it too
+    assert not list(Path(plan.path(plan.state("short", 300))).parent.rglob("*.part"))
+
+
+def test_whoever_asks_training_to_stop_finds_both_states_whole(make_plan, disk):
+    plan = make_plan(runs={"short": {"milestones": [9]}}, runtime={**QUIET, "save_every": 2})
+    steps, may_end = [], threading.Event()
+    disk.append(lambda: may_end.wait(60))
+
+    def stop():
+        steps.append(1)
+        if len(steps) == 3:
+            threading.Timer(0.3, may_end.set).start()
+        return int(len(steps) == 3)
+
+    with pytest.raises(loop.Interrupted, match="after step 3, which is saved"):
+        loop.train(plan, plan.state("short", 9), stop)
+    rolling = sorted(Path(plan.path(plan.state("short", 9))).parent.joinpath("rolling").glob("*.safetensors"))
+    assert [path.name for path in rolling] == ["step-00000002.safetensors", "step-00000003.safetensors"]
+    assert all(map(read, rolling))
+
+
+def test_saves_by_the_clock_come_once_a_period(make_plan, monkeypatch):
+    plan = make_plan(runs={"short": {"milestones": [12]}}, runtime={**QUIET, "save_every": "5 min"})
+    now, saved, save = [0.0], [], checkpoint.Checkpoints.save
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+
+    def a_minute():
+        now[0] += 60
+        return 0
+
+    monkeypatch.setattr(
+        checkpoint.Checkpoints, "save", lambda self, *a, **how: saved.append(a[2]) or save(self, *a, **how)
+    )
+    loop.train(plan, plan.state("short", 12), a_minute)
+    assert saved == [5, 10, 12]
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "10", "0 min", "min", "10 h", None])
+def test_other_words_for_the_time_between_saves_are_refused_by_key(tiny, value):
+    tiny["runtime"]["save_every"] = value
+    with pytest.raises(
+        ValueError, match="runtime.save_every: .*expected a number of steps, or of minutes such as '10 min'"
+    ):
+        config.resolve(tiny)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_reading_a_state_takes_no_memory_of_its_own_but_maps_the_file_that_all_ranks_share(tmp_path):
+    files.write(tmp_path / "large", {"a": torch.zeros(2**26)}, {})
+
+    def own():
+        return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+    before = own()
+    found = read(tmp_path / "large")
+    assert found["a"].nbytes == 2**28 and own() - before < 2**24
