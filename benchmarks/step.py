@@ -11,7 +11,6 @@ With --pairs, vanilla and HASTE after its stop then take turns, so that slow spe
 from __future__ import annotations
 
 import argparse
-import itertools
 import resource
 import statistics
 import time
@@ -22,12 +21,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from haste import config
 from haste.data.batches import Batch
 from haste.diffusion.interpolant import Interpolant
+from haste.measure.steps import cpu_peak_megabytes
 from haste.models.attention import logsumexp_works
 from haste.teachers.encoder import TEACHERS, Teacher
 from haste.train.state import Learner, new_learner, restore, tensors_of
@@ -202,21 +201,15 @@ class Variant:
 
     def peak_memory(self) -> float:
         """MB at the height of a step, by the allocator: weights, averages, moments and teacher included."""
-        return self.memory if self.device.type == "cuda" else cpu_peak_megabytes(self)
+        return self.memory if self.device.type == "cuda" else cpu_peak_megabytes(self.step, held(self))
 
 
-def cpu_peak_megabytes(variant: Variant) -> float:
-    """What a step finds in memory, and the most that it holds beside it: torch's own record of every allocation."""
+def held(variant: Variant) -> list[torch.Tensor]:
+    """What is in memory between steps."""
     kept = [*variant.learner.model.parameters(), *variant.learner.ema.parameters()]
     kept += variant.learner.projectors.parameters()
     kept += [value for moments in variant.learner.optimizer.state.values() for value in moments.values()]
-    kept += [p for teacher in variant.teachers.values() for p in teacher.network.parameters()]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        variant.step()
-    assert record.profiler is not None and record.profiler.kineto_results is not None
-    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return (sum(tensor.nbytes for tensor in kept) + max(itertools.accumulate(changes))) / 1e6
+    return kept + [p for teacher in variant.teachers.values() for p in teacher.network.parameters()]
 
 
 def gigaflops(variant: Variant) -> tuple[float, float]:

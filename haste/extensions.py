@@ -19,10 +19,20 @@ from typing import Any
 GROUPS = ("samplers", "metrics", "detectors", "teachers", "models", "triggers", "measures", "processes", "conditions")
 
 
-@functools.cache
+@functools.cache  # all installed packages are looked through, and every file that is written says which add something
+def _points() -> tuple[metadata.EntryPoint, ...]:
+    every = metadata.entry_points()
+    return tuple(point for group in GROUPS for point in every.select(group=f"haste.{group}"))
+
+
 def _found(group: str) -> dict[str, metadata.EntryPoint]:
     assert group in GROUPS, group
-    return {point.name: point for point in metadata.entry_points(group=f"haste.{group}")}
+    return {point.name: point for point in _points() if point.group == f"haste.{group}"}
+
+
+def packages() -> dict[str, str]:
+    """The packages that add anything, with their versions."""
+    return {point.dist.name: point.dist.version for point in _points() if point.dist}
 
 
 def names(group: str) -> list[str]:

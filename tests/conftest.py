@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import gc
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
+from warm import Warm
 
 from haste import config
 from haste.cli import main as cli
@@ -22,9 +24,22 @@ from haste.plan.plan import Plan
 TINY: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collections of garbage that training asks for need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Then it is as it was, or some libraries report as leaked what is still there when Python ends."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Bits depend on the number of threads, and tests run side by side."""
+    import torch  # here, so that the process that only hands out tests starts without it
+
     torch.set_num_threads(1)
 
 
@@ -55,6 +70,15 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[P
         return folder
 
     return made
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """A process that becomes any job at once."""
+    with tempfile.TemporaryDirectory() as folder:  # sockets have 108 characters
+        made = Warm(Path(folder))
+        yield made
+        made.close()
 
 
 @pytest.fixture(scope="session")

@@ -48,9 +48,9 @@ def installed(site: Path, monkeypatch: pytest.MonkeyPatch, *texts: str) -> Itera
     """The packages of texts where Python finds them."""
     modules = [install(site, text) for text in texts]
     monkeypatch.syspath_prepend(site)
-    extensions._found.cache_clear()
+    extensions._points.cache_clear()
     yield site
-    extensions._found.cache_clear()
+    extensions._points.cache_clear()
     config.facts_of_other.cache_clear()
     for name in modules:
         sys.modules.pop(name, None)

@@ -119,7 +119,7 @@ def test_a_measure_from_outside_has_its_file_its_table_and_its_figure(world, ins
 def test_a_measure_from_outside_has_its_keys_checked_before_anything_runs(installed, tiny, spec, words):
     points = next(installed.glob("my_haste-*")) / "entry_points.txt"
     points.write_text(points.read_text().replace("norms = ", "small = my_haste:small\nnorms = "))
-    extensions._found.cache_clear()
+    extensions._points.cache_clear()
     with pytest.raises(ValueError, match=re.escape(words)):
         config.resolve({**tiny, "measures": {"size": spec}})
 
@@ -159,7 +159,7 @@ def test_names_are_known_without_importing_what_they_name(installed, tiny):
 def test_what_cannot_be_imported_or_takes_a_name_of_ours_is_refused_by_package(installed):
     points = next(installed.glob("my_haste-*")) / "entry_points.txt"
     points.write_text("[haste.samplers]\nmidpoint = my_haste:NOTHING\n")
-    extensions._found.cache_clear()
+    extensions._points.cache_clear()
     with pytest.raises(ValueError, match=r"'midpoint' cannot be had from my_haste:NOTHING \(of my-haste\): Attrib"):
         samplers.SAMPLERS["midpoint"]
     (installed / "my_haste.py").write_text("import nothing_of_that_name\n")
@@ -172,7 +172,7 @@ def test_what_cannot_be_imported_or_takes_a_name_of_ours_is_refused_by_package(i
         ):
             samplers.SAMPLERS["midpoint"]
     points.write_text("[haste.samplers]\nheun = my_haste:MIDPOINT\n")
-    extensions._found.cache_clear()
+    extensions._points.cache_clear()
     with pytest.raises(ValueError, match=r"my_haste:MIDPOINT \(of my-haste\) is called 'heun', which is taken"):
         samplers.SAMPLERS["heun"]
 
@@ -226,7 +226,7 @@ def test_a_trigger_from_outside_has_its_keys_checked_before_anything_runs(instal
     assert refused(level=1) == "runs.HASTE.stop: below: its fields have after, which stands for something else"
     points = next(installed.glob("my_haste-*")) / "entry_points.txt"
     points.write_text("[haste.triggers]\nbelow = my_haste:small\n")
-    extensions._found.cache_clear()
+    extensions._points.cache_clear()
     assert "expected a class derived from haste.align.triggers.Trigger" in refused(level=1)
 
 

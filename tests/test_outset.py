@@ -489,6 +489,30 @@ def test_a_teacher_that_timm_does_not_know_is_refused_by_the_plan(make_plan, cap
     make_plan(teachers={"vit": {"pretrained": {"name": "vit_tiny_patch16_224.augreg_in21k"}}}).check()
 
 
+def test_a_layer_that_only_the_weights_of_a_teacher_tell_is_refused_by_key_before_the_first_job(
+    make_plan, tmp_path, capsys
+):
+    file = tmp_path / "w.safetensors"
+    sparse(file, dict(list(SMALL.items())[:4]))  # three blocks
+    teacher = {"vit": {"pretrained": {"name": "vit_tiny_patch16_224.augreg_in21k", "weights": str(file)}}}
+    own = {"images": {**TINY["images"], "resolution": 256}, "autoencoder": {"trained": {"steps": 2, "factor": 2}}}
+
+    def asked(layer, layers):
+        features = {**TINY["alignments"]["HASTE"]["features"], "layer": layer}
+        attention = {**TINY["alignments"]["HASTE"]["attention"], "teacher_layers": layers}
+        return make_plan(
+            **own,
+            teachers=teacher,
+            alignments={"HASTE": {"features": features, "attention": attention}},
+            runs={"a": {"alignment": "HASTE"}},
+        )
+
+    refused = thrown(capsys, "plan", "-c", asked(3, [2, 4]).file)
+    assert "alignments.HASTE.features.layer: [3], but vit has layers 0 to 2" in refused
+    assert "alignments.HASTE.attention.teacher_layers: [4], but vit has layers 0 to 2" in refused
+    asked(1, [0, 1]).check()
+
+
 def test_patches_that_do_not_fit_the_images_are_refused_by_the_plan(make_plan, capsys):
     plan = make_plan(teachers={"vit": {"pretrained": {"name": "DINOv2-B"}}})
     assert "images of 8 px give an input of 7 px, which is not a" in thrown(capsys, "plan", "-c", plan.file)

@@ -1,8 +1,6 @@
 """A folder of pictures as people have them becomes a table, on a CPU, by the configuration that they start from."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -134,14 +132,13 @@ def test_a_handful_of_pictures_goes_all_the_way(plan, capsys):
     assert ("class accuracy" in page) == bool(classes)
 
 
-def test_pictures_are_checked_once_before_their_shards_where_bad_ones_are_left_out(tmp_path):
+def test_pictures_are_checked_once_before_their_shards_where_bad_ones_are_left_out(warm, tmp_path):
     root = MINE.parent.parent
     (tmp_path / "pictures").mkdir()  # empty files: only their names are counted
     for i in range(yaml.safe_load(MINE.read_text())["images"]["holdout"] + 1):
         (tmp_path / "pictures" / f"{i}.png").touch()
-    command = [sys.executable, "-m", "snakemake", "-n", "--cores", "1", "--snakefile", str(root / "workflow/Snakefile")]
-    command += ["--workflow-profile", str(root / "profiles/default"), "--configfile", str(MINE)]
-    done = subprocess.run([*command, "--directory", str(tmp_path)], capture_output=True, text=True)
+    command = ["-n", "--cores", "1", "--snakefile", root / "workflow" / "Snakefile", "--directory", tmp_path]
+    done = warm.snakemake(*command, "--workflow-profile", root / "profiles" / "default", "--configfile", MINE)
     assert done.returncode == 0, done.stderr
     jobs = re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE)
     assert jobs.count("images_check") == 1

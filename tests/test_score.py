@@ -354,7 +354,7 @@ def test_statistics_of_pytorch_fid_alone_give_the_workflow_its_fid_and_nothing_t
     assert "FID against the statistics in stats.npz, of images that it does not tell" in made["notes"]
     floor = score.floor(stores[1], detector="coco", held_out_accuracy=None, key="k", path=tmp_path / "floor.json")
     assert floor["scores"] == {}  # no image against another
-    adm_file(tmp_path / "adm.npz", np.zeros((2, 4, 4, 3), np.uint8))
+    adm_file(tmp_path / "adm.npz", np.zeros((2, 4, 4, 3), np.uint8), mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(ValueError, match="expected pytorch-fid's mu and sigma alone, found arr_0"):
         reference_of_file(tmp_path / "adm.npz", detector, folder=tmp_path / "no", key="r", recipe={})
 

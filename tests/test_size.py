@@ -2,7 +2,7 @@
 as in ImageNet and 50,000 samples as in its tables, with small rows. Bounds are in bytes that Python allocates."""
 
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,14 +34,19 @@ def peak(run: Callable[[], Any]) -> int:
         tracemalloc.stop()
 
 
+def features() -> Iterator[np.ndarray]:
+    """A detector's features of as many images as ImageNet has: 164 MB."""
+    block = 2**16
+    drawn = np.random.default_rng(0).standard_normal((block, WIDTH), dtype=np.float32)
+    return (drawn[: min(block, IMAGES - low)] + np.float32(low / IMAGES) for low in range(0, IMAGES, block))
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> Store:
-    """A detector's features of as many images as ImageNet has: 164 MB."""
-    folder, block = tmp_path_factory.mktemp("real"), 2**16
-    drawn = np.random.default_rng(0).standard_normal((block, WIDTH), dtype=np.float32)
+    """A store of them."""
+    folder = tmp_path_factory.mktemp("real")
     common: dict[str, Any] = {"kind": "features", "key": "k", "recipe": {}, "shards": 1, "provenance": {}}
-    parts = (drawn[: min(block, IMAGES - low)] + np.float32(low / IMAGES) for low in range(0, IMAGES, block))
-    batches = ({"pool": part, "label": np.zeros(len(part), np.int64)} for part in parts)
+    batches = ({"pool": part, "label": np.zeros(len(part), np.int64)} for part in features())
     fields = {"pool": ((WIDTH,), "float32"), "label": ((), "int64")}
     write_shard(folder, shard=0, total=IMAGES, fields=fields, batches=batches, facts={"detector": "d" * 64}, **common)
     join(folder, splits={}, **common)
@@ -60,7 +65,7 @@ def test_the_moments_of_1281167_real_images_are_computed_once_and_in_pieces(refe
     stats, _ = workflow.real_statistics(reference)
     near = [name for name in stats if METRICS[name].reference_rows]
     assert len(near) == 2 and sum(rows) == NEIGHBOURS  # precision and recall, and KID, use the same rows
-    whole = reference.read("pool", np.arange(IMAGES)).astype(np.float64)
+    whole = np.concatenate(list(features())).astype(np.float64)
     np.testing.assert_allclose(stats["frechet"].mean, whole.mean(axis=0), rtol=1e-9)
     np.testing.assert_allclose(stats["frechet"].covariance, np.cov(whole.T), rtol=1e-9, atol=1e-12)
 

@@ -37,10 +37,16 @@ ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ
 
 
 class Workshop:
-    """A results folder with its configuration, and Snakemake on it as a user starts it."""
+    """A results folder with its configuration, and Snakemake on it as a user starts it.
 
-    def __init__(self, folder: Path, name: str = "tiny", **changes):
+    With `warm`, it and its jobs are children of a process that has imported everything; without, they start as a user's
+    do: to make the whole path once, and where it matters which process holds what and which is killed.
+    """
+
+    def __init__(self, folder: Path, name: str = "tiny", warm=None, **changes):
         self.folder, self.root, self.name = folder, folder / "results", name
+        self.program = [*warm.client, "snakemake"] if warm else [sys.executable, "-m", "snakemake"]
+        self.environment = {**ENVIRONMENT, **(warm.environment if warm else {})}
         self.configure(**changes)
 
     def configure(self, **changes):
@@ -60,7 +66,7 @@ class Workshop:
 
     def command(self, *arguments):
         return [
-            *(sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "workflow" / "Snakefile")),
+            *(*self.program, "--snakefile", str(ROOT / "workflow" / "Snakefile")),
             *("--workflow-profile", str(ROOT / "profiles" / "default"), "--directory", str(self.folder)),
             *("--configfile", str(self.folder / f"{self.name}.yaml"), "--cores", "2", *arguments),
         ]
@@ -68,10 +74,12 @@ class Workshop:
     def started(self, *arguments):
         """Snakemake at work, in a process group of its own."""
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-        return subprocess.Popen(self.command(*arguments), env=ENVIRONMENT, **options)
+        return subprocess.Popen(self.command(*arguments), env=self.environment, **options)
 
     def snakemake(self, *arguments):
-        return subprocess.run(self.command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=800)
+        return subprocess.run(
+            self.command(*arguments), capture_output=True, text=True, env=self.environment, timeout=800
+        )
 
     def on_a_node(self, rule, **wildcards):
         """Run a job as the executor does on the node that it was submitted to."""
@@ -123,10 +131,10 @@ def finished(_finished_data, once):
 
 
 @pytest.fixture
-def shop(finished, tmp_path):
+def shop(finished, warm, tmp_path):
     """A copy of the finished results, times kept, free to be broken."""
     shutil.copytree(finished.root, tmp_path / "results")  # with its times
-    return Workshop(tmp_path)
+    return Workshop(tmp_path, warm=warm)
 
 
 def test_the_whole_path_ends_in_a_report_with_every_row(finished):
@@ -189,13 +197,15 @@ def test_a_dit_is_trained_sampled_scored_and_reported_by_the_same_rules(shop):
     assert Path(plan.path(plan.state("DiT", 8))).parent.name.startswith("DiT-d2w16p2-")
 
 
-def test_training_on_cached_targets_that_the_workflow_made_is_online_training_to_half_precision(make_plan, tmp_path):
+def test_training_on_cached_targets_that_the_workflow_made_is_online_training_to_half_precision(
+    make_plan, warm, tmp_path
+):
     runs, (vit,) = {"HASTE": {"alignment": "HASTE", "milestones": [8]}}, TINY["teachers"].values()
     plan = make_plan(runs=runs)
     path = loop.train(plan, plan.state("HASTE", 8))
     online = load_file(path)
     shutil.rmtree(path.parent)
-    shop = Workshop(tmp_path)
+    shop = Workshop(tmp_path, warm=warm)
     shop.configure(teachers={"vit": {**vit, "cache": "features+attention"}}, runs=runs)
     done = shop.snakemake(str(path))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
@@ -210,13 +220,13 @@ def test_training_on_cached_targets_that_the_workflow_made_is_online_training_to
     assert 0 < apart < 0.03 * moved  # not zero: targets on disk are rounded to float16
 
 
-def test_snakemakes_own_report_has_the_page_and_the_pictures(finished, tmp_path):
+def test_snakemakes_own_report_has_the_page_and_the_pictures(shop, tmp_path):
     file = tmp_path / "snakemake.html"
-    done = finished.snakemake("--report", str(file))
+    done = shop.snakemake("--report", str(file))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     text = file.read_text()
     assert "Samples" in text and "index.html" in text
-    grids = [path for path in finished.plan.shown if path.endswith("grid.png")]
+    grids = [path for path in shop.plan.shown if path.endswith("grid.png")]
     assert all(Path(path).parent.name in text for path in grids)
 
 
@@ -299,7 +309,7 @@ def test_a_fresh_clone_over_existing_results_trains_nothing(shop, tmp_path):
         part.replace(str(ROOT), str(clone)) if part.startswith(str(ROOT / "workflow")) else part
         for part in shop.command("-n")
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=shop.environment)
     assert done.returncode == 0, done.stderr
     assert "Nothing to be done" in done.stdout + done.stderr
 
@@ -420,12 +430,15 @@ def test_two_snakemakes_of_one_configuration_the_second_says_who_holds_it_and_st
         Path(target).unlink()
     lock = Path(shop.plan.folder, ".lock")
     lock.unlink()
-    first = shop.started(*targets)
-    limit = time.monotonic() + 60
-    while not (lock.exists() and lock.read_text()) and time.monotonic() < limit:
-        time.sleep(0.02)
-    second = shop.snakemake(*targets)
-    assert first.poll() is None, "the first was over before the second began"
+    real = Workshop(shop.folder)
+    real.environment = shop.environment
+    with locks.holding(Path(targets[0]).parent / "lock", "the test, so that the first is not over too early"):
+        first = real.started(*targets)
+        limit = time.monotonic() + 60
+        while not (lock.exists() and lock.read_text()) and time.monotonic() < limit:
+            time.sleep(0.02)
+        second = shop.snakemake(*targets)
+        assert first.poll() is None
     assert second.returncode != 0
     assert f"is in use (lock {lock}) by process {first.pid} on " in second.stdout + second.stderr
     assert "localrule train" not in second.stdout + second.stderr
@@ -434,10 +447,11 @@ def test_two_snakemakes_of_one_configuration_the_second_says_who_holds_it_and_st
     assert all(Path(target).exists() for target in targets)
 
 
-def test_three_configurations_at_once_make_each_artefact_once_and_wait_for_one_another(make_plan, tmp_path):
+def test_three_configurations_at_once_make_each_artefact_once_and_wait_for_one_another(make_plan, warm, tmp_path):
     make_plan()  # the stores; those removed below are made again
-    steps = {"one": [8], "two": [8, 12], "three": [8, 16]}
-    shops = [Workshop(tmp_path, n, runs={"HASTE": {"alignment": "HASTE", "milestones": m}}) for n, m in steps.items()]
+    milestones = {"one": [8], "two": [8, 12], "three": [8, 16]}
+    runs = {name: {"HASTE": {"alignment": "HASTE", "milestones": steps}} for name, steps in milestones.items()}
+    shops = [Workshop(tmp_path, name, warm, runs=rows) for name, rows in runs.items()]
     plan = shops[0].plan
     for folder in (plan.autoencoder.folder, plan.teachers["vit"].folder):
         shutil.rmtree(folder)
@@ -493,14 +507,7 @@ def test_a_killed_snakemake_leaves_no_lock_and_the_same_command_goes_on(shop):
     expected = {path: load_file(path) for path in shop.root.glob("states/*/step-*.safetensors")}
     shutil.rmtree(shop.root / "states")
     targets = [shop.plan.path(state) for state in shop.plan.planned()]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    running = subprocess.Popen(
-        shop.command(*targets),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=environment,
-        start_new_session=True,
-    )
+    running = Workshop(shop.folder).started(*targets)
     limit = time.monotonic() + 120
     while not list(shop.root.glob("states/*/step-*.safetensors")) and time.monotonic() < limit:
         time.sleep(0.05)
@@ -531,8 +538,8 @@ def test_a_refused_configuration_is_refused_by_the_workflow_too_without_a_traceb
 
 
 @pytest.mark.parametrize("of", ["pictures", "reference"])
-def test_what_the_first_jobs_would_refuse_is_refused_at_the_start_by_the_workflow_too(tmp_path, of):
-    shop = Workshop(tmp_path)
+def test_what_the_first_jobs_would_refuse_is_refused_at_the_start_by_the_workflow_too(warm, tmp_path, of):
+    shop = Workshop(tmp_path, warm=warm)
     if of == "pictures":
         (tmp_path / "pictures").mkdir()
         Image.new("RGB", (9, 9)).save(tmp_path / "pictures" / "0.png")

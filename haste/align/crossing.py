@@ -92,18 +92,17 @@ def _bounds(curve: Curve, weights: Array, together: bool = False) -> tuple[Array
     """As `interval`, for weighted means over steps; weights: (K, T), of which each column sums to 1."""
     at = curve.values @ weights  # (U, T)
     mean, units, tail = at.mean(axis=0), len(at), (1 - LEVEL) / 2
-    if together and not (curve.by == "images" and units > 1):
-        tail /= weights.shape[1]  # Bonferroni
+    each = tail / weights.shape[1] if together else tail  # Bonferroni
     if units == 1:
         if curve.errors is None:
             return np.full_like(mean, np.nan), np.full_like(mean, np.nan)
-        half = -NormalDist().inv_cdf(tail) * (curve.errors @ weights)  # an upper bound, whatever their correlation
+        half = -NormalDist().inv_cdf(each) * (curve.errors @ weights)  # an upper bound, whatever their correlation
         return mean - half, mean + half
     error = at.std(axis=0, ddof=1) / math.sqrt(units)
     if curve.by == "seeds":
-        half = -float(stdtrit(units - 1, tail)) * error
+        half = -float(stdtrit(units - 1, each)) * error
         return mean - half, mean + half
-    spread = (at - mean).T @ _resampled(units) * _expansion(units, tail)  # (T, B)
+    spread = (at - mean).T @ _resampled(units) * _expansion(units, each)  # (T, B)
     if together:  # the largest deviation of all steps, in standard errors
         safe = np.where(error > 0, error, 1.0)
         half = float(np.quantile(np.abs(spread / safe[:, None]).max(axis=0), LEVEL)) * error

@@ -58,6 +58,8 @@ from haste.config.published import (
     MODELS,
     REPA_DEPTH,
     alignment_named,
+    filter_faults,
+    layer_faults,
     model_named,
     teacher_shape,
     teacher_tokens,

@@ -168,12 +168,12 @@ def terms_of(config: Config, run: str) -> dict[str, dict[str, Any]]:
 
 def measured_terms(config: Config, row: str, measure: str) -> dict[str, dict[str, Any]]:
     """The alignment terms that a measure compares with on a row of `runs` or `evaluate`, as in `terms_of`: the
-    row's own or, if it has none, those of `measures.NAME.alignment`; none if the measure needs none."""
+    row's own or, if it has none, those of `measures.NAME.alignment`, or the other way round; none if it needs none."""
     spec, run = config.measures[measure], config.runs.get(row)
-    if "alignment" not in spec.made.needs:
+    if not (needs := spec.made.needs & {"alignment", "named alignment"}):
         return {}
     own = terms_of(config, row) if run else {}
-    if own or spec.alignment is None:
+    if spec.alignment is None or (own and "alignment" in needs):
         return own
     return _terms(config, (run or config.evaluate[row]).model, spec.alignment)
 

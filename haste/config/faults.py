@@ -23,7 +23,17 @@ from haste.config.derived import (
 )
 from haste.config.keys import Strict, nearest
 from haste.config.parts import Autoencoder, Detector, Model, OtherModel, Teacher, architecture_named
-from haste.config.published import MAPPINGS, MODELS, alignment_named, model_named, teacher_shape, teacher_tokens
+from haste.config.published import (
+    MAPPINGS,
+    MODELS,
+    alignment_named,
+    filter_faults,
+    layer_faults,
+    model_named,
+    teacher_shape,
+    teacher_side,
+    teacher_tokens,
+)
 from haste.config.schema import (
     PRESETS,
     SAMPLERS,
@@ -256,6 +266,9 @@ def _faults_of_teachers(config: Config) -> list[str]:
         tokens = teacher_tokens(config, name)
         if tokens and teacher.pca is not None and teacher.pca > tokens[0]:
             faults.append(f"teachers.{name}.pca: {teacher.pca}, but its features have a width of {tokens[0]}")
+        shape, side = teacher_shape(teacher), teacher_side(config, name)
+        faults += layer_faults(config, name, shape[0]) if shape else []
+        faults += filter_faults(config, name, side) if side else []
         found = teacher.pretrained.name if teacher.pretrained else None
         if found is not None and found not in {*TEACHERS, *extensions.names("teachers")} and not _TIMM.match(found):
             faults.append(
@@ -287,21 +300,18 @@ def _faults_of_alignment(config: Config, name: str) -> list[str]:
     elif term.student_layers == []:
         faults.append(f"{at}.student_layers: found none, expected at least one")
     shape = teacher_shape(config.teachers[term.teacher]) if term.teacher in config.teachers else None
-    if shape is not None:  # without one it is a timm name that is not in TEACHERS: known when it is loaded
-        faults += _beyond(f"{at}.teacher_layers", term.teacher_layers, term.teacher, range(shape[0]))
-        if term.heads is not None and term.heads > shape[1]:
-            faults.append(f"{at}.heads: {term.heads}, but teacher {term.teacher} has {shape[1]}")
+    # Without a shape it is a timm name that is not in TEACHERS: known when it is loaded.
+    if shape is not None and term.heads is not None and term.heads > shape[1]:
+        faults.append(f"{at}.heads: {term.heads}, but teacher {term.teacher} has {shape[1]}")
     return faults
 
 
 def _faults_of_target(config: Config, name: str) -> list[str]:
-    """A layer that the teacher does not have, and what needs more than one token."""
+    """What needs more than one token of a teacher."""
     term, at = config.alignments[name].features, f"alignments.{name}.features"
     if term is None or term.teacher not in config.teachers:
         return []
-    shape, tokens = teacher_shape(config.teachers[term.teacher]), teacher_tokens(config, term.teacher)
-    asked = None if term.layer is None else [term.layer]
-    faults = _beyond(f"{at}.layer", asked, term.teacher, range(shape[0])) if shape else []
+    tokens, faults = teacher_tokens(config, term.teacher), []
     if tokens and tokens[1] == 1:
         alone = f"but teacher {term.teacher} has one token an image"
         faults += [f"{at}.head: conv, {alone}: there is no grid to convolve"] if term.head == "conv" else []
@@ -474,7 +484,7 @@ def _faults_of_measure(config: Config, name: str) -> list[str]:
         return []
     if spec.alignment not in config.alignments:
         return [f"{at}: nothing is called {spec.alignment!r}{nearest(spec.alignment, config.alignments)}"]
-    if "alignment" not in spec.made.needs:
+    if not spec.made.needs & {"alignment", "named alignment"}:
         return [f"{at}: {spec.alignment!r} given, but {spec.measure} compares with no alignment"]
     return []
 
@@ -494,15 +504,16 @@ def _faults_of_measuring(config: Config, kind: str, name: str) -> list[str]:
     own = kind == "runs" and alignment_named(config, row.alignment) != Alignment()
     for one in row.measures:
         spec, where = config.measures[one], f"{kind}.{name}.measures: {one}"
-        if "alignment" in spec.made.needs:
-            borrowed = None if own else alignment_named(config, spec.alignment or "vanilla")
+        if needs := spec.made.needs & {"alignment", "named alignment"}:
+            takes_own = own and ("alignment" in needs or spec.alignment is None)
+            borrowed = None if takes_own else alignment_named(config, spec.alignment or "vanilla")
             if borrowed == Alignment():
                 faults.append(
                     f"{where} ({spec.measure}) compares with an alignment, but {name} has none; expected "
                     f"measures.{one}.alignment, one of {', '.join(config.alignments) or 'alignments, which has none'}"
                 )
                 continue
-            if kind == "runs" and borrowed and borrowed.attention is None:
+            if "alignment" in needs and kind == "runs" and borrowed and borrowed.attention is None:
                 faults.append(
                     f"{where} compares with {spec.alignment}, whose features need a projector, which {name} never has; "
                     "expected an alignment with attention"

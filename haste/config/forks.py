@@ -6,12 +6,13 @@ Then one goes on with all terms and the other with none, on the same batches, ti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from haste.config.derived import falls_from, terms_of, triggers_of
 from haste.config.faults import unknown_measures, unknown_sampling
 from haste.config.keys import nearest
-from haste.config.schema import Config, Run
+from haste.config.schema import Config, Run, Trigger
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,12 @@ def _faults(config: Config, name: str) -> list[str]:
     return faults + _unaligned(config, name)
 
 
+def _watch(stops: Mapping[str, Trigger]) -> str:
+    """How a run that never stops reads what triggers read."""
+    told = ", ".join(dict.fromkeys(f"{{trigger: {stop.trigger}, ...}}" for stop in stops.values()))
+    return f", with `watch: [{told}]` and the triggers' own keys, if their readings are wanted" if told else ""
+
+
 def _unaligned(config: Config, name: str) -> list[str]:
     """Steps at which the run may no longer align."""
     fork, watched = config.forks[name], triggers_of(config, config.forks[name].run)
@@ -118,6 +125,6 @@ def _unaligned(config: Config, name: str) -> list[str]:
             )
             return [
                 f"forks.{name}.at: {fork.at[-1]}, but from step {step} on {does} in {fork.run}; expected steps up to "
-                "that, or the fork of a run that never stops"
+                f"that, or the fork of a run that never stops: a copy of {fork.run} without `stop`{_watch(watched)}"
             ]
     return []

@@ -334,6 +334,8 @@ MEASURES = {
     "denoising": "haste.measure.denoising:Denoising",
     "pca": "haste.measure.pca:PCA",
     "attention-maps": "haste.measure.attention_maps:AttentionMaps",
+    "progress": "haste.measure.progress:Progress",
+    "cost": "haste.measure.cost:Cost",
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from haste.config.parts import Model, OtherModel, Teacher
 from haste.config.schema import Alignment, Config
-from haste.networks.registry import TEACHERS
+from haste.networks.registry import TEACHERS, least_low_pass
 
 # Published sizes of DiT (its Table 1) and SiT. L, D, H; the number behind the slash is the patch size.
 _SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -47,6 +47,40 @@ def teacher_shape(teacher: Teacher) -> tuple[int, int] | None:
     assert teacher.pretrained
     found = TEACHERS.get(teacher.pretrained.name)
     return None if found is None else (found.depth, found.heads)
+
+
+def teacher_side(config: Config, name: str) -> int | None:
+    """Side in pixels of the images that enter a teacher, or None for a timm name that is not in `TEACHERS`."""
+    teacher, resolution = config.teachers[name], config.images.resolution
+    if teacher.trained:
+        return resolution
+    assert teacher.pretrained
+    found = TEACHERS.get(teacher.pretrained.name)
+    return None if found is None else found.size * resolution // 256
+
+
+def filter_faults(config: Config, name: str, side: int) -> list[str]:
+    """A filter of a teacher's images, of a side in pixels, that leaves nothing of them but their mean."""
+    found, least = config.teachers[name].filter, least_low_pass(side)
+    if found is None or found.low_pass >= 2 / side:
+        return []
+    return [
+        f"teachers.{name}.filter.low_pass: {found.low_pass:g} is below the first wave of its images of {side} px and "
+        f"leaves their mean alone; expected {least:g} or more"
+    ]
+
+
+def layer_faults(config: Config, teacher: str, depth: int) -> list[str]:
+    """Layers that alignments ask of a teacher with fewer layers."""
+    found = []
+    for name, alignment in config.alignments.items():
+        layer = getattr(alignment.features, "layer", None)
+        layers = getattr(alignment.attention, "teacher_layers", None)
+        for kind, key, asked in (("features", "layer", [layer]), ("attention", "teacher_layers", layers)):
+            wrong = [one for one in asked or [] if one is not None and one >= depth]
+            if wrong and getattr(alignment, kind).teacher == teacher:
+                found.append(f"alignments.{name}.{kind}.{key}: {wrong}, but {teacher} has layers 0 to {depth - 1}")
+    return found
 
 
 def teacher_tokens(config: Config, name: str) -> tuple[int, int] | None:

@@ -303,7 +303,7 @@ def check_entries(path: Path | str, found: Any, **expected: type) -> None:
 def code_version() -> dict[str, str]:
     """The package's version and a hash of its sources, which distinguishes an edited checkout from a release."""
     digest = hashlib.sha256()
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]  # the whole package
     for source in sorted(root.rglob("*.py")):
         digest.update(str(source.relative_to(root)).encode() + b"\0" + source.read_bytes())
     try:
@@ -314,9 +314,7 @@ def code_version() -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), **_libraries()}
-    added = (point.dist for group in extensions.GROUPS for point in metadata.entry_points(group=f"haste.{group}"))
-    return found | {package.name: package.version for package in added if package}
+    return {"python": platform.python_version(), **_libraries(), **extensions.packages()}
 
 
 @functools.cache  # it takes 0.2 s

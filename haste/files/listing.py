@@ -219,22 +219,21 @@ def _beside(found: Listing, tree: Tree, at: Mapping[Parts, Parts], lazily: bool)
     apart = len({tree.inner(place) for place in at.values()}) < len(at)
     known = {place if apart else tree.inner(place): place for place in tree.names if place[-1].endswith(captions.TXT)}
     paths = {parts: place if apart else tree.inner(place) for parts, place in at.items()}
-    used = {parts: known[text] for parts, path in paths.items() if (text := captions.beside_of(path)) in known}
+    texts = {parts: captions.beside_of(path) for parts, path in paths.items()}
+    used = {parts: known[text] for parts, text in texts.items() if text in known}
     taken = {"/".join(place) for place in used.values()}
     found = dataclasses.replace(found, unused=[one for one in found.unused if one[0] not in taken])
     if lazily:
         return dataclasses.replace(found, marks={parts: str(tree.size(place)) for parts, place in used.items()})
     table = captions.Table()
-    for parts, text in captions.beside(known, tree.read, paths):
-        table.add(str(tree.root), "/".join(parts), text)
+    for parts, said in captions.beside(known, tree.read, paths):
+        table.add(str(tree.root), "/".join(parts), said)
     return _captioned(found, {parts: table.texts.get("/".join(parts), []) for parts in at}, table.empty)
 
 
 def _captioned(found: Listing, texts: captions.Captions, empty: list[str]) -> Listing:
-    unused, marks = (
-        [*found.unused, *captions.empty(empty)],
-        {parts: captions.mark(said) for parts, said in texts.items()},
-    )
+    marks = {parts: captions.mark(said) for parts, said in texts.items()}
+    unused = [*found.unused, *captions.empty(empty)]
     return dataclasses.replace(found, captions=texts, unused=unused, marks=marks)
 
 

@@ -22,7 +22,7 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ log = logging.getLogger("haste.files")
 
 SETTING = "HASTE_LOCKS"  # "none" takes no locks
 LOOK = 0.5  # seconds between two attempts to lock
+Ask = Callable[[Callable[[], bool]], bool]
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
 
 
@@ -51,21 +52,33 @@ def holding(path: Path | str, what: str) -> Iterator[None]:
         yield
 
 
+def _alone(question: Callable[[], bool]) -> bool:
+    return question()
+
+
 @contextlib.contextmanager
-def waiting(path: Path | str, what: str) -> Iterator[bool]:
-    """As `holding`, after waiting for whoever holds it and logging who that is. Yields whether there was a wait."""
+def waiting(path: Path | str, what: str, ask: Ask = _alone) -> Iterator[bool]:
+    """As `holding`, after waiting for whoever holds it and logging who that is. Yields whether there was a wait. With
+    `ask`, as `making` has it, one process holds it for all."""
     waited = False
-    while (file := attempt(path)) is None:
-        if not waited:
-            log.info("waiting for %s: it is in use by %s", what, _words(path))
-        waited = True
-        time.sleep(LOOK)
-    with file:
+    with contextlib.ExitStack() as held:
+
+        def took() -> bool:
+            file = attempt(path)
+            return file is not None and bool(held.enter_context(file))
+
+        while not ask(took):
+            if not waited:
+                log.info("waiting for %s: it is in use by %s", what, _words(path))
+            waited = True
+            time.sleep(LOOK)
         yield waited
 
 
 @contextlib.contextmanager
-def making(path: Path | str, *, done: Path | str | None = None, anew: bool = False) -> Iterator[bool]:
+def making(
+    path: Path | str, *, done: Path | str | None = None, anew: bool = False, ask: Ask = _alone
+) -> Iterator[bool]:
     """Hold the lock of a file or folder that is to be made, after waiting for whoever makes it; remove leftovers of
     killed makers.
 
@@ -73,24 +86,32 @@ def making(path: Path | str, *, done: Path | str | None = None, anew: bool = Fal
         path: what is made.
         done: the file whose presence means that it is finished, if that is not `path`.
         anew: whether it is made again although it is there, unless another process made it during the wait.
+        ask: of processes that make it together, each of which calls this: gives all of them what one of them finds.
+            That one holds the lock. It is asked again and again during a wait, so that nobody waits long for an answer.
 
     Yields:
         Whether it is still to be made.
     """
     path, done = Path(path), Path(done or path)
-    lock, before = path.parent / ".locks" / path.name, _mark(done)
-    with waiting(lock, str(path)):
+    lock, before, mine = path.parent / ".locks" / path.name, _mark(done), list[Path]()
+
+    def to_do() -> bool:
+        mine.append(lock)
         artefact.sweep(path.parent, of=path.name if taken() else None)
+        other = _mark(done) not in (None, before)
+        found = not done.exists() or (anew and not other)
+        if not found:
+            log.info("%s: is there, %s", path, "made by another process meanwhile" if other else "nothing to make")
+        return found
+
+    with waiting(lock, str(path), ask):
         try:
-            other = _mark(done) not in (None, before)
-            to_do = not done.exists() or (anew and not other)
-            if not to_do:
-                log.info("%s: is there, %s", path, "made by another process meanwhile" if other else "nothing to make")
-            yield to_do
+            yield ask(to_do)
         finally:
-            lock.unlink(missing_ok=True)  # `attempt` notices
-            with contextlib.suppress(OSError):  # others are in it
-                lock.parent.rmdir()
+            for one in mine:
+                one.unlink(missing_ok=True)  # `attempt` notices
+                with contextlib.suppress(OSError):  # others are in it
+                    one.parent.rmdir()
 
 
 def _mark(path: Path) -> tuple[int, int] | None:

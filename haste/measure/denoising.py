@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from haste.config import Share
@@ -64,26 +63,11 @@ class Denoising(Measure):
         chosen = subject.batches(self.split).reading_indices(self.images, self.split)
         counts = min(self.groups, len(chosen))
         bounds = [len(chosen) * number // counts for number in range(counts + 1)]
-        losses = self._losses(subject, chosen)  # (T, M)
+        objective = subject.inputs.objective(subject.learner)
+        losses = subject.by_image(
+            chosen, self.t, 1, lambda batch: lambda t: objective.denoising(batch, t)[None], self.split
+        )[:, 0]
         for place, t in enumerate(self.t):
             for group in range(counts):
                 mean = losses[place, bounds[group] : bounds[group + 1]].mean()
                 yield {"t": t, "group": group, "loss": float(mean)}
-
-    def _losses(self, subject: Subject, chosen: np.ndarray) -> np.ndarray:
-        """The loss of each image at each t, (T, M) float64, on all ranks; each computes those of its share of the
-        images."""
-        import torch
-
-        group, inputs = subject.group, subject.inputs
-        found = torch.zeros(len(self.t), len(chosen), dtype=torch.float64, device=group.device)
-        objective, process = inputs.objective(subject.learner), subject.process
-        low, high = (len(chosen) * rank // group.size for rank in (group.rank, group.rank + 1))
-        for start in range(low, high, subject.part):
-            rows = range(start, min(start + subject.part, high))
-            batch = subject.batches(self.split).measured(chosen, rows).to(group.device)
-            for place, t in enumerate(self.t):
-                times = torch.full_like(batch.t, process.place(t))
-                with torch.no_grad(), inputs.precision():
-                    found[place, rows.start : rows.stop] = objective.denoising(batch, times)
-        return group.total(found).cpu().numpy()

@@ -66,7 +66,8 @@ def _measured(plan: Plan, what: Measurement, keep: bool) -> dict[str, Any] | Non
     seconds = time.monotonic() - started
     made = artefact.provenance(key=what.key, recipe=what.recipe, inputs=subject.inputs.identities, seconds=seconds)
     header = {"schema": artefact.SCHEMA, "kind": KIND, "key": what.key, "measure": spec.measure}
-    columns = {"axes": list(kind.axes), "values": dict(kind.values), **({"pooled": kind.pooled} if kind.pooled else {})}
+    how = {name: value for name in ("pooled", "along") if (value := getattr(kind, name))}
+    columns = {"axes": list(kind.axes), "values": dict(kind.values), **how}
     settings = kind.model_dump(mode="json") | ({"teacher": what.teacher} if what.teacher else {})
     about = {"settings": settings, "terms": what.recipe["terms"], "state": state}
     more = {"teachers": teachers, "pictures": [one.entry for one in subject.pictures]}

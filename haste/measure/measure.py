@@ -35,10 +35,14 @@ class Measure(Strict):
     are part of the result's name; one that is added later is marked `LATER`.
 
     Attributes:
-        needs: requirements besides the network and the images: `alignment`, for the losses against teachers; `teacher`,
-            for the features of one, which a key `teacher` names; `classes`, for labels; `decoder`, for pictures.
+        needs: requirements besides the network and the images: `alignment`, for the losses against teachers, those of
+            the row or else of the alignment that is named; `named alignment`, for those of the alignment that is named,
+            the same for all rows, or else of the row; `teacher`, for the features of one, which a key `teacher` names;
+            `classes`, for labels; `decoder`, for pictures.
         axes: location columns. Numbers are axes of the figure, words have a panel each.
         values: value columns -> the column of the standard error, "" if there is none.
+        along: what figures are over: `step`; `nothing`, for no figures; "" for the first axis of numbers.
+        once: whether it says the same of all states of a run; it is then taken of the last one alone.
         pooled: an axis of groups of images, over which the report shows the mean with its standard error; "" for none.
         weights: which of a state's weights; a file with only one set gives that one.
         seed: of the choice of images, and of their noise.
@@ -48,6 +52,8 @@ class Measure(Strict):
     axes: ClassVar[tuple[str, ...]] = ()
     values: ClassVar[Mapping[str, str]] = {}
     pooled: ClassVar[str] = ""
+    along: ClassVar[Literal["step", "nothing", ""]] = ""
+    once: ClassVar[bool] = False
 
     weights: Literal["model", "ema"] = "model"
     seed: Seed = 0
@@ -56,7 +62,7 @@ class Measure(Strict):
         """What cannot be measured, before anything runs: each line begins with the key.
 
         Args:
-            terms: the alignment terms to compare with, with their layers; none without `alignment` in `needs`.
+            terms: the alignment terms to compare with, with their layers; none without an alignment in `needs`.
             blocks: number of the network's distinguishable blocks; 0 if there are none.
         """
         return []

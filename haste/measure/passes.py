@@ -8,10 +8,8 @@ B images, N tokens, D width.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,10 +172,7 @@ def _store(
     described: dict[str, Any] = {"kind": made.kind, "key": made.key, "recipe": made.recipe, "shards": shards}
     provenance = artefact.provenance(key=made.key, recipe=made.recipe, inputs=facts)
     stale = group.broadcast(lambda: not _fits(made, facts))
-    # Ranks of one measurement wait for one another, so they must not wait for a lock.
-    alone = "RANK" not in os.environ
-    one = locks.making(made.folder, done=made.manifest, anew=stale) if alone else contextlib.nullcontext(stale)
-    with one as todo:
+    with locks.making(made.folder, done=made.manifest, anew=stale, ask=group.broadcast) as todo:
         for shard in range(group.rank, shards, group.size) if todo else ():
             log.info("%s: shard %d of %d", Path(made.folder).name, shard + 1, shards)
             mine = indices[shard_range(len(indices), shard, shards)]

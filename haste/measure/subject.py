@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from haste.config import EVALUATION, process_in
-from haste.data.batches import Batches
+from haste.data.batches import Batch, Batches
 from haste.data.jobs import check_autoencoder
 from haste.data.latents import Autoencoder, draw, to_pixels
 from haste.diffusion.process import Process
@@ -46,6 +46,7 @@ class Subject:
         group: the ranks; each takes its share of the images.
         part: images per forward pass.
         notes: sentences on what was left out.
+        has_projector: whether the projector of the feature loss is the state's; else it is a new one.
         pictures: what the file shows beside the numbers.
         teachers: teacher -> value columns -> what was found of it in place of the network.
         plan: with the paths of all files.
@@ -60,6 +61,7 @@ class Subject:
     notes: list[str]
     plan: Plan
     what: Measurement
+    has_projector: bool = False
     pictures: list[Picture] = dataclasses.field(default_factory=list)
     teachers: dict[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -82,6 +84,11 @@ class Subject:
     def weights(self) -> str:
         """The identity of its weights."""
         return states.weights_identity(self.model)
+
+    def with_terms(self, kinds: Collection[str]) -> Subject:
+        """The network as training begins it, with new weights, and some of its terms alone."""
+        terms = {kind: self.inputs.terms[kind] for kind in kinds}
+        return _with_terms(self.plan, self.what, self.inputs.recipe, terms, self.group)
 
     def images(self, split: str) -> NDArray[np.int64]:
         """The places in the stores of the images whose hidden states are read, (n,)."""
@@ -147,6 +154,36 @@ class Subject:
             found[number] = torch.tensor(value, dtype=torch.float64)
         yield from zip(places, self.group.total(found).tolist(), strict=True)
 
+    def by_image(
+        self,
+        chosen: NDArray[np.int64],
+        times: Sequence[float],
+        count: int,
+        look: Callable[[Batch], Callable[[Tensor], Tensor]],
+        split: str = "train",
+    ) -> NDArray[np.float64]:
+        """Values of each image at each time, (T, V, M) on all ranks; each computes those of its share of the images. A
+        collective call.
+
+        Args:
+            chosen: (M,), indices of images in the stores.
+            times: T times in [0, 1]; every image is used at each of them.
+            count: V.
+            look: of a batch, what gives the values of its images, (V, B), at the process's times t (B,).
+            split: whose images these are.
+        """
+        group = self.group
+        found = torch.zeros(len(times), count, len(chosen), dtype=torch.float64, device=group.device)
+        low, high = (len(chosen) * rank // group.size for rank in (group.rank, group.rank + 1))
+        for start in range(low, high, self.part):
+            rows = range(start, min(start + self.part, high))
+            batch = self.batches(split).measured(chosen, rows).to(group.device)
+            with torch.no_grad(), self.inputs.precision():
+                at = look(batch)
+                for place, t in enumerate(times):
+                    found[place, :, rows.start : rows.stop] = at(torch.full_like(batch.t, self.process.place(t)))
+        return group.total(found).cpu().numpy()
+
     def gradients(self) -> Gradients:
         """Gradients of its losses by its blocks."""
         scale: Any = self.learner.scaler.scale
@@ -169,11 +206,15 @@ def opened(plan: Plan, what: Measurement, weights: str, seed: int, group: Group)
     source = (_elsewhere if what.state.trajectory in plan.elsewhere else _own)(plan, what, weights)
     recipe = {**source.recipe, "seed": seed}
     subject = _with_terms(plan, what, recipe, what.terms, group)
-    if "features" in subject.terms and not _take_projector(source, subject.learner):
-        subject = _with_terms(plan, what, recipe, {k: v for k, v in what.terms.items() if k != "features"}, group)
-        subject.notes.append("features left out: there is no projector")
+    named = "named alignment" in plan.config.measures[what.label].made.needs
+    if "features" in subject.terms:
+        subject.has_projector = (not named or _follows(source, subject)) and _take_projector(source, subject.learner)
+        if not (named or subject.has_projector):
+            subject = _with_terms(plan, what, recipe, {k: v for k, v in what.terms.items() if k != "features"}, group)
+            subject.notes.append("features left out: there is no projector")
     for name, identity in subject.inputs.identities.items():
-        if (found := source.inputs.get(name, identity)) != identity:
+        of_training = not named or name == "latents"  # a named alignment need not be the one that it was trained with
+        if of_training and (found := source.inputs.get(name, identity)) != identity:
             raise ValueError(
                 f"{source.about['file']}: was trained with {name} {found[:12]}, but {name} is now {identity[:12]}. "
                 "Bring the earlier one back, or measure with another alignment."
@@ -229,6 +270,22 @@ def _with_terms(
     runtime, batch = plan.config.runtime, recipe["training"]["batch"]
     part = max(1, batch // (runtime.processes * runtime.accumulate))
     return Subject(inputs.learner(), inputs, what.terms, group, part, [], plan, what)
+
+
+def _follows(source: _Source, subject: Subject) -> bool:
+    """Whether the state's projector is of the block and the teacher of the alignment to compare with, as far as its
+    file says."""
+    trained, depth = source.recipe.get("terms", {}).get("features"), subject.terms["features"]["depth"]
+    if not source.projectors:
+        return False
+    if trained is None:
+        subject.notes.append(f"the projector is taken to be of block {depth}: its file does not say of which it is")
+        return True
+    same = all(source.inputs.get(name, ours) == ours for name, ours in subject.inputs.identities.items())
+    if trained["depth"] != depth or not same:
+        subject.notes.append("the state's projector is of another block or teacher, and not used")
+        return False
+    return True
 
 
 def _take_projector(source: _Source, learner: Learner) -> bool:

@@ -142,7 +142,8 @@ def clip(where: Path | str | None = None) -> Clip:
     try:
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(str(found.folder), **options)
-        model, info = CLIPModel.from_pretrained(
+        kind: Any = CLIPModel
+        model, info = kind.from_pretrained(
             str(found.folder),
             local_files_only=True,
             use_safetensors=True,

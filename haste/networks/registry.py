@@ -5,6 +5,7 @@ A new teacher needs only a line here; a new detector also needs the function tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,6 +56,12 @@ class Encoder:
                 f"which is not a whole number of patches of {self.patch} px"
             )
         return side
+
+
+def least_low_pass(side: int) -> float:
+    """The smallest share of the Nyquist frequency, to four decimals, that leaves more of an image of `side` pixels than
+    its mean."""
+    return math.ceil(2e4 / side) / 1e4
 
 
 BASE, LARGE = (12, 12, 768), (24, 16, 1024)  # blocks, heads, width

@@ -18,7 +18,7 @@ _PATCHES = re.compile(r"(?:^|\.)(?:patch_embed\.proj|visual\.conv1|v\.conv1)\.we
 _INCEPTION = {"fc.weight": (1008, 2048), "Mixed_6d.branch1x1.conv.weight": (192, 768, 1, 1)}
 
 
-def check_transformer(file: Path, called: str, spec: Encoder | None) -> None:
+def check_transformer(file: Path, called: str, spec: Encoder | None) -> int | None:
     """Refuse a file that does not hold a vision transformer, or one of another size.
 
     Args:
@@ -26,21 +26,26 @@ def check_transformer(file: Path, called: str, spec: Encoder | None) -> None:
         called: its name in messages, such as "teacher DINOv2-B".
         spec: the expected size; None for one that is only known once timm has made it.
 
+    Returns:
+        The number of its blocks; None if the header does not tell.
+
     Raises:
         ValueError: the message names the file, what was found and what was expected.
     """
     if not file.is_file():
         raise ValueError(f"{file}: expected the weights of {called}, found no file")
     if file.suffix in (".npz", ".npy"):
-        return
+        return None
     trees = list(_trees(headers.contents(file, f"the weights of {called}")[0]))
     names = [name for tree in trees for name in tree]
     said = foreign.weights(names) if names else "no tensors by name"
     if said not in (None, foreign.VISION):
         raise ValueError(f"{file}: expected the weights of {called}, found {said}")
+    depths = set()
     for tree in trees:
         blocks = {int(match[1]): tree[name].shape for name in tree if (match := _BLOCK.search(name))}
         patches = [value.shape[-1] for name, value in tree.items() if _PATCHES.search(name)]
+        depths |= {max(blocks) + 1} if blocks else set()
         if blocks and spec:
             found = (max(blocks) + 1, blocks[max(blocks)][-1], *patches[:1])
             expected = (spec.depth, spec.width, *[spec.patch for _ in patches[:1]])
@@ -49,6 +54,7 @@ def check_transformer(file: Path, called: str, spec: Encoder | None) -> None:
                 raise ValueError(
                     f"{file}: these are not weights of {called}: found {words(*found)}, expected {words(*expected)}"
                 )
+    return depths.pop() if len(depths) == 1 else None
 
 
 def _trees(held: Any, depth: int = 0) -> Iterator[Mapping[str, Stored]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from haste import extensions
-from haste.config import EVALUATION, Config, condition_arguments, facts_in
+from haste.config import EVALUATION, Config, condition_arguments, facts_in, layer_faults
 from haste.files import artefact, units
 from haste.networks import autoencoder, layouts, weights
 from haste.networks import text as public_text
@@ -118,12 +118,12 @@ def _autoencoder(parts: Parts, where: str) -> None:
 
 def text(parts: Parts) -> None:
     """Refuse a text encoder of another width, or without its tokenizer; and states that another one made."""
-    where = (parts.config.condition.model_extra or {}).get("encoder")
+    where = str((parts.config.condition.model_extra or {}).get("encoder"))
     if parts.config.condition.name != "captions" or where == public_text.WORDS:
         return
     jobs = parts.trained or parts.drawn or parts.measured
     store = parts.data.text
-    made = store is not None and Path(store.manifest).exists()
+    made = store if store is not None and Path(store.manifest).exists() else None
     if jobs and store is not None and not made:
         _check_room(parts)
     folder = public_text.folder_named(where)
@@ -135,12 +135,12 @@ def text(parts: Parts) -> None:
     found, settings = public_text.opened(folder), parts.config.condition.decided
     public_text.check(found, tokens=settings["tokens"], width=settings["width"])
     if made:
-        expected = artefact.read_json(store.manifest, "store")["encoder"]
+        expected = artefact.read_json(made.manifest, "store")["encoder"]
         memory = f"{parts.data.root}/identities.json"
         for name, identity in found.identities(lambda file: artefact.remembered_identity(file, memory)).items():
             if expected[name] != identity:
                 raise ValueError(
-                    f"{store.folder}: encoded by the {name} {expected[name][:12]}, but {folder} holds {identity[:12]}. "
+                    f"{made.folder}: encoded by the {name} {expected[name][:12]}, but {folder} holds {identity[:12]}. "
                     "Put back what was there, or remove the store to encode the captions anew"
                 )
 
@@ -168,7 +168,9 @@ def teachers(parts: Parts) -> None:
             weights.check_timm_name(spec.name)
         else:
             public.side(spec.name, parts.config.images.resolution)
-        _transformer(spec, called)
+        depth = _transformer(spec, called)
+        if faults := layer_faults(parts.config, name, depth) if depth else []:
+            raise ValueError("\n".join(faults))
 
 
 def detectors(parts: Parts) -> None:
@@ -193,16 +195,15 @@ def _scores(parts: Parts, detector: Detector) -> list[str]:
     return [detector.floor, *(one.score for one in judged if one.detector == detector)]
 
 
-def _transformer(spec: Any, called: str) -> None:
+def _transformer(spec: Any, called: str) -> int | None:
+    """Look at a public network's weights; returns the number of its blocks, None if nothing tells."""
     public = TEACHERS.get(spec.name)
     if spec.weights is not None:
-        weights.check_transformer(Path(spec.weights), called, public)
-    elif (
-        public is not None
-        and public.on_hub
-        and (found := weights.in_cache(f"timm/{public.timm}", called, "model.safetensors"))
-    ):
-        weights.check_transformer(found, called, public)
+        return weights.check_transformer(Path(spec.weights), called, public)
+    found = None
+    if public is not None and public.on_hub:
+        found = weights.in_cache(f"timm/{public.timm}", called, "model.safetensors")
+    return weights.check_transformer(found, called, public) if found else None
 
 
 def references(parts: Parts) -> None:
@@ -232,7 +233,8 @@ def starts(parts: Parts) -> None:
 
 def elsewhere(parts: Parts) -> None:
     """Refuse checkpoints of `evaluate` that are not the row's model, or were trained on something else."""
-    asked = {one.state.trajectory: set[str]() for one in (*parts.drawn, *parts.measured)}
+    asked = {one.state.trajectory: set[str]() for one in parts.drawn}
+    asked |= {name: set() for one in parts.measured if (name := one.state.trajectory) not in asked}
     for one in parts.drawn:
         asked[one.state.trajectory].add(parts.evaluations.weights(one.state, one.sampling))
     for name in sorted(asked.keys() & parts.evaluations.elsewhere.keys()):

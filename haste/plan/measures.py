@@ -85,10 +85,13 @@ class Measures:
             states: run, step, seed and state of the lines of the result table.
         """
         self.config, self.data = config, data
+        states = list(states)
+        last = {run: (step, seed) for run, step, seed, _ in sorted(states, key=lambda one: (one[1], -one[2]))}
         self.rows = [
             MeasuredRow(run, step, seed, self.of(run, state, label))
             for run, step, seed, state in states
             for label in (config.runs.get(run) or config.evaluate[run]).measures
+            if (step, seed) == last[run] or not config.measures[label].made.once
         ]
         self.by_name: dict[str, Measurement] = {}
         for row in self.rows:  # for a shared state, of the first run

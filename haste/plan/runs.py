@@ -170,11 +170,14 @@ class Runs:
         return None
 
     def _watches(self, state: State, terms: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """What runs record of a state's segment, and for which term. The names of states say nothing of it."""
-        seen = []
+        """What runs record of a state's segment, and for which term. The names of states say nothing of it. Later twins
+        will copy the state, so what they record is recorded here."""
+        own, names = self.trajectories[state.trajectory], list(self.trajectories)
+        later = names[names.index(own.name) + 1 :]
+        shared, seen = {own.name, *(name for name in later if own.is_twin(self.trajectories[name].recipe))}, []
         for (run, _), pieces in self.pieces.items():
             row = self.config.runs[run]
-            through = any(piece.trajectory == state.trajectory and piece.holds(state.step) for piece in pieces)
+            through = any(piece.trajectory in shared and piece.holds(state.step) for piece in pieces)
             if through and state.step <= row.milestones[-1]:
                 seen += [found for watch in row.watch if (found := watch.decided) not in seen]
         yield from ((kind, watch) for watch in seen for kind in terms)

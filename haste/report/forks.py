@@ -34,12 +34,14 @@ class Effect:
         t: where the quantity was measured; "" for a whole one.
         curve: the differences, stopped minus aligned.
         samples: how many samples a score is of; None of a loss.
+        dated: whether scores were made before they had errors.
     """
 
     name: str
     t: str
     curve: Curve
     samples: int | None = None
+    dated: bool = False
 
     @property
     def title(self) -> str:
@@ -89,7 +91,8 @@ def _scores(fork: Fork) -> Iterator[Effect]:
         errors = [_error(found[(s, False), seed], found[(s, True), seed]) for s, seed in places]
         known = len(fork.seeds) == 1 and all(error is not None for error in errors)
         curve = _curve(fork, values, np.array(errors, dtype=float) if known else None)
-        yield Effect(column.name + (f", {way}" if several else ""), "", curve, rows[0].score.get("samples"))
+        dated = any("errors" not in row.score for row in rows)
+        yield Effect(column.name + (f", {way}" if several else ""), "", curve, rows[0].score.get("samples"), dated)
 
 
 def _difference(found: Mapping[tuple[tuple[int, bool], int], Row], step: int, seed: int, column: Column) -> float:
@@ -210,7 +213,11 @@ def _notes(fork: Fork, shown: Sequence[Effect]) -> list[str]:
 def _noise(effect: Effect, fork: Fork) -> str:
     if effect.curve.errors is not None:
         return "whose own noise, as if independent in the two branches, makes the ±"
-    return "from the same noise in both branches" if len(fork.seeds) > 1 else "too few to know their noise"
+    if len(fork.seeds) > 1:
+        return "from the same noise in both branches"
+    if effect.dated:
+        return "whose noise is not known: scores were made before they had errors; remove them, and they are made again"
+    return "too few to know their noise"
 
 
 def fork_panels(report: Report) -> list[Panel]:

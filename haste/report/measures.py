@@ -3,7 +3,8 @@
 A line of the table is a run at a step, at one place of all axes but the first one of numbers, x, whose places stand
 side by side while they are few. A figure has x along the bottom and a line a run; where there are many places of
 another axis of numbers it is a heat map of that against x, one a run, of the run's last step; many steps have a heat
-map too. Cosines of gradients that the papers print for the same model and method are a run of their own.
+map too. A measure may instead ask for steps along the bottom and the mean over all axes of numbers, or for no figure.
+What the papers print of the same model is a run of its own.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import pandas as pd
 from matplotlib.ticker import EngFormatter
 
 from haste.files.artefact import fingerprint
+from haste.report import cosines, overhead
 from haste.report.content import NONE, Measured, Report
-from haste.report.cosines import with_published
 from haste.report.figures import INK, PRINTED, Panel, Style, draw_band, draw_line, new_figure, styles, to_svg
 from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell, to_text
 
@@ -30,6 +31,10 @@ SIDE_BY_SIDE = 12  # places of x that have a column each
 APART = 3  # places of a second axis of numbers that have a panel each; more are a heat map
 FADED = 0.35  # opacity of the lines of earlier steps
 DIGITS = 3  # of the largest value, at least
+QUOTED = {
+    cosines.MEASURE: "of all alignment terms together, on training, images and noise of their own",
+    overhead.MEASURE: "on machines of their own. What they call a GFLOP is a multiplication with its addition, a GMAC",
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,17 @@ class Findings:
         return cls(name, ones, frame, several[0] if several else "", several[1:], words, values, teachers)
 
     @property
+    def is_drawn(self) -> bool:
+        """Whether it may have figures."""
+        return self.ones[0].found.get("along") != "nothing"
+
+    @property
+    def over_steps(self) -> bool:
+        """Whether figures have steps along the bottom."""
+        asked = self.ones[0].found.get("along") == "step" or not self.x
+        return asked and len(self.steps) > 1
+
+    @property
     def steps(self) -> list[int]:
         """All steps, in order."""
         return sorted(self.frame["step"].unique())
@@ -113,7 +129,8 @@ def findings(report: Report) -> list[Findings]:
     found = []
     for name in dict.fromkeys(one.name for one in report.measures):
         ones = [one for one in report.measures if one.name == name]
-        found.append(Findings.of(name, [*itertools.chain.from_iterable(with_published(report, ones))]))
+        ones = [*itertools.chain.from_iterable(cosines.with_published(report, ones))]
+        found.append(Findings.of(name, [*overhead.with_published(report, ones)]))
     return [one for one in found if len(one.frame)]
 
 
@@ -126,9 +143,13 @@ def anchor(report: Report, one: Measured) -> str:
 # Tables
 
 
-def measure_tables(report: Report) -> list[Table]:
-    """A table a measure."""
-    return [_table(report.seeds, lambda one: anchor(report, one), found) for found in findings(report)]
+def measure_tables(report: Report, drawn: Sequence[bool] = (True, False)) -> list[Table]:
+    """A table a measure; only of those that may have figures, or may not, if `drawn` says so."""
+    return [
+        _table(report.seeds, lambda one: anchor(report, one), found)
+        for found in findings(report)
+        if found.is_drawn in drawn
+    ]
 
 
 def _table(seeds_of: Mapping[str, Sequence[int]], link_of: Callable[[Measured], str], found: Findings) -> Table:
@@ -170,7 +191,7 @@ def _cell(
 ) -> Cell:
     """One value: with its standard error, or the mean over several seeds with their spread, where none is missing. A
     published one is as printed."""
-    values, places = list(lines[name]), _places(found.frame[name])
+    values, places = list(lines[name].dropna()), _places(found.frame[name])
     if printed is not None:
         return Cell(f"{values[0]:.{printed}f}", values[0]) if values else number_cell(None, places)
     if len(values) < len(seeds) or not values:
@@ -206,8 +227,8 @@ def _notes(found: Findings, value: str) -> list[str]:
     left: dict[str, list[str]] = {}
     if quoted := list(dict.fromkeys(one.run for one in found.ones if one.printed is not None)):
         notes.append(
-            f"In italics, and dotted in figures: what papers print ({'; '.join(quoted)}), of all alignment terms "
-            "together, on training, images and noise of their own. They are no results of this code."
+            f"In italics, and dotted in figures: what papers print ({'; '.join(quoted)}), {QUOTED[first['measure']]}. "
+            "They are no results of this code."
         )
     for one in found.ones:
         for note in one.found["notes"]:
@@ -236,6 +257,8 @@ def measure_panels(report: Report) -> list[tuple[str, list[Panel]]]:
 
 
 def _panels(found: Findings, drawn: Mapping[str, Style]) -> Iterator[Panel]:
+    if not found.is_drawn:
+        return
     number, frame = itertools.count(), found.frame
     crowded = [axis for axis in found.others if frame[axis].nunique() > APART]
     last = frame[frame["step"] == frame.groupby("run")["step"].transform("max")]
@@ -249,14 +272,18 @@ def _panels(found: Findings, drawn: Mapping[str, Style]) -> Iterator[Panel]:
                 yield _heat_map(found, value, (x, y), lines, title, f"{found.slug}-{next(number)}")
 
     for value in found.values:
-        if crowded:
+        if found.over_steps:
+            for place, part in found.groups(frame, found.words):
+                title = ", ".join([*([value] if len(found.values) > 1 or not place else []), *place])
+                yield _lines(found, value, _averaged(found, value, part), title, drawn, f"{found.slug}-{next(number)}")
+        elif crowded:
             yield from maps(value, last, crowded[0], found.x)
-        elif found.x or len(found.steps) > 1:
+        elif found.x:
             apart = [*found.words, *found.others]
             for place, part in found.groups(frame, apart):
                 title = ", ".join([value, *_where(found, apart, place)])
                 yield _lines(found, value, part, title, drawn, f"{found.slug}-{next(number)}")
-        if found.x and len(found.steps) > APART:
+        if found.x and not found.over_steps and len(found.steps) > APART:
             yield from maps(value, frame, crowded[0] if crowded else found.x, "step")
 
 
@@ -264,14 +291,20 @@ def _where(found: Findings, axes: Sequence[str], place: Sequence[Any]) -> list[s
     return [f"{name} {at:g}" if name in found.others else str(at) for name, at in zip(axes, place, strict=True)]
 
 
+def _averaged(found: Findings, value: str, part: pd.DataFrame) -> pd.DataFrame:
+    """A line a run, seed and step: the mean over all axes of numbers. Its error is at most the mean of theirs."""
+    columns = list(filter(None, (value, found.values[value])))
+    return part.groupby(["run", "seed", "step"], sort=False)[columns].mean().reset_index()
+
+
 def _lines(found: Findings, value: str, part: pd.DataFrame, title: str, drawn: Mapping[str, Style], name: str) -> Panel:
     """A line a run over x, earlier steps fainter; or over steps, where there is no x."""
-    x, error = found.x or "step", found.values[value]
+    x, error = "step" if found.over_steps else found.x, found.values[value]
     figure, axes = new_figure(title, x)
     if part[value].min() < 0 < part[value].max():
         axes.axhline(0, color=INK, lw=0.8, alpha=0.5)
     ends = []
-    for (run, *step), lines in found.groups(part, ["run", *(["step"] if found.x else [])]):
+    for (run, *step), lines in found.groups(part, ["run", *([] if found.over_steps else ["step"])]):
         last = not step or step[0] == found.frame.loc[found.frame["run"] == run, "step"].max()
         by_x = lines.groupby(x)
         mean, several = by_x[value].mean(), by_x[value].count().max() > 1
@@ -284,7 +317,9 @@ def _lines(found: Findings, value: str, part: pd.DataFrame, title: str, drawn: M
         ends.append(f"teacher {teacher} {row[value]:.3g}")
         axes.axhline(row[value], color=INK, lw=1.1, dashes=(8, 4), alpha=0.7)
         axes.annotate(teacher, (1, row[value]), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=INK)
-    faint = "Faint: earlier steps." if found.x and len(found.steps) > 1 else ""
+    faint = "Faint: earlier steps." if not found.over_steps and len(found.steps) > 1 else ""
+    if found.over_steps and found.x:
+        faint = f"The mean over {found.x}."
     if found.teachers:
         faint = f"Dashed: teachers, of the clean images. {faint}".strip()
     if dotted := [one.run for one in found.ones if one.printed is not None and one.run in set(part["run"])]:

@@ -50,7 +50,8 @@ def all_tables(report: Report) -> dict[str, list[Table]]:
         "published": [*tables.published_tables(report), *systems.system_tables(report)],
         "ablations": tables.ablations(report),
         "forks": fork_tables(report),
-        "measures": measure_tables(report),
+        "costs": measure_tables(report, drawn=[False]),
+        "measures": measure_tables(report, drawn=[True]),
         "parts": [_parts(report.parts)] if report.parts else [],
         "time": [time_table(report.stages)] if report.stages else [],
     }

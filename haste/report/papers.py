@@ -46,8 +46,6 @@ CLAIMS = "speedup.csv"
 UNREAD = {  # file -> why no table has its numbers
     "ablation_teacher_data.csv": "its distances are in ablation_components.csv; the rest describes the teachers",
     "coco256.csv": "text-to-image models, which are not trained here, and FID of another convention",
-    "overhead.csv": "memory and operations of a training step, which no table has yet",
-    "throughput.csv": "of eight GPUs of one kind; a report does not know those of its own runs",
 }
 SAMPLED = {"SiT": ("euler-maruyama", 250), "DiT": ("ddpm", 250)}  # how the papers draw; their tables do not repeat it
 GUIDED = {"imagenet256_cfg.csv", "imagenet512.csv"}

@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import ValidationError
 
 from haste import config as configuration
 from haste.config import MODELS, PRESETS, Config, Sampling, condition_in, process_in
+from haste.data.condition import Condition
 from haste.data.latents import Autoencoder
 from haste.files import artefact
 from haste.files.npz import ADM
@@ -83,15 +85,17 @@ def painter_of_file(
     """
     config = config or _made_by(Path(file))
     told = (str(file), decoder, device, model, layout)
-    found = _alone(*told) if config is None else _configured(config, *told)
-    name = (found.recipe.get("condition") or {"name": "labels"})["name"]
-    _check_asked(str(file), name, found.recipe["classes"], classes, prompts)
+    found = _alone(*told) if config is None else _configured(config, *told, weights=changes.get("weights"))
+    _check_asked(str(file), found.recipe, classes, prompts)
     way = sampling if isinstance(sampling, Sampling) else _way(found, sampling)
     changes = {key: value for key, value in changes.items() if value is not None}
     changes |= {"labels": list(classes)} if classes else {}
     changes |= {"prompts": list(prompts)} if prompts else {}
     count = {"count": max(way.count, len(classes), len(prompts))}  # which decides nothing here
-    return found.painter(Sampling.model_validate({**way.model_dump(), **count, **changes}))
+    try:
+        return found.painter(Sampling.model_validate({**way.model_dump(), **count, **changes}))
+    except ValidationError as error:
+        raise ValueError("; ".join(f"sampling.{configuration.explain(fault)}" for fault in error.errors())) from error
 
 
 def _made_by(file: Path) -> Config | None:
@@ -112,7 +116,13 @@ def _made_by(file: Path) -> Config | None:
 
 
 def _configured(
-    config: Config, file: str, decoder: str | None, device: str, model: str | None, layout: str | None
+    config: Config,
+    file: str,
+    decoder: str | None,
+    device: str,
+    model: str | None,
+    layout: str | None,
+    weights: str | None,
 ) -> _Subject:
     plan = Plan(config)
     state = state_named(plan, file)
@@ -122,6 +132,7 @@ def _configured(
         raw = config.model_dump(mode="json") | {"forks": {}}  # their branches are rows already
         row = put_row(raw, config, file, model, layout)
         ways = config.evaluate[row].sampling if row in config.evaluate else []
+        raw["evaluate"][row] |= {"weights": weights} if weights else {}
         plan = Plan(configuration.resolve(raw))
         state = next(one.evaluation.state for one in plan.rows if one.run == row)
     recipe = plan.trajectories[state.trajectory].recipe
@@ -178,15 +189,18 @@ def _way(found: _Subject, name: str | None) -> Sampling:
     return Sampling.model_validate({"preset": wanted})
 
 
-def _check_asked(file: str, condition: str, known: int, classes: Sequence[int], prompts: Sequence[str]) -> None:
+def _check_asked(file: str, recipe: Mapping[str, Any], classes: Sequence[int], prompts: Sequence[str]) -> None:
     """Refuse what the network does not follow."""
+    name, known = (recipe.get("condition") or {"name": "labels"})["name"], recipe["classes"]
+    reads = type(condition_in(recipe)).words is not Condition.words
     if classes and prompts:
         raise ValueError("found classes and prompts, expected one of the two")
-    if classes and condition != "labels":
-        raise ValueError(f"{file}: was trained with {condition} and knows no classes; ask for prompts")
-    if prompts and condition == "labels":
-        what = f"classes 0 to {known - 1}; ask for these" if known else "no labels; ask for neither"
-        raise ValueError(f"{file}: was trained with labels and follows no prompts, but {what}")
+    if classes and name != "labels":
+        instead = "; ask for prompts" if reads else ""
+        raise ValueError(f"{file}: was trained with {name} and knows no classes{instead}")
+    if prompts and not reads:
+        instead = f", but classes 0 to {known - 1}; ask for these" if name == "labels" and known else ""
+        raise ValueError(f"{file}: was trained with {name} and follows no prompts{instead}")
     if outside := [one for one in classes if not 0 <= one < known]:
         expected = f"0 to {known - 1}" if known else "none: it was trained without labels"
         raise ValueError(f"{file}: has no class {outside[0]}, expected {expected}")
@@ -197,7 +211,11 @@ def pictures(painter: Painter, count: int) -> dict[str, np.ndarray]:
     watch, found = _Watch("pictures", count), []
     for low in range(0, count, BATCH):
         rows = range(low, min(low + BATCH, count))
-        found.append(painter.draw(rows, lambda share, rows=rows: watch(share * len(rows))))
+
+        def begun(share: float, size: int = len(rows)) -> None:
+            watch(share * size)
+
+        found.append(painter.draw(rows, begun))
         watch.finished(len(rows), True)
     return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
 

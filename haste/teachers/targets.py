@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from haste.align.losses import TeacherTargets
+from haste.config import filter_faults, layer_faults
 from haste.files import artefact, locks
 from haste.files.store import Store, join, shard_range, write_shard
 from haste.files.units import clock
@@ -48,7 +49,8 @@ def load_teacher(plan: Plan, name: str) -> Teacher:
     """A configuration's teacher, on the CPU.
 
     Raises:
-        ValueError: a teacher that is trained here is missing; or as `Teacher.load`.
+        ValueError: a teacher that is trained here is missing; an alignment asks for a layer, or its filter for
+            frequencies, that it does not have; or as `Teacher.load`.
     """
     from haste.teachers.encoder import Teacher  # timm takes seconds to import, and cached training never needs it
 
@@ -61,6 +63,12 @@ def load_teacher(plan: Plan, name: str) -> Teacher:
         assert spec is not None
         teacher = Teacher.load(spec.name, resolution=plan.config.images.resolution, weights=spec.weights)
     teacher.low_pass = chosen.filter.low_pass if chosen.filter else None
+    faults = [
+        *layer_faults(plan.config, name, teacher.depth),
+        *filter_faults(plan.config, name, max(teacher.size)),
+    ]
+    if faults:  # of a teacher whose size nobody knew before
+        raise ValueError("\n".join(faults))
     return teacher
 
 

@@ -90,11 +90,15 @@ class Inputs:
         more = {"targets": targets, "bands": bands_of(self.terms)}
         return Batches.of(self.recipe, Store.of(plan.latents), images, condition, **more)
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """Teacher -> width of the features that a term is aligned with."""
+        widths = {name: teacher.width for name, teacher in self.teachers.items()}
+        return widths | {name: width for name in self.cached.stores if (width := self.cached.width(name))}
+
     def learner(self) -> Learner:
         """A learner before its first step, on the device. Its optimiser has allocated no moments yet."""
-        widths = {name: teacher.width for name, teacher in self.teachers.items()}
-        widths |= {name: width for name in self.cached.stores if (width := self.cached.width(name))}
-        learner = new_learner(self.recipe, self.terms, widths, self.group.device)
+        learner = new_learner(self.recipe, self.terms, self.widths, self.group.device)
         learner.model.checkpoint_blocks = self.checkpoint_blocks
         learner.model.precise_time = self.settings.get("time_dtype") == "fp32"
         learner.model.own_logsumexp = self._logsumexp_works(learner)

@@ -136,24 +136,25 @@ class Objective(nn.Module):
             targets: `teacher_targets` of the batch's images, or the stored ones.
             negatives: `gather_negatives`, if the features are compared with tokens of the whole batch.
         """
-        predicted, taps, truth = self._predicted(batch, batch.t)
+        predicted, taps, truth = self.predicted(batch, batch.t)
         found = self._denoising(self.process.losses(predicted, *truth))
         if "features" in self.terms:
             seen = targets[self.terms["features"]["teacher"]]
             found["features"] = self._features(taps, seen, batch, negatives)
         if "attention" in self.terms:
             seen = targets[self.terms["attention"]["teacher"]]
-            found["attention"] = self._attention(taps, seen, batch.weights.get("attention"))
+            found["attention"] = self.attention(taps, seen, batch.weights.get("attention"))
         return found
 
     def denoising(self, batch: Batch, t: Tensor) -> Tensor:
         """The denoising loss of each sample of a batch, (B,) float64, at times t (B,) in [0, 1] instead of its own."""
-        predicted, _, truth = self._predicted(batch, t)
+        predicted, _, truth = self.predicted(batch, t)
         each_one = zip(*(piece.split(1) for piece in (predicted, *truth)), strict=True)  # a process gives means
         return torch.stack([self._denoising(self.process.losses(*one))["denoising"].double() for one in each_one])
 
-    def _predicted(self, batch: Batch, t: Tensor) -> tuple[Tensor, Mapping[str, Any], tuple[Tensor, Tensor, Tensor]]:
-        """The network's output at x_t, in float32 or float64; its taps; and latents, noise and times."""
+    def predicted(self, batch: Batch, t: Tensor) -> tuple[Tensor, Mapping[str, Any], tuple[Tensor, Tensor, Tensor]]:
+        """The network's output at x_t, at times t (B,) in [0, 1], in float32 or float64; its taps; and latents, noise
+        and times."""
         dtype = next(self.model.parameters()).dtype
         z = draw(batch.moments, batch.draw, self.scale, self.shift).to(dtype)
         noise, t = batch.noise.to(dtype), t.to(dtype)
@@ -178,9 +179,8 @@ class Objective(nn.Module):
     ) -> Tensor:
         term, weights = self.terms["features"], batch.weights.get("features")
         assert seen.features is not None
-        name = f"tokens.{term['depth']}"
-        tokens = resize_tokens(taps[name], self.model.taps[name].grid, seen.grid)
-        projected, target = self.projectors["features"](tokens, seen.grid), feature_target(seen.features, term)
+        tokens, target = self.tokens(taps, seen), feature_target(seen.features, term)
+        projected = self.projectors["features"](tokens, seen.grid)
         if term.get("similarity", "cosine") == "cosine":
             return feature_loss(projected, target, weights)
         others = None
@@ -189,7 +189,13 @@ class Objective(nn.Module):
             others = Negatives(*negatives, rows=batch.rows)
         return contrastive_loss(projected, target, term["temperature"], others, weights)
 
-    def _attention(self, taps: Mapping[str, Any], seen: TeacherTargets, weights: Tensor | None) -> Tensor:
+    def tokens(self, taps: Mapping[str, Any], seen: TeacherTargets) -> Tensor:
+        """The tokens that features are aligned at, (B, N, D) on the teacher's grid, before the projector."""
+        name = f"tokens.{self.terms['features']['depth']}"
+        return resize_tokens(taps[name], self.model.taps[name].grid, seen.grid)
+
+    def attention(self, taps: Mapping[str, Any], seen: TeacherTargets, weights: Tensor | None = None) -> Tensor:
+        """The attention loss, the mean over its pairs of layers."""
         term, values = self.terms["attention"], []
         for student, teacher in zip(term["student_layers"], term["teacher_layers"], strict=True):
             tap, grid = taps[f"attention.{student}"], self.model.taps[f"attention.{student}"].grid

@@ -125,3 +125,13 @@ def test_what_is_known_instead_of_a_crossing_is_said():
     assert "at no step is the difference surely other than zero" in said(0 * STEPS)
     one = crossing.crossing(Curve(STEPS, falling(STEPS, 175_000)[None], "seeds"))
     assert str(one) == "cannot tell: one seed, whose noise is not known"
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.5, 0.95])
+def test_bands_of_all_steps_together_cover_the_whole_curve_in_at_least_90_of_100_draws_also_of_8_groups(shared):
+    rng, covered = np.random.default_rng(11), 0
+    for _ in range(DRAWS):
+        values = np.sqrt(shared) * rng.normal(size=(8, 1)) + np.sqrt(1 - shared) * rng.normal(size=(8, 12))
+        low, high = crossing.interval(Curve(np.arange(12.0), values, "images"), together=True)
+        covered += bool(((low <= 0) & (high >= 0)).all())
+    assert covered >= 90

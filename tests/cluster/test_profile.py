@@ -2,8 +2,6 @@
 
 import copy
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,7 +36,7 @@ def test_training_after_the_stop_asks_for_less_than_before():
 
 
 def test_what_runs_a_large_network_over_all_images_or_samples_asks_for_a_gpu_and_its_share_of_cores():
-    for rule in ("latents", "pca", "targets", "sample", "features", "reference"):
+    for rule in ("latents", "text", "pca", "targets", "sample", "features", "reference"):
         asked = PROFILE["set-resources"][rule]
         assert (asked["gpu"], asked["cpus_per_task"]) == (1, 12), rule
 
@@ -60,17 +58,17 @@ def test_every_resource_of_training_stands_in_the_document():
     assert set(job.KEYS) <= set(re.findall(r"`(\w+)`", document))
 
 
-def test_runs_may_have_other_nodes_than_others_by_an_expression_as_the_document_has_it(tmp_path):
+def test_runs_may_have_other_nodes_than_others_by_an_expression_as_the_document_has_it(warm, tmp_path):
     document = (ROOT / "docs" / "slurm.md").read_text()
     (expression,) = re.findall(r'^    nodes: "(.*SiT-XL-2.*)"$', document, re.MULTILINE)
     changed = copy.deepcopy(PROFILE)
     changed["set-resources"]["train"] |= {"nodes": expression.replace("SiT-XL-2", "SiT-d4w128p2-features-s0")}
     (tmp_path / "profile").mkdir()
     (tmp_path / "profile" / "config.yaml").write_text(yaml.safe_dump(changed))
-    command = [sys.executable, "-m", "snakemake", "-n", "-p", "--snakefile", ROOT / "workflow" / "Snakefile"]
+    command = ["-n", "-p", "--snakefile", ROOT / "workflow" / "Snakefile"]
     command += ["--workflow-profile", ROOT / "profiles" / "default", "--profile", tmp_path / "profile"]
     command += ["--configfile", ROOT / "config" / "digits.yaml", "--directory", tmp_path]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    done = warm.snakemake(*command)
     assert done.returncode == 0, done.stderr
     shown = re.findall(r"haste train (\S+)-s0-\w+/\d+ .* nodes=(\d)", done.stdout + done.stderr)
     assert set(shown) >= {("SiT-d4w128p2-features", "2"), ("SiT-d4w128p2-features-attention", "1")}

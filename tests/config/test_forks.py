@@ -84,6 +84,11 @@ def test_a_fork_may_be_at_the_very_step_where_its_run_stops_or_begins_to_be_watc
         ),
         ({}, {"stop": 10, "ramp": 3}, "forks.F.at: 8, but from step 7 on features stops or goes down in HASTE"),
         ({}, {"stop": TRIGGERED}, "forks.F.at: 8, but from step 6 on plateau may stop features at any time in HASTE"),
+        (
+            {},
+            {"stop": TRIGGERED},
+            "or the fork of a run that never stops: a copy of HASTE without `stop`, with `watch: [{trigger: plateau, .",
+        ),
     ],
 )
 def test_what_cannot_be_forked_is_refused_by_key_with_what_to_do(fork, runs, said):

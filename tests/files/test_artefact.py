@@ -1,5 +1,7 @@
 import multiprocessing
+import shutil
 import time
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -28,3 +30,16 @@ def test_sweep_removes_all_that_a_killed_writer_leaves_also_what_safetensors_its
     assert set(tmp_path.iterdir()) - {*kept, tmp_path / "state"}
     artefact.sweep(tmp_path, locked=True)
     assert set(tmp_path.iterdir()) - {tmp_path / "state"} == set(kept)
+
+
+def test_an_edit_of_any_file_of_the_package_is_another_code(tmp_path, monkeypatch):
+    package = Path(artefact.__file__).parents[1]
+    shutil.copytree(package, tmp_path / "haste", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(artefact, "__file__", str(tmp_path / "haste" / "files" / "artefact.py"))
+    before = artefact.code_version.__wrapped__()
+    assert before == artefact.code_version()
+    for file in ("files/store.py", "train/step.py", "__init__.py"):
+        (tmp_path / "haste" / file).write_text("# edited")
+        after = artefact.code_version.__wrapped__()
+        assert after["source"] != before["source"], file
+        before = after

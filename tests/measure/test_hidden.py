@@ -91,26 +91,41 @@ def test_a_hidden_state_that_is_no_number_is_refused_with_its_place_and_nothing_
 SMALL = {"measure": "cknna", "images": 60, "shards": 4, "neighbours": 5}
 
 
-def rank_measures(plan, rank, port):
+def rank_measures(plan, rank, port, seen):
+    whole = passes._states
+
+    def noted(*given):
+        with open(seen, "a") as file:
+            file.writelines(f"{image}\n" for image in given[-1])
+        return whole(*given)
+
+    passes._states = noted
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     passes.SPAN = 20
     for what in plan.measurements.values():
         jobs.measure(plan, what, keep=True)
 
 
-def test_two_processes_share_the_passes_and_find_the_same_as_one(toy, measured):
+def test_two_jobs_of_two_processes_share_the_passes_of_one_and_find_the_same_as_a_process_alone(
+    toy, measured, tmp_path
+):
     pca = {"measure": "pca", "images": 2, "layers": [1], "beside": ["vit"]}
     plan, fork = toy(hsic=CKNNA | {"images": 60}, pca=pca), multiprocessing.get_context("fork")
     what = next(one for one in plan.measurements.values() if one.label == "hsic")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [fork.Process(target=rank_measures, args=(plan, rank, port)) for rank in "01"]
+    with socket.socket() as one, socket.socket() as other:
+        for free in (one, other):
+            free.bind(("127.0.0.1", 0))
+        ports = [free.getsockname()[1] for free in (one, other)]
+    seen = tmp_path / "seen"
+    jobs_of = [(plan, rank, port, seen) for port in ports for rank in "01"]
+    ranks = [fork.Process(target=rank_measures, args=mine) for mine in jobs_of]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join(60)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0, 0]
+    assert len(looked := seen.read_text().split()) == 62  # no image was passed twice for one store
+    assert len({*looked}) == 60
     together, shown = measured(plan, "hsic")["rows"], measured(plan, "pca")["pictures"]
     assert len(list(Path(what.hidden["held_out"].folder).glob("shard-*-of-00003.h5"))) == 3
     shutil.rmtree(Path(what.file).parent)

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch_fidelity import defaults
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from haste.metrics import kid as room
@@ -53,12 +54,17 @@ def test_over_subsets_it_is_torch_fidelitys(seed):
     assert std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-9)
 
 
-def test_the_defaults_are_torch_fidelitys():
-    real, fake = (side.repeat(18, axis=0) for side in sides())
-    theirs = kid_features_to_metric(torch.from_numpy(fake), torch.from_numpy(real), verbose=False)
+def test_the_defaults_are_torch_fidelitys(monkeypatch):
+    theirs = [defaults.DEFAULTS[name] for name in ("kid_subsets", "kid_subset_size", "rng_seed")]
+    assert theirs == [room.SUBSETS, room.SIZE, room.SEED]
+    real, fake = sides()
+    monkeypatch.setattr(room, "SUBSETS", 9)
+    monkeypatch.setattr(room, "SIZE", 20)
+    sets = torch.from_numpy(fake), torch.from_numpy(real)
+    found = kid_features_to_metric(*sets, kid_subsets=9, kid_subset_size=20, verbose=False)
     assert room.value(real, fake) == {
-        "kid": pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9),
-        "kid_std": pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-9),
+        "kid": pytest.approx(found["kernel_inception_distance_mean"], rel=1e-9),
+        "kid_std": pytest.approx(found["kernel_inception_distance_std"], rel=1e-9),
     }
 
 

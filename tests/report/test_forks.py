@@ -37,7 +37,7 @@ class Forked:
         self.branches, self.rng = config.branches(self.plan.config), np.random.default_rng(3)
         self.losses: dict[tuple[int, bool, int], np.ndarray] = {}
 
-    def score(self, noise=0.0, errors=None, skip=()):
+    def score(self, noise=0.0, errors=None, skip=(), dated=False):
         for row in self.plan.rows:
             branch = self.branches.get(row.run)
             if branch and (branch.at, branch.stopped) in skip:
@@ -53,7 +53,7 @@ class Forked:
                 "samples": 20,
                 "reference": {"images": 1700, "identity": "r"},
                 "scores": {"fd": 5.0 + gain + noise * self.rng.normal()},
-                "errors": {"fd": errors},
+                **({} if dated else {"errors": {"fd": errors}}),
             }
             self.write(row.evaluation.score, found)
 
@@ -126,6 +126,9 @@ def test_the_table_has_stopped_minus_aligned_by_step_on_average_over_t_at_each_t
         assert float(line["held-out loss t 0.1 ±"]) == pytest.approx(half, rel=0.25)
     assert table.name == "fork-when" and "Each branch was trained for 3 more steps." in table.notes[0]
     assert "FD (cnn): of 20 samples, too few to know their noise." in table.notes
+    one.score(dated=True)
+    (said,) = (note for note in one.table[1].notes if note.startswith("FD (cnn)"))
+    assert "scores were made before they had errors; remove them, and they are made again" in said
 
 
 def test_over_seeds_the_interval_is_students_and_a_step_that_lacks_a_seed_is_named(forked):

@@ -242,3 +242,94 @@ def test_pictures_are_shown_by_step_with_what_they_show_in_words_and_lead_to_the
     last = html.index("a at step 16. Four")
     assert '<a href="#made-measure-1">a: t 0.5</a>' in html[:last] and 'id="made-measure-1"' in html
     assert last < html.index("<summary>Step 8</summary>") < html.index("a at step 8. Four")
+
+
+# Steps along the bottom, and published costs
+
+
+def test_a_measure_along_steps_has_a_line_a_run_of_the_mean_over_t():
+    def one(run, step, scale):
+        return [
+            {"term": term, "t": t, "value": scale * t, "error": 0.01}
+            for term in ("features", "attention")
+            for t in (0.1, 0.5)
+        ]
+
+    def built(steps):
+        ones = [
+            measured(run, step, one(run, step, step * way), axes=["term", "t"], values={"value": "error"})
+            for run, way in (("a", 1), ("b", -1))
+            for step in steps
+        ]
+        ones = [dataclasses.replace(it, found={**it.found, "along": "step"}) for it in ones]
+        ((_, panels),) = measures.measure_panels(report(*ones, seeds={"a": [0], "b": [0]}))
+        return panels
+
+    for steps in ((8, 16), (4, 8, 12, 16)):
+        panels = built(steps)
+        assert [panel.title for panel in panels] == ["features", "attention"]
+        assert "over step: a 4.8 at step 16; b -4.8 at step 16" in panels[0].svg  # 0.3 on average
+        assert panels[0].caption == "The mean over t."
+    assert all("mean" not in panel.caption for panel in built((8,)))  # over t
+
+
+def costs(model="SiT-XL/2", batch=32, teacher="DINOv2-B", **more):
+    names = ("vanilla", "features", "attention", "features + attention")
+    found = [
+        {
+            "terms": name,
+            "batch": batch,
+            "peak MB": 25000.0 + i,
+            "teacher GMAC": 23.161 if i else 0.0,
+            "images/s": 99.5 - i,
+        }
+        for i, name in enumerate(names)
+    ]
+    values = {"peak MB": "", "teacher GMAC": "", "images/s": ""}
+    one = measured("mine", 8, found, axes=["terms", "batch"], values=values, notes=["images/s are of a machine"])
+    terms = {"attention": {"teacher": teacher, "student_layers": [4, 5, 6, 7]}, "features": {"teacher": teacher}}
+    one = dataclasses.replace(one, found={**one.found, "measure": "cost", "along": "nothing", "terms": terms})
+    built = report(one, benchmark=more.get("benchmark", Benchmark("ImageNet", 256)))
+    row = dataclasses.replace(built.rows[0], model=model, method="vanilla", settings={"batch": "256"})
+    return dataclasses.replace(built, rows=[row])
+
+
+def test_published_memory_and_speed_stand_as_printed_below_those_of_the_same_network_and_nothing_is_made_up():
+    found, table = as_csv(costs())
+    assert found[0] == ["run", "terms", "peak MB", "teacher GMAC", "images/s"]
+    reply, repa = "HASTE review reply Q5: SiT-XL/2", "REPA Appendix D, 8x H100 80GB, fp16: SiT-XL/2"
+    printed = [[cell.text for cell in entry.cells] for entry in table.entries[4:]]
+    assert printed == [
+        [reply, "features", "27818.01", "23.19", "–"],
+        [reply, "features + attention", "30666.84", "23.19", "–"],
+        [repa, "features", "–", "–", "172.8"],
+    ]
+    assert [entry.kind for entry in table.entries] == [""] * 4 + ["published"] * 3
+    assert [cell.text for cell in table.entries[0].cells] == ["mine", "vanilla", "25000", "0.0", "100"]
+    assert any("a multiplication with its addition, a GMAC. They are no results" in note for note in table.notes)
+    assert any(note.startswith("Images/s are of a machine: mine") for note in table.notes)
+    assert measures.measure_panels(costs()) == []
+    sections = page.all_tables(costs())
+    assert [table.name for table in sections["costs"]] == ["measure-cos"] and not sections["measures"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": "SiT-L/2"},
+        {"batch": 16},
+        {"teacher": "DINOv2-L"},
+        {"teacher": "DINOv2-B with low_pass 0.5"},
+        {"benchmark": Benchmark("ImageNet", 512)},
+        {"benchmark": None},
+    ],
+)
+def test_published_costs_of_another_network_batch_teacher_or_data_are_not_shown(other):
+    assert len(as_csv(costs(**other))[1].entries) == 4
+
+
+def test_what_the_reply_calls_gflop_of_its_teacher_are_multiplications_with_their_additions():
+    width, tokens = 768, 257
+    macs = 12 * (12 * width**2 * tokens + 2 * tokens**2 * width) + 256 * 14 * 14 * 3 * width
+    (printed,) = {float(line["teacher_forward_gflops"]) for line in papers.lines_of("overhead.csv")}
+    assert printed == pytest.approx(macs / 1e9, rel=2e-3)  # 23.16; it may count the normalisations too

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from haste.report import compare, cosines, figures, finding, page, papers, systems, tables
+from haste.report import compare, cosines, figures, finding, overhead, page, papers, systems, tables
 from haste.report.content import NONE, Benchmark, Measured, Report, Row
 
 INCEPTION = {"name": "inception", "kind": "inception", "identity": "i"}
@@ -281,7 +281,7 @@ def lines(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-READ = {*papers.FILES, *systems.FILES.values(), *cosines.FILES.values(), papers.CLAIMS}
+READ = {*papers.FILES, *systems.FILES.values(), *cosines.FILES.values(), papers.CLAIMS, overhead.MEMORY, overhead.SPEED}
 
 
 def test_every_file_of_published_numbers_has_a_reader_or_a_reason_to_have_none():

@@ -106,6 +106,8 @@ def test_raw_weights_are_drawn_where_they_are_asked_for_and_the_workflow_draws_t
         (["--prompt", "a red bus"], ["was trained with labels", "classes 0 to 9"]),
         (["--sampling", "quik"], ["sampling 'quik'", "quick", "sde-250"]),
         (["--count", 0], ["--count", "1 or more"]),
+        (["--guidance", -1], ["sampling.guidance", "greater than or equal to 0", "found -1"]),
+        (["--class", 3, "--class", 3], ["sampling.labels", "3 more than once"]),
         (["--out", "drawn.jpg"], [".png", ".npz", "folder"]),
         (["--out", "precious.png"], ["precious.png", "no drawing"]),
         (["--out", "results"], ["results", "folder with files"]),

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from haste.networks.registry import least_low_pass
 from haste.teachers.filters import low_pass
 
 
@@ -62,3 +63,11 @@ def test_a_constant_image_is_unchanged(size, radius):
 def test_a_wave_stays_whole_up_to_the_radius_and_vanishes_beyond_it(down, across, radius, stays):
     x = wave(200, 200, down, across)
     torch.testing.assert_close(low_pass(x, radius), x if stays else torch.zeros_like(x), rtol=0, atol=1e-10)
+
+
+@given(st.integers(2, 500))
+@settings(max_examples=40, deadline=None)
+def test_the_least_useful_radius_leaves_the_first_wave_of_a_side_and_a_little_less_does_not(side):
+    x = wave(side, side, 0, 1, 0.0)
+    torch.testing.assert_close(low_pass(x, least_low_pass(side)), x, rtol=0, atol=1e-10)
+    assert low_pass(x, least_low_pass(side) - 1.01e-4).abs().max() < 1e-10

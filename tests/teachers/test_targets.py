@@ -120,3 +120,15 @@ def test_imagenet_takes_what_arithmetic_says():
     four = TargetSpec(attention=tuple((layer, 12) for layer in (8, 9, 10, 11)))
     assert images * bytes_per_image(four, shape, None) == pytest.approx(4.03e12, rel=1e-3)
     assert images * bytes_per_image(TargetSpec((None,)), shape, 96) == pytest.approx(0.063e12, rel=1e-2)
+
+
+def test_what_only_a_loaded_teacher_tells_is_refused_by_key_where_it_is_loaded(teacher, make_plan, monkeypatch):
+    """Of timm's networks outside TEACHERS, whose depth and input nobody knows before."""
+    public = {"pretrained": {"name": "vit_tiny_patch4_8"}, "filter": {"low_pass": 0.2}}
+    features = {"teacher": "vit", "depth": 1, "hidden": 16, "layer": 3}
+    plan = make_plan(teachers={"vit": public}, alignments={"A": {"features": features}}, runs={"a": {"alignment": "A"}})
+    monkeypatch.setattr(Teacher, "load", lambda *_, **__: teacher)
+    with pytest.raises(ValueError) as refused:
+        targets.load_teacher(plan, "vit")
+    assert "alignments.A.features.layer: [3], but vit has layers 0 to 2" in str(refused.value)
+    assert "teachers.vit.filter.low_pass: 0.2 is below the first wave of its images of 8 px" in str(refused.value)

@@ -10,6 +10,8 @@ from haste.align.triggers import TRIGGERS, Average, Trigger
 from haste.files.provenance import read_header
 from haste.ops import cost
 from haste.plan.plan import Plan
+from haste.train import stops
+from haste.train.gradient_angles import Angles
 from haste.train.step import Objective
 
 FLAT = {"trigger": "plateau", "after": 2, "every": 3, "fast": 0.2, "slow": 0.75, "margin": 1}  # it would stop at once
@@ -107,6 +109,37 @@ def test_a_trunk_is_watched_if_one_of_its_runs_asks_and_a_term_as_long_as_it_is_
     assert steps == {"features": [8, 11], "attention": [8, 11, 14]}
     names = load_file(plan.path(plan.state("watched", 16)))
     assert [name.split("/")[1] for name in names if name.startswith("watched/")] == ["attention"]
+
+
+def test_beyond_a_triggers_first_step_the_fork_of_a_watched_copy_that_never_stops_branches_and_reads(make_plan):
+    """As the message says that refuses the fork of the run itself."""
+    rows = {"stopped": {**HASTE, "stop": FLAT}, "copy": {**HASTE, "watch": FLAT, "milestones": [12]}}
+    plan = make_plan(runs=rows, forks={"F": {"run": "copy", "at": [9, 12], "for": 2}}, runtime=QUICK)
+    train_to(plan, "copy", 9, 12)
+    assert [r["step"] for r in watched(plan, "copy", 12)["plateau", "features"]["readings"]] == [8, 11]
+    for side in ("aligned", "stopped"):
+        for step in (9, 12):
+            begins = plan.segment(plan.state(f"F@{step}-{side}", step + 2)).parent
+            assert begins == plan.state("copy", step)
+
+
+def test_what_a_later_row_watches_of_steps_that_it_shares_is_read_once_and_both_rows_find_it(make_plan):
+    stop = {**FLAT, "after": 6, "margin": 1}  # fires at 12
+    rows = {"sudden": {**HASTE, "stop": stop}, "slow": {**HASTE, "stop": {**stop, "release": 0.5}, "watch": [ANGLE]}}
+    plan = make_plan(runs=rows, runtime=QUICK)
+    train_to(plan, "sudden", 8, 16)
+    (at,) = {one.step for one in stops.along(plan, "sudden", 0).values()}
+    early, asked = watched(plan, "sudden", 8)["gradient-angle", "features"], []
+    with pytest.MonkeyPatch.context() as patch:
+        whole = Angles.values
+        patch.setattr(Angles, "values", lambda self, done, *more: asked.append(done) or whole(self, done, *more))
+        train_to(plan, "slow", 8, 16)
+    assert [r["step"] for r in early["readings"]] == [8] and min(asked, default=99) > at
+    for row in rows:
+        (found,) = (
+            r for k, r in stops.records(plan, row, 0) if k == "features" and r["trigger"]["trigger"] == "gradient-angle"
+        )
+        assert found["readings"][:1] == early["readings"], row
 
 
 def test_a_watch_may_be_one_or_several_and_of_defaults_and_is_priced(make_plan):
