@@ -14,7 +14,7 @@ from rich.table import Table
 
 from haste import extensions
 from haste.align import triggers
-from haste.config import Sampling, branches, facts_in, written
+from haste.config import EVALUATION, Sampling, branches, facts_in, written
 from haste.files import journal, units, walk
 from haste.networks.registry import AUTOENCODERS, DETECTORS
 from haste.networks.spec import blocks
@@ -221,6 +221,13 @@ def _stage(name: str, files: list[str], megabytes: float = 0.0) -> Stage:
     return Stage(name, len(files), left, 0.0, megabytes * left / max(1, len(files)), unknown=left > 0)
 
 
+def _of_images(name: str, stores: list[tuple[Artefact, int]], size: float) -> tuple[Stage, float]:
+    """The shards of stores of so many images, `size` bytes each, and the number of images that are left."""
+    shards = {file: count / store.shards for store, count in stores for file in store.shard_files}
+    left = sum(images for file, images in shards.items() if not Path(file).exists())
+    return dataclasses.replace(_stage(name, list(shards)), megabytes=size * left / MB), left
+
+
 def _timed(stage: Stage, work: Iterable[float | None], pace: float) -> Stage:
     """A stage with the operations of each job that is left, None if unknown."""
     known = list(work)
@@ -269,16 +276,18 @@ def _passes(plan: Plan, todo: Iterable[Measurement]) -> list[tuple[float, float]
             numbers = sum(tap.width * (1 if look["pooled"] else tap.grid[0] * tap.grid[1]) for tap in taps)
             views = _looked_at(plan, look) * len(look["t"])
             found[store.manifest] = views * facts.flops, 4.0 * views * numbers
-        for store in one.seen.values():
-            each = _teacher_flops(plan, one.teacher) if one.teacher else None
-            found[store.manifest] = (each or 0.0) * _looked_at(plan, store.recipe["look"]), 0.0
+        for name, stores in one.seen.items():
+            each = _teacher_flops(plan, name) or 0.0
+            found |= {s.manifest: (each * _looked_at(plan, s.recipe["look"]), 0.0) for s in stores.values()}
     return [cost for manifest, cost in found.items() if not Path(manifest).exists()]
 
 
 def _looked_at(plan: Plan, look: Mapping[str, Any]) -> int:
     """Images of a look at hidden states."""
-    held_out = plan.config.images.holdout
-    return look["images"] or (held_out if look["split"] == "held_out" else plan.image_count - held_out)
+    if look["images"]:
+        return look["images"]
+    held_out, count = plan.config.images.holdout, plan.of(look["split"]).image_count
+    return {"held_out": held_out, "train": count - held_out}.get(look["split"], count)
 
 
 def _seen(plan: Plan, detector: Detector, images: float | None) -> float | None:
@@ -291,24 +300,24 @@ def _data_stages(plan: Plan, flops: float) -> list[Stage]:
     latent = 2 * config.autoencoder.channels * config.latent_size**2
     detectors = plan.detectors.values()
     encoded = config.runs or plan.measurements  # imported checkpoints that are only scored need no latents
+    used = any(EVALUATION in one.splits for one in plan.measurements.values())
+    sets = plan.image_sets if used else [plan]
     text = [plan.text] if plan.text else []
-    joined = [plan.images, *([plan.latents] if encoded else []), *text]
+    joined = [*(store for one in sets for store in (one.images, *([one.latents] if encoded else []))), *text]
     sights = [detector for detector in detectors if not Path(detector.reference.manifest).exists()]
     made = (plan.autoencoder, *plan.teachers.values(), *(detector.part for detector in detectors))
     parts = list({part.folder: part for part in made if part}.values())  # teachers may differ by their filters alone
-    latents = _stage(
-        "latents",
-        plan.latents.shard_files if encoded else [],
-        latent * (2 if config.autoencoder.dtype == "float16" else 4) * count / MB,
-    )
+    pixels, number = config.images.resolution**2, 2 if config.autoencoder.dtype == "float16" else 4
+    images, _ = _of_images("images", [(one.images, one.image_count) for one in sets], 3 * pixels)
+    stores = [(one.latents, one.image_count) for one in sets] if encoded else []
+    latents, left = _of_images("latents", stores, latent * number)
     encoding, pace = _autoencoder_flops(plan.encoder, 0), _pace(plan, flops)
     if encoding is not None and latents.left:
-        work = encoding * config.images.resolution**2 * count * latents.left / latents.jobs
-        latents = _timed(latents, [work], pace)
+        latents = _timed(latents, [encoding * pixels * left], pace)
     todo = [part for part in parts if not Path(part.manifest).exists()]
     references = _stage("references", [detector.reference.manifest for detector in detectors])
     return [
-        _stage("images", plan.images.shard_files, 3 * config.images.resolution**2 * count / MB),
+        images,
         latents,
         *(_stage("text states", store.shard_files, plan.data.text_bytes / MB) for store in text),
         _stage("joins", [store.manifest for store in joined]),
@@ -444,9 +453,11 @@ def print_plan(plan: Plan) -> None:
 
 
 def _pictures(plan: Plan) -> list[str]:
-    return (
-        [f"{plan.config.images.path}: {plan.image_count:,} pictures; {walk.told(plan.unused)}"] if plan.unused else []
-    )
+    return [
+        f"{one.config.images.path}: {one.image_count:,} pictures; {walk.told(one.unused)}"
+        for one in plan.image_sets
+        if one.unused
+    ]
 
 
 def _clock(stage: Stage) -> str:
