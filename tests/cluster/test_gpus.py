@@ -147,9 +147,10 @@ def test_small_jobs_spread_over_gpus_before_they_share_one_and_ranks_never_share
 def test_who_waits_for_some_gpus_holds_up_nobody_who_uses_others(machine, monkeypatch):
     folder = machine(TWO)
     monkeypatch.setenv(gpus.VISIBLE, "1")
-    first, second = taker(folder), taker(folder)
+    first = taker(folder)
+    got(first)
+    second = taker(folder)
     try:
-        got(first)
         monkeypatch.setenv(gpus.VISIBLE, "0")
         assert gpus.take(1) == ["GPU-aaaa-1"] and second.poll() is None
     finally:
