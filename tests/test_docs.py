@@ -174,6 +174,8 @@ def sections(model: type = config.Config, path: str = "") -> dict[str, type]:
     found = {path: model}
     for name, field in model.model_fields.items():
         name = "TERM" if model is config.Stops else name  # what stops one stops the other
+        if name == "evaluation":  # the keys of `images`
+            continue
         for more, inner in nested(field.annotation):
             found |= sections(inner, f"{path}.{name}{more}".lstrip("."))
     return found
@@ -263,6 +265,7 @@ def alternatives(kind) -> list:
 BASE = {
     "name": "base",
     "images": {"source": "folder", "path": "a", "resolution": 32, "classes": 10, "holdout": 300},
+    "evaluation": {"path": "b"},
     "autoencoder": {"trained": {"steps": 2}},
     "teachers": {"small": {"trained": {"steps": 2}}, "big": {"trained": {"steps": 3}}},
     "detector": {"cnn": {"trained": {"steps": 2}}},
@@ -407,10 +410,14 @@ OTHER = {
     "measure: gradient-cosine.blocks": [1],
     "measure: cknna.teacher": "big",
     "measure: cknna.formula": "centred",
-    **{f"measure: {name}.split": "train" for name in ("cknna", "denoising", "progress")},
-    **{f"measure: {name}.weights": "model" for name in ("cknna", "probe")},
-    **{f"measure: {name}.layers": [1] for name in ("cknna", "probe")},
-    **{f"measure: {name}.t": [0.3] for name in ("cknna", "probe")},
+    "measure: probe.split": "evaluation",
+    "measure: attention-maps.teacher": "big",
+    "measure: attention-maps.pairs": [[1, 0]],
+    **{f"measure: {name}.split": "train" for name in ("cknna", "denoising", "pca", "attention-maps", "progress")},
+    **{f"measure: {name}.weights": "model" for name in ("cknna", "probe", "pca", "attention-maps")},
+    **{f"measure: {name}.layers": [1] for name in ("cknna", "probe", "pca")},
+    **{f"measure: {name}.beside": ["big"] for name in ("cknna", "probe", "pca")},
+    **{f"measure: {name}.t": [0.3] for name in ("cknna", "probe", "pca", "attention-maps")},
     "runs.NAME.warm_start.file": str(ROOT / "LICENSE"),
     "runs.NAME.warm_start.classes": "new",
     "evaluate.NAME.checkpoint": str(ROOT / "README.md"),
@@ -460,7 +467,10 @@ BESIDE = {
     "teachers.NAME.filter.low_pass": {"low_pass": 0.5},
 }
 # What a measure cannot do without in this configuration.
-MEASURED: dict = {"cknna": {"images": 200, "teacher": "small"}}
+MEASURED: dict = {
+    "cknna": {"images": 200, "teacher": "small"},
+    "attention-maps": {"teacher": "small", "pairs": [[0, 0]]},
+}
 ORDER = ("images", "latents", "states", "samples", "scores", "measures")
 
 

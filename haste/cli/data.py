@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from haste.cli.shared import Commands, plan_of, plan_to_compute, shards
+from haste.config import EVALUATION
+
+if TYPE_CHECKING:
+    from haste.plan.plan import Plan
 
 
 def add(to: Commands) -> None:
@@ -13,9 +18,12 @@ def add(to: Commands) -> None:
     which = shards(images)
     which.add_argument("--check", action="store_true", help="only list the pictures that cannot be used")
     which.add_argument("--update", action="store_true", help="use what was added, removed or changed, under a new name")
+    images.add_argument("--evaluation", action="store_true", help="of the images that only measures see")
     images.add_argument("--workers", type=int, help="pictures that are decoded at once (runtime.threads)")
     to.rule("autoencoder", _autoencoder, "train the small autoencoder")
-    shards(to.rule("latents", _latents, "encode the images: a store of latent means and standard deviations"))
+    encoded = to.rule("latents", _latents, "encode the images: a store of latent means and standard deviations")
+    encoded.add_argument("--evaluation", action="store_true", help="of the images that only measures see")
+    shards(encoded)
     shards(to.rule("text", _text, "encode the captions: a store of the states of their tokens"))
     to.rule("teacher", _teacher, "train a small teacher").add_argument("name")
     targets = to.rule("targets", _targets, "keep a teacher's targets on disk")
@@ -28,20 +36,29 @@ def add(to: Commands) -> None:
 def _images(arguments: argparse.Namespace) -> None:
     from haste.data import jobs
 
-    plan = plan_of(arguments)
     if arguments.update:
-        jobs.update_images(plan)
-    elif arguments.check:
+        jobs.update_images(plan_of(arguments))
+        return
+    plan = _about(plan_of(arguments), arguments)
+    if arguments.check:
         jobs.check_images(plan, arguments.workers)
     else:
         jobs.make_images(plan, None if arguments.join else arguments.shard, arguments.workers)
+
+
+def _about(plan: Plan, arguments: argparse.Namespace) -> Plan:
+    if not arguments.evaluation:
+        return plan
+    if plan.data.evaluation is None:
+        raise ValueError("--evaluation: the configuration has no section `evaluation`, with images for measures")
+    return plan.of(EVALUATION)
 
 
 def _latents(arguments: argparse.Namespace) -> None:
     from haste.data import jobs
 
     plan = (plan_of if arguments.join else plan_to_compute)(arguments)
-    jobs.make_latents(plan, None if arguments.join else arguments.shard)
+    jobs.make_latents(_about(plan, arguments), None if arguments.join else arguments.shard)
 
 
 def _text(arguments: argparse.Namespace) -> None:

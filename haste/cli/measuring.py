@@ -18,6 +18,9 @@ def add(to: Commands) -> None:
     sub.add_argument("--layout", choices=LAYOUTS, help="whose checkpoint it is; SiT's and DiT's must be told")
     sub.add_argument("--alignment", help="of the configuration, to compare with where the row has none")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
+    sub.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="write its pictures, if it leaves any, as PNG files"
+    )
     again = to.rule(
         "replay", _replay, "say when triggers with other settings would have stopped a run, without training"
     )
@@ -51,6 +54,7 @@ def _replay(arguments: argparse.Namespace) -> None:
 
 def _measure(arguments: argparse.Namespace) -> None:
     from haste.measure import jobs
+    from haste.measure.pictures import Picture, write
     from haste.report.measures import terminal
 
     options = {"model": arguments.model, "layout": arguments.layout, "alignment": arguments.alignment}
@@ -58,5 +62,12 @@ def _measure(arguments: argparse.Namespace) -> None:
     if not Path(asked.file).exists():
         take_gpus(plan)
     found = jobs.measure(plan, asked, keep, arguments.json)
-    if found is not None:
-        print(terminal(asked.label, asked.run, found), end="")
+    if found is None:
+        return
+    print(terminal(asked.label, asked.run, found), end="")
+    shown = [Picture.read(asked.file, entry) for entry in found.get("pictures", [])]
+    if arguments.pictures is not None:
+        for file in write(shown, arguments.pictures, asked.label):
+            print(f"{file}: written")
+    elif shown:
+        print(f"{len(shown)} pictures: --pictures FOLDER writes them")

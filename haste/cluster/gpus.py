@@ -6,10 +6,13 @@ A cluster's own allocation, and a launcher that starts ranks, have already decid
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
+import random
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
@@ -17,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from haste.files import locks
+from haste.files.artefact import fingerprint
 
 log = logging.getLogger("haste.cluster")
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+SHARING = "HASTE_SHARING"  # set for jobs that Snakemake runs itself, also within an allocation of a cluster
 _ANSWER = 30.0  # seconds that a driver may take to say which GPUs there are
 _GPU = re.compile(r"GPU (\d+): (.*) \(UUID: (\S+)\)")
+_UNFIT = re.compile(r"[^\w.-]")  # for the name of a file
 _PART = re.compile(r"\s+MIG .*\(UUID: (\S+)\)")
 _held: list[Any] = []  # open lock files of this process, until it ends
 
@@ -48,44 +54,67 @@ def take(count: int, jobs_per_gpu: int = 1) -> list[str]:
 
     Args:
         count: of GPUs.
-        jobs_per_gpu: how many jobs may share one.
+        jobs_per_gpu: how many jobs may share one; the least used ones come first.
 
     Returns:
         The GPUs; none if they are not shared out here: in a job of a cluster, in a launcher's rank, or where fewer are
         visible than asked for, which is refused with the reason when a rank looks for its own.
     """
     names = visible()
-    if "SLURM_JOB_ID" in os.environ or "RANK" in os.environ or len(names) < count or not locks.taken():
+    given = "RANK" in os.environ or ("SLURM_JOB_ID" in os.environ and SHARING not in os.environ)
+    if given or len(names) < count or not locks.taken() or (folder := _folder()) is None:
         return []
-    taken: dict[str, Any] = {}
-    # Who waits for several keeps those that became free, and the next one waits behind it: nobody starves, and no two
-    # keep from one another what both need.
-    with locks.waiting(_folder() / "queue", "its turn at the GPUs of this machine"):
-        told = False
+    # Who waits for several keeps those that became free, and the next one of the same GPUs waits behind it: nobody
+    # starves.
+    queue = folder / f"queue-{fingerprint(sorted(names))}"
+    with locks.waiting(queue, "its turn at the GPUs of this machine"):
+        taken = _attempts(folder, names, count, jobs_per_gpu)
+        if len(taken) < count:
+            log.info("waiting for %d free GPUs of %d", count, len(names))
+        patience = _patience()
         while len(taken) < count:
-            for name in names:
-                if name not in taken and len(taken) < count and (file := _attempt(name, jobs_per_gpu)) is not None:
-                    taken[name] = file
-            if len(taken) < count:
-                if not told:
-                    log.info("waiting for %d free GPUs of %d", count, len(names))
-                told = True
-                time.sleep(locks.LOOK)
+            time.sleep(locks.LOOK)
+            if time.monotonic() > patience:  # somebody with other GPUs to choose from may wait for these
+                _release(taken)
+                time.sleep(2 * locks.LOOK)
+                patience = _patience()
+            taken |= _attempts(folder, [name for name in names if name not in taken], count - len(taken), jobs_per_gpu)
     _held.extend(taken.values())
     os.environ[VISIBLE] = ",".join(taken)
     log.info("computes on %s", ", ".join(taken))
     return [*taken]
 
 
-def _attempt(name: str, jobs: int) -> Any:
-    place = _folder() / re.sub(r"[^\w.-]", "_", name)
-    return next((file for slot in range(jobs) if (file := locks.attempt(f"{place}.{slot}")) is not None), None)
+def _attempts(folder: Path, names: list[str], count: int, jobs: int) -> dict[str, Any]:
+    """Locks of at most so many of the GPUs, by name."""
+    found: dict[str, Any] = {}
+    for slot, name in itertools.product(range(jobs), names):
+        if len(found) < count and name not in found:
+            file = locks.attempt(folder / f"{_UNFIT.sub('_', name)}.{slot}")
+            found |= {name: file} if file is not None else {}
+    return found
 
 
-def _folder() -> Path:
-    # A job's own TMPDIR is not what all jobs of the machine share. Other users' locks could not be opened.
+def _release(taken: dict[str, Any]) -> None:
+    while taken:
+        taken.popitem()[1].close()
+
+
+def _patience() -> float:
+    return time.monotonic() + random.uniform(60, 120)
+
+
+def _folder() -> Path | None:
+    """Where the locks of this user are: one place for all jobs of the machine, whose own TMPDIR may differ. None where
+    somebody else made it, who could point its files elsewhere."""
     shared = Path("/tmp")
-    return (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"haste-gpus-{os.getuid()}"
+    folder = (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"haste-gpus-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = os.lstat(folder)
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        return folder
+    log.warning("%s is not a folder of this user alone: jobs are not kept apart on GPUs", folder)
+    return None
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from haste.config.derived import (
     facts_in,
     facts_of_other,
     falls_from,
+    measured_beside,
     measured_teacher,
     measured_terms,
     model_entry,
@@ -39,6 +40,7 @@ from haste.config.forks import Branch, branches, written
 from haste.config.keys import LABEL, LATER, Float, Positive, Rate, Seed, Share, Strict, decides, number
 from haste.config.parts import (
     DENOISERS,
+    EVALUATION,
     MEASURES,
     Autoencoder,
     Cache,

@@ -185,6 +185,11 @@ def measured_teacher(config: Config, measure: str) -> str | None:
     return made.teacher or next(iter(config.teachers)) if "teacher" in made.needs else None
 
 
+def measured_beside(config: Config, measure: str) -> list[str]:
+    """The teachers of which a measure finds the same as of states."""
+    return list(getattr(config.measures[measure].made, "beside", []))
+
+
 def _terms(config: Config, model: str, name: str) -> dict[str, dict[str, Any]]:
     alignment = alignment_named(config, name)
     terms = {}

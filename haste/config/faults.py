@@ -121,8 +121,9 @@ def _faults_of_names(config: Config) -> list[str]:
     ]
     if not config.results.strip("/") or "\0" in config.results:
         faults.append(f"results: {config.results!r}, expected a folder, and not the root of the disk")
-    if "\0" in (config.images.path or ""):
-        faults.append(f"images.path: {config.images.path!r}, expected a folder")
+    for key, images in {"images": config.images, "evaluation": config.evaluation}.items():
+        if images is not None and "\0" in (images.path or ""):
+            faults.append(f"{key}.path: {images.path!r}, expected a folder")
     return faults
 
 
@@ -134,6 +135,14 @@ def _faults_of_data(config: Config) -> list[str]:
         )
     if trained := [] if config.images.holdout else _trained_here(config):
         faults.append(f"images.holdout: 0, but {', '.join(trained)} are trained here and judged on images held out")
+    if (others := config.evaluation) is not None:
+        alike = {"resolution": resolution, "classes": config.images.classes, "holdout": 0}
+        if config.condition.name == "captions":
+            faults.append(
+                "evaluation: captions of images that only measures see are not encoded; expected no such section"
+            )
+        own = others.model_dump(include=set(alike))
+        faults += [f"evaluation.{k}: {own[k]}, expected {alike[k]}" for k in alike if own[k] != alike[k]]
     names = list(config.detector)
     for place, name in enumerate(names):
         detector = config.detector[name]

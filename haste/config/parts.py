@@ -333,11 +333,14 @@ class Condition(_Named):
 
 
 # Measures of a state: name -> import path of the class, which is imported on request.
+EVALUATION = "evaluation"  # the split of the images that only measures see
 MEASURES = {
     "gradient-cosine": "haste.measure.gradient_cosine:GradientCosine",
     "cknna": "haste.measure.cknna:CKNNA",
     "probe": "haste.measure.probe:Probe",
     "denoising": "haste.measure.denoising:Denoising",
+    "pca": "haste.measure.pca:PCA",
+    "attention-maps": "haste.measure.attention_maps:AttentionMaps",
     "progress": "haste.measure.progress:Progress",
     "cost": "haste.measure.cost:Cost",
 }

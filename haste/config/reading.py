@@ -152,7 +152,7 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     """
     raw, whole = _with_defaults(_plain(raw))
     try:
-        config = Config.model_validate(_with_measures(_with_presets(raw)))
+        config = Config.model_validate(_with_evaluation(_with_measures(_with_presets(raw))))
     except ValidationError as error:
         lines = [explain(fault, whole) for fault in error.errors()]
         raise ValueError("\n".join(dict.fromkeys(lines))) from None  # a fault of both terms is reported once
@@ -223,6 +223,15 @@ def _with_measures(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     used = [fork.get("measures", [MEASURED]) for fork in forks.values() if isinstance(fork, dict)]
     wanted = any(MEASURED in names for names in used if isinstance(names, list))
     return {**raw, "measures": {MEASURED: {"measure": MEASURED}, **measures}} if wanted else raw
+
+
+def _with_evaluation(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Complete the images that only measures see: they have the size and the classes of the others, and no holdout."""
+    images, others = raw.get("images"), raw.get("evaluation")
+    if not (isinstance(images, dict) and isinstance(others, dict)):
+        return raw
+    like = {key: images[key] for key in ("resolution", "classes") if key in images}
+    return {**raw, "evaluation": {**like, "holdout": 0, **others}}
 
 
 def _over(defaults: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:

@@ -560,6 +560,7 @@ class Config(Strict):
     description: str = ""
     results: Place = "results"
     images: Images
+    evaluation: Annotated[Images | None, LATER] = None  # other images for measures
     autoencoder: Autoencoder
     teachers: dict[str, Teacher] = {}
     cache: Cache = Cache()

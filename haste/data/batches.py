@@ -5,6 +5,7 @@ B batch, C latent channels, h x w latent cells, R pixels per side.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -13,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from haste.config import condition_in, process_in
+from haste.config import EVALUATION, condition_in, process_in
 from haste.data import order
 from haste.data.ahead import made_ahead
 from haste.data.condition import Condition
-from haste.files.store import Store
+from haste.files.store import Span, Store
 from haste.networks.spec import each
 
 CPU = torch.device("cpu")
@@ -115,7 +116,7 @@ class Batches:
                 )
         self.latents, self.images = latents, images
         self.seed, self.size = seed, size
-        self.samples = latents.range("train")
+        self.samples: range | Span = latents.range("train")
         if len(self.samples) < size:
             raise ValueError(
                 f"{latents.folder}: holds {len(self.samples)} training samples, fewer than training.batch {size}"
@@ -162,12 +163,18 @@ class Batches:
             weights=self._weights(step, visits),
         )
 
+    def of_all(self, latents: Store) -> Batches:
+        """Of all images of another store of latents, whatever its splits are called, to measure with."""
+        found = copy.copy(self)
+        found.latents, found.images, found.targets, found.samples = latents, None, {}, range(latents.count)
+        return found
+
     def reading_indices(self, count: int | None, split: str = "train") -> np.ndarray:
         """`count` random images of a split to measure with, or all if there are fewer; the same at every call.
 
         (M,) int64, indices in the stores; of a smaller count the first of them. Without a count all, in order.
         """
-        samples = self.latents.range(split)
+        samples = self.samples if split in ("train", EVALUATION) else self.latents.range(split)
         if count is None:
             return np.arange(samples.start, samples.stop)
         return samples.start + order.choice(self.seed, "measured images", 0, count, len(samples))

@@ -64,11 +64,13 @@ def update_images(plan: Plan) -> None:
     Raises:
         ValueError: as `haste.plan.data.Data.update_source`.
     """
-    if plan.data.source is None:
+    changing = [(one, one.data.source) for one in plan.image_sets if one.data.source]
+    if not changing:
         raise ValueError(f"images: {plan.data.where} are no files that could change")
     with locks.holding(f"{plan.root}/.lock", f"The results folder {plan.root}"):  # names change under no workflow
-        _adopt_first(plan, plan.data.source)
-        print(plan.data.update_source())
+        for one, source in changing:
+            _adopt_first(one, source)
+            print(one.data.update_source())
 
 
 def _adopt_first(plan: Plan, record: SourceRecord) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -40,6 +40,16 @@ def generator(seed: int, purpose: str, *position: int) -> np.random.Generator:
     counter = np.array([0, *position, *[0] * (3 - len(position))], dtype=np.uint64)
     key = np.array([seed, _purpose_word(purpose, len(position))], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def _streams(seed: int, purpose: str, step: int, positions: Sequence[int]) -> Iterator[np.random.Generator]:
+    """`generator` of a step at each position, by moving one: to make one takes longer than most draws."""
+    stream = generator(seed, purpose, step, 0)
+    state = stream.bit_generator.state
+    for position in positions:
+        state["state"]["counter"][2] = position
+        stream.bit_generator.state = state
+        yield stream
 
 
 @functools.lru_cache(maxsize=256)
@@ -99,8 +109,7 @@ def used(count: int, holdout: int, subset: int) -> np.ndarray:
 def normals(seed: int, purpose: str, step: int, positions: Sequence[int], shape: Sequence[int]) -> np.ndarray:
     """Standard normal (len(positions), *shape) float32; row r depends only on seed, purpose, step and positions[r]."""
     drawn = np.empty((len(positions), *shape), dtype=np.float32)
-    for row, position in enumerate(positions):
-        stream = generator(seed, purpose, step, int(position))
+    for row, stream in enumerate(_streams(seed, purpose, step, positions)):
         drawn[row] = stream.standard_normal(tuple(shape), dtype=np.float32)
     return drawn
 
@@ -109,7 +118,7 @@ def uniforms(seed: int, purpose: str, step: int, positions: Sequence[int], shape
     """Uniform in [0, 1), (len(positions), *shape) float64; row r depends only on seed, purpose, step, positions[r]."""
     size = int(np.prod(shape, dtype=np.int64))
     raw = np.empty((len(positions), size), dtype=np.uint64)
-    for row, position in enumerate(positions):
-        raw[row] = generator(seed, purpose, step, int(position)).bit_generator.random_raw(size)
+    for row, stream in enumerate(_streams(seed, purpose, step, positions)):
+        raw[row] = stream.bit_generator.random_raw(size)
     # The upper 53 bits fill a float64 mantissa, so 1 is never reached.
     return ((raw >> np.uint64(11)) * 2.0**-53).reshape(len(positions), *shape)

@@ -13,9 +13,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from haste.align import angle
-from haste.config import LABEL, Positive
-from haste.measure.hidden import Hidden, field
-from haste.measure.measure import Row
+from haste.config import LABEL, Config, Positive
+from haste.measure.hidden import Hidden
+from haste.measure.measure import Row, Split
 
 if TYPE_CHECKING:
     from haste.measure.subject import Subject
@@ -31,7 +31,7 @@ class CKNNA(Hidden):
     Attributes:
         teacher: by its name in the configuration; None is the only one. Its identity is part of the result's name.
         images: number of random images.
-        split: `held_out`, the images of `images.holdout`, or `train`, which the network was trained on.
+        split: see `haste.measure.measure.Split`.
         neighbours: k.
         formula: `hsic`, unbiased HSIC of masked kernels, or `centred`, REPA's Eq. 23.
         shards: groups of images for the jackknife of the standard error. With a group left out, neighbours are those
@@ -44,7 +44,7 @@ class CKNNA(Hidden):
 
     teacher: Annotated[str | None, LABEL] = None
     images: Annotated[int, Field(ge=4)] = 10_000
-    split: Literal["held_out", "train"] = "held_out"
+    split: Split = "held_out"
     neighbours: Positive = 10
     formula: Literal["hsic", "centred"] = "hsic"
     shards: Several = 8
@@ -70,24 +70,28 @@ class CKNNA(Hidden):
         """See `Measure`."""
         return {self.split: self.look(self.split, self.images)}
 
+    def unfit(self, config: Config, model: str) -> list[str]:
+        """See `Measure`."""
+        compared = self.teacher or next(iter(config.teachers), None)
+        same = [f"beside: {compared} is what states are compared with, and like itself; expected others"]
+        return super().unfit(config, model) + (same if compared in self.beside else [])
+
     def run(self, subject: Subject) -> Iterator[Row]:
         """See `Measure`: each rank takes its share of layers and times."""
         from haste.measure import passes, representations
 
-        states, everyone = passes.hidden(subject, self.split), np.arange(self.images)
+        read, everyone = passes.reader(subject, self.split, self.beside), np.arange(self.images)
         device, candidates = subject.group.device, 2 * self.neighbours * self.shards // (self.shards - 1) + SPARE
         theirs = representations.Neighbours.of(
             passes.teacher_features(subject, self.split).read(passes.FEATURES, everyone), candidates, device=device
         )
         groups = everyone * self.shards // self.images
 
-        def values(layer: int, t: float) -> tuple[float, float]:
-            features = states.read(field(layer, t), everyone)
-            mine = representations.Neighbours.of(features, candidates, device=device)
+        def values(*place: Any) -> tuple[float, float]:
+            mine = representations.Neighbours.of(read(*place), candidates, device=device)
             value = functools.partial(
                 representations.cknna, mine, theirs, self.neighbours, over_all=self.formula == "centred"
             )
             return value(), angle.jackknife(np.array([value(kept=groups != one) for one in range(self.shards)]))
 
-        for (layer, t), (value, error) in subject.shared(self.places(subject), values):
-            yield {"layer": layer, "t": t, "cknna": value, "error": error}
+        yield from self.rows(subject, values)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from haste.config import Share
-from haste.measure.measure import Measure, Row
+from haste.measure.measure import Measure, Row, Split
 
 if TYPE_CHECKING:
     from haste.measure.subject import Subject
@@ -27,7 +27,7 @@ class Denoising(Measure):
 
     Attributes:
         weights: as in `Measure`; samples are drawn from the averaged ones.
-        split: `held_out`, the images of `images.holdout`, or `train`, which the network was trained on.
+        split: see `haste.measure.measure.Split`.
         images: number of random images of it; all if there are fewer.
         groups: groups of images of equal size, up to one image; as many as images if there are fewer.
         t: every image is used at each of these.
@@ -38,7 +38,7 @@ class Denoising(Measure):
     pooled: ClassVar = "group"
 
     weights: Literal["model", "ema"] = "ema"
-    split: Literal["held_out", "train"] = "held_out"
+    split: Split = "held_out"
     images: Annotated[int, Field(ge=LEAST)] = 2048
     groups: Annotated[int, Field(ge=LEAST)] = 64
     t: Annotated[list[Share], Field(min_length=1)] = TIMES
@@ -60,11 +60,13 @@ class Denoising(Measure):
 
     def run(self, subject: Subject) -> Iterator[Row]:
         """See `Measure`."""
-        chosen = subject.inputs.batches.reading_indices(self.images, self.split)
+        chosen = subject.batches(self.split).reading_indices(self.images, self.split)
         counts = min(self.groups, len(chosen))
         bounds = [len(chosen) * number // counts for number in range(counts + 1)]
         objective = subject.inputs.objective(subject.learner)
-        losses = subject.by_image(chosen, self.t, 1, lambda batch: lambda t: objective.denoising(batch, t)[None])[:, 0]
+        losses = subject.by_image(
+            chosen, self.t, 1, lambda batch: lambda t: objective.denoising(batch, t)[None], self.split
+        )[:, 0]
         for place, t in enumerate(self.t):
             for group in range(counts):
                 mean = losses[place, bounds[group] : bounds[group + 1]].mean()

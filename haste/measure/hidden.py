@@ -6,13 +6,14 @@ Hidden states are those of the network after block m, counted from 1, of images 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from haste.config import Config, Positive, Share, taps_of
-from haste.measure.measure import Measure
+from haste.config import LABEL, Config, Positive, Share, taps_of
+from haste.config.keys import nearest
+from haste.measure.measure import Measure, Row
 from haste.networks.spec import Tap, blocks
 
 if TYPE_CHECKING:
@@ -25,15 +26,18 @@ class Hidden(Measure):
     Attributes:
         layers: after which blocks, counted from 1; `all` that give their tokens.
         t: times of the noised images, in [0, 1].
+        beside: teachers, by their names in the configuration, of whose features of the same images, clean, the same is
+            measured: `subject.teachers`. Their identities are part of the result's name.
     """
 
     weights: Literal["model", "ema"] = "ema"  # those that samples are drawn with
     layers: Literal["all"] | Annotated[list[Positive], Field(min_length=1)] = "all"
     t: Annotated[list[Share], Field(min_length=1)] = [0.5]  # noqa: RUF012
+    beside: Annotated[list[str], LABEL] = []  # noqa: RUF012
 
     @model_validator(mode="after")
     def _each_once(self) -> Hidden:
-        for name, values in {"t": self.t, "layers": self.layers}.items():
+        for name, values in {"t": self.t, "layers": self.layers, "beside": self.beside}.items():
             if isinstance(values, list) and len(set(values)) < len(values):
                 raise ValueError(f"{name} {values} has a value more than once, expected each once")
         return self
@@ -54,9 +58,30 @@ class Hidden(Measure):
         layers = layers_in({"layers": self.layers}, subject.model.taps)
         return [(layer, t) for t in self.t for layer in layers]
 
+    def rows(self, subject: Subject, values: Callable[..., Sequence[float]]) -> Iterator[Row]:
+        """A row a layer and t, and of each teacher beside them what `subject.teachers` gets; each is computed on one of
+        the ranks. A collective call.
+
+        Args:
+            subject: the network.
+            values: of a layer and t, or of a teacher, the value and its error.
+        """
+        ((value, error),) = self.values.items()
+        for place, found in subject.shared([*self.places(subject), *((name,) for name in self.beside)], values):
+            row = dict(zip((value, error), found, strict=True))
+            if len(place) == 1:
+                subject.teachers[str(place[0])] = row
+            else:
+                yield {"layer": place[0], "t": place[1], **row}
+
     def unfit(self, config: Config, model: str) -> list[str]:
         """See `Measure`."""
         found, known = super().unfit(config, model), blocks(taps_of(config, model), "tokens")
+        found += [
+            f"beside: {name}, expected teachers{nearest(name, config.teachers)}"
+            for name in self.beside
+            if name not in config.teachers
+        ]
         if not known:
             return [*found, f"layers: {model} hands out no hidden tokens"]
         beyond = [] if self.layers == "all" else [layer for layer in self.layers if layer not in known]

@@ -17,7 +17,7 @@ from haste import config as configuration
 from haste import extensions
 from haste.config import MEASURES, Config
 from haste.files import artefact, locks
-from haste.measure.measure import KIND, check_rows, read
+from haste.measure.measure import KIND, check_rows, check_teachers, read
 from haste.measure.subject import opened
 from haste.plan.measures import Measurement
 from haste.plan.names import Artefact
@@ -60,6 +60,7 @@ def _measured(plan: Plan, what: Measurement, keep: bool) -> dict[str, Any] | Non
     with joined(plan.config.runtime.device) as group, enough_memory(), _kept(plan, what, keep, group) as what:
         subject, state = opened(plan, what, kind.weights, kind.seed, group)
         rows = check_rows(kind, kind.run(subject), f"{what.label} of {state['file']}")
+        teachers = check_teachers(kind, subject.teachers, what.label)
     if not group.is_first:
         return None
     seconds = time.monotonic() - started
@@ -69,7 +70,9 @@ def _measured(plan: Plan, what: Measurement, keep: bool) -> dict[str, Any] | Non
     columns = {"axes": list(kind.axes), "values": dict(kind.values), **how}
     settings = kind.model_dump(mode="json") | ({"teacher": what.teacher} if what.teacher else {})
     about = {"settings": settings, "terms": what.recipe["terms"], "state": state}
-    return {**header, **about, **columns, "rows": rows, "notes": subject.notes, "provenance": made}
+    more = {"teachers": teachers, "pictures": [one.entry for one in subject.pictures]}
+    columns |= {"rows": rows, **{name: entries for name, entries in more.items() if entries}}
+    return {**header, **about, **columns, "notes": subject.notes, "provenance": made}
 
 
 @contextlib.contextmanager
@@ -84,7 +87,8 @@ def _kept(plan: Plan, what: Measurement, keep: bool, group: Group) -> Iterator[M
         return {split: dataclasses.replace(one, folder=str(aside / room / split)) for split, one in stores.items()}
 
     try:
-        yield dataclasses.replace(what, hidden=moved(what.hidden, "hidden"), seen=moved(what.seen, "seen"))
+        seen = {name: moved(stores, f"seen-{number}") for number, (name, stores) in enumerate(what.seen.items())}
+        yield dataclasses.replace(what, hidden=moved(what.hidden, "hidden"), seen=seen)
     finally:
         if group.is_first:
             shutil.rmtree(aside, ignore_errors=True)

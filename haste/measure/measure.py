@@ -13,13 +13,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from haste.config import Config, Seed, Strict
+from haste.config import EVALUATION, Config, Seed, Strict
 from haste.files import artefact
+from haste.measure.pictures import Picture
 
 if TYPE_CHECKING:
     from haste.measure.subject import Subject
 
 KIND = "measure"
+
+#: Which images are measured: those of `images.holdout`; of training; or of `evaluation`, a set of their own.
+Split = Literal["held_out", "train", "evaluation"]
 
 #: Column -> a location (a whole number, a number or a word), or a measured value (a number).
 Row = Mapping[str, str | int | float]
@@ -34,7 +38,7 @@ class Measure(Strict):
         needs: requirements besides the network and the images: `alignment`, for the losses against teachers, those of
             the row or else of the alignment that is named; `named alignment`, for those of the alignment that is named,
             the same for all rows, or else of the row; `teacher`, for the features of one, which a key `teacher` names;
-            `classes`, for labels.
+            `classes`, for labels; `decoder`, for pictures.
         axes: location columns. Numbers are axes of the figure, words have a panel each.
         values: value columns -> the column of the standard error, "" if there is none.
         along: what figures are over: `step`; `nothing`, for no figures; "" for the first axis of numbers.
@@ -65,7 +69,7 @@ class Measure(Strict):
 
     @property
     def least(self) -> Mapping[str, tuple[str, int]]:
-        """The number of images that it cannot do without: split, `train` or `held_out` -> the key that asks, number."""
+        """The number of images that it cannot do without: `Split` -> the key that asks, number."""
         return {}
 
     @property
@@ -81,6 +85,8 @@ class Measure(Strict):
                 f"{asked[0]}: {asked[1]:,} images that are not trained on, but images.holdout keeps {held:,}; expected "
                 "fewer here, in an entry of `measures`, or more there"
             )
+        if EVALUATION in self.least and config.evaluation is None:
+            found.append("split: evaluation, but there is no section `evaluation`; expected one, or split held_out")
         if "teacher" in self.needs and (name := getattr(self, "teacher", None)) not in config.teachers:
             known = ", ".join(config.teachers) or "teachers, which has none"
             if name is not None or len(config.teachers) != 1:
@@ -102,7 +108,8 @@ class Measure(Strict):
 
     def run(self, subject: Subject) -> Iterable[Row]:
         """Measure. A collective call, with the same rows on all ranks. What cannot be measured for this network is
-        left out and reported in `subject.notes`.
+        left out and reported in `subject.notes`; pictures go to `subject.pictures`, and values of teachers that are
+        measured in the same way to `subject.teachers`.
 
         Args:
             subject: the opened network, and what `needs` requests.
@@ -122,16 +129,36 @@ def check_rows(measure: Measure, rows: Iterable[Row], of: str) -> list[dict[str,
         ValueError: a row without one of the columns, or with another.
         FloatingPointError: a number is not finite; the message says which, and where.
     """
-    errors = [error for error in measure.values.values() if error]
-    columns, found = [*measure.axes, *measure.values, *errors], [dict(row) for row in rows]
-    for row in found:
-        if set(row) != set(columns):
-            raise ValueError(f"{of}: {type(measure).__name__} gave a row of {sorted(row)}, expected {sorted(columns)}")
-        broken = [name for name, value in row.items() if not isinstance(value, str) and not math.isfinite(value)]
-        if broken:
-            where = ", ".join(f"{name} {row[name]}" for name in measure.axes)
-            raise FloatingPointError(f"{of}: {broken[0]} at {where} is {row[broken[0]]}, expected a finite number")
-    return [{name: row[name] for name in columns} for row in found]
+    return [
+        _checked(
+            measure,
+            row,
+            [*measure.axes, *_columns(measure.values)],
+            of,
+            [f"{name} {row.get(name)}" for name in measure.axes],
+        )
+        for row in rows
+    ]
+
+
+def check_teachers(measure: Measure, teachers: Mapping[str, Row], of: str) -> dict[str, dict[str, Any]]:
+    """The checked values that were measured of teachers, by their names; raises as `check_rows`."""
+    columns = _columns(measure.values)
+    return {name: _checked(measure, row, columns, of, [f"teacher {name}"]) for name, row in teachers.items()}
+
+
+def _columns(values: Mapping[str, str]) -> list[str]:
+    return [*values, *(error for error in values.values() if error)]
+
+
+def _checked(measure: Measure, row: Row, columns: list[str], of: str, where: list[str]) -> dict[str, Any]:
+    if set(row) != set(columns):
+        raise ValueError(f"{of}: {type(measure).__name__} gave a row of {sorted(row)}, expected {sorted(columns)}")
+    broken = [name for name, value in row.items() if not isinstance(value, str) and not math.isfinite(value)]
+    if broken:
+        place = ", ".join(where)
+        raise FloatingPointError(f"{of}: {broken[0]} at {place} is {row[broken[0]]}, expected a finite number")
+    return {name: row[name] for name in columns}
 
 
 def read(path: Path | str) -> dict[str, Any]:
@@ -142,8 +169,12 @@ def read(path: Path | str) -> dict[str, Any]:
     """
     found = artefact.read_json(path, KIND)
     artefact.check_entries(path, found, measure=str, axes=list, values=dict, rows=list, notes=list, provenance=dict)
-    columns = {*found["axes"], *found["values"], *filter(None, found["values"].values())}
-    for number, row in enumerate(found["rows"]):
-        if not isinstance(row, dict) or set(row) != columns:
-            raise ValueError(f"{path}: damaged or edited: row {number} is not one of {', '.join(sorted(columns))}")
+    values = _columns(found["values"])
+    places = {f"row {number}": (row, [*found["axes"], *values]) for number, row in enumerate(found["rows"])}
+    places |= {f"teacher {name}": (row, values) for name, row in found.get("teachers", {}).items()}
+    for place, (row, columns) in places.items():
+        if not isinstance(row, dict) or set(row) != set(columns):
+            raise ValueError(f"{path}: damaged or edited: {place} is not one of {', '.join(sorted(columns))}")
+    for entry in found.get("pictures", []):
+        Picture.read(path, entry)
     return found

@@ -9,7 +9,8 @@ B images, N tokens, D width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from haste.teachers.targets import load_teacher
 
 if TYPE_CHECKING:
     from haste.measure.subject import Subject
+    from haste.teachers.encoder import Teacher
 
 log = logging.getLogger("haste.measure")
 
@@ -57,27 +59,13 @@ def hidden(subject: Subject, split: str) -> Store:
     sizes = {layer: (tap.grid[0] * tap.grid[1], tap.width) for layer, tap in tokens.items()}
     shapes = {field(m, t): size[1:] if look["pooled"] else size for m, size in sizes.items() for t in look["t"]}
     at_once = max(1, min(AT_ONCE, int(MOST_BYTES / sum(4 * n * width for n, width in sizes.values()))))
-    facts = {"latents": subject.inputs.batches.latents.identity, "weights": subject.weights}
+    facts = {"latents": subject.batches(split).latents.identity, "weights": subject.weights}
     return _store(subject, made, shapes, facts, lambda chosen: _states(subject, look, layers, chosen), at_once)
 
 
-@torch.inference_mode()
 def _states(subject: Subject, look: Mapping[str, Any], layers: Any, chosen: NDArray[np.int64]) -> Rows:
-    inputs, model, process = subject.inputs, subject.model, subject.process
-    batch = inputs.batches.measured(chosen, range(len(chosen))).to(subject.group.device)
-    dtype, latents = next(model.parameters()).dtype, inputs.batches.latents.manifest
-    z = draw(batch.moments, batch.draw, latents["scale"], latents["shift"]).to(dtype)
-
-    def piece(null: NDArray[Any]) -> Tensor:
-        told = torch.from_numpy(null).to(z.device)
-        return told.to(dtype) if told.is_floating_point() else told
-
-    y, rows = each(piece, inputs.batches.condition.null(len(chosen))), {}
-    for t in look["t"]:
-        times = torch.full_like(batch.t, process.place(t)).to(dtype)
-        with inputs.precision():
-            x_t = process.noised(z, batch.noise.to(dtype), times)
-            _, taps = model(x_t, process.time(times), y, taps={f"tokens.{layer}" for layer in layers})
+    rows = {}
+    for t, taps in tapped(subject, look["split"], chosen, look["t"], {f"tokens.{layer}" for layer in layers}):
         for layer in layers:
             tokens = taps[f"tokens.{layer}"]  # (B, N, D)
             tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
@@ -85,50 +73,98 @@ def _states(subject: Subject, look: Mapping[str, Any], layers: Any, chosen: NDAr
     return rows
 
 
-def teacher_features(subject: Subject, split: str) -> Store:
-    """The store of the teacher's features of the same images: the mean over its patch tokens, (D,), in float32. A
-    collective call.
+def tapped(
+    subject: Subject, split: str, chosen: NDArray[np.int64], times: Sequence[float], names: Collection[str]
+) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Each t with the network's taps of these names, of some images of a split with the null condition."""
+    inputs, model, process, batches = subject.inputs, subject.model, subject.process, subject.batches(split)
+    batch = batches.measured(chosen, range(len(chosen))).to(subject.group.device)
+    dtype, latents = next(model.parameters()).dtype, batches.latents.manifest
+    z = draw(batch.moments, batch.draw, latents["scale"], latents["shift"]).to(dtype)
+
+    def piece(null: NDArray[Any]) -> Tensor:
+        told = torch.from_numpy(null).to(z.device)
+        return told.to(dtype) if told.is_floating_point() else told
+
+    y = each(piece, batches.condition.null(len(chosen)))
+    for t in times:
+        at = torch.full_like(batch.t, process.place(t)).to(dtype)
+        with torch.inference_mode(), inputs.precision():
+            _, taps = model(process.noised(z, batch.noise.to(dtype), at), process.time(at), y, taps=names)
+        yield t, taps
+
+
+def reader(subject: Subject, split: str, beside: Sequence[str]) -> Callable[..., NDArray[np.float32]]:
+    """A function from a layer and a t, or from a teacher that is measured beside the state, to what is stored of all
+    images: (n, D) or (n, N, D). A collective call; raises as `hidden`."""
+    states, teachers = hidden(subject, split), {name: teacher_features(subject, split, name) for name in beside}
+
+    def read(*place: Any) -> NDArray[np.float32]:
+        store, name = (teachers[place[0]], FEATURES) if len(place) == 1 else (states, field(*place))
+        return store.read(name, np.arange(store.count))
+
+    return read
+
+
+def teacher_features(subject: Subject, split: str, beside: str | None = None) -> Store:
+    """The store of a teacher's features of the same images, in float32: the mean over its patch tokens, (D,), or
+    each, (N, D), as hidden states are asked for. A collective call.
 
     Args:
-        subject: says which teacher.
+        subject: says which teacher is compared with.
         split: as for `hidden`.
+        beside: a teacher that is measured beside the state, in place of that one.
 
     Raises:
         FloatingPointError, ValueError: as `hidden`; or as `haste.teachers.targets.load_teacher`.
     """
-    made, expected = subject.what.seen[split], {"images": subject.inputs.batches.latents.manifest["images"]}
+    name = beside or subject.what.teacher
+    assert name is not None
+    made, expected = subject.what.seen[name][split], {"images": subject.batches(split).latents.manifest["images"]}
     there = subject.group.broadcast(lambda: _fits(made, expected))
-    store = Store.of(made) if there else _teacher_store(subject, made, expected["images"])
-    subject.inputs.identities["teacher"] = store.manifest["teacher"]
+    store = Store.of(made) if there else _teacher_store(subject, name, split)
+    subject.inputs.identities[f"teacher {beside}" if beside else "teacher"] = store.manifest["teacher"]
     return store
 
 
-def _teacher_store(subject: Subject, made: Artefact, expected: str) -> Store:
-    assert subject.what.teacher is not None
-    images = Store.of(subject.plan.images)
-    teacher = load_teacher(subject.plan, subject.what.teacher).to(subject.group.device)
+def teacher_and_images(subject: Subject, name: str, split: str) -> tuple[Teacher, Store]:
+    """A teacher on the device, and the store of the images of a split whose latents are read.
+
+    Raises:
+        ValueError: the teacher or the store is missing or damaged, or holds other images.
+    """
+    images, expected = Store.of(subject.plan.of(split).images), subject.batches(split).latents.manifest["images"]
     if images.identity != expected:
         found = f"holds images {images.identity[:12]}, expected those of the latents {expected[:12]}"
         raise ValueError(f"{images.folder}: {found}")
+    return load_teacher(subject.plan, name).to(subject.group.device), images
+
+
+def _teacher_store(subject: Subject, name: str, split: str) -> Store:
+    (teacher, images), made = teacher_and_images(subject, name, split), subject.what.seen[name][split]
+    pooled = made.recipe["look"].get("pooled", True)
 
     def rows(chosen: NDArray[np.int64]) -> Rows:
         shown = torch.from_numpy(images.read("image", chosen)).to(subject.group.device)
         features = teacher(shown, features=True).features  # (B, N, D)
         assert features is not None
-        return {FEATURES: features.float().mean(dim=1).cpu().numpy()}
+        return {FEATURES: (features.float().mean(dim=1) if pooled else features.float()).cpu().numpy()}
 
-    facts = {"images": images.identity, "teacher": teacher.identity}
-    return _store(subject, made, {FEATURES: (teacher.width,)}, facts, rows, AT_ONCE)
+    facts: dict[str, Any] = {"images": images.identity, "teacher": teacher.identity}
+    facts |= {} if pooled else {"grid": list(teacher.grid)}
+    shape = (teacher.width,) if pooled else (math.prod(teacher.grid), teacher.width)
+    return _store(subject, made, {FEATURES: shape}, facts, rows, AT_ONCE)
 
 
 def _store(
-    subject: Subject, made: Artefact, shapes: Mapping[str, Any], facts: dict[str, str], rows: Pass, at_once: int
+    subject: Subject, made: Artefact, shapes: Mapping[str, Any], facts: dict[str, Any], rows: Pass, at_once: int
 ) -> Store:
     """The store, after making it if it is not there or if its facts are others. A collective call."""
     look, group = made.recipe["look"], subject.group
-    indices = subject.inputs.batches.reading_indices(look["images"], look["split"])
+    batches = subject.batches(look["split"])
+    indices = batches.reading_indices(look["images"], look["split"])
     if len(indices) < (look["images"] or 1):
-        folder, asked = subject.inputs.batches.latents.folder, look["images"] or 1
+        folder, asked = batches.latents.folder, look["images"] or 1
         raise ValueError(
             f"{folder}: has {len(indices):,} images of {look['split']}, but measured are {asked:,}; ask for fewer"
         )
@@ -150,7 +186,7 @@ def _store(
     return Store.of(made)
 
 
-def _fits(made: Artefact, facts: Mapping[str, str]) -> bool:
+def _fits(made: Artefact, facts: Mapping[str, Any]) -> bool:
     """Whether the store is there, and made from what is there now."""
     if not Path(made.manifest).exists():
         return False

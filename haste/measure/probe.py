@@ -1,6 +1,6 @@
 """What a linear classifier reads from hidden states, by layer and t: the linear probe of REPA (arXiv 2410.06940).
 
-The classifier is trained on hidden states of training images and judged on held-out ones. Both are of noised images
+The classifier is trained on hidden states of training images and judged on others. Both are of noised images
 with the null condition, so nothing but the image says what its class is.
 """
 
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
-from haste.config import Positive, Rate
-from haste.measure.hidden import Hidden, field
+from haste.config import LATER, Positive, Rate
+from haste.measure.hidden import Hidden
 from haste.measure.measure import Row
 
 if TYPE_CHECKING:
@@ -28,7 +27,8 @@ class Probe(Hidden):
 
     Attributes:
         images: number of random training images; None for all.
-        judged: number of random held-out images; None for all.
+        judged: number of random images to judge it on; None for all.
+        split: those of `images.holdout`, `held_out`, or of `evaluation`.
         epochs: passes over the training images.
         warmup: the first of them, over which the rate grows evenly from 0; then it falls to 0 along half a cosine.
         batch: images a step; all of them if there are fewer. What is left over at the end of an epoch is passed over.
@@ -41,6 +41,7 @@ class Probe(Hidden):
 
     images: Positive | None = None
     judged: Positive | None = None
+    split: Annotated[Literal["held_out", "evaluation"], LATER] = "held_out"
     epochs: Positive = 90
     warmup: Annotated[int, Field(ge=0)] = 10
     batch: Annotated[int, Field(ge=2)] = 16_384
@@ -55,29 +56,27 @@ class Probe(Hidden):
     @property
     def least(self) -> Mapping[str, tuple[str, int]]:
         """See `Measure`."""
-        return {"train": ("images", self.images or 2), "held_out": ("judged", self.judged or 1)}
+        return {"train": ("images", self.images or 2), self.split: ("judged", self.judged or 1)}
 
     @property
     def hidden(self) -> Mapping[str, Mapping[str, Any]]:
         """See `Measure`."""
-        return {"train": self.look("train", self.images), "held_out": self.look("held_out", self.judged)}
+        return {"train": self.look("train", self.images), self.split: self.look(self.split, self.judged)}
 
     def run(self, subject: Subject) -> Iterator[Row]:
         """See `Measure`: each rank takes its share of layers and times."""
         from haste.measure import linear, passes
 
-        train, held_out = (passes.hidden(subject, split) for split in ("train", "held_out"))
-        labels, expected = (subject.labels(split) for split in ("train", "held_out"))
+        train, held_out = (passes.reader(subject, split, self.beside) for split in ("train", self.split))
+        labels, expected = (subject.labels(split) for split in ("train", self.split))
         how = linear.Training(self.epochs, self.warmup, self.batch, self.lr, self.seed)
         classes = subject.inputs.recipe["classes"]
         subject.notes.append(NOTE)
 
-        def values(layer: int, t: float) -> tuple[float, float]:
-            name, device = field(layer, t), subject.group.device
-            probe = linear.trained(train.read(name, np.arange(train.count)), labels, classes, how, device)
-            right = linear.classes_of(probe, held_out.read(name, np.arange(held_out.count))) == expected
+        def values(*place: Any) -> tuple[float, float]:
+            probe = linear.trained(train(*place), labels, classes, how, subject.group.device)
+            right = linear.classes_of(probe, held_out(*place)) == expected
             share = float(right.mean())
             return share, math.sqrt(share * (1 - share) / len(right))
 
-        for (layer, t), (accuracy, error) in subject.shared(self.places(subject), values):
-            yield {"layer": layer, "t": t, "accuracy": accuracy, "error": error}
+        yield from self.rows(subject, values)

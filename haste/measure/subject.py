@@ -13,9 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from haste.config import process_in
-from haste.data.batches import Batch
+from haste.config import EVALUATION, process_in
+from haste.data.batches import Batch, Batches
+from haste.data.jobs import check_autoencoder
+from haste.data.latents import Autoencoder, draw, to_pixels
 from haste.diffusion.process import Process
+from haste.files.store import Store
+from haste.measure.pictures import Picture
 from haste.models.build import build_model
 from haste.plan.measures import Measurement
 from haste.plan.plan import Plan
@@ -43,6 +47,8 @@ class Subject:
         part: images per forward pass.
         notes: sentences on what was left out.
         has_projector: whether the projector of the feature loss is the state's; else it is a new one.
+        pictures: what the file shows beside the numbers.
+        teachers: teacher -> value columns -> what was found of it in place of the network.
         plan: with the paths of all files.
         what: the measurement, with the stores of hidden states that it reads.
     """
@@ -56,6 +62,8 @@ class Subject:
     plan: Plan
     what: Measurement
     has_projector: bool = False
+    pictures: list[Picture] = dataclasses.field(default_factory=list)
+    teachers: dict[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     @property
     def model(self) -> Any:
@@ -82,10 +90,58 @@ class Subject:
         terms = {kind: self.inputs.terms[kind] for kind in kinds}
         return _with_terms(self.plan, self.what, self.inputs.recipe, terms, self.group)
 
+    def images(self, split: str) -> NDArray[np.int64]:
+        """The places in the stores of the images whose hidden states are read, (n,)."""
+        return self.batches(split).reading_indices(self.what.hidden[split].recipe["look"]["images"], split)
+
     def labels(self, split: str) -> NDArray[np.int64]:
-        """The classes of the images whose hidden states are read, (n,)."""
-        batches, look = self.inputs.batches, self.what.hidden[split].recipe["look"]
-        return batches.latents.read("label", batches.reading_indices(look["images"], look["split"]))
+        """The classes of these images, (n,).
+
+        Raises:
+            ValueError: images of `evaluation` have other classes than those of training.
+        """
+        found, ours = (one.latents for one in (self.batches(split), self.inputs.batches))
+        if found.manifest["classes"] != ours.manifest["classes"]:
+            raise ValueError(f"{found.folder}: has other classes than {ours.folder}, expected the same names")
+        return found.read("label", self.images(split))
+
+    def batches(self, split: str) -> Batches:
+        """Those that have the images of a split: of training's inputs, or of `evaluation`.
+
+        Raises:
+            ValueError: a store is missing or damaged, or was encoded by another autoencoder.
+        """
+        return self._others if split == EVALUATION else self.inputs.batches
+
+    @functools.cached_property
+    def _others(self) -> Batches:
+        found, ours = Store.of(self.plan.of(EVALUATION).latents), self.inputs.batches.latents
+        if found.manifest["autoencoder"] != ours.manifest["autoencoder"]:
+            raise ValueError(f"{found.folder}: was encoded by another autoencoder than {ours.folder}")
+        self.inputs.identities["latents of evaluation"] = found.identity
+        return self.inputs.batches.of_all(found)
+
+    def decoded(self, split: str, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The latents of some images of a split before noise, decoded: (n, R, R, 3). A collective call.
+
+        Raises:
+            ValueError: the decoder is missing, damaged or of other latents.
+            FloatingPointError: pixels are not finite.
+        """
+        pixels, self.inputs.identities["decoder"] = self.group.broadcast(lambda: self._decoded(split, chosen))
+        return pixels
+
+    def _decoded(self, split: str, chosen: NDArray[np.int64]) -> tuple[NDArray[np.uint8], str]:
+        decoder = Autoencoder.load(self.plan.decoder, device=str(self.group.device))
+        check_autoencoder(self.plan, decoder)
+        batches = self.batches(split)
+        batch, latents = batches.measured(chosen, range(len(chosen))), batches.latents.manifest
+        scaling = {"scale": latents["scale"], "shift": latents["shift"]}
+        z = draw(batch.moments, batch.draw, **scaling)
+        decoded = torch.cat([decoder.decode(one, **scaling) for one in z.split(1)])
+        if not decoded.isfinite().all():
+            raise FloatingPointError(f"{self.plan.decoder}: decodes latents to pixels that are not finite numbers")
+        return to_pixels(decoded).cpu().numpy(), decoder.identity
 
     def shared(
         self, places: Sequence[Place], values: Callable[..., Sequence[float]]
@@ -104,6 +160,7 @@ class Subject:
         times: Sequence[float],
         count: int,
         look: Callable[[Batch], Callable[[Tensor], Tensor]],
+        split: str = "train",
     ) -> NDArray[np.float64]:
         """Values of each image at each time, (T, V, M) on all ranks; each computes those of its share of the images. A
         collective call.
@@ -113,13 +170,14 @@ class Subject:
             times: T times in [0, 1]; every image is used at each of them.
             count: V.
             look: of a batch, what gives the values of its images, (V, B), at the process's times t (B,).
+            split: whose images these are.
         """
         group = self.group
         found = torch.zeros(len(times), count, len(chosen), dtype=torch.float64, device=group.device)
         low, high = (len(chosen) * rank // group.size for rank in (group.rank, group.rank + 1))
         for start in range(low, high, self.part):
             rows = range(start, min(start + self.part, high))
-            batch = self.inputs.batches.measured(chosen, rows).to(group.device)
+            batch = self.batches(split).measured(chosen, rows).to(group.device)
             with torch.no_grad(), self.inputs.precision():
                 at = look(batch)
                 for place, t in enumerate(times):

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from haste import extensions
 from haste.align import triggers
-from haste.config import Sampling, branches, facts_in, written
+from haste.config import EVALUATION, Sampling, branches, facts_in, written
 from haste.files import journal, units, walk
 from haste.networks.registry import AUTOENCODERS, DETECTORS
 from haste.networks.spec import blocks
@@ -26,6 +26,12 @@ from haste.plan.target_spec import Shape, flops_per_image
 MB = 1e6
 # Fraction of the speed of bare matrix products that whole networks reach.
 EFFICIENCY = 0.5
+# Seconds that follow from no operations, of which small networks have most: of a job's start, which imports torch,
+# diffusers for the small autoencoder, and opens what a measure looks at; of a training step, around its operations; and
+# of each of its images, whose noise is drawn and whose row is read, or whose attention is compared in one layer. The
+# jobs that draw samples also make their features.
+START, STARTS = 2.0, {"latents": 5.0, "samples": 5.0, "measures": 3.5, "features": 0.0}
+STEP, IMAGE = 0.008, 0.00015
 
 
 def parameters(recipe: dict[str, Any]) -> int:
@@ -72,7 +78,7 @@ def machine_flops() -> float:
 def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float, bool]:
     """Seconds that a segment will take, and whether that is measured (by a journal on its lineage) or computed.
 
-    A computed time includes the forward passes of teachers of known size, and the triggers' measurements.
+    A computed time includes heads, the forward passes of teachers of known size, and the triggers' measurements.
     """
     recipe = plan.trajectories[segment.state.trajectory].recipe
     steps, batch = segment.state.step - segment.start, recipe["training"]["batch"]
@@ -81,9 +87,20 @@ def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float,
         if lines:  # the last may include a trigger's reading, or a start
             return steps * batch / median(line["images_per_s"] for line in lines[-9:]), True
     work = training_flops(recipe) + sum(_teacher_flops(plan, name) or 0.0 for name in segment.teachers)
-    runtime = plan.config.runtime
+    runtime, terms, layers = plan.config.runtime, segment.terms, 0
+    if "features" in terms:
+        work += 6.0 * head_parameters(plan, segment) * _tokens(recipe, terms["features"]["depth"])
+    if "attention" in terms:
+        layers = len(terms["attention"]["student_layers"])
     work = steps * batch * work + angle_flops(plan, segment)
-    return work / (EFFICIENCY * flops * runtime.threads * runtime.processes), False
+    around = steps * (STEP + IMAGE * (1 + layers) * batch / runtime.processes)
+    return around + work / (EFFICIENCY * flops * runtime.threads * runtime.processes), False
+
+
+def _tokens(recipe: dict[str, Any], depth: int) -> int:
+    """Tokens of an image after a block."""
+    rows, columns = facts_in(recipe).taps[f"tokens.{depth}"].grid
+    return rows * columns
 
 
 def angle_flops(plan: Plan, segment: Segment) -> float:
@@ -194,13 +211,21 @@ def stages(plan: Plan) -> tuple[list[Stage], bool]:
         _stage("scores", [judgement.score for e in evaluations for judgement in e.judged]),
         _stage("grids, floor, report", closing),
     ]
-    return found, measured
+    starts = [STARTS.get(stage.name, START) * stage.left for stage in found]
+    return [dataclasses.replace(a, seconds=a.seconds + b) for a, b in zip(found, starts, strict=True)], measured
 
 
 def _stage(name: str, files: list[str], megabytes: float = 0.0) -> Stage:
     """Jobs whose time cannot be estimated; megabytes: of all of them."""
     left = sum(not Path(file).exists() for file in files)
     return Stage(name, len(files), left, 0.0, megabytes * left / max(1, len(files)), unknown=left > 0)
+
+
+def _of_images(name: str, stores: list[tuple[Artefact, int]], size: float) -> tuple[Stage, float]:
+    """The shards of stores of so many images, `size` bytes each, and the number of images that are left."""
+    shards = {file: count / store.shards for store, count in stores for file in store.shard_files}
+    left = sum(images for file, images in shards.items() if not Path(file).exists())
+    return dataclasses.replace(_stage(name, list(shards)), megabytes=size * left / MB), left
 
 
 def _timed(stage: Stage, work: Iterable[float | None], pace: float) -> Stage:
@@ -251,16 +276,18 @@ def _passes(plan: Plan, todo: Iterable[Measurement]) -> list[tuple[float, float]
             numbers = sum(tap.width * (1 if look["pooled"] else tap.grid[0] * tap.grid[1]) for tap in taps)
             views = _looked_at(plan, look) * len(look["t"])
             found[store.manifest] = views * facts.flops, 4.0 * views * numbers
-        for store in one.seen.values():
-            each = _teacher_flops(plan, one.teacher) if one.teacher else None
-            found[store.manifest] = (each or 0.0) * _looked_at(plan, store.recipe["look"]), 0.0
+        for name, stores in one.seen.items():
+            each = _teacher_flops(plan, name) or 0.0
+            found |= {s.manifest: (each * _looked_at(plan, s.recipe["look"]), 0.0) for s in stores.values()}
     return [cost for manifest, cost in found.items() if not Path(manifest).exists()]
 
 
 def _looked_at(plan: Plan, look: Mapping[str, Any]) -> int:
     """Images of a look at hidden states."""
-    held_out = plan.config.images.holdout
-    return look["images"] or (held_out if look["split"] == "held_out" else plan.image_count - held_out)
+    if look["images"]:
+        return look["images"]
+    held_out, count = plan.config.images.holdout, plan.of(look["split"]).image_count
+    return {"held_out": held_out, "train": count - held_out}.get(look["split"], count)
 
 
 def _seen(plan: Plan, detector: Detector, images: float | None) -> float | None:
@@ -273,24 +300,24 @@ def _data_stages(plan: Plan, flops: float) -> list[Stage]:
     latent = 2 * config.autoencoder.channels * config.latent_size**2
     detectors = plan.detectors.values()
     encoded = config.runs or plan.measurements  # imported checkpoints that are only scored need no latents
+    used = any(EVALUATION in one.splits for one in plan.measurements.values())
+    sets = plan.image_sets if used else [plan]
     text = [plan.text] if plan.text else []
-    joined = [plan.images, *([plan.latents] if encoded else []), *text]
+    joined = [*(store for one in sets for store in (one.images, *([one.latents] if encoded else []))), *text]
     sights = [detector for detector in detectors if not Path(detector.reference.manifest).exists()]
     made = (plan.autoencoder, *plan.teachers.values(), *(detector.part for detector in detectors))
     parts = list({part.folder: part for part in made if part}.values())  # teachers may differ by their filters alone
-    latents = _stage(
-        "latents",
-        plan.latents.shard_files if encoded else [],
-        latent * (2 if config.autoencoder.dtype == "float16" else 4) * count / MB,
-    )
+    pixels, number = config.images.resolution**2, 2 if config.autoencoder.dtype == "float16" else 4
+    images, _ = _of_images("images", [(one.images, one.image_count) for one in sets], 3 * pixels)
+    stores = [(one.latents, one.image_count) for one in sets] if encoded else []
+    latents, left = _of_images("latents", stores, latent * number)
     encoding, pace = _autoencoder_flops(plan.encoder, 0), _pace(plan, flops)
     if encoding is not None and latents.left:
-        work = encoding * config.images.resolution**2 * count * latents.left / latents.jobs
-        latents = _timed(latents, [work], pace)
+        latents = _timed(latents, [encoding * pixels * left], pace)
     todo = [part for part in parts if not Path(part.manifest).exists()]
     references = _stage("references", [detector.reference.manifest for detector in detectors])
     return [
-        _stage("images", plan.images.shard_files, 3 * config.images.resolution**2 * count / MB),
+        images,
         latents,
         *(_stage("text states", store.shard_files, plan.data.text_bytes / MB) for store in text),
         _stage("joins", [store.manifest for store in joined]),
@@ -426,9 +453,11 @@ def print_plan(plan: Plan) -> None:
 
 
 def _pictures(plan: Plan) -> list[str]:
-    return (
-        [f"{plan.config.images.path}: {plan.image_count:,} pictures; {walk.told(plan.unused)}"] if plan.unused else []
-    )
+    return [
+        f"{one.config.images.path}: {one.image_count:,} pictures; {walk.told(one.unused)}"
+        for one in plan.image_sets
+        if one.unused
+    ]
 
 
 def _clock(stage: Stage) -> str:

@@ -53,7 +53,7 @@ class Item:
 def named(plan: Plan) -> set[Path]:
     """Every file and folder that a plan names, except states. New kinds are found without a change here."""
     found: set[Path] = set()
-    stack: list[Any] = [vars(plan), plan.config.model_dump(), plan.shown]
+    stack: list[Any] = [*map(vars, plan.image_sets), plan.config.model_dump(), plan.shown]
     while stack:
         value = stack.pop()
         if isinstance(value, str):

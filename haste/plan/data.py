@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from haste.config import DETECTORS, Config, Images, decides
+from haste.config import DETECTORS, EVALUATION, Config, Images, decides
 from haste.config import Detector as DetectorSpec
 from haste.files import artefact, listing, walk
 from haste.files.artefact import fingerprint, remembered_identity
@@ -35,6 +36,7 @@ class Data:
         detectors: by name; the first one is the main one: its Frechet distance orders curves and grids.
         checked_images: the list of unusable images, if these are left out; else None.
         source: the record of what the images' source held; None for images of a library.
+        evaluation: the same of the images that only measures see, with their latents; None without them.
     """
 
     def __init__(self, config: Config, content: str | None = None):
@@ -46,9 +48,7 @@ class Data:
         self._content = content
         self.config, self.root = config, config.results.rstrip("/")
         self.identities, self._names = _identities(config, self.root), dict[str, str]()
-        self.source, self.images = self._images()
-        skips = config.images.on_bad_image == "skip"
-        self.checked_images = f"{self.images.folder}/checked.json" if skips else None
+        self._take_images()
 
         trained, public = config.autoencoder.trained, config.autoencoder.pretrained
         self.autoencoder = self.part("autoencoder", "autoencoder", trained.model_dump()) if trained else None
@@ -67,6 +67,28 @@ class Data:
             for name, teacher in config.teachers.items()
         }
         self.detectors = {name: self._detector(name, spec) for name, spec in config.detector.items()}
+        self.evaluation = self._evaluation()
+
+    def _evaluation(self) -> Data | None:
+        if self.config.evaluation is None:
+            return None
+        found = copy.copy(self)
+        found.config = self.config.model_copy(update={"images": self.config.evaluation, "evaluation": None})
+        found._content, found.evaluation = None, None
+        found._take_images()
+        found.latents = found._latents()
+        return found
+
+    def _take_images(self) -> None:
+        self.source, self.images = self._images()
+        skips = self.config.images.on_bad_image == "skip"
+        self.checked_images = f"{self.images.folder}/checked.json" if skips else None
+
+    def of(self, split: str) -> Data:
+        """The data of a split of images: `evaluation`, or one of those that training is about."""
+        found = self.evaluation if split == EVALUATION else self
+        assert found is not None
+        return found
 
     def store(self, kind: str, recipe: Mapping[str, Any], shards: int) -> Artefact:
         """A store of some kind."""
@@ -225,6 +247,13 @@ class Data:
     def _listing(self) -> Listing:
         spec = self.config.images
         return listing.survey(spec.source, spec.path, spec.classes, spec.labels, spec.captions)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The images' classes in order; None if only files that are not read yet name them. Raises as `image_count`."""
+        if Path(self.images.manifest).exists():
+            return artefact.read_json(self.images.manifest, "store")["classes"]
+        return self._listing.classes
 
     @property
     def where(self) -> str:

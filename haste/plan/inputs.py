@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from haste import extensions
-from haste.config import Config, condition_arguments, facts_in, layer_faults
+from haste.config import EVALUATION, Config, condition_arguments, facts_in, layer_faults
 from haste.files import artefact, units
 from haste.networks import autoencoder, layouts, weights
 from haste.networks import text as public_text
@@ -65,23 +65,41 @@ def _exist(files: list[str]) -> bool:
 def images(parts: Parts) -> None:
     """Refuse pictures that cannot be counted, are too few, have other classes, or have changed since the first were
     prepared."""
-    trained_on = parts.data.image_count - parts.config.images.holdout
+    there = {"train": parts.data.image_count - parts.config.images.holdout}
     parts.data.check_source()
+    if any(EVALUATION in one.splits for one in parts.measured):
+        there[EVALUATION] = _evaluation(parts.data)
     for one in parts.measured:
-        key, least = parts.config.measures[one.label].made.least.get("train", ("", 0))
-        if least > trained_on:
-            raise ValueError(f"measures.{one.label}.{key}: {least:,}, but there are {trained_on:,} training images")
+        for split, (key, least) in parts.config.measures[one.label].made.least.items():
+            if least > (count := there.get(split, least)):
+                whose = "training" if split == "train" else split
+                raise ValueError(f"measures.{one.label}.{key}: {least:,}, but there are {count:,} {whose} images")
+
+
+def _evaluation(data: Data) -> int:
+    """The number of images that only measures see; refuses those that cannot be used, as of other classes."""
+    others, ours = data.of(EVALUATION), data.class_names
+    count = others.image_count
+    others.check_source()
+    if None not in (ours, found := others.class_names) and found != ours:
+        wrong = sorted({*(found or [])} ^ {*(ours or [])})
+        raise ValueError(
+            f"{others.where}: its classes are not those of {data.where}: {', '.join(wrong[:5])} only in one of them; "
+            "expected the same names, because a label is a class's place among them"
+        )
+    return count
 
 
 def encoder(parts: Parts) -> None:
     """Refuse a public autoencoder that could not encode the images."""
-    if not Path(parts.data.latents.manifest).exists() and (parts.trained or parts.measured):
+    stores = [parts.data.latents, *(parts.data.of(split).latents for one in parts.measured for split in one.splits)]
+    if not _exist([store.manifest for store in stores]) and (parts.trained or parts.measured):
         _autoencoder(parts, parts.data.encoder)
 
 
 def decoder(parts: Parts) -> None:
-    """Refuse a public autoencoder that could not decode the samples."""
-    if parts.drawn:
+    """Refuse a public autoencoder that could not decode the samples, or the images of measures' pictures."""
+    if parts.drawn or any("decoder" in parts.config.measures[one.label].made.needs for one in parts.measured):
         _autoencoder(parts, parts.data.decoder)
 
 
@@ -140,7 +158,7 @@ def teachers(parts: Parts) -> None:
     """Refuse public teachers whose weights are missing or another network's, or whose patches do not fit the images."""
     jobs = [*parts.trained, *(one.segment for one in parts.measured)]
     stores = {name for name, store in parts.targets.stores.items() if not Path(store.manifest).exists()}
-    seen = {one.teacher for one in parts.measured if one.teacher and one.unseen}
+    seen = {name for one in parts.measured for name in one.unseen}
     for name in sorted(stores.union(seen, *(job.teachers for job in jobs))):
         spec = parts.config.teachers[name].pretrained
         if spec is None or spec.name in extensions.names("teachers"):

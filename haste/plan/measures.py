@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from haste.config import Config, measured_teacher, measured_terms
+from haste.config import EVALUATION, Config, measured_beside, measured_teacher, measured_terms
 from haste.files.artefact import fingerprint
 from haste.plan.data import Data
 from haste.plan.names import RECIPE, Artefact, Segment, State
@@ -20,7 +20,9 @@ class Measurement:
 
     label: of the measure, in the configuration; run: the row; terms: the alignment that it is compared with, teachers
     by their names in the configuration; cached: the terms with cached targets; file: the result's path; hidden: the
-    stores of the hidden states that it reads, by split; teacher: whose features it reads, from the stores `seen`.
+    stores of the hidden states that it reads, by split; teacher: whose features it compares with; seen: the stores of
+    teachers' features, that one's and those measured beside the state, by teacher and split; splits: those of the
+    images that it looks at.
     """
 
     label: str
@@ -32,12 +34,14 @@ class Measurement:
     file: str
     hidden: dict[str, Artefact]
     teacher: str | None
-    seen: dict[str, Artefact]
+    seen: dict[str, dict[str, Artefact]]
+    splits: tuple[str, ...]
 
     @property
-    def unseen(self) -> list[Artefact]:
-        """The stores of its teacher's features that are still to be made."""
-        return [store for store in self.seen.values() if not Path(store.manifest).exists()]
+    def unseen(self) -> list[str]:
+        """The teachers that it has to load: their features are not stored, or it asks them for something else."""
+        stored = {name: [Path(one.manifest).exists() for one in stores.values()] for name, stores in self.seen.items()}
+        return [name for name, there in stored.items() if not (there and all(there))]
 
     @property
     def segment(self) -> Segment:
@@ -102,10 +106,14 @@ class Measures:
             of_state |= {key: training[key] for key in ("precision", "time_dtype") if key in training}
         recipe = {**of_state, "measure": spec.measure, "settings": spec.decided}
         recipe["terms"] = named_terms(self.config, self.data, terms)
-        teacher, of_teacher = measured_teacher(self.config, label), dict[str, Any]()
+        teacher, beside = measured_teacher(self.config, label), measured_beside(self.config, label)
         if teacher is not None:
             recipe["teacher"] = self.data.teacher_key(teacher)
-            of_teacher = {"recipe": RECIPE, "images": self.data.images.key, "teacher": recipe["teacher"]}
+        if beside:
+            recipe["beside"] = {name: self.data.teacher_key(name) for name in beside}
+        splits = tuple(spec.made.least)
+        if EVALUATION in splits:
+            recipe[EVALUATION] = self.data.of(EVALUATION).latents.key
         folder, looks = f"{self.data.root}/measures", spec.made.hidden
         own = f"{folder}/{state.trajectory}.{state.step:08d}"
         kind = "".join(c if c.isascii() and (c.isalnum() or c in "._") else "-" for c in spec.measure)
@@ -118,19 +126,29 @@ class Measures:
             cached,
             recipe,
             f"{own}/{kind}-{fingerprint(recipe)}.json",
-            {split: _store(own, {**of_state, "look": dict(look)}) for split, look in looks.items()},
-            teacher,
             {
-                split: _store(f"{folder}/teacher-{fingerprint(of_teacher)}", {**of_teacher, "look": _shown(look)})
+                split: _store(own, {**of_state, "latents": self.data.of(split).latents.key, "look": dict(look)})
                 for split, look in looks.items()
-                if teacher is not None
             },
+            teacher,
+            {name: self._seen(name, looks) for name in [*([teacher] if teacher else []), *beside]},
+            splits,
         )
+
+    def _seen(self, teacher: str, looks: Mapping[str, Mapping[str, Any]]) -> dict[str, Artefact]:
+        """The stores of a teacher's features of the images whose hidden states are read."""
+        found = {}
+        for split, look in looks.items():
+            images = self.data.of(split).images.key
+            whose = {"recipe": RECIPE, "images": images, "teacher": self.data.teacher_key(teacher)}
+            folder = f"{self.data.root}/measures/teacher-{fingerprint(whose)}"
+            found[split] = _store(folder, {**whose, "look": _shown(look)})
+        return found
 
 
 def _shown(look: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a look decides what a teacher says: the images."""
-    return {key: look[key] for key in ("split", "images", "seed")}
+    """What of a look decides what is stored of a teacher: the images, and whether each token is."""
+    return {key: look[key] for key in ("split", "images", "seed")} | ({} if look["pooled"] else {"pooled": False})
 
 
 def _store(folder: str, recipe: dict[str, Any]) -> Artefact:

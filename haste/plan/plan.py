@@ -13,16 +13,20 @@ Its parts, each made from those above it:
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
 from haste.config import (
+    EVALUATION,
     TERMS,
     Config,
     Detector,
     Evaluate,
     Images,
     Run,
+    Runtime,
     Sampling,
     Strict,
     Teacher,
@@ -44,7 +48,7 @@ from haste.plan.targets import Targets
 # Keys that are younger than people's reports: while they are at their defaults, reports keep their names.
 _YOUNG = {
     *("process", "time_dtype", "eta", "filter", "layer", "normalise", "normalise_factor", "head", "kernel", "t_max"),
-    *("release", "weights", "prompts", "split"),
+    *("release", "weights", "prompts", "split", "jobs_per_gpu"),
 }
 
 
@@ -100,6 +104,24 @@ class Plan:
         self._parts = inputs.Parts(config, data, targets, runs, evaluations, measures)
         self.measured, self.measurements, self.measurement = measures.rows, measures.by_name, measures.of
 
+    @functools.cached_property
+    def _about_evaluation(self) -> Plan:
+        data = self.data.of(EVALUATION)
+        found = copy.copy(self)
+        found.config, found.data, found.checked_images = data.config, data, data.checked_images
+        found.images, found.latents = data.images, data.latents
+        return found
+
+    def of(self, split: str) -> Plan:
+        """The plan about the images of a split: of `evaluation`, with `images`, `latents` and `data` of its own, or one
+        of those that training is about."""
+        return self._about_evaluation if split == EVALUATION else self
+
+    @property
+    def image_sets(self) -> list[Plan]:
+        """The plan about each set of images: that of training, and `evaluation`."""
+        return [self, *([self.of(EVALUATION)] if self.data.evaluation else [])]
+
     @property
     def image_count(self) -> int:
         """Images of the store or, before it exists, of its source; raises as `Data.image_count`."""
@@ -113,8 +135,8 @@ class Plan:
     @property
     def changes(self) -> list[str]:
         """How the images' source differs from what they were made from, and what to do; nothing if it does not."""
-        said = self.data.source_changes
-        return [f"{said}. `haste images --update` takes the change up, under new names"] if said else []
+        said = [changed for plan in self.image_sets if (changed := plan.data.source_changes)]
+        return [f"{changed}. `haste images --update` takes the change up, under new names" for changed in said]
 
     def check(self) -> None:
         """Refuse, before anything is submitted, what the first jobs would refuse, with the same messages.
@@ -163,11 +185,14 @@ class Plan:
         """The files that a measure is made from. For an imported checkpoint see `drawn_from`."""
         state = measurement.state
         own = [] if state.trajectory in self.elsewhere else [self.path(state)]
-        part = self.teachers[measurement.teacher] if measurement.teacher and measurement.unseen else None
-        shown = [*self.images.files, *(part.files if part else [])] if measurement.unseen else []
-        return list(
-            dict.fromkeys([*self.latents.files, *self.told_from, *own, *self.aligned_from(measurement.segment), *shown])
-        )
+        parts = [part for name in measurement.unseen if (part := self.teachers[name])]
+        if self.autoencoder and "decoder" in self.config.measures[measurement.label].made.needs:
+            parts.append(self.autoencoder)
+        parts += [self.of(split).images for split in measurement.splits if measurement.unseen]
+        shown = [file for part in parts for file in part.files]
+        stores = [self.latents, *(self.of(split).latents for split in measurement.splits)]
+        files = [file for store in stores for file in store.files]
+        return list(dict.fromkeys([*files, *self.told_from, *own, *self.aligned_from(measurement.segment), *shown]))
 
     @property
     def measure_files(self) -> list[str]:
@@ -194,6 +219,7 @@ class Plan:
         if self.config.condition.name == "labels":
             del shown["condition"]
         sections: list[tuple[type[Strict], dict[str, Any]]] = [(Training, shown["training"])]
+        sections += [(Runtime, shown["runtime"])]
         sections += [(TERMS[kind], term) for one in shown["alignments"].values() for kind, term in one.items() if term]
         sections += [(Teacher, teacher) for teacher in shown["teachers"].values()]
         sections += [(Detector, one) for one in shown["detector"].values()]

@@ -23,7 +23,7 @@ from matplotlib.ticker import EngFormatter
 
 from haste.files.artefact import fingerprint
 from haste.report import cosines, overhead
-from haste.report.content import Measured, Report
+from haste.report.content import NONE, Measured, Report
 from haste.report.figures import INK, PRINTED, Panel, Style, draw_band, draw_line, new_figure, styles, to_svg
 from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell, to_text
 
@@ -49,6 +49,7 @@ class Findings:
         others: further axes of numbers that have several places.
         words: axes of words.
         values: column of a value -> the column of its standard error, or "".
+        teachers: what was measured of teachers in place of networks: teacher -> column -> value.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Findings:
     others: Sequence[str]
     words: Sequence[str]
     values: Mapping[str, str]
+    teachers: Mapping[str, Mapping[str, float]]
 
     @classmethod
     def of(cls, name: str, ones: Sequence[Measured]) -> Findings:
@@ -74,7 +76,8 @@ class Findings:
         numbers = [axis for axis in axes if pd.api.types.is_numeric_dtype(frame[axis])]
         several = [axis for axis in numbers if frame[axis].nunique() > 1]
         words = [axis for axis in axes if axis not in numbers]
-        return cls(name, ones, frame, several[0] if several else "", several[1:], words, values)
+        teachers = {name: row for one in ones for name, row in one.found.get("teachers", {}).items()}
+        return cls(name, ones, frame, several[0] if several else "", several[1:], words, values, teachers)
 
     @property
     def is_drawn(self) -> bool:
@@ -169,6 +172,9 @@ def _table(seeds_of: Mapping[str, Sequence[int]], link_of: Callable[[Measured], 
                 cells += [cell(lines, name) for name in found.values]
             entries.append(Entry(cells, "" if ones[0].printed is None else "published", first=run != before))
             before = run
+    for teacher, row in found.teachers.items():  # the same at every place
+        measured = [_of_teacher(found, row, name) for name in ([value] * len(across) if wide else found.values)]
+        entries.append(Entry([text_cell(f"teacher {teacher}"), *(Cell(NONE) for _ in keys), *measured], first=True))
     values = [f"{found.x} {x:g}" for x in across] or list(found.values)
     heads = [Head("run"), *(Head(key, key not in found.words) for key in keys), *(Head(name, True) for name in values)]
     title = f"{found.name}: {value} at each {found.x}" if wide else found.name
@@ -196,6 +202,10 @@ def _cell(
     return number_cell(float(np.mean(values)), places, spread=spread, link=link)
 
 
+def _of_teacher(found: Findings, row: Mapping[str, float], name: str) -> Cell:
+    return number_cell(row[name], _places(found.frame[name]), spread=row.get(found.values[name]))
+
+
 def _places(values: pd.Series) -> int:
     largest = float(values.abs().max())
     return min(6, max(0, DIGITS - 1 - math.floor(math.log10(largest)))) if largest else 0
@@ -206,7 +216,9 @@ def _notes(found: Findings, value: str) -> list[str]:
     first, constant = found.ones[0].found, found.frame.nunique()
     said = [f"{axis} {found.frame[axis].iloc[0]:g}" for axis in _numbers(found) if constant[axis] == 1]
     said += [
-        f"{name} {_words(setting)}" for name, setting in first.get("settings", {}).items() if name not in first["axes"]
+        f"{name} {_words(setting)}"
+        for name, setting in first.get("settings", {}).items()
+        if name not in first["axes"] and setting != []
     ]
     notes = [f"{first['measure']}: {', '.join(said)}."]
     if found.values[value]:
@@ -301,9 +313,15 @@ def _lines(found: Findings, value: str, part: pd.DataFrame, title: str, drawn: M
             draw_band(axes, drawn[run], mean.index, mean, spread)
             ends.append(f"{run} {mean.iloc[-1]:.3g} at {x} {mean.index[-1]:g}")
         draw_line(axes, drawn[run], mean.index, mean, marker="o", alpha=1.0 if last else FADED)
+    for teacher, row in found.teachers.items():
+        ends.append(f"teacher {teacher} {row[value]:.3g}")
+        axes.axhline(row[value], color=INK, lw=1.1, dashes=(8, 4), alpha=0.7)
+        axes.annotate(teacher, (1, row[value]), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=INK)
     faint = "Faint: earlier steps." if not found.over_steps and len(found.steps) > 1 else ""
     if found.over_steps and found.x:
         faint = f"The mean over {found.x}."
+    if found.teachers:
+        faint = f"Dashed: teachers, of the clean images. {faint}".strip()
     if dotted := [one.run for one in found.ones if one.printed is not None and one.run in set(part["run"])]:
         faint = f"Dotted: {'; '.join(dict.fromkeys(dotted))}. {faint}".strip()
     return Panel(title, "", faint, to_svg(figure, name, f"{title} over {x}: {'; '.join(ends)}"))
@@ -335,7 +353,8 @@ def _heat_map(
     when = f"step {int(part['step'].iloc[0]):,}"
     if x == "step":
         when = "over steps" if y == found.x else f"over steps, the mean over {found.x}"
-    return Panel(title, "", f"{title}, {when}.", to_svg(figure, name, spoken))
+    beside = [f" Teacher {teacher}: {row[value]:.3g}." for teacher, row in found.teachers.items()]
+    return Panel(title, "", f"{title}, {when}.{''.join(beside)}", to_svg(figure, name, spoken))
 
 
 def _tick(axis: str, at: float) -> str:

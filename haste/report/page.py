@@ -18,6 +18,7 @@ from PIL import Image
 from haste.cluster import accounting
 from haste.files import artefact
 from haste.files.artefact import replacing
+from haste.measure.pictures import Picture
 from haste.plan.plan import Plan
 from haste.report import figures, formats, gather, probes, sweeps, systems, tables
 from haste.report.compare import Line, guidance_text, lines
@@ -133,6 +134,7 @@ def render(report: Report) -> str:
         guidance_panels=_by_protocol(sweeps.guidance_panels(report)),
         loss_panels=_shown([*figures.loss_panels(report), *reading_panels(report)]),
         measure_panels=[(name, _shown(found)) for name, found in [*measure_panels(report), *_scattered(report)]],
+        pictures=_pictures(report),
         fork_says=sentences(report),
         fork_panels=_shown(fork_panels(report)),
         forked=fork_made(report),
@@ -174,11 +176,10 @@ def _grid(grid: Grid) -> dict[str, Any]:
     what = f"Samples of {grid.run} at step {grid.step:,}"
     columns = grid.columns or max(len(grid.labels), 1)
     alt = f"{what}, one column per class: {', '.join(map(str, grid.labels))}" if grid.labels else what
-    found = {"run": grid.run, "labels": grid.labels, "columns": columns, "alt": alt, "told": []}
     if grid.words:
-        return {**found, "told": list(_told(grid, columns, what)), "most": columns * CELL_WITH_WORDS}
-    src = data_uri(grid.image, 2 * columns * CELL)  # two pixels of the picture for one of the page
-    return {**found, "src": src, "most": columns * CELL}
+        facts = {"title": grid.run, "labels": grid.labels, "columns": columns, "alt": alt, "link": ""}
+        return {**facts, "told": list(_told(grid, columns, what)), "most": columns * CELL_WITH_WORDS}
+    return _framed(grid.run, grid.labels, columns, alt, grid.image)
 
 
 def _told(grid: Grid, columns: int, what: str) -> Iterator[dict[str, str]]:
@@ -197,25 +198,63 @@ def _told(grid: Grid, columns: int, what: str) -> Iterator[dict[str, str]]:
             yield {"src": src, "words": words, "short": short, "alt": f"{what}: {words}"}
 
 
-def data_uri(path: Path | str, most: int) -> str:
-    """A PNG file as a data URI: as it is if it is at most `most` pixels wide, else of that width, as WebP. A grid of
-    256 px samples has 6 MB, and ImageNet's tables have fifty.
+def _framed(
+    title: str, labels: Sequence[str], columns: int, alt: str, image: Path | bytes, link: str = ""
+) -> dict[str, Any]:
+    """A PNG of equal columns for the page; `link` is the id of the place that says how it was made."""
+    src = data_uri(image, 2 * columns * CELL)  # two pixels of the picture for one of the page
+    facts = {"title": title, "labels": labels, "columns": columns, "alt": alt, "told": []}
+    return {**facts, "src": src, "most": columns * CELL, "link": link}
+
+
+def _pictures(report: Report) -> list[tuple[str, list[tuple[str, list[dict[str, Any]]]]]]:
+    """The pictures that measures left, of the first seed of every run: name -> steps, the last one first."""
+    found: dict[str, dict[int, dict[str, list[dict[str, Any]]]]] = {}
+    for one in report.measures:
+        by_run = found.setdefault(one.name, {}).setdefault(one.step, {})
+        if one.run not in by_run:
+            by_run[one.run] = [
+                _framed(
+                    f"{one.run}: {picture.title}",
+                    picture.columns,
+                    len(picture.columns),
+                    f"{one.run} at step {one.step:,}. {picture.alt}",
+                    picture.png,
+                    anchor(report, one),
+                )
+                for picture in (Picture.read(one.file, entry) for entry in one.found.get("pictures", []))
+            ]
+    steps = {
+        name: [
+            (f"Step {step:,}", shown)
+            for step, runs in sorted(steps.items(), reverse=True)
+            if (shown := [*itertools.chain(*runs.values())])
+        ]
+        for name, steps in found.items()
+    }
+    return [(name, shown) for name, shown in steps.items() if shown]
+
+
+def data_uri(image: Path | str | bytes, most: int) -> str:
+    """A PNG, by its file or content, as a data URI: as it is if it is at most `most` pixels wide, else of that width,
+    as WebP. A grid of 256 px samples has 6 MB, and ImageNet's tables have fifty.
 
     Raises:
         ValueError: the file is missing or not a PNG.
     """
+    path = "a picture" if isinstance(image, bytes) else image
     try:
-        content = Path(path).read_bytes()
+        content = image if isinstance(image, bytes) else Path(image).read_bytes()
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ValueError(f"{path}: expected a PNG with samples, found {type(error).__name__}") from error
     if not content.startswith(PNG):
         raise ValueError(f"{path}: expected a PNG, found a file that begins with {content[:8]!r}")
     kind = "png"
     try:
-        with Image.open(path) as image:
-            if image.width > most:
+        with Image.open(io.BytesIO(content)) as opened:
+            if opened.width > most:
                 small, out, kind = (
-                    image.resize((most, max(1, image.height * most // image.width))),
+                    opened.resize((most, max(1, opened.height * most // opened.width))),
                     io.BytesIO(),
                     "webp",
                 )

@@ -250,7 +250,7 @@ class Checkpoints:
             self._forget_rolling(keep=0 if step == self.segment.state.step else ROLLING)
 
         if wait or last:
-            self.background.settle()
+            self.background.close()  # if the save in flight fails, this one may succeed
             write()
         else:
             tensors = self.background.copy(tensors)

@@ -19,7 +19,7 @@ class Background:
     """Writes what it is given, in a thread of its own. Only rank 0 needs one."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, "saving")
+        self._pool: ThreadPoolExecutor | None = None
         self._now: Future[None] | None = None
         self._host: dict[str, Tensor] = {}  # kept for the next copy: page-locked memory is slow to get
 
@@ -43,6 +43,7 @@ class Background:
 
     def start(self, write: Callable[[], None]) -> None:
         """Begin to write; `copy` and `settle` wait for it."""
+        self._pool = self._pool or ThreadPoolExecutor(1, "saving")
         self._now = self._pool.submit(write)
 
     def check(self) -> None:
@@ -61,10 +62,12 @@ class Background:
             now.result()
 
     def close(self) -> None:
-        """Wait for the save in flight, of which only a word is left if it fails, and free the copies."""
+        """Wait for the save in flight and free the copies. If it fails, that is only logged: a later one follows, or
+        what ends training is already on its way."""
         try:
             self.settle()
-        except Exception as error:  # what ends training is already on its way
-            log.error("the last save failed: %s", error)
-        self._pool.shutdown()
-        self._host = {}
+        except Exception as error:
+            log.error("a save failed: %s", error)
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._pool, self._host = None, {}

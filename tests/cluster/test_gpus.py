@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -125,16 +126,66 @@ def test_who_needs_all_gpus_gets_them_before_those_who_came_later(machine):
     assert [job.wait(30) for job in (small, large, late)] == [0, 0, 0]
 
 
-def test_small_jobs_may_share_a_gpu_and_ranks_never_do(machine):
+def test_small_jobs_spread_over_gpus_before_they_share_one_and_ranks_never_share(machine):
     folder = machine(TWO)
-    jobs = [taker(folder, jobs=2) for _ in range(2)] + [taker(folder, count=2, jobs=2, seconds=0)]
+    jobs = [taker(folder, jobs=2) for _ in range(2)]
     try:
-        found = [got(job) for job in jobs]
-        assert sorted(found[2]) == ["GPU-aaaa-1", "GPU-bbbb-2"]
+        assert sorted(got(jobs[0]) + got(jobs[1])) == ["GPU-aaaa-1", "GPU-bbbb-2"]
+        jobs.append(taker(folder, count=2, jobs=2))  # beside the two
+        assert sorted(got(jobs[2])) == ["GPU-aaaa-1", "GPU-bbbb-2"]
+        jobs.append(taker(folder, jobs=2))
+        time.sleep(1)
+        assert jobs[3].poll() is None
+        jobs[2].kill()
+        assert len(got(jobs[3])) == 1
     finally:
         for job in jobs:
             job.kill()
             job.wait()
+
+
+def test_who_waits_for_some_gpus_holds_up_nobody_who_uses_others(machine, monkeypatch):
+    folder = machine(TWO)
+    monkeypatch.setenv(gpus.VISIBLE, "1")
+    first = taker(folder)
+    got(first)
+    second = taker(folder)
+    try:
+        monkeypatch.setenv(gpus.VISIBLE, "0")
+        assert gpus.take(1) == ["GPU-aaaa-1"] and second.poll() is None
+    finally:
+        for job in (first, second):
+            job.kill()
+            job.wait()
+
+
+def test_two_who_keep_from_one_another_what_both_need_give_way(machine, monkeypatch):
+    folder = machine(TWO)
+    monkeypatch.setattr(gpus, "_patience", lambda: time.monotonic() + 1)
+    other = gpus._attempts(folder / "locks", ["GPU-bbbb-2"], 1, 1)  # as if it waited for the first GPU, holding this
+    waits = threading.Timer(2, lambda: gpus._release(other))
+    waits.start()
+    assert sorted(gpus.take(2)) == ["GPU-aaaa-1", "GPU-bbbb-2"]
+    waits.join()
+
+
+def test_jobs_that_snakemake_runs_within_an_allocation_share_its_gpus_out(machine, monkeypatch):
+    machine(TWO)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv(gpus.SHARING, "1")
+    assert gpus.take(1) == ["GPU-aaaa-1"]
+
+
+def test_a_folder_of_locks_that_somebody_else_can_write_is_not_used(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(gpus.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(gpus.Path, "is_dir", lambda self: str(self) != "/tmp")
+    place = tmp_path / f"haste-gpus-{os.getuid()}"
+    assert gpus._folder() == place
+    place.chmod(0o777)
+    assert gpus._folder() is None and "not a folder of this user alone" in caplog.text
+    place.rmdir()
+    place.symlink_to(tmp_path)
+    assert gpus._folder() is None
 
 
 @pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "RANK"])

@@ -69,6 +69,12 @@ def test_slices_of_a_draw_equal_the_whole(seed, step, positions, cut):
         assert np.array_equal(whole, np.concatenate(parts))
 
 
+def test_each_row_is_the_stream_at_its_position():
+    rows = order.normals(5, "noise", 7, [3, 0, 2**40], (2, 3))
+    streams = [order.generator(5, "noise", 7, position) for position in (3, 0, 2**40)]
+    assert np.array_equal(rows, [stream.standard_normal((2, 3), dtype=np.float32) for stream in streams])
+
+
 def test_seed_purpose_step_and_position_each_change_the_draw():
     calls = [(s, p, t, [i]) for s in (0, 1) for p in ("noise", "time") for t in (0, 1) for i in (0, 1)]
     for function in (order.normals, order.uniforms):

@@ -15,11 +15,13 @@ from haste.train import loop
 
 @pytest.fixture
 def toy(make_plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
-    """A function from measures to the plan of a toy in float64 whose state after 8 steps is there."""
+    """A function from measures, and changes of the configuration, to the plan of a toy in float64 whose state after 8
+    steps is there."""
     monkeypatch.setitem(config.DENOISERS, "Toy", "toy_gradients:Toy")
 
-    def make(**measures: dict[str, Any]) -> Plan:
+    def make(changes: dict[str, Any] | None = None, **measures: dict[str, Any]) -> Plan:
         plan = make_plan(
+            **(changes or {}),
             models={"dot": {"architecture": "Toy", "width": 16}},
             training={"batch": 4, "lr": 1.0e-3, "ema": 0.9, "precision": "fp64"},
             measures=measures,

@@ -151,3 +151,24 @@ def test_a_state_is_compared_with_the_mean_patch_token_of_the_teacher_of_the_sam
             expected = written_out(np.float32(states), seen, 5, over_all=over_all)
             assert rows[layer, t]["cknna"] == pytest.approx(expected, abs=1e-5)
             assert 0 < rows[layer, t]["error"] < 1
+
+
+def test_a_teacher_beside_is_compared_like_a_state_and_not_with_itself(toy, measured, tiny):
+    teachers = tiny["teachers"] | {"soft": tiny["teachers"]["vit"] | {"filter": {"low_pass": 0.5}}}
+    spec = CKNNA | {"t": [0.25], "layers": [1], "teacher": "vit"}
+    plan = toy({"teachers": teachers}, plain=spec, both=spec | {"beside": ["soft"]})
+    with Store.open(plan.images.folder) as images:
+        held_out = images.range("held_out")
+        shown = images.read("image", held_out.start + order.choice(0, "measured images", 0, 40, len(held_out)))
+    features = {
+        name: targets.load_teacher(plan, name)(torch.from_numpy(shown), features=True).features.mean(dim=1).numpy()
+        for name in ("vit", "soft")
+    }
+    plain, made = measured(plan, "plain"), measured(plan, "both")
+    assert made["rows"] == plain["rows"] and "teachers" not in plain
+    assert made["teachers"].keys() == {"soft"}
+    assert made["teachers"]["soft"]["cknna"] == pytest.approx(
+        written_out(features["soft"], features["vit"], 5), abs=1e-5
+    )
+    assert 0.1 < made["teachers"]["soft"]["cknna"] < 1 and made["teachers"]["soft"]["error"] > 0
+    assert made["provenance"]["inputs"].keys() == {"latents", "teacher", "teacher soft"}

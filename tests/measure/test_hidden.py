@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from measure_cells import cells
 from safetensors.torch import load_file, save_file
 from toy_gradients import hidden_state
 
@@ -90,7 +91,7 @@ def test_a_hidden_state_that_is_no_number_is_refused_with_its_place_and_nothing_
 SMALL = {"measure": "cknna", "images": 60, "shards": 4, "neighbours": 5}
 
 
-def rank_measures(plan, what, rank, port, seen):
+def rank_measures(plan, rank, port, seen):
     whole = passes._states
 
     def noted(*given):
@@ -101,32 +102,38 @@ def rank_measures(plan, what, rank, port, seen):
     passes._states = noted
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     passes.SPAN = 20
-    jobs.measure(plan, what, keep=True)
+    for what in plan.measurements.values():
+        jobs.measure(plan, what, keep=True)
 
 
 def test_two_jobs_of_two_processes_share_the_passes_of_one_and_find_the_same_as_a_process_alone(
     toy, measured, tmp_path
 ):
-    plan, fork = toy(hsic=CKNNA | {"images": 60}), multiprocessing.get_context("fork")
-    (what,) = plan.measurements.values()
+    pca = {"measure": "pca", "images": 2, "layers": [1], "beside": ["vit"]}
+    plan, fork = toy(hsic=CKNNA | {"images": 60}, pca=pca), multiprocessing.get_context("fork")
+    what = next(one for one in plan.measurements.values() if one.label == "hsic")
     with socket.socket() as one, socket.socket() as other:
         for free in (one, other):
             free.bind(("127.0.0.1", 0))
         ports = [free.getsockname()[1] for free in (one, other)]
     seen = tmp_path / "seen"
-    jobs_of = [(plan, what, rank, port, seen) for port in ports for rank in "01"]
+    jobs_of = [(plan, rank, port, seen) for port in ports for rank in "01"]
     ranks = [fork.Process(target=rank_measures, args=mine) for mine in jobs_of]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join(60)
     assert [rank.exitcode for rank in ranks] == [0, 0, 0, 0]
-    assert len(looked := seen.read_text().split()) == len({*looked}) == 60  # no image was passed twice
-    together = measured(plan, "hsic")["rows"]
+    assert len(looked := seen.read_text().split()) == 62  # no image was passed twice for one store
+    assert len({*looked}) == 60
+    together, shown = measured(plan, "hsic")["rows"], measured(plan, "pca")["pictures"]
     assert len(list(Path(what.hidden["held_out"].folder).glob("shard-*-of-00003.h5"))) == 3
     shutil.rmtree(Path(what.file).parent)
     for one, other in zip(together, measured(plan, "hsic")["rows"], strict=True):
         assert one == pytest.approx(other, abs=1e-6)
+    for one, other in zip(shown, measured(plan, "pca")["pictures"], strict=True):
+        pairs = zip(cells(one, 2).values(), cells(other, 2).values(), strict=True)
+        assert max(np.abs(np.subtract(a, b, dtype=int)).max() for a, b in pairs) <= 1
 
 
 def test_an_imported_checkpoint_is_measured_without_a_trace_and_finds_what_the_state_that_it_was_does(world, tmp_path):
@@ -147,7 +154,7 @@ def test_hidden_states_stay_while_a_configuration_measures_them(world):
     folder.with_name("hidden-0123456789ab").mkdir()
     gone = {item.path for item in prune.unneeded(Path(world.root), prune.Needs.of([world.plan]))}
     assert folder.with_name("hidden-0123456789ab") in gone
-    assert not gone & {folder, Path(what.seen["held_out"].folder), Path(what.file)}
+    assert not gone & {folder, Path(what.seen["vit"]["held_out"].folder), Path(what.file)}
 
 
 def test_fewer_images_in_the_store_than_the_measure_asks_for_are_refused(toy, measured, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from haste.data import order
 from haste.files.store import Store
 from haste.measure import linear, passes
+from haste.teachers import targets
 
 PROBE = {"measure": "probe", "images": 200, "judged": 90, "layers": [1, 3], "batch": 64, "lr": 0.02}
 
@@ -77,7 +78,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
 
 
 def test_states_that_say_their_class_are_read_and_the_file_says_how_sure_that_is(toy, measured, monkeypatch):
-    plan = toy(probe=PROBE)
+    plan = toy(probe=PROBE | {"beside": ["vit"]})
     images = Store.open(plan.images.folder)
 
     def telling(subject, look, layers, chosen):
@@ -87,6 +88,20 @@ def test_states_that_say_their_class_are_read_and_the_file_says_how_sure_that_is
 
     monkeypatch.setattr(passes, "_states", telling)
     found = measured(plan, "probe")
+    train, judged = (
+        images.range(split).start + order.choice(0, "measured images", 0, count, len(images.range(split)))
+        for split, count in (("train", 200), ("held_out", 90))
+    )
+    teacher = targets.load_teacher(plan, "vit")
+    seen = [
+        teacher(torch.from_numpy(images.read("image", chosen)), features=True).features.mean(dim=1).numpy()
+        for chosen in (train, judged)
+    ]
+    how = linear.Training(90, 10, 64, 0.02, seed=0)
+    probe = linear.trained(seen[0], images.read("label", train), 10, how, "cpu")
+    accuracy = (linear.classes_of(probe, seen[1]) == images.read("label", judged)).mean()
+    assert found["teachers"]["vit"]["accuracy"] == pytest.approx(accuracy, abs=1.01 / 90)  # rounding of features
+    assert accuracy > 0.4  # an untrained network's features already tell digits apart
     sure, part = found["rows"]
     assert (sure["layer"], sure["t"], sure["accuracy"], sure["error"]) == (1, 0.5, 1.0, 0.0)
     share = part["accuracy"]

@@ -51,14 +51,25 @@ def test_the_plan_says_unknown_where_nobody_can_tell_and_a_time_where_operations
     plan = plan_of(sampling={"quick": {"sampler": "dopri5", "count": 20}})
     said = {stage.name: cost._clock(stage) for stage in cost.stages(plan)[0]}
     unknown = {"images", "latents", "joins", "samples", "scores", "grids, floor, report"}
-    assert {name for name, words in said.items() if words == "unknown"} == unknown
-    assert said["small networks"].endswith(" + unknown")  # the autoencoder
+    unknown |= {"small networks"}  # the autoencoder
+    assert {name for name, words in said.items() if words.endswith(" + unknown")} == unknown  # each is started
     assert all(":" in said[name] for name in ("references", "small networks", "features", "training, aligned"))
     public = {"pretrained": {"encode": "stabilityai/sd-vae-ft-mse", "factor": 8}}
     images = {"source": "digits", "resolution": 64, "classes": 10, "holdout": 97}
     known = {stage.name: stage for stage in cost.stages(plan_of(autoencoder=public, images=images))[0]}
     assert known["latents"].seconds > 0 and not known["latents"].unknown
     assert known["samples"].seconds > 0 and not known["samples"].unknown
+
+
+def test_every_job_that_is_left_is_started_and_features_are_made_by_the_jobs_that_draw(tmp_path):
+    runs = {"vanilla": {}}
+    plan = plan_of(results=str(tmp_path), runs=runs)
+    before = {stage.name: stage for stage in cost.stages(plan)[0]}
+    assert before["scores"].seconds == cost.START * 2 and before["features"].seconds < cost.START
+    for row in plan.rows:
+        Path(row.evaluation.score).parent.mkdir(parents=True, exist_ok=True)
+        Path(row.evaluation.score).touch()
+    assert {stage.name: stage for stage in cost.stages(plan)[0]}["scores"].seconds == 0
 
 
 def test_training_costs_three_forward_passes_and_one_of_each_teacher_that_is_asked():
@@ -70,8 +81,14 @@ def test_training_costs_three_forward_passes_and_one_of_each_teacher_that_is_ask
     images = torch.zeros(1, 3, 8, 8)
     network = VisionTransformer(8, patch_size=4, embed_dim=spec.width, depth=2, num_heads=2, num_classes=0)
     with_teacher, without = (cost.training_seconds(plan, segment, 1e9)[0] for segment in (aligned, plain))
+    operations = 8 * TINY["training"]["batch"] / (cost.EFFICIENCY * 1e9)  # seconds of one for each image of 8 steps
+    around, layers = (
+        8 * seconds for seconds in (cost.STEP + cost.IMAGE * TINY["training"]["batch"], cost.IMAGE * 8 * 2)
+    )
+    assert without == pytest.approx(around + 3 * forward * operations)
+    head = 6 * cost.head_parameters(plan, aligned) * 4  # tokens; forward and backward
     # the class token, and the first layer, are not in the formula: a quarter for a network this small
-    extra = (with_teacher / without - 1) * 3 * forward
+    extra = (with_teacher - without - layers) / operations - head
     assert extra == pytest.approx(counted(network, images), rel=0.3)
     name = "vit_base_patch16_224.mae"  # known to timm alone
     plan = plan_of(teachers={"vit": {"pretrained": {"name": name}}}, runs={"HASTE": {"alignment": "REPA"}})

@@ -6,8 +6,10 @@ import csv
 import dataclasses
 import io
 
+import numpy as np
 import pytest
 
+from haste.measure.pictures import Picture
 from haste.report import cosines, formats, measures, page, papers
 from haste.report.content import Benchmark, Measured, Report, Row
 
@@ -215,6 +217,31 @@ def test_many_blocks_and_steps_have_a_heat_map_of_the_means_over_t_too():
         "cosine, a, attention, over steps, the mean over t.",
     ]
     assert "by step and block: from 0.3 to 2.4" in panels[2].svg  # (0.1 + 0.5) / 2, times the block
+
+
+def test_a_teacher_beside_is_a_dashed_line_and_the_last_line_of_the_table():
+    one = measured("a", 8, rows())
+    one = dataclasses.replace(one, found={**one.found, "teachers": {"DINO": {"cosine": 0.845, "error": 0.02}}})
+    found, _ = as_csv(report(one))
+    assert found[-1] == ["teacher DINO", "", "0.845", "0.02", "0.845", "0.02"]
+    ((_, panels),) = measures.measure_panels(report(one))
+    assert len(panels) == 2 and all("teacher DINO 0.845" in panel.svg for panel in panels)
+    assert all(panel.caption == "Dashed: teachers, of the clean images." for panel in panels)
+
+
+def test_pictures_are_shown_by_step_with_what_they_show_in_words_and_lead_to_their_file():
+    def shown(run, step, seed=0):
+        cell = np.full((2, 2, 3), step, np.uint8)
+        picture = Picture.of("t 0.5", "Four <tokens> in one colour", [("image", [cell]), ("vit\n1.2", [cell])]).entry
+        one = measured(run, step, rows(), seed=seed)
+        return dataclasses.replace(one, found={**one.found, "pictures": [picture]})
+
+    html = page.render(report(shown("a", 8), shown("a", 16), shown("a", 16, seed=1), measured("b", 8, rows())))
+    assert html.count("cos, pictures") == 1 and html.count("<img") == 2
+    assert "a at step 16. Four &lt;tokens&gt; in one colour" in html and "<span>vit\n1.2</span>" in html
+    last = html.index("a at step 16. Four")
+    assert '<a href="#made-measure-1">a: t 0.5</a>' in html[:last] and 'id="made-measure-1"' in html
+    assert last < html.index("<summary>Step 8</summary>") < html.index("a at step 8. Four")
 
 
 # Steps along the bottom, and published costs

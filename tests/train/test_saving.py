@@ -78,6 +78,26 @@ def test_a_disk_that_is_full_during_a_save_in_the_background_ends_training_with_
     assert not list(Path(plan.path(plan.state("short", 300))).parent.rglob("*.part"))
 
 
+def test_the_state_of_an_interruption_is_saved_although_the_save_before_it_failed(make_plan, disk, caplog):
+    plan = make_plan(runs={"short": {"milestones": [9]}}, runtime={**QUIET, "save_every": 2})
+    steps, may_fail = [], threading.Event()
+
+    def fails():
+        may_fail.wait(60)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "step-2")
+
+    def stop():
+        steps.append(1)
+        if len(steps) == 3:
+            threading.Timer(0.3, may_fail.set).start()
+        return int(len(steps) == 3)
+
+    disk.append(fails)
+    with pytest.raises(loop.Interrupted, match="after step 3, which is saved"):
+        loop.train(plan, plan.state("short", 9), stop)
+    assert "a save failed" in caplog.text
+
+
 def test_whoever_asks_training_to_stop_finds_both_states_whole(make_plan, disk):
     plan = make_plan(runs={"short": {"milestones": [9]}}, runtime={**QUIET, "save_every": 2})
     steps, may_end = [], threading.Event()

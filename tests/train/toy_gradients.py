@@ -110,9 +110,14 @@ def image_gradients(plan, tensors, image, t, block, warm=1.0):
     return [gradient.double().numpy() for gradient in found]
 
 
-@torch.no_grad()
 def hidden_state(plan, tensors, image, t, layer, weights="ema"):
     """The mean over the tokens after a block, of one noised image, with the null class: (1, D) float64."""
+    return tapped(plan, tensors, image, t, f"tokens.{layer}", weights).mean(1)
+
+
+@torch.no_grad()
+def tapped(plan, tensors, image, t, name, weights="ema"):
+    """A tap of one noised image, with the null class, in float64."""
     with Store.open(plan.latents.folder) as latents:
         mean, std = torch.from_numpy(latents.read("moments", [image])).double().chunk(2, dim=1)
         scale, shift = latents.manifest["scale"], latents.manifest["shift"]
@@ -124,7 +129,7 @@ def hidden_state(plan, tensors, image, t, layer, weights="ema"):
     of = {name.removeprefix(f"{weights}/"): v for name, v in tensors.items() if name.startswith(f"{weights}/")}
     model.load_state_dict(of)
     x_t = (1 - t) * (mean + std * n - shift) * scale + t * eps
-    return model(x_t, torch.tensor([t]).double(), torch.tensor([10]), {f"tokens.{layer}"})[1][f"tokens.{layer}"].mean(1)
+    return model(x_t, torch.tensor([t]).double(), torch.tensor([10]), {name})[1][name]
 
 
 def coarser(tokens):

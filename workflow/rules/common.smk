@@ -15,9 +15,10 @@ os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH',
 
 # Jobs that compute ask for `gpus`, which Snakemake counts where it runs them itself: as many as there are, unless
 # --resources gpus=N says otherwise. On a cluster, and without GPUs, there is no limit, and nobody else reads this resource.
-LOCAL = HERE and workflow.resource_settings.nodes is None
-if LOCAL and plan.config.runtime.device != "cpu" and "gpus" not in workflow.global_resources and gpus.visible():
-    workflow.register_resource("gpus", len(gpus.visible()) * plan.config.runtime.jobs_per_gpu)
+if HERE and workflow.resource_settings.nodes is None and plan.config.runtime.device != "cpu" and gpus.visible():
+    os.environ[gpus.SHARING] = "1"
+    if "gpus" not in workflow.global_resources:
+        workflow.register_resource("gpus", len(gpus.visible()) * plan.config.runtime.jobs_per_gpu)
 
 
 def log_of(job): return f"{plan.folder}/logs/{job}.log"

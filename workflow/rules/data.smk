@@ -1,37 +1,47 @@
 # Images, the small networks that the pipeline trains on them, and latents.
 
-CHECKED = [plan.checked_images] if plan.checked_images else []
-IMAGES = f"{plan.images.folder}/shard-{{shard}}-of-{{shards}}.h5"
-LATENTS = f"{plan.latents.folder}/shard-{{shard}}-of-{{shards}}.h5"
+SETS = {one.images.key: one for one in plan.image_sets} | {one.latents.key: one for one in plan.image_sets}
+OTHERS = [key for one in plan.image_sets[1:] for key in (one.images.key, one.latents.key)]  # of `evaluation`
+IMAGES = f"{plan.root}/stores/images-{{key}}/shard-{{shard}}-of-{{shards}}.h5"
+LATENTS = f"{plan.root}/stores/latents-{{key}}/shard-{{shard}}-of-{{shards}}.h5"
+LISTED, ENCODED = (f"{plan.root}/stores/{kind}-{{key}}/manifest.json" for kind in ("images", "latents"))
 TEACHER, DETECTOR, PCA = (f"{plan.root}/parts/{kind}-{{key}}/part.json" for kind in ("teacher", "detector", "pca"))
 TARGETS = f"{plan.root}/stores/targets-{{key}}/shard-{{shard}}-of-{{shards}}.h5"
 JOINED = f"{plan.root}/stores/targets-{{key}}/manifest.json"
 
-if CHECKED:
+def of_set(wildcards): return "--evaluation" if wildcards.key in OTHERS else ""
 
-    rule images_check:
-        output: update(plan.checked_images)
-        log: log_of("images-check")
-        benchmark: time_of("images-check")
-        threads: THREADS
-        shell: "haste images -c {CONFIG:q} --check --workers {threads} > {log:q} 2>&1"
+def checked(wildcards):
+    found = SETS[wildcards.key].checked_images
+    return [found] if found else []
+
+
+rule images_check:
+    output: update(f"{plan.root}/stores/images-{{key}}/checked.json")
+    log: log_of("images-{key}-check")
+    benchmark: time_of("images-{key}-check")
+    threads: THREADS
+    params: of=of_set
+    shell: "haste images {params.of} -c {CONFIG:q} --check --workers {threads} > {log:q} 2>&1"
 
 
 rule images:
-    input: needed(IMAGES, CHECKED)
+    input: needed(IMAGES, checked)
     output: update(IMAGES)
-    log: log_of("images-{shard}-of-{shards}")
-    benchmark: time_of("images-{shard}-of-{shards}")
+    log: log_of("images-{key}-{shard}-of-{shards}")
+    benchmark: time_of("images-{key}-{shard}-of-{shards}")
     threads: THREADS
-    shell: "haste images -c {CONFIG:q} --shard $((10#{wildcards.shard})) --workers {threads} > {log:q} 2>&1"
+    params: of=of_set
+    shell: "haste images {params.of} -c {CONFIG:q} --shard $((10#{wildcards.shard})) --workers {threads} > {log:q} 2>&1"
 
 
 rule images_join:
-    input: needed(plan.images.manifest, plan.images.shard_files, CHECKED)
-    output: update(plan.images.manifest)
-    log: log_of("images-join")
-    benchmark: time_of("images-join")
-    shell: "haste images -c {CONFIG:q} --join > {log:q} 2>&1"
+    input: needed(LISTED, lambda wildcards: SETS[wildcards.key].images.shard_files, checked)
+    output: update(LISTED)
+    log: log_of("images-{key}-join")
+    benchmark: time_of("images-{key}-join")
+    params: of=of_set
+    shell: "haste images {params.of} -c {CONFIG:q} --join > {log:q} 2>&1"
 
 
 if plan.autoencoder:
@@ -69,22 +79,28 @@ rule detector:
     shell: "haste detector {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
 
 
+def encoded_from(wildcards):
+    return [*SETS[wildcards.key].images.files, *(plan.autoencoder.files if plan.autoencoder else [])]
+
+
 rule latents:
-    input: needed(LATENTS, plan.images.files, plan.autoencoder.files if plan.autoencoder else [])
+    input: needed(LATENTS, encoded_from)
     output: update(LATENTS)
-    log: log_of("latents-{shard}-of-{shards}")
-    benchmark: time_of("latents-{shard}-of-{shards}")
+    log: log_of("latents-{key}-{shard}-of-{shards}")
+    benchmark: time_of("latents-{key}-{shard}-of-{shards}")
     threads: THREADS
     resources: gpus=1
-    shell: "haste latents -c {CONFIG:q} --shard $((10#{wildcards.shard})) > {log:q} 2>&1"
+    params: of=of_set
+    shell: "haste latents {params.of} -c {CONFIG:q} --shard $((10#{wildcards.shard})) > {log:q} 2>&1"
 
 
 rule latents_join:
-    input: needed(plan.latents.manifest, plan.images.files, plan.latents.shard_files)
-    output: update(plan.latents.manifest)
-    log: log_of("latents-join")
-    benchmark: time_of("latents-join")
-    shell: "haste latents -c {CONFIG:q} --join > {log:q} 2>&1"
+    input: needed(ENCODED, lambda wildcards: [*SETS[wildcards.key].images.files, *SETS[wildcards.key].latents.shard_files])
+    output: update(ENCODED)
+    log: log_of("latents-{key}-join")
+    benchmark: time_of("latents-{key}-join")
+    params: of=of_set
+    shell: "haste latents {params.of} -c {CONFIG:q} --join > {log:q} 2>&1"
 
 
 if plan.text:
