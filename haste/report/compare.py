@@ -278,8 +278,8 @@ def captions_text(score: Mapping[str, Any]) -> str | None:
     sampling = score.get("sampling") or {}
     if "split" not in sampling or "labels" in sampling or sampling.get("prompts"):
         return None
-    images = {"held_out": "held-out images", "train": "training images"}[sampling["split"]]
-    return f"{images}, seed {noise(score)}"
+    images = "held-out" if sampling["split"] == "held_out" else "training"
+    return f"{images} images, seed {noise(score)}"
 
 
 def several_noises(part: Sequence[Line]) -> bool:
