@@ -301,7 +301,7 @@ class Runtime(Strict):
     compile: bool = False
     checkpoint_blocks: bool = False
     threads: Positive = 1
-    save_every: Annotated[int | str, BeforeValidator(_save_every)] = 1000
+    save_every: Annotated[Positive | str, BeforeValidator(_save_every)] = 1000
     keep_every: Positive | None = None
     log_every: Positive = 100
     trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
