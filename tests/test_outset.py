@@ -298,7 +298,7 @@ WITHIN = {
     *("measures.NAME.measure", "condition.name", "training.process.name", "models.NAME.architecture"),
     *("runs.NAME.stop.features.trigger", "runs.NAME.stop.attention.trigger", "sampling.NAME.sampler"),
     *(f"{rows}.NAME.{key}" for rows in ("runs", "evaluate") for key in ("model", "sampling", "measures")),
-    "sampling.NAME.prompts",
+    *("sampling.NAME.prompts", "runtime.save_every"),
     *("runs.NAME.alignment", "runs.NAME.watch.trigger", "measures.NAME.teacher"),
     *("forks.NAME.run", "forks.NAME.sampling", "forks.NAME.measures"),
 }

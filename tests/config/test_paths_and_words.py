@@ -14,6 +14,7 @@ PLACES = {
     "results": lambda raw, path: raw.update(results=path),
     "images.path": lambda raw, path: raw["images"].update(source="folder", path=path),
     "images.labels": lambda raw, path: raw["images"].update(source="folder", path="/x", labels=path),
+    "images.captions": lambda raw, path: raw["images"].update(source="folder", path="/x", captions=path),
     "autoencoder.pretrained.encode": lambda raw, path: raw.update(
         autoencoder={"pretrained": {"encode": path, "factor": 2}}
     ),

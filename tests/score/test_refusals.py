@@ -166,7 +166,7 @@ def test_what_can_be_refused_beforehand_is_refused_before_anything_is_looked_at(
 
 
 def test_unknown_metrics_are_refused_with_those_there_are(draw, pack, real, detector):
-    refused(detector, real, real, ["found fds, expected of fid, fd, sfid, is"], metrics=["fid", "fds"])
+    refused(detector, real, real, ["found fds, expected of fid, clip, fd, sfid, is"], metrics=["fid", "fds"])
     refused(detector, real, real, ["batch", "found 0"], batch=0)
 
 
