@@ -22,6 +22,12 @@ def test_training_understands_every_resource_that_it_is_given(rule):
     assert PROFILE["set-threads"][rule] == 1, "who waits needs no cores"
 
 
+def test_rules_ask_a_cluster_for_no_gpu_beside_what_the_profile_says():
+    rules = "".join(path.read_text() for path in sorted((ROOT / "workflow" / "rules").glob("*.smk")))
+    asked = set(re.findall(r"resources: (\w+)=", rules))
+    assert asked == {"devices"}  # gpu, gpus, nvidia_gpu and gres are what the executors of SLURM hand on
+
+
 def test_site_settings_that_are_commented_out_are_understood_too():
     offered = re.findall(r"^  # (\w+): \"?([^\"#]*?)\"?\s+#", TEXT, re.MULTILINE)
     assert {key for key, _ in offered} >= {"slurm_account", "slurm_partition", "constraint", "qos", "slurm_extra"}

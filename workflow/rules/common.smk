@@ -13,12 +13,13 @@ FileBackupMixin.backup_output, FileBackupMixin.restore_output = lambda *_: None,
 os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', os.defpath)}"
 
 
-# Jobs that compute ask for `gpus`, which Snakemake counts where it runs them itself: as many as there are, unless
-# --resources gpus=N says otherwise. On a cluster, and without GPUs, there is no limit, and nobody else reads this resource.
+# Jobs that compute ask for `devices`, GPUs, which Snakemake counts where it runs them itself: as many as there are, unless
+# --resources devices=N says otherwise. On a cluster, and without GPUs, there is no limit. What SLURM's executors know as
+# `gpu` and `gpus` they would ask for, beside what the profile says.
 if HERE and workflow.resource_settings.nodes is None and plan.config.runtime.device != "cpu" and gpus.visible():
     os.environ[gpus.SHARING] = "1"
-    if "gpus" not in workflow.global_resources:
-        workflow.register_resource("gpus", len(gpus.visible()) * plan.config.runtime.jobs_per_gpu)
+    if "devices" not in workflow.global_resources:
+        workflow.register_resource("devices", len(gpus.visible()) * plan.config.runtime.jobs_per_gpu)
 
 
 def log_of(job): return f"{plan.folder}/logs/{job}.log"

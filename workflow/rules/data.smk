@@ -52,7 +52,7 @@ if plan.autoencoder:
         log: log_of("autoencoder")
         benchmark: time_of("autoencoder")
         threads: THREADS
-        resources: gpus=1
+        resources: devices=1
         shell: "haste autoencoder -c {CONFIG:q} > {log:q} 2>&1"
 
 
@@ -62,7 +62,7 @@ rule teacher:
     log: log_of("teacher-{key}")
     benchmark: time_of("teacher-{key}")
     threads: THREADS
-    resources: gpus=1
+    resources: devices=1
     params: name=lambda wildcards: next(n for n, t in plan.teachers.items() if t and t.key == wildcards.key)
     shell: "haste teacher {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
 
@@ -73,7 +73,7 @@ rule detector:
     log: log_of("detector-{key}")
     benchmark: time_of("detector-{key}")
     threads: THREADS
-    resources: gpus=1
+    resources: devices=1
     params:
         name=lambda wildcards: next(n for n, d in plan.detectors.items() if d.part and d.part.key == wildcards.key)
     shell: "haste detector {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
@@ -89,7 +89,7 @@ rule latents:
     log: log_of("latents-{key}-{shard}-of-{shards}")
     benchmark: time_of("latents-{key}-{shard}-of-{shards}")
     threads: THREADS
-    resources: gpus=1
+    resources: devices=1
     params: of=of_set
     shell: "haste latents {params.of} -c {CONFIG:q} --shard $((10#{wildcards.shard})) > {log:q} 2>&1"
 
@@ -113,7 +113,7 @@ if plan.text:
         log: log_of("text-{shard}-of-{shards}")
         benchmark: time_of("text-{shard}-of-{shards}")
         threads: THREADS
-        resources: gpus=1
+        resources: devices=1
         shell: "haste text -c {CONFIG:q} --shard $((10#{wildcards.shard})) > {log:q} 2>&1"
 
 
@@ -147,7 +147,7 @@ rule pca:
     log: log_of("pca-{key}")
     benchmark: time_of("pca-{key}")
     threads: THREADS
-    resources: gpus=1
+    resources: devices=1
     params: name=teacher_of(plan.pca)
     shell: "haste targets {params.name:q} -c {CONFIG:q} --fit > {log:q} 2>&1"
 
@@ -158,7 +158,7 @@ rule targets:
     log: log_of("targets-{key}-{shard}-of-{shards}")
     benchmark: time_of("targets-{key}-{shard}-of-{shards}")
     threads: THREADS
-    resources: gpus=1
+    resources: devices=1
     params: name=teacher_of(plan.targets)
     shell: "haste targets {params.name:q} -c {CONFIG:q} --shard $((10#{wildcards.shard})) > {log:q} 2>&1"
 

@@ -35,7 +35,7 @@ rule reference:
     log: log_of("reference")
     benchmark: time_of("reference")
     threads: THREADS
-    resources: gpus=1
+    resources: devices=1
     shell: "haste reference -c {CONFIG:q} > {log:q} 2>&1"
 
 
@@ -59,7 +59,7 @@ if TO_DRAW:
         log: log_of("sample-{draw}-{shard}-of-{shards}")
         benchmark: time_of("sample-{draw}-{shard}-of-{shards}")
         threads: THREADS
-        resources: gpus=1
+        resources: devices=1
         wildcard_constraints: draw="|".join(TO_DRAW)
         shell: "haste sample {wildcards.draw:q} --shard $((10#{wildcards.shard})) -c {CONFIG:q} > {log:q} 2>&1"
 
@@ -77,7 +77,7 @@ if DRAWN:
         log: log_of("features-{draw}-{seen}-{shard}-of-{shards}")
         benchmark: time_of("features-{draw}-{seen}-{shard}-of-{shards}")
         threads: THREADS
-        resources: gpus=1
+        resources: devices=1
         wildcard_constraints: draw="|".join(DRAWN), seen="[^/]+"
         params: name=lambda wildcards: seen(wildcards).name, shard=lambda wildcards: int(wildcards.shard)
         shell:
@@ -95,7 +95,7 @@ rule score:
     output: update(SCORE)
     log: log_of("score-{draw}.{key}")
     benchmark: time_of("score-{draw}.{key}")
-    resources: gpus=1
+    resources: devices=1
     params: name=lambda wildcards: judgement(wildcards).detector.name
     shell: "haste evaluate {wildcards.draw:q} --detector {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
 
@@ -105,7 +105,7 @@ rule floor:
     output: update(FLOOR)
     log: log_of("floor-{key}")
     benchmark: time_of("floor-{key}")
-    resources: gpus=1
+    resources: devices=1
     params: name=lambda wildcards: floor_of(wildcards).name
     shell: "haste floor --detector {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
 

@@ -8,7 +8,7 @@ rule measure:
     log: log_of("measure-{state}-{what}")
     benchmark: time_of("measure-{state}-{what}")
     threads: THREADS
-    resources: gpus=1
+    resources: devices=1
     params: label=lambda wildcards: plan.measurements[f"{wildcards.state}/{wildcards.what}"].label
     shell: "haste measure {params.label:q} {wildcards.state:q}/{wildcards.what:q} -c {CONFIG:q} > {log:q} 2>&1"
 

@@ -50,7 +50,7 @@ def ask_the_cluster():
 # state. Snakemake removes a job's outputs before it runs the job, unless they are marked update().
 # Whether a segment aligns depends on its trajectory: two rules, so that a profile can request different resources.
 ALIGNED, PLAIN = ("|".join(map(re.escape, plan.trained(aligned))) or "(?!)" for aligned in (True, False))
-SNAKEMAKES_OWN = {"tmpdir", "disk_mb", "disk_mib", "mem_mib", "disk", "mem", "gpus"}
+SNAKEMAKES_OWN = {"tmpdir", "disk_mb", "disk_mib", "mem_mib", "disk", "mem", "devices"}
 
 
 STATE = f"{plan.root}/states/{{trajectory}}/step-{{step}}.safetensors"
@@ -62,7 +62,7 @@ rule train:
     benchmark: time_of("train-{trajectory}-{step}")
     wildcard_constraints: trajectory=ALIGNED
     threads: TRAIN_THREADS
-    resources: gpus=plan.config.runtime.processes
+    resources: devices=plan.config.runtime.processes
     priority: 10  # what others wait for goes first
     retries: 0  # the job retries by itself; and a job that a user cancelled must not be resubmitted
     params: cluster=on_cluster
