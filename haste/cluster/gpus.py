@@ -30,7 +30,7 @@ _ANSWER = 30.0  # seconds that a driver may take to say which GPUs there are
 _GPU = re.compile(r"GPU (\d+): (.*) \(UUID: (\S+)\)")
 _UNFIT = re.compile(r"[^\w.-]")  # for the name of a file
 _PART = re.compile(r"\s+MIG .*\(UUID: (\S+)\)")
-_held: list[Any] = []  # open lock files of this process, until it ends
+_held: dict[str, Any] = {}  # GPU -> open lock file of this process, until it ends
 
 
 def visible() -> list[str]:
@@ -57,9 +57,19 @@ def take(count: int, jobs_per_gpu: int = 1) -> list[str]:
         jobs_per_gpu: how many jobs may share one; the least used ones come first.
 
     Returns:
-        The GPUs; none if they are not shared out here: in a job of a cluster, in a launcher's rank, or where fewer are
-        visible than asked for, which is refused with the reason when a rank looks for its own.
+        The GPUs, those that the process has already if it has enough; none if they are not shared out here: in a job of
+        a cluster, in a launcher's rank, or where fewer are visible than asked for, which is refused with the reason when
+        a rank looks for its own.
+
+    Raises:
+        ValueError: the process has fewer already, and CUDA may be in use.
     """
+    if _held:
+        if len(_held) >= count:
+            return [*_held]
+        raise ValueError(
+            f"this process took {', '.join(_held)} for itself before, and now needs {count} GPUs: start another process"
+        )
     names = visible()
     given = "RANK" in os.environ or ("SLURM_JOB_ID" in os.environ and SHARING not in os.environ)
     if given or len(names) < count or not locks.taken() or (folder := _folder()) is None:
@@ -79,7 +89,7 @@ def take(count: int, jobs_per_gpu: int = 1) -> list[str]:
                 time.sleep(2 * locks.LOOK)
                 patience = _patience()
             taken |= _attempts(folder, [name for name in names if name not in taken], count - len(taken), jobs_per_gpu)
-    _held.extend(taken.values())
+    _held.update(taken)
     os.environ[VISIBLE] = ",".join(taken)
     log.info("computes on %s", ", ".join(taken))
     return [*taken]

@@ -25,10 +25,11 @@ UNEQUAL = "GPU 0: NVIDIA T4 (UUID: GPU-aaaa-1)\nGPU 1: NVIDIA H200 (UUID: GPU-bb
 def machine(tmp_path, monkeypatch):
     """A function from the driver's answer to a machine that has these GPUs, with locks of its own."""
     for name in (gpus.VISIBLE, "CUDA_DEVICE_ORDER", "SLURM_JOB_ID", "RANK"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards, also where it is not set
+        monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(gpus, "_folder", lambda: tmp_path / "locks")
-    monkeypatch.setattr(gpus, "_held", [])
+    monkeypatch.setattr(gpus, "_held", {})
 
     def of(answer, code=0):
         script = tmp_path / "nvidia-smi"
@@ -38,7 +39,7 @@ def machine(tmp_path, monkeypatch):
         return tmp_path
 
     yield of
-    for file in gpus._held:
+    for file in gpus._held.values():
         file.close()
     gpus._machine.cache_clear()
 
@@ -194,6 +195,13 @@ def test_what_a_cluster_or_a_launcher_gave_out_stays(machine, monkeypatch, varia
     monkeypatch.setenv(variable, "0")
     monkeypatch.setenv(gpus.VISIBLE, "1")
     assert gpus.take(1) == [] and os.environ[gpus.VISIBLE] == "1"
+
+
+def test_a_process_that_has_a_gpu_keeps_it_and_does_not_wait_for_itself(machine):
+    machine(TWO)
+    assert gpus.take(1) == gpus.take(1) == ["GPU-aaaa-1"]
+    with pytest.raises(ValueError, match="took GPU-aaaa-1 for itself before, and now needs 2"):
+        gpus.take(2)
 
 
 def test_more_than_there_are_is_left_to_who_says_why(machine):

@@ -107,7 +107,8 @@ def test_a_wrong_truncated_or_foreign_folder_is_refused(folder, tmp_path):
 
 def test_anything_else_that_is_asked_for_is_refused_with_what_there_is(folder, tmp_path):
     with pytest.raises(
-        ValueError, match="detector 'resnet': neither a folder nor one of DINOv2-B, DINOv2-L, inception"
+        ValueError,
+        match="detector 'resnet': neither a folder nor one of DINOv2-B, DINOv2-L, clip, inception, pytorch-fid",
     ):
         open_detector("resnet")
     with pytest.raises(ValueError, match="a folder has weights of its own, found weights x"):

@@ -242,8 +242,9 @@ def test_published_sizes_have_the_published_number_of_parameters(name, millions)
 
 def test_every_published_size_and_patch_runs_on_its_grid():
     sizes = {f"{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)}
-    assert set(MODELS) == {f"{system}-{size}" for system in ("SiT", "DiT") for size in sizes}
-    for name, shape in MODELS.items():
+    shapes = {name: shape for name, shape in MODELS.items() if name != "MM-DiT"}
+    assert set(shapes) == {f"{system}-{size}" for system in ("SiT", "DiT") for size in sizes}
+    for name, shape in shapes.items():
         kind, channels = (SiT, 4) if name.startswith("SiT") else (DiT, 8)
         with torch.device("meta"):
             model = kind(input_size=32, in_channels=4, classes=1000, **shape.settings)

@@ -101,7 +101,12 @@ rule score:
 
 
 rule floor:
-    input: needed(FLOOR, lambda wildcards: [floor_of(wildcards).reference.manifest])
+    input:
+        needed(
+            FLOOR,
+            lambda wildcards: [floor_of(wildcards).reference.manifest],
+            lambda wildcards: floor_of(wildcards).part.files if floor_of(wildcards).part else [],
+        )
     output: update(FLOOR)
     log: log_of("floor-{key}")
     benchmark: time_of("floor-{key}")
