@@ -58,8 +58,8 @@ def take(count: int, jobs_per_gpu: int = 1) -> list[str]:
 
     Returns:
         The GPUs, those that the process has already if it has enough; none if they are not shared out here: in a job of
-        a cluster, in a launcher's rank, or where fewer are visible than asked for, which is refused with the reason when
-        a rank looks for its own.
+        a cluster, in a launcher's rank, or where fewer are visible than asked for, which is refused when a rank looks
+        for its own.
 
     Raises:
         ValueError: the process has fewer already, and CUDA may be in use.
