@@ -11,6 +11,7 @@ import time
 import pytest
 
 from haste.cluster import gpus
+from haste.files import locks
 
 TWO = "GPU 0: NVIDIA H200 (UUID: GPU-aaaa-1)\nGPU 1: NVIDIA H200 (UUID: GPU-bbbb-2)\n"
 PARTS = (
@@ -47,6 +48,7 @@ def machine(tmp_path, monkeypatch):
 TAKER = """
 import json, pathlib, sys, time
 from haste.cluster import gpus
+from haste.files import locks
 gpus._folder = lambda: pathlib.Path(sys.argv[1]) / "locks"
 print(json.dumps(gpus.take(int(sys.argv[2]), int(sys.argv[3]))), flush=True)
 time.sleep(float(sys.argv[4]))
@@ -57,6 +59,14 @@ def taker(folder, count=1, jobs=1, seconds=60.0):
     """A job that takes GPUs and holds them for a while."""
     asked = [sys.executable, "-c", TAKER, str(folder), str(count), str(jobs), str(seconds)]
     return subprocess.Popen(asked, stdout=subprocess.PIPE, text=True)
+
+
+def until(true):
+    """Wait for something that another process does."""
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def got(job):
@@ -117,13 +127,13 @@ def test_each_job_has_a_gpu_of_its_own_and_the_next_one_waits_for_a_killed_one(m
 def test_who_needs_all_gpus_gets_them_before_those_who_came_later(machine):
     folder = machine(TWO)
     small = taker(folder, seconds=3)
-    got(small)
+    assert got(small) == ["GPU-aaaa-1"]
     large = taker(folder, count=2, seconds=1)
-    time.sleep(1.5)  # it waits for the second GPU and holds the first
+    until(lambda: locks.holder(folder / "locks" / "GPU-bbbb-2.0"))  # it holds the one and waits for the other
     late = taker(folder, seconds=0)
     assert sorted(got(large)) == ["GPU-aaaa-1", "GPU-bbbb-2"]
     assert late.poll() is None
-    assert len(got(late)) == 1 and large.poll() is not None
+    assert len(got(late)) == 1
     assert [job.wait(30) for job in (small, large, late)] == [0, 0, 0]
 
 
