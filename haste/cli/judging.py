@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from haste.cli.shared import Commands, plan_of, plan_to_compute
+from haste.cli.shared import Commands, plan_of, plan_to_compute, take_gpus
 from haste.networks.layouts import LAYOUTS
 
 
@@ -110,7 +110,8 @@ def _features(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from haste.score import jobs
 
-    plan = plan_to_compute(arguments)
+    plan = plan_of(arguments)  # scores use all cores
+    take_gpus(plan)
     evaluation = plan.evaluation(arguments.draw)
     names = [plan.detector_named(arguments.detector).name] if arguments.detector else list(plan.detectors)
     for name in names:
@@ -120,7 +121,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _floor(arguments: argparse.Namespace) -> None:
     from haste.score import jobs
 
-    plan = plan_to_compute(arguments)
+    plan = plan_of(arguments)
+    take_gpus(plan)
     jobs.floor_of(plan.detector_named(arguments.detector or plan.detector.name))
 
 

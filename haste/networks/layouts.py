@@ -192,6 +192,7 @@ def check_trained(file: str, facts: Mapping[str, Any], training: Mapping[str, An
 
 
 def without_projectors(tree: Tree) -> tuple[Tree, tuple[Tree, ...]]:
+    """A network's weights by name, and those of each projector beside them, under names of its own."""
     heads: dict[int, Tree] = {}
     for name, value in tree.items():
         # iREPA's MLP has REPA's layers under a name of its own; its other heads are one layer of that name.
