@@ -18,14 +18,6 @@ from haste.networks import hub, text
 BATCH = 64  # texts that are encoded at once
 
 
-def _quiet() -> None:
-    """Loading half of a CLIP makes transformers list the other half as unexpected; what is missing is refused here."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 class TextEncoder:
     """The last hidden state of a text encoder, after its final norm, of every token. Make one with `load`.
 
@@ -53,27 +45,11 @@ class TextEncoder:
         """
         found = text.opened(hub.text_folder(where, "text encoder"))
         text.check(found, tokens=tokens, width=width)
-        # Importing transformers takes seconds.
-        from transformers import AutoModelForTextEncoding, AutoTokenizer, CLIPTextModel
-
-        kind: Any = CLIPTextModel if found.kind in ("clip", "clip_text_model") else AutoModelForTextEncoding
-        try:
-            _quiet()
-            options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-            tokenizer = AutoTokenizer.from_pretrained(str(found.folder), **options)
-            model, info = kind.from_pretrained(
-                str(found.folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
-            )
-        except Exception as error:  # of many classes, for one damaged file
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{found.folder}: cannot be loaded as a text encoder ({first})") from error
-        if missing := sorted(info["missing_keys"]):  # transformers only warns, and leaves them random
-            raise ValueError(f"{found.folder}: the weights lack {', '.join(missing[:4])}")
-        hub.finite(found.files[0], model.state_dict())
+        kind = "CLIPTextModel" if found.kind in ("clip", "clip_text_model") else "AutoModelForTextEncoding"
+        model, tokenizer = hub.from_transformers(kind, found.folder, "text encoder", found.files[0])
         if tokenizer.pad_token is None:
             raise ValueError(f"{found.folder}: the tokenizer has no padding token, expected one")
-        model = model.to(device).eval().requires_grad_(False)
-        return cls(model, tokenizer, found.identities(file_identity), tokens=tokens, masked=masked)
+        return cls(model.to(device), tokenizer, found.identities(file_identity), tokens=tokens, masked=masked)
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> np.ndarray:

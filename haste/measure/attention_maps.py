@@ -8,7 +8,7 @@ sides are compared.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,7 @@ class AttentionMaps(Measure):
     """
 
     needs: ClassVar = frozenset({"teacher", "decoder"})
+    distinct: ClassVar = ("t", "pairs")
     axes: ClassVar = ("layers", "t")
     values: ClassVar = {"row": "", "loss": ""}
 
@@ -61,11 +62,7 @@ class AttentionMaps(Measure):
     split: Split = "held_out"
 
     @model_validator(mode="after")
-    def _each_once(self) -> AttentionMaps:
-        given: dict[str, Sequence[Any]] = {"t": self.t, "pairs": self.pairs or []}
-        for name, values in given.items():
-            if any(values.count(one) > 1 for one in values):
-                raise ValueError(f"{name} {values} has a value more than once, expected each once")
+    def _one_of_the_heads(self) -> AttentionMaps:
         if self.heads is not None and self.head is not None and self.head >= self.heads:
             raise ValueError(f"head {self.head} is none of the first {self.heads}, which are counted from 0")
         return self

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from haste.config import Share
 from haste.measure.measure import Measure, Row, Split
@@ -33,6 +33,7 @@ class Denoising(Measure):
         t: every image is used at each of these.
     """
 
+    distinct: ClassVar = ("t",)
     axes: ClassVar = ("t", "group")
     values: ClassVar = {"loss": ""}
     pooled: ClassVar = "group"
@@ -42,12 +43,6 @@ class Denoising(Measure):
     images: Annotated[int, Field(ge=LEAST)] = 2048
     groups: Annotated[int, Field(ge=LEAST)] = 64
     t: Annotated[list[Share], Field(min_length=1)] = TIMES
-
-    @model_validator(mode="after")
-    def _each_once(self) -> Denoising:
-        if len(set(self.t)) < len(self.t):
-            raise ValueError(f"t {self.t} has a value more than once, expected each once")
-        return self
 
     @property
     def least(self) -> Mapping[str, tuple[str, int]]:

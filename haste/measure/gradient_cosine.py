@@ -41,6 +41,7 @@ class GradientCosine(Measure):
     """
 
     needs: ClassVar = frozenset({"alignment"})
+    distinct: ClassVar = ("t", "blocks")
     axes: ClassVar = ("term", "t", "block")
     values: ClassVar = {"cosine": "error"}
 
@@ -51,9 +52,6 @@ class GradientCosine(Measure):
 
     @model_validator(mode="after")
     def _measurable(self) -> GradientCosine:
-        for name, values in {"t": self.t, "blocks": self.blocks}.items():
-            if isinstance(values, list) and len(set(values)) < len(values):
-                raise ValueError(f"{name} {values} has a value more than once, expected each once")
         if self.shards > self.images:
             raise ValueError(f"shards {self.shards} are more than images {self.images}: some would be empty")
         return self

@@ -7,9 +7,9 @@ Hidden states are those of the network after block m, counted from 1, of images 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from haste.config import LABEL, Config, Positive, Share, taps_of
 from haste.config.keys import nearest
@@ -30,17 +30,12 @@ class Hidden(Measure):
             measured: `subject.teachers`. Their identities are part of the result's name.
     """
 
+    distinct: ClassVar = ("t", "layers", "beside")
+
     weights: Literal["model", "ema"] = "ema"  # those that samples are drawn with
     layers: Literal["all"] | Annotated[list[Positive], Field(min_length=1)] = "all"
     t: Annotated[list[Share], Field(min_length=1)] = [0.5]  # noqa: RUF012
     beside: Annotated[list[str], LABEL] = []  # noqa: RUF012
-
-    @model_validator(mode="after")
-    def _each_once(self) -> Hidden:
-        for name, values in {"t": self.t, "layers": self.layers, "beside": self.beside}.items():
-            if isinstance(values, list) and len(set(values)) < len(values):
-                raise ValueError(f"{name} {values} has a value more than once, expected each once")
-        return self
 
     def look(self, split: str, images: int | None, *, pooled: bool = True) -> dict[str, Any]:
         """What decides the hidden states of some images.

@@ -11,7 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from haste.config import EVALUATION, Config, Seed, Strict
 from haste.files import artefact
@@ -44,6 +46,7 @@ class Measure(Strict):
         along: what figures are over: `step`; `nothing`, for no figures; "" for the first axis of numbers.
         once: whether it says the same of all states of a run; it is then taken of the last one alone.
         pooled: an axis of groups of images, over which the report shows the mean with its standard error; "" for none.
+        distinct: keys that are lists, or may be, without a value twice.
         weights: which of a state's weights; a file with only one set gives that one.
         seed: of the choice of images, and of their noise.
     """
@@ -55,8 +58,18 @@ class Measure(Strict):
     along: ClassVar[Literal["step", "nothing", ""]] = ""
     once: ClassVar[bool] = False
 
+    distinct: ClassVar[tuple[str, ...]] = ()
+
     weights: Literal["model", "ema"] = "model"
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        for name in self.distinct:
+            values = getattr(self, name)
+            if isinstance(values, list) and any(values.count(one) > 1 for one in values):
+                raise ValueError(f"{name} {values} has a value more than once, expected each once")
+        return self
 
     def faults(self, terms: Mapping[str, Mapping[str, Any]], blocks: int) -> list[str]:
         """What cannot be measured, before anything runs: each line begins with the key.

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from haste.config import Share
 from haste.measure.measure import Measure, Row
@@ -40,6 +40,7 @@ class Progress(Measure):
     """
 
     needs: ClassVar = frozenset({"named alignment"})
+    distinct: ClassVar = ("t",)
     axes: ClassVar = ("term", "t")
     values: ClassVar = {"value": "error"}
     along: ClassVar = "step"
@@ -47,12 +48,6 @@ class Progress(Measure):
     split: Literal["held_out", "train"] = "held_out"
     images: Annotated[int, Field(ge=2)] = 1024
     t: Annotated[list[Share], Field(min_length=1)] = TIMES
-
-    @model_validator(mode="after")
-    def _each_once(self) -> Progress:
-        if len(set(self.t)) < len(self.t):
-            raise ValueError(f"t {self.t} has a value more than once, expected each once")
-        return self
 
     @property
     def least(self) -> Mapping[str, tuple[str, int]]:

@@ -112,23 +112,7 @@ def clip(where: Path | str | None = None) -> Clip:
     found = text.opened(hub.text_folder(encoder, "clip"))
     if found.kind != "clip":
         raise ValueError(f"{found.folder}: expected a CLIP of both halves, found {found.kind!r}")
-    from transformers import AutoTokenizer, CLIPModel  # takes seconds
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(str(found.folder), **options)
-        kind: Any = CLIPModel
-        model, info = kind.from_pretrained(
-            str(found.folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
-        )
-    except Exception as error:  # of many classes, for one damaged file
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{found.folder}: cannot be loaded as a CLIP ({first})") from error
-    if missing := sorted(info["missing_keys"]):  # transformers only warns, and leaves them random
-        raise ValueError(f"{found.folder}: the weights lack {', '.join(missing[:4])}")
-    hub.finite(found.files[0], model.state_dict())
+    model, tokenizer = hub.from_transformers("CLIPModel", found.folder, "CLIP", found.files[0])
     revision = found.folder.name if re.fullmatch(r"[0-9a-f]{40}", found.folder.name) else None
     return Clip(
         model,

@@ -102,6 +102,38 @@ def text_folder(where: str | Path, called: str) -> Path:
         ) from error
 
 
+def from_transformers(classes: str, folder: Path, called: str, weights: Path) -> tuple[Any, Any]:
+    """A network of transformers in float32 on the CPU, and its tokenizer, from a folder; code in it is never run.
+
+    Args:
+        classes: name of the class in transformers.
+        folder: as transformers writes it.
+        called: what messages call it.
+        weights: one of its files of weights, for messages.
+
+    Raises:
+        ValueError: it cannot be loaded, or weights are missing or not finite.
+    """
+    import transformers  # takes seconds
+
+    # Loading half of a CLIP lists the other half as unexpected; what is missing is refused here.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), **options)
+        model, info = getattr(transformers, classes).from_pretrained(
+            str(folder), use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except Exception as error:  # of many classes, for one damaged file
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder}: cannot be loaded as a {called} ({first})") from error
+    if missing := sorted(info["missing_keys"]):  # transformers only warns, and leaves them random
+        raise ValueError(f"{folder}: the weights lack {', '.join(missing[:4])}")
+    finite(weights, model.state_dict())
+    return model.eval().requires_grad_(False), tokenizer
+
+
 def _answers(url: str) -> None:
     """Raises OSError if nobody answers within SECONDS."""
     asked = urllib.request.Request(url, method="HEAD")
