@@ -43,6 +43,7 @@ class Warm:
 
     def close(self) -> None:
         """End it. When the tests are killed it ends by itself, as nobody holds its standard input."""
+        self.process.kill()  # a process that a test forked may hold that input too
         self.process.communicate()
 
     def snakemake(self, *arguments: object) -> "subprocess.CompletedProcess[str]":

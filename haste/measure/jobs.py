@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -42,22 +41,22 @@ def measure(plan: Plan, what: Measurement, keep: bool, json: Path | None = None)
         ValueError: an input is missing or damaged, or `haste.measure.measure.check_rows` refuses the rows.
         FloatingPointError: a number is not finite.
     """
-    # Ranks of one measurement wait for one another, so they must not wait for a lock.
-    there, alone = Path(what.file).exists(), "RANK" not in os.environ
-    with locks.making(what.file) if keep and alone and not there else contextlib.nullcontext(not there) as todo:
-        found = _measured(plan, what, keep) if todo else read(what.file)
-        if found is not None and keep and todo:
-            artefact.write_json(what.file, found)
+    with joined(plan.config.runtime.device) as group:  # whether it is there is one answer for all ranks
+        there = contextlib.nullcontext(not group.broadcast(Path(what.file).exists))
+        with locks.making(what.file, ask=group.broadcast) if keep else there as todo:
+            found = _measured(plan, what, keep, group) if todo else read(what.file) if group.is_first else None
+            if found is not None and keep and todo:
+                artefact.write_json(what.file, found)
     if found is not None and json is not None:
         artefact.write_json(json, found)
     return found
 
 
-def _measured(plan: Plan, what: Measurement, keep: bool) -> dict[str, Any] | None:
+def _measured(plan: Plan, what: Measurement, keep: bool, group: Group) -> dict[str, Any] | None:
     started, spec = time.monotonic(), plan.config.measures[what.label]
     kind = spec.made
     torch.set_num_threads(plan.config.runtime.threads)
-    with joined(plan.config.runtime.device) as group, enough_memory(), _kept(plan, what, keep, group) as what:
+    with enough_memory(), _kept(plan, what, keep, group) as what:
         subject, state = opened(plan, what, kind.weights, kind.seed, group)
         rows = check_rows(kind, kind.run(subject), f"{what.label} of {state['file']}")
         teachers = check_teachers(kind, subject.teachers, what.label)

@@ -1,5 +1,6 @@
 """Hidden states of a state, by layer and t: against a network that is built and run by hand; made once, and kept."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -112,18 +113,23 @@ def test_two_jobs_of_two_processes_share_the_passes_of_one_and_find_the_same_as_
     pca = {"measure": "pca", "images": 2, "layers": [1], "beside": ["vit"]}
     plan, fork = toy(hsic=CKNNA | {"images": 60}, pca=pca), multiprocessing.get_context("fork")
     what = next(one for one in plan.measurements.values() if one.label == "hsic")
-    with socket.socket() as one, socket.socket() as other:
-        for free in (one, other):
-            free.bind(("127.0.0.1", 0))
-        ports = [free.getsockname()[1] for free in (one, other)]
+    with contextlib.ExitStack() as bound:
+        free = [bound.enter_context(socket.socket()) for _ in range(3)]
+        for one in free:
+            one.bind(("127.0.0.1", 0))
+        ports = [one.getsockname()[1] for one in free]
     seen = tmp_path / "seen"
     jobs_of = [(plan, rank, port, seen) for port in ports for rank in "01"]
-    ranks = [fork.Process(target=rank_measures, args=mine) for mine in jobs_of]
+    *ranks, late = [fork.Process(target=rank_measures, args=mine) for mine in jobs_of]
     for rank in ranks:
         rank.start()
-    for rank in ranks:
+    for rank in ranks[:4]:
         rank.join(60)
-    assert [rank.exitcode for rank in ranks] == [0, 0, 0, 0]
+    late.start()  # when all is there that the other rank of its job began to wait with it for
+    for rank in [*ranks, late]:
+        rank.join(60)
+        rank.kill()
+    assert [rank.exitcode for rank in [*ranks, late]] == [0] * 6
     assert len(looked := seen.read_text().split()) == 62  # no image was passed twice for one store
     assert len({*looked}) == 60
     together, shown = measured(plan, "hsic")["rows"], measured(plan, "pca")["pictures"]
