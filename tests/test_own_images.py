@@ -132,13 +132,17 @@ def test_a_handful_of_pictures_goes_all_the_way(plan, capsys):
     assert ("class accuracy" in page) == bool(classes)
 
 
-def test_pictures_are_checked_once_before_their_shards_where_bad_ones_are_left_out(warm, tmp_path):
-    root = MINE.parent.parent
+@pytest.mark.parametrize("extended", [False, True], ids=["as it is", "extended by another file"])
+def test_pictures_are_checked_once_before_their_shards_where_bad_ones_are_left_out(warm, tmp_path, extended):
+    root, file = MINE.parent.parent, MINE
+    if extended:
+        rows, file = yaml.safe_load(MINE.read_text())["runs"], tmp_path / "other.yaml"
+        file.write_text(yaml.safe_dump({"extends": str(MINE), "name": "other", "runs": rows}))
     (tmp_path / "pictures").mkdir()  # empty files: only their names are counted
     for i in range(yaml.safe_load(MINE.read_text())["images"]["holdout"] + 1):
         (tmp_path / "pictures" / f"{i}.png").touch()
     command = ["-n", "--cores", "1", "--snakefile", root / "workflow" / "Snakefile", "--directory", tmp_path]
-    done = warm.snakemake(*command, "--workflow-profile", root / "profiles" / "default", "--configfile", MINE)
+    done = warm.snakemake(*command, "--workflow-profile", root / "profiles" / "default", "--configfile", file)
     assert done.returncode == 0, done.stderr
     jobs = re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.MULTILINE)
     assert jobs.count("images_check") == 1

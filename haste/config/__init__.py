@@ -64,7 +64,7 @@ from haste.config.published import (
     teacher_shape,
     teacher_tokens,
 )
-from haste.config.reading import load, read, resolve, submitted
+from haste.config.reading import load, of_workflow, read, resolve, submitted
 from haste.config.schema import (
     PRESETS,
     TERMS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _OCTAL = re.compile(r"[-+]?0[0-9_]")
 MEASURED = "denoising"  # the measure that forks take unless they name others
 MOST_ENTRIES = 1_000_000  # in a configuration, with aliases expanded
+EXTENDS = "extends"
+OWN = ("name", "title", "description", "runs", "evaluate", "forks")  # what makes a table: not taken from another file
 
 
 class _Once(yaml.SafeLoader):
@@ -95,14 +97,64 @@ def _parsed(text: str) -> Any:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The contents of a configuration file (YAML or JSON), before `resolve` checks it.
+    """The contents of a configuration file (YAML or JSON), with those of the file that it extends below them.
+
+    `resolve` checks them. The tables of the other file are not taken: its `name`, `title`, `description`, `runs`,
+    `evaluate` and `forks`.
 
     Raises:
-        ValueError: the file is missing, not YAML, not a mapping, or has a duplicate key; the message names the file,
-            and the key with its line.
+        ValueError: the file, or one that it extends, is missing, not YAML, not a mapping, or has a duplicate key; the
+            message names the file, and the key with its line. Or a file extends itself.
     """
+    return _extended(Path(path), [])
+
+
+def _extended(path: Path, through: list[Path]) -> dict[str, Any]:
+    raw = _contents(path)
+    base = raw.pop(EXTENDS, None)
+    if base is None:
+        return raw
+    if not (isinstance(base, str) and base):
+        raise ValueError(
+            f"{path}: extends: expected the path of a configuration, from this file's folder; found {base!r}"
+        )
+    through = [*through, path.resolve()]
     try:
-        raw = _parsed(Path(path).read_text(encoding="utf-8"))
+        below = path.parent / expanded(base)
+        if below.resolve() in through:
+            raise ValueError(f"{base} leads back to itself, expected a file that stands alone in the end")
+        found = _extended(below, through)
+    except ValueError as error:
+        raise ValueError(f"{path}: extends: {error}") from error
+    return _merged({key: value for key, value in found.items() if key not in OWN}, raw)
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """Two values of a key: mappings are merged key by key, of all else the upper one holds."""
+    if not (isinstance(below, dict) and isinstance(above, Mapping)):
+        return above
+    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+
+
+def of_workflow(raw: Mapping[str, Any], files: Iterable[str | Path]) -> dict[str, Any]:
+    """What a workflow was given, with what its files extend.
+
+    Args:
+        raw: Snakemake's own reading: its files, the later ones over the others, and `--config` over all.
+        files: those files.
+
+    Raises:
+        ValueError: as `read`.
+    """
+    found: dict[str, Any] = {}
+    for path in files:
+        found = _merged(found, read(path))
+    return _merged(found, {key: value for key, value in raw.items() if key != EXTENDS})
+
+
+def _contents(path: Path) -> dict[str, Any]:
+    try:
+        raw = _parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     except RecursionError:

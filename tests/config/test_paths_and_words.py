@@ -111,3 +111,58 @@ def test_the_same_words_in_quotes_and_numbers_as_people_write_them_are_kept(tmp_
     (tmp_path / "a.yaml").write_text("{'no': '010', '12:30': 0, 2: 1_000, 0.5: 1e-4, true: no, none: 0.05, x: '0:30'}")
     found = config.read(tmp_path / "a.yaml")
     assert found == {"no": "010", "12:30": 0, 2: 1000, 0.5: "1e-4", True: False, "none": 0.05, "x": "0:30"}
+
+
+# ---- a configuration that extends another
+
+
+def written(folder, **files):
+    for name, text in files.items():
+        path = folder / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+BASE = "name: base\ntitle: T\nimages: {resolution: 256, holdout: 0}\nruns: {a: {}}\nforks: {f: {}}\nevaluate: {e: {}}\n"
+
+
+def test_a_file_takes_all_but_the_table_of_the_file_that_it_extends_and_its_own_keys_come_first(tmp_path):
+    written(
+        tmp_path,
+        base=BASE,
+        **{"deep/own": "extends: ../base.yaml\nname: own\nimages: {resolution: 512}\nruns: {b: {}}\n"},
+    )
+    expected = {"name": "own", "images": {"resolution": 512, "holdout": 0}, "runs": {"b": {}}}
+    assert config.read(tmp_path / "deep" / "own.yaml") == expected
+    (tmp_path / "deep" / "third.yaml").write_text("extends: own.yaml\nname: third\nimages: {holdout: 5}\n")
+    found = config.read(tmp_path / "deep" / "third.yaml")
+    assert found == {"name": "third", "images": {"resolution": 512, "holdout": 5}}
+
+
+def test_a_workflow_has_the_same_and_what_its_command_line_says_comes_first(tmp_path):
+    written(tmp_path, base=BASE, own="extends: base.yaml\nname: own\nruns: {b: {}}\n", more="runs: {c: {}}\n")
+    files = [tmp_path / "own.yaml", tmp_path / "more.yaml"]
+    given = {"extends": "base.yaml", "name": "own", "runs": {"b": {}, "c": {}}, "images": {"holdout": 7}}
+    expected = {"name": "own", "runs": {"b": {}, "c": {}}, "images": {"resolution": 256, "holdout": 7}}
+    assert config.of_workflow(given, files) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"own": "extends: gone.yaml"}, r"own\.yaml: extends: .*gone\.yaml: cannot be read \(No such file"),
+        ({"own": "extends: 3"}, r"own\.yaml: extends: expected the path of a configuration.*; found 3"),
+        ({"own": "extends: own.yaml"}, r"own\.yaml: extends: own\.yaml leads back to itself"),
+        (
+            {"own": "extends: a.yaml", "a": "extends: own.yaml"},
+            r"own\.yaml: extends: .*a\.yaml: extends: own\.yaml leads",
+        ),
+        ({"own": "extends: a.yaml", "a": "x: 1\nx: 2"}, r"own\.yaml: extends: .*a\.yaml: line 2: key 'x' is already"),
+        ({"own": "extends: $NOWHERE/a.yaml"}, r"\$NOWHERE is not known here"),
+    ],
+)
+def test_what_cannot_be_extended_is_refused_by_the_files_names(tmp_path, files, said):
+    written(tmp_path, **files)
+    with pytest.raises(ValueError, match=said):
+        config.read(tmp_path / "own.yaml")

@@ -1,0 +1,137 @@
+"""The papers' tables as configurations: each is accepted, and has the row of every published result."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from haste import config
+from haste.config import teacher_tokens
+from haste.models.build import build_model
+from haste.plan.plan import Plan
+from haste.report import papers, systems
+from haste.report.content import NONE, Row
+from haste.report.gather import benchmark, method, settings, stop
+
+FOLDER = Path(__file__).parent.parent / "config"
+TABLES = sorted([*FOLDER.glob("imagenet*.yaml"), *FOLDER.glob("ablations/*.yaml")])
+EPOCH = 5000  # steps, in the papers' counting
+# Systems of SiT and DiT in the papers' last tables that have no row, and why.
+NO_ROW = {
+    (512, "DiT-XL/2", "600"): "the source states neither its guidance nor its steps",
+    (512, "SiT-XL/2", "600"): "the source states neither its guidance nor its steps",
+    (256, "SiT + HASTE", "80"): "the size is not stated; its FID is that of SiT-XL/2 + HASTE at 400,000 steps",
+    (256, "SiT + TREAD", "80"): "another method",
+    (256, "DiT + TREAD", "740"): "another method",
+}
+
+
+def planned(path: Path, folder: Path) -> Plan:
+    """The plan of a configuration, with a file of nothing in the place of each that its user brings."""
+    raw, number = config.read(path), 0
+
+    def brought(entry: dict[str, Any], key: str) -> None:
+        nonlocal number
+        if key in entry:
+            number += 1
+            entry[key] = str(folder / f"{number}.bin")
+            Path(entry[key]).write_text(f"{number}")
+
+    for detector in raw["detector"].values():
+        brought(detector, "reference")
+    for row in raw.get("evaluate", {}).values():
+        brought(row, "checkpoint")
+    for teacher in raw["teachers"].values():
+        brought(teacher["pretrained"], "weights")
+    return Plan(config.resolve({**raw, "results": str(folder / "results")}))
+
+
+def rows(plan: Plan) -> list[Row]:
+    """The rows of its table as a report would have them."""
+    return [
+        Row(
+            run=row.run,
+            model=(plan.config.evaluate.get(row.run) or plan.config.runs[row.run]).model,
+            method=method(plan, row.run),
+            stop=stop(plan, row.run),
+            seed=row.seed,
+            step=row.step,
+            score={"sampling": row.evaluation.sampling.model_dump(mode="json")},
+            settings=settings(plan, row.run),
+        )
+        for row in plan.rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Plan]:
+    return {path: planned(path, tmp_path_factory.mktemp("papers")) for path in TABLES}
+
+
+def acts(text: str, step: int) -> str:
+    """Where a stop has acted before a step; a trigger's is known when it has fired."""
+    if " by " in text:
+        return text.rpartition(" ")[2]
+    return text if text not in (NONE, "never") and int(text) < step else ""
+
+
+def fitting(one: papers.Published, measured: list[tuple[Row, Any]]) -> list[Row]:
+    """The rows beside which a published result stands, with its stop."""
+    mine = [
+        pair for pair in measured if (pair[0].model, pair[0].method, pair[0].step) == (one.model, one.method, one.step)
+    ]
+    beside = [
+        (row, [*papers.along(row, data, one.step), *(o for axis in one.axes for o in papers.beside(row, data, axis))])
+        for row, data in mine
+    ]
+    return [
+        row
+        for row, found in beside
+        if one in found and (one.stop == NONE or acts(one.stop, one.step) == acts(row.stop, one.step))
+    ]
+
+
+def test_every_published_result_has_its_row_in_a_configuration(tables):
+    measured = [(row, benchmark(plan)) for plan in tables.values() for row in rows(plan)]
+    assert [one for one in papers.published() if not fitting(one, measured)] == []
+
+
+def test_every_published_system_of_these_models_has_its_row_or_a_reason_to_have_none(tables):
+    planned = {
+        (benchmark(plan).resolution, row.score["sampling"]["guidance"] > 1, row.model, row.method, row.step)
+        for plan in tables.values()
+        for row in rows(plan)
+    }
+    without = set()
+    for (resolution, guided), _ in systems.FILES.items():
+        for one in systems.published(resolution, guided):
+            model, _, method = one.name.partition(" + ")
+            if model.split("-")[0] not in ("SiT", "DiT"):
+                continue
+            step = round(float(one.epochs)) * EPOCH if one.epochs else 0
+            near = [key for key in planned if key[:4] == (resolution, guided, model, method or "vanilla")]
+            if not any(abs(key[4] - step) <= EPOCH for key in near):
+                without.add((resolution, one.name, one.epochs))
+    assert without == set(NO_ROW)
+
+
+MILLIONS = {"B": 130, "L": 458, "XL": 675}  # parameters without the projector, as SiT states them
+
+
+def test_the_networks_of_all_tables_have_the_published_sizes_and_a_token_for_each_of_the_teacher_s(tables):
+    built = {}
+    for plan in tables.values():
+        for row in plan.rows:
+            name = (plan.config.evaluate.get(row.run) or plan.config.runs[row.run]).model
+            if (name, plan.config.images.resolution) in built:
+                continue
+            with torch.device("meta"):  # shapes without memory
+                model = build_model(plan.trajectories[row.evaluation.state.trajectory].recipe)
+            built[name, plan.config.images.resolution] = model
+            grid = model.taps["tokens.1"].grid
+            assert grid[0] * grid[1] == teacher_tokens(plan.config, "dinov2-b")[1]
+    for (name, _), model in built.items():
+        size = sum(one.numel() for one in model.parameters()) / 1e6
+        assert size == pytest.approx(MILLIONS[name.split("-")[1].split("/")[0]], abs=1)
+    assert {*built} >= {("SiT-XL/2", 512), ("DiT-L/2", 256), ("SiT-B/2", 256)}
