@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from haste.files.artefact import fingerprint
 from haste.report import cosines, overhead
@@ -302,6 +302,8 @@ def _lines(found: Findings, value: str, part: pd.DataFrame, title: str, drawn: M
     """A line a run over x, earlier steps fainter; or over steps, where there is no x."""
     x, error = "step" if found.over_steps else found.x, found.values[value]
     figure, axes = new_figure(title, x)
+    if x != "step" and pd.api.types.is_integer_dtype(part[x]):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if part[value].min() < 0 < part[value].max():
         axes.axhline(0, color=INK, lw=0.8, alpha=0.5)
     ends = []

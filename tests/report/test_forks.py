@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 from scipy import stats
 
@@ -179,6 +181,17 @@ def test_branches_stand_in_no_other_table_curve_or_picture(forked):
     assert [row.run for row in built.rows] == ["HASTE"] and not built.measures
     assert [curve.run for curve in built.curves] == ["HASTE"] and "when@" not in built.config_text
     assert "when@" not in page.text(built) and not [read for read in built.read if "when@" in read.run]
+
+
+def test_a_picture_that_a_branch_shares_with_its_trunk_is_shown_once(forked):
+    one = forked(forks={"when": {"run": "HASTE", "at": [2, 6], "for": 2}})
+    one.score()
+    for path in {row.evaluation.grid for row in one.plan.rows}:
+        record, picture = PngInfo(), Image.new("L", (4, 4))
+        record.add_text("haste", json.dumps({"schema": 1, "kind": "grid", "classes": [0]}))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, pnginfo=record)
+    assert [grid.run for grid in one.report.grids] == ["HASTE"]
 
 
 def test_every_number_of_a_fork_leads_to_the_files_it_is_made_from(forked, tmp_path):
