@@ -13,6 +13,7 @@ from haste.align import crossing, firing, triggers
 from haste.align.crossing import Crossing
 from haste.align.firing import Firing
 from haste.align.triggers import GradientAngle, Reading
+from haste.config.keys import nearest
 from haste.files.artefact import canonical
 from haste.ops import replay, sources
 from haste.plan.plan import Plan
@@ -38,14 +39,14 @@ def suggestions(plan: Plan, run: str) -> list[Suggestion]:
         ValueError: no such run, it aligns nothing, or nothing of it is there.
     """
     if run not in plan.config.runs:
-        raise ValueError(f"run {run!r}: not in this configuration, which has {', '.join(plan.config.runs)}")
+        raise ValueError(f"runs: nothing is called {run!r}{nearest(run, plan.config.runs)}")
     if not config.terms_of(plan.config, run):
-        raise ValueError(f"run {run!r}: aligns nothing that could be stopped")
+        raise ValueError(f"runs.{run}: aligns nothing that could be stopped; expected a run with an alignment")
     found = [*_forks(plan, run), *_angles(plan, run), *_readings(plan, run), *_losses(plan, run)]
     if not found:
         raise ValueError(
-            f"run {run!r}: neither forks of it nor angles or losses are there yet, expected some; `forks` in the "
-            "configuration makes the first, `measures` with gradient-cosine the second, and training the third"
+            f"runs.{run}: nothing says yet when to stop it; train it, with a trigger under `watch`, or have the "
+            "workflow make `forks` of it, or the measure gradient-cosine"
         )
     return found
 

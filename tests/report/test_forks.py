@@ -318,9 +318,9 @@ def test_the_command_prints_a_line_for_each_and_refuses_what_says_nothing(forked
     one = forked(runs={"HASTE": {"alignment": "HASTE", "milestones": [8]}, "plain": {}})
     asked = ["-c", str(one.file)]
     for run, words in {
-        "HASTE": "run 'HASTE': neither forks of it nor angles or losses are there yet",
-        "plain": "run 'plain': aligns nothing that could be stopped",
-        "HASTY": "run 'HASTY': not in this configuration, which has HASTE, plain",
+        "HASTE": "runs.HASTE: nothing says yet when to stop it; train it, with a trigger under `watch`, or",
+        "plain": "runs.plain: aligns nothing that could be stopped; expected a run with an alignment",
+        "HASTY": "runs: nothing is called 'HASTY'; did you mean 'HASTE'?",
     }.items():
         assert cli.main(["suggest-stop", run, *asked]) == 2
         assert words in capsys.readouterr().err
