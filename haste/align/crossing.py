@@ -1,14 +1,14 @@
 """From which step on a curve is below zero, and how sure: pure functions of curves over steps. No torch.
 
-A curve is what alignment is good for, by step: positive while it helps, negative where it harms. Such are the loss of
-a run that was stopped minus that of one that was not, and the cosine of two gradients minus a threshold. Its noise
-comes from units, groups of images or seeds of training that each give a whole curve, or every point has a standard
-error.
+A curve is what alignment is good for, by step: positive while it helps, negative where it harms, as the loss of a run
+that was stopped minus that of one that was not. Its noise comes from units, groups of images or seeds of training that
+each give a whole curve, or every point has a standard error.
 
 Two questions are asked in turn. Is there a crossing at all? Only if the curve is surely above zero at some step and
 surely below at a later one, where "surely" is of all steps together. Then where? Between the last step at which it is
 surely above and the next at which it is surely below, wherever the curve, a straight line from step to step, is not
-surely other than zero. That the true curve bends between the steps is in no interval: more steps show it.
+surely other than zero. That the true curve bends between the steps is in no interval: more steps show it. Where there
+is no crossing, one end may still be known: it lies behind a step at which alignment surely helps.
 
 U units, K steps, B draws, T places between the steps.
 """
@@ -42,14 +42,12 @@ class Curve:
         by: what the units are: `images`, for the bootstrap over them, or `seeds`, for t-intervals.
         errors: (K,) standard errors of the only unit, in any correlation with one another; None for others. One unit
             without errors has unknown noise.
-        words: of what the curve speaks, and what it does where the curve is above zero, and where below.
     """
 
     steps: Array
     values: Array
     by: Literal["images", "seeds"]
     errors: Array | None = None
-    words: tuple[str, str, str] = ("alignment", "helps", "harms")
 
     @property
     def mean(self) -> Array:
@@ -65,7 +63,7 @@ class Curve:
 @dataclass(frozen=True)
 class Crossing:
     """Where a curve falls below zero; `step` is None if that cannot be told. `low` and `high` are the 95 % interval,
-    None if it is not known. `reason` says what is known instead, or how the interval was found."""
+    None as far as it is not known. `reason` says what is known instead, or how the interval was found."""
 
     step: float | None
     low: float | None
@@ -133,7 +131,7 @@ def crossing(curve: Curve) -> Crossing:
     above, below = np.flatnonzero(low > 0), np.flatnonzero(high < 0)
     pair = [above[-1], *below[below > above[-1]][:1]] if len(above) else []
     if len(pair) < 2:
-        return Crossing(None, None, None, _instead(curve, above, below))
+        return _bound(curve.steps, above, below)
     places, weights = _between(curve.steps, pair[0], pair[1])
     left, right = _bounds(curve, weights)
     ends = [
@@ -161,14 +159,17 @@ def _between(steps: Array, first: int, last: int) -> tuple[Array, Array]:
     return places, np.stack([np.interp(places, steps, one) for one in np.eye(len(steps))])
 
 
-def _instead(curve: Curve, above: NDArray[np.int64], below: NDArray[np.int64]) -> str:
+def _bound(steps: Array, above: NDArray[np.int64], below: NDArray[np.int64]) -> Crossing:
     """What is known of a curve without a crossing from above."""
-    what, helps, harms = curve.words
     if len(above):
-        return f"{what} surely {helps} at step {curve.steps[above[-1]]:,.0f}, and surely {harms} at no later step"
+        last, dip = steps[above[-1]], f" after harming at step {steps[below[-1]]:,.0f}" if len(below) else ""
+        said = f"alignment surely helps at step {last:,.0f}{dip}, and surely harms at no later step"
+        return Crossing(None, float(last), None, said)
     if len(below):
-        return f"{what} surely {harms} at step {curve.steps[below[0]]:,.0f}, and surely {helps} at no earlier step"
-    return "at no step is the difference surely other than zero"
+        first = steps[below[0]]
+        said = f"alignment surely harms at step {first:,.0f}, and surely helps at no earlier step"
+        return Crossing(None, None, float(first), said)
+    return Crossing(None, None, None, "at no step is the difference surely other than zero")
 
 
 def _how(curve: Curve) -> str:

@@ -22,7 +22,7 @@ from haste.config.derived import (
     triggers_of,
 )
 from haste.config.keys import Strict, nearest
-from haste.config.parts import Autoencoder, Detector, Model, OtherModel, Teacher, architecture_named
+from haste.config.parts import EVALUATION, Autoencoder, Detector, Model, OtherModel, Teacher, architecture_named
 from haste.config.published import (
     MAPPINGS,
     MODELS,
@@ -522,8 +522,15 @@ def _faults_of_measuring(config: Config, kind: str, name: str) -> list[str]:
             if borrowed and (unfit := _faults_of_fit(config, row.model, spec.alignment or "")):
                 faults += [f"{where}: {fault}" for fault in unfit]
                 continue
-        found = spec.made.faults(measured_terms(config, name, one), blocks_of(config, row.model))
-        found += spec.made.unfit(config, row.model)
+        terms = measured_terms(config, name, one)
+        found = spec.made.faults(terms, blocks_of(config, row.model)) + spec.made.unfit(config, row.model)
+        if EVALUATION in spec.made.least and "features" in terms:
+            teacher = terms["features"]["teacher"]
+            if config.teachers[teacher].pca:
+                found.append(
+                    f"split: evaluation, but features are compared with principal components of teachers.{teacher}, "
+                    "which are stored of training's images alone; expected split held_out or train"
+                )
         faults += [f"measures.{one}.{fault} (on {name})" for fault in found]
     return faults
 

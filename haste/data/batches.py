@@ -106,14 +106,7 @@ class Batches:
         self.targets = dict(targets or {})
         self.process, self.condition, self.class_dropout = process, condition, class_dropout
         self.bands = {term: (process.place(low), process.place(high)) for term, (low, high) in (bands or {}).items()}
-        others = [(images.identity, images)] if images is not None else []
-        others += [(store.manifest["images"], store) for store, _ in self.targets.values()]
-        for identity, other in others:
-            if latents.manifest["images"] != identity:
-                raise ValueError(
-                    f"{latents.folder}: encoded from images {latents.manifest['images'][:12]}, "
-                    f"but {other.folder} holds {identity[:12]}"
-                )
+        _check_images(latents, images, [store for store, _ in self.targets.values()])
         self.latents, self.images = latents, images
         self.seed, self.size = seed, size
         self.samples: range | Span = latents.range("train")
@@ -163,10 +156,15 @@ class Batches:
             weights=self._weights(step, visits),
         )
 
-    def of_all(self, latents: Store) -> Batches:
-        """Of all images of another store of latents, whatever its splits are called, to measure with."""
+    def of_all(self, latents: Store, images: Store | None = None) -> Batches:
+        """Of all images of another store of latents, whatever its splits are called, to measure with.
+
+        Raises:
+            ValueError: the latents were made from other images.
+        """
+        _check_images(latents, images, [])
         found = copy.copy(self)
-        found.latents, found.images, found.targets, found.samples = latents, None, {}, range(latents.count)
+        found.latents, found.images, found.targets, found.samples = latents, images, {}, range(latents.count)
         return found
 
     def reading_indices(self, count: int | None, split: str = "train") -> np.ndarray:
@@ -254,6 +252,16 @@ class Batches:
             return self(step, visits).to(device)
 
         return made_ahead(make, steps, threads=WORKERS, depth=depth, name="batches")
+
+
+def _check_images(latents: Store, images: Store | None, targets: Sequence[Store]) -> None:
+    others = [(images.identity, images)] if images is not None else []
+    for identity, other in [*others, *((store.manifest["images"], store) for store in targets)]:
+        if latents.manifest["images"] != identity:
+            raise ValueError(
+                f"{latents.folder}: encoded from images {latents.manifest['images'][:12]}, "
+                f"but {other.folder} holds {identity[:12]}"
+            )
 
 
 def _shape_of(moments: Tensor) -> tuple[int, ...]:

@@ -53,10 +53,11 @@ class CKNNA(Hidden):
     def _enough(self) -> CKNNA:
         left = self.images - -(-self.images // min(self.shards, self.images))
         if self.shards > self.images:
-            raise ValueError(f"shards {self.shards} are more than images {self.images}: some would be empty")
+            raise ValueError(f"shards {self.shards} are more than images {self.images}, expected at most as many")
         if self.neighbours >= left:
             raise ValueError(
-                f"neighbours {self.neighbours}, but without one of {self.shards} shards {left} images are left"
+                f"neighbours {self.neighbours}, but without one of {self.shards} shards {left} images are left, expected "
+                "more than neighbours"
             )
         return self
 

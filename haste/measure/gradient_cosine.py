@@ -53,7 +53,7 @@ class GradientCosine(Measure):
     @model_validator(mode="after")
     def _measurable(self) -> GradientCosine:
         if self.shards > self.images:
-            raise ValueError(f"shards {self.shards} are more than images {self.images}: some would be empty")
+            raise ValueError(f"shards {self.shards} are more than images {self.images}, expected at most as many")
         return self
 
     def faults(self, terms: Terms, blocks: int) -> list[str]:

@@ -81,7 +81,7 @@ class Hidden(Measure):
             return [*found, f"layers: {model} hands out no hidden tokens"]
         beyond = [] if self.layers == "all" else [layer for layer in self.layers if layer not in known]
         said = f"{known[0]} to {known[-1]}" if known == list(range(known[0], known[-1] + 1)) else f"{known}"
-        return found + ([f"layers: {beyond}, but {model} gives the tokens after blocks {said}"] if beyond else [])
+        return found + ([f"layers: {beyond}, expected of those that {model} has, {said}"] if beyond else [])
 
 
 def layers_in(look: Mapping[str, Any], taps: Mapping[str, Tap]) -> Sequence[int]:

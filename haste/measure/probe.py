@@ -50,7 +50,7 @@ class Probe(Hidden):
     @model_validator(mode="after")
     def _warm(self) -> Probe:
         if self.warmup >= self.epochs:
-            raise ValueError(f"warmup {self.warmup} epochs, but there are only {self.epochs} epochs")
+            raise ValueError(f"warmup {self.warmup} epochs, expected less than all epochs, {self.epochs}")
         return self
 
     @property

@@ -12,12 +12,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from haste.config import Share
-from haste.measure.measure import Measure, Row
+from haste.measure.measure import Measure, Row, Split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ class Progress(Measure):
     """See the file. No label is dropped. The error is that of the choice of images.
 
     Attributes:
-        split: `held_out`, the images of `images.holdout`, or `train`, which the network was trained on.
+        split: see `haste.measure.measure.Split`.
         images: number of random images of it; all if there are fewer.
         t: every image is used at each of these.
     """
@@ -45,7 +45,7 @@ class Progress(Measure):
     values: ClassVar = {"value": "error"}
     along: ClassVar = "step"
 
-    split: Literal["held_out", "train"] = "held_out"
+    split: Split = "held_out"
     images: Annotated[int, Field(ge=2)] = 1024
     t: Annotated[list[Share], Field(min_length=1)] = TIMES
 
@@ -60,9 +60,9 @@ class Progress(Measure):
 
     def run(self, subject: Subject) -> Iterator[Row]:
         """See `Measure`."""
-        chosen = subject.inputs.batches.reading_indices(self.images, self.split)
+        chosen = subject.batches(self.split).reading_indices(self.images, self.split)
         names, look = self._looking(subject)
-        values = subject.by_image(chosen, self.t, len(names), look)  # (T, V, M)
+        values = subject.by_image(chosen, self.t, len(names), look, self.split)  # (T, V, M)
         for number, name in enumerate(names):
             for place, t in enumerate(self.t):
                 mine = values[place, number]

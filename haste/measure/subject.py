@@ -109,7 +109,7 @@ class Subject:
         """Those that have the images of a split: of training's inputs, or of `evaluation`.
 
         Raises:
-            ValueError: a store is missing or damaged, or was encoded by another autoencoder.
+            ValueError: a store is missing or damaged, or was encoded by another autoencoder or from other images.
         """
         return self._others if split == EVALUATION else self.inputs.batches
 
@@ -119,7 +119,8 @@ class Subject:
         if found.manifest["autoencoder"] != ours.manifest["autoencoder"]:
             raise ValueError(f"{found.folder}: was encoded by another autoencoder than {ours.folder}")
         self.inputs.identities["latents of evaluation"] = found.identity
-        return self.inputs.batches.of_all(found)
+        images = Store.of(self.plan.of(EVALUATION).images) if self.inputs.teachers else None
+        return self.inputs.batches.of_all(found, images)
 
     def decoded(self, split: str, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
         """The latents of some images of a split before noise, decoded: (n, R, R, 3). A collective call.

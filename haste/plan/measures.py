@@ -117,7 +117,8 @@ class Measures:
         folder, looks = f"{self.data.root}/measures", spec.made.hidden
         own = f"{folder}/{state.trajectory}.{state.step:08d}"
         kind = "".join(c if c.isascii() and (c.isalnum() or c in "._") else "-" for c in spec.measure)
-        cached = tuple(kind for kind, term in terms.items() if self.config.teachers[term["teacher"]].caches(kind))
+        stored = {} if EVALUATION in splits else terms  # targets are stored of training's images alone
+        cached = tuple(kind for kind, term in stored.items() if self.config.teachers[term["teacher"]].caches(kind))
         return Measurement(
             label,
             run,

@@ -188,7 +188,8 @@ class Plan:
         parts = [part for name in measurement.unseen if (part := self.teachers[name])]
         if self.autoencoder and "decoder" in self.config.measures[measurement.label].made.needs:
             parts.append(self.autoencoder)
-        parts += [self.of(split).images for split in measurement.splits if measurement.unseen]
+        looked_at = measurement.unseen or measurement.segment.teachers
+        parts += [self.of(split).images for split in measurement.splits if looked_at]
         shown = [file for part in parts for file in part.files]
         stores = [self.latents, *(self.of(split).latents for split in measurement.splits)]
         files = [file for store in stores for file in store.files]

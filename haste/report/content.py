@@ -65,7 +65,7 @@ class Measured:
 @dataclass(frozen=True)
 class Read:
     """What a trigger read of a term of one run with one seed, stopped or only watched; `shown` are the values that tell
-    most, the first one first."""
+    most, the first one first, which is compared with a `threshold` if it has one."""
 
     run: str
     seed: int
@@ -73,6 +73,7 @@ class Read:
     trigger: str
     shown: Sequence[str]
     history: Sequence[Reading]
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)

@@ -92,9 +92,9 @@ def styles(report: Report) -> dict[str, Style]:
 def _stops(text: str) -> dict[str, int]:
     """Steps from a table's text: `300`, `features 100, attention 200`, `never`, or `300 by plateau`.
 
-    Seeds that stop at different steps, `300 to 400`, have no single step.
+    Seeds that stop at different steps, `300 to 400`, have no single step, nor if only some of them stop.
     """
-    found = re.findall(r"(?:^|(features|attention) )(\d+)(?=$|,| by )", text)
+    found = re.findall(r"(?:^|(features|attention) )(\d+)(?=$|,| by )(?! by \S+ in \d)", text)
     return {kind: int(step) for kind, step in found}
 
 

@@ -6,6 +6,7 @@ start from the same noise; so a difference is of the alignment alone. It is posi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
 
 from haste.align import crossing
 from haste.align.crossing import Curve
@@ -23,6 +26,7 @@ from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cel
 
 SCORE = "fd"  # the score whose differences are shown
 DIGITS = 3
+LABEL = 0.045  # height of a line's label, as a share of the axis
 
 
 @dataclass(frozen=True)
@@ -240,22 +244,28 @@ def _panel(fork: Fork, name: str, group: Sequence[Effect], slug: str) -> Panel:
     for effect, colour in zip(group, (PALETTE[0], *(5 * PALETTE[1:])), strict=False):
         main = effect is whole
         axes.plot(effect.curve.steps, effect.curve.mean, color=colour, lw=WIDTH if main else 1, marker="o", ms=3)
-        axes.annotate(
-            effect.t or ("mean" if len(group) > 1 else ""),
-            (effect.curve.steps[-1], effect.curve.mean[-1]),
-            textcoords="offset points",
-            xytext=(4, 0),
-            fontsize=7,
-            color=INK,
-        )
     if not np.isnan(low).any():
         axes.fill_between(steps, low, high, color=PALETTE[0], alpha=0.18, lw=0)
+    if len(group) > 1:
+        for effect, y in zip(group, _apart([one.curve.mean[-1] for one in group], axes), strict=True):
+            axes.annotate(
+                effect.t or "mean", (steps[-1], y), (4, 0), "data", "offset points", va="center", fontsize=7, color=INK
+            )
     if said.step is not None:
         axes.axvspan(said.low or 0, said.high or 0, color=INK, alpha=0.08, lw=0)
         axes.axvline(said.step, color=INK, lw=1.1, dashes=(1.5, 2.5))
     caption = f"{fork.name}, of {fork.run}. Band: 95 % at each step. {_verdict(said)}"
     spoken = "; ".join(f"{mean:.3g} at step {step:,.0f}" for step, mean in zip(steps, whole.curve.mean, strict=True))
     return Panel(name, "", caption, to_svg(figure, slug, f"{fork.name}, {name}, stopped minus aligned: {spoken}"))
+
+
+def _apart(values: Sequence[float], axes: Axes) -> NDArray[np.float64]:
+    """Heights at which labels of values do not overlap: moved up as far as they must, and down by half of the most."""
+    low, high = axes.get_ylim()
+    order, placed = np.argsort(values), np.array(values, dtype=float)
+    for lower, upper in itertools.pairwise(order):
+        placed[upper] = max(placed[upper], placed[lower] + LABEL * (high - low))
+    return placed - (placed - values).max() / 2
 
 
 def _verdict(found: crossing.Crossing) -> str:

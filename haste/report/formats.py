@@ -132,6 +132,7 @@ _LATEX = {
     "≈": r"$\approx$", "×": r"$\times$", "·": r"$\cdot$", "→": r"$\to$", "∞": r"$\infty$",
     "‘": "`", "’": "'", "“": "``", "”": "''", "…": r"\dots{}",
 }  # fmt: skip
+LONG = 32  # characters of a cell that may break
 _GREEK = re.compile("GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)")
 _DIRECTION = {True: r" $\downarrow$", False: r" $\uparrow$", None: ""}
 
@@ -256,7 +257,8 @@ def _html_entry(table: Table, entry: Entry, width: Sequence[int], tails: Sequenc
             shown += f'<span class="pm" style="--pm: {width[place]}ch">{escape(cell.around)}</span>'
         opening, tag = ('th scope="row"', "th") if place == 0 else ("td", "td")
         value = "" if cell.value is None else escape(str(cell.value))
-        cells.append(f'<{opening}{_right(head)} data-v="{value}">{shown}</{tag}>')
+        room = ' class="long"' if len(cell.text) > LONG and not head.number else _right(head)
+        cells.append(f'<{opening}{room} data-v="{value}">{shown}</{tag}>')
     names = " ".join(name for name in ("first" if entry.first else "", entry.kind) if name)
     opening = f'<tr class="{names}">' if names else "<tr>"
     return f"{opening}{''.join(cells)}</tr>"

@@ -276,10 +276,10 @@ def _made(path: str) -> str:
 
 
 def _grids(plan: Plan) -> list[Grid]:
-    shown, found = set(plan.shown), []
+    shown, found, apart = set(plan.shown), [], config.branches(plan.config)
     for row in plan.rows:
         path = Path(row.evaluation.grid)
-        if row.evaluation.grid in shown and path.exists():
+        if row.run not in apart and row.evaluation.grid in shown and path.exists():
             made = provenance_of(path)  # which classes have samples, the picture knows
             artefact.check_entries(path, made, classes=list)
             titled = made.get("titled", plan.config.images.classes > 0)  # pictures that are older do not say it
@@ -323,7 +323,8 @@ def _read(plan: Plan) -> list[Read]:
             if one.settings and any(one.columns.values()):
                 trigger = sources.trigger_of(one.settings)
                 history = replay.readings(one, one.settings)
-                found.append(Read(run, seed, one.term, one.settings["trigger"], trigger.shown, history))
+                threshold = getattr(trigger, "threshold", None)
+                found.append(Read(run, seed, one.term, one.settings["trigger"], trigger.shown, history, threshold))
     return found
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from haste.files.artefact import fingerprint
 from haste.report import cosines, overhead
@@ -262,6 +262,7 @@ def _panels(found: Findings, drawn: Mapping[str, Style]) -> Iterator[Panel]:
     number, frame = itertools.count(), found.frame
     crowded = [axis for axis in found.others if frame[axis].nunique() > APART]
     last = frame[frame["step"] == frame.groupby("run")["step"].transform("max")]
+    printed = {one.run for one in found.ones if one.printed is not None}
 
     def maps(value: str, part: pd.DataFrame, y: str, x: str) -> Iterator[Panel]:
         """A heat map of each run that has several places of both axes, and of each place of all others."""
@@ -276,13 +277,13 @@ def _panels(found: Findings, drawn: Mapping[str, Style]) -> Iterator[Panel]:
             for place, part in found.groups(frame, found.words):
                 title = ", ".join([*([value] if len(found.values) > 1 or not place else []), *place])
                 yield _lines(found, value, _averaged(found, value, part), title, drawn, f"{found.slug}-{next(number)}")
-        elif crowded:
-            yield from maps(value, last, crowded[0], found.x)
         elif found.x:
+            yield from maps(value, last, crowded[0], found.x) if crowded else ()
             apart = [*found.words, *found.others]
             for place, part in found.groups(frame, apart):
-                title = ", ".join([value, *_where(found, apart, place)])
-                yield _lines(found, value, part, title, drawn, f"{found.slug}-{next(number)}")
+                if not crowded or printed & {*part["run"]}:  # papers print one block, which is no map but a line
+                    title = ", ".join([value, *_where(found, apart, place)])
+                    yield _lines(found, value, part, title, drawn, f"{found.slug}-{next(number)}")
         if found.x and not found.over_steps and len(found.steps) > APART:
             yield from maps(value, frame, crowded[0] if crowded else found.x, "step")
 
@@ -301,6 +302,8 @@ def _lines(found: Findings, value: str, part: pd.DataFrame, title: str, drawn: M
     """A line a run over x, earlier steps fainter; or over steps, where there is no x."""
     x, error = "step" if found.over_steps else found.x, found.values[value]
     figure, axes = new_figure(title, x)
+    if x != "step" and pd.api.types.is_integer_dtype(part[x]):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if part[value].min() < 0 < part[value].max():
         axes.axhline(0, color=INK, lw=0.8, alpha=0.5)
     ends = []
@@ -335,7 +338,9 @@ def _heat_map(
     x, y = axes_of
     table = part.pivot_table(index=y, columns=x, values=value, aggfunc="mean")
     figure, axes = new_figure(y, x)
-    most, signed = float(found.frame[value].abs().max()) or 1.0, float(found.frame[value].min()) < 0
+    beside = {teacher: row[value] for teacher, row in found.teachers.items()}
+    every = [*found.frame[value].dropna(), *beside.values()]
+    most, signed = max(map(abs, every)) or 1.0, min(every) < 0
     low, colours = (-most, "PuOr") if signed else (0.0, "viridis")
     drawn = axes.pcolormesh(np.ma.masked_invalid(table.to_numpy()), vmin=low, vmax=most, cmap=colours)
     for ticks, labels, put in (
@@ -348,13 +353,16 @@ def _heat_map(
     bar = figure.colorbar(drawn, ax=axes)
     bar.ax.tick_params(colors=INK)
     bar.outline.set_edgecolor(INK)  # type: ignore[operator]
+    if beside:  # on the scale of colours, and named along its edge, below the ticks
+        bar.ax.hlines(list(beside.values()), 0, 1, color=INK, lw=1.6)
+        bar.ax.set_ylabel(f"line: {', '.join(beside)}", color=INK, parse_math=False)
     top = float(np.nanmax(table.to_numpy()))
     spoken = f"{title} by {x} and {y}: from {float(np.nanmin(table.to_numpy())):.3g} to {top:.3g}"
     when = f"step {int(part['step'].iloc[0]):,}"
     if x == "step":
         when = "over steps" if y == found.x else f"over steps, the mean over {found.x}"
-    beside = [f" Teacher {teacher}: {row[value]:.3g}." for teacher, row in found.teachers.items()]
-    return Panel(title, "", f"{title}, {when}.{''.join(beside)}", to_svg(figure, name, spoken))
+    said = [f" Line on the scale: teacher {teacher}, {at:.3g}, of the clean images." for teacher, at in beside.items()]
+    return Panel(title, "", f"{title}, {when}.{''.join(said)}", to_svg(figure, name, spoken))
 
 
 def _tick(axis: str, at: float) -> str:

@@ -141,8 +141,12 @@ def _reading_panel(title: str, ones: Sequence[Read], drawn: Mapping[str, Any], n
             draw_line(
                 axes, drawn[one.run], steps, values, marker="o" if len(steps) < 2 else "", alpha=FAINT if place else 1.0
             )
+    levels = sorted({one.threshold for one in ones if one.threshold is not None})
+    for level in levels:
+        axes.axhline(level, color=INK, lw=1.1, dashes=(8, 4), alpha=0.7)
     ends = "; ".join(
         f"{one.run} {one.history[-1].values[one.shown[0]]:.3g} at step {one.history[-1].step:,}" for one in ones
     )
-    caption = f"Faint: {', '.join(shown[1:])}." if shown[1:] else ""
-    return Panel(title, "", caption, to_svg(figure, f"read{number}", f"{title} over training steps: {ends}"))
+    said = [f"Faint: {', '.join(shown[1:])}."] if shown[1:] else []
+    said += [f"Dashed: the threshold, {', '.join(f'{level:g}' for level in levels)}."] if levels else []
+    return Panel(title, "", " ".join(said), to_svg(figure, f"read{number}", f"{title} over training steps: {ends}"))

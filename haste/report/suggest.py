@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from haste import config
-from haste.align import crossing, triggers
-from haste.align.crossing import Crossing, Curve
-from haste.align.triggers import GradientAngle, Reading, Trigger
+from haste.align import crossing, firing, triggers
+from haste.align.crossing import Crossing
+from haste.align.firing import Firing
+from haste.align.triggers import GradientAngle, Reading
+from haste.config.keys import nearest
 from haste.files.artefact import canonical
 from haste.ops import replay, sources
 from haste.plan.plan import Plan
@@ -38,14 +39,14 @@ def suggestions(plan: Plan, run: str) -> list[Suggestion]:
         ValueError: no such run, it aligns nothing, or nothing of it is there.
     """
     if run not in plan.config.runs:
-        raise ValueError(f"run {run!r}: not in this configuration, which has {', '.join(plan.config.runs)}")
+        raise ValueError(f"runs: nothing is called {run!r}{nearest(run, plan.config.runs)}")
     if not config.terms_of(plan.config, run):
-        raise ValueError(f"run {run!r}: aligns nothing that could be stopped")
+        raise ValueError(f"runs.{run}: aligns nothing that could be stopped; expected a run with an alignment")
     found = [*_forks(plan, run), *_angles(plan, run), *_readings(plan, run), *_losses(plan, run)]
     if not found:
         raise ValueError(
-            f"run {run!r}: neither forks of it nor angles or losses are there yet, expected some; `forks` in the "
-            "configuration makes the first, `measures` with gradient-cosine the second, and training the third"
+            f"runs.{run}: nothing says yet when to stop it; train it, with a trigger under `watch`, or have the "
+            "workflow make `forks` of it, or the measure gradient-cosine"
         )
     return found
 
@@ -58,7 +59,7 @@ def _forks(plan: Plan, run: str) -> Iterator[Suggestion]:
 
 
 def _angles(plan: Plan, run: str) -> Iterator[Suggestion]:
-    """From the gradient cosines at milestones, on average over t and blocks."""
+    """From the gradient cosines at milestones, on average over t and blocks, by the trigger with its defaults."""
     ones = [one for one in gather.measured(plan)[0] if one.run == run and one.found["measure"] == "gradient-cosine"]
     for name in dict.fromkeys(one.name for one in ones):
         rows = [
@@ -68,49 +69,46 @@ def _angles(plan: Plan, run: str) -> Iterator[Suggestion]:
         if frame.empty:
             continue
         term = TOGETHER if TOGETHER in set(frame["term"]) else frame["term"].iloc[0]
-        mean = frame[frame["term"] == term].groupby(["seed", "step"])[["cosine", "error"]].mean().reset_index()
-        series = {seed: part for seed, part in mean.groupby("seed")}
-        curve = _of_cosines(series, "cosine", GradientAngle().threshold)
-        said = _of_seeds(plan, run, len(series), crossing.crossing(curve))
-        yield Suggestion(f"{name}, cosine of {term} below {GradientAngle().threshold:g}", said)
+        mean = frame[frame["term"] == term].groupby(["seed", "step"])[["cosine", "error"]].mean()
+        said = [
+            firing.fired(GradientAngle(), [_reading(row) for row in part.reset_index().to_dict("records")])
+            for _, part in mean.rename(columns={"cosine": "mean"}).groupby("seed")
+        ]
+        by = f"{name}, cosine of {term} below {GradientAngle().threshold:g}"
+        yield Suggestion(by, _of_seeds(plan, run, len(said), firing.agreed(said)))
 
 
-def _of_cosines(series: Mapping[Any, pd.DataFrame], column: str, threshold: float) -> Curve:
-    """Cosines above a threshold at the steps that all seeds have; the errors of a single seed's."""
-    steps = sorted(set.intersection(*(set(part["step"]) for part in series.values())))
-    parts = [part.set_index("step").loc[steps] for part in series.values()]
-    values = np.array([part[column] - threshold for part in parts], dtype=float).reshape(len(parts), len(steps))
-    errors = parts[0]["error"].to_numpy(dtype=float) if len(parts) == 1 else None
-    words = ("the cosine", "is above the threshold", "is below it")
-    return Curve(np.array(steps, dtype=float), values, "seeds", errors, words)
+def _reading(row: Mapping[str, Any]) -> Reading:
+    return Reading(row["step"], {name: value for name, value in row.items() if name != "step"})
 
 
 # -- what training recorded --------------------------------------------------------------------------------------------
 
 
 def _readings(plan: Plan, run: str) -> Iterator[Suggestion]:
-    """From the readings of triggers in each seed's newest state, whether they stopped it or only watched."""
-    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    """From the readings of triggers in each seed's newest state, whether they stopped it or only watched. Terms of
+    which a trigger says the same share a line."""
+    records: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for seed in plan.config.runs[run].all_seeds:
         for kind, record in stops.records(plan, run, seed):
             if record["readings"]:
-                found.setdefault((kind, canonical(record["trigger"])), []).append(record)
-    for (kind, _), records in found.items():
-        settings = records[0]["trigger"]
-        name, model = settings["trigger"], sources.trigger_of(settings)
-        if name == "gradient-angle":
-            series = {place: pd.DataFrame(record["readings"]) for place, record in enumerate(records)}
-            said = crossing.crossing(_of_cosines(series, "mean", settings["threshold"]))
-        else:
-            said = _agreed([_replayed(name, model, record) for record in records])
-        yield Suggestion(f"readings of {name} on {kind}", _of_seeds(plan, run, len(records), said))
+                records.setdefault((kind, canonical(record["trigger"])), []).append(record)
+    found: dict[tuple[str, str, Crossing], list[str]] = {}
+    for (kind, settings), mine in records.items():
+        said = _of_seeds(plan, run, len(mine), firing.agreed([_fired(record) for record in mine]))
+        found.setdefault((mine[0]["trigger"]["trigger"], settings, said), []).append(kind)
+    for (name, _, said), kinds in found.items():
+        yield Suggestion(f"readings of {name} on {' and '.join(sorted(kinds))}", said)
 
 
-def _replayed(name: str, trigger: Trigger, record: Mapping[str, Any]) -> float | None:
-    """Where a trigger with its recorded settings stops."""
-    readings = [Reading(one["step"], {k: v for k, v in one.items() if k != "step"}) for one in record["readings"]]
-    found = triggers.replayed(name, trigger, readings)
-    return found and found[0]
+def _fired(record: Mapping[str, Any]) -> Firing:
+    """What a trigger with its recorded settings does."""
+    name, trigger = record["trigger"]["trigger"], sources.trigger_of(record["trigger"])
+    readings = [_reading(one) for one in record["readings"]]
+    if isinstance(trigger, GradientAngle):
+        return firing.fired(trigger, readings)
+    stop = triggers.replayed(name, trigger, readings)
+    return Firing(stop and stop[0])
 
 
 def _losses(plan: Plan, run: str) -> Iterator[Suggestion]:
@@ -123,7 +121,7 @@ def _losses(plan: Plan, run: str) -> Iterator[Suggestion]:
     for kind, mine in logs.items():
         said = [replay.replayed(one, settings, "defaults") for one in mine]
         missing = next((one.missing for one in said if one.missing), "")
-        found = Crossing(None, None, None, missing) if missing else _agreed([one.step for one in said])
+        found = Crossing(None, None, None, missing) if missing else firing.agreed([Firing(one.step) for one in said])
         yield Suggestion(f"plateau of the logged {kind} loss", _of_seeds(plan, run, len(mine), found))
 
 
@@ -131,19 +129,6 @@ def _of_seeds(plan: Plan, run: str, count: int, said: Crossing) -> Crossing:
     """With a word where not every seed of the run is there."""
     every = len(plan.config.runs[run].all_seeds)
     return said if count == every else replace(said, reason=f"{said.reason}; {count} of {every} seeds are there")
-
-
-def _agreed(steps: Sequence[float | None]) -> Crossing:
-    """From the steps at which single seeds would stop."""
-    there = [step for step in steps if step is not None]
-    if len(there) < len(steps):
-        which = "it does not fire" if len(steps) == 1 else f"it fires with {len(there)} of {len(steps)} seeds"
-        return Crossing(None, None, None, which)
-    if len(there) == 1:
-        return Crossing(there[0], None, None, "one seed, whose noise is not known")
-    values = np.array(there)[:, None]
-    (low,), (high,) = crossing.interval(Curve(np.zeros(1), values, "seeds"))
-    return Crossing(float(values.mean()), float(low), float(high), f"t-interval over {len(there)} seeds")
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

@@ -20,8 +20,10 @@ def state_named(plan: Plan, file: str) -> State | None:
     """
     path = Path(file)
     if not path.exists() and file.rpartition("/")[0] not in plan.trajectories:
+        states = [str(row.evaluation.state) for row in plan.rows if row.run == file]
+        named = f" ({file} is a run, whose results are of {', '.join(states)})" if states else ""
         expected = "a state of the configuration, by its file or as TRAJECTORY/STEP, or a checkpoint from elsewhere"
-        raise ValueError(f"{file}: no such file; expected {expected}")
+        raise ValueError(f"{file}: no such file; expected {expected}{named}")
     if not path.exists():
         return plan.parse(file)
     try:

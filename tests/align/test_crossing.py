@@ -74,6 +74,13 @@ NONE = {
 
 
 @each_kind
+def test_an_end_of_the_interval_that_is_known_without_a_crossing_holds_in_at_least_90_of_100_draws(make):
+    helps, harms = (drawn(make, falling(STEPS, zero), 0.5) for zero in (320_000, 30_000))
+    assert sum(one.step is None and 50_000 < one.low <= 320_000 and one.high is None for one in helps) >= 90
+    assert sum(one.step is None and 30_000 <= one.high < 300_000 and one.low is None for one in harms) >= 90
+
+
+@each_kind
 @pytest.mark.parametrize("noise", [0.3, 2.0])
 @pytest.mark.parametrize("truth", NONE.values(), ids=NONE)
 def test_curves_without_a_crossing_get_cannot_tell_in_at_least_90_of_100_draws(make, noise, truth):
@@ -122,6 +129,8 @@ def test_what_is_known_instead_of_a_crossing_is_said():
 
     assert "alignment surely helps at step 300,000, and surely harms at no later step" in said(falling(STEPS, 500_000))
     assert "alignment surely harms at step 50,000, and surely helps at no earlier step" in said(falling(STEPS, 0))
+    dip = falling(STEPS, 500_000) - 10 * (STEPS == 150_000)
+    assert "surely helps at step 300,000 after harming at step 150,000, and surely harms at no later step" in said(dip)
     assert "at no step is the difference surely other than zero" in said(0 * STEPS)
     one = crossing.crossing(Curve(STEPS, falling(STEPS, 175_000)[None], "seeds"))
     assert str(one) == "cannot tell: one seed, whose noise is not known"

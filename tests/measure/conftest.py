@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from haste import config
 from haste.measure import jobs
 from haste.plan.plan import Plan
 from haste.train import loop
+
+
+@pytest.fixture(scope="session")
+def pictures() -> Callable[..., dict[str, str]]:
+    """A function that fills class folders with random pictures, to the section of a configuration that reads them."""
+
+    def fill(folder: Path, classes: int = 10, count: int = 3) -> dict[str, str]:
+        random = np.random.default_rng(0)
+        for label in range(classes):
+            (folder / f"{label}").mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 256, (9, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{label}" / f"{i}.png")
+        return {"source": "folder", "path": str(folder)}
+
+    return fill
 
 
 @pytest.fixture

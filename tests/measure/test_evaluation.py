@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from toy_gradients import hidden_state
 
@@ -26,17 +25,7 @@ MEASURES = {
 }
 
 
-def pictures(folder, classes=10, count=3):
-    """Class folders of random pictures."""
-    random = np.random.default_rng(0)
-    for label in range(classes):
-        (folder / f"{label}").mkdir(parents=True)
-        for i in range(count):
-            Image.fromarray(random.integers(0, 256, (9, 8, 3), np.uint8)).save(folder / f"{label}" / f"{i}.png")
-    return {"source": "folder", "path": str(folder)}
-
-
-def test_measures_read_images_of_their_own_that_the_same_commands_prepared(toy, measured, tmp_path):
+def test_measures_read_images_of_their_own_that_the_same_commands_prepared(toy, measured, pictures, tmp_path):
     plan = toy({"evaluation": pictures(tmp_path / "val")}, **MEASURES)
     others = plan.of("evaluation")
     for command, shards in (("images", 1), ("latents", 2)):
@@ -107,7 +96,9 @@ def test_a_section_that_does_not_fit_is_refused_by_its_key(tiny, spec, evaluatio
         (MEASURES["probe"], lambda val: val.rename(val.with_name("gone")), r"val"),
     ],
 )
-def test_pictures_that_cannot_be_measured_are_refused_before_the_first_job(tiny, tmp_path, spec, change, words):
+def test_pictures_that_cannot_be_measured_are_refused_before_the_first_job(
+    tiny, pictures, tmp_path, spec, change, words
+):
     images = pictures(tmp_path / "val", count=1)
     change(tmp_path / "val")
     raw = {**tiny, "results": str(tmp_path / "results"), "evaluation": images, "measures": {"it": spec}}

@@ -177,7 +177,7 @@ def test_fewer_images_in_the_store_than_the_measure_asks_for_are_refused(toy, me
 @pytest.mark.parametrize(
     ("spec", "changes", "words"),
     [
-        (SMALL | {"layers": [2, 3]}, {}, "measures.it.layers: [3], but dot gives the tokens after blocks 1 to 2"),
+        (SMALL | {"layers": [2, 3]}, {}, "measures.it.layers: [3], expected of those that dot has, 1 to 2"),
         (SMALL | {"layers": [2, 2]}, {}, "measures.it: layers [2, 2] has a value more than once"),
         (SMALL | {"t": [0.5, 1.5]}, {}, "measures.it.t.1: Input should be less than or equal to 1"),
         (
@@ -192,13 +192,17 @@ def test_fewer_images_in_the_store_than_the_measure_asks_for_are_refused(toy, me
         ),
         (SMALL | {"teacher": "vot"}, {}, "measures.it.teacher: vot, expected one of vit"),
         (SMALL, {"teachers": {}, "alignments": {}}, "teacher: none is named, expected one of teachers, which has none"),
-        (SMALL | {"neighbours": 45}, {}, "measures.it: neighbours 45, but without one of 4 shards 45 images are left"),
-        (SMALL | {"shards": 61}, {}, "measures.it: shards 61 are more than images 60"),
+        (
+            SMALL | {"neighbours": 45},
+            {},
+            "measures.it: neighbours 45, but without one of 4 shards 45 images are left, expected more than neighbours",
+        ),
+        (SMALL | {"shards": 61}, {}, "measures.it: shards 61 are more than images 60, expected at most as many"),
         (SMALL | {"formula": "cka"}, {}, "measures.it.formula: Input should be 'hsic' or 'centred'"),
         (SMALL | {"alignment": "HASTE"}, {}, "measures.it.alignment: 'HASTE' given, but cknna compares with no"),
         ({"measure": "probe", "judged": 98}, {}, "measures.it.judged: 98 images that are not trained on, but"),
-        ({"measure": "probe", "layers": [7]}, {}, "measures.it.layers: [7], but dot gives the tokens after"),
-        ({"measure": "probe", "epochs": 9}, {}, "measures.it: warmup 10 epochs, but there are only 9 epochs"),
+        ({"measure": "probe", "layers": [7]}, {}, "measures.it.layers: [7], expected of those that dot has, 1 to 2"),
+        ({"measure": "probe", "epochs": 9}, {}, "measures.it: warmup 10 epochs, expected less than all epochs, 9"),
     ],
 )
 def test_what_cannot_be_measured_of_hidden_states_is_refused_by_its_key(tiny, spec, changes, words):

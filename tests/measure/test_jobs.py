@@ -102,6 +102,7 @@ def test_any_measure_can_be_asked_for_with_its_default_settings(measuring, capsy
             ["cos", "nothing.pt"],
             "nothing.pt: no such file; expected a state of the configuration, by its file or as",
         ),
+        (["cos", "HASTE"], "(HASTE is a run, whose results are of {trajectory}/00000008"),
         (["cos", "{folder}"], "expected a checkpoint, found a folder"),
         (
             ["cos", "{folder}/theirs.pt"],
@@ -115,6 +116,7 @@ def test_any_measure_can_be_asked_for_with_its_default_settings(measuring, capsy
 )
 def test_what_cannot_be_measured_is_refused_in_a_line(measuring, capsys, arguments, words):
     known = {"folder": measuring.folder, "trajectory": measuring.plan.state("HASTE", 8).trajectory}
+    words = words.format(**known) if "{" in words else words
     assert words in refusal(measuring, capsys, *(argument.format(**known) for argument in arguments))
 
 

@@ -1,5 +1,6 @@
 """Progress of both alignment terms, trained or not: against values that are computed image by image in float64."""
 
+import contextlib
 import copy
 import math
 import shutil
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from toy_gradients import ALIGNED, Toy, coarser
 
 from haste import config
+from haste.cli import main as cli
 from haste.data import order
 from haste.files.store import Store
 from haste.measure import jobs
@@ -34,9 +36,10 @@ ATTENTION, FEATURES, PROJECTED = "attention, cross-entropy", "features, cosine",
 
 
 @pytest.fixture(scope="module")
-def plan(_finished_data, once):
+def plan(_finished_data, once, pictures):
     """Of a toy in float64, trained for 4 steps with each alignment and with none; nothing is written to it."""
     measures = {"all": SPEC, "train": {**SPEC, "split": "train", "images": 4, "t": [0.3]}}
+    measures["others"] = {**SPEC, "split": "evaluation"}
     runs = {
         name: {"alignment": name, "milestones": [4], "measures": list(measures)} for name in ("vanilla", *ALIGNMENTS)
     }
@@ -52,10 +55,16 @@ def plan(_finished_data, once):
     raw["defaults"]["model"] = "dot"
 
     def planned(folder):
-        return Plan(config.resolve({**raw, "results": str(folder / "results")}))
+        evaluation = {"source": "folder", "path": str(folder / "val")}
+        return Plan(config.resolve({**raw, "results": str(folder / "results"), "evaluation": evaluation}))
 
     def fill(folder):
         shutil.copytree(_finished_data, folder / "results")
+        pictures(folder / "val", count=1)
+        (folder / "it.json").write_text(planned(folder).config.model_dump_json())
+        for command, shards in (("images", 1), ("latents", 2)):
+            for step in (*(["--shard", str(shard)] for shard in range(shards)), ["--join"]):
+                assert cli.main([command, "-c", str(folder / "it.json"), "--evaluation", *step]) == 0
         for state in planned(folder).planned():
             loop.train(planned(folder), state)
 
@@ -71,10 +80,10 @@ def measured(plan, run, label="all"):
 
 
 @torch.no_grad()
-def values(plan, run, image, t):
+def values(plan, run, image, t, split="held_out"):
     """Of one image; knows how the toy, the path and the two losses are computed, no more."""
-    tensors = load_file(plan.path(plan.state(run, 4)))
-    with Store.open(plan.latents.folder) as latents, Store.open(plan.images.folder) as images:
+    tensors, stores = load_file(plan.path(plan.state(run, 4))), plan.of(split)
+    with Store.open(stores.latents.folder) as latents, Store.open(stores.images.folder) as images:
         mean, std = torch.from_numpy(latents.read("moments", [image])).double().chunk(2, dim=1)
         label, pixels = (torch.from_numpy(s.read(n, [image])) for s, n in ((latents, "label"), (images, "image")))
         scale, shift = latents.manifest["scale"], latents.manifest["shift"]
@@ -118,6 +127,31 @@ def test_values_and_errors_are_those_of_held_out_images_one_by_one_whether_or_no
             assert rows[term, t][0] == pytest.approx(mine.mean(), abs=3e-8), (term, t)
             assert rows[term, t][1] == pytest.approx(mine.std(ddof=1) / math.sqrt(5), abs=3e-8), (term, t)
     assert notes == []  # the band of the alignment, t_min 0.3, is of training
+
+
+def test_images_of_their_own_are_compared_with_what_the_teacher_says_of_them(plan):
+    rows, notes = measured(plan, "HASTE", "others")
+    each = [values(plan, "HASTE", image, 0.1, "evaluation") for image in order.choice(0, "measured images", 0, 5, 10)]
+    for term in (ATTENTION, FEATURES, PROJECTED):
+        assert rows[term, 0.1][0] == pytest.approx(np.mean([one[term] for one in each]), abs=3e-8)
+    assert notes == []
+    (what,) = (one.measurement for one in plan.measured if (one.measurement.label, one.run) == ("others", "HASTE"))
+    assert {*plan.of("evaluation").images.files, *plan.of("evaluation").latents.files} <= {*plan.measured_from(what)}
+
+
+@pytest.mark.parametrize("split", ["held_out", "evaluation"])
+def test_targets_are_stored_of_training_s_images_alone(tiny, split):
+    tiny["teachers"]["vit"]["cache"] = "features+attention"
+    tiny |= {"evaluation": {"path": "val"}, "measures": {"how": {"measure": "progress", "split": split}}}
+    tiny["runs"] = {"HASTE": {"alignment": "HASTE", "measures": ["how"]}}
+    cached = {one.measurement.cached for one in Plan(config.resolve(tiny)).measured}
+    assert cached == ({("features", "attention")} if split == "held_out" else {()})
+    tiny["teachers"]["vit"]["pca"] = 4
+    said = pytest.raises(
+        ValueError, match=r"measures\.how\.split: evaluation, but features are compared with principal"
+    )
+    with said if split == "evaluation" else contextlib.nullcontext():
+        config.resolve(tiny)
 
 
 def test_on_a_batch_of_training_images_they_are_the_values_of_the_training_losses_themselves(plan):

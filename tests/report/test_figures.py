@@ -56,6 +56,12 @@ def test_the_stop_is_marked_on_runs_that_stop():
     assert "stop" not in panel.svg
 
 
+def test_a_stop_of_some_seeds_alone_is_marked_nowhere():
+    stop = "features 150 by plateau in 1 of 3 seeds, attention 120 by plateau"
+    (panel, *_) = figures.score_panels(report([row("b", 100, 6.0, stop), row("b", 200, 4.0, stop)], []))
+    assert "stop 120" in panel.svg and "stop 150" not in panel.svg
+
+
 def test_a_point_lies_where_its_value_is():
     # Three points on a line by construction, so the middle one must lie halfway in the drawing too.
     (panel, *_) = figures.score_panels(report([row("a", s, v) for s, v in ((0, 10.0), (50, 20.0), (100, 30.0))], []))

@@ -185,6 +185,20 @@ def test_what_an_ablation_may_vary_is_told_in_words(tiny, tmp_path):
     assert expected.items() <= haste.items()
     assert haste["timesteps"] == "uniform"
     assert "stop" not in haste  # an axis of its own
+    term = {
+        "teacher": "soft",
+        "depth": 1,
+        "head": "conv",
+        "kernel": 3,
+        "normalise": "spatial",
+        "t_max": 0.9,
+        "layer": 0,
+    }
+    soft = {**tiny["teachers"]["vit"], "filter": {"low_pass": 0.25}}
+    runs, alignments = {"iREPA": {"alignment": "iREPA"}}, {"iREPA": {"features": term}}
+    iREPA = gather.settings(plan_of(tiny, tmp_path, runs=runs, alignments=alignments, teachers={"soft": soft}), "iREPA")
+    expected = {"teacher": "soft, low_pass 0.25", "feature head": "conv, 3", "feature normalise": "spatial, 1"}
+    assert {**expected, "feature t_max": "0.9", "feature layer": "0"}.items() <= iREPA.items()
 
 
 @pytest.mark.parametrize(("classes", "resolution"), [(1000, 256), (1000, 512), (10, 256)])

@@ -132,13 +132,13 @@ def test_every_value_leads_to_the_place_that_says_how_it_was_made(tmp_path):
 FILES = {method: list(csv.DictReader((papers.FOLDER / name).open())) for method, name in cosines.FILES.items()}
 
 
-def imagenet(method: str, model: str, block: int, times, steps=(100_000,), batch: str = "256") -> Report:
+def imagenet(method: str, model: str, block: int, times, steps=(100_000,), batch="256", beside=()) -> Report:
     """Cosines of one run on ImageNet, as the measure gives them: of each term and, of two, of both together."""
     terms = ["features"] if method == "REPA" else ["features", "attention", "alignment"]
     ones = []
     for step in steps:
-        found = [{"term": term, "t": t, "block": block, "cosine": 0.5, "error": 0.01} for t in times for term in terms]
-        one = measured("mine", step, found)
+        places = [{"term": term, "t": t, "block": b} for t in times for b in (block, *beside) for term in terms]
+        one = measured("mine", step, [{**place, "cosine": 0.5, "error": 0.01} for place in places])
         ones.append(dataclasses.replace(one, found={**one.found, "measure": cosines.MEASURE}))
     built = report(*ones, benchmark=Benchmark("ImageNet", 256))
     row = dataclasses.replace(built.rows[0], model=model, method=method, settings={"batch": batch})
@@ -227,6 +227,28 @@ def test_a_teacher_beside_is_a_dashed_line_and_the_last_line_of_the_table():
     ((_, panels),) = measures.measure_panels(report(one))
     assert len(panels) == 2 and all("teacher DINO 0.845" in panel.svg for panel in panels)
     assert all(panel.caption == "Dashed: teachers, of the clean images." for panel in panels)
+
+
+def test_a_teacher_beside_a_heat_map_is_a_line_on_its_scale_of_colours_which_reaches_it():
+    one = measured("a", 8, rows(blocks=range(1, 9)))  # of -4 to 4
+    one = dataclasses.replace(one, found={**one.found, "teachers": {"DINO": {"cosine": 6.5, "error": 0.02}}})
+    ((_, panels),) = measures.measure_panels(report(one))
+    assert [panel.caption for panel in panels] == [
+        f"cosine, a, {term}, step 8. Line on the scale: teacher DINO, 6.5, of the clean images."
+        for term in ("features", "attention")
+    ]
+    assert all("line: DINO" in panel.svg and ">6<" in panel.svg for panel in panels)
+
+
+def test_what_papers_print_of_one_block_is_drawn_beside_ours_where_there_are_maps_of_many():
+    built = imagenet("HASTE", "SiT-XL/2", 8, [0.1, 0.35], beside=(5, 6, 7, 9))
+    ((_, panels),) = measures.measure_panels(built)
+    lines = [panel for panel in panels if "Dotted" in panel.caption]
+    assert [panel.title for panel in lines] == ["cosine, alignment, block 8"]
+    assert "mine 0.5 at t 0.35; HASTE Table 2: SiT-XL/2, HASTE" in lines[0].svg
+    assert [panel.title for panel in panels if panel not in lines] == [
+        f"cosine, mine, {term}" for term in ("features", "attention", "alignment")
+    ]
 
 
 def test_pictures_are_shown_by_step_with_what_they_show_in_words_and_lead_to_their_file():

@@ -1,5 +1,6 @@
 """Replays and readings as people see them: a table, a picture, and figures of the page."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -88,11 +89,12 @@ def test_readings_are_drawn_a_figure_a_trigger_and_term_and_a_line_a_run():
     angles = [Reading(10 * n, {"mean": 0.1 * n, "error": 0.5}) for n in (1, 2, 3)]
     flat = [Reading(10 * n, {"fast": 0.5, "slow": 0.1 * n}) for n in (1, 2, 3)]
     read = [Read(run, 0, "features", "gradient-angle", GradientAngle().shown, angles) for run in ("a", "b")]
+    read[1] = dataclasses.replace(read[1], threshold=-0.05)
     read += [Read("a", 0, kind, "plateau", Plateau().shown, flat) for kind in ("features", "attention")]
     panels = reading_panels(report(*read))
     titles = ["gradient-angle of features", "plateau of features", "plateau of attention"]
     assert [panel.title for panel in panels] == titles
-    assert panels[0].caption == "" and panels[1].caption == "Faint: slow."
+    assert [panel.caption for panel in panels[:2]] == ["Dashed: the threshold, -0.05.", "Faint: slow."]
     assert "a 0.3 at step 30; b 0.3 at step 30" in panels[0].svg
     xy = path_of(panels[0].svg, figures.PALETTE[0])
     np.testing.assert_allclose(xy[1], (xy[0] + xy[2]) / 2, atol=1e-3)  # on a line by construction
