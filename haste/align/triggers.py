@@ -188,7 +188,7 @@ class GradientAngle(Trigger):
             if isinstance(values, list) and len(set(values)) < len(values):
                 raise ValueError(f"{name} {values} has a value more than once, expected each once")
         if self.shards > self.images:
-            raise ValueError(f"shards {self.shards} are more than images {self.images}: some would be empty")
+            raise ValueError(f"shards {self.shards} are more than images {self.images}, expected at most as many")
         return self
 
     @property

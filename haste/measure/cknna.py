@@ -56,8 +56,8 @@ class CKNNA(Hidden):
             raise ValueError(f"shards {self.shards} are more than images {self.images}, expected at most as many")
         if self.neighbours >= left:
             raise ValueError(
-                f"neighbours {self.neighbours}, but without one of {self.shards} shards {left} images are left, expected "
-                "more than neighbours"
+                f"neighbours {self.neighbours}, but without one of {self.shards} shards {left} images are left, "
+                "expected more than neighbours"
             )
         return self
 

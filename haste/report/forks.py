@@ -260,12 +260,14 @@ def _panel(fork: Fork, name: str, group: Sequence[Effect], slug: str) -> Panel:
 
 
 def _apart(values: Sequence[float], axes: Axes) -> NDArray[np.float64]:
-    """Heights at which labels of values do not overlap: moved up as far as they must, and down by half of the most."""
+    """Heights at which labels of values do not overlap: those that would move apart, each by half."""
     low, high = axes.get_ylim()
     order, placed = np.argsort(values), np.array(values, dtype=float)
-    for lower, upper in itertools.pairwise(order):
-        placed[upper] = max(placed[upper], placed[lower] + LABEL * (high - low))
-    return placed - (placed - values).max() / 2
+    for _ in range(20 * len(values)):  # each pass leaves less of an overlap
+        for lower, upper in itertools.pairwise(order):
+            more = max(0.0, placed[lower] + LABEL * (high - low) - placed[upper]) / 2
+            placed[lower], placed[upper] = placed[lower] - more, placed[upper] + more
+    return placed
 
 
 def _verdict(found: crossing.Crossing) -> str:

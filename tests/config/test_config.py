@@ -279,7 +279,7 @@ COSINE = {"measure": "gradient-cosine", "images": 14, "shards": 3}
     ("spec", "rows", "words"),
     [
         ({"t": [0.1, 1.5]}, {}, "measures.cos.t.1: Input should be less than or equal to 1, found 1.5"),
-        ({"shards": 15}, {}, "measures.cos: shards 15 are more than images 14: some would be empty"),
+        ({"shards": 15}, {}, "measures.cos: shards 15 are more than images 14, expected at most as many"),
         ({"t": [0.1, 0.1]}, {}, "measures.cos: t [0.1, 0.1] has a value more than once"),
         ({"imges": 2}, {}, "measures.cos: unknown key 'imges'; did you mean 'images'?"),
         ({"measure": "gradient"}, {}, "measures.cos: nothing is called 'gradient'; did you mean 'gradient-cosine'?"),

@@ -195,7 +195,7 @@ def test_fewer_images_in_the_store_than_the_measure_asks_for_are_refused(toy, me
         (
             SMALL | {"neighbours": 45},
             {},
-            "measures.it: neighbours 45, but without one of 4 shards 45 images are left, expected more than neighbours",
+            "without one of 4 shards 45 images are left, expected more than neighbours",
         ),
         (SMALL | {"shards": 61}, {}, "measures.it: shards 61 are more than images 60, expected at most as many"),
         (SMALL | {"formula": "cka"}, {}, "measures.it.formula: Input should be 'hsic' or 'centred'"),

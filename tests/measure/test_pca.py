@@ -123,7 +123,7 @@ def test_pictures_are_written_beside_what_is_said_and_a_damaged_one_is_refused(w
         ({"images": 17}, "measures.it.images: Input should be less than or equal to 16"),
         ({"beside": ["vot"]}, "measures.it.beside: vot, expected teachers; did you mean 'vit'?"),
         ({"beside": ["vit", "vit"]}, "measures.it: beside ['vit', 'vit'] has a value more than once"),
-        ({"layers": [3]}, "measures.it.layers: [3], but dot gives the tokens after blocks 1 to 2"),
+        ({"layers": [3]}, "measures.it.layers: [3], expected of those that dot has, 1 to 2"),
     ],
 )
 def test_what_has_no_picture_is_refused_by_its_key(tiny, spec, words):

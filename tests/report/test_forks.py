@@ -173,6 +173,15 @@ def test_the_report_says_from_which_step_on_stopping_was_better_and_draws_it(for
     assert ">t 0.1<" in loss.svg and ">t 0.5<" in loss.svg and "Cannot tell" in score.caption
 
 
+def test_labels_of_lines_that_end_together_do_not_overlap(forked):
+    one = forked()
+    one.score()
+    one.measure(noise=0.0)
+    panel, _ = forks.fork_panels(one.report)
+    heights = [float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>(?:t 0\.[15]|mean)<', panel.svg)]
+    assert len(heights) == 3 and min(np.diff(sorted(heights))) > 6.5  # points, of text of 7
+
+
 def test_branches_stand_in_no_other_table_curve_or_picture(forked):
     one = forked()
     one.score()
