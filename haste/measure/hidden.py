@@ -41,7 +41,7 @@ class Hidden(Measure):
         """What decides the hidden states of some images.
 
         Args:
-            split: `train` or `held_out`.
+            split: see `haste.measure.measure.Split`.
             images: random ones of it, the same at every call; None for all.
             pooled: the mean over a layer's tokens, (D,), and not each token, (N, D).
         """

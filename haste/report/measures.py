@@ -353,16 +353,17 @@ def _heat_map(
     bar = figure.colorbar(drawn, ax=axes)
     bar.ax.tick_params(colors=INK)
     bar.outline.set_edgecolor(INK)  # type: ignore[operator]
-    if beside:  # on the scale of colours, and named along its edge, below the ticks
-        bar.ax.hlines(list(beside.values()), 0, 1, color=INK, lw=1.6)
-        bar.ax.set_ylabel(f"line: {', '.join(beside)}", color=INK, parse_math=False)
+    for colour, width in (("white", 3.5), (INK, 1.5)) if beside else ():  # to be seen on every colour
+        bar.ax.hlines(list(beside.values()), 0, 1, color=colour, lw=width)
+    bar.ax.set_ylabel(value + (f"; lines: {', '.join(beside)}" if beside else ""), color=INK, parse_math=False)
     top = float(np.nanmax(table.to_numpy()))
     spoken = f"{title} by {x} and {y}: from {float(np.nanmin(table.to_numpy())):.3g} to {top:.3g}"
     when = f"step {int(part['step'].iloc[0]):,}"
     if x == "step":
         when = "over steps" if y == found.x else f"over steps, the mean over {found.x}"
-    said = [f" Line on the scale: teacher {teacher}, {at:.3g}, of the clean images." for teacher, at in beside.items()]
-    return Panel(title, "", f"{title}, {when}.{''.join(said)}", to_svg(figure, name, spoken))
+    said = ", ".join(f"{teacher} {at:.3g}" for teacher, at in beside.items())
+    caption = f"{title}, {when}." + (f" Lines on the scale: teachers, of the clean images: {said}." if said else "")
+    return Panel(title, "", caption, to_svg(figure, name, spoken))
 
 
 def _tick(axis: str, at: float) -> str:

@@ -234,10 +234,10 @@ def test_a_teacher_beside_a_heat_map_is_a_line_on_its_scale_of_colours_which_rea
     one = dataclasses.replace(one, found={**one.found, "teachers": {"DINO": {"cosine": 6.5, "error": 0.02}}})
     ((_, panels),) = measures.measure_panels(report(one))
     assert [panel.caption for panel in panels] == [
-        f"cosine, a, {term}, step 8. Line on the scale: teacher DINO, 6.5, of the clean images."
+        f"cosine, a, {term}, step 8. Lines on the scale: teachers, of the clean images: DINO 6.5."
         for term in ("features", "attention")
     ]
-    assert all("line: DINO" in panel.svg and ">6<" in panel.svg for panel in panels)
+    assert all("cosine; lines: DINO" in panel.svg and ">6<" in panel.svg for panel in panels)
 
 
 def test_what_papers_print_of_one_block_is_drawn_beside_ours_where_there_are_maps_of_many():

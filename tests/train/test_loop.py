@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import threading
 import time
@@ -53,7 +54,7 @@ def test_cutting_a_run_at_other_milestones_changes_no_bit(make_plan, run, tmp_pa
     assert_same_bits(tensors(cut, run, 16), expected)
 
 
-def test_a_branch_equals_the_run_that_was_stopped_there_alone(make_plan):
+def test_a_branch_of_a_fork_has_the_bits_of_a_run_that_stops_there(make_plan):
     plan = make_plan()
     train_to(plan, "HASTE-12", 8, 12, 16)
     stopped = tensors(plan, "HASTE-12", 16)
@@ -66,6 +67,14 @@ def test_a_branch_equals_the_run_that_was_stopped_there_alone(make_plan):
     assert not torch.equal(
         tensors(plan, "HASTE", 16)["model/x_embedder.proj.weight"], stopped["model/x_embedder.proj.weight"]
     )
+    # A fork of the finished trunk, whose state there was not kept, has the same bits.
+    shutil.rmtree(Path(plan.root, "states"))
+    train_to(plan, "HASTE", 8, 16)
+    forked = make_plan(forks={"F": {"run": "HASTE", "at": [12], "for": 4}})
+    branch = forked.state("F@12-stopped", 16)
+    loop.train(forked, forked.segment(branch).parent)
+    loop.train(forked, branch)
+    assert_same_bits(tensors(forked, "F@12-stopped", 16), stopped)
 
 
 def test_after_the_stop_no_teacher_is_built_no_image_read_and_no_tap_asked(make_plan, monkeypatch):
