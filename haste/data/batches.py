@@ -163,9 +163,11 @@ class Batches:
             weights=self._weights(step, visits),
         )
 
-    def of_all(self, latents: Store) -> Batches:
-        """Of all images of another store of latents, whatever its splits are called, to measure with."""
+    def of_all(self, latents: Store, condition: Condition) -> Batches:
+        """Of all images of another store of latents, whatever its splits are called, to measure with; `condition` is
+        opened for them."""
         found = copy.copy(self)
+        found.condition = condition
         found.latents, found.images, found.targets, found.samples = latents, None, {}, range(latents.count)
         return found
 

@@ -21,6 +21,7 @@ from haste.cli import main as cli
 from haste.data import order
 from haste.data.batches import Batches
 from haste.data.captions import TEXT_BYTES, Captions
+from haste.data.digits import MovedDigits
 from haste.data.text_encoder import TextEncoder
 from haste.data.words import Words
 from haste.files import artefact, provenance
@@ -282,6 +283,7 @@ def test_prompts_are_told_in_turn_and_kept_as_they_are(toy):
     assert way.count == 16
     rows = toy.condition().sampled(way, range(1, 7))
     assert toy.condition().words(rows) == [prompts[i % 4] for i in range(1, 7)]
+    assert toy.condition().meant(rows).tolist() == [-1] * 6  # nobody knows which class a prompt means
     closed = Captions(classes=0, encoder="words", tokens=4, width=6, attention_mask=False)
     assert closed.words(rows) == [prompts[i % 4] for i in range(1, 7)]
     for wrong, words in [("\ud800", "surrogates"), ("é" * 513, "sampling.quick.prompts.0: .*1,026 bytes")]:
@@ -319,6 +321,11 @@ def test_training_with_captions_is_resumed_to_the_bit_sampled_and_told_what_it_w
     told.run("evaluate", evaluation.name)
     with Store.open(evaluation.features.folder) as store:
         assert told.condition().words({name: store.read(name, range(12)) for name in rows}) == said
+        read = store.read("logits", range(12)).argmax(axis=1)
+    numbers = [MovedDigits.WORDS.index(next(word for word in re.findall(r"\w+", text) if word in MovedDigits.WORDS))
+               for text in said]  # fmt: skip
+    accuracy = artefact.read_json(evaluation.score, "score")["scores"]["caption_accuracy"]
+    assert accuracy == np.mean(read == numbers) and len({*numbers}) > 4
     told.run("grid", evaluation.name)
     assert provenance.provenance_of(Path(evaluation.grid))["words"] == said
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from haste import config
 from haste.cli import main as cli
 from haste.config import Strict, resolve
+from haste.config.joint import Joint
 from haste.data.condition import Condition
 from haste.files.npz import read_npz
-from haste.models.mmdit import MMDiT
 from haste.plan.plan import Plan
 from haste.train import loop
 from haste.train.state import new_learner
@@ -51,7 +51,7 @@ class Toy(Condition):
 
 def understands_toys(monkeypatch):
     monkeypatch.setitem(config.parts.CONDITIONS, "toy", f"{__name__}:Toy")
-    monkeypatch.setattr(MMDiT, "condition", "toy")
+    monkeypatch.setattr(Joint, "condition", "toy")
 
 
 @pytest.fixture
