@@ -222,7 +222,7 @@ def _stage(name: str, files: list[str], megabytes: float = 0.0) -> Stage:
 
 
 def _of_images(name: str, stores: list[tuple[Artefact, int]], size: float) -> tuple[Stage, float]:
-    """The shards of stores of so many images, `size` bytes each, and the number of images that are left."""
+    """The shards of stores of so many images (or bytes), `size` bytes each, and the number that is left."""
     shards = {file: count / store.shards for store, count in stores for file in store.shard_files}
     left = sum(images for file, images in shards.items() if not Path(file).exists())
     return dataclasses.replace(_stage(name, list(shards)), megabytes=size * left / MB), left
@@ -320,7 +320,7 @@ def _data_stages(plan: Plan, flops: float) -> list[Stage]:
     return [
         images,
         latents,
-        *(_stage("text states", store.shard_files, size / MB) for store, size in texts),
+        *([_of_images("text states", texts, 1)[0]] if texts else []),
         _stage("joins", [store.manifest for store in joined]),
         _timed(references, [_seen(plan, one, None if one.reference_file else count) for one in sights], pace),
         _timed(

@@ -430,6 +430,43 @@ def test_captions_that_changed_are_refused_where_states_were_made_from_the_earli
         told.condition()
 
 
+def test_measures_tell_images_of_evaluation_their_own_captions_by_the_encoder_of_training(told, capsys):
+    said = {f"{label}/{i}.png": [f"a {MovedDigits.WORDS[label]} cat", "at"] for label in range(10) for i in range(2)}
+    for place, name in enumerate(said):
+        (told.folder / "val" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 8), (9 * place, 20, 30)).save(told.folder / "val" / name)
+    file = told.folder / "said.jsonl"
+    file.write_text("".join(json.dumps({"file": name, "caption": texts}) + "\n" for name, texts in said.items()))
+    others = {"path": str(told.folder / "val"), "captions": str(file)}
+    loss = {"measure": "denoising", "images": 16, "groups": 8, "t": [0.5], "split": "evaluation"}
+    kept = {key: told.raw[key] for key in ("condition", "cache")}
+    told.configure(**kept, evaluation=others, measures={"loss": loss}, runs={"REPA": {"measures": ["loss"]}})
+    plan = told.plan.of("evaluation")
+    assert plan.text != told.plan.text and {plan.text.manifest, told.plan.text.manifest} <= {
+        *told.plan.measured_from(told.plan.measured[0].measurement)
+    }
+    for command in (["images", "--shard", 0], ["images", "--join"], ["text", "--shard", 0], ["text", "--shard", 1]):
+        told.run(command[0], "--evaluation", *command[1:])
+    told.run("text", "--evaluation", "--join")
+    for how in (["--shard", 0], ["--join"]):
+        told.run("latents", "--evaluation", *how)
+    told.run("plan")
+    state = told.plan.state("REPA", 8)
+    told.run("train", state)
+    told.run("measure", "loss", told.plan.path(state))
+    made = artefact.read_json(told.plan.measured[0].measurement.file, "measure")["provenance"]["inputs"]
+    assert made["captions of evaluation"] != made["captions"]
+    condition = config.condition_in(told.plan.trajectories[state.trajectory].recipe).opened(plan)
+    batches = told.batches().of_all(Store.of(plan.latents), condition)
+    words = condition.words(condition._drawn(np.arange(20), order.uniforms(0, "caption", 0, range(20))))
+    assert all(text in texts for text, texts in zip(words, said.values(), strict=True)) and len({*words}) > 3
+    own = TextEncoder.load(told.raw["condition"]["encoder"], tokens=captioned.TOKENS, width=8, masked=False)
+    assert torch.equal(batches.measured(np.arange(20), range(20)).condition, torch.from_numpy(own(words)).float())
+    told.configure(**kept, evaluation={"path": str(told.folder / "val"), "captions": str(file), "classes": 10})
+    with pytest.raises(ValueError, match="evaluation: samples are told captions, but these images have none; expected"):
+        told.configure(**kept, evaluation={"path": str(told.folder / "val")})
+
+
 # ---- refused before the first job
 
 
