@@ -195,6 +195,13 @@ def test_a_folder_of_a_thousand_classes_is_taken_for_imagenet(tiny, tmp_path, cl
     assert gather.benchmark(plan_of(tiny, tmp_path, images=images)) == expected
 
 
+@pytest.mark.parametrize(("change", "images"), [({}, 82_783), ({"subset": 20_000}, 20_000), ({"holdout": 5_000}, None)])
+def test_coco_2014_is_known_by_the_number_of_its_pictures_to_validate(change, images):
+    raw = config.read(ROOT / "config" / "coco256.yaml")
+    plan = Plan(config.resolve({**raw, "images": {**raw["images"], **change}}))
+    assert gather.benchmark(plan) == (images and Benchmark("COCO", 256, images))
+
+
 def test_the_configuration_for_imagenet_stands_beside_every_sit_of_the_papers_main_tables_up_to_500k(tmp_path):
     plan = imagenet(tmp_path)
     write_scores(plan, kind="inception")
