@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import captioned
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -195,6 +197,46 @@ def test_a_dit_is_trained_sampled_scored_and_reported_by_the_same_rules(shop):
     table = Path(plan.report).with_name("results.csv").read_text()
     assert table.count("DiT") >= 2 and "ddpm" in table
     assert Path(plan.path(plan.state("DiT", 8))).parent.name.startswith("DiT-d2w16p2-")
+
+
+def test_digits_are_told_captions_from_images_to_a_report_that_shows_prompts_and_says_how_many_were_obeyed(
+    warm, once, tmp_path
+):
+    shipped = config.read(ROOT / "config" / "digits-captions.yaml")
+    few = {"steps": 2, "batch": 8}
+    trained = {
+        name: {**shipped[kind][name]["trained"], **few} for kind in ("teachers", "detector") for name in shipped[kind]
+    }
+    way = {**shipped["sampling"], "euler-25": {"sampler": "euler", "steps": 2, "count": 20, "guidance": 2.0}}
+    shop = Workshop(tmp_path, shipped["name"], warm)
+    plan = shop.configure(
+        **{name: shipped[name] for name in ("title", "models", "alignments")},
+        images={**shipped["images"], "subset": 60},
+        condition={"name": "captions", "encoder": str(once("clip", captioned.save_clip)), "tokens": 9, "width": 8},
+        cache={"shards": 2},
+        autoencoder={"trained": {**shipped["autoencoder"]["trained"], **few}},
+        teachers={"digits-vit": {"trained": trained["digits-vit"]}},
+        detector={"digits-cnn": {"trained": trained["digits-cnn"]}},
+        training={**shipped["training"], "batch": 8},
+        sampling={**way, "prompts": {**way["prompts"], "steps": 2}},
+        measures={},
+        defaults={**shipped["defaults"], "milestones": [4]},
+        runs={"vanilla": {}, "HASTE": {"alignment": "HASTE", "stop": 2}},
+    )
+    done = shop.snakemake()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert artefact.read_json(plan.text.manifest, "store")["count"] == 2 * (60 + 297) + 1
+    page, table = Path(plan.report), pd.read_csv(Path(plan.report).with_name("results.csv"))
+    accuracy = table.set_index("run")[next(name for name in table if name.startswith("caption accuracy"))]
+    assert {*accuracy.index} == {"vanilla", "HASTE", "real against real"} and accuracy.between(0, 1).all()
+    assert all(prompt in page.read_text() for prompt in shipped["sampling"]["prompts"]["prompts"])
+    assert shop.jobs() == set()
+    # a shard of images that is lost is made again for who asks which class a caption means, and nothing is drawn again
+    Path(plan.images.shard_files[0]).unlink()
+    evaluation = shop.evaluation("vanilla", 4)
+    shutil.rmtree(evaluation.features.folder)
+    Path(evaluation.score).unlink()
+    assert shop.jobs() == {("images", ""), ("features", evaluation.name), ("score", evaluation.name), ("report", "")}
 
 
 def test_training_on_cached_targets_that_the_workflow_made_is_online_training_to_half_precision(

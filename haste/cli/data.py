@@ -24,7 +24,9 @@ def add(to: Commands) -> None:
     encoded = to.rule("latents", _latents, "encode the images: a store of latent means and standard deviations")
     encoded.add_argument("--evaluation", action="store_true", help="of the images that only measures see")
     shards(encoded)
-    shards(to.rule("text", _text, "encode the captions: a store of the states of their tokens"))
+    said = to.rule("text", _text, "encode the captions: a store of the states of their tokens")
+    said.add_argument("--evaluation", action="store_true", help="of the images that only measures see")
+    shards(said)
     to.rule("teacher", _teacher, "train a small teacher").add_argument("name")
     targets = to.rule("targets", _targets, "keep a teacher's targets on disk")
     targets.add_argument("name")
@@ -65,7 +67,7 @@ def _text(arguments: argparse.Namespace) -> None:
     from haste.data import jobs
 
     plan = (plan_of if arguments.join else plan_to_compute)(arguments)
-    jobs.make_text(plan, None if arguments.join else arguments.shard)
+    jobs.make_text(_about(plan, arguments), None if arguments.join else arguments.shard)
 
 
 def _autoencoder(arguments: argparse.Namespace) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from haste.config.parts import (
+    KNOWN,
     TRANSFORMERS,
     Model,
     OtherModel,
     Process,
-    architecture_named,
     condition_named,
+    known_of,
     model_of,
     process_named,
 )
@@ -41,14 +42,14 @@ def facts_in(recipe: Mapping[str, Any]) -> Facts:
     return facts_of_other(json.dumps({**kept, "training": process}, sort_keys=True))
 
 
-@functools.cache  # it builds the network, though without memory
+@functools.cache  # most are built, though without memory
 def facts_of_other(recipe: str) -> Facts:
     """Taps and cost of a network other than SiT and DiT; `recipe` is its deciding part, as JSON."""
     found = json.loads(recipe)
     model, size = model_in(found), found["model"]
-    return architecture_named(model.architecture).facts(
+    return known_of(model.architecture).facts(
         model.settings,
-        process=process_in(found),
+        process=None if model.architecture in KNOWN else process_in(found),
         condition=condition_in(found),
         input_size=size["input_size"],
         in_channels=size["channels"],
@@ -64,7 +65,7 @@ def process_of(model: Model | OtherModel) -> str:
     """The name of a network's process."""
     if isinstance(model, Model):
         return TRANSFORMERS[model.architecture]
-    return architecture_named(model.architecture).process
+    return known_of(model.architecture).process
 
 
 def process_in(recipe: Mapping[str, Any]) -> Any:
@@ -77,7 +78,7 @@ def process_in(recipe: Mapping[str, Any]) -> Any:
 
 def condition_of(model: Model | OtherModel) -> str:
     """The name of a network's condition."""
-    return "labels" if isinstance(model, Model) else architecture_named(model.architecture).condition
+    return "labels" if isinstance(model, Model) else known_of(model.architecture).condition
 
 
 def condition_entry(config: Config) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from haste.config.derived import (
     triggers_of,
 )
 from haste.config.keys import Strict, nearest
-from haste.config.parts import EVALUATION, Autoencoder, Detector, Model, OtherModel, Teacher, architecture_named
+from haste.config.parts import EVALUATION, Autoencoder, Detector, Model, OtherModel, Teacher, known_of
 from haste.config.published import (
     MAPPINGS,
     MODELS,
@@ -137,10 +137,8 @@ def _faults_of_data(config: Config) -> list[str]:
         faults.append(f"images.holdout: 0, but {', '.join(trained)} are trained here and judged on images held out")
     if (others := config.evaluation) is not None:
         alike = {"resolution": resolution, "classes": config.images.classes, "holdout": 0}
-        if config.condition.name == "captions":
-            faults.append(
-                "evaluation: captions of images that only measures see are not encoded; expected no such section"
-            )
+        if config.condition.name == "captions" and not others.captioned:
+            faults.append("evaluation: samples are told captions, but these images have none; expected captions")
         own = others.model_dump(include=set(alike))
         faults += [f"evaluation.{k}: {own[k]}, expected {alike[k]}" for k in alike if own[k] != alike[k]]
     names = list(config.detector)
@@ -225,7 +223,7 @@ def _faults_of_architectures(config: Config) -> list[str]:
         try:
             if isinstance(model, OtherModel) and condition_of(model) == told:
                 taps_of(config, name)
-                kind = architecture_named(model.architecture)
+                kind = known_of(model.architecture)
                 if config.runtime.checkpoint_blocks and name in trained and not kind.can_checkpoint:
                     found = f"true, but models.{name} ({model.architecture}) cannot compute its blocks again"
                     faults.append(f"runtime.checkpoint_blocks: {found}; expected false")
@@ -401,7 +399,7 @@ def _faults_of_process(config: Config, name: str) -> list[str]:
             if key in config.runs[name].training or getattr(training, key) != Training.model_fields[key].default:
                 found[key] = "interpolant"
     faults = [f"runs.{name}: training.{key} is of {own}, but {model} is for {process}" for key, own in found.items()]
-    other = isinstance(network, OtherModel) and not architecture_named(network.architecture).can_precise_time
+    other = isinstance(network, OtherModel) and not known_of(network.architecture).can_precise_time
     if other and "time_dtype" in training.decided:
         faults.append(f"runs.{name}: training.time_dtype: fp32, but {model} has no such setting; expected null")
     return faults

@@ -227,6 +227,8 @@ class Detector(Strict):
 
 # Architectures of the denoising network: name -> import path of its class, which is imported on request.
 DENOISERS = {"sit": "haste.models.sit:SiT", "dit": "haste.models.dit:DiT", "mmdit": "haste.models.mmdit:MMDiT"}
+# What is known of those without torch, where a class says it.
+KNOWN = {"mmdit": "haste.config.joint:Joint"}
 # Those whose size is a `Model`, with the process of each: known without an import.
 TRANSFORMERS = {"sit": "interpolant", "dit": "ddpm"}
 # Training objectives, likewise.
@@ -265,6 +267,12 @@ def architecture_named(name: str) -> Any:
     """The class of an architecture, a `haste.models.denoiser.Denoiser`. Raises ValueError as `_class_named`."""
     taken = ("architecture", "input_size", "channels")
     return _class_named("models", name, DENOISERS, "haste.models.denoiser.Denoiser", *taken)
+
+
+def known_of(name: str) -> Any:
+    """What is known of an architecture without building it, for plans: its class, or that part of it that needs no
+    torch. Raises ValueError as `_class_named`."""
+    return extensions.at(KNOWN[name]) if name in KNOWN else architecture_named(name)
 
 
 def process_named(name: str) -> Any:
@@ -408,7 +416,7 @@ class OtherModel(BaseModel):
     @classmethod
     def _complete(cls, given: Any) -> Any:
         """Check the keys, and write out omitted ones with their defaults."""
-        schema = architecture_named(given["architecture"]).Settings
+        schema = known_of(given["architecture"]).Settings
         rest = {name: value for name, value in given.items() if name != "architecture"}
         return {"architecture": given["architecture"], **completed(schema, rest)}
 
@@ -420,7 +428,7 @@ class OtherModel(BaseModel):
     @property
     def decided(self) -> dict[str, Any]:
         """Its entries in a recipe."""
-        schema = architecture_named(self.architecture).Settings
+        schema = known_of(self.architecture).Settings
         return {"architecture": self.architecture, **decides(schema, self.settings)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from haste.config.parts import Model, OtherModel, Teacher
 from haste.config.schema import Alignment, Config
@@ -17,9 +17,7 @@ MODELS: dict[str, Model | OtherModel] = {
     for name, (depth, width, heads) in _SIZES.items()
     for patch in (2, 4, 8)
 }
-# The text-to-image model of REPA's Table 12 and HASTE. Not validated: that would import torch.
-_JOINT: dict[str, Any] = {"depth": 24, "width": 768, "heads": 24, "patch_size": 2, "mlp_ratio": 4.0, "qk_norm": "none"}
-MODELS["MM-DiT"] = OtherModel.model_construct(architecture="mmdit", **_JOINT)
+MODELS["MM-DiT"] = OtherModel(architecture="mmdit")  # the text-to-image model of REPA's Table 12 and HASTE
 
 # HASTE Table 5, and its code for MM-DiT: feature depth (from 1), student layers (from 0), teacher layers (from 0, a
 # 12-layer ViT-B).

@@ -156,14 +156,16 @@ class Batches:
             weights=self._weights(step, visits),
         )
 
-    def of_all(self, latents: Store, images: Store | None = None) -> Batches:
-        """Of all images of another store of latents, whatever its splits are called, to measure with.
+    def of_all(self, latents: Store, condition: Condition, images: Store | None = None) -> Batches:
+        """Of all images of another store of latents, whatever its splits are called, to measure with; `condition` is
+        opened for them.
 
         Raises:
             ValueError: the latents were made from other images.
         """
         _check_images(latents, images, [])
         found = copy.copy(self)
+        found.condition = condition
         found.latents, found.images, found.targets, found.samples = latents, images, {}, range(latents.count)
         return found
 

@@ -20,12 +20,13 @@ from haste.data.condition import Condition, Rows
 from haste.data.words import Words
 from haste.files.store import Made, Store
 from haste.files.texts import Texts
-from haste.networks.text import WORDS
+from haste.networks.text import USUAL, WORDS
 
 if TYPE_CHECKING:
     from haste.data.text_encoder import TextEncoder
     from haste.plan.plan import Plan
 
+CAPTIONS = "captions"  # the identity of the texts themselves; others are of what encodes them
 TEXT_BYTES = 1024  # of a sample's text that are kept beside it
 _END = 0xFF  # fills them up; no byte of UTF-8
 
@@ -41,7 +42,7 @@ class Captions(Condition):
     class Settings(Strict):
         """Keys of `condition`; `cache` decides nothing but when the texts are encoded."""
 
-        encoder: Place = "openai/clip-vit-large-patch14"
+        encoder: Place = USUAL
         tokens: Positive = 77
         width: Positive = 768
         attention_mask: bool = False
@@ -50,7 +51,7 @@ class Captions(Condition):
     def __init__(
         self, *, classes: int, encoder: str, tokens: int, width: int, attention_mask: bool, cache: bool = True
     ):
-        self.shape, self._masked = (tokens, width), attention_mask
+        self.shape, self._masked, self._classes = (tokens, width), attention_mask, classes
         self.fields: Mapping[str, tuple[Sequence[int], DTypeLike]] = {
             "caption": ((2,), np.int64),
             "text": ((TEXT_BYTES,), np.uint8),
@@ -131,7 +132,7 @@ class Captions(Condition):
     def identities(self) -> dict[str, str]:
         """See `Condition`: of the encoder's weights and its tokenizer and, once these are open, the captions."""
         made = self.encoder.identities if self._states is None else self._states.manifest["encoder"]
-        return dict(made) if self._texts is None else {"captions": self._texts.sha256, **made}
+        return dict(made) if self._texts is None else {CAPTIONS: self._texts.sha256, **made}
 
     def told(self, rows: Rows) -> NDArray[np.float32]:
         """(N, L, W) float32, whose values float16 holds."""
@@ -195,6 +196,18 @@ class Captions(Condition):
                 found.append(self.texts.of_image(image)[number])
             else:
                 found.append(kept[kept != _END].tobytes().decode(errors="ignore"))
+        return found
+
+    def meant(self, rows: Rows) -> NDArray[np.int64] | None:
+        """See `Condition`: that of the image whose caption it is, in a plan that this is `opened` or `on`."""
+        if not self._classes:
+            return None
+        image = rows["caption"][:, 0]
+        found = np.full(len(image), -1, np.int64)
+        if len(of := np.flatnonzero(image >= 0)):
+            assert self._images is not None
+            with Store.of(self._images) as store:
+                found[of] = store.read("label", image[of])
         return found
 
 

@@ -111,6 +111,11 @@ class Condition:
         """The text of each sample; None for a condition without words."""
         return None
 
+    def meant(self, rows: Rows) -> NDArray[np.int64] | None:
+        """The class that the text of each sample means, (N,), -1 where none is known; None for a condition whose rows
+        are no texts, or images without classes."""
+        return None
+
     def columns(self, rows: Rows, most: int) -> tuple[NDArray[np.int64], list[Any]] | None:
         """The layout of a grid of samples: each sample's column, (N,), -1 for none, and the columns' titles.
 

@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from haste.config import EVALUATION, process_in
+from haste.config import EVALUATION, condition_in, process_in
 from haste.data.batches import Batch, Batches
+from haste.data.captions import CAPTIONS
 from haste.data.jobs import check_autoencoder
 from haste.data.latents import Autoencoder, draw, to_pixels
 from haste.diffusion.process import Process
@@ -118,9 +119,14 @@ class Subject:
         found, ours = Store.of(self.plan.of(EVALUATION).latents), self.inputs.batches.latents
         if found.manifest["autoencoder"] != ours.manifest["autoencoder"]:
             raise ValueError(f"{found.folder}: was encoded by another autoencoder than {ours.folder}")
-        self.inputs.identities["latents of evaluation"] = found.identity
+        told = condition_in(self.inputs.recipe).opened(self.plan.of(EVALUATION))
+        for name, identity in told.identities.items():
+            if name != CAPTIONS and self.inputs.identities[name] != identity:
+                raise ValueError(f"evaluation: its captions were encoded by another {name} than those of training")
+        made = {"latents": found.identity, **told.identities}
+        self.inputs.identities |= {f"{name} of evaluation": made[name] for name in made.keys() & {"latents", CAPTIONS}}
         images = Store.of(self.plan.of(EVALUATION).images) if self.inputs.teachers else None
-        return self.inputs.batches.of_all(found, images)
+        return self.inputs.batches.of_all(found, told, images)
 
     def decoded(self, split: str, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
         """The latents of some images of a split before noise, decoded: (n, R, R, 3). A collective call.

@@ -24,7 +24,6 @@ from haste.metrics.detector import Detector
 from haste.networks import hub, text
 from haste.networks.registry import CLIP as NORM
 
-USUAL = "openai/clip-vit-large-patch14"
 BATCH = 64  # texts that are encoded at once
 
 
@@ -103,17 +102,18 @@ def clip(where: Path | str | None = None) -> Clip:
     """The detector, on the CPU.
 
     Args:
-        where: a folder as transformers writes it, or a hub id; None is `USUAL`.
+        where: a folder as transformers writes it, a hub id, or `ID@REVISION`; None is `text.USUAL`.
 
     Raises:
         ValueError: not found, not a CLIP, damaged, or lacking weights.
     """
-    encoder = str(where or USUAL)
+    encoder = str(where or text.USUAL)
     found = text.opened(hub.text_folder(encoder, "clip"))
     if found.kind != "clip":
         raise ValueError(f"{found.folder}: expected a CLIP of both halves, found {found.kind!r}")
     model, tokenizer = hub.from_transformers("CLIPModel", found.folder, "CLIP", found.files[0])
     revision = found.folder.name if re.fullmatch(r"[0-9a-f]{40}", found.folder.name) else None
+    encoder = encoder if text.folder_named(encoder) else encoder.partition("@")[0]
     return Clip(
         model,
         tokenizer,

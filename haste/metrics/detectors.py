@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from haste import extensions
 from haste.files import artefact
 from haste.metrics.detector import Detector
-from haste.networks import hub
+from haste.networks import hub, text
 from haste.networks.registry import DETECTORS, INCEPTIONS
 
 DESCRIPTION, WEIGHTS = "part.json", "model.safetensors"
@@ -105,9 +105,7 @@ def weight_file(name: str, where: str | None = None) -> Path | None:
 
         return inception.weight_file()
     if name == "clip":
-        from haste.metrics import clip
-
-        return hub.text_folder(where or clip.USUAL, "clip")
+        return hub.text_folder(where or text.USUAL, "clip")
     from haste.metrics import dinov2
 
     if name in dinov2.TIMM:

@@ -2,7 +2,8 @@
 
 Any split of the images, merged, gives the result of one pass. A batch is a dictionary of numpy arrays, one row per
 image: the detector's outputs by name, "labels" (N,), the requested classes, and "index" (N,), the images' positions in
-their order (without it, rows follow those seen before; shards that will be merged need it).
+their order (without it, rows follow those seen before; shards that will be merged need it). "meant" (N,) are the
+classes that texts mean which the images were told in place of one, -1 where none is known.
 
 The available metrics follow from the detector's outputs: "pool" (N, D) of any detector; "spatial" (N, 2023) and
 "logits_unbiased" (N, 1008) of Inception alone, so that sFID and IS are never those of another network; "logits" (N, K)
@@ -67,10 +68,12 @@ def finite(found: Numbers, of: str) -> Numbers:
 
 @dataclass(frozen=True)
 class Hits:
-    """Number of images that a detector classified as their requested class, and number of all images."""
+    """Number of images that a detector classified as their requested class, and number of all images; `unknown` more
+    were told a text that means no class that is known."""
 
     right: int
     count: int
+    unknown: int = 0
 
 
 def hits(stats: Hits | None, logits: NDArray, labels: NDArray) -> Hits:
@@ -90,7 +93,19 @@ def hits(stats: Hits | None, logits: NDArray, labels: NDArray) -> Hits:
 
 def merge_hits(a: Hits, b: Hits) -> Hits:
     """Counts of two disjoint sets together."""
-    return Hits(a.right + b.right, a.count + b.count)
+    return Hits(a.right + b.right, a.count + b.count, a.unknown + b.unknown)
+
+
+def _told_hits(stats: Hits | None, logits: NDArray, meant: NDArray) -> Hits:
+    logits, known = checked_features(logits, "logits"), meant >= 0
+    more = hits(None, logits[known], meant[known]) if known.any() else Hits(0, 0)
+    return merge_hits(stats or Hits(0, 0), Hits(more.right, more.count, int((~known).sum())))
+
+
+def _left_out(stats: Hits) -> list[str]:
+    every = stats.count + stats.unknown
+    said = f"caption accuracy is of {stats.count:,} of {every:,} samples: the others' captions mean no known class"
+    return [said] if stats.unknown else []
 
 
 def class_accuracy(logits: NDArray, labels: NDArray) -> float:
@@ -177,6 +192,15 @@ METRICS = extensions.Table(
             value=lambda stats, reference: {"class_accuracy": _accuracy(stats)},
             reference=False,
             better={"class_accuracy": "higher"},
+        ),
+        "caption_accuracy": Metric(
+            needs=("logits", "meant"),
+            update=lambda stats, batch: _told_hits(stats, batch["logits"], batch["meant"]),
+            merge=merge_hits,
+            value=lambda stats, reference: {"caption_accuracy": _accuracy(stats)} if stats.count else {},
+            reference=False,
+            better={"caption_accuracy": "higher"},
+            notes=lambda stats, reference: _left_out(stats),
         ),
     },
 )

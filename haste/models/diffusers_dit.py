@@ -65,13 +65,11 @@ def to_diffusers(weights: Mapping[str, Tensor], shape: Mapping[str, Any]) -> dic
 
 
 def from_diffusers(weights: Mapping[str, Tensor], shape: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inverse of `to_diffusers`, with the positions.
+    """The inverse of `to_diffusers`, with the positions; `weights` has all `names`.
 
     Raises:
-        ValueError: a weight is missing, or blocks have different embedders, which no DiT has.
+        ValueError: blocks have different embedders, which no DiT has.
     """
-    if missing := sorted(_names(shape["depth"]) - weights.keys()):
-        raise ValueError(f"does not hold {', '.join(missing[:4])}, expected the weights of a {CLASS}")
     found = {f"{a}.{kind}": weights[f"{b}.{kind}"] for a, b in _OUTSIDE.items() for kind in _KINDS}
     for i in range(shape["depth"]):
         block, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
@@ -86,10 +84,11 @@ def from_diffusers(weights: Mapping[str, Tensor], shape: Mapping[str, Any]) -> d
     return found | {"pos_embed": sincos_positions(shape["width"], (side, side))[None]}
 
 
-def _names(depth: int) -> set[str]:
+def names(shape: Mapping[str, Any]) -> set[str]:
+    """The weights that are read, by their names."""
     inside = [*_INSIDE.values(), *(f"attn1.to_{letter}" for letter in "qkv")]
     found = {f"{name}.{kind}" for name in _OUTSIDE.values() for kind in _KINDS}
-    for i in range(depth):
+    for i in range(shape["depth"]):
         found |= {f"transformer_blocks.{i}.{name}.{kind}" for name in inside for kind in _KINDS}
         found |= {f"transformer_blocks.{i}.norm1.emb.{name}" for name in _EMBEDDERS.values()}
     return found

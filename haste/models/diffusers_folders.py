@@ -82,6 +82,8 @@ def read(folder: Path, expected: Mapping[str, Any]) -> Checkpoint:
     if scheduler := next((path for path in beside if path.is_file()), None):
         _told(scheduler, kind.check_scheduler, _read(scheduler))
     shape = _told(config, kind.shape_of, said)
+    if missing := sorted(kind.names(shape) - held.keys()):
+        raise ValueError(f"{file}: does not hold {layouts.some(missing)}, expected the weights of a {kind.CLASS}")
     found = _told(file, kind.from_diffusers, {key: place_of(value) for key, value in held.items()}, shape)
     layouts.check_fit(str(file), f"a {called} of this size", found, kind.shapes(shape))
     shape["architecture"] = name

@@ -32,6 +32,8 @@ _OUTSIDE = {
     "final_layer.linear": "proj_out",
 }
 _ADALN, _BIAS, _TEXT = "adaLN_modulation.1", "t_embedder.mlp.2.bias", "time_text_embed.text_embedder"
+_POOLED = [f"{_TEXT}.{name}" for name in ("linear_1.bias", "linear_2.weight", "linear_2.bias")]
+_KINDS = ("weight", "bias")
 # Of our side of a block: its suffix in their names, and the names of its attention.
 _SIDES = {
     "x_block": ("", ("to_q", "to_k", "to_v"), "to_out.0", "norm_"),
@@ -74,7 +76,7 @@ def _turned(value: Tensor, swap: bool) -> Tensor:
 def to_diffusers(weights: Mapping[str, Tensor], shape: Mapping[str, Any]) -> dict[str, Tensor]:
     """An MM-DiT's weights under diffusers' names."""
     found = {"pos_embed.pos_embed": weights["pos_embed"]}
-    for kind in ("weight", "bias"):
+    for kind in _KINDS:
         for ours, theirs, swap in _layers(shape):
             parts = _turned(weights[f"{ours}.{kind}"], swap).chunk(len(theirs))
             found |= {f"{name}.{kind}": part for name, part in zip(theirs, parts, strict=True)}
@@ -88,28 +90,24 @@ def to_diffusers(weights: Mapping[str, Tensor], shape: Mapping[str, Any]) -> dic
 
 
 def from_diffusers(weights: Mapping[str, Tensor], shape: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inverse of `to_diffusers`; a network with pooled text is told one of zeros.
-
-    Raises:
-        ValueError: a weight is missing.
-    """
-    kinds, norms = ("weight", "bias"), _norms(shape)
-    pooled = [f"{_TEXT}.{name}" for name in ("linear_1.bias", "linear_2.weight", "linear_2.bias")]
-    names = [f"{name}.{kind}" for _, theirs, _ in _layers(shape) for name in theirs for kind in kinds]
-    needed = {*names, *norms.values(), *pooled, "pos_embed.pos_embed"}
-    if missing := sorted(needed - weights.keys()):
-        raise ValueError(f"does not hold {', '.join(missing[:4])}, expected the weights of an {CLASS}")
+    """The inverse of `to_diffusers`; a network with pooled text is told one of zeros. `weights` has all `names`."""
     found = {
         f"{ours}.{kind}": _turned(torch.cat([weights[f"{name}.{kind}"] for name in theirs]), swap)
         for ours, theirs, swap in _layers(shape)
-        for kind in kinds
+        for kind in _KINDS
     }
-    found |= {ours: weights[theirs] for ours, theirs in norms.items()}
-    first, last, bias = (weights[name].double() for name in pooled)
+    found |= {ours: weights[theirs] for ours, theirs in _norms(shape).items()}
+    first, last, bias = (weights[name].double() for name in _POOLED)
     constant = last @ silu(first) + bias  # of a pooled text of zeros
     own = found[_BIAS]
     found[_BIAS] = (own.double() + constant).to(torch.promote_types(own.dtype, torch.float32))
     return found | {"pos_embed": _middle(weights["pos_embed.pos_embed"], shape["input_size"] // shape["patch_size"])}
+
+
+def names(shape: Mapping[str, Any]) -> set[str]:
+    """The weights that are read, by their names."""
+    found = {f"{name}.{kind}" for _, theirs, _ in _layers(shape) for name in theirs for kind in _KINDS}
+    return {*found, *_norms(shape).values(), *_POOLED, "pos_embed.pos_embed"}
 
 
 def _middle(positions: Tensor, side: int) -> Tensor:

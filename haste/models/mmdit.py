@@ -6,18 +6,15 @@ Parameter names are those of REPA's and HASTE's checkpoints.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from haste.config import Positive, Rate, Strict
+from haste.config.joint import Joint
 from haste.models.layers import AttentionTap, Block, FinalLayer, fill_default
 from haste.models.transformer import Transformer
-
-DEPTH, HEAD_WIDTH = 24, 32  # as published: as many heads as blocks
 
 
 class JointBlock(nn.Module):
@@ -51,7 +48,7 @@ class JointBlock(nn.Module):
         return text, image, AttentionTap(q, k, None) if tap else None
 
 
-class MMDiT(Transformer):
+class MMDiT(Joint, Transformer):
     """Velocity model v(x_t, t, y) of an image told by a text's hidden states y.
 
     input_size      height and width of the (latent) image
@@ -64,32 +61,6 @@ class MMDiT(Transformer):
     ValueError if the patches do not tile the image or the heads do not divide the width.
     """
 
-    class Settings(Strict):
-        """The keys of `models.NAME`; width and heads follow from the depth, if they are not given."""
-
-        depth: Positive = DEPTH
-        width: Positive = HEAD_WIDTH * DEPTH
-        heads: Positive = DEPTH
-        patch_size: Positive = 2
-        mlp_ratio: Rate = 4.0
-        qk_norm: Literal["none", "rms"] = "none"
-
-        @model_validator(mode="before")
-        @classmethod
-        def _by_depth(cls, given: dict[str, Any]) -> dict[str, Any]:
-            depth = given.get("depth", DEPTH)
-            sizes = {"width": HEAD_WIDTH * depth, "heads": depth} if isinstance(depth, int) else {}
-            return {**sizes, **given}
-
-        @model_validator(mode="after")
-        def _divides(self) -> "MMDiT.Settings":
-            if self.width % self.heads:
-                raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
-            if self.width % 4:
-                raise ValueError(f"width {self.width} is not divisible by 4, which the position embedding needs")
-            return self
-
-    condition = "captions"
     fill = staticmethod(fill_default)
 
     def __init__(

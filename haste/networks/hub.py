@@ -80,7 +80,7 @@ def text_folder(where: str | Path, called: str) -> Path:
     """The folder of a text encoder or a CLIP: `where` itself, or the hub's cache after a download of `text.PATTERNS`.
 
     Args:
-        where: a folder, or a hub id.
+        where: a folder, a hub id, or `ID@REVISION`.
         called: what messages call it.
 
     Raises:
@@ -93,8 +93,9 @@ def text_folder(where: str | Path, called: str) -> Path:
     def whole(folder: Path) -> bool:
         return any(folder.glob("model*.safetensors")) and (folder / text.CONFIG).is_file()
 
+    of, _, revision = str(where).partition("@")
     try:
-        return from_hub(partial(snapshot_download, str(where), allow_patterns=text.PATTERNS), whole)
+        return from_hub(partial(snapshot_download, of, revision=revision or None, allow_patterns=text.PATTERNS), whole)
     except (OSError, ValueError) as error:  # the hub's own errors derive from these
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(

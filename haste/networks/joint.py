@@ -5,12 +5,13 @@ Shapes: D model width, K head width, p patch size, C channels, W width of a text
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from haste.networks.sets import Tree
-from haste.networks.spec import mlp_ratio
+from haste.networks.spec import Facts, mlp_ratio, sit_taps
 
 _HEADS = {(24, 768): 24}  # of the published size, by depth and width
 _PATCHES, _TEXT, _MLP = "x_embedder.proj.weight", "context_embedder.weight", "joint_blocks.0.x_block.mlp.fc1.weight"
@@ -57,6 +58,19 @@ def size(tree: Tree, facts: Mapping[str, Any], told: Mapping[str, Any], file: st
     }
     found |= {"mlp_ratio": mlp_ratio(len(tree[_MLP]), width), "qk_norm": "rms" if of_head else "none"}
     return found | {"text_width": tree[_TEXT].shape[1], "in_channels": channels}
+
+
+def facts(size: Mapping[str, Any]) -> Facts:
+    """Facts of an MM-DiT without projectors; `size` as for `shapes`, and text_tokens."""
+    found, depth, width = shapes(size), size["depth"], size["width"]
+    side, words = size["input_size"] // size["patch_size"], size["text_tokens"]
+    flops = 4.0 * depth * (side**2 + words) ** 2 * width  # of attention
+    for name, shape in found.items():
+        once = name.startswith("t_embedder") or "adaLN" in name  # an image, not a token of it
+        times = 1 if once else words if "context_" in name else side**2
+        flops += 2.0 * times * math.prod(shape) * (len(shape) > 1 and name != "pos_embed")
+    parameters = sum(math.prod(shape) for name, shape in found.items() if name != "pos_embed")
+    return Facts(sit_taps(depth, width, size["heads"], side), parameters, flops, depth, found)
 
 
 def shapes(size: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

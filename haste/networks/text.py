@@ -12,6 +12,7 @@ from typing import Any
 from haste.networks import headers
 
 CONFIG = "config.json"
+USUAL = "openai/clip-vit-large-patch14"  # the encoder of the published MM-DiT, and the CLIP of CLIP scores
 WORDS = "words"  # the encoder that needs no weights; see `haste.data.words`
 #: Files that decide how a text is cut into tokens, as transformers keeps them.
 TOKENIZER = (
@@ -49,7 +50,7 @@ def _together(found: dict[str, str]) -> str:
 
 
 def folder_named(where: str | Path) -> Path | None:
-    """The folder that a configuration names; None for a hub id.
+    """The folder that a configuration names; None for a hub id, which a revision may follow: `ID@REVISION`.
 
     Raises:
         ValueError: a file, or a path at which there is nothing.

@@ -105,13 +105,19 @@ def check_timm_name(name: str) -> None:
 def in_cache(repository: str, called: str, *files: str) -> Path | None:
     """The first of these files of the hub's that lies on this machine; None if a job will fetch it.
 
+    Args:
+        repository: a hub id, or `ID@REVISION`.
+        called: its name in messages.
+        files: in order of preference.
+
     Raises:
         ValueError: it is not here, and HF_HUB_OFFLINE forbids to fetch it.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
+    of, _, revision = repository.partition("@")
     for file in files:
-        if isinstance(found := try_to_load_from_cache(repository, file), str):
+        if isinstance(found := try_to_load_from_cache(of, file, revision=revision or None), str):
             return Path(found)
     if constants.HF_HUB_OFFLINE:
         raise ValueError(

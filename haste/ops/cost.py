@@ -222,7 +222,7 @@ def _stage(name: str, files: list[str], megabytes: float = 0.0) -> Stage:
 
 
 def _of_images(name: str, stores: list[tuple[Artefact, int]], size: float) -> tuple[Stage, float]:
-    """The shards of stores of so many images, `size` bytes each, and the number of images that are left."""
+    """The shards of stores of so many images (or bytes), `size` bytes each, and the number that is left."""
     shards = {file: count / store.shards for store, count in stores for file in store.shard_files}
     left = sum(images for file, images in shards.items() if not Path(file).exists())
     return dataclasses.replace(_stage(name, list(shards)), megabytes=size * left / MB), left
@@ -302,8 +302,9 @@ def _data_stages(plan: Plan, flops: float) -> list[Stage]:
     encoded = config.runs or plan.measurements  # imported checkpoints that are only scored need no latents
     used = any(EVALUATION in one.splits for one in plan.measurements.values())
     sets = plan.image_sets if used else [plan]
-    text = [plan.text] if plan.text else []
-    joined = [*(store for one in sets for store in (one.images, *([one.latents] if encoded else []))), *text]
+    texts = [(one.text, one.data.text_bytes) for one in sets if one.text]
+    joined = [store for one in sets for store in (one.images, *([one.latents] if encoded else []))]
+    joined += [store for store, _ in texts]
     sights = [detector for detector in detectors if not Path(detector.reference.manifest).exists()]
     made = (plan.autoencoder, *plan.teachers.values(), *(detector.part for detector in detectors))
     parts = list({part.folder: part for part in made if part}.values())  # teachers may differ by their filters alone
@@ -319,7 +320,7 @@ def _data_stages(plan: Plan, flops: float) -> list[Stage]:
     return [
         images,
         latents,
-        *(_stage("text states", store.shard_files, plan.data.text_bytes / MB) for store in text),
+        *([_of_images("text states", texts, 1)[0]] if texts else []),
         _stage("joins", [store.manifest for store in joined]),
         _timed(references, [_seen(plan, one, None if one.reference_file else count) for one in sights], pace),
         _timed(

@@ -36,7 +36,7 @@ class Data:
         detectors: by name; the first one is the main one: its Frechet distance orders curves and grids.
         checked_images: the list of unusable images, if these are left out; else None.
         source: the record of what the images' source held; None for images of a library.
-        evaluation: the same of the images that only measures see, with their latents; None without them.
+        evaluation: the same of the images that only measures see, with their latents and texts; None without them.
     """
 
     def __init__(self, config: Config, content: str | None = None):
@@ -77,6 +77,7 @@ class Data:
         found._content, found.evaluation = None, None
         found._take_images()
         found.latents = found._latents()
+        found.text, found.told = found._text()
         return found
 
     def _take_images(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,31 +122,33 @@ def text(parts: Parts) -> None:
     if parts.config.condition.name != "captions" or where == public_text.WORDS:
         return
     jobs = parts.trained or parts.drawn or parts.measured
-    store = parts.data.text
-    made = store if store is not None and Path(store.manifest).exists() else None
-    if jobs and store is not None and not made:
-        _check_room(parts)
+    others = [parts.data.of(EVALUATION)] if any(EVALUATION in one.splits for one in parts.measured) else []
+    sets = [parts.data, *others]
+    made = [one.text for one in sets if one.text is not None and Path(one.text.manifest).exists()]
+    if jobs:
+        _check_room(parts, [one for one in sets if one.text is not None and one.text not in made])
     folder = public_text.folder_named(where)
     if folder is None and jobs:
-        cached = weights.in_cache(where, f"text encoder {where}", public_text.CONFIG) if not made else None
+        cached = weights.in_cache(where, f"text encoder {where}", public_text.CONFIG) if len(made) < len(sets) else None
         folder = cached.parent if cached else None
     if folder is None or not jobs:
         return
     found, settings = public_text.opened(folder), parts.config.condition.decided
     public_text.check(found, tokens=settings["tokens"], width=settings["width"])
-    if made:
-        expected = artefact.read_json(made.manifest, "store")["encoder"]
-        memory = f"{parts.data.root}/identities.json"
-        for name, identity in found.identities(lambda file: artefact.remembered_identity(file, memory)).items():
+    memory = f"{parts.data.root}/identities.json"
+    own = found.identities(lambda file: artefact.remembered_identity(file, memory)) if made else {}
+    for store in made:
+        expected = artefact.read_json(store.manifest, "store")["encoder"]
+        for name, identity in own.items():
             if expected[name] != identity:
                 raise ValueError(
-                    f"{made.folder}: encoded by the {name} {expected[name][:12]}, but {folder} holds {identity[:12]}. "
+                    f"{store.folder}: encoded by the {name} {expected[name][:12]}, but {folder} holds {identity[:12]}. "
                     "Put back what was there, or remove the store to encode the captions anew"
                 )
 
 
-def _check_room(parts: Parts) -> None:
-    room, taken = parts.config.cache.max_bytes, parts.data.text_bytes
+def _check_room(parts: Parts, sets: Sequence[Data]) -> None:
+    room, taken = parts.config.cache.max_bytes, sum(one.text_bytes for one in sets)
     if taken > room:
         raise ValueError(
             f"cache.max_bytes: {room} allows {units.readable(room)}, but the states of all captions take "
@@ -183,7 +185,11 @@ def detectors(parts: Parts) -> None:
         if spec.name in TEACHERS:
             _transformer(spec, f"detector {spec.name}")
         elif spec.name == "clip":
-            if spec.weights is not None and (folder := public_text.folder_named(spec.weights)) is not None:
+            where = spec.weights or public_text.USUAL
+            folder = public_text.folder_named(where)
+            if folder is None and (cached := weights.in_cache(where, f"detector {where}", public_text.CONFIG)):
+                folder = cached.parent
+            if folder is not None:
                 public_text.opened(folder)
         elif spec.weights is not None:
             weights.check_inception(Path(spec.weights))

@@ -109,12 +109,12 @@ class Plan:
         data = self.data.of(EVALUATION)
         found = copy.copy(self)
         found.config, found.data, found.checked_images = data.config, data, data.checked_images
-        found.images, found.latents = data.images, data.latents
+        found.images, found.latents, found.text = data.images, data.latents, data.text
         return found
 
     def of(self, split: str) -> Plan:
-        """The plan about the images of a split: of `evaluation`, with `images`, `latents` and `data` of its own, or one
-        of those that training is about."""
+        """The plan about the images of a split: of `evaluation`, with `images`, `latents`, `text` and `data` of its
+        own, or one of those that training is about."""
         return self._about_evaluation if split == EVALUATION else self
 
     @property
@@ -164,7 +164,7 @@ class Plan:
         An imported checkpoint needs only the decoder, which knows the latents' scale. The checkpoint itself is
         not listed: its content is in the samples' name, and existing samples remain valid without it.
         """
-        made = [*(self.autoencoder.files if self.autoencoder else []), *self.told_from]
+        made = [*(self.autoencoder.files if self.autoencoder else []), *self.told_from, *self.meant_from]
         if evaluation.state.trajectory in self.elsewhere:
             return made
         return [self.path(evaluation.state), self.latents.manifest, *made]  # the latents' scale is in their manifest
@@ -174,6 +174,13 @@ class Plan:
         """The files that a job looks up what samples are told in: none for labels."""
         texts = [self.images.manifest] if self.config.condition.name == "captions" else []
         return [*texts, *(self.text.files if self.text else [])]
+
+    @property
+    def meant_from(self) -> list[str]:
+        """The files that a job looks up in what samples were told, and which classes that means: none for labels."""
+        if self.config.condition.name != "captions":
+            return []
+        return self.images.files if self.config.images.classes else [self.images.manifest]
 
     def aligned_from(self, segment: Segment) -> list[str]:
         """The files that a job reads its alignment targets from."""
@@ -191,9 +198,9 @@ class Plan:
         looked_at = measurement.unseen or measurement.segment.teachers
         parts += [self.of(split).images for split in measurement.splits if looked_at]
         shown = [file for part in parts for file in part.files]
-        stores = [self.latents, *(self.of(split).latents for split in measurement.splits)]
-        files = [file for store in stores for file in store.files]
-        return list(dict.fromkeys([*files, *self.told_from, *own, *self.aligned_from(measurement.segment), *shown]))
+        sets = [self, *(self.of(split) for split in measurement.splits)]
+        files = [file for one in sets for file in (*one.latents.files, *one.told_from)]
+        return list(dict.fromkeys([*files, *own, *self.aligned_from(measurement.segment), *shown]))
 
     @property
     def measure_files(self) -> list[str]:

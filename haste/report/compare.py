@@ -36,7 +36,9 @@ METRICS = {
     "recall": Metric("recall", lower=False),
     "clip_score": Metric("CLIP score", lower=False, names_detector=True, decimals=1),
     "class_accuracy": Metric("class accuracy", lower=False),
+    "caption_accuracy": Metric("caption accuracy", lower=False),
 }
+OF_REAL = {"caption_accuracy": "class_accuracy"}  # what real images have in a metric's place
 INCEPTION = "inception"  # the kind of detector whose Fréchet distance is called FID
 PYTORCH_FID = "pytorch-fid"  # that of the other convention, which its column names
 SAMPLERS = {  # their names in prose
@@ -241,7 +243,8 @@ def floor_value(report: Report, column: Column) -> float | None:
     found = floor_of(report, column)
     if found is None:
         return None
-    return {c.metric: value for c, value in _scores(found, "the floor").items()}.get(column.metric)
+    values = {c.metric: value for c, value in _scores(found, "the floor").items()}
+    return values.get(OF_REAL.get(column.metric, column.metric))
 
 
 def columns(report: Report) -> list[Column]:

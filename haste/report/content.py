@@ -129,10 +129,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The dataset whose published numbers may be shown: `ImageNet`, and the images' side in pixels."""
+    """The dataset whose published numbers may be shown: `ImageNet` or `COCO`; the images' side in pixels; of COCO, how
+    many of its images are trained on."""
 
     data: str
     resolution: int
+    images: int | None = None
 
 
 @dataclass(frozen=True)

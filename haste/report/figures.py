@@ -138,7 +138,7 @@ def _score_panel(report: Report, group: Comparison, drawn: Mapping[str, Style], 
 
 def _printed(report: Report, group: Comparison) -> dict[str, list[tuple[int, float]]]:
     """Run -> (step, score) as papers print them, between the first and the last step that is drawn."""
-    if not papers.comparable(group.column):
+    if not papers.comparable(group.column, report.benchmark):
         return {}
     steps, found = [p.step for p in group.points], {}
     table = lines(report)

@@ -19,7 +19,7 @@ from haste.plan.names import Detector
 from haste.plan.names import Row as Scored
 from haste.plan.plan import Plan
 from haste.report.content import NONE, Benchmark, Curve, Fork, Grid, Measured, Part, Read, Report, Row, Stage
-from haste.report.papers import layers_text
+from haste.report.papers import COCO, COCO_IMAGES, COCO_VAL, IMAGENET, layers_text
 from haste.train import stops
 
 IMAGENET_CLASSES = 1000
@@ -307,10 +307,13 @@ def forks(plan: Plan) -> list[Fork]:
 
 
 def benchmark(plan: Plan) -> Benchmark | None:
-    """The dataset whose published numbers may be shown beside these: ImageNet, recognised by its 1,000 classes."""
+    """The dataset whose published numbers may be shown beside these: ImageNet, recognised by its 1,000 classes, or
+    MS-COCO 2014, by the number of its pictures to validate."""
     images = plan.config.images
-    known = images.source != "digits" and images.classes == IMAGENET_CLASSES
-    return Benchmark("ImageNet", images.resolution) if known else None
+    if images.source == "coco" and images.holdout == COCO_VAL:
+        return Benchmark(COCO, images.resolution, images.subset or COCO_IMAGES)
+    known = images.source != "digits" and images.classes == IMAGENET_CLASSES and images.subset is None
+    return Benchmark(IMAGENET, images.resolution) if known else None
 
 
 def _read(plan: Plan) -> list[Read]:

@@ -2,7 +2,8 @@
 
 They are from publications and not results of this code. A published result is shown beside a measured one only
 if data, image size, model, method, iteration, guidance and batch agree, and every setting that the paper states except
-the stop, which has a column of its own; and only in the columns that the papers report, those of Inception's scores.
+the stop, which has a column of its own; and only in the columns that the papers report: for ImageNet those of
+Inception's scores, for MS-COCO the FID by pytorch-fid's convention.
 """
 
 from __future__ import annotations
@@ -15,17 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from haste.files.artefact import canonical
-from haste.report.compare import SAMPLERS, Column, guidance
+from haste.report.compare import PYTORCH_FID, SAMPLERS, Column, guidance
 from haste.report.content import NONE, Benchmark, Row
 
 FOLDER = Path(__file__).parent / "published"
 BATCH = "256"  # batch size of every run in these files
 SAMPLES = 50_000
-# Files whose rows are a model trained on ImageNet: the side of its images in pixels, and what the table varies.
+IMAGENET, COCO = "ImageNet", "COCO"
+COCO_IMAGES, COCO_VAL = 82_783, 40_504  # of MS-COCO 2014
+# Files whose rows are a trained model: the side of its images in pixels, and what the table varies. Those named by COCO
+# are of MS-COCO, the others of ImageNet.
 FILES: dict[str, tuple[int, tuple[str, ...]]] = {
     "imagenet256_no_cfg.csv": (256, ()),
     "imagenet256_cfg.csv": (256, ()),
     "imagenet512.csv": (512, ()),
+    "coco256.csv": (256, ()),
     "ablation_trigger.csv": (256, ("stop",)),
     "ablation_teacher.csv": (256, ("teacher", "stop")),
     "ablation_lambda.csv": (256, ("feature weight",)),
@@ -45,10 +50,11 @@ AS_PUBLISHED = {
 CLAIMS = "speedup.csv"
 UNREAD = {  # file -> why no table has its numbers
     "ablation_teacher_data.csv": "its distances are in ablation_components.csv; the rest describes the teachers",
-    "coco256.csv": "text-to-image models, which are not trained here, and FID of another convention",
 }
 SAMPLED = {"SiT": ("euler-maruyama", 250), "DiT": ("ddpm", 250)}  # how the papers draw; their tables do not repeat it
-GUIDED = {"imagenet256_cfg.csv", "imagenet512.csv"}
+WAYS = {"ODE": "euler", "SDE": "euler-maruyama"}  # samplers as COCO's table has them
+CALLED = {"MMDiT": "MM-DiT"}  # models whose name in a file is not ours
+GUIDED = {"imagenet256_cfg.csv", "imagenet512.csv", "coco256.csv"}
 SIMILARITIES = {"NT-Xent": "nt-xent", "Cos. sim.": "cosine"}
 SCORES = {"fd": "fid", "sfid": "sfid", "is": "is", "precision": "precision", "recall": "recall"}
 
@@ -57,19 +63,23 @@ SCORES = {"fd": "fid", "sfid": "sfid", "is": "is", "precision": "precision", "re
 class Published:
     """One published result. `scores` are as printed, by this package's names of metrics; `settings` are the alignment
     settings that the paper states, and `axes` those that its table varies: none in the main tables. `accuracy` is that
-    of a linear probe in %, "" if the source states none."""
+    of a linear probe in %, "" if the source states none. `images` are those of `Benchmark`; `drawn` is the sampler and
+    its evaluations, if the table has them."""
 
+    data: str
     resolution: int
     model: str
     method: str
     step: int
-    guidance: tuple[float, float, float]  # scale, interval; (1, 0, 1) is no guidance
+    guidance: tuple[float, float, float] | None  # scale, interval; (1, 0, 1) is no guidance; None: not stated
     stop: str
     settings: Mapping[str, str]
     scores: Mapping[str, str]
     source: str
     axes: tuple[str, ...] = ()
     accuracy: str = ""
+    images: int | None = None
+    drawn: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,30 +120,44 @@ def published() -> tuple[Published, ...]:
     found: dict[str, Published] = {}
     for name, (resolution, axes) in FILES.items():
         for line in lines_of(name):
-            one = _read(line, resolution, axes, guided=name in GUIDED)
+            one = _read(name, line, resolution, axes)
             if one is not None:
                 found.setdefault(canonical({**vars(one), "source": ""}), one)
     return tuple(found.values())
 
 
-def _read(line: Mapping[str, str], resolution: int, axes: tuple[str, ...], guided: bool) -> Published | None:
-    """A line of a file; None if it states no iteration or, in a guided table, no guidance."""
+def _read(name: str, line: Mapping[str, str], resolution: int, axes: tuple[str, ...]) -> Published | None:
+    """A line of a file; None if it states no iteration or, in a guided table of ImageNet, no guidance."""
+    data = COCO if name.startswith(COCO.lower()) else IMAGENET
     method = line.get("method") or ("vanilla" if line.get("target") == "vanilla" else "REPA")
-    if not line.get("iteration") or (guided and not line["cfg_scale"]):
+    if not line.get("iteration") or (name in GUIDED and data == IMAGENET and not line["cfg_scale"]):
         return None
     low, high = line.get("interval_low") or 0, line.get("interval_high") or 1
-    weight = (float(line["cfg_scale"]), float(low), float(high)) if guided else (1.0, 0.0, 1.0)
+    weight = (float(line["cfg_scale"]), float(low), float(high)) if line.get("cfg_scale") else None
     # A table without this column does not state when alignment stopped.
     stop = line.get("termination") or ("never" if "termination" in line and method != "vanilla" else NONE)
     if line.get("trigger") not in (None, "", "none", "fixed"):
         stop += f" by {line['trigger']}"
-    scores = {metric: line[name] for metric, name in SCORES.items() if line.get(name)}
+    scores = {metric: line[key] for metric, key in SCORES.items() if line.get(key)}
     step, settings = int(line["iteration"]), {} if method == "vanilla" else _settings(line)
+    settings |= {"batch": line["batch_size"]} if line.get("batch_size") else {}
     if line.get("timestep_sampling"):
         settings["timesteps"] = line["timestep_sampling"].replace(";", ", ")
-    accuracy = line.get("linear_probe_acc") or ""
     return Published(
-        resolution, line["model"], method, step, weight, stop, settings, scores, line["source"], axes, accuracy
+        data=data,
+        resolution=resolution,
+        model=CALLED.get(line["model"], line["model"]),
+        method=method,
+        step=step,
+        guidance=weight if name in GUIDED else (1.0, 0.0, 1.0),
+        stop=stop,
+        settings=settings,
+        scores=scores,
+        source=line["source"],
+        axes=axes,
+        accuracy=line.get("linear_probe_acc") or "",
+        images=int(line["train_images"]) if line.get("train_images") else None,
+        drawn=(WAYS[line["sampler"]], int(line["nfe"])) if line.get("sampler") and data == COCO else None,
     )
 
 
@@ -150,8 +174,10 @@ def _settings(line: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def comparable(column: Column) -> bool:
-    """Whether the papers report a column."""
+def comparable(column: Column, benchmark: Benchmark | None) -> bool:
+    """Whether the papers report a column of such images."""
+    if benchmark is not None and benchmark.data == COCO:
+        return (column.kind, column.metric) == (PYTORCH_FID, "fd")
     return column.inception and column.metric in SCORES
 
 
@@ -190,11 +216,14 @@ def along(row: Row, benchmark: Benchmark | None, last: int) -> list[Published]:
 
 
 def _fitting(row: Row, benchmark: Benchmark | None) -> list[Published]:
-    """The published results at any step that agree with a row in guidance and in all settings but the stop."""
+    """The published results at any step that agree with a row in all that they state but the stop."""
+    sampling = row.score.get("sampling") or {}
+    way = (sampling.get("sampler"), row.score.get("nfe"))
     return [
         one
         for one in of_model(row, benchmark)
-        if one.guidance == guidance(row.score)
+        if one.guidance in (None, guidance(row.score))
+        and one.drawn in (None, way)
         and all(row.settings.get(name, value) == value for name, value in one.settings.items())
     ]
 
@@ -205,21 +234,26 @@ def _at(one: Published, axis: str) -> str | None:
 
 def of_model(row: Row, benchmark: Benchmark | None) -> list[Published]:
     """The published results of a row's model and method, at any step and guidance."""
-    if not is_like(row, benchmark):
+    if benchmark is None or not is_like(row, benchmark):
         return []
-    whose = (benchmark and benchmark.resolution, row.model, row.method)
-    return [one for one in published() if (one.resolution, one.model, one.method) == whose]
+    whose = (benchmark.data, benchmark.resolution, benchmark.images, row.model, row.method)
+    return [one for one in published() if (one.data, one.resolution, one.images, one.model, one.method) == whose]
 
 
 def is_like(row: Row, benchmark: Benchmark | None) -> bool:
-    """Whether a row is of the papers' images and batch, and sets nothing that no published run sets."""
-    if benchmark is None or benchmark.data != "ImageNet":
+    """Whether a row is of the papers' images and, of ImageNet, batch, and sets nothing that no published run sets."""
+    sampling = row.score.get("sampling") or {}
+    if benchmark is None or "ramp" in row.settings or "low_pass" in row.settings.get("teacher", ""):
         return False
-    if (row.score.get("sampling") or {}).get("weights", "ema") != "ema":  # the papers draw from the averaged weights
+    own: dict[str, str] = {}
+    if benchmark.data == COCO:  # of either weights: REPA's code draws from the raw ones, HASTE's from the averaged
+        if sampling.get("split") != "held_out":
+            return False
+    elif sampling.get("weights", "ema") != "ema":  # the papers draw from the averaged weights
         return False
-    if "ramp" in row.settings or "low_pass" in row.settings.get("teacher", ""):
-        return False
-    return all(row.settings.get(name, words) == words for name, words in {"batch": BATCH, **AS_PUBLISHED}.items())
+    else:
+        own["batch"] = BATCH
+    return all(row.settings.get(name, words) == words for name, words in {**AS_PUBLISHED, **own}.items())
 
 
 def _exactly(row: Row, one: Published) -> bool:
@@ -249,7 +283,7 @@ def _fewest(*texts: str) -> int:
 
 def claims(benchmark: Benchmark | None) -> list[Claim]:
     """The published speed-ups on images like these."""
-    if benchmark is None or benchmark.data != "ImageNet":
+    if benchmark is None or benchmark.data != IMAGENET:
         return []
     found = [
         Claim(

@@ -69,7 +69,7 @@ def _printed(report: Report, rows: Sequence[Row]) -> list[_Point]:
     return [
         _Point(f"{one.method}, {one.source}", one.guidance, float(one.scores["fd"]))
         for one in ones.values()
-        if one.step == rows[0].step and one.guidance[0] > 1
+        if one.step == rows[0].step and one.guidance and one.guidance[0] > 1
     ]
 
 

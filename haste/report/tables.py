@@ -34,7 +34,7 @@ from haste.report.compare import (
 )
 from haste.report.content import NONE, Report, Row
 from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell
-from haste.report.papers import SAMPLES, Published, comparable
+from haste.report.papers import COCO, SAMPLES, Published, comparable
 
 IDENTITY = ["run", "model", "method", "stop", "seed", "step"]
 PROTOCOL = ["sampler", "NFE", "guidance", "labels", "captions", "decoder", "weights", "samples"]
@@ -148,7 +148,7 @@ class _Frame:
     def __init__(
         self, report: Report, part: Sequence[Line], kinds: Sequence[Column], axis: str = "", beside: bool = False
     ):
-        self.kinds, self.axis, self.beside = kinds, axis, beside
+        self.kinds, self.axis, self.beside, self.benchmark = kinds, axis, beside, report.benchmark
         self.places, self.best = decimals(report), best(report)
         own = {(line.first.run, line.first.step) for line in part} if axis or beside else set()
         self.probed = {place: one for place, one in probes.accuracies(report).items() if place in own}
@@ -197,12 +197,15 @@ class _Frame:
 
     def reported(self, one: Published) -> list[Cell]:
         """A published result's cells; what the paper does not state is a dash."""
-        weight, low, high = one.guidance
         values: dict[str, Any] = {"run": one.source, "model": one.model, "method": one.method, "stop": one.stop}
-        values |= {"step": one.step, "w": f"{weight:g}", "interval": f"[{low:g}, {high:g}]", "samples": SAMPLES}
-        values |= one.settings
+        values |= {"step": one.step, "samples": SAMPLES if one.data != COCO else None, **one.settings}
+        if one.guidance:
+            weight, low, high = one.guidance
+            values |= {"w": f"{weight:g}", "interval": f"[{low:g}, {high:g}]"}
+        if one.drawn:
+            values |= dict(zip(("sampler", "NFE"), one.drawn, strict=True))
         who, how = ([self._word(n, values.get(n)) for n in part] for part in (self.who, self.how))
-        scores = [one.scores.get(c.metric) if comparable(c) else None for c in self.kinds]
+        scores = [one.scores.get(c.metric) if comparable(c, self.benchmark) else None for c in self.kinds]
         scores += [one.accuracy or None] if self.probed else []
         return [*who, *(Cell(NONE) if s is None else Cell(s, float(s)) for s in scores), *how]
 
@@ -289,7 +292,7 @@ def arrows(report: Report) -> dict[str, bool | None]:
 
 
 def published_tables(report: Report) -> list[Table]:
-    """Measured scores by Inception beside those that the papers report for the same model, method, step and guidance:
+    """Measured scores beside those that the papers report for the same images, model, method, step and guidance:
     without guidance, then with it. No tables if nothing matches."""
     found = []
     for guided, name in ((False, "published"), (True, "published-guided")):
@@ -301,12 +304,12 @@ def published_tables(report: Report) -> list[Table]:
 
 
 def _papers(report: Report, line: Line, axis: str = "") -> list[Published]:
-    seen = any(papers.comparable(column) for row in line.rows for column in row_scores(row))
+    seen = any(comparable(column, report.benchmark) for row in line.rows for column in row_scores(row))
     return papers.beside(line.first, report.benchmark, axis) if seen else []
 
 
 def _published(report: Report, part: Sequence[tuple[int, Line]], name: str, title: str) -> Table:
-    kinds = [column for column in _kinds(report, [line for _, line in part]) if papers.comparable(column)]
+    kinds = [c for c in _kinds(report, [line for _, line in part]) if comparable(c, report.benchmark)]
     frame = _Frame(report, [line for _, line in part], kinds, beside=True)
     groups: dict[str, list[tuple[int, Line]]] = {}
     for place, line in part:
@@ -323,14 +326,19 @@ def _published(report: Report, part: Sequence[tuple[int, Line]], name: str, titl
 def _paper_notes(report: Report, part: Sequence[tuple[int, Line]]) -> list[str]:
     counts = {line.first.score.get("samples") for _, line in part}
     assert report.benchmark is not None
-    data = f"{report.benchmark.data} at {report.benchmark.resolution} px"
+    data, coco = report.benchmark.data, report.benchmark.data == COCO
+    of, known = f"for {papers.SAMPLES:,} samples against ADM's reference", "classes"
+    if coco:
+        of, known = "by U-ViT's protocol, of 40,000 or 50,000 samples; the sources differ", "pictures to validate"
     notes = [
-        f"In italics: numbers that the papers report for {data}, with their source; they are no results of this code. "
-        f"They are for {papers.SAMPLES:,} samples against ADM's reference. What a paper does not state is a dash, and "
-        f"settings that it does not state may differ. These images are taken to be {report.benchmark.data} because of "
-        "their number of classes alone."
+        f"In italics: numbers that the papers report for {data} at {report.benchmark.resolution} px, with their "
+        f"source; they are no results of this code. They are {of}. What a paper does not state is a dash, and "
+        f"settings that it does not state may differ. These images are taken to be {data} because of their number of "
+        f"{known} alone."
     ]
-    if counts != {papers.SAMPLES}:
+    if coco:
+        notes.append("REPA's code draws from the raw weights, HASTE's from the averaged ones; their tables do not say.")
+    elif counts != {papers.SAMPLES}:
         said = " and ".join(f"{count:,}" for count in sorted(count or 0 for count in counts))
         notes.append(f"Measured here on {said} samples: comparable with published numbers only at {papers.SAMPLES:,}.")
     ways = {(line.first.run, way) for _, line in part if (way := papers.other_sampler(line.first))}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from haste.data.condition import Rows
+from haste.data.condition import Condition
 from haste.files import artefact
 from haste.files.npz import SUFFIX, check_reference
 from haste.files.store import Store, write_shard
@@ -31,11 +31,11 @@ def feature_shard(
     shard: int,
     shards: int,
     total: int,
-    words: Callable[[Rows], list[str] | None] = lambda rows: None,
+    condition: Condition,
     batch: int = 256,
 ) -> None:
-    """A detector's features of one shard of samples, as a shard of a features store; by CLIP also the `cosine` of each
-    sample and its words, where it has any.
+    """A detector's features of one shard of samples, as a shard of a features store. Where samples were told words, by
+    CLIP also the `cosine` of each and its words, and by a classifier the class that these mean, `meant`.
 
     Args:
         detector: extracts the features.
@@ -46,7 +46,7 @@ def feature_shard(
         shard: which shard, from 0.
         shards: how many there are.
         total: samples in all shards.
-        words: rows of the samples' condition -> the words that they were told.
+        condition: of the samples.
         batch: batch size of the detector; changes results by float rounding only.
 
     Raises:
@@ -54,7 +54,9 @@ def feature_shard(
     """
     images = open_samples(path)
     rows, header = asked(path)
-    said = words(rows) if isinstance(detector, Clip) else None
+    said = condition.words(rows) if isinstance(detector, Clip) else None
+    meant = condition.meant(rows) if detector.classes else None
+    rows = rows if meant is None else {**rows, "meant": meant}
     told: dict[str, tuple[Sequence[int], DTypeLike]] = {} if said is None else {"cosine": ((), np.float32)}
     made = {name: value for name, value in header["inputs"].items() if name != "detector"}
     inputs = {**made, "detector": detector.identity}

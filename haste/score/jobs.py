@@ -88,7 +88,7 @@ def extract_features(plan: Plan, evaluation: Evaluation, detector: names.Detecto
         shard=shard,
         shards=made.shards,
         total=evaluation.sampling.count,
-        words=lambda rows: condition.words(rows) if detector.kind == "clip" else None,
+        condition=condition,
         batch=plan.config.runtime.sample_batch,
     )
 

@@ -21,6 +21,7 @@ from haste.cli import main as cli
 from haste.data import order
 from haste.data.batches import Batches
 from haste.data.captions import TEXT_BYTES, Captions
+from haste.data.digits import MovedDigits
 from haste.data.text_encoder import TextEncoder
 from haste.data.words import Words
 from haste.files import artefact, provenance
@@ -282,6 +283,7 @@ def test_prompts_are_told_in_turn_and_kept_as_they_are(toy):
     assert way.count == 16
     rows = toy.condition().sampled(way, range(1, 7))
     assert toy.condition().words(rows) == [prompts[i % 4] for i in range(1, 7)]
+    assert toy.condition().meant(rows).tolist() == [-1] * 6  # nobody knows which class a prompt means
     closed = Captions(classes=0, encoder="words", tokens=4, width=6, attention_mask=False)
     assert closed.words(rows) == [prompts[i % 4] for i in range(1, 7)]
     for wrong, words in [("\ud800", "surrogates"), ("é" * 513, "sampling.quick.prompts.0: .*1,026 bytes")]:
@@ -319,6 +321,11 @@ def test_training_with_captions_is_resumed_to_the_bit_sampled_and_told_what_it_w
     told.run("evaluate", evaluation.name)
     with Store.open(evaluation.features.folder) as store:
         assert told.condition().words({name: store.read(name, range(12)) for name in rows}) == said
+        read = store.read("logits", range(12)).argmax(axis=1)
+    numbers = [MovedDigits.WORDS.index(next(word for word in re.findall(r"\w+", text) if word in MovedDigits.WORDS))
+               for text in said]  # fmt: skip
+    accuracy = artefact.read_json(evaluation.score, "score")["scores"]["caption_accuracy"]
+    assert accuracy == np.mean(read == numbers) and len({*numbers}) > 4
     told.run("grid", evaluation.name)
     assert provenance.provenance_of(Path(evaluation.grid))["words"] == said
 
@@ -404,7 +411,17 @@ def test_an_mmdit_is_aligned_on_captions_stopped_and_drawn_with_guidance(told):
         assert grid.size == (3 * cell, 9 * cell)
         left, top = 25 % 3 * cell + grids.GAP // 2, 25 // 3 * cell + grids.GAP // 2
         shown = np.asarray(grid.crop((left, top, left + 16, top + 16)))[::2, ::2, :3]
-    np.testing.assert_array_equal(shown, read_npz(asked.sample_file(0), "samples")["arr_0"][25])
+    whole = read_npz(asked.sample_file(0), "samples")["arr_0"]
+    np.testing.assert_array_equal(shown, whole[25])
+
+    # the same picture of the same prompt, in however many shards and batches
+    shutil.rmtree(asked.folder)
+    told.configure(**{**told.raw, "runtime": {**told.raw["runtime"], "sample_shards": 3, "sample_batch": 5}})
+    asked = told.plan.evaluations[asked.name]
+    for shard in range(3):
+        told.run("sample", asked.name, "--shard", shard)
+    parts = [read_npz(asked.sample_file(shard), "samples")["arr_0"] for shard in range(3)]
+    assert np.abs(np.concatenate(parts).astype(int) - whole).max() <= 1
 
 
 PROMPTS = ["a cat", "three", "", "a red bus", "at", "a three"]
@@ -421,6 +438,43 @@ def test_captions_that_changed_are_refused_where_states_were_made_from_the_earli
     manifest.write_text(json.dumps(made))
     with pytest.raises(ValueError, match="encoded from captions"):
         told.condition()
+
+
+def test_measures_tell_images_of_evaluation_their_own_captions_by_the_encoder_of_training(told, capsys):
+    said = {f"{label}/{i}.png": [f"a {MovedDigits.WORDS[label]} cat", "at"] for label in range(10) for i in range(2)}
+    for place, name in enumerate(said):
+        (told.folder / "val" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 8), (9 * place, 20, 30)).save(told.folder / "val" / name)
+    file = told.folder / "said.jsonl"
+    file.write_text("".join(json.dumps({"file": name, "caption": texts}) + "\n" for name, texts in said.items()))
+    others = {"path": str(told.folder / "val"), "captions": str(file)}
+    loss = {"measure": "denoising", "images": 16, "groups": 8, "t": [0.5], "split": "evaluation"}
+    kept = {key: told.raw[key] for key in ("condition", "cache")}
+    told.configure(**kept, evaluation=others, measures={"loss": loss}, runs={"REPA": {"measures": ["loss"]}})
+    plan = told.plan.of("evaluation")
+    assert plan.text != told.plan.text and {plan.text.manifest, told.plan.text.manifest} <= {
+        *told.plan.measured_from(told.plan.measured[0].measurement)
+    }
+    for command in (["images", "--shard", 0], ["images", "--join"], ["text", "--shard", 0], ["text", "--shard", 1]):
+        told.run(command[0], "--evaluation", *command[1:])
+    told.run("text", "--evaluation", "--join")
+    for how in (["--shard", 0], ["--join"]):
+        told.run("latents", "--evaluation", *how)
+    told.run("plan")
+    state = told.plan.state("REPA", 8)
+    told.run("train", state)
+    told.run("measure", "loss", told.plan.path(state))
+    made = artefact.read_json(told.plan.measured[0].measurement.file, "measure")["provenance"]["inputs"]
+    assert made["captions of evaluation"] != made["captions"]
+    condition = config.condition_in(told.plan.trajectories[state.trajectory].recipe).opened(plan)
+    batches = told.batches().of_all(Store.of(plan.latents), condition)
+    words = condition.words(condition._drawn(np.arange(20), order.uniforms(0, "caption", 0, range(20))))
+    assert all(text in texts for text, texts in zip(words, said.values(), strict=True)) and len({*words}) > 3
+    own = TextEncoder.load(told.raw["condition"]["encoder"], tokens=captioned.TOKENS, width=8, masked=False)
+    assert torch.equal(batches.measured(np.arange(20), range(20)).condition, torch.from_numpy(own(words)).float())
+    told.configure(**kept, evaluation={"path": str(told.folder / "val"), "captions": str(file), "classes": 10})
+    with pytest.raises(ValueError, match="evaluation: samples are told captions, but these images have none; expected"):
+        told.configure(**kept, evaluation={"path": str(told.folder / "val")})
 
 
 # ---- refused before the first job

@@ -137,6 +137,47 @@ def test_coco_is_in_the_order_of_its_numbers_and_its_val_is_held_out(published):
     assert kept[3:] == [source.name(4), source.name(5)]
 
 
+def test_files_as_coco_hands_them_out_are_read_with_all_that_stands_in_them(tmp_path):
+    """Ids in no order, twelve digits in the names, grey and CMYK pictures, spaces and line breaks in captions."""
+    said = {
+        524291: ["A man  riding a wave on a surfboard. ", "Surfer on a wave\n"],
+        42: ["A red bus."] * 2 + [" two words\n"],
+        318219: ["A boy stands up.\n\n"],
+    }
+    about = {"description": "COCO 2014 Dataset", "url": "http://cocodataset.org", "version": "1.0", "year": 2014}
+    licences = [{"url": "http://creativecommons.org/licenses/by/2.0/", "id": 4, "name": "Attribution License"}]
+    (tmp_path / "annotations").mkdir()
+    for split, numbers in {"train2014": [524291, 318219], "val2014": [42]}.items():
+        (tmp_path / split).mkdir()
+        images, notes = [], []
+        for number in numbers:
+            name = f"COCO_{split}_{number:012d}.jpg"
+            mode = {42: "CMYK", 318219: "L", 524291: "RGB"}[number]
+            Image.new(mode, (640, 480)).save(tmp_path / split / name, quality=95)
+            images.append(
+                {"license": 4, "file_name": name, "coco_url": f"http://images.cocodataset.org/{split}/{name}",
+                 "height": 480, "width": 640, "date_captured": "2013-11-14 17:02:52",
+                 "flickr_url": "http://farm9.staticflickr.com/8186/8119368305_4e622c8349_z.jpg", "id": number}
+            )  # fmt: skip
+            notes += [
+                {"image_id": number, "id": 900_000 - 7 * k - number, "caption": text}
+                for k, text in enumerate(said[number])
+            ]
+        whole = {"info": {**about, "contributor": "COCO Consortium", "date_created": "2017/09/01"}, "images": images}
+        whole |= {"licenses": licences, "annotations": notes}
+        (tmp_path / "annotations" / f"captions_{split}.json").write_text(json.dumps(whole))
+    source = opened(tmp_path, None, "coco", holdout=1)
+    assert [source.name(i) for i in range(3)] == [
+        "train2014/COCO_train2014_000000318219.jpg",
+        "train2014/COCO_train2014_000000524291.jpg",
+        "val2014/COCO_val2014_000000000042.jpg",
+    ]
+    # a caption comes back to the character; those of an image are in the order of their annotations' ids
+    assert [source.captions(i) for i in range(3)] == [said[n][::-1] for n in (318219, 524291, 42)]
+    assert [source.load(i)[0].shape for i in range(3)] == [(8, 8, 3)] * 3
+    assert source.load(0)[0].max() == 0 and source.load(2)[0].min() > 250  # CMYK of no ink is white
+
+
 def test_annotations_order_the_pictures_of_a_folder_by_their_numbers(published):
     source = opened(published / "train2014", published / "annotations" / "captions_train2014.json")
     assert [one[-1] for one in said(source)] == ["9 0", "25 0", "30 0", "100 0"]

@@ -1,5 +1,7 @@
 """CLIP's embeddings against transformers' own whole model, on random weights in the public format."""
 
+import shutil
+
 import captioned
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from torchvision.transforms.functional import center_crop
 from haste.cli import main as cli
 from haste.files import artefact
 from haste.metrics.detectors import open_detector
+from haste.networks import weights
 from haste.networks.registry import CLIP
 
 WORDS = ["a cat", "three", "", "a red bus " * 20, "ein Zähler, „drei“"]
@@ -82,6 +85,27 @@ def test_the_score_is_the_mean_of_100_max_cos_0_with_its_standard_error_and_the_
     prompts.write_text("one\ntwo")
     assert cli.main([*map(str, command), "--device", "cpu"]) == 2
     assert "2 prompts, but" in capsys.readouterr().err
+
+
+def test_a_clip_of_the_hub_may_be_asked_for_by_its_revision_which_is_on_record(folder, detector, tmp_path, monkeypatch):
+    own, other = "c0ffee" * 6 + "abcd", "0ddba11" * 5 + "12345"
+    place = tmp_path / "models--some--clip"
+    for revision, files in ((own, folder), (other, tmp_path / "other")):
+        if not files.exists():
+            captioned.save_clip(files, seed=1)
+        shutil.copytree(files, place / "snapshots" / revision)
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text(other)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found, latest = (open_detector("clip", f"some/clip{at}") for at in (f"@{own}", ""))
+    assert (found.encoder, found.revision, found.weights) == ("some/clip", own, detector.weights)
+    assert (latest.encoder, latest.revision) == ("some/clip", other) and latest.weights != found.weights
+    assert weights.in_cache(f"some/clip@{own}", "it", "config.json").parent.name == own
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE forbids"):
+        weights.in_cache("some/clip@" + 40 * "0", "it", "config.json")
+    with pytest.raises(ValueError, match="not to be had from the hub"):
+        open_detector("clip", "some/clip@" + 40 * "0")
 
 
 def test_what_is_no_clip_is_refused(folder, tmp_path):

@@ -17,6 +17,17 @@ def test_labels_that_cannot_be_right_are_refused():
         scores.class_accuracy(logits, np.array([0, 1, 2]))
 
 
+def test_caption_accuracy_is_of_the_samples_whose_caption_means_a_class_and_the_others_are_counted():
+    metric, logits = scores.METRICS["caption_accuracy"], np.eye(3)
+    stats = metric.update(None, {"logits": logits, "meant": np.array([0, 2, -1])})
+    assert metric.value(stats, None) == {"caption_accuracy": 0.5}
+    assert metric.notes(stats, None) == [
+        "caption accuracy is of 2 of 3 samples: the others' captions mean no known class"
+    ]
+    none = metric.update(None, {"logits": logits, "meant": np.full(3, -1)})
+    assert metric.value(none, None) == {} and metric.value(metric.merge(stats, none), None)["caption_accuracy"] == 0.5
+
+
 def batch_of(seed, count):
     rng = np.random.default_rng(seed)
     return {
@@ -25,6 +36,7 @@ def batch_of(seed, count):
         "logits": rng.normal(size=(count, 3)),
         "logits_unbiased": rng.normal(size=(count, 6)),
         "labels": rng.integers(0, 3, count),
+        "meant": rng.integers(-1, 3, count),
         "cosine": rng.normal(0, 0.3, count).astype(np.float32),
     }
 

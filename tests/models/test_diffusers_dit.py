@@ -1,12 +1,13 @@
 """DiT and diffusers' own: the same outputs and the same latents from the same noise, out to a folder and back."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from haste.cli import main as cli
 from haste.diffusion.ddpm import DDPM
@@ -117,15 +118,16 @@ def test_another_network_is_refused_with_what_is_wrong(change, words):
         diffusers_dit.shape_of(found)
 
 
-def test_embedders_that_differ_among_blocks_and_missing_weights_are_refused(folder):
+def test_embedders_that_differ_among_blocks_and_missing_weights_are_refused(folder, tmp_path):
     found = load_file(folder / "transformer" / diffusers_folders.WEIGHTS)
     name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
     with pytest.raises(ValueError, match="block 1 has another timestep_embedder.linear_1.bias than block 0"):
         diffusers_dit.from_diffusers({**found, name: found[name] + 1}, SHAPE)
-    with pytest.raises(
-        ValueError, match="does not hold transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
-    ):
-        diffusers_dit.from_diffusers({key: value for key, value in found.items() if key != name}, SHAPE)
+    shutil.copytree(folder / "transformer", tmp_path / "dit")
+    file = tmp_path / "dit" / diffusers_folders.WEIGHTS
+    save_file({key: value for key, value in found.items() if key != name}, file)
+    with pytest.raises(ValueError, match=f"{file}: does not hold {name}, expected the weights of a DiTTransformer2DM"):
+        diffusers_folders.read(tmp_path / "dit", {})
 
 
 def test_a_network_that_diffusers_does_not_have_is_refused():

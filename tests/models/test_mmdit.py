@@ -10,6 +10,9 @@ from torch.nn import functional
 from haste.align.losses import attention_loss
 from haste.config import MODELS
 from haste.config.parts import model_of
+from haste.data.captions import Captions
+from haste.diffusion.interpolant import Interpolant
+from haste.models.denoiser import Denoiser
 from haste.models.heads import Projector
 from haste.models.mmdit import MMDiT
 from haste.networks import joint
@@ -145,6 +148,14 @@ def test_the_published_model_has_505070608_parameters_and_its_projector_7344896(
     assert count == [505_070_608, 7_344_896]
     assert model.pos_embed.shape == (1, 256, 768) and model.state_dict().keys() == keys(24)
     assert model.taps["attention.7"].heads == 24 and model.taps["tokens.8"].grid == (16, 16)
+
+
+def test_what_a_plan_knows_of_it_by_formulas_is_what_counting_its_operations_gives():
+    settings = {"depth": 3, "width": 32, "heads": 4, "patch_size": 2, "mlp_ratio": 1.5, "qk_norm": "rms"}
+    condition = Captions(classes=0, encoder="words", tokens=5, width=6, attention_mask=False)
+    of = {"process": Interpolant(), "condition": condition, "input_size": 8, "in_channels": 3}
+    counted = Denoiser.facts.__func__(MMDiT, settings, **of)
+    assert MMDiT.facts(settings, **of) == counted and counted.flops > 1e6
 
 
 @pytest.mark.parametrize("qk_norm", ["none", "rms"])

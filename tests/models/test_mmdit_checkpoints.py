@@ -260,7 +260,7 @@ def test_times_up_to_1000_missing_weights_too_few_positions_and_other_mlps_are_r
     file = folder / "transformer" / diffusers_folders.WEIGHTS
     whole = load_file(file)
     for change, words in [
-        ({"proj_out.bias": None}, "does not hold proj_out.bias, expected the weights of an SD3Transformer2DModel"),
+        ({"proj_out.bias": None}, "does not hold proj_out.bias, expected the weights of a SD3Transformer2DModel"),
         ({"pos_embed.pos_embed": torch.ones(1, 4, 16)}, "has positions for 4 tokens, expected a grid of 3 x 3 or more"),
         ({"proj_out.bias": torch.full((16,), torch.inf)}, "not finite: final_layer.linear.bias"),
         ({"proj_out.bias": torch.ones(3)}, r"final_layer.linear.bias \(found \(3,\), expected \(16,\)\)"),

@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 from haste import config
 from haste.files import artefact, journal
 from haste.plan.plan import Plan
-from haste.report import figures, gather, page, papers, tables
-from haste.report.content import Benchmark
+from haste.report import figures, gather, page, papers, systems, tables
+from haste.report.content import NONE, Benchmark
 from haste.sampling import grids
 from haste.sampling.grids import GAP
 
@@ -48,6 +48,7 @@ def write_scores(plan, skip=(), **detector):
             "sampling": row.evaluation.sampling.model_dump(mode="json"),
             "detector": {"name": "called otherwise", "identity": "d", **detector},
             "samples": 20,
+            "nfe": row.evaluation.sampling.steps,
             "reference": {"images": 1700, "identity": "r"},
             "scores": {"fd": 50.0 + place},
             "provenance": {"made": "by hand"},
@@ -208,6 +209,13 @@ def test_a_folder_of_a_thousand_classes_is_taken_for_imagenet(tiny, tmp_path, cl
     assert gather.benchmark(plan_of(tiny, tmp_path, images=images)) == expected
 
 
+@pytest.mark.parametrize(("change", "images"), [({}, 82_783), ({"subset": 20_000}, 20_000), ({"holdout": 5_000}, None)])
+def test_coco_2014_is_known_by_the_number_of_its_pictures_to_validate(change, images):
+    raw = config.read(ROOT / "config" / "coco256.yaml")
+    plan = Plan(config.resolve({**raw, "images": {**raw["images"], **change}}))
+    assert gather.benchmark(plan) == (images and Benchmark("COCO", 256, images))
+
+
 def test_the_configuration_for_imagenet_stands_beside_every_sit_of_the_papers_main_tables_up_to_500k(tmp_path):
     plan = imagenet(tmp_path)
     write_scores(plan, kind="inception")
@@ -229,6 +237,55 @@ def test_the_configuration_for_imagenet_stands_beside_every_sit_of_the_papers_ma
     assert shown == expected
     assert [cell.text for e in guided.entries if e.kind for cell in e.cells][:1] == ["HASTE Table 4"]
     assert sum(bool(entry.kind) for entry in guided.entries) == 3
+
+
+@pytest.mark.parametrize("name", ["coco256", "coco256-20k"])
+def test_the_configurations_for_coco_stand_beside_every_model_of_the_papers_tables_by_pytorch_fid_alone(tmp_path, name):
+    plan = Plan(config.resolve({**config.read(ROOT / "config" / f"{name}.yaml"), "results": str(tmp_path)}))
+    write_scores(plan, kind="pytorch-fid")
+    found = gather.report(plan)
+    (table,) = tables.published_tables(found)
+    names = ["method", "stop", "step", "w", "sampler", "FID (pytorch-fid, fid)"]
+    columns = [table.column(head) for head in names if head in [one.name for one in table.heads]]
+    shown = {tuple(column[i].text for column in columns) for i, entry in enumerate(table.entries) if entry.kind}
+    with open(papers.FOLDER / "coco256.csv", newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["train_images"] == str(found.benchmark.images)]
+    of = {"ODE": "euler", "SDE": "euler-maruyama", "": NONE}
+    expected = {
+        (
+            line["method"],
+            NONE
+            if line["method"] == "vanilla"
+            else f"{int(line['termination']):,}"
+            if line["termination"]
+            else "never",
+            f"{int(line['iteration']):,}",
+            f"{float(line['cfg_scale']):g}" if line["cfg_scale"] else NONE,
+            of[line["sampler"]],
+            line["fid"],
+        )
+        for line in lines
+    }
+    if name == "coco256-20k":  # all drawn in one way, and nothing stops
+        expected = {(method, stop, step, w, fid) for method, stop, step, w, _, fid in expected}
+    assert shown == expected and len(shown) == {"coco256": 10, "coco256-20k": 4}[name]
+    assert "pytorch-fid" in page.render(found)
+    write_scores(plan, kind="inception")  # ADM's FID of the same samples
+    assert not tables.published_tables(gather.report(plan)) and not systems.system_tables(gather.report(plan))
+
+
+def test_the_systems_of_cocos_table_stand_below_our_last_steps_and_never_beside_a_part_of_its_images(tmp_path):
+    for name, expected in (("coco256", 1), ("coco256-20k", 0)):
+        root = tmp_path / name
+        plan = Plan(config.resolve({**config.read(ROOT / "config" / f"{name}.yaml"), "results": str(root)}))
+        write_scores(plan, kind="pytorch-fid")
+        found = systems.system_tables(gather.report(plan))
+        assert len(found) == expected
+        for table in found:
+            texts = {entry.cells[0].text: [cell.text for cell in entry.cells[1:]] for entry in table.entries}
+            assert texts["AttnGAN"] == [NONE, NONE, "35.49", NONE, "REPA Table 12"]
+            assert texts["MM-DiT + REPA, ODE 50"] == ["464", "2.0", "4.73", NONE, "REPA Table 12"]
+            assert texts["HASTE"][:2] == ["773", "3.5"]  # epochs of 82,783 images
 
 
 def test_the_configuration_for_imagenet_trains_on_all_of_it_and_shares_what_it_can(tmp_path):

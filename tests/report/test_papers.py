@@ -261,7 +261,7 @@ def test_every_published_number_is_one_of_the_files_as_printed():
     found = papers.published()
     assert len(found) > 80
     assert {(one.source, one.scores["fd"]) for one in found} <= printed
-    assert all(one.guidance[0] > 1 for one in found if one.resolution == 512)
+    assert all(one.guidance and one.guidance[0] > 1 for one in found if one.resolution == 512)
 
 
 def test_tables_that_are_gone_leave_no_files(tmp_path: Path):
@@ -329,7 +329,7 @@ def same(printed: str, shown: str) -> bool:
 HEADS = {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "precision", "recall": "recall"}
 
 
-@pytest.mark.parametrize("name", sorted(papers.FILES))
+@pytest.mark.parametrize("name", sorted(name for name in papers.FILES if name != "coco256.csv"))  # see test_gather
 def test_every_published_result_stands_beside_runs_like_those_of_its_table(name: str):
     resolution, groups = papers.FILES[name][0], {}
     for line in lines(name):
@@ -476,21 +476,21 @@ def test_every_runs_last_step_stands_above_the_systems_of_its_kind_of_guidance()
     assert ("published", "SiT-XL/2 + REPA", "800", "interval or schedule", "1.42") in found
 
 
-@pytest.mark.parametrize("key", [(256, False), (256, True), (512, True)])
+@pytest.mark.parametrize("key", sorted(systems.FILES))
 def test_every_number_of_a_published_system_is_as_printed(key):
     with open(papers.FOLDER / systems.FILES[key], newline="") as file:
-        printed = list(csv.DictReader(file))
+        printed = [line for line in csv.DictReader(file) if line.get("train_images") != "20000"]
     found = systems.published(*key)
     assert len(found) == len(printed) > 2
     for system, line in zip(found, printed, strict=True):
-        assert system.name.startswith(line["model"])
+        assert system.name.startswith(papers.CALLED.get(line["model"], line["model"]))
         assert system.scores == {m: line[n] for m, n in papers.SCORES.items() if line.get(n)}
         assert system.source == line["source"]
 
 
-@pytest.mark.parametrize("key", sorted(systems.FILES))
+@pytest.mark.parametrize("key", [key for key in sorted(systems.FILES) if key[0] == "ImageNet"])
 def test_every_published_system_stands_below_our_runs_at_their_ends(key):
-    resolution, guided = key
+    _, resolution, guided = key
     ours = row("a", "SiT-XL/2", "HASTE", "300000", 400_000, 2.5, aligned(XL), w=1.25 if guided else 1.0)
     (table,) = systems.system_tables(report([ours], resolution))
     found = [(source, fid) for kind, source, fid in texts(table, "source", "FID") if kind]

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_distributed import train_with
 
 from haste import config
 from haste.cli import main as cli
 from haste.config import Strict, resolve
+from haste.config.joint import Joint
 from haste.data.condition import Condition
+from haste.files import journal
 from haste.files.npz import read_npz
-from haste.models.mmdit import MMDiT
 from haste.plan.plan import Plan
 from haste.train import loop
 from haste.train.state import new_learner
@@ -51,7 +53,7 @@ class Toy(Condition):
 
 def understands_toys(monkeypatch):
     monkeypatch.setitem(config.parts.CONDITIONS, "toy", f"{__name__}:Toy")
-    monkeypatch.setattr(MMDiT, "condition", "toy")
+    monkeypatch.setattr(Joint, "condition", "toy")
 
 
 @pytest.fixture
@@ -136,6 +138,33 @@ def test_a_state_is_sampled_with_guidance_and_measured_and_as_repas_file_evaluat
     torch.save(held, theirs)
     with pytest.raises(ValueError, match=r"0000005\.pt: not the model that was asked for; text_width: found 7, exp"):
         make(runs={}, evaluate={"theirs": {**row, "checkpoint": str(theirs)}}).check()
+
+
+def test_four_processes_train_as_one_but_for_rounding_and_go_on_to_the_bit_where_they_were_cut(make):
+    training = {"batch": 8, "lr": 1.0e-3, "ema": 0.9, "precision": "fp64"}
+
+    def trained(processes, milestones):
+        runtime = {"processes": processes, "log_every": 1}
+        plan = make(runs={"HASTE": {"milestones": milestones}}, training=training, runtime=runtime)
+        shutil.rmtree(Path(plan.root, "states"), ignore_errors=True)
+        losses = []
+        for step in milestones:
+            state = plan.state("HASTE", step)
+            train_with(plan, state, processes) if processes > 1 else loop.train(plan, state)
+            log = journal.read(Path(plan.path(state)).parent / "log.jsonl")
+            losses += [(line["step"], line["denoising"], line.get("features"), line.get("attention")) for line in log]
+        return bits(plan, "HASTE", 5), [number for line in sorted({*losses}) for number in line if number is not None]
+
+    alone, losses = trained(1, [5])
+    assert len(losses) == 5 * 4
+    for processes in (2, 4):
+        found, again = trained(processes, [5])
+        assert again == pytest.approx(losses, rel=1e-9)
+        for name, value in alone.items():
+            torch.testing.assert_close(
+                found[name], value, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
+            )
+    assert_same_bits(trained(4, [2, 5])[0], found)
 
 
 def of_published(tiny):

@@ -1,10 +1,11 @@
 # Images, the small networks that the pipeline trains on them, and latents.
 
-SETS = {one.images.key: one for one in plan.image_sets} | {one.latents.key: one for one in plan.image_sets}
-OTHERS = [key for one in plan.image_sets[1:] for key in (one.images.key, one.latents.key)]  # of `evaluation`
+SETS = {made.key: one for one in plan.image_sets for made in (one.images, one.latents, one.text) if made}
+OTHERS = [key for key, one in SETS.items() if one is not plan]  # of `evaluation`
 IMAGES = f"{plan.root}/stores/images-{{key}}/shard-{{shard}}-of-{{shards}}.h5"
 LATENTS = f"{plan.root}/stores/latents-{{key}}/shard-{{shard}}-of-{{shards}}.h5"
-LISTED, ENCODED = (f"{plan.root}/stores/{kind}-{{key}}/manifest.json" for kind in ("images", "latents"))
+TEXT = f"{plan.root}/stores/text-{{key}}/shard-{{shard}}-of-{{shards}}.h5"
+LISTED, ENCODED, SAID = (f"{plan.root}/stores/{kind}-{{key}}/manifest.json" for kind in ("images", "latents", "text"))
 TEACHER, DETECTOR, PCA = (f"{plan.root}/parts/{kind}-{{key}}/part.json" for kind in ("teacher", "detector", "pca"))
 TARGETS = f"{plan.root}/stores/targets-{{key}}/shard-{{shard}}-of-{{shards}}.h5"
 JOINED = f"{plan.root}/stores/targets-{{key}}/manifest.json"
@@ -103,26 +104,24 @@ rule latents_join:
     shell: "haste latents {params.of} -c {CONFIG:q} --join > {log:q} 2>&1"
 
 
-if plan.text:
-
-    TEXT = f"{plan.text.folder}/shard-{{shard}}-of-{{shards}}.h5"
-
-    rule text:
-        input: needed(TEXT, plan.images.files)
-        output: update(TEXT)
-        log: log_of("text-{shard}-of-{shards}")
-        benchmark: time_of("text-{shard}-of-{shards}")
-        threads: THREADS
-        resources: devices=1
-        shell: "haste text -c {CONFIG:q} --shard $((10#{wildcards.shard})) > {log:q} 2>&1"
+rule text:
+    input: needed(TEXT, lambda wildcards: SETS[wildcards.key].images.files)
+    output: update(TEXT)
+    log: log_of("text-{key}-{shard}-of-{shards}")
+    benchmark: time_of("text-{key}-{shard}-of-{shards}")
+    threads: THREADS
+    resources: devices=1
+    params: of=of_set
+    shell: "haste text {params.of} -c {CONFIG:q} --shard $((10#{wildcards.shard})) > {log:q} 2>&1"
 
 
-    rule text_join:
-        input: needed(plan.text.manifest, plan.images.files, plan.text.shard_files)
-        output: update(plan.text.manifest)
-        log: log_of("text-join")
-        benchmark: time_of("text-join")
-        shell: "haste text -c {CONFIG:q} --join > {log:q} 2>&1"
+rule text_join:
+    input: needed(SAID, lambda wildcards: [*SETS[wildcards.key].images.files, *SETS[wildcards.key].text.shard_files])
+    output: update(SAID)
+    log: log_of("text-{key}-join")
+    benchmark: time_of("text-{key}-join")
+    params: of=of_set
+    shell: "haste text {params.of} -c {CONFIG:q} --join > {log:q} 2>&1"
 
 
 # Targets of cached teachers: components if requested, then shards, then the manifest.

@@ -70,7 +70,7 @@ if DRAWN:
         input:
             needed(
                 FEATURES,
-                lambda wildcards: [drawn(wildcards).sample_file(int(wildcards.shard))],
+                lambda wildcards: [drawn(wildcards).sample_file(int(wildcards.shard)), *plan.meant_from],
                 lambda wildcards: seen(wildcards).part.files if seen(wildcards).part else [],
             )
         output: update(FEATURES)
