@@ -19,6 +19,7 @@ from haste.data import order
 from haste.data.ahead import made_ahead
 from haste.data.condition import Condition
 from haste.files.store import Span, Store
+from haste.networks.devices import sent
 from haste.networks.spec import each
 
 CPU = torch.device("cpu")
@@ -49,10 +50,8 @@ class Batch:
         return Batch(self.step, **changed)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; to a GPU from pinned memory, without waiting."""
-        if device.type == "cpu":
-            return self
-        return self.map(lambda x: x.pin_memory().to(device, non_blocking=True))
+        """The batch, of the host's memory, on a device."""
+        return self.map(lambda x: sent(x, device))
 
     def microbatches(self, count: int) -> list[Batch]:
         """The batch cut into equal parts, in order, for gradient accumulation."""

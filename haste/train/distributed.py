@@ -203,5 +203,12 @@ def enough_memory() -> Generator[None]:
 
 
 def wrap(module: nn.Module, group: Group) -> nn.Module:
-    """The module wrapped in DDP, which averages gradients over the group; unchanged in a group of one."""
-    return module if group.size == 1 else DistributedDataParallel(module, gradient_as_bucket_view=True)
+    """The module wrapped in DDP, which averages gradients over the group; unchanged in a group of one.
+
+    Buffers, such as positions, are constants: every rank has them, and none is sent at every step.
+    """
+    if group.size == 1:
+        return module
+    wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = False  # the argument's name depends on torch's version
+    return wrapped

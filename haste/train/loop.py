@@ -132,7 +132,7 @@ class Loop:
         self.angles = Angles(objective, self.inputs, part=part, scale=scale, compiled=self.runtime.compile)
         if self.runtime.compile:
             check_compiler(self.group.device)
-            for network in (self.learner.model, *(teacher.network for teacher in self.inputs.teachers.values())):
+            for network in (self.learner.model, *self.inputs.teachers.values()):
                 network.compile()
         self.objective = wrap(objective, self.group)
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from haste.align.triggers import Decision, Plateau
 from haste.cli import main as cli
 from haste.cluster.inside import TIME_LIMIT, Interruption
 from haste.files import journal
 from haste.files.provenance import read_header
+from haste.models.sit import SiT
 from haste.train import distributed, loop, stops
 from haste.train.distributed import Group
 
@@ -55,6 +57,27 @@ def _arrive(rank, seconds, port, joined):
     time.sleep(seconds)
     with distributed.joined("cpu") as group:
         joined.put(group.mean([float(rank)]))
+
+
+class Sent(TorchDispatchMode):
+    """The collective calls that were made."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls = [*getattr(self, "calls", []), *([func.__name__] if func.namespace == "c10d" else [])]
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_sends_gradients_and_no_constants():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        network = SiT(input_size=4, in_channels=4, patch_size=2, depth=1, width=16, heads=2, classes=5)
+        assert "pos_embed" in dict(network.named_buffers())
+        wrapped = distributed.wrap(network, Group(0, 2, torch.device("cpu")))
+        with Sent() as sent:
+            wrapped(torch.rand(2, 4, 4, 4), torch.rand(2), torch.zeros(2, dtype=torch.int64))[0].sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert sent.calls and {call.partition(".")[0] for call in sent.calls} == {"allreduce_"}
 
 
 @pytest.mark.parametrize("late", [0, 1])
