@@ -125,7 +125,11 @@ def test_a_compiled_teacher_is_one_graph_for_each_kind_of_request_and_says_the_s
         assert found.attention.keys() == expected.attention.keys() and found.grid == expected.grid
         assert (found.features is None) == (expected.features is None)
         pairs = [(found.features, expected.features)] if found.features is not None else []
-        pairs += [pair for layer, both in found.attention.items() for pair in zip(both, expected.attention[layer])]
+        pairs += [
+            pair
+            for layer, both in found.attention.items()
+            for pair in zip(both, expected.attention[layer], strict=True)
+        ]
         assert all(torch.equal(*pair) for pair in pairs)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
