@@ -43,11 +43,13 @@ def test_work_is_spread_such_that_at_most_a_share_of_it_is_done_one_after_anothe
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("of this test")]
 
 
-def test_a_rank_reads_in_two_threads_for_each_of_its_cores(monkeypatch):
+def test_a_rank_reads_in_four_threads_for_each_of_its_cores_8_to_32(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert (reading_threads(None), reading_threads(3)) == (32, 3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert reading_threads(None) == 32
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert reading_threads(None) == 16
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1))
-    assert reading_threads(None) == 4
+    assert reading_threads(None) == 8
