@@ -72,17 +72,18 @@ def _wait(batches: Batches, arguments: argparse.Namespace, steps: int, threads: 
         pread(*given)
 
     store._pread, waited = late, 0.0
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     feed = batches.ahead(range(steps), readers=threads)
     for _ in range(steps):
         asked = time.perf_counter()
         next(feed)
         waited += time.perf_counter() - asked
         time.sleep(arguments.step / 1e3)
-    whole, store._pread = time.perf_counter() - started, pread
+    whole, worked, store._pread = time.perf_counter() - started, time.process_time() - worked, pread
     print(
         f"{steps} steps of {arguments.step:g} ms, batches of {batches.size}, {arguments.read:g} ms more a read, "
-        f"{threads} reading threads: {waited / whole:.1%} of the time waiting"
+        f"{threads} reading threads: {waited / whole:.1%} of the time waiting, "
+        f"{1e3 * worked / steps:.0f} ms of processor time a step"
     )
 
 
