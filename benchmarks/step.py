@@ -129,10 +129,10 @@ class Variant:
     def _learner(self, name: str, recipe: dict, terms: dict, teacher: Teacher) -> Learner:
         return new_learner(recipe, terms, {"it": teacher.width}, self.device)
 
-    def batch(self) -> Batch:
+    def batch(self, looked_at: bool = False) -> Batch:
         """Random latents of the real shapes, and images only where a teacher looks."""
-        shape = (self.size, 4, 32, 32)
-        images = torch.randint(0, 256, (self.size, 256, 256, 3), dtype=torch.uint8) if self.terms else None
+        shape, seen = (self.size, 4, 32, 32), self.terms or looked_at
+        images = torch.randint(0, 256, (self.size, 256, 256, 3), dtype=torch.uint8) if seen else None
         return Batch(
             step=0,
             moments=torch.rand(self.size, 8, 32, 32),

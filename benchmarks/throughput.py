@@ -1,31 +1,40 @@
 """Images a second on one GPU: whole training steps as training takes them, nothing waited for in between.
 
     python benchmarks/throughput.py [--model SiT-XL/2] [--teacher DINOv2-B] [--batches 32 64 128 256] [--steps 30]
-                                    [--precision bf16] [--eager] [--profile] [--device cuda]
+                                    [--precision bf16] [--eager] [--profile] [--device cuda] [--warm-up 5]
 
 Random weights, latents and images, already on the device (`data.py` measures the feeding). One variant at a time, so
 that the memory is its own. The share of the chip's peak counts the student's operations alone. --profile lists where
 HASTE's time goes, by kernel.
+
+A second table, of the first batch size, takes one idea at a time out of the loop, and then all of them: the shape of
+published training loops. Its ratios are of the same run.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
+import dataclasses
 import time
+from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from step import TERMS, Variant, gigaflops, random_teacher
+from step import TERMS, Variant, gigaflops, random_teacher, terms_of
 from torch.profiler import ProfilerActivity, profile
 
 from haste import config
+from haste.data.batches import Batch
+from haste.networks.devices import repeatable
 from haste.networks.registry import TEACHERS
 from haste.teachers.encoder import Teacher
-from haste.train.step import teacher_targets, total_loss, update
+from haste.train import step as training
+from haste.train.state import Learner
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations a second, by the makers' data sheets
-WARM_UP = 5
 AHEAD = 4  # batches that take turns
 
 
@@ -49,6 +58,7 @@ def main() -> None:
             vanilla = rate if name == "vanilla" else vanilla
             table.add_row(name, str(size), *_cells(rate, vanilla, memory, work, _peak(device)))
     console.print(table)
+    console.print(_ideas(arguments, teacher, device))
     if arguments.profile:
         print(where_time_goes("HASTE", arguments, arguments.batches[0], teacher, device))
 
@@ -59,6 +69,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", default="DINOv2-B", choices=sorted(TEACHERS))
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 64, 128, 256])
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--profile", action="store_true")
@@ -66,45 +77,136 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Loop:
-    """Steps of one variant as `haste.train.loop` takes them."""
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A loop, by what is different from `haste.train.loop`."""
 
-    def __init__(self, name: str, arguments: argparse.Namespace, size: int, teacher: Teacher, device: torch.device):
+    logits: bool = False  # the attention loss is made of the student's and the teacher's N x N maps
+    keeps_teacher: bool = False  # it runs on after the stop
+    eager_teacher: bool = False
+    reads: bool = False  # each loss at every step
+    plain_optimiser: bool = False  # not fused
+    plain_average: bool = False  # one parameter after another
+    any_kernels: bool = False  # as with runtime.deterministic: false
+
+
+ALIGNED, STOPPED = "HASTE", "HASTE after the stop"
+PEERS = Shape(**{field.name: True for field in dataclasses.fields(Shape)})
+IDEAS = [
+    ("attention loss without maps", ALIGNED, Shape(logits=True)),
+    ("compiled teacher", ALIGNED, Shape(eager_teacher=True)),
+    ("losses read when they are logged", ALIGNED, Shape(reads=True)),
+    ("fused AdamW", ALIGNED, Shape(plain_optimiser=True)),
+    ("average of all parameters at once", ALIGNED, Shape(plain_average=True)),
+    ("deterministic kernels (their price)", ALIGNED, Shape(any_kernels=True)),
+    ("no teacher after the stop", STOPPED, Shape(keeps_teacher=True)),
+    ("all, while aligning", ALIGNED, PEERS),
+    ("all, after the stop", STOPPED, PEERS),
+]
+
+
+def loss_of_maps(q_s, k_s, q_t, k_t, heads=None, logsumexp_s=None, weights=None):
+    """Cross-entropy of attention maps as it is usually written."""
+    q_s, k_s, q_t, k_t = (x[:, :heads].float() for x in (q_s, k_s, q_t, k_t))
+    student, teacher = (q @ k.mT * q.shape[-1] ** -0.5 for q, k in ((q_s, k_s), (q_t, k_t)))
+    return -(teacher.detach().softmax(-1) * student.log_softmax(-1)).sum(-1).mean()
+
+
+@torch.no_grad()
+def average_one_by_one(learner: Learner, decay: float) -> None:
+    """As `haste.train.step.average`."""
+    for into, now in zip(learner.ema.parameters(), learner.model.parameters(), strict=True):
+        into.lerp_(now, 1.0 - decay)
+
+
+class Loop:
+    """Steps of one variant as `haste.train.loop` takes them, but for what a shape says."""
+
+    def __init__(
+        self,
+        name: str,
+        arguments: argparse.Namespace,
+        size: int,
+        teacher: Teacher,
+        device: torch.device,
+        shape: Shape = Shape(),
+    ):
         given = {"batch": size, "compile": not arguments.eager}
-        self.variant = Variant(name, argparse.Namespace(**{**vars(arguments), **given}), teacher, device)
-        self.batches = [self.variant.batch() for _ in range(AHEAD)]
-        if not arguments.eager:
-            for each in self.variant.teachers.values():
-                each.network.compile()
+        self.shape, teacher = shape, copy.copy(teacher)
+        self.variant = one = Variant(name, argparse.Namespace(**{**vars(arguments), **given}), teacher, device)
+        self.looks = one.terms or (terms_of(arguments.model, TERMS[ALIGNED]) if shape.keeps_teacher else {})
+        self.batches = [one.batch(bool(self.looks)) for _ in range(AHEAD)]
+        self.teachers = {"it": teacher} if self.looks else {}
+        if not arguments.eager and not shape.eager_teacher:
+            teacher.compile()
+        if shape.logits:
+            one.learner.model.own_logsumexp = False
+        if shape.plain_optimiser:
+            one.learner.optimizer = torch.optim.AdamW(one.learner.parameters().values(), 1e-4, fused=False)
 
     def run(self, steps: int) -> None:
         """So many steps."""
         one = self.variant
-        for step in range(steps):
-            batch = self.batches[step % AHEAD]
-            with torch.autocast(one.device.type, one.autocast, enabled=one.autocast is not None):
-                targets = teacher_targets(one.teachers, one.terms, batch.images)
-                found = one.objective(batch, targets)
-            total_loss(found, one.terms, step).backward()
-            update(one.learner, clip=1.0, ema=0.9999, skip=False)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(repeatable(one.device, not self.shape.any_kernels))
+            if self.shape.logits:
+                stack.enter_context(mock.patch.object(training, "attention_loss", loss_of_maps))
+            if self.shape.plain_average:
+                stack.enter_context(mock.patch.object(training, "average", average_one_by_one))
+            for step in range(steps):
+                self._step(self.batches[step % AHEAD], step)
         if one.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def _step(self, batch: Batch, step: int) -> None:
+        one = self.variant
+        with torch.autocast(one.device.type, one.autocast, enabled=one.autocast is not None):
+            targets = training.teacher_targets(self.teachers, self.looks, batch.images)
+            found = one.objective(batch, targets)
+        training.total_loss(found, one.terms, step).backward()
+        norm = training.update(one.learner, clip=1.0, ema=0.9999, skip=False)
+        if self.shape.reads:
+            for value in (*found.values(), norm):
+                value.item()
+
 
 def measure(
-    name: str, arguments: argparse.Namespace, size: int, teacher: Teacher, device: torch.device
+    name: str,
+    arguments: argparse.Namespace,
+    size: int,
+    teacher: Teacher,
+    device: torch.device,
+    shape: Shape = Shape(),
 ) -> tuple[float, float, float]:
     """Images a second, peak memory in MB by the allocator (NaN on a CPU), and the student's GFLOP an image."""
+    torch.compiler.reset()  # or code that was compiled for other sizes counts towards torch's limit for this one
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    loop = Loop(name, arguments, size, teacher, device)
-    loop.run(WARM_UP)
+    loop = Loop(name, arguments, size, teacher, device, shape)
+    loop.run(arguments.warm_up)
     started = time.perf_counter()
     loop.run(arguments.steps)
     rate = size * arguments.steps / (time.perf_counter() - started)
     memory = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else float("nan")
     return rate, memory, gigaflops(Loop(name, _eager(arguments), 1, teacher, device).variant)[1]
+
+
+def _ideas(arguments: argparse.Namespace, teacher: Teacher, device: torch.device) -> Table:
+    """What the loop gains by each of its ideas: the same steps with and without it."""
+    table, size, whole = Table(title=f"with and without, batch {arguments.batches[0]}"), arguments.batches[0], {}
+    for column in ["idea", "images/s with", "without", "with / without", "peak with, MB", "without, MB"]:
+        table.add_column(column, justify="left" if column == "idea" else "right")
+    for idea, name, shape in IDEAS:
+        try:
+            if name not in whole:
+                whole[name] = measure(name, arguments, size, teacher, device)
+            (rate, memory, _), (plain, larger, _) = whole[name], measure(name, arguments, size, teacher, device, shape)
+        except torch.OutOfMemoryError:
+            table.add_row(idea, "out of memory")
+            continue
+        table.add_row(idea, f"{rate:.1f}", f"{plain:.1f}", f"{rate / plain:.3f}", f"{memory:.0f}", f"{larger:.0f}")
+    return table
 
 
 def _eager(arguments: argparse.Namespace) -> argparse.Namespace:
@@ -114,7 +216,7 @@ def _eager(arguments: argparse.Namespace) -> argparse.Namespace:
 def where_time_goes(name: str, arguments: argparse.Namespace, size: int, teacher: Teacher, device: torch.device) -> str:
     """A table of the kernels that take longest in three steps."""
     loop = Loop(name, arguments, size, teacher, device)
-    loop.run(WARM_UP)
+    loop.run(arguments.warm_up)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as record:
         loop.run(3)

@@ -377,6 +377,8 @@ OTHER = {
     "training.time_dtype": "fp32",
     "runtime.device": "cpu",
     "runtime.compile": True,
+    "runtime.deterministic": False,
+    "runtime.compress_gradients": "bf16",
     "runtime.checkpoint_blocks": True,
     "runtime.trackers": [],
     "runtime.keep_every": 5,

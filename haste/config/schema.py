@@ -300,7 +300,10 @@ class Runtime(Strict):
     accumulate: Positive = 1
     compile: bool = False
     checkpoint_blocks: bool = False
+    deterministic: bool = True
+    compress_gradients: Literal["bf16"] | None = None
     threads: Positive = 1
+    loader_threads: Positive | None = None
     save_every: Annotated[Positive | str, BeforeValidator(_save_every)] = 1000
     keep_every: Positive | None = None
     log_every: Positive = 100

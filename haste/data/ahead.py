@@ -1,9 +1,11 @@
-"""Work done by threads ahead of use, in order."""
+"""Work done by threads: ahead of use, in order; or a batch's reads at once."""
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -31,3 +33,23 @@ def made_ahead(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def reading_threads(asked: int | None) -> int:
+    """`runtime.loader_threads` of a rank: reads wait for disks, so by default four for each of its cores, 8 to 32."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return asked or min(32, max(8, 4 * cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+@contextlib.contextmanager
+def spread(threads: int, name: str) -> Iterator[Callable[[Callable[[Given], None], Sequence[Given]], None]]:
+    """A function that calls another with each of some items, in so many threads, and returns once all are done. What
+    the other raises, it raises."""
+    with ThreadPoolExecutor(threads, thread_name_prefix=name) as pool:
+
+        def run(work: Callable[[Given], None], items: Sequence[Given]) -> None:
+            parts = [items[first::threads] for first in range(min(threads, len(items)))]
+            for _ in pool.map(lambda part: [work(item) for item in part], parts):
+                pass
+
+        yield run

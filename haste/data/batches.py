@@ -16,9 +16,10 @@ from torch import Tensor
 
 from haste.config import EVALUATION, condition_in, process_in
 from haste.data import order
-from haste.data.ahead import made_ahead
+from haste.data.ahead import made_ahead, spread
 from haste.data.condition import Condition
-from haste.files.store import Span, Store
+from haste.files.store import Reads, Span, Store, one_by_one
+from haste.networks.devices import sent
 from haste.networks.spec import each
 
 CPU = torch.device("cpu")
@@ -49,10 +50,8 @@ class Batch:
         return Batch(self.step, **changed)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; to a GPU from pinned memory, without waiting."""
-        if device.type == "cpu":
-            return self
-        return self.map(lambda x: x.pin_memory().to(device, non_blocking=True))
+        """The batch, of the host's memory, on a device."""
+        return self.map(lambda x: sent(x, device))
 
     def microbatches(self, count: int) -> list[Batch]:
         """The batch cut into equal parts, in order, for gradient accumulation."""
@@ -108,6 +107,7 @@ class Batches:
         self.bands = {term: (process.place(low), process.place(high)) for term, (low, high) in (bands or {}).items()}
         _check_images(latents, images, [store for store, _ in self.targets.values()])
         self.latents, self.images = latents, images
+        self.reads: Reads = one_by_one
         self.seed, self.size = seed, size
         self.samples: range | Span = latents.range("train")
         if len(self.samples) < size:
@@ -142,7 +142,8 @@ class Batches:
         visits = range(self.size) if visits is None else visits
         chosen = self.samples.start + order.batch_indices(self.seed, step, self.size, len(self.samples))
         chosen = chosen[visits.start : visits.stop]
-        moments = self._moments(chosen)
+        rows = self._rows(chosen)
+        moments = self._moments(rows, chosen)
         shape = _shape_of(moments)
         return Batch(
             step=step,
@@ -150,7 +151,7 @@ class Batches:
             draw=torch.from_numpy(order.normals(self.seed, "latent draw", step, visits, shape)),
             noise=torch.from_numpy(order.normals(self.seed, "noise", step, visits, shape)),
             t=self._times(step, visits),
-            condition=self._told(chosen, step, visits, self.class_dropout),
+            condition=self._told(rows, chosen, step, visits, self.class_dropout),
             **self._for_teachers(chosen),
             rows=torch.arange(visits.start, visits.stop),
             weights=self._weights(step, visits),
@@ -185,7 +186,8 @@ class Batches:
         Latent draw and noise depend on the image alone, so two measurements differ only by the weights.
         """
         chosen = indices[rows.start : rows.stop]
-        moments = self._moments(chosen)
+        read = self._rows(chosen)
+        moments = self._moments(read, chosen)
         shape = _shape_of(moments)
         return Batch(
             step=0,
@@ -193,35 +195,43 @@ class Batches:
             draw=torch.from_numpy(order.normals(self.seed, "measured latent draw", 0, chosen.tolist(), shape)),
             noise=torch.from_numpy(order.normals(self.seed, "measured noise", 0, chosen.tolist(), shape)),
             t=torch.zeros(len(chosen)),
-            condition=self._told(chosen, 0, chosen.tolist(), dropout=0.0),
+            condition=self._told(read, chosen, 0, chosen.tolist(), dropout=0.0),
             **self._for_teachers(chosen),
             rows=torch.arange(rows.start, rows.stop),
         )
 
-    def _moments(self, chosen: np.ndarray) -> Tensor:
+    def _rows(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        """Some images' latents, and what the condition keeps beside them."""
+        return self.latents.rows(["moments", *self.condition.stored], chosen, self.reads)
+
+    def _moments(self, rows: Mapping[str, np.ndarray], chosen: np.ndarray) -> Tensor:
         """Mean and std of some images' latents; refuses values that no encoder writes, because the losses of a step
         would not show the cause."""
-        moments = torch.from_numpy(self.latents.read("moments", chosen).astype(np.float32))
+        moments = torch.from_numpy(rows["moments"].astype(np.float32))
         if not moments.isfinite().all():
             broken = int(chosen[int((~moments.flatten(1).isfinite().all(dim=1)).nonzero()[0, 0])])
             raise ValueError(f"{self.latents.folder}: latents of image {broken} are not finite, expected numbers")
         return moments
 
-    def _told(self, chosen: np.ndarray, step: int, visits: Sequence[int], dropout: float) -> Any:
+    def _told(
+        self, rows: Mapping[str, np.ndarray], chosen: np.ndarray, step: int, visits: Sequence[int], dropout: float
+    ) -> Any:
         """The conditions of some images."""
-        rows = {name: self.latents.read(name, chosen) for name in self.condition.stored} | {"index": chosen}
-        if fault := self.condition.fault(rows):
+        kept = {name: rows[name] for name in self.condition.stored} | {"index": chosen}
+        if fault := self.condition.fault(kept):
             raise ValueError(f"{self.latents.folder}: {fault}")
-        told = self.condition.batch(rows, seed=self.seed, step=step, visits=visits, dropout=dropout)
+        told = self.condition.batch(kept, seed=self.seed, step=step, visits=visits, dropout=dropout)
         return each(torch.from_numpy, told)
 
     def _for_teachers(self, chosen: np.ndarray) -> dict[str, Any]:
         """A batch's images and targets for teachers."""
-        images = None if self.images is None else torch.from_numpy(self.images.read("image", chosen))
+        images = None
+        if self.images is not None:
+            images = torch.from_numpy(self.images.rows(["image"], chosen, self.reads)["image"])
         stored = {
-            (name, field): torch.from_numpy(store.read(field, chosen))
+            (name, field): torch.from_numpy(values)
             for name, (store, fields) in self.targets.items()
-            for field in fields
+            for field, values in store.rows(fields, chosen, self.reads).items()
         }
         return {"images": images, "targets": stored}
 
@@ -247,13 +257,16 @@ class Batches:
         visits: range | None = None,
         device: torch.device = CPU,
         depth: int = 3,
+        readers: int = 1,
     ) -> Iterator[Batch]:
-        """The batches of many steps in order, made and moved to a device in threads, `depth` of them ahead of use."""
-
-        def make(step: int) -> Batch:
-            return self(step, visits).to(device)
-
-        return made_ahead(make, steps, threads=WORKERS, depth=depth, name="batches")
+        """The batches of many steps in order, made and moved to a device in threads, `depth` of them ahead of use.
+        Others, `readers`, read what they consist of: a disk at the other end of a network takes milliseconds a read."""
+        with spread(readers, "reads") as reads:
+            own = copy.copy(self)
+            own.reads = reads
+            yield from made_ahead(
+                lambda step: own(step, visits).to(device), steps, threads=WORKERS, depth=depth, name="batches"
+            )
 
 
 def _check_images(latents: Store, images: Store | None, targets: Sequence[Store]) -> None:

@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from haste.networks.devices import sent
+
 CHAIN = 1000  # steps that DiT is trained on
 LAST = CHAIN - 1  # step k of the chain lies at t = k / LAST
 
@@ -84,8 +86,7 @@ def log_variance(steps: Chain, index: int | Tensor, output: Tensor) -> Tensor:
 
 def at(values: NDArray[np.float64], index: int | Tensor, like: Tensor) -> Tensor:
     """Values of some kept steps, as precise as `like`."""
-    table = torch.from_numpy(values).to(like.device)
-    return table[index].to(like.dtype)
+    return sent(torch.from_numpy(values), like.device)[index].to(like.dtype)
 
 
 Noise = Callable[[int], Tensor]

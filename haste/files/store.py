@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import json
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,6 +43,7 @@ _DIGEST_BYTES = 16
 _CHECKED = 256  # samples that are compared with their digests at once
 _ENTRY = ("start", "count", "bytes")
 _READ_LIMIT = 2**30  # bytes per pread; Linux reads at most 2 GiB at once
+_OPEN = 64  # files of a store that stay open; a process may have 1,024
 _VERIFY_ROWS = 256
 _VERIFIERS = 4  # threads
 
@@ -442,11 +443,25 @@ def _pread(shard: _Shard, descriptor: int, out: np.ndarray, offset: int) -> None
     """Fill `out` (bytes) from an offset in the file."""
     done = 0
     while done < len(out):
-        part = os.pread(descriptor, min(len(out) - done, _READ_LIMIT), offset + done)
-        if not part:
+        found = os.preadv(descriptor, [out[done : done + _READ_LIMIT]], offset + done)
+        if not found:
             raise ValueError(f"{shard.path}: truncated: found {offset + done} bytes, expected {offset + len(out)}")
-        out[done : done + len(part)] = np.frombuffer(part, dtype=np.uint8)
-        done += len(part)
+        done += found
+
+
+#: Calls a function with each of some items, in any order, and returns once all are done.
+Reads = Callable[[Callable[[Any], None], Sequence[Any]], None]
+
+
+def one_by_one(work: Callable[[Any], None], items: Sequence[Any]) -> None:
+    """In this thread, in order."""
+    for item in items:
+        work(item)
+
+
+def _opened(shards: Sequence[_Shard], number: int) -> io.FileIO:
+    """A shard's file. It closes when nobody holds it any more: a thread that reads keeps what it reads from."""
+    return io.FileIO(shards[number].path, "rb")
 
 
 class Made(Protocol):
@@ -470,13 +485,13 @@ class Store:
         manifest: all of manifest.json.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], shards: list[_Shard]) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], shards: list[_Shard], digests: np.ndarray) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._digests = digests  # (count, 16) uint8
         self._fits = np.zeros(manifest["count"], dtype=bool)  # the samples whose digests were compared
-        self._shards = shards
-        self._files: dict[int, io.FileIO] = {}
-        self._lock = threading.Lock()
+        self._shards, self._starts = shards, np.array([shard.header["start"] for shard in shards])
+        self._open = functools.lru_cache(_OPEN)(functools.partial(_opened, shards))
 
     @classmethod
     def of(cls, made: Made) -> Store:
@@ -515,8 +530,8 @@ class Store:
         if key is not None:
             check_key(folder / MANIFEST, manifest["key"], manifest["recipe"], key, recipe)
         shards = [_open_shard(folder, manifest, number) for number in range(len(manifest["shards"]))]
-        store = cls(folder, manifest, shards)
-        identity = _identity(_read_rows(shard, DIGEST) for shard in shards)
+        digests = [_read_rows(shard, DIGEST) for shard in shards]
+        store, identity = cls(folder, manifest, shards, np.concatenate(digests)), _identity(digests)
         if identity != store.identity:
             raise ValueError(f"{folder}: the shards' identity is {identity}, expected {store.identity} by the manifest")
         if verify == "full":
@@ -560,95 +575,104 @@ class Store:
         return self.splits[split]
 
     def read(self, field: str, indices: ArrayLike | Sequence[int]) -> np.ndarray:
-        """Read samples in the given order, with repetitions: (len(indices), *shape).
+        """Read one field of samples, (len(indices), *shape); see `rows`."""
+        return self.rows([field], indices)[field]
+
+    def rows(
+        self, fields: Sequence[str], indices: ArrayLike | Sequence[int], reads: Reads = one_by_one
+    ) -> dict[str, np.ndarray]:
+        """Read fields of samples in the given order, with repetitions: name -> (len(indices), *shape).
 
         What this process has not read yet is compared with its digest.
+
+        Args:
+            fields: their names.
+            indices: of the samples.
+            reads: makes the reads, which may go on in several threads at once.
 
         Raises:
             ValueError: there is no such field or sample, the file lacks what its manifest promises, or is damaged.
         """
-        if field not in self.manifest["fields"]:
-            raise ValueError(f"{self.folder}: no field {field!r}, expected one of {sorted(self.manifest['fields'])}")
-        found = self._read(field, indices)
-        rows, places = np.unique(np.asarray(indices, dtype=np.int64), return_index=True)
-        new = ~self._fits[rows]
-        rows, places = rows[new], places[new]
-        for low in range(0, len(rows), _CHECKED):
-            some = slice(low, low + _CHECKED)
-            self._check_digests(rows[some], {field: found[places[some]]})
-        return found
-
-    def _check_digests(self, rows: np.ndarray, known: Mapping[str, np.ndarray]) -> None:
-        fields = {name: known[name] if name in known else self._read(name, rows) for name in self.manifest["fields"]}
-        if len(wrong := np.flatnonzero((_digests(fields) != self._read(DIGEST, rows)).any(axis=1))):
+        if unknown := [field for field in fields if field not in self.manifest["fields"]]:
             raise ValueError(
-                f"{self.folder}: sample {rows[wrong[0]]} does not fit its digest, so its shard is damaged. Remove the "
-                "shard and the manifest: the workflow makes them again"
+                f"{self.folder}: no field {unknown[0]!r}, expected one of {sorted(self.manifest['fields'])}"
             )
-        self._fits[rows] = True
+        wanted, back = np.unique(self._indices(indices), return_inverse=True)
+        found = self._read(fields, wanted, reads)
+        new = np.flatnonzero(~self._fits[wanted])
+        for low in range(0, len(new), _CHECKED):
+            some = new[low : low + _CHECKED]
+            self._check_digests(wanted[some], {field: found[field][some] for field in fields}, reads)
+        if np.array_equal(back, np.arange(len(wanted))):  # in order: there is nothing to arrange
+            return found
+        return {field: values[back] for field, values in found.items()}
 
-    def _read(self, field: str, indices: ArrayLike | Sequence[int]) -> np.ndarray:
+    def _indices(self, indices: ArrayLike | Sequence[int]) -> np.ndarray:
         asked = np.asarray(indices)
         if asked.ndim != 1 or (asked.size and asked.dtype.kind not in "iu"):
             raise ValueError(f"{self.folder}: indices are {asked.dtype} {asked.shape}, expected a row of integers")
         asked = asked.astype(np.int64)
         if asked.size and not (asked.min() >= 0 and asked.max() < self.count):
             raise ValueError(f"{self.folder}: indices {asked.min()}..{asked.max()}, expected 0..{self.count - 1}")
-        shape, dtype = self._shards[0].fields[field]
-        out = np.empty((len(asked), *shape), dtype=dtype)
-        order = np.argsort(asked, kind="stable")  # the disk is read forwards, whatever the given order
-        ordered = asked[order]
-        for number, shard in enumerate(self._shards):
-            start = shard.header["start"]
-            low, high = np.searchsorted(ordered, [start, start + shard.header["count"]])
-            if low < high:
-                out[order[low:high]] = self._read_sorted(number, field, ordered[low:high] - start)
-        return out.astype(dtype.newbyteorder("="), copy=False)
+        return asked
 
-    def _read_sorted(self, number: int, field: str, rows: np.ndarray) -> np.ndarray:
-        """Rows of one shard, in ascending order, duplicates allowed; adjacent rows are read at once."""
-        shard, descriptor = self._shards[number], self._descriptor(number)
-        shape, dtype = shard.fields[field]
-        width = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        wanted, back = np.unique(rows, return_inverse=True)
-        # (wanted, bytes of a sample)
-        flat = np.empty((len(wanted), width), dtype=np.uint8)
-        cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
-        for low, high in zip([0, *cuts], [*cuts, len(wanted)], strict=True):
-            _pread(shard, descriptor, flat[low:high].reshape(-1), shard.offsets[field] + int(wanted[low]) * width)
-        values = flat.reshape(-1).view(dtype).reshape(len(wanted), *shape)
-        return values if len(wanted) == len(rows) else values[back]
+    def _check_digests(self, rows: np.ndarray, known: Mapping[str, np.ndarray], reads: Reads) -> None:
+        others = [name for name in self.manifest["fields"] if name not in known]
+        wrong = self._damaged(rows, {**known, **self._read(others, rows, reads)})
+        if wrong is not None:
+            raise ValueError(
+                f"{self.folder}: sample {wrong} does not fit its digest, so its shard is damaged. Remove the "
+                "shard and the manifest: the workflow makes them again"
+            )
+        self._fits[rows] = True
 
-    def _descriptor(self, number: int) -> int:
-        with self._lock:
-            if number not in self._files:  # file objects, which close when the store is garbage-collected
-                self._files[number] = io.FileIO(self._shards[number].path, "rb")
-            return self._files[number].fileno()
+    def _damaged(self, rows: np.ndarray, values: Mapping[str, np.ndarray]) -> int | None:
+        """The first of some samples that does not fit its digest, given all fields of them."""
+        wrong = np.flatnonzero((_digests(values) != self._digests[rows]).any(axis=1))
+        return int(rows[wrong[0]]) if len(wrong) else None
+
+    def _read(self, fields: Sequence[str], wanted: np.ndarray, reads: Reads = one_by_one) -> dict[str, np.ndarray]:
+        """Fields of samples in ascending order, each once; adjacent ones of a shard are read at once."""
+        numbers = np.searchsorted(self._starts, wanted, side="right") - 1
+        cuts = np.flatnonzero((np.diff(wanted) != 1) | (np.diff(numbers) != 0)) + 1
+        runs = list(zip([0, *cuts], [*cuts, len(wanted)], strict=True)) if len(wanted) else []
+        found, pieces = {}, []
+        for field in fields:
+            shape, dtype = self._shards[0].fields[field]
+            width = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            flat = np.empty(len(wanted) * width, dtype=np.uint8)
+            for low, high in runs:
+                number = int(numbers[low])
+                offset = self._shards[number].offsets[field] + int(wanted[low] - self._starts[number]) * width
+                pieces.append((number, flat[low * width : high * width], offset))
+            found[field] = flat.view(dtype).reshape(len(wanted), *shape)
+        reads(self._fill, pieces)
+        return {field: values.astype(values.dtype.newbyteorder("="), copy=False) for field, values in found.items()}
+
+    def _fill(self, piece: tuple[int, np.ndarray, int]) -> None:
+        number, out, offset = piece
+        file = self._open(number)
+        _pread(self._shards[number], file.fileno(), out, offset)
 
     def _verify(self) -> None:
         """Compare every sample with its digest; reading and hashing release the GIL."""
+
+        def damaged(low: int) -> int | None:
+            rows = np.arange(low, min(low + _VERIFY_ROWS, self.count))
+            return self._damaged(rows, self._read(list(self.manifest["fields"]), rows))
+
         with ThreadPoolExecutor(_VERIFIERS) as pool:
-            for sample in pool.map(self._damaged, range(0, self.count, _VERIFY_ROWS)):
+            for sample in pool.map(damaged, range(0, self.count, _VERIFY_ROWS)):
                 if sample is not None:
                     pool.shutdown(cancel_futures=True)
                     raise ValueError(f"{self._file_of(sample)}: sample {sample} is damaged: it does not fit its digest")
-
-    def _damaged(self, low: int) -> int | None:
-        """The first sample of the block from `low` on that does not fit its digest."""
-        rows = np.arange(low, min(low + _VERIFY_ROWS, self.count))
-        found = _digests({name: self._read(name, rows) for name in self.manifest["fields"]})
-        wrong = np.flatnonzero((found != self._read(DIGEST, rows)).any(axis=1))
-        return int(rows[wrong[0]]) if len(wrong) else None
 
     def _file_of(self, sample: int) -> Path:
         return next(s.path for s in self._shards if sample < s.header["start"] + s.header["count"])
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
-        with self._lock:
-            for file in self._files.values():
-                file.close()
-            self._files.clear()
+        self._open.cache_clear()
 
     def __enter__(self) -> Store:
         return self

@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Generator
 
 import torch
+from torch import Tensor
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's memory on a device; to a GPU from page-locked memory, so that nothing waits for it."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+@contextlib.contextmanager
+def repeatable(device: torch.device, wanted: bool) -> Generator[None]:
+    """On a GPU only kernels that give the same bits each time, if wanted. Those of a CPU always do.
+
+    Raises:
+        ValueError: an operation has no such kernel.
+    """
+    if device.type != "cuda" or not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses to multiply
+    # Fused attention has a second backward kernel for this, which it does not take where warnings are enough.
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # takes time, and finds only mistakes of others
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_deterministic_algorithms" not in str(error):
+            raise
+        raise ValueError(
+            f"runtime.deterministic: true, but {str(error).split(', but you set')[0]}. Set runtime.deterministic: "
+            "false; then a run that was killed may end with other bits, and its states say so"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def choose_device(asked: str, local_rank: int = 0) -> torch.device:

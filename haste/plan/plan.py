@@ -49,6 +49,7 @@ from haste.plan.targets import Targets
 _YOUNG = {
     *("process", "time_dtype", "eta", "filter", "layer", "normalise", "normalise_factor", "head", "kernel", "t_max"),
     *("release", "weights", "prompts", "split", "jobs_per_gpu"),
+    *("deterministic", "compress_gradients", "loader_threads"),
 }
 
 

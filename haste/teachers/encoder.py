@@ -7,7 +7,8 @@ Layers are counted from 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.layers import Attention
+from timm.layers import Attention, create_feature_extractor
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional
@@ -44,6 +45,7 @@ class Teacher:
     """
 
     low_pass: float | None = None
+    _graph_of: Callable[[int | None, tuple[int, ...]], Any] | None = None  # once compiled
 
     def __init__(
         self,
@@ -176,7 +178,20 @@ class Teacher:
 
     def _forward(self, images: Tensor, layer: int | None, attention: Sequence[int]) -> TeacherTargets:
         """layer: whose tokens are the features; None if none are requested."""
-        needed = self._needed(layer, attention)
+        needed, x = self._needed(layer, attention), self.prepare(images)
+        if self._graph_of is not None:
+            outputs = self._graph_of(layer, tuple(sorted(set(attention))))(x)
+            tokens = None if layer is None else self._finished(outputs.pop("tokens"))
+            taps = {int(name): out for name, out in outputs.items()}
+        else:
+            tokens, taps = self._looked_at(x, needed, layer is not None and self.final_norm, attention)
+        found = {layer: self._queries_and_keys(layer, out) for layer, out in taps.items()}
+        return TeacherTargets(None if layer is None else tokens, found, self.grid)
+
+    def _looked_at(
+        self, x: Tensor, needed: Sequence[int], norm: bool, attention: Sequence[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Patch tokens of the first of the needed blocks, and layer -> what its projection gives."""
         taps: dict[int, Tensor] = {}
         hooks = [
             # The hook is on the projection alone, so that the attention itself stays fused.
@@ -185,21 +200,33 @@ class Teacher:
             )
             for layer in sorted(set(attention))
         ]
+        how: Any = {"stop_early": True, "output_fmt": "NLC", "intermediates_only": True}
         try:
-            blocks = self.network.forward_intermediates(
-                self.prepare(images),
-                indices=needed,
-                norm=layer is not None and self.final_norm,
-                stop_early=True,
-                output_fmt="NLC",
-                intermediates_only=True,
-            )
+            blocks = self.network.forward_intermediates(x, indices=list(needed), norm=norm, **how)
         finally:
             for hook in hooks:
                 hook.remove()
-        tokens = cast(list[Tensor], blocks)[0]  # of the earliest block: that of the features, if they are requested
-        found = {layer: self._queries_and_keys(layer, out) for layer, out in taps.items()}
-        return TeacherTargets(None if layer is None else tokens, found, self.grid)
+        return cast(list[Tensor], blocks)[0], taps
+
+    def _finished(self, tokens: Tensor) -> Tensor:
+        """A block's tokens (B, prefix + N, D) -> features (B, N, D)."""
+        return (self.network.norm(tokens) if self.final_norm else tokens)[:, self.network.num_prefix_tokens :]
+
+    def compile(self, **how: Any) -> None:
+        """Compile what is asked of it from now on; `how` as for `torch.compile`.
+
+        A compiler sees neither `forward_intermediates`, since it takes a network's own call, nor hooks. So a graph of
+        the network up to the last layer needed, with these outputs, is made for each kind of request.
+        """
+
+        def graph_of(layer: int | None, attention: tuple[int, ...]) -> Any:
+            outputs = {f"blocks.{one}.attn.qkv": str(one) for one in attention}
+            outputs |= {} if layer is None else {f"blocks.{layer}": "tokens"}
+            graph = create_feature_extractor(self.network, outputs)
+            graph.compile(**how)
+            return graph
+
+        self._graph_of = functools.cache(graph_of)
 
     def _attention(self, layer: int) -> Attention:
         return cast(Attention, self.network.blocks[layer].attn)

@@ -187,19 +187,31 @@ class Checkpoints:
         self.inputs = {**header["inputs"], **self.inputs}  # earlier teachers stay on record
 
     def _note_changes(self, header: Mapping[str, Any], path: Path) -> None:
-        """Log what differs from here on, and permanently record changes in the source of targets."""
+        """Log what differs from here on, and permanently record changes in kernels and in the source of targets."""
         made = header["provenance"]
         if made["code"] != artefact.code_version():
             log.warning("%s was made by other code (%s)", path, made["code"])
         if made.get("processes", 1) != self.group.size:
             log.warning("%s was made by %d processes, going on with %d", path, made["processes"], self.group.size)
         self.changes = list(made.get("changes", []))
+        for name, choice in self.kernels.items():
+            if (was := made.get(name, choice)) != choice:
+                self.changes.append(f"step {header['step']}: {name}: {was} before, {choice} from here on")
+                log.warning("%s: was made with %s: %s, going on with %s", path, name, was, choice)
         for kind, now in self.sources.items():
             first = "online" if f"teacher of {kind}" in header["inputs"] else now
             if (was := made.get("targets", {}).get(kind, first)) != now:
                 was, now = (source[:20] for source in (was, now))
                 self.changes.append(f"step {header['step']}: targets of {kind}: {was} before, {now} from here on")
                 log.warning("%s: its targets of %s were %s, going on with %s", path, kind, was, now)
+
+    @property
+    def kernels(self) -> dict[str, Any]:
+        """Entries of the record that say whether the same steps give the same bits, and whose bits."""
+        repeat = self.group.device.type != "cuda" or self.runtime.deterministic
+        return {"deterministic": repeat} | (
+            {"compress_gradients": self.runtime.compress_gradients} if self.group.size > 1 else {}
+        )
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
@@ -267,7 +279,7 @@ class Checkpoints:
     def _header(self, step: int) -> dict[str, Any]:
         made = artefact.provenance(key=self.trajectory.key, inputs=self.inputs)
         made |= {"processes": self.group.size, "accumulate": self.runtime.accumulate}
-        made |= {"targets": self.sources, "changes": self.changes}
+        made |= {"targets": self.sources, "changes": self.changes, **self.kernels}
         about = {"key": self.trajectory.key, "trajectory": self.trajectory.name, "recipe": self.trajectory.recipe}
         return {**about, "step": step, "inputs": self.inputs, "provenance": made}
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from haste.networks.devices import choose_device
@@ -202,6 +203,16 @@ def enough_memory() -> Generator[None]:
         ) from error
 
 
-def wrap(module: nn.Module, group: Group) -> nn.Module:
-    """The module wrapped in DDP, which averages gradients over the group; unchanged in a group of one."""
-    return module if group.size == 1 else DistributedDataParallel(module, gradient_as_bucket_view=True)
+def wrap(module: nn.Module, group: Group, compress: str | None = None) -> nn.Module:
+    """The module wrapped in DDP, which averages gradients over the group; unchanged in a group of one.
+
+    Buffers, such as positions, are constants: every rank has them, and none is sent at every step. With `compress`,
+    "bf16", gradients are rounded to bf16 before they are sent, and summed in it.
+    """
+    if group.size == 1:
+        return module
+    wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = False  # the argument's name depends on torch's version
+    if compress == "bf16":
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped

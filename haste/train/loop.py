@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -22,10 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from haste.align.losses import TeacherTargets
 from haste.config import Runtime
+from haste.data.ahead import reading_threads
 from haste.data.batches import Batch
 from haste.files.journal import Journal
 from haste.files.provenance import read_header
-from haste.networks.devices import check_compiler
+from haste.networks.devices import check_compiler, repeatable
 from haste.plan.names import Segment, State
 from haste.plan.plan import Plan
 from haste.train import stops
@@ -70,8 +71,9 @@ def train(plan: Plan, state: State, interrupted: Callable[[], int] | None = None
         FloatingPointError: a loss is not finite; earlier states are kept.
         Interrupted: `interrupted` returned a reason.
     """
-    torch.set_num_threads(plan.config.runtime.threads)
-    with joined(plan.config.runtime.device) as group, enough_memory():
+    runtime = plan.config.runtime
+    torch.set_num_threads(runtime.threads)
+    with joined(runtime.device) as group, enough_memory(), repeatable(group.device, runtime.deterministic):
         return _train(plan, state, group, interrupted)
 
 
@@ -132,9 +134,9 @@ class Loop:
         self.angles = Angles(objective, self.inputs, part=part, scale=scale, compiled=self.runtime.compile)
         if self.runtime.compile:
             check_compiler(self.group.device)
-            for network in (self.learner.model, *(teacher.network for teacher in self.inputs.teachers.values())):
+            for network in (self.learner.model, *self.inputs.teachers.values()):
                 network.compile()
-        self.objective = wrap(objective, self.group)
+        self.objective = wrap(objective, self.group, self.runtime.compress_gradients)
 
     def run(self, interrupted: Callable[[], int] | None = None) -> int:
         """Train to the end, or until a trigger stops a term, and save the state there. Returns its step.
@@ -148,7 +150,7 @@ class Loop:
         self._warm_up()
         agreement, clock, steps = Agreement(self.group), Agreement(self.group), range(self.begin, self.end)
         with self._journal() as journal:
-            for batch in journal.timing(self.inputs.batches.ahead(steps, self.rows, self.group.device)):
+            for batch in journal.timing(self._feed(steps)):
                 journal.add(self._step(batch))
                 done = batch.step + 1
                 last = self.watches.read(done, self.angles) or done == self.end
@@ -169,6 +171,10 @@ class Loop:
                 if last:
                     break
         return done
+
+    def _feed(self, steps: range) -> Iterator[Batch]:
+        readers = reading_threads(self.runtime.loader_threads)
+        return self.inputs.batches.ahead(steps, self.rows, self.group.device, readers=readers)
 
     def _journal(self) -> Journal:
         folder, trajectory = self.checkpoints.folder, self.checkpoints.trajectory

@@ -27,6 +27,7 @@ from haste.data import order
 from haste.data.batches import Batch
 from haste.data.latents import draw
 from haste.diffusion.process import Process
+from haste.networks.devices import sent
 from haste.networks.spec import each
 from haste.train.distributed import Group
 from haste.train.state import Learner
@@ -82,9 +83,7 @@ def gather_negatives(
     """
     features, tokens = feature_target(features, terms["features"]), features.shape[1]
     count = terms["features"]["negative_count"]
-    places = torch.from_numpy(order.choice(seed, "negatives", step, count, size * tokens))
-    if features.device.type == "cuda":
-        places = places.pin_memory().to(features.device, non_blocking=True)
+    places = sent(torch.from_numpy(order.choice(seed, "negatives", step, count, size * tokens)), features.device)
     row, token = places // tokens - rows.start, places % tokens
     mine = (row >= 0) & (row < len(rows))
     found = features.detach()[row.clamp(0, len(rows) - 1), token]

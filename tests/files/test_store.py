@@ -15,7 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from haste.data.ahead import spread
 from haste.files import artefact
+from haste.files import store as store_file
 from haste.files.store import Store, differences, join, shard_path, shard_range, write_shard
 
 FIELDS = {"image": ((3, 2), "float16"), "label": ((), "int64")}
@@ -60,11 +62,12 @@ def test_any_indices_read_as_numpy_would(data):
     indices = data.draw(st.lists(st.integers(0, count - 1), max_size=30))
     with tempfile.TemporaryDirectory() as folder:
         expected = make(Path(folder), count, shards)
-        with Store.open(folder) as store:
+        with Store.open(folder) as store, spread(data.draw(st.integers(1, 5)), "reads") as reads:
+            both = store.rows(list(FIELDS), indices, reads)
             for field in FIELDS:
-                found = store.read(field, indices)
-                assert found.dtype == expected[field].dtype
-                assert np.array_equal(found, expected[field][np.array(indices, dtype=int)])
+                for found in (both[field], store.read(field, indices)):
+                    assert found.dtype == expected[field].dtype
+                    assert np.array_equal(found, expected[field][np.array(indices, dtype=int)])
 
 
 def test_the_identity_is_that_of_the_content_in_any_number_of_shards(tmp_path):
@@ -117,8 +120,10 @@ def test_shards_cover_everything_once_and_evenly(total, shards):
     assert max(map(len, spans)) - min(map(len, spans)) <= 1
 
 
-def test_two_threads_read_at_once(tmp_path):
-    data = make(tmp_path, 50, 4)
+def test_threads_read_at_once_from_more_shards_than_may_be_open(tmp_path, monkeypatch):
+    data = make(tmp_path, 50, 9)
+    monkeypatch.setattr(store_file, "_OPEN", 2)
+    before = len(os.listdir("/proc/self/fd"))
     store, wrong = Store.open(tmp_path), []
 
     def reader(seed):
@@ -134,6 +139,7 @@ def test_two_threads_read_at_once(tmp_path):
     for thread in threads:
         thread.join()
     assert not wrong
+    assert len(os.listdir("/proc/self/fd")) == before + 2
 
 
 def test_a_closed_store_opens_its_files_again(tmp_path):

@@ -113,6 +113,27 @@ def test_features_of_a_layer_are_its_tokens_through_the_last_norm_and_later_bloc
             teacher(images(), features=True, layer=layer)
 
 
+def test_a_compiled_teacher_is_one_graph_for_each_kind_of_request_and_says_the_same():
+    plain, compiled = (teacher_of(small_network(qk_norm=True, reg_tokens=1)) for _ in range(2))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled.compile(backend="eager")
+    request = {"features": True, "layer": 1, "attention": [2, 0]}
+    requests = [request, {"features": False, "attention": [1]}, request]
+    for asked in requests:
+        found, expected = (teacher(images(), **asked) for teacher in (compiled, plain))
+        assert found.attention.keys() == expected.attention.keys() and found.grid == expected.grid
+        assert (found.features is None) == (expected.features is None)
+        pairs = [(found.features, expected.features)] if found.features is not None else []
+        pairs += [
+            pair
+            for layer, both in found.attention.items()
+            for pair in zip(both, expected.attention[layer], strict=True)
+        ]
+        assert all(torch.equal(*pair) for pair in pairs)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 def test_softmax_over_patches_is_the_whole_attention_map_renormalised():
     network = small_network(reg_tokens=2)
     block = network.blocks[1]

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from haste.align.triggers import Decision, Plateau
 from haste.cli import main as cli
 from haste.cluster.inside import TIME_LIMIT, Interruption
 from haste.files import journal
 from haste.files.provenance import read_header
+from haste.models.sit import SiT
 from haste.train import distributed, loop, stops
 from haste.train.distributed import Group
 
@@ -55,6 +57,37 @@ def _arrive(rank, seconds, port, joined):
     time.sleep(seconds)
     with distributed.joined("cpu") as group:
         joined.put(group.mean([float(rank)]))
+
+
+class Sent(TorchDispatchMode):
+    """The collective calls that were made, and the type of what they sent."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.calls = [*getattr(self, "calls", []), (func.__name__.partition(".")[0], args[0][0].dtype)]
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_sends_gradients_and_no_constants_and_half_the_bytes_if_it_is_asked():
+    network = SiT(input_size=4, in_channels=4, patch_size=2, depth=1, width=16, heads=2, classes=5)
+    with torch.no_grad():
+        network.final_layer.linear.weight.fill_(0.1)
+    assert "pos_embed" in dict(network.named_buffers())
+    found, x, t = {}, torch.rand(2, 4, 4, 4), torch.rand(2)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for compress in (None, "bf16"):
+            wrapped = distributed.wrap(network, Group(0, 2, torch.device("cpu")), compress)
+            network.zero_grad()
+            with Sent() as sent:
+                wrapped(x, t, torch.zeros(2, dtype=torch.int64))[0].square().sum().backward()
+            gradients = torch.cat([p.grad.flatten() for p in network.parameters()])
+            found[compress] = gradients.clone(), set(sent.calls)
+    finally:
+        torch.distributed.destroy_process_group()
+    (plain, calls), (rounded, fewer) = found.values()
+    assert calls == {("allreduce_", torch.float32)} and fewer == {("allreduce_", torch.bfloat16)}
+    assert plain.any() and torch.equal(rounded, plain.bfloat16().float())
 
 
 @pytest.mark.parametrize("late", [0, 1])
@@ -300,12 +333,14 @@ def test_two_processes_that_measure_angles_train_as_those_that_do_not_up_to_the_
 
 
 def test_going_on_with_another_number_of_processes_is_allowed_and_recorded(make_plan, caplog):
-    plan = make_plan(runs=RUNS, runtime={"processes": 2, "log_every": 2})
+    runtime = {"processes": 2, "log_every": 2, "compress_gradients": "bf16"}
+    plan = make_plan(runs=RUNS, runtime=runtime)
     train_with(plan, state_of(plan, 20), 2)
     loop.train(make_plan(runs=RUNS), state_of(plan, 40))
     assert "was made by 2 processes, going on with 1" in caplog.text
     headers = [read_header(plan.path(state_of(plan, step))) for step in (20, 40)]
     assert [header["provenance"]["processes"] for header in headers] == [2, 1]
+    assert [header["provenance"].get("compress_gradients") for header in headers] == ["bf16", None]
 
 
 def test_the_launcher_trains_and_passes_on_a_refusal_with_exit_code_2(make_plan, capfd):

@@ -18,7 +18,7 @@ from haste.cli import main as cli
 from haste.data.batches import Batches
 from haste.data.condition import Labels
 from haste.diffusion.interpolant import Interpolant
-from haste.files import journal, locks
+from haste.files import journal, locks, store
 from haste.files.store import Store, join, write_shard
 from haste.models.sit import SiT
 from haste.teachers import encoder
@@ -331,11 +331,18 @@ def test_the_journal_survives_torn_lines_and_repeated_stretches(make_plan):
     assert [record["step"] for record in journal.read(path, 6, 12)] == [10, 12]
 
 
-def test_a_batch_is_the_same_read_ahead_or_asked_for_alone(make_plan):
+@pytest.mark.parametrize("readers", [1, 3, 8])
+def test_a_batch_is_the_same_read_ahead_by_any_number_of_threads_or_asked_for_alone(make_plan, monkeypatch, readers):
     plan = make_plan()
     stores = [Store.open(made.folder) for made in (plan.latents, plan.images)]
     batches = Batches(*stores, seed=3, size=8, condition=Labels(classes=10), class_dropout=0.5, process=Interpolant())
-    for batch in batches.ahead(range(5, 9)):
+    pread, readers_seen = store._pread, set()
+    monkeypatch.setattr(
+        store, "_pread", lambda *given: readers_seen.add(threading.current_thread().name[:5]) or pread(*given)
+    )
+    found = list(batches.ahead(range(5, 9), readers=readers))
+    assert readers_seen == {"reads"}  # none in the threads that make batches
+    for batch in found:
         alone = batches(batch.step)
         for name in ("moments", "draw", "noise", "t", "condition", "images"):
             assert torch.equal(getattr(batch, name), getattr(alone, name)), name
