@@ -489,6 +489,15 @@ def test_a_teacher_that_timm_does_not_know_is_refused_by_the_plan(make_plan, cap
     make_plan(teachers={"vit": {"pretrained": {"name": "vit_tiny_patch16_224.augreg_in21k"}}}).check()
 
 
+def test_a_teacher_whose_weights_nobody_serves_is_refused_by_the_plan_without_its_authors_file(make_plan, capsys):
+    images = {**TINY["images"], "resolution": 256}
+    own = {"images": images, "autoencoder": {"trained": {"steps": 2, "factor": 2}}}
+    plan = make_plan(**own, teachers={"vit": {"pretrained": {"name": "MoCov3-B"}}})
+    assert "teacher MoCov3-B: timm has no weights of it; give its authors' file" in thrown(
+        capsys, "plan", "-c", plan.file
+    )
+
+
 def test_a_layer_that_only_the_weights_of_a_teacher_tell_is_refused_by_key_before_the_first_job(
     make_plan, tmp_path, capsys
 ):

@@ -270,8 +270,6 @@ def _faults_of_teachers(config: Config) -> list[str]:
         faults += layer_faults(config, name, shape[0]) if shape else []
         faults += filter_faults(config, name, side) if side else []
         found = teacher.pretrained.name if teacher.pretrained else None
-        if found in TEACHERS and TEACHERS[found].by_file and teacher.pretrained.weights is None:
-            faults.append(f"teachers.{name}.pretrained.weights: {found}'s are not in timm: give its authors' file")
         if found is not None and found not in {*TEACHERS, *extensions.names("teachers")} and not _TIMM.match(found):
             faults.append(
                 f"teachers.{name}.pretrained.name: nothing is called {found!r}, and timm's vision transformers "

@@ -45,6 +45,7 @@ class Images(Strict):
     path: Place | None = None
     labels: Annotated[Place | None, LATER] = None
     captions: Annotated[Place | None, LATER] = None
+    reader: Annotated[Literal["upright", "adm"], LATER] = "upright"
     crop: Annotated[Literal["adm", "centre-lanczos"], LATER] = "adm"
     subset: Annotated[Positive | None, LATER] = None
     resolution: Positive
@@ -65,8 +66,9 @@ class Images(Strict):
         made = self.source in ("digits", "moved-digits")
         if made != (self.path is None):
             raise ValueError("sources 'folder', 'archive', 'parquet' and 'coco' need a path, and only they take one")
-        if made and (self.on_bad_image == "skip" or self.labels or self.crop != "adm"):
-            key = "labels" if self.labels else "on_bad_image skip" if self.on_bad_image == "skip" else "crop"
+        plain = {"labels": None, "on_bad_image": "fail", "crop": "adm", "reader": "upright"}
+        if made and (given := [key for key, value in plain.items() if getattr(self, key) != value]):
+            key = "on_bad_image skip" if given[0] == "on_bad_image" else given[0]
             raise ValueError(f"{key} is for sources 'folder', 'archive' and 'parquet', found {self.source!r}")
         if self.source == "coco" and (self.classes or self.labels):
             raise ValueError("source 'coco' has captions and no labels, expected classes 0")

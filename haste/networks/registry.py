@@ -59,6 +59,10 @@ class Encoder:
             )
         return side
 
+    def asked(self, called: str) -> str:
+        """What is said where the file of one that is known `by_file` is not given."""
+        return f"{called}: timm has no weights of it; give its authors' file as its `weights`"
+
 
 def least_low_pass(side: int) -> float:
     """The smallest share of the Nyquist frequency, to four decimals, that leaves more of an image of `side` pixels than

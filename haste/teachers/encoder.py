@@ -247,7 +247,7 @@ def weight_file(name: str) -> Path:
     """
     spec = known(name)
     if spec.by_file:
-        raise ValueError(f"teacher {name}: timm has no weights of it: give its authors' file as its weights")
+        raise ValueError(spec.asked(f"teacher {name}"))
     return hub.timm_weights(spec.timm, f"teacher {name}")
 
 

@@ -159,7 +159,7 @@ def test_mocov3_has_its_fixed_positions_resampled_with_nothing_for_the_class_tok
 
 
 def test_mocov3_asks_for_a_file_and_timms_own_network_of_that_size_keeps_its_weights_and_normalisation():
-    with pytest.raises(ValueError, match="MoCov3-B: timm has no weights of it: give its authors' file"):
+    with pytest.raises(ValueError, match="teacher MoCov3-B: timm has no weights of it; give its authors' file"):
         Teacher.load("MoCov3-B")
     assert encoder.known("vit_base_patch16_224").norm == ((0.5,) * 3, (0.5,) * 3)
 
