@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from haste import extensions
+from haste.align.terms import kind_of
 from haste.config.keys import LATER, Float, Place, Positive, Rate, Seed, Strict, completed, decides, nearest, number
 from haste.networks.registry import INCEPTIONS
 
@@ -179,9 +180,9 @@ class Teacher(Strict):
             raise ValueError(f"pca {self.pca} is of cached features, and cache is 'off'; expected 'features'")
         return _exactly_one(self)
 
-    def caches(self, kind: str) -> bool:
-        """Whether the targets of a kind of alignment loss, `features` or `attention`, are cached on disk."""
-        return kind in self.cache.split("+")
+    def caches(self, term: str) -> bool:
+        """Whether the targets of an alignment term are cached on disk."""
+        return kind_of(term) in self.cache.split("+")
 
 
 class Cache(Strict):
