@@ -284,7 +284,7 @@ def _faults_of_alignment(config: Config, name: str) -> list[str]:
     """Faults of an alignment that do not depend on the model, found even if it is not used."""
     faults = []
     for which, term in config.alignments[name].terms.items():
-        at = f"alignments.{name}.{which}"
+        at = f"alignments.{name}.{config.alignments[name].path(which)}"
         if term.teacher not in config.teachers:
             faults.append(f"{at}.teacher: nothing is called {term.teacher!r}{nearest(term.teacher, config.teachers)}")
     faults += _faults_of_target(config, name)
@@ -312,7 +312,7 @@ def _faults_of_target(config: Config, name: str) -> list[str]:
     """What needs more than one token of a teacher, and what several teachers of features do not have."""
     several, faults = of_features(config.alignments[name].terms), []
     for which, term in several.items():
-        at = f"alignments.{name}.{which}"
+        at = f"alignments.{name}.{config.alignments[name].path(which)}"
         tokens = teacher_tokens(config, term.teacher) if term.teacher in config.teachers else None
         if tokens and tokens[1] == 1:
             alone = f"but teacher {term.teacher} has one token an image"
@@ -564,12 +564,12 @@ def _faults_of_fit(config: Config, name: str, aligned: str) -> list[str]:
     faults = []
     for which, term in of_features(alignment.terms).items():
         if not depths:
-            faults.append(f"{at}.{which}: {name} hands out no hidden tokens that features could follow")
+            faults.append(f"{at}.{alignment.path(which)}: {name} hands out no hidden tokens that features could follow")
         elif term.depth is None and name not in MAPPINGS:
             missing = "has no published mapping, so its depth must be named"
-            faults.append(f"{at}.{which}.depth: {name} {missing} ({_span(depths)})")
+            faults.append(f"{at}.{alignment.path(which)}.depth: {name} {missing} ({_span(depths)})")
         elif term.depth is not None and term.depth not in depths:
-            faults.append(f"{at}.{which}.depth: {term.depth}, but {name} has blocks {_span(depths)}")
+            faults.append(f"{at}.{alignment.path(which)}.depth: {term.depth}, but {name} has blocks {_span(depths)}")
     if alignment.attention is not None:
         faults += _faults_of_attention(config, alignment.attention, taps, name, f"{at}.attention")
     return faults

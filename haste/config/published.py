@@ -80,7 +80,8 @@ def layer_faults(config: Config, teacher: str, depth: int) -> list[str]:
             asked = getattr(term, key)
             wrong = [one for one in (asked if isinstance(asked, list) else [asked]) if one is not None and one >= depth]
             if wrong and term.teacher == teacher:
-                found.append(f"alignments.{name}.{which}.{key}: {wrong}, but {teacher} has layers 0 to {depth - 1}")
+                at = f"alignments.{name}.{alignment.path(which)}.{key}"
+                found.append(f"{at}: {wrong}, but {teacher} has layers 0 to {depth - 1}")
     return found
 
 

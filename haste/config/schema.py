@@ -161,6 +161,11 @@ class Alignment(Strict):
         several = self.features if isinstance(self.features, list) else [self.features] if self.features else []
         return named("features", several) | ({"attention": self.attention} if self.attention else {})
 
+    def path(self, term: str) -> str:
+        """Where a term is in the configuration, below its alignment: `features.1` is the second of a list."""
+        several = isinstance(self.features, list) and kind_of(term) == "features"
+        return f"features.{list(self.terms).index(term)}" if several else term
+
 
 TERMS: dict[str, type[Strict]] = {"features": FeatureTerm, "attention": AttentionTerm}
 

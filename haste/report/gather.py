@@ -147,16 +147,18 @@ def settings(plan: Plan, run: str) -> dict[str, str]:
     found["timesteps"] = _times(training.timesteps)
     if row.warm_start:
         found["warm start"] = row.warm_start.file + (", new classes" if row.warm_start.classes == "new" else "")
+    layered = ("features", "attention")  # whose layers have a column; those of further teachers are settings
     teachers = {kind: _teacher(plan, term["teacher"]) for kind, term in terms.items()}
     if teachers:
         same = len(set(teachers.values())) == 1
         found["teacher"] = min(teachers.values()) if same else ", ".join(f"{k} {t}" for k, t in teachers.items())
-        feature, attention = terms.get("features", {}), terms.get("attention", {})
+        feature, attention = (terms.get(kind, {}) for kind in layered)
         found["layers"] = layers_text(
             feature.get("depth"), attention.get("student_layers"), attention.get("teacher_layers")
         )
     for kind, term in terms.items():
-        own = {k: v for k, v in term.items() if k not in ("teacher", "depth", "student_layers", "teacher_layers")}
+        told = ("teacher", "depth", "student_layers", "teacher_layers") if kind in layered else ("teacher",)
+        own = {k: v for k, v in term.items() if k not in told}
         for key, more in (("head", ("hidden", "kernel")), ("normalise", ("normalise_factor",))):  # one choice, one word
             if key in own:
                 sizes = [own.pop(name) for name in more]
