@@ -330,6 +330,7 @@ OTHER = {
     "images.labels": "labels.csv",
     "images.captions": "said.csv",
     "images.crop": "centre-lanczos",
+    "images.reader": "adm",
     "condition: captions.encoder": "elsewhere/clip",
     "condition: captions.attention_mask": True,
     "condition: captions.cache": False,
