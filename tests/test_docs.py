@@ -18,6 +18,7 @@ from haste.align import triggers
 from haste.cli import main as cli
 from haste.data.captions import Captions
 from haste.models.mmdit import MMDiT
+from haste.networks import registry
 from haste.plan.plan import Plan
 
 ROOT = Path(haste.__file__).parent.parent
@@ -329,6 +330,7 @@ OTHER = {
     "images.labels": "labels.csv",
     "images.captions": "said.csv",
     "images.crop": "centre-lanczos",
+    "images.reader": "adm",
     "condition: captions.encoder": "elsewhere/clip",
     "condition: captions.attention_mask": True,
     "condition: captions.cache": False,
@@ -578,8 +580,17 @@ def test_the_published_mappings_in_the_document_are_those_of_the_code():
     layers = {name: (int(depth), *(yaml.safe_load(f"[{x}]") for x in pair)) for name, depth, _, *pair in rows}
     assert layers == config.MAPPINGS
     assert {name: int(alone) for name, _, alone, *_ in rows} == config.REPA_DEPTH
-    known = KEYS.split("Known names:")[1].split(".\n")[0].split(". ")[0]
-    assert set(re.findall(r"`([^`]+)`", known)) == set(config.TEACHERS)
+
+
+def test_the_table_of_teachers_has_all_of_the_code_with_their_input_norm_and_normalisation():
+    table = KEYS.split("| Known names |")[1].split("\n\n")[0]
+    said = {}
+    for row in table.splitlines()[2:]:
+        names, pixels, features, norm, *_ = row.strip("| ").split(" | ")
+        for name in re.findall(r"`([^`]+)`", names):
+            said[name] = (pixels, features.split()[0] == "after", norm.partition(":")[0])
+    norms = {registry.IMAGENET: "ImageNet", registry.CLIP: "CLIP", registry.HALF: "0.5"}
+    assert said == {k: (f"{x.size} px", x.final_norm, norms[x.norm]) for k, x in config.TEACHERS.items()}
 
 
 def test_the_tables_that_extensions_go_into_are_where_the_document_says_and_agree_with_the_schema():

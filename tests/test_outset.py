@@ -462,7 +462,7 @@ def test_a_teacher_or_detector_of_another_network_is_refused_by_the_plan(make_pl
     assert refused.startswith(f"{file}: ") and words.format(f"{role} DINOv2-B") in refused
 
 
-@pytest.mark.parametrize("name", ["DINOv2-B", "DINOv2-B-reg", "DINO-B", "CLIP-L"])
+@pytest.mark.parametrize("name", ["DINOv2-B", "DINOv2-B-reg", "DINOv3-B", "DINO-B", "CLIP-L"])
 def test_the_weights_that_timm_writes_are_taken_by_the_plan(make_plan, tmp_path, name):
     import timm
     import torch
@@ -475,7 +475,7 @@ def test_the_weights_that_timm_writes_are_taken_by_the_plan(make_plan, tmp_path,
     make_plan(images={**TINY["images"], "resolution": 256}, teachers={"vit": teacher}).check()
 
 
-@pytest.mark.parametrize("name", sorted(TEACHERS))
+@pytest.mark.parametrize("name", sorted(name for name, spec in TEACHERS.items() if not spec.by_file))
 def test_a_public_teachers_weights_are_timms_of_this_name_on_the_hub(name):
     import timm
 
@@ -487,6 +487,15 @@ def test_a_teacher_that_timm_does_not_know_is_refused_by_the_plan(make_plan, cap
     plan = make_plan(teachers={"vit": {"pretrained": {"name": "vit_bse_patch16_224"}}})
     assert "teacher vit_bse_patch16_224: neither a folder, nor in timm" in thrown(capsys, "plan", "-c", plan.file)
     make_plan(teachers={"vit": {"pretrained": {"name": "vit_tiny_patch16_224.augreg_in21k"}}}).check()
+
+
+def test_a_teacher_whose_weights_nobody_serves_is_refused_by_the_plan_without_its_authors_file(make_plan, capsys):
+    images = {**TINY["images"], "resolution": 256}
+    own = {"images": images, "autoencoder": {"trained": {"steps": 2, "factor": 2}}}
+    plan = make_plan(**own, teachers={"vit": {"pretrained": {"name": "MoCov3-B"}}})
+    assert "teacher MoCov3-B: timm has no weights of it; give its authors' file" in thrown(
+        capsys, "plan", "-c", plan.file
+    )
 
 
 def test_a_layer_that_only_the_weights_of_a_teacher_tell_is_refused_by_key_before_the_first_job(

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from haste import extensions
+from haste.align.terms import of_features
 
 #: Kind of an alignment term -> its settings.
 Terms = Mapping[str, Mapping[str, Any]]
@@ -224,13 +225,13 @@ class GradientAngle(Trigger):
 
 def block_of(terms: Terms) -> int:
     """The block, counted from 1, with respect to whose parameters gradients are taken by default: the one whose
-    features are aligned or, if only attention is aligned, the last aligned one."""
-    return terms["features"]["depth"] if "features" in terms else reached(terms)
+    (first teacher's) features are aligned or, if only attention is aligned, the last aligned one."""
+    return next((term["depth"] for term in of_features(terms).values()), None) or reached(terms)
 
 
 def reached(terms: Terms) -> int:
     """The last block whose parameters get a gradient from these terms, counted from 1."""
-    depths = [terms["features"]["depth"]] if "features" in terms else []
+    depths = [term["depth"] for term in of_features(terms).values()]
     return max(depths + [layer + 1 for layer in terms.get("attention", {}).get("student_layers", ())])
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from haste.align.terms import of_features
 from haste.config.parts import (
     KNOWN,
     TRANSFORMERS,
@@ -151,19 +152,20 @@ def falls_from(config: Config, run: str) -> dict[str, int | None]:
     """Term -> the first step at which its stop may have an effect; None if it never stops."""
     found: dict[str, int | None] = {}
     for kind in terms_of(config, run):
-        stop, ramp = getattr(config.runs[run].stop, kind), getattr(config.runs[run].ramp, kind)
+        stop, ramp = config.runs[run].stop.of(kind), config.runs[run].ramp.of(kind)
         found[kind] = stop.after if isinstance(stop, Trigger) else None if stop is None else stop - (ramp or 0)
     return found
 
 
 def triggers_of(config: Config, run: str) -> dict[str, Trigger]:
     """The terms of a run that a trigger stops, with the trigger."""
-    stops = {kind: getattr(config.runs[run].stop, kind) for kind in terms_of(config, run)}
+    stops = {kind: config.runs[run].stop.of(kind) for kind in terms_of(config, run)}
     return {kind: stop for kind, stop in stops.items() if isinstance(stop, Trigger)}
 
 
 def terms_of(config: Config, run: str) -> dict[str, dict[str, Any]]:
-    """The alignment terms of a run with every layer named: {"features": {...}, "attention": {...}}, if used."""
+    """The alignment terms of a run with every layer named: {"features": {...}, "attention": {...}}, if used, and
+    "features-2", ... of further teachers."""
     return _terms(config, config.runs[run].model, config.runs[run].alignment)
 
 
@@ -194,14 +196,14 @@ def measured_beside(config: Config, measure: str) -> list[str]:
 def _terms(config: Config, model: str, name: str) -> dict[str, dict[str, Any]]:
     alignment = alignment_named(config, name)
     terms = {}
-    if alignment.features:
+    for which, given in of_features(alignment.terms).items():
         # REPA alone and HASTE were published with different depths for SiT-B.
         published = REPA_DEPTH if alignment.attention is None else {k: m[0] for k, m in MAPPINGS.items()}
-        term = alignment.features.model_dump()
+        term = given.model_dump()
         shape = teacher_shape(config.teachers[term["teacher"]])
         last = shape is not None and term["layer"] == shape[0] - 1  # by its number or by default: the same target
         named = {"depth": term["depth"] or published[model], "layer": None if last else term["layer"]}
-        terms["features"] = {**term, **named}
+        terms[which] = {**term, **named}
     if alignment.attention:
         term = alignment.attention.model_dump()
         if term["student_layers"] is None:

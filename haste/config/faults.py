@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from haste import extensions
 from haste.align import triggers
+from haste.align.terms import kind_of, of_features
 from haste.config.derived import (
     OF_INTERPOLANT,
     blocks_of,
@@ -35,6 +36,7 @@ from haste.config.published import (
     teacher_tokens,
 )
 from haste.config.schema import (
+    FEATURE_TAGS,
     PRESETS,
     SAMPLERS,
     STOP_TAGS,
@@ -65,7 +67,7 @@ def explain(fault: Any, whole: Collection[tuple[str, str]] = ()) -> str:
     path = list(fault["loc"])
     if path[:1] == ["runs"] and tuple(path[1:3]) in whole and path[3:4] and path[3] in TERMS:
         del path[3]
-    where = ".".join(str(part) for part in path if part not in STOP_TAGS) or "the configuration"
+    where = ".".join(str(part) for part in path if part not in {*STOP_TAGS, *FEATURE_TAGS}) or "the configuration"
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown key{nearest(fault['loc'][-1], _keys_at(fault['loc'][:-1]))}"
     if fault["type"] == "missing":
@@ -279,9 +281,9 @@ def _faults_of_teachers(config: Config) -> list[str]:
 def _faults_of_alignment(config: Config, name: str) -> list[str]:
     """Faults of an alignment that do not depend on the model, found even if it is not used."""
     faults = []
-    for kind in Stops.model_fields:
-        term, at = getattr(config.alignments[name], kind), f"alignments.{name}.{kind}"
-        if term is not None and term.teacher not in config.teachers:
+    for which, term in config.alignments[name].terms.items():
+        at = f"alignments.{name}.{config.alignments[name].path(which)}"
+        if term.teacher not in config.teachers:
             faults.append(f"{at}.teacher: nothing is called {term.teacher!r}{nearest(term.teacher, config.teachers)}")
     faults += _faults_of_target(config, name)
     term, at = config.alignments[name].attention, f"alignments.{name}.attention"
@@ -305,15 +307,23 @@ def _faults_of_alignment(config: Config, name: str) -> list[str]:
 
 
 def _faults_of_target(config: Config, name: str) -> list[str]:
-    """What needs more than one token of a teacher."""
-    term, at = config.alignments[name].features, f"alignments.{name}.features"
-    if term is None or term.teacher not in config.teachers:
-        return []
-    tokens, faults = teacher_tokens(config, term.teacher), []
-    if tokens and tokens[1] == 1:
-        alone = f"but teacher {term.teacher} has one token an image"
-        faults += [f"{at}.head: conv, {alone}: there is no grid to convolve"] if term.head == "conv" else []
-        faults += [f"{at}.normalise: spatial, {alone}: its deviation is not defined"] if term.normalise else []
+    """What needs more than one token of a teacher, and what several teachers of features do not have."""
+    several, faults = of_features(config.alignments[name].terms), []
+    for which, term in several.items():
+        at = f"alignments.{name}.{config.alignments[name].path(which)}"
+        tokens = teacher_tokens(config, term.teacher) if term.teacher in config.teachers else None
+        if tokens and tokens[1] == 1:
+            alone = f"but teacher {term.teacher} has one token an image"
+            faults += [f"{at}.head: conv, {alone}: there is no grid to convolve"] if term.head == "conv" else []
+            faults += [f"{at}.normalise: spatial, {alone}: its deviation is not defined"] if term.normalise else []
+        if len(several) > 1 and term.negatives == "batch":
+            faults.append(f"{at}.negatives: batch is for one teacher of features, found {len(several)}; expected image")
+    names = [term.teacher for term in several.values()]
+    if twice := sorted({one for one in names if names.count(one) > 1}):
+        faults.append(
+            f"alignments.{name}.features: teacher {twice[0]} is there more than once; expected another each time, "
+            "perhaps another entry of teachers for the same network"
+        )
     return faults
 
 
@@ -436,7 +446,7 @@ def _faults_of_model(config: Config, run: Run | Evaluate, where: str) -> list[st
 
 def _faults_of_stop(config: Config, run: Run, where: str) -> list[str]:
     alignment = alignment_named(config, run.alignment)
-    terms = [kind for kind in Stops.model_fields if getattr(alignment, kind) is not None]
+    terms = list(dict.fromkeys(map(kind_of, alignment.terms)))
     stops = {kind: said for kind in Stops.model_fields if (said := _words_of_stop(getattr(run.stop, kind)))}
     if stops and not terms:
         found = next(iter(stops.values()))
@@ -462,13 +472,13 @@ def _faults_of_readings(run: Run, where: str) -> list[str]:
 def _faults_of_angles(config: Config, name: str) -> list[str]:
     """Gradients that cannot be taken: while all terms are active, or after separately stopped terms have stopped."""
     terms, stop, faults = terms_of(config, name), config.runs[name].stop, []
-    active = {kind: term for kind, term in terms.items() if getattr(stop, kind) != 0}
-    asked = [(f"stop.{kind}", kind, watch) for kind, watch in triggers_of(config, name).items()]
+    active = {kind: term for kind, term in terms.items() if stop.of(kind) != 0}
+    asked = [(f"stop.{kind_of(kind)}", kind, watch) for kind, watch in triggers_of(config, name).items()]
     for place, watch in enumerate(config.runs[name].watch):
         asked += [(f"watch.{place}", kind, watch) for kind in active]
     blocks = blocks_of(config, config.runs[name].model) if asked else 0
     for at, kind, watch in asked:
-        lasting = {k: term for k, term in active.items() if k == kind or getattr(stop, k) in (None, watch)}
+        lasting = {k: term for k, term in active.items() if k == kind or stop.of(k) in (None, watch)}
         trigger = triggers.made(watch.trigger, watch.model_extra or {})
         found = triggers.faults(trigger, kind, active, blocks) or triggers.faults(trigger, kind, lasting, blocks)
         faults += [f"runs.{name}.{at}.{fault}" for fault in found]
@@ -557,14 +567,14 @@ def _faults_of_fit(config: Config, name: str, aligned: str) -> list[str]:
     alignment, taps = alignment_named(config, aligned), taps_of(config, name)
     at, depths = f"alignments.{aligned}", blocks(taps, "tokens")
     faults = []
-    if (term := alignment.features) is not None:
+    for which, term in of_features(alignment.terms).items():
         if not depths:
-            faults.append(f"{at}.features: {name} hands out no hidden tokens that features could follow")
+            faults.append(f"{at}.{alignment.path(which)}: {name} hands out no hidden tokens that features could follow")
         elif term.depth is None and name not in MAPPINGS:
             missing = "has no published mapping, so its depth must be named"
-            faults.append(f"{at}.features.depth: {name} {missing} ({_span(depths)})")
+            faults.append(f"{at}.{alignment.path(which)}.depth: {name} {missing} ({_span(depths)})")
         elif term.depth is not None and term.depth not in depths:
-            faults.append(f"{at}.features.depth: {term.depth}, but {name} has blocks {_span(depths)}")
+            faults.append(f"{at}.{alignment.path(which)}.depth: {term.depth}, but {name} has blocks {_span(depths)}")
     if alignment.attention is not None:
         faults += _faults_of_attention(config, alignment.attention, taps, name, f"{at}.attention")
     return faults

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from haste.align.terms import kind_of
 from haste.config.derived import falls_from, terms_of, triggers_of
 from haste.config.faults import unknown_measures, unknown_sampling
 from haste.config.keys import nearest
@@ -67,7 +68,7 @@ def _row(config: Config, branch: Branch) -> Run:
     seeds = fork.seeds or trunk.all_seeds
     scored = [way for way in trunk.sampling if way not in config.sampling or not config.sampling[way].unscored]
     own = {
-        "stop": {kind: branch.at for kind in terms_of(config, branch.run)} if branch.stopped else {},
+        "stop": {kind_of(term): branch.at for term in terms_of(config, branch.run)} if branch.stopped else {},
         "seed": seeds[0],
         "seeds": seeds,
         "milestones": [branch.end],

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from haste import extensions
+from haste.align.terms import kind_of
 from haste.config.keys import LATER, Float, Place, Positive, Rate, Seed, Strict, completed, decides, nearest, number
 from haste.networks.registry import INCEPTIONS
 
@@ -45,6 +46,7 @@ class Images(Strict):
     path: Place | None = None
     labels: Annotated[Place | None, LATER] = None
     captions: Annotated[Place | None, LATER] = None
+    reader: Annotated[Literal["upright", "adm"], LATER] = "upright"
     crop: Annotated[Literal["adm", "centre-lanczos"], LATER] = "adm"
     subset: Annotated[Positive | None, LATER] = None
     resolution: Positive
@@ -65,8 +67,9 @@ class Images(Strict):
         made = self.source in ("digits", "moved-digits")
         if made != (self.path is None):
             raise ValueError("sources 'folder', 'archive', 'parquet' and 'coco' need a path, and only they take one")
-        if made and (self.on_bad_image == "skip" or self.labels or self.crop != "adm"):
-            key = "labels" if self.labels else "on_bad_image skip" if self.on_bad_image == "skip" else "crop"
+        plain = {"labels": None, "on_bad_image": "fail", "crop": "adm", "reader": "upright"}
+        if made and (given := [key for key, value in plain.items() if getattr(self, key) != value]):
+            key = "on_bad_image skip" if given[0] == "on_bad_image" else given[0]
             raise ValueError(f"{key} is for sources 'folder', 'archive' and 'parquet', found {self.source!r}")
         if self.source == "coco" and (self.classes or self.labels):
             raise ValueError("source 'coco' has captions and no labels, expected classes 0")
@@ -177,9 +180,9 @@ class Teacher(Strict):
             raise ValueError(f"pca {self.pca} is of cached features, and cache is 'off'; expected 'features'")
         return _exactly_one(self)
 
-    def caches(self, kind: str) -> bool:
-        """Whether the targets of a kind of alignment loss, `features` or `attention`, are cached on disk."""
-        return kind in self.cache.split("+")
+    def caches(self, term: str) -> bool:
+        """Whether the targets of an alignment term are cached on disk."""
+        return kind_of(term) in self.cache.split("+")
 
 
 class Cache(Strict):

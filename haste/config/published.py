@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from haste.align.terms import kind_of
 from haste.config.parts import Model, OtherModel, Teacher
 from haste.config.schema import Alignment, Config
 from haste.networks.registry import TEACHERS, least_low_pass
@@ -72,12 +73,13 @@ def layer_faults(config: Config, teacher: str, depth: int) -> list[str]:
     """Layers that alignments ask of a teacher with fewer layers."""
     found = []
     for name, alignment in config.alignments.items():
-        layer = getattr(alignment.features, "layer", None)
-        layers = getattr(alignment.attention, "teacher_layers", None)
-        for kind, key, asked in (("features", "layer", [layer]), ("attention", "teacher_layers", layers)):
-            wrong = [one for one in asked or [] if one is not None and one >= depth]
-            if wrong and getattr(alignment, kind).teacher == teacher:
-                found.append(f"alignments.{name}.{kind}.{key}: {wrong}, but {teacher} has layers 0 to {depth - 1}")
+        for which, term in alignment.terms.items():
+            key = "layer" if kind_of(which) == "features" else "teacher_layers"
+            asked = getattr(term, key)
+            wrong = [one for one in (asked if isinstance(asked, list) else [asked]) if one is not None and one >= depth]
+            if wrong and term.teacher == teacher:
+                at = f"alignments.{name}.{alignment.path(which)}.{key}"
+                found.append(f"{at}: {wrong}, but {teacher} has layers 0 to {depth - 1}")
     return found
 
 

@@ -21,6 +21,7 @@ from pydantic import (
 
 from haste.align import triggers
 from haste.align.schedule import SHAPES
+from haste.align.terms import kind_of, named
 from haste.config.keys import (
     LABEL,
     LATER,
@@ -132,11 +133,38 @@ class AttentionTerm(_Term):
     heads: Positive | None = None
 
 
+# One feature term, or several with a teacher each, by the words that pydantic puts into the path of a fault within it.
+FEATURE_TAGS = ("<term>", "<terms>")
+Features = Annotated[
+    Annotated[FeatureTerm, Tag("<term>")] | Annotated[list[FeatureTerm], Tag("<terms>")],
+    Discriminator(lambda value: "<terms>" if isinstance(value, list) else "<term>"),
+]
+
+
+def _one_or_several(given: Any) -> Any:
+    if isinstance(given, list) and len(given) < 2:
+        if not given:
+            raise ValueError("found no term, expected one, or several with a teacher each")
+        return given[0]
+    return given
+
+
 class Alignment(Strict):
     """Which alignment terms a run adds to its denoising loss; neither is vanilla training."""
 
-    features: FeatureTerm | None = None
+    features: Annotated[Features | None, BeforeValidator(_one_or_several)] = None
     attention: AttentionTerm | None = None
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """Its terms by name: `features`, `features-2`, ... and `attention`, if used."""
+        several = self.features if isinstance(self.features, list) else [self.features] if self.features else []
+        return named("features", several) | ({"attention": self.attention} if self.attention else {})
+
+    def path(self, term: str) -> str:
+        """Where a term is in the configuration, below its alignment: `features.1` is the second of a list."""
+        several = isinstance(self.features, list) and kind_of(term) == "features"
+        return f"features.{list(self.terms).index(term)}" if several else term
 
 
 TERMS: dict[str, type[Strict]] = {"features": FeatureTerm, "attention": AttentionTerm}
@@ -207,18 +235,27 @@ def _never_stops(watches: list[Trigger]) -> list[Trigger]:
 
 
 class Stops(Strict):
-    """When each term stops: at a step, by a trigger, or never (None). In a configuration one value may be for both."""
+    """When terms of each kind stop: at a step, by a trigger, or never (None). In a configuration one value may be for
+    both."""
 
     features: Stop | None = None
     attention: Stop | None = None
 
+    def of(self, term: str) -> Any:
+        """That of a term by its name."""
+        return getattr(self, kind_of(term))
+
 
 class Ramps(Strict):
-    """Steps before its stop over which the weight of each term falls to 0; None drops it at once."""
+    """Steps before its stop over which the weight of terms of each kind falls to 0; None drops it at once."""
 
     features: Annotated[int, Field(ge=2)] | None = None
     attention: Annotated[int, Field(ge=2)] | None = None
     shape: Literal[*SHAPES] = "cosine"  # type: ignore[valid-type]
+
+    def of(self, term: str) -> int | None:
+        """That of a term by its name."""
+        return getattr(self, kind_of(term))
 
 
 def _both(value: Any) -> Any:

@@ -115,7 +115,7 @@ def _source(plan: Plan, without: Bad | None = None) -> tuple[Source, Bad | None]
         without = prepare.read_checked(plan.checked_images, _source(plan, without=[])[0])
     if spec.path is not None:
         options = {"path": spec.path, "classes": spec.classes, "labels": spec.labels, "crop": spec.crop}
-        options |= {"captions": spec.captions}
+        options |= {"captions": spec.captions, "reader": spec.reader}
         options |= {"without": frozenset(name for name, _ in without)} if without else {}
     source = prepare.open_source(
         spec.source,

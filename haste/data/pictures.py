@@ -137,6 +137,15 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def plain_rgb(image: Image.Image) -> Image.Image:
+    """An image as ADM's reader has it: Pillow's RGB, unturned, transparency dropped, 16-bit grey clipped at 255."""
+    image.load()
+    return image.convert("RGB")
+
+
+READERS = {"upright": upright_rgb, "adm": plain_rgb}
+
+
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))

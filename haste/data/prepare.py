@@ -89,6 +89,7 @@ class Folder:
         labels: str | None = None,
         captions: str | None = None,
         crop: str = "adm",
+        reader: str = "upright",
         subset: int | None = None,
     ) -> None:
         """
@@ -103,9 +104,11 @@ class Folder:
             labels: a .csv of names and labels; for rows of parquet files, their column.
             captions: where they are, as `haste.files.listing.with_captions` says.
             crop: one of `haste.data.pictures.CROPS`.
+            reader: one of `haste.data.pictures.READERS`.
             subset: how many of the images to train on are used; None is all.
         """
-        self.root, self.resolution, self._crop = Path(path), resolution, pictures.CROPS[crop]
+        self.root, self.resolution = Path(path), resolution
+        self._crop, self._reader = pictures.CROPS[crop], pictures.READERS[reader]
         found = self._list(labelled, classes, labels, captions)
         assert found.classes is not None
         self.classes, self.unused, self._found = found.classes, found.unused, found
@@ -137,7 +140,7 @@ class Folder:
         try:
             if self.captioned and not self.captions(i):
                 raise ValueError(NO_CAPTION)
-            image = pictures.opened(self._file(self._found.places.get(parts, parts)), pictures.upright_rgb)
+            image = pictures.opened(self._file(self._found.places.get(parts, parts)), self._reader)
             return np.asarray(self._crop(image, self.resolution)), label
         except Exception as error:  # of many classes; without its name nobody finds the file
             raise ValueError(f"{path}: not a picture that can be read ({pictures.reason(error, path)})") from error

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from haste.align.terms import of_features
 from haste.config import Share
 from haste.measure.measure import Measure, Row, Split
 
@@ -82,49 +83,48 @@ class Progress(Measure):
             def at(t: Tensor) -> Tensor:
                 _, taps, _ = objective.predicted(batch, t)
                 found = []
-                for name in names:
-                    term = terms["attention" if name == ATTENTION else "features"]
-                    seen = targets[term["teacher"]]
-                    each = [_value(objective, name, _only(i, taps), _only(i, seen)) for i in range(len(t))]
+                for term, projected in names.values():
+                    seen = targets[terms[term]["teacher"]]
+                    each = [_value(objective, term, projected, _only(i, taps), _only(i, seen)) for i in range(len(t))]
                     found.append(torch.stack(each))
                 return torch.stack(found)
 
             return at
 
-        return names, look
+        return list(names), look
 
 
-def _names(subject: Subject) -> list[str]:
-    """The terms that can be compared; notes which cannot."""
-    terms, names = subject.terms, []
+def _names(subject: Subject) -> dict[str, tuple[str, bool]]:
+    """What can be compared: its name -> the term, and whether its projector is used; notes what cannot."""
+    terms, names = subject.terms, dict[str, tuple[str, bool]]()
     if "attention" in terms:
-        names.append(ATTENTION)
-    if "features" in terms:
-        block, teacher = terms["features"]["depth"], terms["features"]["teacher"]
+        names[ATTENTION] = ("attention", False)
+    for name, term in of_features(terms).items():
+        block, teacher = term["depth"], term["teacher"]
         own, theirs = subject.model.taps[f"tokens.{block}"].width, subject.inputs.widths[teacher]
         if own == theirs:
-            names.append(FEATURES)
+            names[FEATURES.replace("features", name)] = (name, False)
         else:
             subject.notes.append(
-                f"features without a projector left out: tokens after block {block} have width {own}, those of "
+                f"{name} without a projector left out: tokens after block {block} have width {own}, those of "
                 f"{teacher} {theirs}"
             )
-        if subject.has_projector:
-            names.append(PROJECTED)
+        if name in subject.projected:
+            names[PROJECTED.replace("features", name)] = (name, True)
     return names
 
 
-def _value(objective: Any, name: str, taps: Mapping[str, Any], seen: TeacherTargets) -> Tensor:
+def _value(objective: Any, term: str, projected: bool, taps: Mapping[str, Any], seen: TeacherTargets) -> Tensor:
     """One term of one image."""
     from haste.align.losses import feature_loss
     from haste.train.step import feature_target
 
-    if name == ATTENTION:
+    if term == "attention":
         return objective.attention(taps, seen)
     assert seen.features is not None
-    tokens, target = objective.tokens(taps, seen), feature_target(seen.features, objective.terms["features"])
-    if name == PROJECTED:
-        tokens = objective.projectors["features"](tokens, seen.grid)
+    tokens, target = objective.tokens(term, taps, seen), feature_target(seen.features, objective.terms[term])
+    if projected:
+        tokens = objective.projectors[term](tokens, seen.grid)
     return -feature_loss(tokens, target)
 
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from haste.align.terms import of_features
 from haste.config import EVALUATION, condition_in, process_in
 from haste.data.batches import Batch, Batches
 from haste.data.captions import CAPTIONS
@@ -29,7 +30,7 @@ from haste.train.distributed import Group
 from haste.train.gradient_angles import Gradients
 from haste.train.inputs import Inputs
 from haste.train.state import Learner
-from haste.train.warm_start import checkpoint_elsewhere, projector_in
+from haste.train.warm_start import checkpoint_elsewhere, numbered, projectors_in
 
 Place = TypeVar("Place", bound=tuple[Any, ...])
 
@@ -62,7 +63,7 @@ class Subject:
     notes: list[str]
     plan: Plan
     what: Measurement
-    has_projector: bool = False
+    projected: frozenset[str] = frozenset()
     pictures: list[Picture] = dataclasses.field(default_factory=list)
     teachers: dict[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -214,11 +215,15 @@ def opened(plan: Plan, what: Measurement, weights: str, seed: int, group: Group)
     recipe = {**source.recipe, "seed": seed}
     subject = _with_terms(plan, what, recipe, what.terms, group)
     named = "named alignment" in plan.config.measures[what.label].made.needs
-    if "features" in subject.terms:
-        subject.has_projector = (not named or _follows(source, subject)) and _take_projector(source, subject.learner)
-        if not (named or subject.has_projector):
-            subject = _with_terms(plan, what, recipe, {k: v for k, v in what.terms.items() if k != "features"}, group)
-            subject.notes.append("features left out: there is no projector")
+    if features := of_features(subject.terms):
+        heads = projectors_in(source.projectors, subject.learner.projectors)
+        heads = {term: head for term, head in heads.items() if not named or _follows(source, subject, term)}
+        if not named and (lacking := [term for term in features if term not in heads]):
+            subject = _with_terms(plan, what, recipe, {k: v for k, v in what.terms.items() if k not in lacking}, group)
+            subject.notes += [f"{term} left out: there is no projector" for term in lacking]
+        for term, head in heads.items():
+            subject.learner.projectors[term].load_state_dict(dict(head))
+        subject.projected = frozenset(heads)
     for name, identity in subject.inputs.identities.items():
         of_training = not named or name == "latents"  # a named alignment need not be the one that it was trained with
         if of_training and (found := source.inputs.get(name, identity)) != identity:
@@ -235,12 +240,12 @@ def opened(plan: Plan, what: Measurement, weights: str, seed: int, group: Group)
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """A network's entries in a file: its recipe, weights and possible projectors, the loss scale of fp16, identities
-    of its training inputs, and notes."""
+    """A network's entries in a file: its recipe, weights and possible projectors by term or number, the loss scale of
+    fp16, identities of its training inputs, and notes."""
 
     recipe: Mapping[str, Any]
     weights: Mapping[str, Tensor]
-    projectors: tuple[Mapping[str, Tensor], ...]
+    projectors: Mapping[str, Mapping[str, Tensor]]
     scale: float | None
     inputs: Mapping[str, str]
     about: dict[str, Any]
@@ -248,15 +253,18 @@ class _Source:
 
 def _own(plan: Plan, what: Measurement, which: str) -> _Source:
     path, trajectory = Path(plan.path(what.state)), plan.trajectories[what.state.trajectory]
-    prefixes = (f"{which}/", "projectors/features/", "scaler/scale")
+    prefixes = (f"{which}/", "projectors/", "scaler/scale")
     header, tensors = states.read(path, key=trajectory.key, prefixes=prefixes)
     with torch.device("meta"):
         like = build_model(trajectory.recipe)
-    weights, heads = states.weights_in(tensors, which, like, path), "projectors/features/"
-    head = {name.removeprefix(heads): value for name, value in tensors.items() if name.startswith(heads)}
+    weights, heads = states.weights_in(tensors, which, like, path), dict[str, dict[str, Tensor]]()
+    for name, value in tensors.items():
+        if name.startswith("projectors/"):
+            _, term, own = name.split("/", 2)
+            heads.setdefault(term, {})[own] = value
     about = {"trajectory": trajectory.name, "step": what.state.step, "file": str(path), "weights": which}
     scale = tensors["scaler/scale"].item() if "scaler/scale" in tensors else None
-    return _Source(trajectory.recipe, weights, (head,) if head else (), scale, header["inputs"], about)
+    return _Source(trajectory.recipe, weights, heads, scale, header["inputs"], about)
 
 
 def _elsewhere(plan: Plan, what: Measurement, which: str) -> _Source:
@@ -266,7 +274,7 @@ def _elsewhere(plan: Plan, what: Measurement, which: str) -> _Source:
     about = {"trajectory": trajectory.name, "step": spec.step, "file": spec.checkpoint, "weights": which}
     training = {**plan.config.training.model_dump(exclude={"process"}), **trajectory.recipe["training"]}
     recipe = {**trajectory.recipe, "training": training}
-    return _Source(recipe, found.weights[which], found.projectors, None, {}, about | {"sha256": found.sha256})
+    return _Source(recipe, found.weights[which], numbered(found.projectors), None, {}, about | {"sha256": found.sha256})
 
 
 def _with_terms(
@@ -279,25 +287,17 @@ def _with_terms(
     return Subject(inputs.learner(), inputs, what.terms, group, part, [], plan, what)
 
 
-def _follows(source: _Source, subject: Subject) -> bool:
-    """Whether the state's projector is of the block and the teacher of the alignment to compare with, as far as its
-    file says."""
-    trained, depth = source.recipe.get("terms", {}).get("features"), subject.terms["features"]["depth"]
-    if not source.projectors:
-        return False
+def _follows(source: _Source, subject: Subject, term: str) -> bool:
+    """Whether the state's projector of a term is of the block and the teacher of the alignment to compare with, as far
+    as its file says."""
+    trained, depth = source.recipe.get("terms", {}).get(term), subject.terms[term]["depth"]
     if trained is None:
         subject.notes.append(f"the projector is taken to be of block {depth}: its file does not say of which it is")
         return True
-    same = all(source.inputs.get(name, ours) == ours for name, ours in subject.inputs.identities.items())
+    others = of_features(subject.terms).keys() - {term}
+    ours = {k: v for k, v in subject.inputs.identities.items() if k.partition(" of ")[2] not in others}
+    same = all(source.inputs.get(name, own) == own for name, own in ours.items())
     if trained["depth"] != depth or not same:
         subject.notes.append("the state's projector is of another block or teacher, and not used")
         return False
     return True
-
-
-def _take_projector(source: _Source, learner: Learner) -> bool:
-    head = learner.projectors["features"]
-    found = projector_in(source.projectors, head)
-    if found is not None:
-        head.load_state_dict(dict(found))
-    return found is not None

@@ -6,7 +6,9 @@ Files are read without running code from them. timm is imported only when it is 
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,10 +19,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from haste.networks import tensors, text
+from haste.networks.encoders import encoder_in
 from haste.networks.weights import check_transformer
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
+
+log = logging.getLogger("haste.networks")
 
 SECONDS = 10.0  # of silence before a download is abandoned
 
@@ -185,8 +190,8 @@ def timm_weights(timm_name: str, called: str) -> Path:
 def timm_transformer(timm_name: str, weights: Path, called: str, **options: Any) -> VisionTransformer:
     """One of timm's vision transformers with the weights of a file.
 
-    timm's own loader reads its layout and the authors', and resamples the position embedding (antialiased bicubic) if
-    the input size differs from the file's.
+    Files are in timm's layout or the authors' (`haste.networks.encoders`). timm's own loader resamples the position
+    embedding (antialiased bicubic) if the input size differs from the file's.
 
     Args:
         timm_name: its name in timm.
@@ -200,7 +205,7 @@ def timm_transformer(timm_name: str, weights: Path, called: str, **options: Any)
     import timm
 
     check_transformer(weights, called, None)
-    state = None if weights.suffix in (".npz", ".npy") else _state(tensors.read(weights, f"the weights of {called}"))
+    state = None if weights.suffix in (".npz", ".npy") else _state(weights, called, timm_name)
     source = {"file": str(weights)} if state is None else {"state_dict": state}
     try:
         network = timm.create_model(timm_name, pretrained=True, pretrained_cfg_overlay=source, num_classes=0, **options)
@@ -213,12 +218,35 @@ def timm_transformer(timm_name: str, weights: Path, called: str, **options: Any)
     return cast("VisionTransformer", network)
 
 
-def _state(held: Any) -> Any:
-    """The weights within a file, chosen as timm's own loader does, which reads no NumPy beside them."""
+def _state(weights: Path, called: str, timm_name: str) -> Any:
+    """The weights of the encoder within a file; what else is in it is logged."""
     from timm.models import clean_state_dict
 
-    places = (name for name in ("state_dict_ema", "model_ema", "state_dict", "model") if held.get(name) is not None)
-    return clean_state_dict(held[name] if (name := next(places, None)) else held)
+    held = tensors.read(weights, f"the weights of {called}")
+    try:
+        found = encoder_in(held)
+    except ValueError as error:
+        raise ValueError(f"{weights}: {error} of {called}") from error
+    if found is None:  # chosen as timm's own loader does, which reads no NumPy beside them
+        places = (name for name in ("state_dict_ema", "model_ema", "state_dict", "model") if held.get(name) is not None)
+        return clean_state_dict(held[name] if (name := next(places, None)) else held)
+    state, unused = found
+    if unused:
+        log.info("%s: of this file %s does not use %s", weights, called, ", ".join(unused))
+    return _without_biases(weights, state) if "storage_tokens" in state and "qkvb" not in timm_name else state
+
+
+def _without_biases(weights: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """DINOv3's own files without the biases of queries, keys and values, for which timm's networks have no place.
+
+    In the published ones they are zero; those of the keys are masked.
+    """
+    biases = {name: value for name, value in state.items() if name.endswith(".attn.qkv.bias")}
+    for name, value in biases.items():
+        queries, _, values = value.chunk(3)
+        if bool(queries.any() or values.any()):
+            raise ValueError(f"{weights}: {name} is not zero: expected a network with such biases, as timm's ..._qkvb")
+    return {name: value for name, value in state.items() if name not in biases}
 
 
 def _left_over(network: Any, state: dict[str, Any]) -> str:
@@ -227,12 +255,11 @@ def _left_over(network: Any, state: dict[str, Any]) -> str:
     If timm defines the network with a classifier, which is not built here, its loader accepts any file and leaves
     missing weights random.
     """
-    from timm.models.vision_transformer import checkpoint_filter_fn
-
     known = network.pretrained_cfg
     if not known.get("num_classes"):
         return ""
-    found = checkpoint_filter_fn(state, network).keys()
+    convert = sys.modules[type(network).__module__].checkpoint_filter_fn  # VisionTransformer's or Eva's
+    found = convert(state, network).keys()
     heads = (f"{known.get('classifier') or 'head'}.{part}" for part in ("weight", "bias"))
     sides = {
         "missing": network.state_dict().keys() - found,

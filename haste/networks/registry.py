@@ -23,7 +23,8 @@ class Encoder:
     timm: its name in timm; patch: side of a patch in pixels; size: side of its input in pixels for images of 256 px (it
     scales with the images); depth, heads, width: its blocks, their heads, and the width of its tokens; norm: mean and
     std of each channel on the scale 0..1; final_norm: whether the features pass the last normalisation; resize_first:
-    whether images are resized before they are normalised; on_hub: whether timm keeps its weights on the hub; overrides:
+    whether images are resized before they are normalised; on_hub: whether timm keeps its weights on the hub; by_file:
+    whether timm has its architecture alone, so that its weights have to be given as its authors' file; overrides:
     differences from timm's architecture.
     """
 
@@ -37,6 +38,7 @@ class Encoder:
     final_norm: bool = True
     resize_first: bool = False
     on_hub: bool = True
+    by_file: bool = False
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def tokens(self, resolution: int) -> int:
@@ -57,6 +59,10 @@ class Encoder:
             )
         return side
 
+    def asked(self, called: str) -> str:
+        """What is said where the file of one that is known `by_file` is not given."""
+        return f"{called}: timm has no weights of it; give its authors' file as its `weights`"
+
 
 def least_low_pass(side: int) -> float:
     """The smallest share of the Nyquist frequency, to four decimals, that leaves more of an image of `side` pixels than
@@ -64,21 +70,30 @@ def least_low_pass(side: int) -> float:
     return math.ceil(2e4 / side) / 1e4
 
 
-BASE, LARGE = (12, 12, 768), (24, 16, 1024)  # blocks, heads, width
+SMALL, BASE, LARGE = (12, 6, 384), (12, 12, 768), (24, 16, 1024)  # blocks, heads, width
+# Their authors' normalisation, with its source, is in the table of config/README.md.
 # OpenAI trained CLIP with the sigmoid approximation of GELU; timm's plain variants use the exact one instead.
 _clip = partial(Encoder, norm=CLIP, final_norm=False, resize_first=True, overrides={"act_layer": "quick_gelu"})
 
 TEACHERS: dict[str, Encoder] = {
+    "DINOv2-S": Encoder("vit_small_patch14_dinov2.lvd142m", 14, 224, *SMALL),
     "DINOv2-B": Encoder("vit_base_patch14_dinov2.lvd142m", 14, 224, *BASE),
     "DINOv2-L": Encoder("vit_large_patch14_dinov2.lvd142m", 14, 224, *LARGE),
     "DINOv2-g": Encoder("vit_giant_patch14_dinov2.lvd142m", 14, 224, 40, 24, 1536),
     "DINOv2-B-reg": Encoder("vit_base_patch14_reg4_dinov2.lvd142m", 14, 224, *BASE),
+    "DINOv2-L-reg": Encoder("vit_large_patch14_reg4_dinov2.lvd142m", 14, 224, *LARGE),
+    "DINOv3-B": Encoder("vit_base_patch16_dinov3.lvd1689m", 16, 256, *BASE),
+    "DINOv3-L": Encoder("vit_large_patch16_dinov3.lvd1689m", 16, 256, *LARGE),
     "DINO-B": Encoder("vit_base_patch16_224.dino", 16, 256, *BASE),
     "MAE-L": Encoder("vit_large_patch16_224.mae", 16, 256, *LARGE, final_norm=False),
+    "MoCov3-B": Encoder("vit_base_patch16_224", 16, 256, *BASE, on_hub=False, by_file=True),
+    "MoCov3-L": Encoder("vit_large_patch16_224", 16, 256, *LARGE, on_hub=False, by_file=True),
     "I-JEPA-H": Encoder("vit_huge_patch14_gap_224.in1k_ijepa", 14, 224, 32, 16, 1280, on_hub=False),
     "CLIP-L": _clip("vit_large_patch14_clip_224.openai", 14, 224, *LARGE),
     "CLIP-B/16": _clip("vit_base_patch16_clip_224.openai", 16, 224, *BASE),
     "SigLIP-L": Encoder("vit_large_patch16_siglip_256.webli", 16, 256, *LARGE, norm=HALF),
+    "SigLIP2-B": Encoder("vit_base_patch16_siglip_256.v2_webli", 16, 256, *BASE, norm=HALF),
+    "SigLIP2-L": Encoder("vit_large_patch16_siglip_256.v2_webli", 16, 256, *LARGE, norm=HALF),
 }
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from haste import extensions
 from haste.align import triggers
+from haste.align.terms import of_features
 from haste.config import EVALUATION, Sampling, branches, facts_in, written
 from haste.files import journal, units, walk
 from haste.networks.registry import AUTOENCODERS, DETECTORS
@@ -88,8 +89,8 @@ def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float,
             return steps * batch / median(line["images_per_s"] for line in lines[-9:]), True
     work = training_flops(recipe) + sum(_teacher_flops(plan, name) or 0.0 for name in segment.teachers)
     runtime, terms, layers = plan.config.runtime, segment.terms, 0
-    if "features" in terms:
-        work += 6.0 * head_parameters(plan, segment) * _tokens(recipe, terms["features"]["depth"])
+    for term in of_features(terms).values():
+        work += 6.0 * _head_parameters(plan, recipe, term) * _tokens(recipe, term["depth"])
     if "attention" in terms:
         layers = len(terms["attention"]["student_layers"])
     work = steps * batch * work + angle_flops(plan, segment)
@@ -393,14 +394,18 @@ def state_megabytes(plan: Plan, segment: Segment) -> float:
     every = plan.config.runtime.keep_every
     kept = 1 + ((segment.state.step - 1) // every - segment.start // every if every else 0)
     size = 8 if recipe["training"]["precision"] == "fp64" else 4
-    head = head_parameters(plan, segment) if "features" in segment.terms else 0
+    head = head_parameters(plan, segment)
     return kept * size * (4 * parameters(recipe) + 3 * head) / MB
 
 
 def head_parameters(plan: Plan, segment: Segment) -> int:
-    """Weights of the head of a segment's feature term. Where only loading the teacher can tell its width, the student's
+    """Weights of the heads of a segment's feature terms. Where only loading a teacher can tell its width, the student's
     is taken."""
-    term, recipe = segment.terms["features"], plan.trajectories[segment.state.trajectory].recipe
+    recipe = plan.trajectories[segment.state.trajectory].recipe
+    return sum(_head_parameters(plan, recipe, term) for term in of_features(segment.terms).values())
+
+
+def _head_parameters(plan: Plan, recipe: dict[str, Any], term: Mapping[str, Any]) -> int:
     width, shape = facts_in(recipe).taps[f"tokens.{term['depth']}"].width, plan.teacher_size(term["teacher"])
     wide = plan.config.teachers[term["teacher"]].pca or (shape.width if shape else width)
     if term["head"] == "mlp":

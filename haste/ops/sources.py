@@ -15,6 +15,7 @@ from typing import Any
 
 from haste import config
 from haste.align import triggers
+from haste.align.terms import kind_of
 from haste.align.triggers import GradientAngle, Measure
 from haste.config.keys import nearest
 from haste.files import journal
@@ -101,7 +102,9 @@ def logged(plan: Plan, run: str, seed: int) -> list[dict[str, Any]]:
 
 
 def _log(kind: str, term: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Source:
-    by_angle = kind == "features" and term.get("similarity", "cosine") == "cosine"  # as in `haste.train.readings`
+    by_angle = (
+        kind_of(kind) == "features" and term.get("similarity", "cosine") == "cosine"
+    )  # as in `haste.train.readings`
     found, before = [], 0
     for line in lines:
         if kind in line and "denoising" in line:

@@ -206,6 +206,8 @@ def _transformer(spec: Any, called: str) -> int | None:
     public = TEACHERS.get(spec.name)
     if spec.weights is not None:
         return weights.check_transformer(Path(spec.weights), called, public)
+    if public is not None and public.by_file:
+        raise ValueError(public.asked(called))
     found = None
     if public is not None and public.on_hub:
         found = weights.in_cache(f"timm/{public.timm}", called, "model.safetensors")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from haste import config as configuration
+from haste.align.terms import kind_of, of_features
 from haste.config import TERMS, Config, Model, OtherModel, Trigger, decides, terms_of
 from haste.files.provenance import STATE_NAME
 from haste.plan.data import Data
@@ -57,7 +58,7 @@ class Runs:
         """
         terms, row = terms_of(self.config, run), self.config.runs[run]
         triggers, falls = configuration.triggers_of(self.config, run), configuration.falls_from(self.config, run)
-        stops = {kind: None if kind in triggers else getattr(row.stop, kind) for kind in terms}
+        stops = {kind: None if kind in triggers else row.stop.of(kind) for kind in terms}
         # a stop at step 0 starts no piece of its own
         bounds = sorted({step for kind in terms for step in (falls[kind], stops[kind]) if step})
         for low, high in zip([0, *bounds], [*bounds, None], strict=True):
@@ -216,19 +217,20 @@ class Runs:
             f"{run}: {found}"
             for run, row in rows
             for kind, begin in configuration.falls_from(self.config, run).items()
-            if (found := _beyond(getattr(row.stop, kind), kind, begin, row.milestones[-1]))
+            if (found := _beyond(row.stop.of(kind), kind, begin, row.milestones[-1]))
         ]
 
 
 def named_terms(config: Config, data: Data, terms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Alignment terms as in recipes: the settings that decide them, and the teacher by its key."""
     named = {
-        kind: {**decides(TERMS[kind], term), "teacher": data.teacher_key(term["teacher"])}
+        kind: {**decides(TERMS[kind_of(kind)], term), "teacher": data.teacher_key(term["teacher"])}
         for kind, term in terms.items()
     }
     # The source of targets is not in a name, because caching only rounds them. Components do enter the name.
-    if "features" in terms and (components := config.teachers[terms["features"]["teacher"]].pca):
-        named["features"]["pca"] = components
+    for kind, term in of_features(terms).items():
+        if components := config.teachers[term["teacher"]].pca:
+            named[kind]["pca"] = components
     return named
 
 

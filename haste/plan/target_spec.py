@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from haste.align.terms import kind_of
 from haste.files.units import readable
 
 DTYPE = "float16"
@@ -39,8 +40,8 @@ class TargetSpec:
 
     @classmethod
     def of(cls, kind: str, term: Mapping[str, Any]) -> TargetSpec:
-        """The needs of one alignment term; kind: `features` or `attention`."""
-        if kind == "features":
+        """The needs of one alignment term; kind: its name."""
+        if kind_of(kind) == "features":
             return cls((term.get("layer"),))
         return cls(attention=tuple((layer, term["heads"]) for layer in sorted(set(term["teacher_layers"]))))
 

@@ -117,7 +117,7 @@ class Targets:
 def _asked(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     """The alignment terms for which training or a measure has targets, by kind."""
     for run, row in config.runs.items():
-        yield from ((kind, term) for kind, term in terms_of(config, run).items() if getattr(row.stop, kind) != 0)
+        yield from ((kind, term) for kind, term in terms_of(config, run).items() if row.stop.of(kind) != 0)
     measures = {name: row.measures for rows in (config.runs, config.evaluate) for name, row in rows.items()}
     for name, asked in measures.items():
         for measure in asked:

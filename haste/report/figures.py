@@ -22,6 +22,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
+from haste.align.terms import kind_of
 from haste.files import journal
 from haste.report import papers
 from haste.report.compare import METRICS, Comparison, comparisons, curve, floor_value, lines, seeds_of
@@ -94,7 +95,7 @@ def _stops(text: str) -> dict[str, int]:
 
     Seeds that stop at different steps, `300 to 400`, have no single step, nor if only some of them stop.
     """
-    found = re.findall(r"(?:^|(features|attention) )(\d+)(?=$|,| by )(?! by \S+ in \d)", text)
+    found = re.findall(r"(?:^|(features(?:-\d+)?|attention) )(\d+)(?=$|,| by )(?! by \S+ in \d)", text)
     return {kind: int(step) for kind, step in found}
 
 
@@ -159,9 +160,14 @@ def loss_panels(report: Report) -> list[Panel]:
     """Smoothed training curves, one figure per quantity that some run logged; parts of the denoising loss come last."""
     drawn, titles = styles(report), dict(LOSSES)
     for record in (record for one in report.curves for record in one.records):
-        titles |= {key: f"{key}, of the denoising loss" for key in record if key not in KNOWN and key not in titles}
+        titles |= {key: _title(key) for key in record if key not in KNOWN and key not in titles}
     panels = [_loss_panel(report.curves, key, title, drawn) for key, title in titles.items()]
     return [panel for panel in panels if panel is not None]
+
+
+def _title(key: str) -> str:
+    kind = kind_of(key)
+    return f"{LOSSES[kind]} ({key})" if kind in LOSSES and kind != key else f"{key}, of the denoising loss"
 
 
 def _loss_panel(curves: Sequence[Curve], key: str, title: str, drawn: Mapping[str, Style]) -> Panel | None:
@@ -174,7 +180,7 @@ def _loss_panel(curves: Sequence[Curve], key: str, title: str, drawn: Mapping[st
         draw_band(axes, drawn[run], steps, values, spread)
         draw_line(axes, drawn[run], steps, values)
     _scale(axes, np.concatenate([values for _, values, _ in lines.values()]))
-    _mark_stops(axes, [drawn[run] for run in lines], key if key in ("features", "attention") else "")
+    _mark_stops(axes, [drawn[run] for run in lines], key if kind_of(key) in ("features", "attention") else "")
     ends = "; ".join(f"{run} {values[-1]:.3g} at step {steps[-1]:,.0f}" for run, (steps, values, _) in lines.items())
     return Panel(title, "", "", to_svg(figure, f"log-{key}", f"{title} over training steps: {ends}"))
 

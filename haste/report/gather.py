@@ -10,6 +10,7 @@ import pandas as pd
 import yaml
 
 from haste import config
+from haste.align.terms import kind_of
 from haste.cluster import accounting
 from haste.files import artefact
 from haste.files.provenance import provenance_of
@@ -31,7 +32,7 @@ def method(plan: Plan, run: str) -> str:
     """The published name of a run's loss, or the method that a row of `evaluate` states."""
     if run in plan.config.evaluate:
         return plan.config.evaluate[run].method
-    return METHODS[tuple(sorted(config.terms_of(plan.config, run)))]
+    return METHODS[tuple(sorted({kind_of(term) for term in config.terms_of(plan.config, run)}))]
 
 
 def stop(plan: Plan, run: str) -> str:
@@ -40,7 +41,7 @@ def stop(plan: Plan, run: str) -> str:
         return NONE
     triggers, found = config.triggers_of(plan.config, run), {}
     for kind in config.terms_of(plan.config, run):
-        step = getattr(plan.config.runs[run].stop, kind)
+        step = plan.config.runs[run].stop.of(kind)
         found[kind] = _watched(plan, run, kind) if kind in triggers else "never" if step is None else str(step)
     if not found:
         return NONE
@@ -146,23 +147,25 @@ def settings(plan: Plan, run: str) -> dict[str, str]:
     found["timesteps"] = _times(training.timesteps)
     if row.warm_start:
         found["warm start"] = row.warm_start.file + (", new classes" if row.warm_start.classes == "new" else "")
+    layered = ("features", "attention")  # whose layers have a column; those of further teachers are settings
     teachers = {kind: _teacher(plan, term["teacher"]) for kind, term in terms.items()}
     if teachers:
         same = len(set(teachers.values())) == 1
         found["teacher"] = min(teachers.values()) if same else ", ".join(f"{k} {t}" for k, t in teachers.items())
-        feature, attention = terms.get("features", {}), terms.get("attention", {})
+        feature, attention = (terms.get(kind, {}) for kind in layered)
         found["layers"] = layers_text(
             feature.get("depth"), attention.get("student_layers"), attention.get("teacher_layers")
         )
     for kind, term in terms.items():
-        own = {k: v for k, v in term.items() if k not in ("teacher", "depth", "student_layers", "teacher_layers")}
+        told = ("teacher", "depth", "student_layers", "teacher_layers") if kind in layered else ("teacher",)
+        own = {k: v for k, v in term.items() if k not in told}
         for key, more in (("head", ("hidden", "kernel")), ("normalise", ("normalise_factor",))):  # one choice, one word
             if key in own:
                 sizes = [own.pop(name) for name in more]
                 own[key] = _words([own[key] or "none", *(size for size in sizes if size is not None)])
-        found |= {f"{kind.removesuffix('s')} {name}": _words(value) for name, value in own.items()}
+        found |= {f"{kind.replace('features', 'feature')} {name}": _words(value) for name, value in own.items()}
     ramp, triggers = plan.config.runs[run].ramp, config.triggers_of(plan.config, run)
-    falling = [f"{kind} over {steps} steps" for kind in terms if (steps := getattr(ramp, kind)) is not None]
+    falling = [f"{kind} over {steps} steps" for kind in terms if (steps := ramp.of(kind)) is not None]
     released = {kind: trigger.release for kind, trigger in triggers.items() if trigger.release is not None}
     falling += [f"{kind} over {share:g} of the steps" for kind, share in released.items()]
     if falling:

@@ -7,8 +7,9 @@ Layers are counted from 0.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,8 @@ import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError
-from timm.layers import Attention, create_feature_extractor
+from timm.layers import Attention, apply_rot_embed_cat, create_feature_extractor
+from timm.models.eva import Eva, EvaAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional
@@ -36,8 +38,12 @@ REFUSED = {
 }
 
 
+# Networks of timm, and their attention, whose queries and keys can be read.
+PLAIN = {(VisionTransformer, Attention), (Eva, EvaAttention)}
+
+
 class Teacher:
-    """A frozen timm VisionTransformer, with the preparation of its input.
+    """A frozen timm VisionTransformer or Eva, with the preparation of its input.
 
     Attributes:
         low_pass: it sees only the spatial frequencies up to this share of Nyquist's at its input's size, as
@@ -49,7 +55,7 @@ class Teacher:
 
     def __init__(
         self,
-        network: VisionTransformer,
+        network: VisionTransformer | Eva,
         *,
         identity: str,
         norm: tuple[Sequence[float], Sequence[float]],
@@ -181,31 +187,22 @@ class Teacher:
         needed, x = self._needed(layer, attention), self.prepare(images)
         if self._graph_of is not None:
             outputs = self._graph_of(layer, tuple(sorted(set(attention))))(x)
-            tokens = None if layer is None else self._finished(outputs.pop("tokens"))
-            taps = {int(name): out for name, out in outputs.items()}
+            tokens = None if layer is None else self._finished(outputs["tokens"])
+            taps = {one: {name: outputs[f"{name}.{one}"] for name in ("q", "k")} for one in sorted(set(attention))}
         else:
             tokens, taps = self._looked_at(x, needed, layer is not None and self.final_norm, attention)
-        found = {layer: self._queries_and_keys(layer, out) for layer, out in taps.items()}
+        found = {one: self._queries_and_keys(one, tap) for one, tap in taps.items()}
         return TeacherTargets(None if layer is None else tokens, found, self.grid)
 
     def _looked_at(
         self, x: Tensor, needed: Sequence[int], norm: bool, attention: Sequence[int]
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Patch tokens of the first of the needed blocks, and layer -> what its projection gives."""
-        taps: dict[int, Tensor] = {}
-        hooks = [
-            # The hook is on the projection alone, so that the attention itself stays fused.
-            self._attention(layer).qkv.register_forward_hook(
-                lambda module, given, out, layer=layer: taps.__setitem__(layer, out)
-            )
-            for layer in sorted(set(attention))
-        ]
+    ) -> tuple[Tensor, dict[int, dict[str, Any]]]:
+        """Patch tokens of the first of the needed blocks, that of the features if they are requested; and layer -> what
+        `_tapped` sees of its attention."""
         how: Any = {"stop_early": True, "output_fmt": "NLC", "intermediates_only": True}
-        try:
+        with contextlib.ExitStack() as hooks:
+            taps = {one: hooks.enter_context(_tapped(self._attention(one))) for one in sorted(set(attention))}
             blocks = self.network.forward_intermediates(x, indices=list(needed), norm=norm, **how)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return cast(list[Tensor], blocks)[0], taps
 
     def _finished(self, tokens: Tensor) -> Tensor:
@@ -213,23 +210,25 @@ class Teacher:
         return (self.network.norm(tokens) if self.final_norm else tokens)[:, self.network.num_prefix_tokens :]
 
     def compile(self, **how: Any) -> None:
-        """Compile what is asked of it from now on; `how` as for `torch.compile`.
+        """Compile what is asked of it from now on; `how` as for `torch.compile`. One with rotary positions stays as it
+        is.
 
         A compiler sees neither `forward_intermediates`, since it takes a network's own call, nor hooks. So a graph of
         the network up to the last layer needed, with these outputs, is made for each kind of request.
         """
 
         def graph_of(layer: int | None, attention: tuple[int, ...]) -> Any:
-            outputs = {f"blocks.{one}.attn.qkv": str(one) for one in attention}
+            outputs = {f"blocks.{one}.attn.{name}_norm": f"{name}.{one}" for one in attention for name in ("q", "k")}
             outputs |= {} if layer is None else {f"blocks.{layer}": "tokens"}
             graph = create_feature_extractor(self.network, outputs)
             graph.compile(**how)
             return graph
 
-        self._graph_of = functools.cache(graph_of)
+        if not isinstance(self.network, Eva):  # their positions would be another output of the graph
+            self._graph_of = functools.cache(graph_of)
 
-    def _attention(self, layer: int) -> Attention:
-        return cast(Attention, self.network.blocks[layer].attn)
+    def _attention(self, layer: int) -> Attention | EvaAttention:
+        return cast(Attention | EvaAttention, self.network.blocks[layer].attn)
 
     def _needed(self, layer: int | None, attention: Sequence[int]) -> list[int]:
         """The blocks whose tokens are asked of the network: that of the features, and the last that has to run."""
@@ -240,16 +239,34 @@ class Teacher:
             raise ValueError("teacher: neither features nor the attention of any layer requested")
         return [max(asked)] if layer is None else sorted({layer, max(asked)})
 
-    def _queries_and_keys(self, layer: int, projected: Tensor) -> tuple[Tensor, Tensor]:
-        attn = self._attention(layer)
-        # B (prefix + N) 3HK -> 3 B H (prefix + N) K
-        split = projected.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
-        prefix = self.network.num_prefix_tokens
-        q, k = (
-            attn.q_norm(split[0, :, :, prefix:]),
-            attn.k_norm(split[1, :, :, prefix:]),
-        )
-        return q.contiguous(), k.contiguous()
+    def _queries_and_keys(self, layer: int, tap: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        prefix, rope = self.network.num_prefix_tokens, tap.get("rope")
+        pair = [tap[name][:, :, prefix:] for name in ("q", "k")]  # B H (prefix + N) K -> B H N K
+        if rope is not None:  # positions turn patch tokens alone
+            half = cast(EvaAttention, self._attention(layer)).rotate_half
+            pair = [apply_rot_embed_cat(one, rope, half=half).type_as(one) for one in pair]
+        return pair[0].contiguous(), pair[1].contiguous()
+
+
+@contextlib.contextmanager
+def _tapped(attention: Attention | EvaAttention) -> Iterator[dict[str, Any]]:
+    """While it lasts: q and k of all tokens (B, H, prefix + N, K), normalised, and the rotation that follows, if any.
+
+    Hooks are on what the attention calls before it attends, so that it stays fused itself.
+    """
+    seen: dict[str, Any] = {}
+    handles = [
+        attention.register_forward_pre_hook(
+            lambda module, given, named: seen.update(rope=named.get("rope")), with_kwargs=True
+        ),
+        attention.q_norm.register_forward_hook(lambda module, given, out: seen.update(q=out)),
+        attention.k_norm.register_forward_hook(lambda module, given, out: seen.update(k=out)),
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def weight_file(name: str) -> Path:
@@ -258,20 +275,23 @@ def weight_file(name: str) -> Path:
     Raises:
         ValueError: unknown name, or the weights are not in the cache and cannot be fetched.
     """
-    return hub.timm_weights(known(name).timm, f"teacher {name}")
+    spec = known(name)
+    if spec.by_file:
+        raise ValueError(spec.asked(f"teacher {name}"))
+    return hub.timm_weights(spec.timm, f"teacher {name}")
 
 
 def known(name: str) -> Encoder:
     """A public teacher by its name in TEACHERS or in timm.
 
-    A plain ViT of timm that is not in TEACHERS gets an input of 16 x 16 patches for images of 256 px, timm's channel
-    normalisation, and its last norm.
+    A plain ViT or Eva of timm that is not in TEACHERS gets an input of 16 x 16 patches for images of 256 px, timm's
+    channel normalisation, and its last norm.
 
     Raises:
         ValueError: unknown, or an encoder that cannot be a teacher, with the reason.
     """
     for short, spec in TEACHERS.items():
-        if name in (short, spec.timm):
+        if name == short or (name == spec.timm and not spec.by_file):
             return spec
     for family, reason in REFUSED.items():
         if family in name.lower():
@@ -282,11 +302,10 @@ def known(name: str) -> Encoder:
     except (RuntimeError, ValueError) as error:
         names = ", ".join(sorted(TEACHERS))
         raise ValueError(f"teacher {name}: neither a folder, nor in timm, nor one of {names}") from error
-    plain = type(network) is VisionTransformer and type(network.blocks[0].attn) is Attention
-    if not isinstance(network, VisionTransformer) or not plain:
+    if not isinstance(network, VisionTransformer | Eva) or (type(network), type(network.blocks[0].attn)) not in PLAIN:
         raise ValueError(f"teacher {name}: refused, timm's {type(network).__name__} is not a plain vision transformer")
     source, (patch, _) = cast(dict[str, Any], network.pretrained_cfg), network.patch_embed.patch_size
-    heads = cast(Attention, network.blocks[0].attn).num_heads
+    heads = cast(Attention | EvaAttention, network.blocks[0].attn).num_heads
     norm = (source["mean"], source["std"])
     return Encoder(name, patch, 16 * patch, len(network.blocks), heads, network.embed_dim, norm)
 

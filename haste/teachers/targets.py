@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from haste.align.losses import TeacherTargets
+from haste.align.terms import kind_of
 from haste.config import filter_faults, layer_faults
 from haste.files import artefact, locks
 from haste.files.store import Store, join, shard_range, write_shard
@@ -355,7 +356,11 @@ class Cached:
         """Identities that a state trained with a teacher's stored targets must carry on with."""
         manifest = self.stores[name].manifest
         found = {f"teacher of {kind}": manifest["teacher"]}
-        return {**found, f"components of {kind}": manifest["pca"]} if kind == "features" and manifest["pca"] else found
+        return (
+            {**found, f"components of {kind}": manifest["pca"]}
+            if kind_of(kind) == "features" and manifest["pca"]
+            else found
+        )
 
     def width(self, name: str) -> int | None:
         """Width of a teacher's stored features, D or P; None if there are none."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from haste.align import triggers
+from haste.align.terms import kind_of
 from haste.align.triggers import Angle, Average, Decision, Reading
 from haste.files.artefact import fingerprint
 from haste.plan.names import Segment
@@ -32,12 +33,12 @@ def residual(kind: str, term: Mapping[str, Any], loss: Tensor, share: Tensor) ->
     """Residual of a term's loss, times the share of samples that count: `share` - cosine, else the loss itself.
 
     Args:
-        kind: `features` or `attention`.
+        kind: its name.
         term: its settings.
         loss: the term's, as `Objective` returns it: 0 where no sample counts.
         share: mean weight of this rank's samples; over all ranks it is 1, or 0 where no sample counts.
     """
-    by_angle = kind == "features" and term.get("similarity", "cosine") == "cosine"
+    by_angle = kind_of(kind) == "features" and term.get("similarity", "cosine") == "cosine"
     return share + loss if by_angle else loss  # the feature loss is -cosine (REPA, Eq. 8)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from haste.align.terms import of_features
 from haste.data import order
 from haste.files import artefact
 from haste.files import tensors as files
@@ -77,11 +78,10 @@ def new_learner(
     model = build_model(recipe)
     model.initialise(_seeded(recipe["seed"], "initialise model"))
     projectors = nn.ModuleDict()
-    if "features" in terms:
-        term = terms["features"]
+    for name, term in of_features(terms).items():
         head = head_of(term, model.taps[f"tokens.{term['depth']}"].width, widths[term["teacher"]])
-        head.initialise(_seeded(recipe["seed"], "initialise projector features"), model.fill)
-        projectors["features"] = head
+        head.initialise(_seeded(recipe["seed"], f"initialise projector {name}"), model.fill)
+        projectors[name] = head
     settings = recipe["training"]
     dtype = torch.float64 if settings["precision"] == "fp64" else torch.float32
     model, projectors = model.to(device, dtype), projectors.to(device, dtype)

@@ -22,6 +22,7 @@ from haste.align.losses import (
     normalised_over_tokens,
     resize_tokens,
 )
+from haste.align.terms import kind_of, of_features
 from haste.config import TERMS
 from haste.data import order
 from haste.data.batches import Batch
@@ -40,9 +41,7 @@ Terms = Mapping[str, Mapping[str, Any]]
 
 def taps_of(terms: Terms) -> set[str]:
     """Names of the student's taps that the active terms need; empty if none is active."""
-    taps = set()
-    if "features" in terms:
-        taps.add(f"tokens.{terms['features']['depth']}")
+    taps = {f"tokens.{term['depth']}" for term in of_features(terms).values()}
     if "attention" in terms:
         taps |= {f"attention.{layer}" for layer in terms["attention"]["student_layers"]}
     return taps
@@ -97,7 +96,7 @@ def teacher_targets(teachers: Mapping[str, Teacher], terms: Terms, images: Tenso
         assert not teachers
         return seen
     for name, teacher in teachers.items():
-        wants = {kind: term for kind, term in terms.items() if term["teacher"] == name}
+        wants = {kind_of(which): term for which, term in terms.items() if term["teacher"] == name}  # one a kind
         layers = wants["attention"]["teacher_layers"] if "attention" in wants else ()
         layer = wants.get("features", {}).get("layer")
         seen[name] = teacher(images, features="features" in wants, layer=layer, attention=layers)
@@ -127,7 +126,7 @@ class Objective(nn.Module):
         targets: Mapping[str, TeacherTargets],
         negatives: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The unweighted loss terms: `denoising`, `features` and `attention` where active, and the other losses of the
+        """The unweighted loss terms: `denoising`, the active alignment terms by name, and the other losses of the
         process, which are only logged.
 
         Args:
@@ -137,9 +136,8 @@ class Objective(nn.Module):
         """
         predicted, taps, truth = self.predicted(batch, batch.t)
         found = self._denoising(self.process.losses(predicted, *truth))
-        if "features" in self.terms:
-            seen = targets[self.terms["features"]["teacher"]]
-            found["features"] = self._features(taps, seen, batch, negatives)
+        for name, term in of_features(self.terms).items():
+            found[name] = self._features(name, taps, targets[term["teacher"]], batch, negatives)
         if "attention" in self.terms:
             seen = targets[self.terms["attention"]["teacher"]]
             found["attention"] = self.attention(taps, seen, batch.weights.get("attention"))
@@ -164,22 +162,23 @@ class Objective(nn.Module):
 
     def _denoising(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The process's losses; only `denoising` is trained."""
-        if "denoising" not in parts or not TERMS.keys().isdisjoint(parts):
+        if "denoising" not in parts or not TERMS.keys().isdisjoint(map(kind_of, parts)):
             found = f"{type(self.process).__name__}: its losses are {', '.join(parts) or 'none'}"
             raise ValueError(f"{found}; expected denoising, and not {', '.join(TERMS)}")
         return {name: value if name == "denoising" else value.detach() for name, value in parts.items()}
 
     def _features(
         self,
+        name: str,
         taps: Mapping[str, Any],
         seen: TeacherTargets,
         batch: Batch,
         negatives: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        term, weights = self.terms["features"], batch.weights.get("features")
+        term, weights = self.terms[name], batch.weights.get(name)
         assert seen.features is not None
-        tokens, target = self.tokens(taps, seen), feature_target(seen.features, term)
-        projected = self.projectors["features"](tokens, seen.grid)
+        tokens, target = self.tokens(name, taps, seen), feature_target(seen.features, term)
+        projected = self.projectors[name](tokens, seen.grid)
         if term.get("similarity", "cosine") == "cosine":
             return feature_loss(projected, target, weights)
         others = None
@@ -188,10 +187,10 @@ class Objective(nn.Module):
             others = Negatives(*negatives, rows=batch.rows)
         return contrastive_loss(projected, target, term["temperature"], others, weights)
 
-    def tokens(self, taps: Mapping[str, Any], seen: TeacherTargets) -> Tensor:
-        """The tokens that features are aligned at, (B, N, D) on the teacher's grid, before the projector."""
-        name = f"tokens.{self.terms['features']['depth']}"
-        return resize_tokens(taps[name], self.model.taps[name].grid, seen.grid)
+    def tokens(self, name: str, taps: Mapping[str, Any], seen: TeacherTargets) -> Tensor:
+        """The tokens that a term aligns with features, (B, N, D) on the teacher's grid, before the projector."""
+        tap = f"tokens.{self.terms[name]['depth']}"
+        return resize_tokens(taps[tap], self.model.taps[tap].grid, seen.grid)
 
     def attention(self, taps: Mapping[str, Any], seen: TeacherTargets, weights: Tensor | None = None) -> Tensor:
         """The attention loss, the mean over its pairs of layers."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from haste.models.build import build_model
@@ -43,11 +44,28 @@ def checkpoint_elsewhere(plan: Plan, trajectory: str) -> Checkpoint:
     return found
 
 
-def projector_in(heads: Iterable[Mapping[str, Tensor]], like: nn.Module) -> Mapping[str, Tensor] | None:
-    """The projection head in a file that has a projector's shape; None if there is none or more than one."""
-    shapes = {name: value.shape for name, value in like.state_dict().items()}
-    fits = [head for head in heads if {name: value.shape for name, value in head.items()} == shapes]
-    return fits[0] if len(fits) == 1 else None
+def projectors_in(heads: Mapping[str, Mapping[str, Tensor]], like: nn.ModuleDict) -> dict[str, Mapping[str, Tensor]]:
+    """The projection heads of a file for a learner's projectors, by term, as far as there are such.
+
+    heads: by term or, in files that do not say it, by number. There they are taken in order if as many as expected have
+    the expected shapes in that order, otherwise where a single one has a projector's shape.
+    """
+    wanted = {term: _shapes(projector.state_dict()) for term, projector in like.items()}
+    if not all(name.isdigit() for name in heads):
+        return {term: heads[term] for term in wanted if term in heads and _shapes(heads[term]) == wanted[term]}
+    if [_shapes(head) for head in heads.values()] == list(wanted.values()):
+        return dict(zip(wanted, heads.values(), strict=True))
+    fits = {term: [head for head in heads.values() if _shapes(head) == shapes] for term, shapes in wanted.items()}
+    return {term: found[0] for term, found in fits.items() if len(found) == 1}
+
+
+def numbered(heads: Iterable[Mapping[str, Tensor]]) -> dict[str, Mapping[str, Tensor]]:
+    """Heads of a file that does not say of which term they are."""
+    return {str(place): head for place, head in enumerate(heads)}
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in weights.items()}
 
 
 def warm_start(plan: Plan, trajectory: str, learner: Learner) -> None:
@@ -70,12 +88,11 @@ def warm_start(plan: Plan, trajectory: str, learner: Learner) -> None:
     learner.ema.load_state_dict(sets.get("ema") or sets["model"])
     if said := trained_otherwise(found.facts, recipe["training"]):
         log.warning("%s was trained %s, going on with another", file, said[0])
-    if "features" not in learner.projectors:
-        return
-    head = learner.projectors["features"]
-    if (fits := projector_in(found.projectors, head)) is not None:
-        head.load_state_dict(dict(fits))
-    log.info("%s: the projector %s", file, "begins anew" if fits is None else "is the file's")
+    fits = projectors_in(numbered(found.projectors), learner.projectors)
+    for term, projector in learner.projectors.items():
+        if term in fits:
+            projector.load_state_dict(dict(fits[term]))
+        log.info("%s: the projector of %s %s", file, term, "is the file's" if term in fits else "begins anew")
 
 
 def _known(plan: Plan, file: str, recipe: Mapping[str, Any], layout: Any, classes: bool = True) -> Checkpoint:

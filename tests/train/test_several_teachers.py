@@ -101,18 +101,18 @@ def first_losses(plan, run):
     mean, std = batch.moments.chunk(2, dim=1)
     z = (mean + std * batch.draw - latents.manifest["shift"]) * latents.manifest["scale"]
     t = batch.t.view(-1, 1, 1, 1)
-    depth, layers = terms["features"]["depth"], terms["attention"]["student_layers"]
+    several, layers = {k: v for k, v in terms.items() if k != "attention"}, terms["attention"]["student_layers"]
     side = learner.model.grid[0]
-    names = {f"tokens.{depth}", *(f"attention.{i}" for i in layers)}
+    names = {*(f"tokens.{term['depth']}" for term in several.values()), *(f"attention.{i}" for i in layers)}
     with torch.no_grad():
         _, taps = learner.model((1 - t) * z + t * batch.noise, batch.t, batch.condition, taps=names)
-        seen = teachers[terms["features"]["teacher"]](batch.images, features=True)
-        projected = learner.projectors["features"](on_grid(taps[f"tokens.{depth}"], seen.grid[0], side))
-        similar = functional.cosine_similarity(projected[:, :, None], seen.features[:, None], dim=-1)  # (B, N, N)
-        if terms["features"]["similarity"] == "cosine":
-            features = -similar.diagonal(dim1=1, dim2=2).mean()
-        else:
-            features = -functional.log_softmax(similar / 0.1, dim=-1).diagonal(dim1=1, dim2=2).mean()
+        features = {}
+        for name, term in several.items():
+            seen = teachers[term["teacher"]](batch.images, features=True)
+            projected = learner.projectors[name](on_grid(taps[f"tokens.{term['depth']}"], seen.grid[0], side))
+            similar = functional.cosine_similarity(projected[:, :, None], seen.features[:, None], dim=-1)  # (B, N, N)
+            logs = similar if term["similarity"] == "cosine" else functional.log_softmax(similar / 0.1, dim=-1)
+            features[name] = -logs.diagonal(dim1=1, dim2=2).mean().item()
         values = []
         for mine, theirs in zip(layers, terms["attention"]["teacher_layers"], strict=True):
             told = teachers[terms["attention"]["teacher"]](batch.images, features=False, attention=[theirs])
@@ -122,7 +122,7 @@ def first_losses(plan, run):
             q_t, k_t = (x[:, :heads] for x in told.attention[theirs])
             target = (q_t @ k_t.mT / math.sqrt(q_t.shape[-1])).softmax(-1)
             values.append(-(target * (q @ k.mT / math.sqrt(q.shape[-1])).log_softmax(-1)).sum(-1).mean())
-    return {"features": features.item(), "attention": torch.stack(values).mean().item()}
+    return {**features, "attention": torch.stack(values).mean().item()}
 
 
 @pytest.mark.parametrize("run", sorted(RUNS))
