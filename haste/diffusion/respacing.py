@@ -84,8 +84,9 @@ def log_variance(steps: Chain, index: int | Tensor, output: Tensor) -> Tensor:
 
 def at(values: NDArray[np.float64], index: int | Tensor, like: Tensor) -> Tensor:
     """Values of some kept steps, as precise as `like`."""
-    table = torch.from_numpy(values).to(like.device)
-    return table[index].to(like.dtype)
+    if isinstance(index, int):  # a number, which needs no copy to a GPU, and so no wait for it
+        return torch.tensor(values[index], dtype=like.dtype)
+    return torch.from_numpy(values).to(like.device)[index].to(like.dtype)
 
 
 Noise = Callable[[int], Tensor]
