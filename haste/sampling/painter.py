@@ -76,13 +76,17 @@ class Painter:
         """
         rows = self.condition.sampled(self.sampling, indices)
         z, counts = self.latents(indices, rows, told)
+        return {"image": self.decoded(z, indices), **rows, "nfe": counts.numpy()}
+
+    @torch.inference_mode()
+    def decoded(self, z: Tensor, indices: range) -> np.ndarray:
+        """Images (B, R, R, 3) uint8 of latents (B, C, h, w), some at a time. Raises as `draw`."""
         most = max(1, DECODED_PIXELS // (self.autoencoder.factor * self.model.input_size) ** 2)
         pieces = [slice(low, low + most) for low in range(0, len(z) or 1, most)]
-        image = np.concatenate([self._decoded(z[piece], indices[piece]) for piece in pieces])
-        return {"image": image, **rows, "nfe": counts.numpy()}
+        return np.concatenate([self._decoded(z[piece], indices[piece]) for piece in pieces])
 
     def _decoded(self, z: Tensor, indices: range) -> np.ndarray:
-        """Images (B, R, R, 3) uint8 of latents. Pixels that are not finite would become black without a word."""
+        """Pixels that are not finite would become black without a word."""
         with computing(self.sampling.decoder_precision, self.autoencoder.device):
             decoded = self.autoencoder.decode(z.float(), scale=self.scale, shift=self.shift).float()
         for what, found in (("latents", z), ("pixels", decoded)):

@@ -81,7 +81,7 @@ def test_a_checkpoint_from_elsewhere_draws_the_same_with_a_configuration_or_a_de
 
 
 def test_weights_and_precisions_are_those_that_are_asked_for_and_the_workflow_draws_the_same(ran):
-    common = {"sampler": "euler", "steps": 2, "count": 20}
+    common = ran.raw["sampling"]["quick"]
     ways = {"raw": {"weights": "model"}, "half": {"precision": "bf16", "decoder_precision": "fp16"}}
     ran.configure(
         sampling={**ran.raw["sampling"], **{name: common | way for name, way in ways.items()}},

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from haste.config import Sampling
 from haste.data import order
@@ -20,6 +21,7 @@ from haste.data.latents import Autoencoder
 from haste.diffusion.ddpm import DDPM
 from haste.diffusion.interpolant import Interpolant
 from haste.diffusion.samplers import SAMPLERS
+from haste.models.dit import DiT
 from haste.models.sit import SiT
 from haste.sampling.compiled import compile_once
 from haste.sampling.painter import Painter
@@ -310,25 +312,58 @@ def test_switches_are_put_back_after_an_error_too():
     assert arithmetic() == usual
 
 
+def small(kind, **more):
+    """A network of random weights in all its layers, for latents of 4 x 4 x 4."""
+    network = kind(input_size=4, in_channels=4, patch_size=2, depth=1, width=16, heads=2, classes=CLASSES, **more)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 4
+    return network.eval().requires_grad_(False)
+
+
 def test_one_graph_serves_batches_of_any_size_and_guided_ones_too(monkeypatch):
     """The first batch has the size of a side and the channels, for which it is not taken; a last one has one sample."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced alike, and in no time
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     found = {}
-    for way in ("plain", "compiled"):
-        network = SiT(input_size=4, in_channels=4, patch_size=2, depth=1, width=16, heads=2, classes=CLASSES)
-        generator = torch.Generator().manual_seed(0)
-        for parameter in network.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=generator) / 4
-        if way == "compiled":
-            compile_once(network)
-        painter = painter_by("euler-maruyama", network.eval(), precision="bf16")
+    for way, prepare in {"plain": lambda network: None, "compiled": compile_once}.items():
+        prepare(network := small(SiT))
+        painter = painter_by("euler-maruyama", network, precision="bf16")
         rows = [range(4), range(4, 11), range(11, 13), range(13, 14)]
         found[way] = torch.cat([painter.latents(one, LABELS.sampled(painter.sampling, one))[0] for one in rows])
     torch.testing.assert_close(found["compiled"], found["plain"], rtol=0, atol=0.05)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert found["plain"].std() > 0.1
+
+
+class Unasked(TorchDispatchMode):
+    """Fails where the value of a tensor is asked for, for which a GPU would be waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "dopri5"])
+def test_no_evaluation_waits_for_the_one_before(sampler):
+    """On a GPU, if there is one, torch itself looks from the second evaluation on."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = small(DiT if SAMPLERS[sampler].process == "ddpm" else SiT).to(device)
+    painter = painter_by(sampler, model, **({"eta": 0.5} if sampler == "ddim" else {}))
+
+    def told(share):
+        if share and device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+
+    rows = LABELS.sampled(painter.sampling, INDICES)
+    try:
+        with Unasked():
+            z, _ = painter.latents(INDICES, rows, told)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert z.dtype == torch.float64 and z.isfinite().all()
 
 
 class Broken(Decoder):
