@@ -135,8 +135,8 @@ def with_a_network(arguments: argparse.Namespace) -> Table:
     """Images a second of each way, over batches, with their spread."""
     device = torch.device(arguments.device)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    title = f"{arguments.model} + decoder, batches of {arguments.gpu_batch}, {hardware}, torch {torch.__version__}"
-    table = Table(title=title)
+    title = f"{arguments.model}, {arguments.steps} evaluations, and decoder, batches of {arguments.gpu_batch}"
+    table = Table(title=f"{title}, {hardware}, torch {torch.__version__}")
     for column in [
         "precision",
         "compiled",

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ def computing(precision: str, device: torch.device) -> Iterator[None]:
         with torch.autocast(device.type, AUTOCAST[precision]):
             yield
         return
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn) if precision == "tf32" else ()
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn] if precision == "tf32" else []
     before = [switch.allow_tf32 for switch in switches]
     try:
         for switch in switches:

@@ -304,6 +304,16 @@ def test_the_network_has_the_precision_that_was_asked_for_and_the_state_is_float
     assert arithmetic() == usual
 
 
+def test_on_a_cpu_tf32_computes_as_fp32_and_bf16_nearly_so():
+    found = {}
+    for precision in ("fp32", "tf32", "bf16"):
+        painter = painter_by("heun", small(SiT), precision=precision)
+        found[precision] = painter.latents(INDICES, LABELS.sampled(painter.sampling, INDICES))[0]
+    assert torch.equal(found["tf32"], found["fp32"])
+    apart = (found["bf16"] - found["fp32"]).abs().max() / found["fp32"].std()
+    assert 0 < apart < 0.1
+
+
 def test_switches_are_put_back_after_an_error_too():
     model, usual = Field(), arithmetic()
     model.slope = None  # breaks it
