@@ -89,10 +89,12 @@ class Painter:
         """Pixels that are not finite would become black without a word."""
         with computing(self.sampling.decoder_precision, self.autoencoder.device):
             decoded = self.autoencoder.decode(z.float(), scale=self.scale, shift=self.shift).float()
-        for what, found in (("latents", z), ("pixels", decoded)):
+        precisions = self.sampling.precision, self.sampling.decoder_precision
+        for what, found, precision in zip(("latents", "pixels"), (z, decoded), precisions, strict=True):
             if len(broken := (~found.flatten(1).isfinite().all(dim=1)).nonzero()):
+                wider = "" if precision == "fp32" else f"{precision} may be too narrow for it, else "
                 raise FloatingPointError(
-                    f"sample {indices[int(broken[0, 0])]}: its {what} are not finite, expected numbers. The run "
+                    f"sample {indices[int(broken[0, 0])]}: its {what} are not finite, expected numbers: {wider}the run "
                     "ran away, or the weights are damaged: sample an earlier state."
                 )
         return to_pixels(decoded, self.sampling.pixels).cpu().numpy()
