@@ -3,7 +3,7 @@
 # make test-slurm   only what runs on that SLURM
 # make soak    one training on that SLURM, disturbed twenty times at random
 # make lint    ruff (format and lint) and mypy
-# make bench   what a step costs, how fast data comes and how long scores take, on this machine
+# make bench   what a step and a sample cost, how fast data comes and how long scores take, on this machine
 # make clean   remove the environment (results stay)
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
@@ -46,6 +46,7 @@ bench: $(READY)
 	python benchmarks/step.py
 	python benchmarks/throughput.py
 	python benchmarks/data.py
+	python benchmarks/sampling.py --samples 512
 	python benchmarks/score.py --samples 5000 --real 3000
 
 # The environment is made again only when what it is made from changes.

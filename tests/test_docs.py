@@ -391,6 +391,8 @@ OTHER = {
     "sampling.NAME.labels": "balanced",
     "sampling.NAME.pixels": "round",
     "sampling.NAME.weights": "model",
+    "sampling.NAME.precision": "tf32",
+    "sampling.NAME.decoder_precision": "fp16",
     "detector.NAME.split": "held_out",
     "autoencoder.dtype": "float32",
     "runs.NAME.model": "SiT-S/2",

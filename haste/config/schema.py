@@ -405,6 +405,8 @@ class Sampling(Strict):
     prompts: Annotated[list[Annotated[str, AfterValidator(_prompt)]], LATER] = []
     pixels: Literal["truncate", "round"] = "truncate"
     weights: Annotated[Literal["ema", "model"], LATER] = "ema"
+    precision: Annotated[Literal["fp32", "tf32", "bf16"], LATER] = "fp32"
+    decoder_precision: Annotated[Literal["fp32", "bf16", "fp16"], LATER] = "fp32"
     seed: Seed = 0
 
     @model_validator(mode="before")

@@ -80,7 +80,7 @@ class Process:
         """The field of samplers, before guidance: (x (B, C, h, w), t in [0, 1], condition) -> outputs (B, O, h, w).
 
         Args:
-            network: a `haste.models.denoiser.Denoiser`, which computes in float32.
+            network: a `haste.models.denoiser.Denoiser` with weights in float32; it may compute in half precision.
         """
 
         def outputs(x: Tensor, t: float, condition: Any) -> Tensor:

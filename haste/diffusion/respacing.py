@@ -86,6 +86,8 @@ def log_variance(steps: Chain, index: int | Tensor, output: Tensor) -> Tensor:
 
 def at(values: NDArray[np.float64], index: int | Tensor, like: Tensor) -> Tensor:
     """Values of some kept steps, as precise as `like`."""
+    if isinstance(index, int):  # a number, which needs no copy to a GPU, and so no wait for it
+        return torch.tensor(values[index], dtype=like.dtype)
     return sent(torch.from_numpy(values), like.device)[index].to(like.dtype)
 
 

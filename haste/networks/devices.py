@@ -1,14 +1,17 @@
-"""The device that networks run on."""
+"""The device that networks run on, and the precision in which they compute there."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
@@ -60,6 +63,28 @@ def choose_device(asked: str, local_rank: int = 0) -> torch.device:
             f"and {torch.cuda.device_count()} are visible"
         )
     return torch.device("cuda", local_rank)
+
+
+@contextlib.contextmanager
+def computing(precision: str, device: torch.device) -> Iterator[None]:
+    """Context of networks with float32 weights: they compute in `bf16` or `fp16` by autocast, in `tf32` by torch's
+    switches for products and convolutions, which only NVIDIA GPUs follow, and in any other precision as torch does.
+
+    What is in float64 stays so in all of them.
+    """
+    if precision in AUTOCAST:
+        with torch.autocast(device.type, AUTOCAST[precision]):
+            yield
+        return
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn] if precision == "tf32" else []
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = True
+        yield
+    finally:
+        for switch, was in zip(switches, before, strict=True):
+            switch.allow_tf32 = was
 
 
 def check_compiler(device: torch.device) -> None:

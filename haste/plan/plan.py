@@ -45,11 +45,12 @@ from haste.plan.names import Evaluation, Segment, State
 from haste.plan.runs import Runs
 from haste.plan.targets import Targets
 
-# Keys that are younger than people's reports: while they are at their defaults, reports keep their names.
+# Keys that are younger than people's reports, in any section or in that of one class: while they are at their defaults,
+# reports keep their names.
 _YOUNG = {
     *("process", "time_dtype", "eta", "filter", "layer", "normalise", "normalise_factor", "head", "kernel", "t_max"),
     *("release", "weights", "prompts", "split", "jobs_per_gpu"),
-    *("deterministic", "compress_gradients", "loader_threads"),
+    *("deterministic", "compress_gradients", "loader_threads", "Sampling.precision", "Sampling.decoder_precision"),
 }
 
 
@@ -237,8 +238,9 @@ class Plan:
         stops = (stop for row in shown["runs"].values() for stop in row["stop"].values())
         sections += [(Trigger, stop) for stop in stops if isinstance(stop, dict)]
         for model, section in sections:
-            for key in _YOUNG & section.keys() & model.model_fields.keys():
-                if section[key] == model.model_fields[key].default:
+            for key in section.keys() & model.model_fields.keys():
+                young = key in _YOUNG or f"{model.__name__}.{key}" in _YOUNG
+                if young and section[key] == model.model_fields[key].default:
                     del section[key]
         return f"{self.folder}/report/made-{fingerprint(shown)}.json"
 

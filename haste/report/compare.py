@@ -49,6 +49,7 @@ SAMPLERS = {  # their names in prose
     "ddim": "DDIM",
 }
 WEIGHTS = {"ema": "averaged", "model": "raw"}  # what samples are drawn from, in prose
+FULL = "fp32"  # the precision of samples of which nothing else is said
 ERROR = "_std"  # suffix of the name of a score's own error bar
 
 
@@ -285,6 +286,13 @@ def captions_text(score: Mapping[str, Any]) -> str | None:
     return f"{images} images, seed {noise(score)}"
 
 
+def precision_text(score: Mapping[str, Any]) -> str:
+    """The precision that samples are computed in: `fp32`, `bf16`, or `bf16, decoder fp16`."""
+    sampling = score.get("sampling") or {}
+    decoder = sampling.get("decoder_precision", FULL)
+    return sampling.get("precision", FULL) + (f", decoder {decoder}" if decoder != FULL else "")
+
+
 def several_noises(part: Sequence[Line]) -> bool:
     """Whether some run was sampled in one way with several noise seeds, so that only these distinguish its scores."""
     found: dict[str, set[int | None]] = {}
@@ -316,6 +324,7 @@ def protocol_text(score: Mapping[str, Any], guided: bool = True) -> str:
         f"captions of {told}" if told else None,
         f"decoder {sampling['decoder']}" if sampling.get("decoder") else None,
         f"{WEIGHTS['model']} weights" if sampling.get("weights") == "model" else None,
+        f"computed in {how}" if (how := precision_text(score)) != FULL else None,
         f"{score['samples']:,} samples" if score.get("samples") else None,
     ]
     text = ", ".join(word for word in words if word)

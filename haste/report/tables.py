@@ -15,6 +15,7 @@ import pandas as pd
 from haste.files.artefact import canonical
 from haste.report import papers, probes
 from haste.report.compare import (
+    FULL,
     WEIGHTS,
     Column,
     Line,
@@ -28,6 +29,7 @@ from haste.report.compare import (
     lines,
     metric,
     noise,
+    precision_text,
     protocol_text,
     row_scores,
     several_noises,
@@ -36,8 +38,9 @@ from haste.report.content import NONE, Report, Row
 from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell
 from haste.report.papers import COCO, SAMPLES, Published, comparable
 
+PRECISION = "computed in"  # "precision" is a score
 IDENTITY = ["run", "model", "method", "stop", "seed", "step"]
-PROTOCOL = ["sampler", "NFE", "guidance", "labels", "captions", "decoder", "weights", "samples"]
+PROTOCOL = ["sampler", "NFE", "guidance", "labels", "captions", "decoder", "weights", PRECISION, "samples"]
 NUMBERS = ["seed", "step", "samples"]
 NOISE = "noise seed"  # a column that is shown if some run was sampled with several
 FLOOR_NAME = "real against real"
@@ -70,7 +73,8 @@ def results(report: Report) -> pd.DataFrame:
     names = [
         name for c in scored for name in (c.name, f"{c.name} error") if name == c.name or any(map(_has(name), found))
     ]
-    protocol = [name for name in PROTOCOL if name != "captions" or any(map(_has(name), found))]
+    usual = {"captions": None, PRECISION: FULL}  # columns that are there only where some row has another value
+    protocol = [n for n in PROTOCOL if n not in usual or any(record.get(n, usual[n]) != usual[n] for record in found)]
     how = [*protocol, *([NOISE] if several_noises(lines(report)) else [])]
     frame = pd.DataFrame(found, columns=pd.Index([*IDENTITY, *names, *how]))
     types = {name: "Int64" for name in [*NUMBERS, *how[len(protocol) :]]} | dict.fromkeys([*names, "NFE"], "float64")
@@ -97,7 +101,8 @@ def _protocol(row: Row) -> dict[str, Any]:
     labels = ", ".join(map(str, labels)) if isinstance(labels, list) else labels
     weights, told = WEIGHTS.get(sampling.get("weights", "ema")), captions_text(row.score)
     said |= {"labels": labels, "captions": told}
-    return said | {"decoder": sampling.get("decoder"), "weights": weights, "samples": samples}
+    said |= {"decoder": sampling.get("decoder"), "weights": weights, PRECISION: precision_text(row.score)}
+    return said | {"samples": samples}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,8 @@ Arrays = dict[str, np.ndarray]
 
 def drawn(
     folder: Path, indices: range, size: int, source: Mapping[str, str], draw: Callable[[range], Arrays]
-) -> Iterator[tuple[Arrays, bool]]:
-    """The batches of a range of samples in order, each with whether it was drawn now; kept ones are read.
+) -> Iterator[tuple[Arrays, Callable[[], None] | None]]:
+    """The batches of a range of samples in order, each with what keeps it if it was drawn now; kept ones are read.
 
     Args:
         folder: where the batches are kept; see `folder_of`.
@@ -51,10 +52,9 @@ def drawn(
             beyond = (start for start in starts if start > low)
             rows = range(low, min(low + size, indices.stop, next(beyond, indices.stop)))
             found = draw(rows)
-            _keep_batch(_path(folder, low), found, source)
+            yield found, partial(_keep_batch, _path(folder, low), found, source)
         else:
-            found = kept
-        yield found, kept is None
+            yield (found := kept), None
         low += _length(found)
 
 

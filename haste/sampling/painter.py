@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from haste.config import Sampling, condition_in, process_in
-from haste.data import order
 from haste.data.condition import Condition, Rows
 from haste.data.jobs import check_autoencoder
 from haste.data.latents import Autoencoder, to_pixels
@@ -25,10 +23,11 @@ from haste.diffusion.process import Process
 from haste.diffusion.samplers import SAMPLERS, Counted, Sampler
 from haste.files.store import Store
 from haste.models.denoiser import Denoiser
-from haste.networks.devices import choose_device
+from haste.networks.devices import choose_device, computing
 from haste.networks.spec import each
 from haste.plan.names import State
 from haste.plan.plan import Plan
+from haste.sampling.noise import Noise
 from haste.train.state import trained_model, weights_identity
 from haste.train.warm_start import model_elsewhere
 
@@ -48,6 +47,11 @@ class Painter:
     condition: Condition
     scale: float
     shift: float
+
+    def __post_init__(self) -> None:
+        # Else autocast would round t near 1 to steps of 0.004, which are as long as those of 250 steps of a sampler.
+        if getattr(self.model, "can_precise_time", False):
+            self.model.precise_time = True
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -72,18 +76,25 @@ class Painter:
         """
         rows = self.condition.sampled(self.sampling, indices)
         z, counts = self.latents(indices, rows, told)
+        return {"image": self.decoded(z, indices), **rows, "nfe": counts.numpy()}
+
+    @torch.inference_mode()
+    def decoded(self, z: Tensor, indices: range) -> np.ndarray:
+        """Images (B, R, R, 3) uint8 of latents (B, C, h, w), some at a time. Raises as `draw`."""
         most = max(1, DECODED_PIXELS // (self.autoencoder.factor * self.model.input_size) ** 2)
         pieces = [slice(low, low + most) for low in range(0, len(z) or 1, most)]
-        image = np.concatenate([self._decoded(z[piece], indices[piece]) for piece in pieces])
-        return {"image": image, **rows, "nfe": counts.numpy()}
+        return np.concatenate([self._decoded(z[piece], indices[piece]) for piece in pieces])
 
     def _decoded(self, z: Tensor, indices: range) -> np.ndarray:
-        """Images (B, R, R, 3) uint8 of latents. Pixels that are not finite would become black without a word."""
-        decoded = self.autoencoder.decode(z.float(), scale=self.scale, shift=self.shift)
-        for what, found in (("latents", z), ("pixels", decoded)):
+        """Pixels that are not finite would become black without a word."""
+        with computing(self.sampling.decoder_precision, self.autoencoder.device):
+            decoded = self.autoencoder.decode(z.float(), scale=self.scale, shift=self.shift).float()
+        precisions = self.sampling.precision, self.sampling.decoder_precision
+        for what, found, precision in zip(("latents", "pixels"), (z, decoded), precisions, strict=True):
             if len(broken := (~found.flatten(1).isfinite().all(dim=1)).nonzero()):
+                wider = "" if precision == "fp32" else f"{precision} may be too narrow for it, else "
                 raise FloatingPointError(
-                    f"sample {indices[int(broken[0, 0])]}: its {what} are not finite, expected numbers. The run "
+                    f"sample {indices[int(broken[0, 0])]}: its {what} are not finite, expected numbers: {wider}the run "
                     "ran away, or the weights are damaged: sample an earlier state."
                 )
         return to_pixels(decoded, self.sampling.pixels).cpu().numpy()
@@ -110,12 +121,9 @@ class Painter:
             process.field(self.model), condition, null, sampling.guidance, (low, high), self._guided_channels()
         )
         counts = torch.zeros(len(indices), dtype=torch.int64)
-
-        def normals(purpose: str, step: int) -> Tensor:
-            return torch.from_numpy(order.normals(sampling.seed, purpose, step, indices, shape)).to(device)
-
-        start, noise = normals("sample start", 0), partial(normals, "sample noise")
-        return process.sample(self._sampler(), Counted(field, counts, told), start, sampling, noise), counts
+        noise = Noise(sampling.seed, indices, shape, sampling.steps or 0, device)
+        with noise, computing(sampling.precision, device):
+            return process.sample(self._sampler(), Counted(field, counts, told), noise.start, sampling, noise), counts
 
     def _sampler(self) -> Sampler:
         found, name = SAMPLERS[self.sampling.sampler], self.sampling.sampler

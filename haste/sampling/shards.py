@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ def draw_shard(
     """Draw one shard into ADM's .npz: `arr_0` uint8 NHWC, `arr_1` labels, and the provenance record as `haste`. For a
     condition other than labels, its fields have their own names.
 
-    Images are written as they are drawn, so memory holds one batch of them. Batches are kept: after a kill
-    the same call draws only what is missing, with the same bits, and nothing if the shard is complete.
+    Images are written while the next batch is drawn, so memory holds two batches of them. Batches are kept: after a
+    kill the same call draws only what is missing, with the same bits, and nothing if the shard is complete.
     `haste.sampling.batches.forget` removes them. Besides ADM's arrays the .npz has `nfe`, a sample's evaluations, and
     `haste.sampling.looks.FIELDS`.
 
@@ -63,15 +64,23 @@ def draw_shard(
     def draw(rows: range) -> dict[str, np.ndarray]:
         return painter.draw(rows, lambda share: watch(share * len(rows)))
 
+    def write(found: Mapping[str, np.ndarray], keep: Callable[[], None] | None) -> None:
+        if keep is not None:
+            keep()
+        file.write(np.ascontiguousarray(found["image"]).data)
+        made.append({**{name: found[name] for name in found if name != "image"}, **looks.looks_of(found["image"])})
+
     with artefact.replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             shape = {"descr": "|u1", "fortran_order": False, "shape": (len(indices), side, side, 3)}
             np.lib.format.write_array_header_1_0(file, shape)
-            for found, new in batches.drawn(aside, indices, batch, inputs, draw):
-                images = found.pop("image")
-                file.write(np.ascontiguousarray(images).data)
-                made.append(found | looks.looks_of(images))
-                watch.finished(len(found["nfe"]), new)
+            with ThreadPoolExecutor(1, thread_name_prefix="writing") as thread:
+                writing = thread.submit(lambda: None)
+                for found, keep in batches.drawn(aside, indices, batch, inputs, draw):
+                    writing.result()
+                    writing = thread.submit(write, found, keep)
+                    watch.finished(len(found["nfe"]), keep is not None)
+                writing.result()
         rest = {ADM.get(name, name): np.concatenate([found[name] for found in made]) for name in fields}
         nfe = float(rest["nfe"].mean()) if len(indices) else None
         header = {**painter.condition.arguments, "schema": artefact.SCHEMA, "kind": "samples", "nfe": nfe}

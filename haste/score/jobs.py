@@ -16,6 +16,7 @@ from haste.plan import names
 from haste.plan.names import Evaluation, Judgement
 from haste.plan.plan import Plan
 from haste.sampling import batches, looks
+from haste.sampling.compiled import compile_once
 from haste.sampling.painter import painter_of
 from haste.sampling.shards import draw_shard
 from haste.score.features import feature_shard, reference_of_file, reference_shard
@@ -57,6 +58,8 @@ def _make_reference(plan: Plan, detector: names.Detector) -> None:
 def sample(plan: Plan, evaluation: Evaluation, shard: int) -> None:
     """Draw one shard of samples, and extract every detector's features."""
     painter, path = painter_of(plan, evaluation.state, evaluation.sampling), Path(evaluation.sample_file(shard))
+    if plan.config.runtime.compile:
+        compile_once(painter.model)
     with locks.making(path, anew=True):  # whoever waited finds the shard there, and compares its record
         draw_shard(
             painter,

@@ -8,7 +8,6 @@ B images of a microbatch, N teacher tokens, D teacher width.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,14 +20,13 @@ from haste.config import condition_in, process_in
 from haste.data.batches import Batch, Batches
 from haste.files.store import Store
 from haste.models.attention import logsumexp_works
+from haste.networks.devices import AUTOCAST, computing
 from haste.plan.names import Segment
 from haste.plan.plan import Plan
 from haste.teachers.targets import Cached, load_teacher
 from haste.train.distributed import Group
 from haste.train.state import Learner, new_learner
 from haste.train.step import Objective, bands_of, gather_negatives, teacher_targets
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Inputs:
@@ -119,7 +117,7 @@ class Inputs:
 
     def precision(self) -> AbstractContextManager[Any]:
         """Context for the networks' forward pass: autocast in half precision, else nothing."""
-        return torch.autocast(self.group.device.type, self.half) if self.half else contextlib.nullcontext()
+        return computing(self.settings["precision"], self.group.device)
 
     def targets(self, batch: Batch) -> dict[str, TeacherTargets]:
         """Targets of each teacher for a batch's images, computed now or read with the batch."""

@@ -213,6 +213,19 @@ def test_which_captions_samples_were_told_is_said_and_keeps_scores_apart():
     assert len([group for group in compare.comparisons(report(rows)) if group.column.metric == "fd"]) == 3
 
 
+def test_a_precision_other_than_fp32_is_said_and_keeps_scores_apart():
+    halves = {"fp32": {}, "bf16": {"precision": "bf16"}, "tf32, decoder fp16": {"precision": "tf32"}}
+    halves["tf32, decoder fp16"] |= {"decoder_precision": "fp16"}
+    rows = [row("a", 1, 9.0, sampling=asked) for asked in halves.values()]
+    (table,) = tables.main_tables(report(rows))
+    assert [cell.text for cell in table.column("computed in")] == list(halves)
+    assert tables.results(report(rows))["computed in"].tolist() == list(halves)
+    assert len([group for group in compare.comparisons(report(rows)) if group.column.metric == "fd"]) == 3
+    assert ", computed in bf16, 1,000 samples" in compare.protocol_text(rows[1].score)
+    older = report(rows[:1])
+    assert "computed in" not in tables.results(older).columns and "computed" not in str(tables.main_tables(older))
+
+
 TOLD = {
     ("held_out", 0): "held-out images, seed 0",
     ("train", 0): "training images, seed 0",

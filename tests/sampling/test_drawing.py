@@ -80,22 +80,29 @@ def test_a_checkpoint_from_elsewhere_draws_the_same_with_a_configuration_or_a_de
     assert draw(imported, "--sampling", "ode-50", "--class", 2, "--decoder", ran.autoencoder) == 0
 
 
-def test_raw_weights_are_drawn_where_they_are_asked_for_and_the_workflow_draws_the_same(ran):
+def test_weights_and_precisions_are_those_that_are_asked_for_and_the_workflow_draws_the_same(ran):
+    common = ran.raw["sampling"]["quick"]
+    ways = {"raw": {"weights": "model"}, "half": {"precision": "bf16", "decoder_precision": "fp16"}}
     ran.configure(
-        sampling={**ran.raw["sampling"], "raw": {"sampler": "euler", "steps": 2, "count": 20, "weights": "model"}},
-        defaults={**ran.raw["defaults"], "milestones": [8], "sampling": ["quick", "raw"]},
+        sampling={**ran.raw["sampling"], **{name: common | way for name, way in ways.items()}},
+        defaults={**ran.raw["defaults"], "milestones": [8], "sampling": ["quick", *ways]},
     )
-    quick, raw = (row.evaluation for row in ran.plan.rows)
-    assert quick.name == ran.row().name and raw.name != quick.name  # a key at its default is in no name
-    for command in ("sample", "evaluate"):
-        assert cli.main([command, raw.name, "-c", str(ran.file)]) == 0
-    assert artefact.read_json(raw.score, "score")["sampling"]["weights"] == "model"
-    drawn = read_npz(raw.sample_file(0), "samples")["arr_0"][:6]
-    for name, asked in {"a": ["--sampling", "raw"], "b": ["--weights", "model"], "c": []}.items():
-        common = ["-c", ran.file, "--count", 6, "--out", f"{name}.npz"]
-        assert draw(ran.state, "--sampling", "quick", *asked, *common) == 0
-    a, b, c = (read_npz(f"{name}.npz", "drawing")["arr_0"] for name in "abc")
-    assert (a == drawn).all() and (b != c).any()
+    quick, *others = (row.evaluation for row in ran.plan.rows)
+    assert quick.name == ran.row().name  # a key at its default is in no name
+    assert len({quick.name, *(one.name for one in others)}) == 3
+    for one, (name, way) in zip(others, ways.items(), strict=True):
+        for command in ("sample", "evaluate"):
+            assert cli.main([command, one.name, "-c", str(ran.file)]) == 0
+        assert way.items() <= artefact.read_json(one.score, "score")["sampling"].items()
+        asked = ["--sampling", name, "-c", ran.file, "--count", 6, "--out", f"{name}.npz"]
+        assert draw(ran.state, *asked) == 0
+        drawn = read_npz(one.sample_file(0), "samples")["arr_0"][:6]
+        assert (read_npz(f"{name}.npz", "drawing")["arr_0"] == drawn).all()
+    for name, asked in {"b": ["--weights", "model"], "c": []}.items():
+        asked += ["-c", ran.file, "--count", 6, "--out", f"{name}.npz"]
+        assert draw(ran.state, "--sampling", "quick", *asked) == 0
+    raw, b, c = (read_npz(f"{name}.npz", "drawing")["arr_0"] for name in ("raw", "b", "c"))
+    assert (b == raw).all() and (b != c).any()
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,29 @@
 """What is painted is what was asked for: guidance and its interval, the path, pixels, the latents' scale."""
 
+import dataclasses
+import hashlib
 import math
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from haste.config import Sampling
 from haste.data import order
 from haste.data.condition import Labels
 from haste.data.latents import Autoencoder
+from haste.diffusion.ddpm import DDPM
 from haste.diffusion.interpolant import Interpolant
+from haste.diffusion.samplers import SAMPLERS
+from haste.models.dit import DiT
+from haste.models.sit import SiT
+from haste.sampling.compiled import compile_once
 from haste.sampling.painter import Painter
 
 CLASSES, CHANNELS, SIDE, STEPS = 4, 3, 5, 5
@@ -217,6 +227,155 @@ def test_the_start_of_every_image_is_standard_normal():
     assert len(np.unique(z[:, 0, 0, 0])) == 400
 
 
+class Noisy(Field):
+    """Noise and variance instead of a velocity."""
+
+    process = "ddpm"
+
+    def forward(self, x, t, labels):
+        found = super().forward(x, t / 999, labels)[0]
+        return torch.cat([found, found.tanh()], dim=1), {}
+
+
+def painter_by(sampler, model=None, decoder=None, path="linear", **more):
+    settings = {"sampler": sampler, "count": 100, "labels": "balanced", "seed": 5, "guidance": 2.5, **more}
+    settings |= {} if sampler == "dopri5" else {"steps": 6}
+    ddpm = SAMPLERS[sampler].process == "ddpm"
+    process, model = (DDPM(), model or Noisy()) if ddpm else (Interpolant(path), model or Field())
+    sampling = Sampling(**{"interval": [0.2, 0.7], **settings})
+    return Painter(model, sampling, decoder or Decoder(), process, LABELS, 1.0, 0.0)
+
+
+KEPT = {  # digests of latents, which are sums and products of noise, so that only another noise or order changes them
+    "euler": ("6ecbc5704ba1d51f", {}),
+    "heun": ("d99a255906653336", {}),
+    "euler-maruyama": ("fcd2f19082e02466", {}),
+    "euler-maruyama, cosine": ("8e9e1e393f41571e", {"path": "cosine"}),
+    "ddim": ("f84d6f056d812412", {"eta": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_latents_have_the_bits_that_they_have_always_had(name):
+    digest, more = KEPT[name]
+    painter = painter_by(name.split(",")[0], **more)
+    z, _ = painter.latents(INDICES, LABELS.sampled(painter.sampling, INDICES))
+    assert hashlib.sha256(z.numpy().tobytes()).hexdigest().startswith(digest)
+
+
+SWITCHES = (torch.backends.cuda.matmul, torch.backends.cudnn)
+
+
+def arithmetic():
+    """The type of products by autocast, if any, and whether TF32 is on."""
+    half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    return half, *(switch.allow_tf32 for switch in SWITCHES)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_the_network_has_the_precision_that_was_asked_for_and_the_state_is_float64(sampler, precision):
+    usual, states, network, decoder = arithmetic(), set(), set(), set()
+
+    class Asked(Noisy if SAMPLERS[sampler].process == "ddpm" else Field):
+        def forward(self, x, t, labels):
+            network.add((x.dtype, t.dtype, *arithmetic()))
+            return super().forward(x, t, labels)[0].to(arithmetic()[0] or x.dtype), {}
+
+    class Told(Decoder):
+        def decode(self, z, *, scale, shift):
+            decoder.add((z.dtype, *arithmetic()))
+            return super().decode(z, scale=scale, shift=shift).half()
+
+    painter = painter_by(sampler, Asked(), Told(), precision=precision, decoder_precision="fp16")
+
+    class Watched(type(painter.process)):
+        def field(self, model):
+            outputs = super().field(model)
+            return lambda x, *rest: states.add(x.dtype) or outputs(x, *rest)
+
+    painter = dataclasses.replace(painter, process=Watched())
+    assert painter.draw(INDICES)["image"].dtype == np.uint8
+    assert painter.latents(INDICES, LABELS.sampled(painter.sampling, INDICES))[0].dtype == torch.float64
+    expected = {"fp32": usual, "tf32": (None, True, True), "bf16": (torch.bfloat16, *usual[1:])}[precision]
+    assert states == {torch.float64}
+    assert network == {(torch.float32, torch.float32, *expected)}
+    assert decoder == {(torch.float32, torch.float16, *usual[1:])}
+    assert arithmetic() == usual
+
+
+def test_on_a_cpu_tf32_computes_as_fp32_and_bf16_nearly_so():
+    found = {}
+    for precision in ("fp32", "tf32", "bf16"):
+        painter = painter_by("heun", small(SiT), precision=precision)
+        found[precision] = painter.latents(INDICES, LABELS.sampled(painter.sampling, INDICES))[0]
+    assert torch.equal(found["tf32"], found["fp32"])
+    apart = (found["bf16"] - found["fp32"]).abs().max() / found["fp32"].std()
+    assert 0 < apart < 0.1
+
+
+def test_switches_are_put_back_after_an_error_too():
+    model, usual = Field(), arithmetic()
+    model.slope = None  # breaks it
+    with pytest.raises(TypeError):
+        painter_by("euler", model, precision="tf32").draw(INDICES)
+    assert arithmetic() == usual
+
+
+def small(kind, **more):
+    """A network of random weights in all its layers, for latents of 4 x 4 x 4."""
+    network = kind(input_size=4, in_channels=4, patch_size=2, depth=1, width=16, heads=2, classes=CLASSES, **more)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 4
+    return network.eval().requires_grad_(False)
+
+
+def test_one_graph_serves_batches_of_any_size_and_guided_ones_too(monkeypatch):
+    """The first batch has the size of a side and the channels, for which it is not taken; a last one has one sample."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced alike, and in no time
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = {}
+    for way, prepare in {"plain": lambda network: None, "compiled": compile_once}.items():
+        prepare(network := small(SiT))
+        painter = painter_by("euler-maruyama", network, precision="bf16")
+        rows = [range(4), range(4, 11), range(11, 13), range(13, 14)]
+        found[way] = torch.cat([painter.latents(one, LABELS.sampled(painter.sampling, one))[0] for one in rows])
+    torch.testing.assert_close(found["compiled"], found["plain"], rtol=0, atol=0.05)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert found["plain"].std() > 0.1
+
+
+class Unasked(TorchDispatchMode):
+    """Fails where the value of a tensor is asked for, for which a GPU would be waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in ("item", "_local_scalar_dense", "is_nonzero", "equal", "nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "dopri5"])
+def test_no_evaluation_waits_for_the_one_before(sampler):
+    """On a GPU, if there is one, torch itself looks from the second evaluation on."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = small(DiT if SAMPLERS[sampler].process == "ddpm" else SiT).to(device)
+    painter = painter_by(sampler, model, **({"eta": 0.5} if sampler == "ddim" else {}))
+
+    def told(share):
+        if share and device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+
+    rows = LABELS.sampled(painter.sampling, INDICES)
+    try:
+        with Unasked():
+            z, _ = painter.latents(INDICES, rows, told)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert z.dtype == torch.float64 and z.isfinite().all()
+
+
 class Broken(Decoder):
     """Its third image has a pixel that is no number."""
 
@@ -239,8 +398,12 @@ def test_sampling_stops_at_latents_that_are_not_finite_and_names_the_sample(samp
 
 def test_sampling_stops_at_pixels_that_are_not_finite_and_names_the_sample():
     sampling = Sampling(sampler="euler", steps=2, count=100, labels="balanced", seed=5)
-    with pytest.raises(FloatingPointError, match="sample 5: its pixels are not finite"):
-        Painter(Field(), sampling, Broken(), Interpolant(), LABELS, SCALE, SHIFT).draw(INDICES)
+    painter = Painter(Field(), sampling, Broken(), Interpolant(), LABELS, SCALE, SHIFT)
+    with pytest.raises(FloatingPointError, match="sample 5: its pixels are not finite.*: the run ran away"):
+        painter.draw(INDICES)
+    narrow = sampling.model_copy(update={"decoder_precision": "fp16"})
+    with pytest.raises(FloatingPointError, match="sample 5: its pixels.*: fp16 may be too narrow"):
+        dataclasses.replace(painter, sampling=narrow).draw(INDICES)
 
 
 def test_images_are_decoded_some_at_a_time_however_many_are_drawn_at_once():

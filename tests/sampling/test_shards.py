@@ -1,11 +1,14 @@
 """Image i depends on (seed, i) alone: not on the batch, not on the shards."""
 
+import errno
 import itertools
 import json
 import multiprocessing
 import os
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +17,14 @@ from PIL import Image
 
 from haste import config
 from haste.cli import main as cli
+from haste.data.condition import Labels
 from haste.files import artefact
 from haste.files.store import Store, join
 from haste.ops import status
 from haste.plan.plan import Plan
 from haste.sampling import batches, grids
 from haste.sampling.painter import Painter
+from haste.sampling.shards import draw_shard
 from haste.train import loop
 
 TINY = yaml.safe_load(Path(__file__).parents[1].joinpath("tiny.yaml").read_text())
@@ -271,6 +276,52 @@ def test_a_finished_shard_is_drawn_again_only_where_it_is_damaged_or_of_other_we
     monkeypatch.setattr("haste.sampling.painter.weights_identity", lambda model: "of others")
     draw(plan, evaluation)
     assert len(asked) == 4
+
+
+class Still:
+    """Grey images without a network: what a painter is to a shard; `before` is called with each batch's first index."""
+
+    sampling, condition = SimpleNamespace(count=12), Labels(classes=3)
+    autoencoder, model = SimpleNamespace(factor=2), SimpleNamespace(input_size=2)
+
+    def __init__(self, before):
+        self.before = before
+
+    def draw(self, indices, told):
+        self.before(indices.start)
+        grey = np.broadcast_to(np.array(indices, np.uint8)[:, None, None, None], (len(indices), 4, 4, 3))
+        return {"image": grey, "label": np.array(indices) % 3, "nfe": np.full(len(indices), 7)}
+
+
+def draw_still(folder, before):
+    path = folder / "shard.npz"
+    draw_shard(Still(before), path=path, key="k", recipe={}, shard=0, shards=1, batch=4, inputs={})
+    return path
+
+
+def test_a_batch_is_written_while_the_next_one_is_drawn_and_all_are_in_their_order(tmp_path, monkeypatch):
+    begun, keep = [threading.Event() for _ in range(3)], batches._keep_batch
+
+    def kept(path, *rest):
+        following = int(path.stem) // 4 + 1
+        assert following == 3 or begun[following].wait(120)
+        keep(path, *rest)
+
+    monkeypatch.setattr(batches, "_keep_batch", kept)
+    with np.load(draw_still(tmp_path, lambda low: begun[low // 4].set())) as file:
+        assert file["arr_0"][:, 0, 0, 0].tolist() == list(range(12))
+        assert file["arr_1"].tolist() == [0, 1, 2] * 4 and file["total"].tolist() == [48 * i for i in range(12)]
+
+
+def test_a_disk_that_is_full_stops_the_job_and_leaves_no_shard(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(batches, "_keep_batch", full)
+    drawn = []
+    with pytest.raises(OSError, match="No space left"):
+        draw_still(tmp_path, drawn.append)
+    assert drawn == [0, 4] and not (tmp_path / "shard.npz").exists()
 
 
 def features_of(path):
