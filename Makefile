@@ -10,6 +10,8 @@ BIN := $(CURDIR)/.venv/bin
 READY := .venv/ready
 export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
+# Some machines set it; then every job of a workflow would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 

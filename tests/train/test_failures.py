@@ -137,8 +137,9 @@ def test_checkpointed_blocks_and_compiled_models_train_to_nearly_the_same(make_p
 
 def workers_of(process, lock):
     """The training processes below a launcher; the one that holds the trajectory's lock, process 0, comes first."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    found = [child for child in children if any("spawn_main" in word for word in child.cmdline())]
+    started = psutil.Process(process.pid).children()
+    (server,) = (child for child in started if any("forkserver" in word for word in child.cmdline()))
+    found = server.children()
     first = int(re.match(r"process (\d+) on", lock.read_text())[1])
     return sorted(found, key=lambda child: child.pid != first)
 
