@@ -1,8 +1,8 @@
 """The process that forks a launcher's ranks: imported in it, and in no other.
 
-Ranks share what it has imported: torch, and its compiler, which every optimiser asks for. It ends with the launcher, and
-the ranks with it. TERM to all processes of a job is for the ranks, which save: it is kept from this process, and from a
-rank until it listens.
+Ranks share what it has imported: torch, and its compiler, which every optimiser asks for. It ends with the launcher,
+and the ranks with it. TERM to all processes of a job is for the ranks, which save: it is kept from this process, and
+from a rank until it listens.
 """
 
 from __future__ import annotations
