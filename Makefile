@@ -10,6 +10,8 @@ BIN := $(CURDIR)/.venv/bin
 READY := .venv/ready
 export PATH := $(BIN):$(PATH)
 export PYTHONUNBUFFERED := 1
+# Some machines set it; then every job of a workflow would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
@@ -20,13 +22,14 @@ demo: $(READY)
 	snakemake --profile profiles/local --quiet rules host
 	@haste table
 
-# Both suites run side by side: jobs of a cluster mostly wait. What SLURM's said comes before the summary of the other.
+# Both suites run side by side: jobs of a cluster mostly wait, and go first, as the other suite fills both cores to the
+# end. What SLURM's said comes before the summary of the other.
 # Each process begins with a half of the tests, and takes over from the other when it is done: a file's tests share
 # what they set up.
 test: lint
 	trap 'kill $$(jobs -p) 2> /dev/null' EXIT; \
 	pytest -n 2 --dist loadfile tests/slurm > .venv/slurm.txt 2>&1 & slurm=$$!; \
-	pytest -n 2 --dist worksteal --ignore tests/slurm; rest=$$?; \
+	nice -n 5 pytest -n 2 --dist worksteal --ignore tests/slurm; rest=$$?; \
 	wait $$slurm; slurm=$$?; \
 	cat .venv/slurm.txt; \
 	test $$slurm = 0 -a $$rest = 0

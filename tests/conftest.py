@@ -24,12 +24,6 @@ from haste.plan.plan import Plan
 TINY: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
 
 
-def pytest_collection_finish() -> None:
-    """What is imported by now stays: the collections of garbage that training asks for need not look at it."""
-    gc.collect()
-    gc.freeze()
-
-
 def pytest_sessionfinish() -> None:
     """Then it is as it was, or some libraries report as leaked what is still there when Python ends."""
     gc.unfreeze()
@@ -39,8 +33,17 @@ def pytest_sessionfinish() -> None:
 def one_thread() -> None:
     """Bits depend on the number of threads, and tests run side by side."""
     import torch  # here, so that the process that only hands out tests starts without it
+    import torch.utils.tensorboard  # or each process that a test forks to train imports it again
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_is_there_stays() -> None:
+    """The collections of garbage that every training asks for, in forked ranks too, need not look at what is imported
+    or kept by now, which grows from file to file."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

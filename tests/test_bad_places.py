@@ -217,12 +217,12 @@ def test_a_process_of_its_own_ends_with_code_2_and_the_message_alone(world, dama
     ],
     ids=["a name", "a folder", "nothing", "an input"],
 )
-def test_a_dry_run_of_the_workflow_says_the_same_and_writes_nothing(world, changes, word):
+def test_a_dry_run_of_the_workflow_says_the_same_and_writes_nothing(world, warm, changes, word):
     world.file.write_text(yaml.safe_dump({**world.raw, **changes}))
     before = world.files()
     snakefile, profile = ROOT / "workflow" / "Snakefile", ROOT / "profiles" / "default"
-    command = ["snakemake", "--snakefile", snakefile, "--workflow-profile", profile, "--directory", world.folder]
-    done = started(world, *command, "--configfile", world.file, "--cores", "1", "-n")
+    command = ["--snakefile", snakefile, "--workflow-profile", profile, "--directory", world.folder]
+    done = warm.snakemake(*command, "--configfile", world.file, "--cores", "1", "-n")
     text = done.stdout + done.stderr
     assert done.returncode != 0
     assert word in text

@@ -7,11 +7,8 @@ each take seconds to import torch. In the end Snakemake itself finds that only t
 import contextlib
 import io
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -31,7 +28,6 @@ TRIGGERS = {
     "gradient-angle": {"every": 10, "images": 8, "shards": 2},
     "plateau": {"every": 2, "fast": 0.5, "slow": 0.75},
 }
-ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 def cut(study, results):
@@ -65,8 +61,8 @@ def cut(study, results):
 class Study:
     """A results folder with the cut study in it."""
 
-    def __init__(self, folder):
-        self.file = folder / "study.yaml"
+    def __init__(self, folder, warm=None):
+        self.file, self.warm = folder / "study.yaml", warm
         raw = cut(STUDY, folder / "results")
         self.file.write_text(yaml.safe_dump(raw))
         self.plan = Plan(config.resolve(raw))
@@ -75,8 +71,7 @@ class Study:
     def snakemake(self, *arguments):
         where = ["--snakefile", str(ROOT / "workflow" / "Snakefile"), "--directory", str(self.file.parent)]
         profile = ["--workflow-profile", str(ROOT / "profiles" / "default")]
-        command = [sys.executable, "-m", "snakemake", *where, *profile, "--configfile", str(self.file), "--cores", "2"]
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=ENVIRONMENT, timeout=600)
+        done = self.warm.snakemake(*where, *profile, "--configfile", self.file, "--cores", "2", *arguments)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
         return done.stdout + done.stderr
 
@@ -93,9 +88,9 @@ class Study:
 
 
 @pytest.fixture(scope="module")
-def study(once):
+def study(once, warm):
     def fill(folder):
-        made = Study(folder)
+        made = Study(folder, warm)
         made.make()
         said = made.snakemake()
         assert set(re.findall(r"^(?:local)?rule (\w+):", said, re.MULTILINE)) == {"report", "all"}

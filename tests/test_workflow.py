@@ -42,7 +42,8 @@ class Workshop:
     """A results folder with its configuration, and Snakemake on it as a user starts it.
 
     With `warm`, it and its jobs are children of a process that has imported everything; without, they start as a user's
-    do: to make the whole path once, and where it matters which process holds what and which is killed.
+    do: where it matters which process holds what and which is killed. When the whole path is made, it and the first job
+    of each command start as a user's.
     """
 
     def __init__(self, folder: Path, name: str = "tiny", warm=None, **changes):
@@ -123,10 +124,12 @@ class Workshop:
 
 
 @pytest.fixture(scope="module")
-def finished(_finished_data, once):
+def finished(_finished_data, once, warm):
     def fill(folder):
         shutil.copytree(_finished_data, folder / "results")
-        done = Workshop(folder).snakemake()
+        shop = Workshop(folder)
+        shop.environment |= warm.spared
+        done = shop.snakemake()
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
     return Workshop(once("workflow", fill))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 STREAMS = 4  # training tells the terminal by descriptor 3
 IMPORTED = ("diffusers.models.autoencoders.autoencoder_kl", "matplotlib.figure", "pandas", "sklearn.datasets", "timm")
-IMPORTED += ("snakemake.cli", "torch._dynamo", "haste.cli.main")
+IMPORTED += ("snakemake.cli", "torch._dynamo", "torch.utils.tensorboard", "haste.cli.main")
 
 
 class Warm:
@@ -29,14 +29,19 @@ class Warm:
     Attributes:
         client: a command that has the words after it, of `snakemake` or `haste`, run as a child of that process.
         environment: with these variables `haste` is such a child in every bash, so in Snakemake's jobs too.
+        spared: so is every `haste` but the first of each command, which starts as a user's.
     """
 
     def __init__(self, folder: Path) -> None:
         at = str(folder / "socket")
         self.client = [sys.executable, "-I", "-S", __file__, at]
-        bash = folder / "bash"
-        bash.write_text(f"""haste() {{ {" ".join(self.client)} haste "$@"; }}\n""")
-        self.environment = {"BASH_ENV": str(bash)}
+        bash, sparing, begun = folder / "bash", folder / "sparing", folder / "begun"
+        child = f"""{" ".join(self.client)} haste "$@";"""
+        begun.mkdir()
+        bash.write_text(f"haste() {{ {child} }}\n")
+        first = f"""mkdir "{begun}/$1" 2> /dev/null"""
+        sparing.write_text(f"""haste() {{ if {first}; then command haste "$@"; else {child} fi; }}\n""")
+        self.environment, self.spared = {"BASH_ENV": str(bash)}, {"BASH_ENV": str(sparing)}
         server = [sys.executable, "-P", __file__, at]
         self.process = subprocess.Popen(server, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self.process.stdout and self.process.stdout.readline() == b"ready\n"

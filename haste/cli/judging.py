@@ -58,7 +58,8 @@ def _add_score(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each set of samples")
     sub.add_argument("--compare", action="store_true", help="all sets side by side in one table")
     sub.add_argument("--batch", type=int, default=64, help="images that a detector sees at once (64)")
-    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
+    words = "all (every GPU), auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)"
+    sub.add_argument("--device", default="auto", help=words)
     sub.add_argument("--seed", type=int, default=2020, help="of KID's subsets (2020, as torch-fidelity's)")
 
 
@@ -158,20 +159,19 @@ def _draw(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from haste.networks.devices import device_named
     from haste.score import show
     from haste.score.images import Scorer, detectors_asked
 
-    device, told = device_named(arguments.device), [] if arguments.prompts is None else ["clip"]
+    told = [] if arguments.prompts is None else ["clip"]
     named = arguments.detector or (["inception"] if told and arguments.reference else [])
     scorer = Scorer(
         arguments.reference,
-        detectors=detectors_asked(named, arguments.weights, device, told),
+        detectors=detectors_asked(named, arguments.weights, arguments.device, told),
         metrics=None if arguments.metrics is None else arguments.metrics.split(","),
         features=arguments.features,
         prompts=arguments.prompts,
         batch=arguments.batch,
-        device=device,
+        device=arguments.device,
         seed=arguments.seed,
     )
     if arguments.save_reference is not None and arguments.reference is None:

@@ -4,7 +4,8 @@ B images, R resolution in pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ class Detector:
     whether these are known to be the weights behind published scores, None if that cannot be known; outputs: name ->
     width of each output; width: of the "pool" features; classes: number of the dataset's own classes that its "logits"
     distinguish, None if it has no such logits; preprocessing: of the images, in words; resolution: side in pixels of
-    the images that it reads, None for any; smallest: the smallest side, if it reads any.
+    the images that it reads, None for any; smallest: the smallest side, if it reads any; copies: the same detector on
+    other devices, to look at other images meanwhile.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Detector:
         self.kind, self.name, self.weights, self.published = kind, name or kind, weights, published
         self.outputs, self.preprocessing = dict(outputs), preprocessing
         self.resolution, self.smallest = resolution, smallest
+        self.copies: list[Detector] = []
 
     @property
     def width(self) -> int:
@@ -73,6 +76,14 @@ class Detector:
             "preprocessing": self.preprocessing,
             "outputs": self.outputs,
         }
+
+    def spread(self, devices: Sequence[str]) -> Detector:
+        """Move the network to the first device, and copies of it to the others; returns itself."""
+        self.to(devices[0])
+        self.copies = [copy.copy(self) for _ in devices[1:]]
+        for other, device in zip(self.copies, devices[1:], strict=True):
+            other.network = copy.deepcopy(self.network).to(device)
+        return self
 
     def to(self, device: torch.device | str) -> Detector:
         """Move the network to a device; returns itself."""

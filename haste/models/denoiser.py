@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from haste.models.layers import AttentionTap, fill_normal, fill_xavier
 from haste.networks.spec import Facts, Tap, each
@@ -122,6 +121,8 @@ class Denoiser(nn.Module):
             ValueError: settings that do not fit the latents; or outputs or taps that do not have their declared
                 shapes.
         """
+        from torch.utils.flop_counter import FlopCounterMode  # not above: with it comes Triton
+
         y = each(lambda piece: torch.from_numpy(piece).to("meta"), condition.like(1))
         with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
             model = cls(input_size=input_size, in_channels=in_channels, **condition.arguments, **settings)

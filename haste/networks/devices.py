@@ -102,6 +102,13 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
+def devices_named(name: str) -> list[str]:
+    """The devices that `--device` names: `all` is every GPU, or the CPU if there is none; else as `device_named`."""
+    if name != "all":
+        return [device_named(name)]
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+
+
 def device_named(name: str) -> str:
     """The device that `--device` names; `auto` is a GPU if there is one.
 

@@ -17,6 +17,7 @@ from haste.metrics.clip import Clip
 from haste.metrics.detector import Detector
 from haste.metrics.detectors import open_detector
 from haste.metrics.scores import METRICS, NEIGHBOURS
+from haste.networks.devices import devices_named
 from haste.sampling.samples import Samples, open_samples
 from haste.score import comparable
 from haste.score.columns import VALUES, Score, column, compare, refuse, typed
@@ -103,7 +104,7 @@ def score_images(
         features: a folder in which features are kept and found again; None keeps none.
         prompts: a file of what the images were told, a line each in their order, for the CLIP score.
         batch: batch size of a detector.
-        device: of Inception, if no detector is given; a given detector stays on its device.
+        device: of Inception, if no detector is given, "all" is every GPU; a given detector stays on its device.
         seed: of KID's subsets.
 
     Raises:
@@ -144,7 +145,7 @@ class Scorer:
         for detector in self.detectors or []:
             self._claim(detector.about)
         self.features = None if features is None else Path(features)
-        self.batch, self.device, self.seed = batch, device, seed
+        self.batch, self.devices, self.seed = batch, devices_named(device), seed
         self.references: dict[str, Side] = {}
 
     def _claim(self, about: Mapping[str, Any]) -> None:
@@ -235,7 +236,7 @@ class Scorer:
 
     @cached_property
     def _inception(self) -> Detector:
-        return open_detector("inception", device=self.device)
+        return open_detector("inception").spread(self.devices)
 
     @property
     def _metrics(self) -> list[str]:
@@ -410,7 +411,7 @@ def detectors_asked(
     Args:
         names: NAME or NAME=WEIGHTS of each.
         weights: the weights file of the only one, if its name does not include it.
-        device: where to compute.
+        device: where to compute; "all" is every GPU.
         told: those that prompts ask for, where none of the names is clip.
 
     Raises:
@@ -422,4 +423,5 @@ def detectors_asked(
             raise ValueError("--weights: is for one detector without weights of its own, see --detector NAME=WEIGHTS")
         asked = [(asked[0][0] if asked else "inception", str(weights))]
     asked += [(name, "") for name in told if not any(one == "clip" for one, _ in asked)]
-    return [open_detector(name, own or None, device=device) for name, own in asked] or None
+    devices = devices_named(device)
+    return [open_detector(name, own or None).spread(devices) for name, own in asked] or None

@@ -10,9 +10,11 @@ import itertools
 import logging
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +183,29 @@ def _features(
             pixels.add(images)
             yield images
 
-    for images in _ahead(noted()):
-        yield detector.arrays(images, pixels.samples.path, progress.at)
-        progress.step(len(images))
+    def looks() -> Iterator[Callable[[], Batch]]:
+        first = progress.at
+        for images, one in zip(_ahead(noted()), itertools.cycle([detector, *detector.copies]), strict=False):
+            yield partial(one.arrays, images, pixels.samples.path, first)
+            first += len(images)
+
+    for found in _in_order(looks(), 1 + len(detector.copies)):
+        yield found
+        progress.step(len(found["pool"]))
+
+
+def _in_order(looks: Iterator[Callable[[], Batch]], at_once: int) -> Iterator[Batch]:
+    """What each gives, in their order, some of them at once in threads; one alone here, whose cores are counted."""
+    if at_once == 1:
+        yield from (look() for look in looks)
+        return
+    with ThreadPoolExecutor(at_once, thread_name_prefix="detector") as threads:
+        waiting: deque[Future[Batch]] = deque()
+        for look in looks:
+            waiting.append(threads.submit(look))
+            if len(waiting) > at_once:  # one is ready for who is done first
+                yield waiting.popleft().result()
+        yield from (one.result() for one in waiting)
 
 
 def _ahead(pieces: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:

@@ -70,7 +70,7 @@ def _launch(plan: Plan, state: State) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.2,
-        start_method="spawn",
+        start_method="forkserver",  # a process that has imported what all ranks need, and touches no GPU
         local_addr="localhost",  # else it asks for this machine's name, for minutes where nobody knows it
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # its handler of TERM would end the ranks before they save
     )
@@ -79,6 +79,7 @@ def _launch(plan: Plan, state: State) -> None:
     # gloo would look for this machine by its name, or on the interface that a cluster's settings name
     os.environ["GLOO_SOCKET_IFNAME"] = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     _on_term(_tell_the_ranks)
+    multiprocessing.set_forkserver_preload(["haste.train.ranks"])
     try:
         saved = elastic_launch(settings, work)(plan.config.model_dump_json(), str(state))[0]
     except ChildFailedError as error:
@@ -128,8 +129,9 @@ def work(resolved: str, name: str) -> int | None:
     """One rank: read the configuration that the launcher resolved, and train. Returns the last step if interrupted."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    _die_with_the_launcher()
+    die_with_parent()
     interrupted = _until_term()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked in `ranks`
     rank = int(os.environ["RANK"])
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
@@ -148,8 +150,11 @@ def _train(plan: Plan, state: State, interrupted: Callable[[], int]) -> int | No
     return None
 
 
-def _die_with_the_launcher() -> None:
-    # kill -9 of the launcher must not leave ranks that train on while its successor starts.
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends (on Linux).
+
+    kill -9 of the launcher must not leave ranks that train on while its successor starts.
+    """
     if sys.platform == "linux":
         set_death_signal = 1
         ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGKILL)

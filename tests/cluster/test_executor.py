@@ -64,8 +64,8 @@ def snakemake(cluster, tmp_path):
     words += ["--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "1", "--workflow-profile", work]
     started = []
 
-    def start():
-        command = list(map(str, [sys.executable, "-m", "snakemake", *words]))
+    def start(program=(sys.executable, "-m", "snakemake")):
+        command = list(map(str, [*program, *words]))
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         log = open(work / "log", "w")  # noqa: SIM115 - closed below
         options = {"cwd": work, "env": environment, "stdout": log, "stderr": log, "preexec_fn": listening}
@@ -89,12 +89,12 @@ def single(cluster):
     return [call.split("_wildcards_")[1].split()[0] for call in calls]
 
 
-def test_what_the_queue_refuses_is_submitted_later_and_what_lives_already_is_attached_to(cluster, snakemake):
+def test_what_the_queue_refuses_is_submitted_later_and_what_lives_already_is_attached_to(cluster, warm, snakemake):
     (start, work), said = snakemake, lambda: (snakemake[1] / "log").read_text()
     cluster.says("sbatch", SBATCH)
     record = work / "results" / "tiny" / "submitted.jsonl"
     record.write_text('["1", "77_2", "a.log"]\n["2", "78", "b.log"]\n["3", "79"')  # 78 has ended, the last is cut
-    running = start()
+    running = start([*warm.client, "snakemake"])
     limit = time.monotonic() + 120
     while "Attached to SLURM job 77_2" not in said() or len(list(work.glob("results/[02]"))) < 2:
         assert time.monotonic() < limit, said()
@@ -129,10 +129,10 @@ def test_after_ctrl_c_nothing_more_is_submitted_and_nothing_is_waited_for(cluste
     assert "AssocGrpSubmitJobsLimit" in full.read_text()
 
 
-def test_where_slurm_does_not_say_what_lives_nothing_is_submitted(cluster, snakemake):
+def test_where_slurm_does_not_say_what_lives_nothing_is_submitted(cluster, warm, snakemake):
     cluster.says("squeue", "exit 1")
     start, work = snakemake
     (work / "results" / "tiny" / "submitted.jsonl").write_text('["1", "77", "a.log"]\n')
-    assert start().wait(120) != 0
+    assert start([*warm.client, "snakemake"]).wait(120) != 0
     assert "SLURM does not say whether jobs that an earlier start submitted" in (work / "log").read_text()
     assert not cluster.calls("sbatch")

@@ -78,6 +78,9 @@ def test_runs_may_have_other_nodes_than_others_by_an_expression_as_the_document_
     assert done.returncode == 0, done.stderr
     shown = re.findall(r"haste train (\S+)-s0-\w+/\d+ .* nodes=(\d)", done.stdout + done.stderr)
     assert set(shown) >= {("SiT-d4w128p2-features", "2"), ("SiT-d4w128p2-features-attention", "1")}
+    asked = re.findall(r"haste train .* --slurm (.*) 3>&2", done.stdout + done.stderr)
+    gpus = f"gpus_per_node={PROFILE['set-resources']['train']['gpus_per_node']}"
+    assert asked and all(re.findall(r"\S*(?:gpu|gres|device)\S*", one) == [gpus] for one in asked), "once"
     assert all((nodes == "2") == name.endswith("-features") for name, nodes in shown)
 
 

@@ -1,6 +1,7 @@
 """Images from anywhere are scored as their features by hand say, whatever they are packed in."""
 
 import json
+import time
 import zipfile
 
 import numpy as np
@@ -13,6 +14,7 @@ from haste.files.store import join, write_shard
 from haste.metrics import inception_score, kid
 from haste.metrics.frechet import update
 from haste.metrics.uncertainty import frechet_error
+from haste.networks.devices import devices_named
 from haste.sampling.samples import open_samples
 from haste.score import sides, views
 from haste.score.columns import OF_SAMPLES, OVER_SPLITS, OVER_SUBSETS
@@ -171,6 +173,40 @@ def test_features_that_are_kept_are_found_again_and_nothing_is_looked_at_twice(s
     fake[3, 2, 1, 0] ^= 1
     score_images(pack("fake", fake), paths[1], detectors=[counting()], features=folder)
     assert sum(looked) == 182
+
+
+def test_several_devices_share_the_images_and_features_and_scores_are_those_of_one_to_the_bit(
+    sets, pack, make_detector
+):
+    paths, looked = (pack("fake", sets[0]), pack("real", sets[1])), [0, 0, 0]
+    several = make_detector().spread(["cpu"] * 3)
+    for device, one in enumerate([several, *several.copies]):
+
+        def see(module, given, device=device):
+            time.sleep(0.02 * (device == 0))  # the first is the slowest
+            looked[device] += len(given[0])
+
+        one.network.register_forward_pre_hook(see)
+    alone, shared = (views.extract_features(open_samples(paths[0]), d, batch=4) for d in (make_detector(), several))
+    for whole, part in zip(alone.batches(), shared.batches(), strict=True):
+        assert all(np.array_equal(part[name], value) for name, value in whole.items())
+    assert sum(looked) == 40 and min(looked) >= 12
+    assert shared.facts() == alone.facts()
+    expected = score_images(*paths, detectors=[make_detector()], batch=4)
+    assert score_images(*paths, detectors=[several], batch=4).values == expected.values
+
+
+def test_a_feature_that_is_not_finite_is_named_by_its_image_whichever_device_found_it(sets, pack, make_detector):
+    several = make_detector().spread(["cpu"] * 2)
+    several.copies[0].network.register_forward_hook(lambda module, given, found: {**found, "pool": found["pool"] / 0})
+    with pytest.raises(ValueError, match="image 4: its pool"):
+        score_images(pack("fake", sets[0]), None, detectors=[several], metrics=["is"], batch=4)
+
+
+@pytest.mark.parametrize(("gpus", "found"), [(0, ["cpu"]), (2, ["cuda:0", "cuda:1"])])
+def test_all_devices_are_every_gpu_or_the_cpu_where_there_is_none(monkeypatch, gpus, found):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert devices_named("all") == found
 
 
 def test_an_interrupted_pass_goes_on_from_its_last_whole_shard(sets, pack, tmp_path, monkeypatch, make_detector):

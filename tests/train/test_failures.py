@@ -1,6 +1,8 @@
 """What goes wrong in training ends in a message, soon, and with the last good state in place."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -137,8 +139,9 @@ def test_checkpointed_blocks_and_compiled_models_train_to_nearly_the_same(make_p
 
 def workers_of(process, lock):
     """The training processes below a launcher; the one that holds the trajectory's lock, process 0, comes first."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    found = [child for child in children if any("spawn_main" in word for word in child.cmdline())]
+    started = psutil.Process(process.pid).children()
+    (server,) = (child for child in started if any("forkserver" in word for word in child.cmdline()))
+    found = server.children()
     first = int(re.match(r"process (\d+) on", lock.read_text())[1])
     return sorted(found, key=lambda child: child.pid != first)
 
@@ -213,6 +216,21 @@ def test_term_saves_the_last_step_and_the_same_command_goes_on_to_the_same_bits(
     launch.launch(whole, whole.state("short", step))
     expected, found = load_file(path_of(whole, "short", step)), load_file(path.parent / "kept" / saved.name)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_term_to_all_processes_of_a_job_at_once_saves_too(make_plan):
+    plan = make_plan(runs={"long": {"milestones": [300]}}, runtime={"processes": 2, "log_every": 5, "save_every": 300})
+    folder, state = path_of(plan, "long", 300).parent, str(plan.state("long", 300))
+    command = [sys.executable, "-m", "haste.cli", "train", state, "-c", str(plan.file)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_for(lambda: (folder / "log.jsonl").exists() and (folder / "log.jsonl").stat().st_size)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    (saved,) = folder.glob("rolling/step-*")
+    assert process.returncode == 143 and f"interrupted after step {int(saved.name[5:13])}, which is saved" in said
 
 
 def test_a_killed_launcher_leaves_no_trainer_and_the_lock_is_held_while_one_lives(launched):
