@@ -56,7 +56,7 @@ def _add_exchange(to: Commands) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from haste.ops import cost
 
-    cost.print_plan(plan_of(arguments))
+    cost.print_plan(plan_of(arguments, ahead=True))
 
 
 def _status(arguments: argparse.Namespace) -> None:

@@ -14,12 +14,14 @@ from rich.table import Table
 
 from haste import extensions
 from haste.align import triggers
-from haste.config import EVALUATION, Sampling, branches, facts_in, written
+from haste.config import Sampling, branches, facts_in, written
 from haste.files import journal, units, walk
+from haste.networks.headers import MissingError
 from haste.networks.registry import AUTOENCODERS, DETECTORS
 from haste.networks.spec import blocks
+from haste.plan.jobs import TRAINING, Job
 from haste.plan.measures import Measurement
-from haste.plan.names import Artefact, Detector, Evaluation, Segment
+from haste.plan.names import Artefact, Detector, Evaluation, Judgement, Segment
 from haste.plan.plan import Plan
 from haste.plan.target_spec import Shape, flops_per_image
 
@@ -28,9 +30,8 @@ MB = 1e6
 EFFICIENCY = 0.5
 # Seconds that follow from no operations, of which small networks have most: of a job's start, which imports torch,
 # diffusers for the small autoencoder, and opens what a measure looks at; of a training step, around its operations; and
-# of each of its images, whose noise is drawn and whose row is read, or whose attention is compared in one layer. The
-# jobs that draw samples also make their features.
-START, STARTS = 2.0, {"latents": 5.0, "samples": 5.0, "measures": 3.5, "features": 0.0}
+# of each of its images, whose noise is drawn and whose row is read, or whose attention is compared in one layer.
+START, STARTS = 2.0, {"latents": 5.0, "sample": 5.0, "measure": 3.5}
 STEP, IMAGE = 0.008, 0.00015
 
 
@@ -195,37 +196,31 @@ def _network_flops(plan: Plan, part: Artefact) -> float | None:
 
 
 def stages(plan: Plan) -> tuple[list[Stage], bool]:
-    """The lines of the plan, and whether every training time in them was measured."""
+    """The lines of the plan, one a rule of the workflow, and whether every training time in them was measured."""
     flops = machine_flops()
     training, measured = _training_stages(plan, flops)
-    evaluations = list(plan.evaluations.values())
-    floors = [detector.floor for detector in plan.detectors.values()]
-    closing = [plan.report_made, *floors, *(path for path in plan.shown if path.endswith("grid.png"))]
-    found = [
+    known = [
         *_data_stages(plan, flops),
         *_target_stages(plan, flops),
         *training,
-        _sampling_stage(plan, evaluations, flops),
-        _feature_stage(plan, evaluations, flops),
+        _sampling_stage(plan, flops),
+        _feature_stage(plan, flops),
         *_measure_stages(plan, flops),
-        _stage("scores", [judgement.score for e in evaluations for judgement in e.judged]),
-        _stage("grids, floor, report", closing),
     ]
+    by_rule = {stage.name: stage for stage in known}
+    found = [by_rule.get(rule) or _stage(plan, rule) for rule in plan.jobs.every]
     starts = [STARTS.get(stage.name, START) * stage.left for stage in found]
     return [dataclasses.replace(a, seconds=a.seconds + b) for a, b in zip(found, starts, strict=True)], measured
 
 
-def _stage(name: str, files: list[str], megabytes: float = 0.0) -> Stage:
-    """Jobs whose time cannot be estimated; megabytes: of all of them."""
-    left = sum(not Path(file).exists() for file in files)
-    return Stage(name, len(files), left, 0.0, megabytes * left / max(1, len(files)), unknown=left > 0)
+def _stage(plan: Plan, rule: str, megabytes: float = 0.0) -> Stage:
+    """Jobs whose time cannot be estimated; megabytes: of those that are left."""
+    left = len(_left(plan, rule))
+    return Stage(rule, len(plan.jobs.every.get(rule, [])), left, 0.0, megabytes, unknown=left > 0)
 
 
-def _of_images(name: str, stores: list[tuple[Artefact, int]], size: float) -> tuple[Stage, float]:
-    """The shards of stores of so many images, `size` bytes each, and the number of images that are left."""
-    shards = {file: count / store.shards for store, count in stores for file in store.shard_files}
-    left = sum(images for file, images in shards.items() if not Path(file).exists())
-    return dataclasses.replace(_stage(name, list(shards)), megabytes=size * left / MB), left
+def _left(plan: Plan, rule: str) -> list[Job]:
+    return plan.jobs.left.get(rule, [])
 
 
 def _timed(stage: Stage, work: Iterable[float | None], pace: float) -> Stage:
@@ -235,20 +230,25 @@ def _timed(stage: Stage, work: Iterable[float | None], pace: float) -> Stage:
     return dataclasses.replace(stage, seconds=seconds, unknown=None in known)
 
 
-def _feature_stage(plan: Plan, evaluations: list[Evaluation], flops: float) -> Stage:
-    """Features of samples: a shard for each shard of samples and each detector."""
-    looks = [(e, one, path) for e in evaluations for one in e.judgements for path in one.features.shard_files]
-    todo = [(e, one) for e, one, path in looks if not Path(path).exists()]
-    size = sum((plan.feature_bytes(one.detector) or 0) * e.sampling.count / e.shards for e, one in todo)
-    work = [_seen(plan, one.detector, e.sampling.count / e.shards) for e, one in todo]
-    return _timed(Stage("features", len(looks), len(todo), 0.0, size / MB), work, _pace(plan, flops))
+def _feature_stage(plan: Plan, flops: float) -> Stage:
+    """Features of samples that are there."""
+    todo = [job.about for job in _left(plan, "features")]
+    return _timed(_stage(plan, "features", _feature_bytes(plan, todo) / MB), _looks(plan, todo), _pace(plan, flops))
+
+
+def _feature_bytes(plan: Plan, todo: list[tuple[Evaluation, Judgement]]) -> float:
+    """Bytes of a shard of samples' features for each of these."""
+    return sum((plan.feature_bytes(one.detector) or 0) * e.sampling.count / e.shards for e, one in todo)
+
+
+def _looks(plan: Plan, todo: list[tuple[Evaluation, Judgement]]) -> list[float | None]:
+    """Operations of a detector on a shard of samples for each of these."""
+    return [_seen(plan, one.detector, e.sampling.count / e.shards) for e, one in todo]
 
 
 def _measure_stages(plan: Plan, flops: float) -> list[Stage]:
     """What is measured of states, as far as the measures say what it takes."""
-    todo = [one for one in plan.measurements.values() if not Path(one.file).exists()]
-    if not plan.measurements:
-        return []
+    todo = [job.about for job in _left(plan, "measure")]
     work: list[float | None] = []
     for one in todo:
         if one.hidden:
@@ -260,7 +260,7 @@ def _measure_stages(plan: Plan, flops: float) -> list[Stage]:
     passes = _passes(plan, todo)
     work += [each for each, _ in passes]
     size = sum(size for _, size in passes) / MB
-    return [_timed(Stage("measures", len(plan.measurements), len(todo), 0.0, size), work, _pace(plan, flops))]
+    return [_timed(_stage(plan, "measure", size), work, _pace(plan, flops))]
 
 
 def _passes(plan: Plan, todo: Iterable[Measurement]) -> list[tuple[float, float]]:
@@ -286,7 +286,7 @@ def _looked_at(plan: Plan, look: Mapping[str, Any]) -> int:
     """Images of a look at hidden states."""
     if look["images"]:
         return look["images"]
-    held_out, count = plan.config.images.holdout, plan.of(look["split"]).image_count
+    held_out, count = plan.config.images.holdout, plan.of(look["split"]).count or 0
     return {"held_out": held_out, "train": count - held_out}.get(look["split"], count)
 
 
@@ -296,36 +296,27 @@ def _seen(plan: Plan, detector: Detector, images: float | None) -> float | None:
 
 
 def _data_stages(plan: Plan, flops: float) -> list[Stage]:
-    config, count = plan.config, plan.image_count
+    config, pace = plan.config, _pace(plan, flops)
     latent = 2 * config.autoencoder.channels * config.latent_size**2
-    detectors = plan.detectors.values()
-    encoded = config.runs or plan.measurements  # imported checkpoints that are only scored need no latents
-    used = any(EVALUATION in one.splits for one in plan.measurements.values())
-    sets = plan.image_sets if used else [plan]
-    text = [plan.text] if plan.text else []
-    joined = [*(store for one in sets for store in (one.images, *([one.latents] if encoded else []))), *text]
-    sights = [detector for detector in detectors if not Path(detector.reference.manifest).exists()]
-    made = (plan.autoencoder, *plan.teachers.values(), *(detector.part for detector in detectors))
-    parts = list({part.folder: part for part in made if part}.values())  # teachers may differ by their filters alone
     pixels, number = config.images.resolution**2, 2 if config.autoencoder.dtype == "float16" else 4
-    images, _ = _of_images("images", [(one.images, one.image_count) for one in sets], 3 * pixels)
-    stores = [(one.latents, one.image_count) for one in sets] if encoded else []
-    latents, left = _of_images("latents", stores, latent * number)
-    encoding, pace = _autoencoder_flops(plan.encoder, 0), _pace(plan, flops)
-    if encoding is not None and latents.left:
-        latents = _timed(latents, [encoding * pixels * left], pace)
-    todo = [part for part in parts if not Path(part.manifest).exists()]
-    references = _stage("references", [detector.reference.manifest for detector in detectors])
+    drawn = sum((job.about.count or 0) / job.about.images.shards for job in _left(plan, "images"))
+    encoded = [job.about.count and job.about.count / job.about.latents.shards for job in _left(plan, "latents")]
+    latents = _stage(plan, "latents", latent * number * sum(filter(None, encoded)) / MB)
+    if (encoding := _autoencoder_flops(plan.encoder, 0)) is not None:
+        latents = _timed(latents, [each and encoding * pixels * each for each in encoded], pace)
+    text, sights = _left(plan, "text"), [job.about for job in _left(plan, "reference")]
     return [
-        images,
+        _stage(plan, "images", 3 * pixels * drawn / MB),
         latents,
-        *(_stage("text states", store.shard_files, plan.data.text_bytes / MB) for store in text),
-        _stage("joins", [store.manifest for store in joined]),
-        _timed(references, [_seen(plan, one, None if one.reference_file else count) for one in sights], pace),
+        *([_stage(plan, "text", len(text) * plan.data.text_bytes / text[0].about.shards / MB)] if text else []),
         _timed(
-            _stage("small networks", [part.manifest for part in parts]),
-            [_network_flops(plan, part) for part in todo],
+            _stage(plan, "reference"),
+            [_seen(plan, one, None if one.reference_file else plan.count) for one in sights],
             pace,
+        ),
+        *(
+            _timed(_stage(plan, kind), [_network_flops(plan, job.about) for job in _left(plan, kind)], pace)
+            for kind in ("autoencoder", "teacher", "detector")
         ),
     ]
 
@@ -335,21 +326,13 @@ def _target_stages(plan: Plan, flops: float) -> list[Stage]:
 
     A teacher of unknown size adds neither time nor disk; `unknown_targets` names it.
     """
-    count, left, jobs, megabytes = plan.image_count if plan.targets else 0, 0, 0, 0.0
-    work: list[float | None] = []
-    for name, made in plan.targets.items():
-        todo = sum(not Path(file).exists() for file in made.shard_files)
-        shape = plan.teacher_size(name)
-        jobs, left = jobs + made.shards, left + todo
-        if shape:
-            megabytes += (plan.target_bytes(name, count) or 0) / MB * todo / made.shards
-        if todo:
-            work.append(flops_per_image(shape) * count * todo / made.shards if shape else None)
-    closing = [made.manifest for made in (*plan.pca.values(), *plan.targets.values())]
-    if not jobs:
-        return []
-    targets = _timed(Stage("targets of teachers", jobs, left, 0.0, megabytes), work, _pace(plan, flops))
-    return [targets, _stage("components, joins", closing)]
+    megabytes, work = 0.0, list[float | None]()
+    for job in _left(plan, "targets"):
+        shape, images = plan.teacher_size(job.name), plan.count and plan.count / job.about.shards
+        work.append(flops_per_image(shape) * images if shape and images else None)
+        if shape and images:
+            megabytes += (plan.target_bytes(job.name, 1) or 0) / MB * images
+    return [_timed(_stage(plan, "targets", megabytes), work, _pace(plan, flops))]
 
 
 def unknown_targets(plan: Plan) -> list[str]:
@@ -363,27 +346,31 @@ def unknown_targets(plan: Plan) -> list[str]:
 
 
 def _training_stages(plan: Plan, flops: float) -> tuple[list[Stage], bool]:
-    segments = [plan.segment(state) for state in plan.planned()]
-    left = [segment for segment in segments if not Path(plan.path(segment.state)).exists()]
     found, measured = [], True
-    for name, aligned in (("training, aligned", True), ("training, plain", False)):
-        mine = [segment for segment in left if bool(segment.terms) == aligned]
+    for rule in TRAINING:
+        mine = [plan.segment(job.about) for job in _left(plan, rule)]
         times = [training_seconds(plan, segment, flops) for segment in mine]
         measured &= all(known for _, known in times)
         asked = [segment.teachers for segment, (_, known) in zip(mine, times, strict=True) if not known]
         unknown = any(_teacher_flops(plan, name) is None for names in asked for name in names)
-        size = sum(state_megabytes(plan, segment) for segment in mine)
-        jobs = sum(bool(segment.terms) == aligned for segment in segments)
-        found.append(Stage(name, jobs, len(mine), sum(seconds for seconds, _ in times), size, unknown))
+        stage = _stage(plan, rule, sum(state_megabytes(plan, segment) for segment in mine))
+        found.append(dataclasses.replace(stage, seconds=sum(seconds for seconds, _ in times), unknown=unknown))
     return found, measured
 
 
-def _sampling_stage(plan: Plan, evaluations: list[Evaluation], flops: float) -> Stage:
-    draws = [(e.sample_file(i), e) for e in evaluations for i in range(e.shards)]
-    todo = [e for path, e in draws if not Path(path).exists()]
+def _sampling_stage(plan: Plan, flops: float) -> Stage:
+    """Samples, and every detector's features of them."""
+    todo = [job.about for job in _left(plan, "sample")]
+    looked = [(e, one) for e in todo for one in e.judgements]
     size = sum(3 * plan.config.images.resolution**2 * e.sampling.count / e.shards for e in todo)
-    seconds = [sampling_seconds(plan, e, flops) for e in todo]
-    return _timed(Stage("samples", len(draws), len(todo), 0.0, size / MB), seconds, 1.0)
+    work = _looks(plan, looked)
+    seen = _timed(_stage(plan, "sample"), work, _pace(plan, flops)).seconds
+    drawn = _timed(
+        _stage(plan, "sample", (size + _feature_bytes(plan, looked)) / MB),
+        [sampling_seconds(plan, e, flops) for e in todo],
+        1.0,
+    )
+    return dataclasses.replace(drawn, seconds=drawn.seconds + seen, unknown=drawn.unknown or None in work)
 
 
 def state_megabytes(plan: Plan, segment: Segment) -> float:
@@ -408,16 +395,21 @@ def head_parameters(plan: Plan, segment: Segment) -> int:
 
 
 def print_plan(plan: Plan) -> None:
-    """Print jobs, time and disk by stage, shared trunks, and settings that have no effect.
+    """Print jobs, time and disk by rule, shared trunks, and settings that have no effect; also while data or weights
+    are not there yet.
 
     Raises:
         ValueError: `Plan.check` refuses it.
     """
-    plan.check()
+    missing = None
+    try:
+        plan.check()
+    except MissingError as refusal:
+        missing = refusal
     found, measured = stages(plan)
     table = Table(title=f"{plan.config.name}: what a run of the workflow would do now")
-    for column in ("stage", "jobs", "left", "time, one after another", "disk"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
+    for column in ("rule", "jobs", "left", "time, one after another", "disk"):
+        table.add_column(column, justify="left" if column == "rule" else "right")
     total = Stage(
         "all",
         jobs=sum(stage.jobs for stage in found),
@@ -445,18 +437,32 @@ def print_plan(plan: Plan) -> None:
         *_pictures(plan),
         *shared_trunks(plan),
         *price_of_forks(plan),
+        *uncounted(plan),
         *unknown_targets(plan),
         *plan.changes,
         *plan.notes,
     ]:
         console.print(line, markup=False, highlight=False)
+    if missing:
+        console.print("A run is refused until this is there:")
+        raise missing
+
+
+def uncounted(plan: Plan) -> list[str]:
+    """One line for every set of images whose number nothing tells."""
+    return [
+        f"{one.data.where}: how many pictures is not known yet: what is made of them is in no time and no size here. "
+        "`expected` beside the path tells the number"
+        for one in plan.image_sets
+        if one.count is None
+    ]
 
 
 def _pictures(plan: Plan) -> list[str]:
     return [
         f"{one.config.images.path}: {one.image_count:,} pictures; {walk.told(one.unused)}"
         for one in plan.image_sets
-        if one.unused
+        if one.data.counted and one.unused
     ]
 
 
@@ -471,7 +477,7 @@ def price_of_forks(plan: Plan) -> list[str]:
     """What forks add to a plan, and a line for every state of a trunk that was not kept and is trained again."""
     if not plan.config.forks:
         return []
-    without, flops = Plan(written(plan.config).model_copy(update={"forks": {}})), machine_flops()
+    without, flops = Plan(written(plan.config).model_copy(update={"forks": {}}), ahead=True), machine_flops()
     (steps, seconds), (fewer, less) = _left_to_train(plan, flops), _left_to_train(without, flops)
     more = (plan.evaluations[name] for name in plan.evaluations.keys() - without.evaluations)
     draws = [one.score for one in more if one.judged]

@@ -7,20 +7,6 @@ from haste.cluster import check, queue
 LEFT = queue.left(plan) if HERE else {}
 
 
-def before(wildcards):
-    """The inputs of a segment: the parent state, the latents and, while it aligns, images and teachers
-    or their targets on disk."""
-    segment = plan.segment(State(wildcards.trajectory, int(wildcards.step)))
-    files = [*plan.latents.files, *plan.told_from]
-    if segment.parent:
-        files.append(plan.path(segment.parent))
-    if segment.after:
-        files.append(plan.path(segment.after))
-    if segment.twin:
-        files.append(plan.path(segment.twin))
-    return files + plan.aligned_from(segment)
-
-
 def on_cluster(wildcards, resources):
     """With nodes in the profile, training is a cluster job: this rule submits it or attaches to it, and waits."""
     if "nodes" not in resources.keys():
@@ -56,7 +42,7 @@ SNAKEMAKES_OWN = {"tmpdir", "disk_mb", "disk_mib", "mem_mib", "disk", "mem", "de
 STATE = f"{plan.root}/states/{{trajectory}}/step-{{step}}.safetensors"
 
 rule train:
-    input: needed(STATE, before)
+    input: needed("train", STATE)
     output: update(STATE)
     log: log_of("train-{trajectory}-{step}")
     benchmark: time_of("train-{trajectory}-{step}")
