@@ -93,7 +93,7 @@ def test_a_filter_trains_no_teacher_again_and_the_plan_counts_it_once(make_plan,
     assert plan.teachers["blurred"].folder == plan.teachers["vit"].folder
     tiny["results"] = "nowhere"
     found = {stage.name: stage for stage in cost.stages(Plan(config.resolve(tiny | changes())))[0]}
-    assert (found["small networks"].jobs, found["small networks"].left) == (3, 3)  # autoencoder, teacher, detector
+    assert (found["teacher"].jobs, found["teacher"].left) == (1, 1)
 
 
 @pytest.mark.parametrize(

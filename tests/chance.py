@@ -13,7 +13,7 @@ from haste import config
 from haste.files import artefact
 from haste.plan.plan import Plan
 
-TINY = yaml.safe_load(Path(__file__).parents[1].joinpath("tiny.yaml").read_text())
+TINY = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
 VIT, CNN = TINY["teachers"]["vit"], TINY["detector"]["cnn"]
 COSINE = {"measure": "gradient-cosine", "images": 6, "shards": 2, "t": [0.2], "alignment": "HASTE"}
 PLATEAU = {"trigger": "plateau", "after": 8, "every": 4, "fast": 0.5, "slow": 0.75, "margin": 1}
