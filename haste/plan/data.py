@@ -272,11 +272,6 @@ class Data:
             made = artefact.read_json(self.images.manifest, "store")
             return made["count"], made.get("unused", []), made.get("captions", {}).get("count", 0)
         spec, found = self.config.images, self._listing
-        if spec.expected not in (None, len(found.files)):
-            raise ValueError(
-                f"{self._section}.expected: {spec.expected:,} pictures, but {self.where} has {len(found.files):,}. "
-                "Complete them, or correct the number"
-            )
         trained_on = len(found.files) - listing.checked_holdout(
             self.where, spec.holdout, len(found.files), found.held_out
         )
@@ -292,11 +287,17 @@ class Data:
     def _listing(self) -> Listing:
         spec = self.config.images
         try:
-            return listing.survey(spec.source, spec.path, spec.classes, spec.labels, spec.captions)
+            found = listing.survey(spec.source, spec.path, spec.classes, spec.labels, spec.captions)
         except ValueError as error:
             if spec.path is None or _is_there(spec.path):
                 raise
             raise MissingError(f"{self._section}.path: {error}. Put the images there, or correct the path") from error
+        if spec.expected not in (None, len(found.files)):
+            raise ValueError(
+                f"{self._section}.expected: {spec.expected:,} pictures, but {self.where} has {len(found.files):,}. "
+                "Complete them, or correct the number"
+            )
+        return found
 
     @property
     def class_names(self) -> list[str] | None:
