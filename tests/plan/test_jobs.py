@@ -10,7 +10,7 @@ from chance import Chance
 from haste.ops import cost
 
 ROOT = Path(__file__).parents[2]
-SEEDS = [*range(20), 37, 51]
+SEEDS = [*range(20), 139]
 
 
 def dry_run(warm, folder, file):
