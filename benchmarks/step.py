@@ -28,7 +28,7 @@ from haste.data.batches import Batch
 from haste.diffusion.interpolant import Interpolant
 from haste.measure.steps import cpu_peak_megabytes
 from haste.models.attention import logsumexp_works
-from haste.teachers.encoder import TEACHERS, Teacher
+from haste.teachers.encoder import TEACHERS, Teacher, with_any_weights
 from haste.train.state import Learner, new_learner, restore, tensors_of
 from haste.train.step import Objective, average, teacher_targets, total_loss
 
@@ -42,7 +42,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)
-    teacher = random_teacher(arguments.teacher).to(device)
+    teacher = with_any_weights(arguments.teacher).to(device)
     variants = {name: Variant(name, arguments, teacher, device) for name in TERMS}
     for variant in variants.values():
         variant.step()  # warm up
@@ -68,15 +68,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--precision", default="fp32", choices=["fp32", *AUTOCAST])
     parser.add_argument("--compile", action="store_true")
     return parser.parse_args()
-
-
-def random_teacher(name: str) -> Teacher:
-    """A teacher of the real architecture with random weights: timm's own network, no file."""
-    import timm
-
-    spec = TEACHERS[name]
-    network = timm.create_model(spec.timm, pretrained=False, img_size=spec.size, num_classes=0)
-    return Teacher(network, identity="random", norm=spec.norm, final_norm=spec.final_norm)  # type: ignore[arg-type]
 
 
 def terms_of(model: str, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:
