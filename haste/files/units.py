@@ -20,9 +20,10 @@ _SPANS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 def duration(seconds: float) -> str:
     """Seconds in one unit or, below ten of it, two, rounded: 14 d, 3 d 4 h, 1 h 5 min, 12 min, 45 s."""
     for (big, size), (small, part) in itertools.pairwise(_SPANS):
-        if (whole := round(seconds / size)) >= 10:
-            return f"{whole:,} {big}"
-        if (count := round(seconds / part)) * part >= size:
+        count = round(seconds / part)
+        if count * part >= 10 * size:
+            return f"{round(seconds / size):,} {big}"
+        if count * part >= size:
             whole, rest = divmod(count, size // part)
             return f"{whole} {big} {rest} {small}" if rest else f"{whole} {big}"
     return f"{max(0, round(seconds))} s"

@@ -156,26 +156,32 @@ class Need:
     state: float
 
     @property
+    def key(self) -> str:
+        """Equal for equal needs."""
+        return artefact.fingerprint([self.recipe or self.who, self.batch, dataclasses.astuple(self.way)])
+
+    @property
     def peak(self) -> float | None:
         """MB of a rank, or None if that is not measured."""
         return self.memory and self.memory.peak(self.way, self.way.images(self.batch))
 
-    def offers(self, room: float) -> list[str]:
-        """Settings that change results by rounding only, and with which it fits into so many MB."""
-        way, found = self.way, []
-        accumulate = (dataclasses.replace(way, accumulate=n) for n in range(way.accumulate + 1, self.batch + 1))
-        sparing = dataclasses.replace(way, checkpoint_blocks=True)
-        both = (dataclasses.replace(sparing, accumulate=n) for n in range(way.accumulate + 1, self.batch + 1))
-        more = (dataclasses.replace(way, gpus=n) for n in range(way.gpus + 1, self.batch + 1))
-        fewer = self._first(accumulate, room), self._first([sparing], room)
-        for one in (*fewer, None if any(fewer) else self._first(both, room), self._first(more, room)):
-            found += [self._said(one)] if one else []
-        return found
+    def fitting(self, room: float) -> list[Way]:
+        """Other ways to compute a step, by which results differ by rounding only, and which fit into so many MB."""
+        way, sparing = self.way, dataclasses.replace(self.way, checkpoint_blocks=True)
+        more = range(1, self.batch + 1)
 
-    def _first(self, ways: Iterable[Way], room: float) -> Way | None:
+        def first(of: Way, key: str) -> Way | None:
+            greater = (dataclasses.replace(of, **{key: number}) for number in more if number > getattr(of, key))
+            return next((one for one in greater if self._fits(one, room)), None)
+
+        one_change = [first(way, "accumulate"), sparing if sparing != way and self._fits(sparing, room) else None]
+        two = [] if any(one_change) else [first(sparing, "accumulate")]
+        return [one for one in (*one_change, *two, first(way, "gpus")) if one]
+
+    def _fits(self, way: Way, room: float) -> bool:
+        whole = not self.batch % (way.gpus * way.accumulate)
         assert self.memory is not None
-        fitting = (one for one in ways if not self.batch % (one.gpus * one.accumulate) and self.memory.knows(one))
-        return next((one for one in fitting if self.memory.peak(one, one.images(self.batch)) <= room), None)
+        return whole and self.memory.knows(way) and self.memory.peak(way, way.images(self.batch)) <= room
 
     def _said(self, way: Way) -> str:
         assert self.memory is not None
@@ -185,7 +191,9 @@ class Need:
             f"{way.gpus} GPUs": way.gpus != self.way.gpus,
         }
         images, peak = way.images(self.batch), self.memory.peak(way, way.images(self.batch))
-        return f"{' with '.join(one for one, new in words.items() if new)} ({images} at once, {peak / 1e3:.1f} GB)"
+        return (
+            f"{' with '.join(one for one, new in words.items() if new)} ({images} images at once, {peak / 1e3:.1f} GB)"
+        )
 
     def refusal(self, gigabytes: float, whose: str) -> str:
         """Why it does not fit into a GPU's memory, and what would; empty if it fits, or nobody knows."""
@@ -196,7 +204,7 @@ class Need:
         said = (
             f"{self.who}: {images} images at once take {self.peak / 1e3:.1f} GB of a GPU, {whose} is {gigabytes:g} GB"
         )
-        offers = self.offers(room)
+        offers = [self._said(way) for way in self.fitting(room)]
         other = f"a smaller training.batch, which is another run ({fits} at once fit)" if fits else "a smaller network"
         return f"{said}. What fits: {'; '.join([*offers, *([] if offers else [other])])}"
 
@@ -211,12 +219,10 @@ def needs(plan: Plan, gpus: int | None = None) -> list[Need]:
     left = [plan.segment(state) for state in plan.planned() if state.step not in plan.on_disk(state.trajectory)]
     if plan.config.runtime.device == "cpu":
         return []
-    runtime, found = plan.config.runtime, dict[str, Need]()
+    runtime = plan.config.runtime
     way = Way(gpus or runtime.processes, runtime.accumulate, runtime.checkpoint_blocks)
-    for segment in left:
-        one = need(plan, segment, way)
-        found.setdefault(f"{artefact.fingerprint(one.recipe)} {one.batch} {one.who if one.recipe is None else ''}", one)
-    return list(found.values())
+    found = (need(plan, segment, way) for segment in left)
+    return list({one.key: one for one in found}.values())
 
 
 def check(needs: Iterable[Need], gigabytes: float, whose: str) -> None:

@@ -39,10 +39,7 @@ from haste.train.small_networks import NORM, transformer_kwargs
 from haste.train.state import Learner
 from haste.train.step import teacher_targets, update
 
-SIZES = (
-    32,
-    128,
-)  # images at once: a line through both gives every other number, below them with the update as its floor
+SIZES = (32, 128)  # images at once: the line through both gives every other number
 BLOCKS = {"cuda": 512, "cpu": 1}  # bytes to which the allocator rounds
 _ANY_WEIGHT = {"weight": 1.0, "temperature": 1.0, "normalise_factor": 1.0}
 
@@ -98,22 +95,23 @@ class Ledger(TorchDispatchMode):
 class Shapes(Inputs):
     """The inputs of a recipe of `haste.plan.memory`, without stores and weights: made where tensors are fake."""
 
-    def __init__(self, recipe: Mapping[str, Any], teachers: Mapping[str, Teacher], device: str):
+    def __init__(self, recipe: Mapping[str, Any], teachers: Mapping[str, Teacher], device: str, where: str = "cpu"):
         """
         Args:
             recipe: as `haste.plan.memory.recipe_of` returns it.
-            teachers: `_teachers` of it.
+            teachers: `shown` of it.
             device: whose step it is, `cpu` or `cuda`.
+            where: the tensors are; fake ones only on the CPU.
         """
         self.settings = {**Training().model_dump(), **recipe["training"]}
         self.recipe = {**recipe, "training": self.settings, "seed": 0}
         self.terms = {kind: {**_ANY_WEIGHT, **term} for kind, term in recipe["terms"].items()}
-        self.group, self.device = Group(0, 1, torch.device("cpu")), device
+        self.group, self.device = Group(0, 1, torch.device(where)), device
         self.half, self.checkpoint_blocks = AUTOCAST.get(self.settings["precision"]), False
         self.teachers = dict(teachers)
         for teacher in self.teachers.values():
-            teacher.network.to_empty(device="cpu")
-            teacher.mean, teacher.std = (torch.empty_like(x, device="cpu") for x in (teacher.mean, teacher.std))
+            teacher.network.to_empty(device=where)
+            teacher.mean, teacher.std = (torch.empty_like(x, device=where) for x in (teacher.mean, teacher.std))
         self.online = {kind: term for kind, term in self.terms.items() if not term["cached"]}
         self.stored = {name: one["stored"] for name, one in recipe["teachers"].items() if "stored" in one}
         scaling = SimpleNamespace(manifest={"scale": 1.0, "shift": 0.0})
@@ -142,7 +140,11 @@ class Shapes(Inputs):
         return seen
 
     def batch(self, images: int) -> Batch:
-        """A batch of so many images."""
+        """A batch of so many images, whatever is in it."""
+        with self.group.device:
+            return self._batch(images)
+
+    def _batch(self, images: int) -> Batch:
         size, side = self.recipe["model"], self.recipe["resolution"]
         channels, cells = size["channels"], (size["input_size"],) * 2
         stored = {(name, field): row for name, fields in self.stored.items() for field, row in fields.items()}
@@ -153,14 +155,16 @@ class Shapes(Inputs):
             draw=torch.empty(images, channels, *cells),
             noise=torch.empty(images, channels, *cells),
             t=torch.empty(images),
-            condition=each(lambda x: torch.from_numpy(x).clone(), condition_in(self.recipe).like(images)),
+            condition=each(
+                lambda x: torch.zeros(x.shape, dtype=torch.from_numpy(x).dtype), condition_in(self.recipe).like(images)
+            ),
             images=pictures,
             targets={key: torch.empty(images, *row, dtype=torch.float16) for key, row in stored.items()},
             rows=torch.empty(images, dtype=torch.int64),
         )
 
 
-def _teachers(recipe: Mapping[str, Any], device: str) -> dict[str, Teacher]:
+def shown(recipe: Mapping[str, Any], device: str) -> dict[str, Teacher]:
     """The teachers that are asked while training, on torch's device of shapes alone: timm reads numbers meanwhile."""
     found, precision = {}, recipe["training"]["precision"]
     dtype = torch.float64 if precision == "fp64" else AUTOCAST.get(precision) if device == "cuda" else None
@@ -168,7 +172,7 @@ def _teachers(recipe: Mapping[str, Any], device: str) -> dict[str, Teacher]:
         with torch.device("meta"):
             if "trained" in one:
                 network = VisionTransformer(**transformer_kwargs(recipe["resolution"], 1, **one["trained"]))
-                found[name] = Teacher(network, identity="any", norm=NORM)
+                found[name] = Teacher(network, identity="any", norm=(NORM, NORM))
             elif "pretrained" in one:
                 found[name] = with_any_weights(one["pretrained"], recipe["resolution"])
             else:
@@ -194,6 +198,12 @@ def _pretended(recipe: Mapping[str, Any], device: str) -> Generator[Ledger]:
         losses.WAYS.update(ways)
 
 
+def looped(inputs: Shapes, runtime: Runtime) -> Loop:
+    """Training's loop, whose steps are taken one by one."""
+    nothing = cast(Any, None)
+    return Loop(0, 1, inputs, inputs.learner(), nothing, nothing, runtime)
+
+
 def _updated(loop: Loop, ledger: Ledger) -> float:
     """MB at the height of an update; the first one makes the optimiser's moments."""
     learner, settings = loop.learner, loop.settings
@@ -213,25 +223,25 @@ def _passed(loop: Loop, ledger: Ledger, batch: Batch) -> tuple[float, float]:
     return ledger.peak / 1e6, ledger.kept / 1e6
 
 
-def measured(recipe: Mapping[str, Any], device: str = "cuda") -> dict[str, Any]:
+def measured(recipe: Mapping[str, Any], device: str = "cuda", sizes: tuple[int, int] = SIZES) -> dict[str, Any]:
     """The memory of a step of a recipe, as `haste.plan.memory.Memory` reads it.
 
     Args:
         recipe: as `haste.plan.memory.recipe_of` returns it.
         device: whose step it is, `cuda`, or `cpu` to compare with what a CPU's allocator says.
+        sizes: images at once, of two passes.
     """
-    teachers = _teachers(recipe, device)
+    teachers = shown(recipe, device)
     with _pretended(recipe, device) as ledger:
-        inputs = Shapes(recipe, teachers, device)
-        loop = Loop(0, 1, inputs, inputs.learner(), cast(Any, None), cast(Any, None), Runtime())
+        loop = looped(Shapes(recipe, teachers, device), Runtime())
         ledger.watch(list(loop.learner.parameters().values()))
         update_mb, lines = _updated(loop, ledger), []
         for checkpointed in (False, True)[: 1 + loop.learner.model.can_checkpoint]:
             loop.learner.model.checkpoint_blocks = checkpointed
-            peaks = [_passed(loop, ledger, inputs.batch(size)) for size in SIZES]
+            peaks = [_passed(loop, ledger, cast(Shapes, loop.inputs).batch(size)) for size in sizes]
             for kept, (low, high) in enumerate(zip(*peaks, strict=True)):
-                each_one = (high - low) / (SIZES[1] - SIZES[0])
-                lines.append([bool(kept), checkpointed, low - each_one * SIZES[0], each_one])
+                each_one = (high - low) / (sizes[1] - sizes[0])
+                lines.append([bool(kept), checkpointed, low - each_one * sizes[0], each_one])
         before = ledger.live
-        batch = inputs.batch(1)  # noqa: F841 - held
+        batch = cast(Shapes, loop.inputs).batch(1)  # noqa: F841 - held
         return {"update_mb": update_mb, "batch_mb": (ledger.live - before) / 1e6, "ahead": AHEAD, "lines": lines}
