@@ -34,6 +34,8 @@ from haste.train.step import Objective, average, teacher_targets, total_loss
 
 PARTS = ["data", "teacher", "forward", "losses", "backward", "optimiser", "average"]
 FLOPS = ["teacher, GFLOP/image", "student, GFLOP/image"]
+# SiT-S is in no table that is reproduced here.
+MODELS = {**config.MODELS, "SiT-S/2": config.Model(depth=12, width=384, heads=6, patch_size=2)}
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -71,14 +73,14 @@ def _arguments() -> argparse.Namespace:
 
 
 def terms_of(model: str, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    depth, students, teachers = config.MAPPINGS[model]
+    depth, students, teachers = config.MAPPINGS.get(model, config.MAPPINGS["SiT-B/2"])  # SiT-S has as many blocks
     found: dict[str, dict[str, Any]] = {
         "features": {"teacher": "it", "depth": depth, "weight": 0.5, "hidden": 2048},
         "attention": {
             "teacher": "it",
             "student_layers": students,
             "teacher_layers": teachers,
-            "heads": config.ALIGNED_HEADS,
+            "heads": min(config.ALIGNED_HEADS, MODELS[model].heads),
             "weight": 0.5,
         },
     }
@@ -100,7 +102,7 @@ class Variant:
         self.device, self.size = device, arguments.batch
         self.autocast = AUTOCAST.get(arguments.precision)
         terms = terms_of(arguments.model, TERMS[name])
-        size = config.MODELS[arguments.model].model_dump()
+        size = MODELS[arguments.model].model_dump()
         training = config.Training(precision=arguments.precision).model_dump()
         recipe = {
             "model": {**size, "input_size": 32, "channels": 4},
