@@ -44,6 +44,7 @@ lint: $(READY)
 
 bench: $(READY)
 	python benchmarks/step.py
+	python benchmarks/memory.py
 	python benchmarks/throughput.py
 	python benchmarks/data.py
 	python benchmarks/score.py --samples 5000 --real 3000

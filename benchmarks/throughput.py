@@ -16,12 +16,12 @@ import time
 import torch
 from rich.console import Console
 from rich.table import Table
-from step import TERMS, Variant, gigaflops, random_teacher
+from step import TERMS, Variant, gigaflops
 from torch.profiler import ProfilerActivity, profile
 
 from haste import config
 from haste.networks.registry import TEACHERS
-from haste.teachers.encoder import Teacher
+from haste.teachers.encoder import Teacher, with_any_weights
 from haste.train.step import teacher_targets, total_loss, update
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations a second, by the makers' data sheets
@@ -35,7 +35,7 @@ def main() -> None:
         print("throughput: no GPU here, nothing measured")
         return
     device = torch.device(arguments.device)
-    teacher = random_teacher(arguments.teacher).to(device, torch.bfloat16 if arguments.precision == "bf16" else None)
+    teacher = with_any_weights(arguments.teacher).to(device, torch.bfloat16 if arguments.precision == "bf16" else None)
     table = _table(arguments, device)
     console = Console(width=150)
     for size in arguments.batches:

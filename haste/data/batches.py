@@ -22,6 +22,7 @@ from haste.files.store import Span, Store
 from haste.networks.spec import each
 
 CPU = torch.device("cpu")
+AHEAD = 3  # batches that are made, and on the device, before their step
 WORKERS = 2  # drawing normal numbers is most of the work, and numpy releases Python's lock meanwhile
 
 
@@ -246,7 +247,7 @@ class Batches:
         steps: Iterable[int],
         visits: range | None = None,
         device: torch.device = CPU,
-        depth: int = 3,
+        depth: int = AHEAD,
     ) -> Iterator[Batch]:
         """The batches of many steps in order, made and moved to a device in threads, `depth` of them ahead of use."""
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from haste import config
 from haste.align import schedule
 from haste.ops import cost
+from haste.ops.pace import Pace
 from haste.plan.names import State
 from haste.plan.plan import Plan
 
@@ -374,11 +375,11 @@ def test_the_plan_says_of_each_run_how_far_it_shares_a_trunk():
 def test_the_time_of_an_adaptive_sampler_is_not_made_up():
     ways = {"quick": {"sampler": "euler", "steps": 2}, "free": {"sampler": "dopri5"}}
     plan = plan_of(sampling=ways, runs={"vanilla": {"sampling": ["quick", "free"]}})
-    seconds = {e.sampling_name: cost.sampling_seconds(plan, e, 1e9) for e in plan.evaluations.values()}
+    seconds = {e.sampling_name: cost.sampling_seconds(plan, e, Pace(1e9, 1, 1)) for e in plan.evaluations.values()}
     assert seconds["quick"] > 0 and seconds["free"] is None
-    stage = cost._sampling_stage(plan, 1e9)
+    stage = cost._sampling_stage(plan, Pace(1e9, 1, 1))
     assert stage.seconds > 2 * seconds["quick"] and stage.unknown  # at two milestones, and features
-    assert cost._clock(stage).endswith("+ unknown")
+    assert stage.time.endswith("+ unknown")
 
 
 def test_labels_are_not_part_of_a_name():
