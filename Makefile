@@ -47,6 +47,7 @@ lint: $(READY)
 
 bench: $(READY)
 	python benchmarks/step.py
+	python benchmarks/memory.py
 	python benchmarks/throughput.py
 	python benchmarks/data.py
 	python benchmarks/sampling.py --samples 512

@@ -23,14 +23,14 @@ from unittest import mock
 import torch
 from rich.console import Console
 from rich.table import Table
-from step import TERMS, Variant, gigaflops, random_teacher, terms_of
+from step import TERMS, Variant, gigaflops, terms_of
 from torch.profiler import ProfilerActivity, profile
 
 from haste import config
 from haste.data.batches import Batch
 from haste.networks.devices import repeatable
 from haste.networks.registry import TEACHERS
-from haste.teachers.encoder import Teacher
+from haste.teachers.encoder import Teacher, with_any_weights
 from haste.train import step as training
 from haste.train.state import Learner
 
@@ -44,7 +44,7 @@ def main() -> None:
         print("throughput: no GPU here, nothing measured")
         return
     device = torch.device(arguments.device)
-    teacher = random_teacher(arguments.teacher).to(device, torch.bfloat16 if arguments.precision == "bf16" else None)
+    teacher = with_any_weights(arguments.teacher).to(device, torch.bfloat16 if arguments.precision == "bf16" else None)
     table = _table(arguments, device)
     console = Console(width=150)
     for size in arguments.batches:

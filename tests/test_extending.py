@@ -22,6 +22,7 @@ from haste.diffusion import samplers
 from haste.files import artefact, provenance
 from haste.files.store import Store
 from haste.ops import cost
+from haste.ops.pace import Pace
 from haste.plan.plan import Plan
 from haste.train import loop, stops, warm_start
 from haste.train.state import new_learner
@@ -143,7 +144,7 @@ def test_the_plan_counts_the_evaluations_of_a_sampler_from_outside(installed, ti
     tiny["sampling"] |= {"mine": {"sampler": "midpoint", "steps": 2, "count": 20}}
     tiny["defaults"]["sampling"] = ["quick", "mine"]
     plan = Plan(config.resolve(tiny))
-    seconds = {e.sampling_name: cost.sampling_seconds(plan, e, 1e9) for e in plan.evaluations.values()}
+    seconds = {e.sampling_name: cost.sampling_seconds(plan, e, Pace(1e9, 1, 1)) for e in plan.evaluations.values()}
     assert seconds["mine"] == pytest.approx(2 * seconds["quick"])
 
 

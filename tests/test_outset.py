@@ -174,6 +174,36 @@ def test_a_source_is_walked_once_a_plan(tmp_path, monkeypatch):
     assert len(walked) == 1
 
 
+def test_pictures_that_are_fewer_than_expected_are_refused_and_the_number_is_in_no_name(tmp_path, capsys):
+    path = source(tmp_path, "folder", TWELVE)
+    images = {"source": "folder", "path": str(path), "resolution": 8, "classes": 2, "holdout": 2}
+    names = []
+    for more in ({}, {"expected": 12}, {"expected": 13}):
+        file = configured(tmp_path, images={**images, **more})
+        plan = Plan(resolve(yaml.safe_load(file.read_text())))
+        names.append((plan.images.folder, plan.latents.folder, plan.report_made, plan.shown))
+    assert names[0] == names[1] == names[2]
+    assert f"images.expected: 13 pictures, but {path} has 12. Complete them" in said(capsys, "plan", "-c", file)
+    assert cli.main(["images", "--shard", "0", "-c", str(file)]) == 0
+    assert "images.expected: 13 pictures" in said(capsys, "images", "--join", "-c", file)
+    assert not Path(plan.images.manifest).exists()
+
+
+def test_what_is_not_there_yet_is_planned_with_the_numbers_that_are_known_and_named_by_its_keys(tmp_path, capsys):
+    images = {"source": "folder", "path": str(tmp_path / "pictures"), "resolution": 32, "classes": 2, "holdout": 2}
+    for more, size in (({"expected": 1000}, "3.1 MB"), ({}, "")):
+        file = configured(tmp_path, **{**judged_by(tmp_path / "adm.npz"), "images": {**images, **more}})
+        assert cli.main(["plan", "-c", str(file)]) == 2
+        out, err = capsys.readouterr()
+        (line,) = [line for line in out.splitlines() if line.startswith("│ images ")]
+        assert line.split("│")[5].strip() == size
+        assert ("howmanypicturesisnotknownyet" in "".join(out.split())) == (not more)
+        for key, what in (("images.path", "pictures"), ("detector.fid.reference", "adm.npz")):
+            assert f"{key}: {tmp_path / what}: expected a" in err and "correct the path" in err
+    with pytest.raises(ValueError, match="detector.fid.reference: .*adm.npz"):
+        Plan(resolve(yaml.safe_load(file.read_text())))
+
+
 # ---- a reference
 
 

@@ -4,7 +4,7 @@ Shapes: B batch, N tokens, D width, H heads, K head width; suffix s student, t t
 only. Losses are computed in float32 (float64 if given float64) regardless of autocast and the inputs' dtype. Teachers
 get no gradient.
 
-The attention loss never holds the B x H x N x N maps. It has two implementations, one per kind of device: see `_WAY`.
+The attention loss never holds the B x H x N x N maps. It has two implementations, one per kind of device: see `WAYS`.
 """
 
 from dataclasses import dataclass
@@ -152,7 +152,7 @@ def attention_loss(
     with torch.autocast(device_type=q_s.device.type, enabled=False):
         if logsumexp_s is not None:
             return cross_entropy_fused(q_s, k_s, q_t, k_t, weights, logsumexp_s[:, :heads].to(q_s.dtype))
-        return _WAY.get(q_s.device.type, cross_entropy_fused)(q_s, k_s, q_t, k_t, weights)
+        return WAYS.get(q_s.device.type, cross_entropy_fused)(q_s, k_s, q_t, k_t, weights)
 
 
 def _check_attention(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, heads: int | None) -> int:
@@ -282,7 +282,7 @@ def _logsumexp_sums(q: Tensor, k: Tensor) -> Tensor:
 
 
 #: The implementation by kind of device; all others use the fused one, which is made for GPUs.
-_WAY = {"cpu": cross_entropy_by_sample}
+WAYS = {"cpu": cross_entropy_by_sample}
 
 
 def resize_tokens(x: Tensor, grid_from: tuple[int, int], grid_to: tuple[int, int]) -> Tensor:

@@ -11,7 +11,8 @@ from haste.networks.layouts import LAYOUTS
 
 def add(to: Commands) -> None:
     """Add these commands."""
-    to.rule("reference", _reference, "compute the features of the real images")
+    reference = to.rule("reference", _reference, "compute the features of the real images")
+    reference.add_argument("--detector", help="name of a detector; all of the configuration")
     sample = to.rule("sample", _sample, "draw one shard of samples, with the features of all detectors")
     evaluate = to.rule("evaluate", _evaluate, "score a set of samples that the workflow drew")
     features = to.rule("features", _features, "compute a detector's features of one shard of samples that are there")
@@ -89,7 +90,9 @@ def _add_draw(sub: argparse.ArgumentParser) -> None:
 def _reference(arguments: argparse.Namespace) -> None:
     from haste.score import jobs
 
-    jobs.make_references(plan_to_compute(arguments))
+    plan = plan_to_compute(arguments)
+    for name in [arguments.detector] if arguments.detector else plan.detectors:
+        jobs.make_reference(plan, plan.detector_named(name))
 
 
 def _sample(arguments: argparse.Namespace) -> None:

@@ -8,11 +8,15 @@ from typing import Any
 
 from haste.cli.shared import DEFAULT_CONFIG, Commands, plan_of
 from haste.networks.layouts import LAYOUTS
+from haste.plan.machines import SHARE
 
 
 def add(to: Commands) -> None:
     """Add these commands."""
-    to.rule("plan", _plan, "say what will run, how long, and how much disk, before anything runs")
+    before = to.rule("plan", _plan, "say what will run, how long, and how much disk and memory, before anything runs")
+    before.add_argument("--as", dest="machine", metavar="NxGPU", help="times and memory on these GPUs, such as 8xH100")
+    before.add_argument("--share", type=float, default=SHARE, help=f"of their peak that is reached ({SHARE})")
+    to.rule("memory", _memory, "measure how much GPU memory training takes, without a GPU")
     live = to.rule("status", _status, "say what every run is doing now")
     live.add_argument("-w", "--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="look again and again")
     forget = to.rule("forget", _forget, "remove what only one run needs")
@@ -54,9 +58,17 @@ def _add_exchange(to: Commands) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from haste.ops import cost
+    from haste.ops import plan
+    from haste.plan import machines
 
-    cost.print_plan(plan_of(arguments))
+    machine = machines.machine(arguments.machine, arguments.share) if arguments.machine else None
+    plan.print_plan(plan_of(arguments, ahead=True), machine)
+
+
+def _memory(arguments: argparse.Namespace) -> None:
+    from haste.ops import memory
+
+    memory.show(plan_of(arguments, ahead=True))
 
 
 def _status(arguments: argparse.Namespace) -> None:

@@ -39,12 +39,12 @@ def shards(sub: argparse.ArgumentParser) -> Any:
     return part
 
 
-def plan_of(arguments: argparse.Namespace) -> Plan:
-    """What the configuration asks for."""
+def plan_of(arguments: argparse.Namespace, ahead: bool = False) -> Plan:
+    """What the configuration asks for, also while external files are not there, if `ahead`."""
     from haste import config
     from haste.plan.plan import Plan
 
-    return Plan(config.load(arguments.config))
+    return Plan(config.load(arguments.config), ahead=ahead)
 
 
 def plan_to_compute(arguments: argparse.Namespace) -> Plan:

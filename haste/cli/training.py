@@ -46,7 +46,7 @@ def _fetch(arguments: argparse.Namespace) -> None:
     from haste.cluster.fetch import fetch
 
     line = ""
-    for line in fetch(plan_of(arguments)):
+    for line in fetch(plan_of(arguments, ahead=True)):
         print(line, flush=True)
     if not line:
         print("nothing to fetch: the configuration names no weights by hub id")

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from haste.cluster import slurm
+from haste.plan import memory
+from haste.plan.names import State
+from haste.plan.plan import Plan
 
 # SLURM's messages, and the keys of the profile that may cause them. These are permanent: submission would fail.
 WRONG = {
@@ -71,6 +74,30 @@ def check(asked: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
         except slurm.Unanswered as error:
             if not slurm.full(str(error)):  # later there is room
                 yield _doubt(f"jobs of {', '.join(sorted(named))} ({' '.join(given)})", given, str(error))
+
+
+def check_memory(plan: Plan, asked: Iterable[tuple[State, Mapping[str, Any]]]) -> None:
+    """Refuse training that does not fit into a GPU's memory, where both are known (`haste.plan.memory`).
+
+    Args:
+        plan: of the configuration.
+        asked: the state that each job makes, and the job's resources: those of a cluster, or of this machine.
+
+    Raises:
+        ValueError: what does not fit, and the settings that would.
+    """
+    runtime, found = plan.config.runtime, dict[tuple[float, str], dict[str, memory.Need]]()
+    for state, resources in asked if runtime.device != "cpu" else ():
+        ranks, own = runtime.processes, resources.get("gpu_memory_gb")
+        if "nodes" in resources:
+            ranks = resources["nodes"] * resources.get("tasks_per_node", 1) * bool(resources.get("gpus_per_node"))
+        if (gigabytes := own or runtime.gpu_memory_gb) and ranks:
+            way = memory.Way(ranks, runtime.accumulate, runtime.checkpoint_blocks)
+            one = memory.need(plan, plan.segment(state), way)
+            where = "gpu_memory_gb in the profile" if own else "runtime.gpu_memory_gb"
+            found.setdefault((gigabytes, where), {})[one.key] = one
+    for (gigabytes, where), needs in found.items():
+        memory.check(needs.values(), gigabytes, where)
 
 
 def check_place(folder: Path | str) -> None:

@@ -33,6 +33,7 @@ class Resources:
     slurm_extra: str | None = None
     signal_s: int = 120  # seconds before the time limit at which SLURM sends its signal
     poll_s: int = 20  # seconds between two queries of the queue
+    gpu_memory_gb: int | None = None  # of each GPU: what will not fit is refused before it is submitted
     stage_in: str = "false"  # whether, or where on the node, stores are copied before training reads them
 
     @property

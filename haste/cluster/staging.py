@@ -26,7 +26,7 @@ from typing import Any
 
 from haste.files import artefact, locks
 from haste.files.store import MANIFEST, Store, shard_path
-from haste.files.units import clock, readable
+from haste.files.units import duration, readable
 from haste.plan.names import Artefact, State
 from haste.plan.plan import Plan
 
@@ -221,12 +221,12 @@ def _copy(what: str, source: Path, target: Path, manifest: Mapping[str, Any], in
         with ThreadPoolExecutor(WORKERS) as pool:
             for _ in pool.map(lambda name: _copy_file(source / name, aside / name, interrupted, shown.add), names):
                 pass
-        log.info("%s: copied in %s, comparing every sample with its digest", what, clock(time.monotonic() - began))
+        log.info("%s: copied in %s, comparing every sample with its digest", what, duration(time.monotonic() - began))
         try:
             Store.open(aside, kind=manifest["store"], key=manifest["key"], verify="full").close()
         except ValueError as error:
             raise ValueError(f"stage_in: the copy of {source} is damaged, or its source is: {error}") from error
-    log.info("%s: copied and checked in %s", what, clock(time.monotonic() - began))
+    log.info("%s: copied and checked in %s", what, duration(time.monotonic() - began))
 
 
 class _Progress:
@@ -247,7 +247,7 @@ class _Progress:
             self.shown = now
             to_go = (now - self.began) / self.done * (self.whole - self.done)
             done, whole = readable(self.done), readable(self.whole)
-            log.info("%s: %s of %s copied, %s to go", self.what, done, whole, clock(max(0.0, to_go)))
+            log.info("%s: %s of %s copied, %s to go", self.what, done, whole, duration(max(0.0, to_go)))
 
 
 def _copy_file(source: Path, target: Path, interrupted: Check, copied: Callable[[int], None]) -> None:

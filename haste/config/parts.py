@@ -17,7 +17,20 @@ from pydantic import (
 
 from haste import extensions
 from haste.align.terms import kind_of
-from haste.config.keys import LATER, Float, Place, Positive, Rate, Seed, Strict, completed, decides, nearest, number
+from haste.config.keys import (
+    LABEL,
+    LATER,
+    Float,
+    Place,
+    Positive,
+    Rate,
+    Seed,
+    Strict,
+    completed,
+    decides,
+    nearest,
+    number,
+)
 from haste.networks.registry import INCEPTIONS
 
 
@@ -49,6 +62,7 @@ class Images(Strict):
     reader: Annotated[Literal["upright", "adm"], LATER] = "upright"
     crop: Annotated[Literal["adm", "centre-lanczos"], LATER] = "adm"
     subset: Annotated[Positive | None, LATER] = None
+    expected: Annotated[Positive | None, LABEL] = None
     resolution: Positive
     holdout: Annotated[int, Field(ge=0)]  # the networks that are trained here are evaluated on these images
     classes: Annotated[int, Field(ge=0)]

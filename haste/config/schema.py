@@ -348,6 +348,7 @@ class Runtime(Strict):
     sample_shards: Positive = 1
     sample_batch: Positive = 256
     jobs_per_gpu: Positive = 1
+    gpu_memory_gb: Rate | None = None
 
 
 # The sampling settings of the papers' tables (REPA; HASTE). Keys beside `preset` override them.

@@ -23,6 +23,7 @@ from haste.networks.devices import sent
 from haste.networks.spec import each
 
 CPU = torch.device("cpu")
+AHEAD = 3  # batches that are made, and on the device, before their step
 WORKERS = 2  # drawing normal numbers is most of the work, and numpy releases Python's lock meanwhile
 
 
@@ -256,7 +257,7 @@ class Batches:
         steps: Iterable[int],
         visits: range | None = None,
         device: torch.device = CPU,
-        depth: int = 3,
+        depth: int = AHEAD,
         readers: int = 1,
     ) -> Iterator[Batch]:
         """The batches of many steps in order, made and moved to a device in threads, `depth` of them ahead of use.

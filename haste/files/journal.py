@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, SupportsFloat, TypeVar
 
-from haste.files.units import clock
+from haste.files.units import duration
 
 log = logging.getLogger("haste.train")
 
@@ -141,7 +141,7 @@ class Journal:
 
     def _show(self, step: int, means: Mapping[str, float], rate: float, to_go: float) -> None:
         shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        log.info("step %d/%d  %s  %.0f images/s  %s to go", step, self.end, shown, rate, clock(to_go))
+        log.info("step %d/%d  %s  %.0f images/s  %s to go", step, self.end, shown, rate, duration(to_go))
 
 
 def read(path: Path | str, low: int = 0, high: int | None = None) -> list[dict[str, Any]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 
+from haste.files.units import duration
+
 log = logging.getLogger("haste.score")
 PAUSE = 5.0  # seconds between two lines, at least
 
@@ -27,6 +29,5 @@ class Progress:
         now = time.monotonic()
         if now - self.shown >= PAUSE:
             self.shown = now
-            left = round((now - self.started) * (self.total - self.done) / self.done)
-            clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-            log.info("%s: %.0f %%  %s to go", self.what, 100 * self.done / self.total, clock)
+            left = duration((now - self.started) * (self.total - self.done) / self.done)
+            log.info("%s: %.0f %%  %s to go", self.what, 100 * self.done / self.total, left)

@@ -58,7 +58,7 @@ def folder_named(where: str | Path) -> Path | None:
     if folder.is_file():
         raise ValueError(f"autoencoder {where}: found {_bare(folder)}. {HINT}.")
     if folder.is_absolute() or str(where).startswith((".", "~")) or str(where).count("/") > 1:
-        raise ValueError(f"autoencoder {where}: no such folder. {HINT}.")
+        raise headers.MissingError(f"autoencoder {where}: no such folder. {HINT}.")
     return None
 
 

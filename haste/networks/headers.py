@@ -26,6 +26,10 @@ _OF_SAFETENSORS |= {"U16": "uint16", "U32": "uint32", "U64": "uint64"}
 _OF_SAFETENSORS |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
+class MissingError(ValueError):
+    """What a configuration names is not there, or not yet."""
+
+
 def contents(path: Path | str, expected: str = "a checkpoint") -> tuple[Any, dict[str, str] | None]:
     """What a file of weights holds, with `Stored` in the place of tensors, and safetensors' metadata.
 
@@ -42,7 +46,8 @@ def contents(path: Path | str, expected: str = "a checkpoint") -> tuple[Any, dic
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: expected {expected}, found {foreign.folder(path) if path.exists() else 'nothing'}")
+        found = foreign.folder(path) if path.exists() else "nothing"
+        raise MissingError(f"{path}: expected {expected}, found {found}")
     with open(path, "rb") as file:
         start = file.read(9)
     try:

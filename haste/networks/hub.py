@@ -6,6 +6,7 @@ Files are read without running code from them. timm is imported only when it is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import socket
 import sys
@@ -76,8 +77,8 @@ def from_hub(ask: Callable[..., str], whole: Callable[[Path], bool] = Path.exist
     with contextlib.suppress(OSError, ValueError):  # not in the cache
         if whole(found := Path(ask(local_files_only=True))):
             return found
-    if not constants.HF_HUB_OFFLINE:
-        _answers(constants.ENDPOINT)
+    if not constants.HF_HUB_OFFLINE and (silence := _silence(constants.ENDPOINT)):
+        raise silence
     return Path(ask())
 
 
@@ -140,11 +141,15 @@ def from_transformers(classes: str, folder: Path, called: str, weights: Path) ->
     return model.eval().requires_grad_(False), tokenizer
 
 
-def _answers(url: str) -> None:
-    """Raises OSError if nobody answers within SECONDS."""
+@functools.cache  # a process that wants several files waits once
+def _silence(url: str) -> OSError | None:
+    """Why nobody answers within SECONDS; None if somebody does."""
     asked = urllib.request.Request(url, method="HEAD")
-    with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(asked, timeout=SECONDS):
-        pass
+    try:
+        with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(asked, timeout=SECONDS):
+            return None
+    except OSError as error:
+        return error
 
 
 def finite(path: Path, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ def check_transformer(file: Path, called: str, spec: Encoder | None) -> int | No
         ValueError: the message names the file, what was found and what was expected.
     """
     if not file.is_file():
-        raise ValueError(f"{file}: expected the weights of {called}, found no file")
+        raise headers.MissingError(f"{file}: expected the weights of {called}, found no file")
     if file.suffix in (".npz", ".npy"):
         return None
     trees = list(_trees(headers.contents(file, f"the weights of {called}")[0]))
@@ -75,7 +75,7 @@ def check_inception(file: Path) -> None:
     if importlib.util.find_spec("torch_fidelity") is None:
         raise ValueError("the detector inception needs torch-fidelity, which is not installed")
     if not file.is_file():
-        raise ValueError(f"{file}: expected the weights of inception, found no file")
+        raise headers.MissingError(f"{file}: expected the weights of inception, found no file")
     held, _ = headers.contents(file, "the weights of inception")
     if not isinstance(held, Mapping) or not all(isinstance(value, Stored) for value in held.values()):
         raise ValueError(f"{file}: expected tensors by name, found {headers.kind(held)}")
@@ -120,7 +120,7 @@ def in_cache(repository: str, called: str, *files: str) -> Path | None:
         if isinstance(found := try_to_load_from_cache(of, file, revision=revision or None), str):
             return Path(found)
     if constants.HF_HUB_OFFLINE:
-        raise ValueError(
+        raise headers.MissingError(
             f"{called}: its weights ({repository}) are not on this machine, and HF_HUB_OFFLINE forbids to fetch them. "
             "Run `haste fetch` without it where there is a network, or give a local file"
         )

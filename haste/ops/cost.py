@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from haste import extensions
 from haste.align import triggers
 from haste.align.terms import of_features
-from haste.config import EVALUATION, Sampling, branches, facts_in, written
-from haste.files import journal, units, walk
+from haste.config import Sampling, branches, facts_in, written
+from haste.files import journal, units
 from haste.networks.registry import AUTOENCODERS, DETECTORS
 from haste.networks.spec import blocks
+from haste.ops.pace import Pace
+from haste.plan import memory
+from haste.plan.jobs import TRAINING, Job
 from haste.plan.measures import Measurement
-from haste.plan.names import Artefact, Detector, Evaluation, Segment
+from haste.plan.names import Artefact, Detector, Evaluation, Judgement, Segment
 from haste.plan.plan import Plan
 from haste.plan.target_spec import Shape, flops_per_image
 
 MB = 1e6
-# Fraction of the speed of bare matrix products that whole networks reach.
-EFFICIENCY = 0.5
 # Seconds that follow from no operations, of which small networks have most: of a job's start, which imports torch,
-# diffusers for the small autoencoder, and opens what a measure looks at; of a training step, around its operations; and
-# of each of its images, whose noise is drawn and whose row is read, or whose attention is compared in one layer. The
-# jobs that draw samples also make their features.
-START, STARTS = 2.0, {"latents": 5.0, "samples": 5.0, "measures": 3.5, "features": 0.0}
-STEP, IMAGE = 0.008, 0.00015
+# diffusers for the small autoencoder, and opens what a measure looks at.
+START, STARTS = 2.0, {"latents": 5.0, "sample": 5.0, "measure": 3.5}
+# Rules whose jobs take no GPU; those of training take one for each rank, others one.
+WITHOUT_GPU = {"images_check", "images", "images_join", "latents_join", "text_join", "targets_join", "grid", "report"}
+WITHOUT_GPU |= {"score", "floor"}
 
 
 def parameters(recipe: dict[str, Any]) -> int:
@@ -49,7 +46,8 @@ def training_flops(recipe: dict[str, Any]) -> float:
 class Stage:
     """One line of the plan: jobs of a kind, how many are left, and their cost.
 
-    seconds: of the jobs whose time can be estimated; unknown: whether there are others.
+    seconds: of the jobs whose time can be estimated, one after another or, on a machine's GPUs, side by side; unknown:
+    whether there are others; gpu_seconds: with each GPU counted.
     """
 
     name: str
@@ -58,44 +56,34 @@ class Stage:
     seconds: float
     megabytes: float
     unknown: bool = False
+    gpu_seconds: float = 0.0
+
+    @property
+    def time(self) -> str:
+        """Of what is left, in words."""
+        known = units.duration(self.seconds) if self.seconds and self.left else ""
+        return " + ".join(word for word in (known, "unknown" if self.unknown else "") if word)
 
 
-def machine_flops() -> float:
-    """The FLOP/s of one core of this machine in float32 matrix products, measured in some tenths of a second."""
-    import numpy as np
-    from threadpoolctl import threadpool_limits
-
-    a = np.random.default_rng(0).standard_normal((1024, 512), dtype=np.float32)
-    b = np.ascontiguousarray(a.T)
-    with threadpool_limits(1):
-        a @ b
-        started, count = time.perf_counter(), 0
-        while time.perf_counter() - started < 0.2:
-            a @ b
-            count += 1
-    return count * 2 * 1024 * 1024 * 512 / (time.perf_counter() - started)
-
-
-def training_seconds(plan: Plan, segment: Segment, flops: float) -> tuple[float, bool]:
+def training_seconds(plan: Plan, segment: Segment, pace: Pace) -> tuple[float, bool]:
     """Seconds that a segment will take, and whether that is measured (by a journal on its lineage) or computed.
 
     A computed time includes heads, the forward passes of teachers of known size, and the triggers' measurements.
     """
     recipe = plan.trajectories[segment.state.trajectory].recipe
     steps, batch = segment.state.step - segment.start, recipe["training"]["batch"]
-    for piece in reversed(segment.pieces):
+    for piece in reversed(segment.pieces) if pace.machine is None else ():
         lines = journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"))
         if lines:  # the last may include a trigger's reading, or a start
             return steps * batch / median(line["images_per_s"] for line in lines[-9:]), True
     work = training_flops(recipe) + sum(_teacher_flops(plan, name) or 0.0 for name in segment.teachers)
-    runtime, terms, layers = plan.config.runtime, segment.terms, 0
+    terms, layers = segment.terms, 0
     for term in of_features(terms).values():
-        work += 6.0 * _head_parameters(plan, recipe, term) * _tokens(recipe, term["depth"])
+        work += 6.0 * memory.parameters_of_head(plan, recipe, term) * _tokens(recipe, term["depth"])
     if "attention" in terms:
         layers = len(terms["attention"]["student_layers"])
     work = steps * batch * work + angle_flops(plan, segment)
-    around = steps * (STEP + IMAGE * (1 + layers) * batch / runtime.processes)
-    return around + work / (EFFICIENCY * flops * runtime.threads * runtime.processes), False
+    return pace.training(steps, batch, 1 + layers, work, recipe["training"]["precision"]), False
 
 
 def _tokens(recipe: dict[str, Any], depth: int) -> int:
@@ -134,7 +122,7 @@ def _teacher_flops(plan: Plan, name: str) -> float | None:
     return None if shape is None else flops_per_image(shape)
 
 
-def sampling_seconds(plan: Plan, evaluation: Evaluation, flops: float) -> float | None:
+def sampling_seconds(plan: Plan, evaluation: Evaluation, pace: Pace) -> float | None:
     """Seconds that one shard of samples will take, computed: one forward pass per evaluation, two with guidance.
 
     None for an adaptive sampler, whose NFE is known only afterwards.
@@ -147,7 +135,7 @@ def sampling_seconds(plan: Plan, evaluation: Evaluation, flops: float) -> float 
         evaluations *= 1 + sampling.interval[1] - sampling.interval[0]
     pixels = plan.config.images.resolution**2
     image = facts_in(recipe).flops * evaluations + (_autoencoder_flops(plan.decoder, 1) or 0.0) * pixels
-    return image * sampling.count / evaluation.shards / _pace(plan, flops)
+    return image * sampling.count / evaluation.shards / pace.of(getattr(sampling, "precision", "fp32"))
 
 
 def _evaluations(sampling: Sampling) -> float | None:
@@ -163,11 +151,6 @@ def _evaluations(sampling: Sampling) -> float | None:
 def _autoencoder_flops(name: str, way: int) -> float | None:
     """Operations per pixel of a pretrained autoencoder's encoding (way 0) or decoding (1); None if unknown."""
     return next((both[way] for start, both in AUTOENCODERS.items() if name.startswith(start)), None)
-
-
-def _pace(plan: Plan, flops: float) -> float:
-    """Operations per second of a job with the configured threads."""
-    return EFFICIENCY * flops * plan.config.runtime.threads
 
 
 def detector_flops(plan: Plan, detector: Detector) -> float | None:
@@ -195,61 +178,65 @@ def _network_flops(plan: Plan, part: Artefact) -> float | None:
     return None
 
 
-def stages(plan: Plan) -> tuple[list[Stage], bool]:
-    """The lines of the plan, and whether every training time in them was measured."""
-    flops = machine_flops()
-    training, measured = _training_stages(plan, flops)
-    evaluations = list(plan.evaluations.values())
-    floors = [detector.floor for detector in plan.detectors.values()]
-    closing = [plan.report_made, *floors, *(path for path in plan.shown if path.endswith("grid.png"))]
-    found = [
-        *_data_stages(plan, flops),
-        *_target_stages(plan, flops),
+def stages(plan: Plan, pace: Pace | None = None) -> tuple[list[Stage], bool]:
+    """The lines of the plan, one a rule of the workflow, and whether every training time in them was measured."""
+    pace = pace or Pace.of_plan(plan)
+    training, measured = _training_stages(plan, pace)
+    known = [
+        *_data_stages(plan, pace),
+        *_target_stages(plan, pace),
         *training,
-        _sampling_stage(plan, evaluations, flops),
-        _feature_stage(plan, evaluations, flops),
-        *_measure_stages(plan, flops),
-        _stage("scores", [judgement.score for e in evaluations for judgement in e.judged]),
-        _stage("grids, floor, report", closing),
+        _sampling_stage(plan, pace),
+        _feature_stage(plan, pace),
+        *_measure_stages(plan, pace),
     ]
-    starts = [STARTS.get(stage.name, START) * stage.left for stage in found]
-    return [dataclasses.replace(a, seconds=a.seconds + b) for a, b in zip(found, starts, strict=True)], measured
+    by_rule = {stage.name: stage for stage in known}
+    return [_started(by_rule.get(rule) or _stage(plan, rule), pace) for rule in plan.jobs.every], measured
 
 
-def _stage(name: str, files: list[str], megabytes: float = 0.0) -> Stage:
-    """Jobs whose time cannot be estimated; megabytes: of all of them."""
-    left = sum(not Path(file).exists() for file in files)
-    return Stage(name, len(files), left, 0.0, megabytes * left / max(1, len(files)), unknown=left > 0)
+def _started(stage: Stage, pace: Pace) -> Stage:
+    """A stage with the start of its jobs, and with what they take of the machine."""
+    seconds = stage.seconds + STARTS.get(stage.name, START) * stage.left
+    gpus = 0 if stage.name in WITHOUT_GPU else pace.ranks if stage.name in TRAINING else 1
+    return dataclasses.replace(stage, seconds=pace.wall(seconds, gpus), gpu_seconds=seconds * gpus)
 
 
-def _of_images(name: str, stores: list[tuple[Artefact, int]], size: float) -> tuple[Stage, float]:
-    """The shards of stores of so many images (or bytes), `size` bytes each, and the number that is left."""
-    shards = {file: count / store.shards for store, count in stores for file in store.shard_files}
-    left = sum(images for file, images in shards.items() if not Path(file).exists())
-    return dataclasses.replace(_stage(name, list(shards)), megabytes=size * left / MB), left
+def _stage(plan: Plan, rule: str, megabytes: float = 0.0) -> Stage:
+    """Jobs whose time cannot be estimated; megabytes: of those that are left."""
+    left = len(_left(plan, rule))
+    return Stage(rule, len(plan.jobs.every.get(rule, [])), left, 0.0, megabytes, unknown=left > 0)
 
 
-def _timed(stage: Stage, work: Iterable[float | None], pace: float) -> Stage:
+def _left(plan: Plan, rule: str) -> list[Job]:
+    return plan.jobs.left.get(rule, [])
+
+
+def _timed(stage: Stage, work: Iterable[float | None], speed: float) -> Stage:
     """A stage with the operations of each job that is left, None if unknown."""
     known = list(work)
-    seconds = sum(one for one in known if one is not None) / pace
+    seconds = sum(one for one in known if one is not None) / speed
     return dataclasses.replace(stage, seconds=seconds, unknown=None in known)
 
 
-def _feature_stage(plan: Plan, evaluations: list[Evaluation], flops: float) -> Stage:
-    """Features of samples: a shard for each shard of samples and each detector."""
-    looks = [(e, one, path) for e in evaluations for one in e.judgements for path in one.features.shard_files]
-    todo = [(e, one) for e, one, path in looks if not Path(path).exists()]
-    size = sum((plan.feature_bytes(one.detector) or 0) * e.sampling.count / e.shards for e, one in todo)
-    work = [_seen(plan, one.detector, e.sampling.count / e.shards) for e, one in todo]
-    return _timed(Stage("features", len(looks), len(todo), 0.0, size / MB), work, _pace(plan, flops))
+def _feature_stage(plan: Plan, pace: Pace) -> Stage:
+    """Features of samples that are there."""
+    todo = [job.about for job in _left(plan, "features")]
+    return _timed(_stage(plan, "features", _feature_bytes(plan, todo) / MB), _looks(plan, todo), pace.of())
 
 
-def _measure_stages(plan: Plan, flops: float) -> list[Stage]:
+def _feature_bytes(plan: Plan, todo: list[tuple[Evaluation, Judgement]]) -> float:
+    """Bytes of a shard of samples' features for each of these."""
+    return sum((plan.feature_bytes(one.detector) or 0) * e.sampling.count / e.shards for e, one in todo)
+
+
+def _looks(plan: Plan, todo: list[tuple[Evaluation, Judgement]]) -> list[float | None]:
+    """Operations of a detector on a shard of samples for each of these."""
+    return [_seen(plan, one.detector, e.sampling.count / e.shards) for e, one in todo]
+
+
+def _measure_stages(plan: Plan, pace: Pace) -> list[Stage]:
     """What is measured of states, as far as the measures say what it takes."""
-    todo = [one for one in plan.measurements.values() if not Path(one.file).exists()]
-    if not plan.measurements:
-        return []
+    todo = [job.about for job in _left(plan, "measure")]
     work: list[float | None] = []
     for one in todo:
         if one.hidden:
@@ -261,7 +248,7 @@ def _measure_stages(plan: Plan, flops: float) -> list[Stage]:
     passes = _passes(plan, todo)
     work += [each for each, _ in passes]
     size = sum(size for _, size in passes) / MB
-    return [_timed(Stage("measures", len(plan.measurements), len(todo), 0.0, size), work, _pace(plan, flops))]
+    return [_timed(_stage(plan, "measure", size), work, pace.of())]
 
 
 def _passes(plan: Plan, todo: Iterable[Measurement]) -> list[tuple[float, float]]:
@@ -287,7 +274,7 @@ def _looked_at(plan: Plan, look: Mapping[str, Any]) -> int:
     """Images of a look at hidden states."""
     if look["images"]:
         return look["images"]
-    held_out, count = plan.config.images.holdout, plan.of(look["split"]).image_count
+    held_out, count = plan.config.images.holdout, plan.of(look["split"]).count or 0
     return {"held_out": held_out, "train": count - held_out}.get(look["split"], count)
 
 
@@ -296,62 +283,45 @@ def _seen(plan: Plan, detector: Detector, images: float | None) -> float | None:
     return None if each is None or images is None else each * images
 
 
-def _data_stages(plan: Plan, flops: float) -> list[Stage]:
-    config, count = plan.config, plan.image_count
+def _data_stages(plan: Plan, pace: Pace) -> list[Stage]:
+    config, speed = plan.config, pace.of()
     latent = 2 * config.autoencoder.channels * config.latent_size**2
-    detectors = plan.detectors.values()
-    encoded = config.runs or plan.measurements  # imported checkpoints that are only scored need no latents
-    used = any(EVALUATION in one.splits for one in plan.measurements.values())
-    sets = plan.image_sets if used else [plan]
-    texts = [(one.text, one.data.text_bytes) for one in sets if one.text]
-    joined = [store for one in sets for store in (one.images, *([one.latents] if encoded else []))]
-    joined += [store for store, _ in texts]
-    sights = [detector for detector in detectors if not Path(detector.reference.manifest).exists()]
-    made = (plan.autoencoder, *plan.teachers.values(), *(detector.part for detector in detectors))
-    parts = list({part.folder: part for part in made if part}.values())  # teachers may differ by their filters alone
     pixels, number = config.images.resolution**2, 2 if config.autoencoder.dtype == "float16" else 4
-    images, _ = _of_images("images", [(one.images, one.image_count) for one in sets], 3 * pixels)
-    stores = [(one.latents, one.image_count) for one in sets] if encoded else []
-    latents, left = _of_images("latents", stores, latent * number)
-    encoding, pace = _autoencoder_flops(plan.encoder, 0), _pace(plan, flops)
-    if encoding is not None and latents.left:
-        latents = _timed(latents, [encoding * pixels * left], pace)
-    todo = [part for part in parts if not Path(part.manifest).exists()]
-    references = _stage("references", [detector.reference.manifest for detector in detectors])
+    drawn = sum((job.about.count or 0) / job.about.images.shards for job in _left(plan, "images"))
+    encoded = [job.about.count and job.about.count / job.about.latents.shards for job in _left(plan, "latents")]
+    latents = _stage(plan, "latents", latent * number * sum(filter(None, encoded)) / MB)
+    if (encoding := _autoencoder_flops(plan.encoder, 0)) is not None:
+        latents = _timed(latents, [each and encoding * pixels * each for each in encoded], speed)
+    said = sum(job.about.data.text_bytes / job.about.text.shards for job in _left(plan, "text"))
+    sights = [job.about for job in _left(plan, "reference")]
     return [
-        images,
+        _stage(plan, "images", 3 * pixels * drawn / MB),
         latents,
-        *([_of_images("text states", texts, 1)[0]] if texts else []),
-        _stage("joins", [store.manifest for store in joined]),
-        _timed(references, [_seen(plan, one, None if one.reference_file else count) for one in sights], pace),
+        _stage(plan, "text", said / MB),
         _timed(
-            _stage("small networks", [part.manifest for part in parts]),
-            [_network_flops(plan, part) for part in todo],
-            pace,
+            _stage(plan, "reference"),
+            [_seen(plan, one, None if one.reference_file else plan.count) for one in sights],
+            speed,
+        ),
+        *(
+            _timed(_stage(plan, kind), [_network_flops(plan, job.about) for job in _left(plan, kind)], speed)
+            for kind in ("autoencoder", "teacher", "detector")
         ),
     ]
 
 
-def _target_stages(plan: Plan, flops: float) -> list[Stage]:
+def _target_stages(plan: Plan, pace: Pace) -> list[Stage]:
     """The cost of teachers' targets on disk: the teacher's forward pass on every image, once.
 
     A teacher of unknown size adds neither time nor disk; `unknown_targets` names it.
     """
-    count, left, jobs, megabytes = plan.image_count if plan.targets else 0, 0, 0, 0.0
-    work: list[float | None] = []
-    for name, made in plan.targets.items():
-        todo = sum(not Path(file).exists() for file in made.shard_files)
-        shape = plan.teacher_size(name)
-        jobs, left = jobs + made.shards, left + todo
-        if shape:
-            megabytes += (plan.target_bytes(name, count) or 0) / MB * todo / made.shards
-        if todo:
-            work.append(flops_per_image(shape) * count * todo / made.shards if shape else None)
-    closing = [made.manifest for made in (*plan.pca.values(), *plan.targets.values())]
-    if not jobs:
-        return []
-    targets = _timed(Stage("targets of teachers", jobs, left, 0.0, megabytes), work, _pace(plan, flops))
-    return [targets, _stage("components, joins", closing)]
+    megabytes, work = 0.0, list[float | None]()
+    for job in _left(plan, "targets"):
+        shape, images = plan.teacher_size(job.name), plan.count and plan.count / job.about.shards
+        work.append(flops_per_image(shape) * images if shape and images else None)
+        if shape and images:
+            megabytes += (plan.target_bytes(job.name, 1) or 0) / MB * images
+    return [_timed(_stage(plan, "targets", megabytes), work, pace.of())]
 
 
 def unknown_targets(plan: Plan) -> list[str]:
@@ -364,126 +334,62 @@ def unknown_targets(plan: Plan) -> list[str]:
     ]
 
 
-def _training_stages(plan: Plan, flops: float) -> tuple[list[Stage], bool]:
-    segments = [plan.segment(state) for state in plan.planned()]
-    left = [segment for segment in segments if not Path(plan.path(segment.state)).exists()]
+def _training_stages(plan: Plan, pace: Pace) -> tuple[list[Stage], bool]:
     found, measured = [], True
-    for name, aligned in (("training, aligned", True), ("training, plain", False)):
-        mine = [segment for segment in left if bool(segment.terms) == aligned]
-        times = [training_seconds(plan, segment, flops) for segment in mine]
+    for rule in TRAINING:
+        mine = [plan.segment(job.about) for job in _left(plan, rule)]
+        times = [training_seconds(plan, segment, pace) for segment in mine]
         measured &= all(known for _, known in times)
         asked = [segment.teachers for segment, (_, known) in zip(mine, times, strict=True) if not known]
         unknown = any(_teacher_flops(plan, name) is None for names in asked for name in names)
-        size = sum(state_megabytes(plan, segment) for segment in mine)
-        jobs = sum(bool(segment.terms) == aligned for segment in segments)
-        found.append(Stage(name, jobs, len(mine), sum(seconds for seconds, _ in times), size, unknown))
+        stage = _stage(plan, rule, sum(_kept_megabytes(plan, segment) for segment in mine))
+        found.append(dataclasses.replace(stage, seconds=sum(seconds for seconds, _ in times), unknown=unknown))
     return found, measured
 
 
-def _sampling_stage(plan: Plan, evaluations: list[Evaluation], flops: float) -> Stage:
-    draws = [(e.sample_file(i), e) for e in evaluations for i in range(e.shards)]
-    todo = [e for path, e in draws if not Path(path).exists()]
+def _sampling_stage(plan: Plan, pace: Pace) -> Stage:
+    """Samples, and every detector's features of them."""
+    todo = [job.about for job in _left(plan, "sample")]
+    looked = [(e, one) for e in todo for one in e.judgements]
     size = sum(3 * plan.config.images.resolution**2 * e.sampling.count / e.shards for e in todo)
-    seconds = [sampling_seconds(plan, e, flops) for e in todo]
-    return _timed(Stage("samples", len(draws), len(todo), 0.0, size / MB), seconds, 1.0)
+    work = _looks(plan, looked)
+    seen = _timed(_stage(plan, "sample"), work, pace.of()).seconds
+    drawn = _timed(
+        _stage(plan, "sample", (size + _feature_bytes(plan, looked)) / MB),
+        [sampling_seconds(plan, e, pace) for e in todo],
+        1.0,
+    )
+    return dataclasses.replace(drawn, seconds=drawn.seconds + seen, unknown=drawn.unknown or None in work)
 
 
-def state_megabytes(plan: Plan, segment: Segment) -> float:
-    """Disk that a segment's states take, including those kept on the way: weights, EMA and two moments in float32."""
-    recipe = plan.trajectories[segment.state.trajectory].recipe
+def _kept_megabytes(plan: Plan, segment: Segment) -> float:
+    """Disk that a segment's states take, including those kept on the way."""
     every = plan.config.runtime.keep_every
     kept = 1 + ((segment.state.step - 1) // every - segment.start // every if every else 0)
-    size = 8 if recipe["training"]["precision"] == "fp64" else 4
-    head = head_parameters(plan, segment)
-    return kept * size * (4 * parameters(recipe) + 3 * head) / MB
+    return kept * memory.state_megabytes(plan, segment)
 
 
-def head_parameters(plan: Plan, segment: Segment) -> int:
-    """Weights of the heads of a segment's feature terms. Where only loading a teacher can tell its width, the student's
-    is taken."""
-    recipe = plan.trajectories[segment.state.trajectory].recipe
-    return sum(_head_parameters(plan, recipe, term) for term in of_features(segment.terms).values())
-
-
-def _head_parameters(plan: Plan, recipe: dict[str, Any], term: Mapping[str, Any]) -> int:
-    width, shape = facts_in(recipe).taps[f"tokens.{term['depth']}"].width, plan.teacher_size(term["teacher"])
-    wide = plan.config.teachers[term["teacher"]].pca or (shape.width if shape else width)
-    if term["head"] == "mlp":
-        return (width + term["hidden"] + wide) * term["hidden"]
-    return width * wide * (term["kernel"] or 1) ** 2
-
-
-def print_plan(plan: Plan) -> None:
-    """Print jobs, time and disk by stage, shared trunks, and settings that have no effect.
-
-    Raises:
-        ValueError: `Plan.check` refuses it.
-    """
-    plan.check()
-    found, measured = stages(plan)
-    table = Table(title=f"{plan.config.name}: what a run of the workflow would do now")
-    for column in ("stage", "jobs", "left", "time, one after another", "disk"):
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    total = Stage(
-        "all",
-        jobs=sum(stage.jobs for stage in found),
-        left=sum(stage.left for stage in found),
-        seconds=sum(stage.seconds for stage in found),
-        megabytes=sum(stage.megabytes for stage in found),
-        unknown=any(stage.unknown for stage in found),
-    )
-    for stage in [*found, total]:
-        disk = f"{stage.megabytes:,.1f} MB" if stage.megabytes else ""
-        table.add_row(stage.name, str(stage.jobs), str(stage.left), _clock(stage), disk, end_section=stage is found[-1])
-    console = Console()
-    console.print(table)
-    if total.left:
-        how = (
-            "Training times follow from rates measured here."
-            if measured
-            else ("Training times are computed from operation counts and this machine's matrix products, not measured.")
-        )
-        console.print(
-            f"{how} Other times are computed. What is unknown is in no sum: preparing data, a small autoencoder, a "
-            "teacher whose size only loading it can tell, a solver that chooses its own steps."
-        )
-    for line in [
-        *_pictures(plan),
-        *shared_trunks(plan),
-        *price_of_forks(plan),
-        *unknown_targets(plan),
-        *plan.changes,
-        *plan.notes,
-    ]:
-        console.print(line, markup=False, highlight=False)
-
-
-def _pictures(plan: Plan) -> list[str]:
+def uncounted(plan: Plan) -> list[str]:
+    """One line for every set of images whose number nothing tells."""
     return [
-        f"{one.config.images.path}: {one.image_count:,} pictures; {walk.told(one.unused)}"
+        f"{one.data.where}: how many pictures is not known yet: what is made of them is in no time and no size here. "
+        "`expected` beside the path tells the number"
         for one in plan.image_sets
-        if one.unused
+        if one.count is None
     ]
 
 
-def _clock(stage: Stage) -> str:
-    if not stage.left:
-        return ""
-    known = units.clock(stage.seconds) if stage.seconds else ""
-    return " + ".join(word for word in (known, "unknown" if stage.unknown else "") if word)
-
-
-def price_of_forks(plan: Plan) -> list[str]:
+def price_of_forks(plan: Plan, pace: Pace) -> list[str]:
     """What forks add to a plan, and a line for every state of a trunk that was not kept and is trained again."""
     if not plan.config.forks:
         return []
-    without, flops = Plan(written(plan.config).model_copy(update={"forks": {}})), machine_flops()
-    (steps, seconds), (fewer, less) = _left_to_train(plan, flops), _left_to_train(without, flops)
+    without = Plan(written(plan.config).model_copy(update={"forks": {}}), ahead=True)
+    (steps, seconds), (fewer, less) = _left_to_train(plan, pace), _left_to_train(without, pace)
     more = (plan.evaluations[name] for name in plan.evaluations.keys() - without.evaluations)
     draws = [one.score for one in more if one.judged]
     measured = [plan.measurements[name].file for name in plan.measurements.keys() - without.measurements]
     unscored, unmeasured = (sum(not Path(file).exists() for file in files) for files in (draws, measured))
-    time = f" ({units.clock(seconds - less)})" if seconds > less else ""
+    time = f" ({units.duration(seconds - less)})" if seconds > less else ""
     training = f"{steps - fewer:,} more steps of training{time}"
     added = f"{training}, {unscored} more sets of samples, {unmeasured} more measurements"
     again = []
@@ -500,10 +406,10 @@ def price_of_forks(plan: Plan) -> list[str]:
     return [f"Forks add {added}.", *again]
 
 
-def _left_to_train(plan: Plan, flops: float) -> tuple[int, float]:
+def _left_to_train(plan: Plan, pace: Pace) -> tuple[int, float]:
     """Steps and seconds."""
     left = [plan.segment(state) for state in plan.planned() if not Path(plan.path(state)).exists()]
-    return sum(one.state.step - one.start for one in left), sum(training_seconds(plan, one, flops)[0] for one in left)
+    return sum(one.state.step - one.start for one in left), sum(training_seconds(plan, one, pace)[0] for one in left)
 
 
 def shared_trunks(plan: Plan) -> list[str]:

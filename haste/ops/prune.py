@@ -411,7 +411,7 @@ def _again(items: Sequence[Item]) -> str:
     known = [item.seconds for item in items if item.seconds is not None]
     unknown = len(items) - len(known)
     rest = f"an unknown time for {unknown} of {len(items)} items" if unknown else ""
-    return " and ".join(word for word in (units.clock(sum(known)) if known else "", rest) if word)
+    return " and ".join(word for word in (units.duration(sum(known)) if known else "", rest) if word)
 
 
 def _carry_out(root: Path, items: Sequence[Item], yes: bool, kept: Sequence[str]) -> None:
@@ -423,7 +423,7 @@ def _carry_out(root: Path, items: Sequence[Item], yes: bool, kept: Sequence[str]
     for column in ("bytes", "making it took"):
         table.add_column(column, justify="right")
     for item in items:
-        took = "not known" if item.seconds is None else units.clock(item.seconds)
+        took = "not known" if item.seconds is None else units.duration(item.seconds)
         table.add_row(Text(str(item.path.relative_to(root))), readable(item.size), took)
     if not items:
         console.print(Text(f"In {root} there is nothing that is not needed by {', '.join(kept) or 'anybody'}."))

@@ -339,10 +339,10 @@ def _table(view: View) -> Table:
     for line in view.lines:
         doing = line.doing
         if line.doing.startswith("training") and line.age is not None and line.age > QUIET:
-            doing += f", no word for {units.clock(line.age)}"
+            doing += f", no word for {units.duration(line.age)}"
         losses = "  ".join(f"{name} {value:.4f}" for name, value in line.losses.items())
         waiting = "" if line.waiting is None else f"{100 * line.waiting:.0f} %"
-        to_go = "" if line.to_go is None else units.clock(line.to_go)
+        to_go = "" if line.to_go is None else units.duration(line.to_go)
         rate = "" if line.rate is None else f"{line.rate:.3g}"
         cells = [line.run, doing, line.segment, f"{line.step}/{line.last}", rate, to_go, losses, waiting]
         cells += [readable(line.size), *([line.queued] if queued else [])]
@@ -354,7 +354,7 @@ def _below(view: View) -> list[str]:
     lines = []
     for state in ("running", "failed", "interrupted"):
         for job in [job for job in view.jobs if job.state == state]:
-            lines.append(f"{state}: {job.name}, {units.clock(job.seconds)} since its last word: {job.words[:300]}")
+            lines.append(f"{state}: {job.name}, {units.duration(job.seconds)} since its last word: {job.words[:300]}")
     shown = [*view.next[:MOST_NEXT], *([f"and {len(view.next) - MOST_NEXT} more"] if view.next[MOST_NEXT:] else [])]
     lines += [f"next: {words}" for words in shown] or ["next: nothing is left to train or to score"]
     sizes = ", ".join(f"{room} {readable(size)}" for room, size in view.disk.items() if size)

@@ -15,6 +15,7 @@ from haste.files.artefact import fingerprint, remembered_identity
 from haste.files.listing import Listing
 from haste.files.sources import UNUSED, Pictures, SourceRecord
 from haste.networks import foreign
+from haste.networks.headers import MissingError
 from haste.networks.text import TOKENIZER, WORDS
 from haste.plan.names import RECIPE, Artefact, Detector
 
@@ -37,17 +38,26 @@ class Data:
         checked_images: the list of unusable images, if these are left out; else None.
         source: the record of what the images' source held; None for images of a library.
         evaluation: the same of the images that only measures see, with their latents and texts; None without them.
+        missing: for each external file that is not there and never was, what to do; names then lack its content.
     """
 
-    def __init__(self, config: Config, content: str | None = None):
+    def __init__(self, config: Config, content: str | None = None, ahead: bool = False):
         """
         Args:
             config: the configuration.
             content: of the images' source, as `SourceRecord.contents` has it; None is the one in use.
+            ahead: plan although external files are not there yet. Names that follow from their content are then others
+                than they will be.
+
+        Raises:
+            MissingError: an external file is not there, unless `ahead`.
         """
-        self._content = content
+        self._content, self._section = content, "images"
         self.config, self.root = config, config.results.rstrip("/")
-        self.identities, self._names = _identities(config, self.root), dict[str, str]()
+        self.identities, self.missing, self._names = dict[str, str](), dict[str, str](), dict[str, str]()
+        self._identify()
+        if self.missing and not ahead:
+            raise MissingError("\n".join(self.missing.values()))
         self._take_images()
 
         trained, public = config.autoencoder.trained, config.autoencoder.pretrained
@@ -69,12 +79,28 @@ class Data:
         self.detectors = {name: self._detector(name, spec) for name, spec in config.detector.items()}
         self.evaluation = self._evaluation()
 
+    def _identify(self) -> None:
+        """Find the identities of the external files; of one that has been removed since, its earlier identity."""
+        config = self.config
+        files = {spec.checkpoint: f"evaluate.{name}.checkpoint" for name, spec in config.evaluate.items()}
+        starts = {r.warm_start.file: f"runs.{name}.warm_start.file" for name, r in config.runs.items() if r.warm_start}
+        files |= dict(sorted(starts.items()))
+        if folders := [Path(file) for file in files if Path(file).is_dir()]:
+            raise ValueError(f"{folders[0]}: expected a checkpoint, found {foreign.folder(folders[0])}")
+        files |= {one.reference: f"detector.{n}.reference" for n, one in config.detector.items() if one.reference}
+        for file, key in files.items():
+            try:
+                self.identities[file] = remembered_identity(file, f"{self.root}/identities.json")
+            except ValueError as error:
+                self.missing[file] = f"{key}: {error}. Put the file there, or correct the path"
+                self.identities[file] = fingerprint(["missing", file], 64)
+
     def _evaluation(self) -> Data | None:
         if self.config.evaluation is None:
             return None
         found = copy.copy(self)
         found.config = self.config.model_copy(update={"images": self.config.evaluation, "evaluation": None})
-        found._content, found.evaluation = None, None
+        found._content, found.evaluation, found._section = None, None, EVALUATION
         found._take_images()
         found.latents = found._latents()
         found.text, found.told = found._text()
@@ -149,10 +175,9 @@ class Data:
 
     @property
     def text_bytes(self) -> int:
-        """Bytes of the store of captions' states: float16, of every caption and the empty one; raises as
-        `image_count`."""
-        settings = self.config.condition.decided
-        return (self._survey[2] + 1) * settings["tokens"] * settings["width"] * 2
+        """Bytes of the store of captions' states: float16, of every caption, as far as is known, and the empty one."""
+        settings, captions = self.config.condition.decided, self._survey[2] if self.counted else self.count or 0
+        return (captions + 1) * settings["tokens"] * settings["width"] * 2
 
     def _detector(self, name: str, spec: DetectorSpec) -> Detector:
         part = self.part("detector", name, spec.trained.model_dump()) if spec.trained else None
@@ -210,7 +235,7 @@ class Data:
             "was changed since results were first made with it. What is made with it now has new names; what exists "
             "keeps its own, and goes on if the former content is put back"
         )
-        lost = [f"{file}: {gone}" for file in self.identities if not Path(file).is_file()]
+        lost = [f"{file}: {gone}" for file in self.identities.keys() - self.missing if not Path(file).is_file()]
         return lost + [f"{weights}: {changed}" for weights, name in self._names.items() if name != weights]
 
     @property
@@ -221,6 +246,21 @@ class Data:
             ValueError: the source is missing, has no images, fewer than are held out, or other classes.
         """
         return self._survey[0]
+
+    @functools.cached_property
+    def counted(self) -> bool:
+        """Whether there is a store, or a source that can be used."""
+        try:
+            return bool(self._survey)
+        except ValueError:
+            return False
+
+    @property
+    def count(self) -> int | None:
+        """`image_count` or, before there is a source, what `images.expected` makes it; None without that."""
+        spec = self.config.images
+        expected = spec.expected and spec.holdout + (spec.subset or spec.expected - spec.holdout)
+        return self.image_count if self.counted else expected
 
     @property
     def unused(self) -> list[dict[str, Any]]:
@@ -247,7 +287,18 @@ class Data:
     @functools.cached_property  # a large folder takes minutes to walk
     def _listing(self) -> Listing:
         spec = self.config.images
-        return listing.survey(spec.source, spec.path, spec.classes, spec.labels, spec.captions)
+        try:
+            found = listing.survey(spec.source, spec.path, spec.classes, spec.labels, spec.captions)
+        except ValueError as error:
+            if spec.path is None or _is_there(spec.path):
+                raise
+            raise MissingError(f"{self._section}.path: {error}. Put the images there, or correct the path") from error
+        if spec.expected not in (None, len(found.files)):
+            raise ValueError(
+                f"{self._section}.expected: {spec.expected:,} pictures, but {self.where} has {len(found.files):,}. "
+                "Complete them, or correct the number"
+            )
+        return found
 
     @property
     def class_names(self) -> list[str] | None:
@@ -267,12 +318,13 @@ class Data:
         return listing.held(self._listing)
 
     def check_source(self) -> None:
-        """Refuse images that are still to be made from a source that has changed since the first were.
+        """Refuse images that are still to be made from a source that is gone, or has changed since the first were.
 
         Raises:
             ValueError: says what was added, removed and changed; or as `image_count`.
         """
-        if self.source and self.source.read() and not Path(self.images.manifest).exists():
+        made = self.source is None or Path(self.images.manifest).exists()
+        if not made and (self.source.read() or not _is_there(self.where)):
             self.source.check(self.where, self.held)
 
     def record_source(self, identity: str, decoder: str) -> None:
@@ -341,13 +393,3 @@ class Data:
 def _is_there(where: str) -> bool:
     place = Path(where)
     return any(place.parent.glob(place.name)) if "*" in place.name else place.exists()
-
-
-def _identities(config: Config, root: str) -> dict[str, str]:
-    """Identities of the external files; for one that has been removed since, its earlier identity."""
-    starts = {row.warm_start.file for row in config.runs.values() if row.warm_start is not None}
-    files = [*(spec.checkpoint for spec in config.evaluate.values()), *sorted(starts)]
-    if folders := [Path(file) for file in files if Path(file).is_dir()]:
-        raise ValueError(f"{folders[0]}: expected a checkpoint, found {foreign.folder(folders[0])}")
-    files += [spec.reference for spec in config.detector.values() if spec.reference is not None]
-    return {file: remembered_identity(file, f"{root}/identities.json") for file in dict.fromkeys(files)}

@@ -17,9 +17,11 @@ from haste.config import EVALUATION, Config, condition_arguments, facts_in, laye
 from haste.files import artefact, units
 from haste.networks import autoencoder, layouts, weights
 from haste.networks import text as public_text
+from haste.networks.headers import MissingError
 from haste.networks.registry import DETECTORS, TEACHERS
 from haste.plan.data import Data
 from haste.plan.evaluations import Evaluations
+from haste.plan.jobs import TRAINING, Jobs
 from haste.plan.measures import Measurement, Measures
 from haste.plan.names import Detector, Evaluation, Segment
 from haste.plan.runs import Runs
@@ -36,26 +38,22 @@ class Parts:
     runs: Runs
     evaluations: Evaluations
     measures: Measures
+    jobs: Jobs
 
     @functools.cached_property
     def trained(self) -> list[Segment]:
         """The training jobs that are still to run."""
-        missing = (s for s in self.runs.planned() if s.step not in self.runs.on_disk(s.trajectory))
-        return [self.runs.segment(state) for state in missing]
+        return [self.runs.segment(job.about) for rule in TRAINING for job in self.jobs.left.get(rule, [])]
 
     @functools.cached_property
     def drawn(self) -> list[Evaluation]:
         """The samples that are still to be drawn."""
-        return [
-            one
-            for one in self.evaluations.by_name.values()
-            if not _exist([one.grid, *(judged.score for judged in one.judged)]) and not one.is_drawn
-        ]
+        return list({job.about.name: job.about for job in self.jobs.left.get("sample", [])}.values())
 
     @functools.cached_property
     def measured(self) -> list[Measurement]:
         """The measurements that are still to be taken."""
-        return [one for one in self.measures.by_name.values() if not Path(one.file).exists()]
+        return [job.about for job in self.jobs.left.get("measure", [])]
 
 
 def _exist(files: list[str]) -> bool:
@@ -65,6 +63,8 @@ def _exist(files: list[str]) -> bool:
 def images(parts: Parts) -> None:
     """Refuse pictures that cannot be counted, are too few, have other classes, or have changed since the first were
     prepared."""
+    if not parts.measured and not {"images_check", "images", "images_join"} & parts.jobs.left.keys():
+        return
     there = {"train": parts.data.image_count - parts.config.images.holdout}
     parts.data.check_source()
     if any(EVALUATION in one.splits for one in parts.measured):
@@ -92,8 +92,7 @@ def _evaluation(data: Data) -> int:
 
 def encoder(parts: Parts) -> None:
     """Refuse a public autoencoder that could not encode the images."""
-    stores = [parts.data.latents, *(parts.data.of(split).latents for one in parts.measured for split in one.splits)]
-    if not _exist([store.manifest for store in stores]) and (parts.trained or parts.measured):
+    if "latents" in parts.jobs.left:
         _autoencoder(parts, parts.data.encoder)
 
 
@@ -300,6 +299,13 @@ INPUTS: dict[str, Callable[[Parts], None]] = {
 
 
 def check(parts: Parts) -> None:
-    """Look at all inputs; raises ValueError for the first that a job would refuse."""
+    """Look at all inputs; raises ValueError for the first that a job would refuse, or MissingError for all that are not
+    there."""
+    missing = [*parts.data.missing.values()]
     for look in dict.fromkeys(INPUTS.values()):
-        look(parts)
+        try:
+            look(parts)
+        except MissingError as error:
+            missing.append(str(error))
+    if missing:
+        raise MissingError("\n".join(dict.fromkeys(missing)))

@@ -9,13 +9,13 @@ Its parts, each made from those above it:
     evaluations   samples, features and scores; imported checkpoints
     measures      other diagnostics of states
     inputs        what the configuration names outside itself, looked at before the first job
+    jobs          what each job makes and waits for, and which are left
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from pathlib import Path
 from typing import Any
 
 from haste.config import (
@@ -40,6 +40,7 @@ from haste.files.artefact import fingerprint
 from haste.plan import inputs
 from haste.plan.data import Data
 from haste.plan.evaluations import Evaluations
+from haste.plan.jobs import Jobs
 from haste.plan.measures import Measurement, Measures
 from haste.plan.names import Evaluation, Segment, State
 from haste.plan.runs import Runs
@@ -62,19 +63,19 @@ class Plan:
         root, folder: of all results; of this configuration, results/<configuration>.
         config_file: the resolved configuration that every job reads.
         report: the final page.
-        references: the detectors' features of the real images.
         trajectories: by name, both trained ones and those of imported checkpoints.
         notes: which settings have no effect, or ask for what can no longer be made; which samples are not scored.
     """
 
-    def __init__(self, config: Config, content: str | None = None):
+    def __init__(self, config: Config, content: str | None = None, ahead: bool = False):
         """
         Args:
             config: the configuration.
             content: of the images' source, as for `Data`.
+            ahead: plan although external files are not there yet, as for `Data`; `check` refuses that.
         """
         self.config = config
-        data = Data(config, content)
+        data = Data(config, content, ahead)
         targets, runs = Targets(config, data), Runs(config, data)
         evaluations = Evaluations(config, data, runs)
 
@@ -88,13 +89,13 @@ class Plan:
         self.feature_bytes = data.feature_bytes
         self.detector = next(iter(data.detectors.values()))
         self.reference, self.floor = self.detector.reference, self.detector.floor
-        self.references = [detector.reference.manifest for detector in data.detectors.values()]
 
         self.targets, self.pca = targets.stores, targets.pca
         self.teacher_size, self.target_bytes, self.check_cache = targets.shape, targets.bytes_of, targets.check
 
         self.trajectories = runs.trajectories | evaluations.trajectories
-        self.pieces, self.cuts, self.planned, self.trained = runs.pieces, runs.cuts, runs.planned, runs.trained
+        self.pieces, self.cuts, self.planned = runs.pieces, runs.cuts, runs.planned
+        self.trained, self.aligns = runs.trained, runs.aligns
         self.state, self.parse, self.segment, self.on_disk = runs.state, runs.parse, runs.segment, runs.on_disk
         self.notes = runs.notes + data.notes + evaluations.notes
 
@@ -103,7 +104,7 @@ class Plan:
         self.weights = evaluations.weights
 
         measures = Measures(config, data, evaluations.states)
-        self._parts = inputs.Parts(config, data, targets, runs, evaluations, measures)
+        self._parts = config, data, targets, runs, evaluations, measures
         self.measured, self.measurements, self.measurement = measures.rows, measures.by_name, measures.of
 
     @functools.cached_property
@@ -130,6 +131,11 @@ class Plan:
         return self.data.image_count
 
     @property
+    def count(self) -> int | None:
+        """`image_count`, as far as it is known before there is a source."""
+        return self.data.count
+
+    @property
     def unused(self) -> list[dict[str, Any]]:
         """What lies among the images and is not used, as `haste.files.walk.grouped`; raises as `image_count`."""
         return self.data.unused
@@ -148,10 +154,11 @@ class Plan:
 
         Raises:
             ValueError: an input that a job would refuse (`haste.plan.inputs.INPUTS` has all of them), a sampler that
-                does not suit a network, or more disk than the configuration allows.
+                does not suit a network, or more disk than the configuration allows; of what is missing all of it, as
+                MissingError.
         """
-        inputs.check(self._parts)
         check_samplers(self.config)
+        inputs.check(inputs.Parts(*self._parts, self.jobs))
         self.check_cache()
 
     def path(self, state: State) -> str:
@@ -159,6 +166,11 @@ class Plan:
         if state.trajectory in self.elsewhere:
             return self.elsewhere[state.trajectory].checkpoint
         return f"{self.root}/states/{state.trajectory}/{state.file}"
+
+    @functools.cached_property
+    def jobs(self) -> Jobs:
+        """All jobs, and those that a run of the workflow would do now."""
+        return Jobs(self)
 
     def drawn_from(self, evaluation: Evaluation) -> list[str]:
         """The files that a set of samples is drawn from, except the detector's.
@@ -209,11 +221,6 @@ class Plan:
         """The measurements of states, one per file."""
         return [measurement.file for measurement in self.measurements.values()]
 
-    @property
-    def references_missing(self) -> list[str]:
-        """The references that are still to be made."""
-        return [path for path in self.references if not Path(path).exists()]
-
     def label(self, run: str, seed: int) -> str:
         """Label of one seed of a run: only the run's name if it has no other seed."""
         seeds = [] if run in self.config.evaluate else self.config.runs[run].all_seeds
@@ -226,6 +233,8 @@ class Plan:
         for kind, schema in (("runs", Run), ("evaluate", Evaluate)):
             shown[kind] = {name: decides(schema, row) for name, row in shown[kind].items()}
         shown["images"] = decides(Images, shown["images"])
+        if shown.get("evaluation"):
+            del shown["evaluation"]["expected"]
         if self.config.condition.name == "labels":
             del shown["condition"]
         sections: list[tuple[type[Strict], dict[str, Any]]] = [(Training, shown["training"])]

@@ -113,8 +113,11 @@ class Runs:
 
     def trained(self, aligned: bool) -> list[str]:
         """Names of the trajectories whose own steps have, or do not have, an active alignment loss."""
-        terms = {name: found.recipe["terms"].values() for name, found in self.trajectories.items()}
-        return [name for name, its in terms.items() if any(term["active"][1] is None for term in its) == aligned]
+        return [name for name in self.trajectories if self.aligns(name) == aligned]
+
+    def aligns(self, trajectory: str) -> bool:
+        """Whether a trajectory's own steps have an active alignment loss."""
+        return any(term["active"][1] is None for term in self.trajectories[trajectory].recipe["terms"].values())
 
     def parse(self, name: str) -> State:
         """The state named `trajectory/step`, as in rules and commands.

@@ -88,7 +88,7 @@ class Targets:
         """Refuse cached targets that take more disk than allowed.
 
         Args:
-            images: their number; None counts them.
+            images: their number; None counts them, as far as they are there.
             shapes: of teachers that were loaded; the size of others is known by their name or not at all.
 
         Raises:
@@ -96,7 +96,9 @@ class Targets:
         """
         if not self.stores:
             return
-        images = self.data.image_count if images is None else images
+        images = self.data.count if images is None else images
+        if images is None:
+            return
         known = {name: (shapes or {}).get(name) or self.shape(name) for name in self.stores}
         taken = {name: self.bytes_of(name, images, shape) or 0 for name, shape in known.items()}
         room = self.config.cache.max_bytes

@@ -15,7 +15,7 @@ import numpy as np
 from haste.files import artefact
 from haste.files.npz import ADM
 from haste.files.store import shard_range
-from haste.files.units import clock
+from haste.files.units import duration
 from haste.sampling import batches, looks
 from haste.sampling.painter import Painter, log
 
@@ -133,7 +133,7 @@ class _Watch:
     def _show(self, done: float) -> None:
         self.shown = time.monotonic()
         rate = (done - self.kept) / max(self.shown - self.started, 1e-9)
-        to_go = clock((self.count - done) / rate) if rate else "?"
+        to_go = duration((self.count - done) / rate) if rate else "?"
         kept = f" ({self.kept} kept from before)" if self.kept else ""
         words = f"{done:.0f}/{self.count} images{kept}  {rate:.1f} images/s  {to_go} to go"
         log.info("%s: %s", self.name, words)

@@ -29,12 +29,10 @@ def load_detector(plan: Plan, detector: names.Detector) -> Detector:
     return open_detector(detector.opens, detector.weights, called=detector.name, device=device)
 
 
-def make_references(plan: Plan) -> None:
-    """Make each detector's features of the real images that are missing."""
-    for detector in plan.detectors.values():
-        made = detector.reference
-        if Path(made.manifest).exists():
-            continue
+def make_reference(plan: Plan, detector: names.Detector) -> None:
+    """Make a detector's features of the real images, if they are missing."""
+    made = detector.reference
+    if not Path(made.manifest).exists():
         with locks.making(made.folder, done=made.manifest) as todo:
             if todo:
                 _make_reference(plan, detector)

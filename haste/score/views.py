@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from haste.files import artefact
 from haste.files.store import MANIFEST, Store, join, shard_path, shard_range, write_shard
-from haste.files.units import clock
+from haste.files.units import duration
 from haste.metrics.detector import Detector
 from haste.sampling.looks import Looks, facts, looks_of
 from haste.sampling.samples import Samples
@@ -245,7 +245,7 @@ class _Progress:
         now = time.monotonic()
         if now - self.said >= EVERY:
             rate = self.done / (now - self.started)
-            log.info("%s: %d images to go  %.1f images/s  %s", self.name, self.left, rate, clock(self.left / rate))
+            log.info("%s: %d images to go  %.1f images/s  %s", self.name, self.left, rate, duration(self.left / rate))
             self.said = now
 
 

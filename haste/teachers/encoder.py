@@ -310,6 +310,16 @@ def known(name: str) -> Encoder:
     return Encoder(name, patch, 16 * patch, len(network.blocks), heads, network.embed_dim, norm)
 
 
+def with_any_weights(name: str, resolution: int = 256) -> Teacher:
+    """A public teacher with the network that its weights would be loaded into, on torch's default device: what it costs
+    follows from no weights. Raises ValueError as `known`, and for a resolution that does not give whole patches."""
+    spec = known(name)
+    options = {"img_size": spec.side(name, resolution), "num_classes": 0, **spec.overrides}
+    network = cast(VisionTransformer, timm.create_model(spec.timm, pretrained=False, **options))
+    how = {"final_norm": spec.final_norm, "resize_first": spec.resize_first}
+    return Teacher(network, identity="any", norm=spec.norm, **how)
+
+
 # Teachers of other packages: a function of the images' resolution and a weights file or None.
 ADDED = extensions.Table("teachers", {}, taken=TEACHERS)
 

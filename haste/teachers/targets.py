@@ -29,7 +29,7 @@ from haste.align.terms import kind_of
 from haste.config import filter_faults, layer_faults
 from haste.files import artefact, locks
 from haste.files.store import Store, join, shard_range, write_shard
-from haste.files.units import clock
+from haste.files.units import duration
 from haste.networks.devices import choose_device
 from haste.plan.names import Artefact, Segment
 from haste.plan.plan import Plan
@@ -321,7 +321,7 @@ def _progress(what: str, name: str) -> Callable[[int, int], None]:
         now = time.monotonic()
         if now - shown > SHOWN_EVERY or done == of:
             shown = now
-            log.info("%s of %s: %d/%d  %s to go", what, name, done, of, clock((now - started) / done * (of - done)))
+            log.info("%s of %s: %d/%d  %s to go", what, name, done, of, duration((now - started) / done * (of - done)))
 
     return say
 

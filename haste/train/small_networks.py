@@ -232,17 +232,8 @@ def train_teacher(
     resolution = images.shape[1]
     if resolution % patch or width % heads:
         raise ValueError(f"{name}: patch {patch} must divide {resolution} px, and {heads} heads the width {width}")
-    kwargs = {
-        "img_size": resolution,
-        "patch_size": patch,
-        "num_classes": _classes(labels, held_out_labels),
-        "embed_dim": width,
-        "depth": depth,
-        "num_heads": heads,
-        "global_pool": "avg",
-        "fc_norm": False,
-        "qk_norm": True,
-    }
+    classes = _classes(labels, held_out_labels)
+    kwargs = transformer_kwargs(resolution, classes, depth=depth, width=width, heads=heads, patch=patch)
     network = _vision_transformer(seed, kwargs)
     # Strong weight decay: 1,500 images are few for a transformer, and this gains 2 points on unseen digits.
     training = {"seed": seed, "steps": steps, "batch": batch, "lr": lr, "name": name, "weight_decay": 0.2}
@@ -251,6 +242,14 @@ def train_teacher(
     architecture = {"kind": "VisionTransformer", "kwargs": kwargs, "mean": NORM, "std": NORM}
     _write(out, network, "teacher", name, key, recipe, architecture, quality, start)
     return quality
+
+
+def transformer_kwargs(
+    resolution: int, classes: int, *, depth: int, width: int, heads: int, patch: int
+) -> dict[str, Any]:
+    """The arguments of timm's VisionTransformer for a small teacher; resolution and patch in pixels."""
+    size = {"img_size": resolution, "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
+    return {**size, "num_classes": classes, "global_pool": "avg", "fc_norm": False, "qk_norm": True}
 
 
 def _vision_transformer(seed: int, kwargs: dict[str, Any]) -> nn.Module:

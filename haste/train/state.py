@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from haste.files.provenance import STATE, state_header
 from haste.models.build import build_model
 from haste.models.denoiser import Denoiser
 from haste.models.heads import head_of
+
+Network = TypeVar("Network", bound=nn.Module)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -84,7 +86,7 @@ def new_learner(
         projectors[name] = head
     settings = recipe["training"]
     dtype = torch.float64 if settings["precision"] == "fp64" else torch.float32
-    model, projectors = model.to(device, dtype), projectors.to(device, dtype)
+    model, projectors = (_placed(network, torch.device(device), dtype) for network in (model, projectors))
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(
         list(_named(model, projectors).values()),
@@ -96,6 +98,12 @@ def new_learner(
     )
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=settings["precision"] == "fp16")
     return Learner(model, ema, projectors, optimizer, scaler)
+
+
+def _placed(network: Network, device: torch.device, dtype: torch.dtype) -> Network:
+    """A network on a device in a precision; one that is so already is left alone: fake tensors cannot be moved."""
+    moved = any(p.device != device or p.dtype != dtype for p in network.parameters())
+    return network.to(device, dtype) if moved else network
 
 
 def tensors_of(learner: Learner) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ def test_weights_of_samples_weigh_the_feature_losses():
 @pytest.mark.parametrize("way", ["by sample", "fused", "own logsumexp"])
 def test_weights_of_samples_weigh_the_attention_loss_and_its_gradient(way, monkeypatch):
     monkeypatch.setitem(
-        losses._WAY, "cpu", cross_entropy_by_sample if way == "by sample" else losses.cross_entropy_fused
+        losses.WAYS, "cpu", cross_entropy_by_sample if way == "by sample" else losses.cross_entropy_fused
     )
     q, k = (draw(BATCH, 2, 6, 5, seed=i).requires_grad_() for i in (0, 1))
     teacher = [draw(BATCH, 2, 6, 4, seed=i) for i in (2, 3)]

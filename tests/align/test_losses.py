@@ -45,7 +45,7 @@ def plain(q_s: Tensor, k_s: Tensor, q_t: Tensor, k_t: Tensor, heads: int | None 
 @pytest.fixture(params=[cross_entropy_by_sample, cross_entropy_fused], ids=["by_sample", "fused"])
 def way(request, monkeypatch):
     """Both ways of computing the loss, whatever the device would have chosen."""
-    monkeypatch.setitem(losses._WAY, "cpu", request.param)
+    monkeypatch.setitem(losses.WAYS, "cpu", request.param)
     return request.param
 
 
@@ -247,7 +247,7 @@ def test_small_chunks_of_the_fused_way_add_up(monkeypatch):
 
 
 def test_a_device_without_a_way_of_its_own_takes_the_fused_one(monkeypatch):
-    monkeypatch.delitem(losses._WAY, "cpu")
+    monkeypatch.delitem(losses.WAYS, "cpu")
     called = []
     monkeypatch.setattr(losses, "cross_entropy_fused", lambda *parts: called.append(1) or parts[0].sum())
     attention_loss(*sides())

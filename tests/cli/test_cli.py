@@ -16,6 +16,7 @@ from haste.cli import main as cli
 from haste.files import artefact, provenance
 from haste.models.build import build_model
 from haste.ops import cost
+from haste.plan import memory
 from haste.train import loop
 
 
@@ -103,7 +104,7 @@ def test_the_plans_parameter_count_is_the_models(make_plan):
 def test_the_plans_disk_is_near_what_states_take(make_plan):
     plan = make_plan()
     state = plan.state("vanilla", 8)
-    expected = cost.state_megabytes(plan, plan.segment(state))
+    expected = memory.state_megabytes(plan, plan.segment(state))
     loop.train(plan, state)
     size = Path(plan.path(state)).stat().st_size / 1e6
     assert expected == pytest.approx(size, rel=0.3)  # the header and names weigh something in so small a state

@@ -1,10 +1,17 @@
 """What a configuration names by hub id is fetched once, and what lies in local files or is trained here is not."""
 
+import contextlib
 import copy
 import dataclasses
+import http.server
+import json
+import re
+import socket
+import threading
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
 from haste import extensions
 from haste.cli import main as cli
@@ -102,3 +109,102 @@ def test_what_cannot_be_had_keeps_nothing_else_from_being_fetched_and_is_named_w
     assert "detector fdd (DINOv2-L): cache of DINOv2-L" in said.out
     for key in ("detector.fid.pretrained.weights", "teachers.dino.pretrained.weights"):
         assert f"fetch https://somewhere/weights.pth. In the configuration that is {key}." in said.err
+
+
+SHA = "5" * 40
+REPOSITORIES = {
+    "own/vae": ("config.json", "diffusion_pytorch_model.safetensors", "pickled.bin"),
+    "timm/vit_base_patch14_dinov2.lvd142m": ("config.json", "model.safetensors"),
+}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The hub's protocol, as far as its client asks for files: a repository's commit, its files, and each of them."""
+
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def do_GET(self, body=True):
+        self.server.asked.append(self.path)
+        path = self.path.partition("?")[0]
+        of_file = re.fullmatch(r"/(\w+/[^/]+)/resolve/[^/]+/(.+)", path)
+        of_api = re.fullmatch(r"/api/models/(\w+/[^/]+)(/revision/main|/tree/\w+|)", path)
+        found, headers = None, {"X-Repo-Commit": SHA}
+        if of_file and of_file[2] in REPOSITORIES.get(of_file[1], ()):
+            found, headers["ETag"] = of_file[0].encode(), f'"{of_file[2]}"'
+        elif of_api and of_api[1] in REPOSITORIES:
+            files = [{"type": "file", "path": p, "size": 9, "oid": p} for p in REPOSITORIES[of_api[1]]]
+            about = {"id": of_api[1], "sha": SHA, "siblings": [{"rfilename": one["path"]} for one in files]}
+            found, headers["Content-Type"] = (
+                json.dumps(files if "tree" in of_api[2] else about).encode(),
+                "application/json",
+            )
+        self.send_response(404 if found is None else 200)
+        for name, value in {**headers, "Content-Length": len(found or b"")}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if body:
+            self.wfile.write(found or b"")
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def serving():
+    """The address of such a hub on this machine, and what it was asked."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.asked = []
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", server.asked
+        finally:
+            server.shutdown()
+
+
+def before_the_data(tiny, tmp_path):
+    """A configuration of weights from the hub, and of pictures and a reference that are not there."""
+    images = {"source": "folder", "path": str(tmp_path / "pictures"), "resolution": 64, "holdout": 0, "classes": 10}
+    judge = {"name": "inception", "weights": str(tmp_path / "own.pth")}
+    return configured(
+        tiny,
+        tmp_path,
+        images=images,
+        autoencoder={"pretrained": {"encode": "own/vae", "factor": 8}},
+        teachers={"vit": {"pretrained": {"name": "DINOv2-B"}}},
+        detector={"fid": {"pretrained": judge, "reference": str(tmp_path / "adm.npz")}},
+    )
+
+
+def test_weights_are_fetched_from_a_hub_before_pictures_and_a_reference_are_there(tiny, tmp_path, monkeypatch, capsys):
+    config = before_the_data(tiny, tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with serving() as (address, asked):
+        monkeypatch.setattr(constants, "ENDPOINT", address)  # both follow from HF_ENDPOINT when it is imported
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        assert cli.main(["fetch", "-c", config]) == 0, capsys.readouterr().err
+        said = capsys.readouterr().out
+        assert f"snapshots/{SHA}" in said and "teacher vit (DINOv2-B): " in said
+        asked.clear()
+        assert cli.main(["fetch", "-c", config]) == 0
+        assert asked == [], "what is there is asked for again"
+    kept = {path.name for path in (tmp_path / "cache").rglob("snapshots/*/*")}
+    assert kept == {"config.json", "diffusion_pytorch_model.safetensors", "model.safetensors"}
+
+
+def test_where_nobody_answers_fetch_waits_once_and_says_what_to_bring_and_which_key_names_it(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0), backlog=8) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert cli.main(["fetch", "-c", before_the_data(tiny, tmp_path)]) == 2
+        silent.setblocking(False)
+        silent.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+    said = capsys.readouterr().err
+    assert "diffusion_pytorch_model.safetensors" in said and "autoencoder.pretrained.encode" in said
+    assert "model.safetensors from there" in said and "teachers.vit.pretrained.weights" in said

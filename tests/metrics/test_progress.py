@@ -21,7 +21,7 @@ def test_a_line_says_what_is_done_and_how_long_the_rest_takes(caplog, clock):
     work = progress.Progress("distances", 400)
     work.add(100)
     work.add(200)
-    assert caplog.messages == ["distances: 25 %  0:00:30 to go", "distances: 75 %  0:00:07 to go"]
+    assert caplog.messages == ["distances: 25 %  30 s to go", "distances: 75 %  7 s to go"]
 
 
 def test_lines_come_every_few_seconds_and_work_of_a_moment_has_none(caplog):

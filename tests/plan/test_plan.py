@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from haste import config
 from haste.align import schedule
 from haste.ops import cost
+from haste.ops.pace import Pace
 from haste.plan.names import State
 from haste.plan.plan import Plan
 
@@ -206,7 +207,7 @@ def test_samples_of_chosen_classes_are_shown_of_the_first_seed_and_never_scored(
     assert scored == {row.evaluation.score for row in plan.rows if row.evaluation is not evaluation}
     assert "sampling.pictures: samples of chosen classes are shown and not scored" in plan.notes
     found = {stage.name: stage.jobs for stage in cost.stages(plan)[0]}
-    assert (found["samples"], found["scores"]) == (3, 2)
+    assert (found["sample"], found["score"]) == (3, 2)
     measured = {"m": {"measure": "gradient-cosine"}}
     run = {"alignment": "HASTE", "seeds": [3, 1], "sampling": ["pictures"], "measures": ["m"], "milestones": [8]}
     assert [row.seed for row in plan_of(sampling=ways, measures=measured, runs={"a": run}).measured] == [3, 1]
@@ -374,11 +375,11 @@ def test_the_plan_says_of_each_run_how_far_it_shares_a_trunk():
 def test_the_time_of_an_adaptive_sampler_is_not_made_up():
     ways = {"quick": {"sampler": "euler", "steps": 2}, "free": {"sampler": "dopri5"}}
     plan = plan_of(sampling=ways, runs={"vanilla": {"sampling": ["quick", "free"]}})
-    seconds = {e.sampling_name: cost.sampling_seconds(plan, e, 1e9) for e in plan.evaluations.values()}
+    seconds = {e.sampling_name: cost.sampling_seconds(plan, e, Pace(1e9, 1, 1)) for e in plan.evaluations.values()}
     assert seconds["quick"] > 0 and seconds["free"] is None
-    stage = cost._sampling_stage(plan, list(plan.evaluations.values()), 1e9)
-    assert stage.seconds == 2 * seconds["quick"] and stage.unknown  # at two milestones
-    assert cost._clock(stage).endswith("+ unknown")
+    stage = cost._sampling_stage(plan, Pace(1e9, 1, 1))
+    assert stage.seconds > 2 * seconds["quick"] and stage.unknown  # at two milestones, and features
+    assert stage.time.endswith("+ unknown")
 
 
 def test_labels_are_not_part_of_a_name():

@@ -238,7 +238,7 @@ def test_a_shard_that_is_killed_goes_on_from_its_finished_batches_to_the_same_bi
     assert [path.name for path in file.parent.iterdir()] == [".batches"]
     caplog.set_level("INFO", logger="haste.sample")
     again, labels_again = draw(plan, evaluation)
-    assert "20/20 images (12 kept from before)" in caplog.text and "0:00:00 to go" in caplog.text
+    assert "20/20 images (12 kept from before)" in caplog.text and "0 s to go" in caplog.text
     assert [(rows.start, rows.stop) for rows in asked] == [(0, 6), (6, 12), (12, 18), (12, 18), (18, 20)]
     assert (again == whole).all() and (labels_again == labels).all()
     assert features_of(store) == features_of_bytes(features)
@@ -431,5 +431,5 @@ def test_progress_comes_within_a_batch_too_with_the_time_to_go(monkeypatch, capl
     for now[0], begun in ((101.0, 1.0), (109.9, 9.0), (110.0, 10.0), (111.0, 11.0)):
         watch(begun)
     assert [record.getMessage() for record in caplog.records] == [
-        "shard 0 of 1: 10/40 images  1.0 images/s  0:00:30 to go"
+        "shard 0 of 1: 10/40 images  1.0 images/s  30 s to go"
     ]

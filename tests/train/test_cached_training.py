@@ -17,6 +17,7 @@ from haste.files import artefact, journal, provenance
 from haste.files.provenance import read_header
 from haste.files.store import Store
 from haste.ops import cost
+from haste.plan.plan import Plan
 from haste.plan.target_spec import TargetSpec
 from haste.teachers import encoder
 from haste.teachers.targets import PCA
@@ -248,13 +249,13 @@ def test_more_bytes_than_allowed_are_refused_before_anything_runs_with_what_woul
 def test_the_plan_counts_the_bytes_and_the_jobs_of_the_cache(make_plan, capsys):
     plan = make_plan(runs=RUNS, teachers=teachers("features", pca=5), cache={"shards": 2})
     found = {stage.name: stage for stage in cost.stages(plan)[0]}
-    assert (found["targets of teachers"].jobs, found["targets of teachers"].left) == (2, 2)
-    assert found["targets of teachers"].megabytes == pytest.approx(1797 * 4 * 5 * 2 / 1e6)
-    assert found["targets of teachers"].seconds > 0
-    assert found["components, joins"].left == 2
+    assert (found["targets"].jobs, found["targets"].left) == (2, 2)
+    assert found["targets"].megabytes == pytest.approx(1797 * 4 * 5 * 2 / 1e6)
+    assert found["targets"].seconds > 0
+    assert found["pca"].left == found["targets_join"].left == 1
     make_targets(plan)
-    found = {stage.name: stage for stage in cost.stages(plan)[0]}
-    assert found["targets of teachers"].left == found["components, joins"].left == 0
+    found = {stage.name: stage for stage in cost.stages(Plan(plan.config))[0]}
+    assert found["targets"].left == found["pca"].left == found["targets_join"].left == 0
 
 
 @pytest.mark.parametrize(

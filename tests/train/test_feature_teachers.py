@@ -14,7 +14,7 @@ from haste.files import journal
 from haste.files.provenance import read_header
 from haste.measure import jobs
 from haste.models.exchange import export_weights
-from haste.ops import cost
+from haste.plan import memory
 from haste.report import gather
 from haste.teachers.targets import load_teacher
 from haste.train import loop
@@ -78,7 +78,7 @@ def test_each_teacher_has_a_projector_and_a_loss_of_its_own_until_the_stop_and_a
     assert {name for name in held if name.startswith("projectors/")} == PROJECTORS
     assert all(held[f"optimizer/exp_avg/{name}"].any() for name in PROJECTORS)
     weights = sum(held[name].numel() for name in PROJECTORS if name.endswith("weight"))
-    assert cost.head_parameters(plan, segment) == weights
+    assert memory.head_parameters(plan, segment) == weights
     header = read_header(paths[0])
     own = {term: load_teacher(plan, name).identity for term, name in (("features", "coarse"), ("features-2", "vit"))}
     assert {term: header["inputs"][f"teacher of {term}"] for term in own} == own

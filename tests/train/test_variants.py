@@ -14,6 +14,7 @@ from haste import config
 from haste.files import artefact, journal
 from haste.files.store import Store
 from haste.ops import cost
+from haste.plan import memory
 from haste.plan.plan import Plan
 from haste.report import gather
 from haste.teachers.encoder import Teacher
@@ -93,7 +94,7 @@ def test_a_filter_trains_no_teacher_again_and_the_plan_counts_it_once(make_plan,
     assert plan.teachers["blurred"].folder == plan.teachers["vit"].folder
     tiny["results"] = "nowhere"
     found = {stage.name: stage for stage in cost.stages(Plan(config.resolve(tiny | changes())))[0]}
-    assert (found["small networks"].jobs, found["small networks"].left) == (3, 3)  # autoencoder, teacher, detector
+    assert (found["teacher"].jobs, found["teacher"].left) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_a_filter_trains_no_teacher_again_and_the_plan_counts_it_once(make_plan,
 def test_the_plan_counts_the_weights_of_the_head(make_plan, head, weights):
     plan = make_plan(**changes(head))
     segment = plan.segment(plan.state("new", 8))
-    assert cost.head_parameters(plan, segment) == weights
+    assert memory.head_parameters(plan, segment) == weights
     held = trained(plan)
     assert sum(v.numel() for n, v in held.items() if n.startswith("projectors/") and v.ndim > 1) == weights
 

@@ -28,14 +28,18 @@ def log_of(job): return f"{plan.folder}/logs/{job}.log"
 def time_of(job): return f"{plan.folder}/benchmarks/{job}.tsv"
 
 
-def needed(outputs, *inputs):
-    """The inputs of a job: none if its outputs are there. Otherwise an input that only others need, and that is made again,
-    would be a reason to make these again too (ancient() only applies to files that exist)."""
+def job(rule, pattern):
+    """The job of a rule (haste/plan/jobs.py) with a rule's wildcards in the name of its first file."""
+    return lambda wildcards: plan.jobs.of(rule, pattern.format(**dict(wildcards.items())))
 
-    def of(wildcards):
-        made = [path.format(**dict(wildcards.items())) for path in ([outputs] if isinstance(outputs, str) else outputs)]
-        if all(map(os.path.exists, made)):
-            return []
-        return [path for one in inputs for path in (one(wildcards) if callable(one) else one)]
 
-    return ancient(of)
+def needed(rule, pattern):
+    """The inputs of a job: none if its outputs are there."""
+    of = job(rule, pattern)
+    return ancient(lambda wildcards: of(wildcards).waits_for)
+
+
+def named(rule, pattern):
+    """What a job's command calls what it makes."""
+    of = job(rule, pattern)
+    return lambda wildcards: of(wildcards).name

@@ -1,7 +1,6 @@
 # Images, the small networks that the pipeline trains on them, and latents.
 
-SETS = {made.key: one for one in plan.image_sets for made in (one.images, one.latents, one.text) if made}
-OTHERS = [key for key, one in SETS.items() if one is not plan]  # of `evaluation`
+OTHERS = [one.key for made in plan.image_sets[1:] for one in (made.images, made.latents, made.text) if one]  # of `evaluation`
 IMAGES = f"{plan.root}/stores/images-{{key}}/shard-{{shard}}-of-{{shards}}.h5"
 LATENTS = f"{plan.root}/stores/latents-{{key}}/shard-{{shard}}-of-{{shards}}.h5"
 TEXT = f"{plan.root}/stores/text-{{key}}/shard-{{shard}}-of-{{shards}}.h5"
@@ -11,10 +10,6 @@ TARGETS = f"{plan.root}/stores/targets-{{key}}/shard-{{shard}}-of-{{shards}}.h5"
 JOINED = f"{plan.root}/stores/targets-{{key}}/manifest.json"
 
 def of_set(wildcards): return "--evaluation" if wildcards.key in OTHERS else ""
-
-def checked(wildcards):
-    found = SETS[wildcards.key].checked_images
-    return [found] if found else []
 
 
 rule images_check:
@@ -27,7 +22,7 @@ rule images_check:
 
 
 rule images:
-    input: needed(IMAGES, checked)
+    input: needed("images", IMAGES)
     output: update(IMAGES)
     log: log_of("images-{key}-{shard}-of-{shards}")
     benchmark: time_of("images-{key}-{shard}-of-{shards}")
@@ -37,7 +32,7 @@ rule images:
 
 
 rule images_join:
-    input: needed(LISTED, lambda wildcards: SETS[wildcards.key].images.shard_files, checked)
+    input: needed("images_join", LISTED)
     output: update(LISTED)
     log: log_of("images-{key}-join")
     benchmark: time_of("images-{key}-join")
@@ -48,7 +43,7 @@ rule images_join:
 if plan.autoencoder:
 
     rule autoencoder:
-        input: needed(plan.autoencoder.manifest, plan.images.files)
+        input: needed("autoencoder", plan.autoencoder.manifest)
         output: update(plan.autoencoder.manifest)
         log: log_of("autoencoder")
         benchmark: time_of("autoencoder")
@@ -58,34 +53,29 @@ if plan.autoencoder:
 
 
 rule teacher:
-    input: needed(TEACHER, plan.images.files)
+    input: needed("teacher", TEACHER)
     output: update(TEACHER)
     log: log_of("teacher-{key}")
     benchmark: time_of("teacher-{key}")
     threads: THREADS
     resources: devices=1
-    params: name=lambda wildcards: next(n for n, t in plan.teachers.items() if t and t.key == wildcards.key)
+    params: name=named("teacher", TEACHER)
     shell: "haste teacher {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
 
 
 rule detector:
-    input: needed(DETECTOR, plan.images.files)
+    input: needed("detector", DETECTOR)
     output: update(DETECTOR)
     log: log_of("detector-{key}")
     benchmark: time_of("detector-{key}")
     threads: THREADS
     resources: devices=1
-    params:
-        name=lambda wildcards: next(n for n, d in plan.detectors.items() if d.part and d.part.key == wildcards.key)
+    params: name=named("detector", DETECTOR)
     shell: "haste detector {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
 
 
-def encoded_from(wildcards):
-    return [*SETS[wildcards.key].images.files, *(plan.autoencoder.files if plan.autoencoder else [])]
-
-
 rule latents:
-    input: needed(LATENTS, encoded_from)
+    input: needed("latents", LATENTS)
     output: update(LATENTS)
     log: log_of("latents-{key}-{shard}-of-{shards}")
     benchmark: time_of("latents-{key}-{shard}-of-{shards}")
@@ -96,7 +86,7 @@ rule latents:
 
 
 rule latents_join:
-    input: needed(ENCODED, lambda wildcards: [*SETS[wildcards.key].images.files, *SETS[wildcards.key].latents.shard_files])
+    input: needed("latents_join", ENCODED)
     output: update(ENCODED)
     log: log_of("latents-{key}-join")
     benchmark: time_of("latents-{key}-join")
@@ -105,7 +95,7 @@ rule latents_join:
 
 
 rule text:
-    input: needed(TEXT, lambda wildcards: SETS[wildcards.key].images.files)
+    input: needed("text", TEXT)
     output: update(TEXT)
     log: log_of("text-{key}-{shard}-of-{shards}")
     benchmark: time_of("text-{key}-{shard}-of-{shards}")
@@ -116,7 +106,7 @@ rule text:
 
 
 rule text_join:
-    input: needed(SAID, lambda wildcards: [*SETS[wildcards.key].images.files, *SETS[wildcards.key].text.shard_files])
+    input: needed("text_join", SAID)
     output: update(SAID)
     log: log_of("text-{key}-join")
     benchmark: time_of("text-{key}-join")
@@ -126,50 +116,32 @@ rule text_join:
 
 # Targets of cached teachers: components if requested, then shards, then the manifest.
 
-def teacher_of(made):
-    return lambda wildcards: next(name for name, artefact in made.items() if artefact.key == wildcards.key)
-
-def looks(made, *more):
-    """The inputs of what teachers make of images: these, the teacher and more that it uses."""
-
-    def of(wildcards):
-        name = teacher_of(made)(wildcards)
-        parts = [plan.teachers[name], *(others.get(name) for others in more)]
-        return plan.images.files + [path for part in parts if part for path in part.files]
-
-    return of
-
-
 rule pca:
-    input: needed(PCA, looks(plan.pca))
+    input: needed("pca", PCA)
     output: update(PCA)
     log: log_of("pca-{key}")
     benchmark: time_of("pca-{key}")
     threads: THREADS
     resources: devices=1
-    params: name=teacher_of(plan.pca)
+    params: name=named("pca", PCA)
     shell: "haste targets {params.name:q} -c {CONFIG:q} --fit > {log:q} 2>&1"
 
 
 rule targets:
-    input: needed(TARGETS, looks(plan.targets, plan.pca))
+    input: needed("targets", TARGETS)
     output: update(TARGETS)
     log: log_of("targets-{key}-{shard}-of-{shards}")
     benchmark: time_of("targets-{key}-{shard}-of-{shards}")
     threads: THREADS
     resources: devices=1
-    params: name=teacher_of(plan.targets)
+    params: name=named("targets", TARGETS)
     shell: "haste targets {params.name:q} -c {CONFIG:q} --shard $((10#{wildcards.shard})) > {log:q} 2>&1"
 
 
-def parts_of(wildcards):
-    return plan.targets[teacher_of(plan.targets)(wildcards)].shard_files
-
-
 rule targets_join:
-    input: needed(JOINED, plan.images.files, parts_of)
+    input: needed("targets_join", JOINED)
     output: update(JOINED)
     log: log_of("targets-{key}-join")
     benchmark: time_of("targets-{key}-join")
-    params: name=teacher_of(plan.targets)
+    params: name=named("targets_join", JOINED)
     shell: "haste targets {params.name:q} -c {CONFIG:q} --join > {log:q} 2>&1"

@@ -3,13 +3,13 @@
 MEASURE = f"{plan.root}/measures/{{state}}/{{what}}.json"
 
 rule measure:
-    input: needed(MEASURE, lambda wildcards: plan.measured_from(plan.measurements[f"{wildcards.state}/{wildcards.what}"]))
+    input: needed("measure", MEASURE)
     output: update(MEASURE)
     log: log_of("measure-{state}-{what}")
     benchmark: time_of("measure-{state}-{what}")
     threads: THREADS
     resources: devices=1
-    params: label=lambda wildcards: plan.measurements[f"{wildcards.state}/{wildcards.what}"].label
+    params: label=named("measure", MEASURE)
     shell: "haste measure {params.label:q} {wildcards.state:q}/{wildcards.what:q} -c {CONFIG:q} > {log:q} 2>&1"
 
 

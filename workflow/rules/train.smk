@@ -7,20 +7,6 @@ from haste.cluster import check, queue
 LEFT = queue.left(plan) if HERE else {}
 
 
-def before(wildcards):
-    """The inputs of a segment: the parent state, the latents and, while it aligns, images and teachers
-    or their targets on disk."""
-    segment = plan.segment(State(wildcards.trajectory, int(wildcards.step)))
-    files = [*plan.latents.files, *plan.told_from]
-    if segment.parent:
-        files.append(plan.path(segment.parent))
-    if segment.after:
-        files.append(plan.path(segment.after))
-    if segment.twin:
-        files.append(plan.path(segment.twin))
-    return files + plan.aligned_from(segment)
-
-
 def on_cluster(wildcards, resources):
     """With nodes in the profile, training is a cluster job: this rule submits it or attaches to it, and waits."""
     if "nodes" not in resources.keys():
@@ -32,7 +18,11 @@ def on_cluster(wildcards, resources):
 
 
 def ask_the_cluster():
-    """Check, before anything is submitted, whether SLURM would accept it, and whether all of it at once."""
+    """Check, before the first job, whether training fits into a GPU; and, before anything is submitted, whether SLURM would
+    accept it, and whether all of it at once."""
+    trained = [job for job in workflow.dag.needrun_jobs() if job.rule.name.startswith("train")]
+    made = [State(job.wildcards.trajectory, int(job.wildcards.step)) for job in trained]
+    check.check_memory(plan, [(state, dict(job.resources.items())) for state, job in zip(made, trained)])
     if workflow.executor_plugin.name != "slurm":
         return
     from haste.cluster import executor
@@ -56,7 +46,7 @@ SNAKEMAKES_OWN = {"tmpdir", "disk_mb", "disk_mib", "mem_mib", "disk", "mem", "de
 STATE = f"{plan.root}/states/{{trajectory}}/step-{{step}}.safetensors"
 
 rule train:
-    input: needed(STATE, before)
+    input: needed("train", STATE)
     output: update(STATE)
     log: log_of("train-{trajectory}-{step}")
     benchmark: time_of("train-{trajectory}-{step}")

@@ -1,0 +1,168 @@
+"""What a run of the workflow would do, how long it takes, and how much disk and memory: `haste plan`. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from haste.cluster import gpus
+from haste.files import walk
+from haste.files.units import duration
+from haste.networks.headers import MissingError
+from haste.ops import cost
+from haste.ops import memory as peaks
+from haste.ops.pace import Pace
+from haste.plan import memory
+from haste.plan.machines import Machine
+from haste.plan.names import Evaluation, State
+from haste.plan.plan import Plan
+
+
+def print_plan(plan: Plan, machine: Machine | None = None) -> None:
+    """Print jobs, time, disk and memory by rule, shared trunks, and settings that have no effect.
+
+    Args:
+        plan: of the configuration.
+        machine: the GPUs that times and memory are of; None is this machine.
+
+    Raises:
+        ValueError: `Plan.check` refuses it; or, after everything is printed, data or weights are not there yet, or
+            training does not fit into a GPU's memory.
+    """
+    missing = None
+    try:
+        plan.check()
+    except MissingError as refusal:
+        missing = refusal
+    pace, limit = Pace.of_plan(plan, machine), machine.gpu.memory if machine else plan.config.runtime.gpu_memory_gb
+    found, measured = cost.stages(plan, pace)
+    total = cost.Stage(
+        "all", *(sum(getattr(one, key) for one in found) for key in ("jobs", "left", "seconds", "megabytes"))
+    )
+    total = dataclasses.replace(
+        total, unknown=any(one.unknown for one in found), gpu_seconds=sum(one.gpu_seconds for one in found)
+    )
+    console = Console()
+    console.print(_table(plan, [*found, total], machine))
+    if machine:
+        console.print(by_run(plan, pace))
+    needs = memory.needs(plan, machine.count if machine else None)
+    for line in [
+        *(_how(measured, machine) if total.left else []),
+        *_pictures(plan),
+        *cost.shared_trunks(plan),
+        *cost.price_of_forks(plan, pace),
+        *cost.uncounted(plan),
+        *cost.unknown_targets(plan),
+        *peaks.lines(needs, limit),
+        *emulated(plan, machine),
+        *plan.changes,
+        *plan.notes,
+    ]:
+        console.print(line, markup=False, highlight=False)
+    if missing:
+        console.print("A run is refused until this is there:")
+        raise missing
+    if limit:
+        memory.check(needs, limit, f"that of an {machine.name}" if machine else "runtime.gpu_memory_gb")
+
+
+def _table(plan: Plan, found: Sequence[cost.Stage], machine: Machine | None) -> Table:
+    table = Table(title=f"{plan.config.name}: what a run of the workflow would do now")
+    time = f"time on {machine}" if machine else "time, one after another"
+    for column in ("rule", "jobs", "left", time, *(["GPU-hours"] if machine else []), "disk"):
+        table.add_column(column, justify="left" if column == "rule" else "right")
+    for stage in found:
+        disk = f"{stage.megabytes:,.1f} MB" if stage.megabytes else ""
+        gpus = [f"{stage.gpu_seconds / 3600:,.1f}" if stage.gpu_seconds > 180 else ""] if machine else []
+        cells = (stage.name, str(stage.jobs), str(stage.left), stage.time, *gpus, disk)
+        table.add_row(*cells, end_section=stage is found[-2])
+    return table
+
+
+def _how(measured: bool, machine: Machine | None) -> list[str]:
+    """Where the times come from."""
+    if machine:
+        peak = machine.gpu.peak
+        said = (
+            f"Times assume that {100 * machine.share:g} % of the peak of an {machine.name} is reached, "
+            f"{peak('bf16') / 1e12:g} TFLOP/s in bf16 and {peak('fp32') / 1e12:g} in fp32, and that all GPUs are busy; "
+            "--share gives another share, such as benchmarks/throughput.py measures."
+        )
+    elif measured:
+        said = "Training times follow from rates measured here. Other times are computed."
+    else:
+        said = (
+            "Training times are computed from operation counts and this machine's matrix products, not measured. Other "
+            "times are computed."
+        )
+    return [
+        f"{said} What is unknown is in no sum: preparing data, a small autoencoder, a teacher whose size only loading "
+        "it can tell, a solver that chooses its own steps."
+    ]
+
+
+def emulated(plan: Plan, machine: Machine | None) -> list[str]:
+    """A line where training in half precision would run on CPUs or GPUs that only emulate it."""
+    left = [plan.segment(state) for state in plan.planned() if not Path(plan.path(state)).exists()]
+    asked = {plan.trajectories[one.state.trajectory].recipe["training"]["precision"] for one in left}
+    if "bf16" in asked and machine and not machine.gpu.bf16:
+        return [f"training.precision: bf16, which an {machine.name} only emulates: fp16 is what it computes fast."]
+    here = machine is None and (plan.config.runtime.device == "cpu" or not gpus.visible())
+    if not here or not (half := sorted(asked & {"bf16", "fp16"})) or _computes_half():
+        return []
+    return [f"training.precision: {half[0]} is emulated on the CPUs here, and slower than fp32 there."]
+
+
+def _computes_half() -> bool:
+    """Whether the CPUs here have instructions for it."""
+    about = Path("/proc/cpuinfo")
+    return about.exists() and bool({"avx512_bf16", "amx_bf16", "bf16"} & set(about.read_text().split()))
+
+
+def _pictures(plan: Plan) -> list[str]:
+    return [
+        f"{one.config.images.path}: {one.image_count:,} pictures; {walk.told(one.unused)}"
+        for one in plan.image_sets
+        if one.data.counted and one.unused
+    ]
+
+
+def by_run(plan: Plan, pace: Pace) -> Table:
+    """A row for each run with all that it still takes, and the sum, in which shared trunks count once."""
+    table = Table(title=f"each run on {pace.machine}")
+    for column in ("run", "training", "samples", "GPU-hours"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    rows = {(row.run, row.seed): plan.label(row.run, row.seed) for row in plan.rows}
+    states = {who: _states(plan, *who) for who in plan.pieces}
+    drawn = {
+        who: {row.evaluation.name: row.evaluation for row in plan.rows if (row.run, row.seed) == who} for who in rows
+    }
+    for who, label in {**{who: plan.label(*who) for who in plan.pieces}, **rows}.items():
+        table.add_row(label, *_cells(plan, pace, states.get(who, ()), drawn.get(who, {}).values()))
+    once = {state for mine in states.values() for state in mine}
+    table.add_section()
+    table.add_row("all, what runs share once", *_cells(plan, pace, once, plan.evaluations.values()))
+    return table
+
+
+def _states(plan: Plan, run: str, seed: int) -> list[State]:
+    """The states of a run that are still to be made."""
+    last = plan.config.runs[run].milestones[-1]
+    every = (State(one.trajectory, step) for one in plan.pieces[run, seed] for step in plan.cuts[one.trajectory]
+             if one.holds(step) and step <= last)  # fmt: skip
+    return [state for state in every if not Path(plan.path(state)).exists()]
+
+
+def _cells(plan: Plan, pace: Pace, states: Collection[State], drawn: Collection[Evaluation]) -> list[str]:
+    training = sum(cost.training_seconds(plan, plan.segment(state), pace)[0] for state in states)
+    shards = [one for one in drawn for path in one.sample_files if not Path(path).exists()]
+    times = [cost.sampling_seconds(plan, one, pace) for one in shards]
+    samples, unknown = sum(time or 0.0 for time in times), " + unknown" if None in times else ""
+    hours = (training * pace.ranks + samples) / 3600
+    words = [f"about {duration(one)}" if one else "" for one in (training, pace.wall(samples, 1))]
+    return [words[0], f"{words[1]}{unknown}".removeprefix(" + "), f"{hours:,.1f}" if hours > 0.05 else ""]

@@ -1,0 +1,212 @@
+"""The jobs of a plan: what each makes, what it waits for, and which of them a run of the workflow would do now.
+
+The workflow's rules ask here for their inputs, and `haste plan` for what is left, so both have the same jobs. No torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from haste.files.provenance import STATE_NAME
+from haste.plan.names import Artefact, Evaluation, State
+
+if TYPE_CHECKING:
+    from haste.plan.plan import Plan
+
+
+TRAINING = ("train", "train_plain")
+#: In the order in which they are listed.
+RULES = (
+    *("images_check", "images", "images_join", "autoencoder", "teacher", "detector", "latents", "latents_join"),
+    *("text", "text_join", "pca", "targets", "targets_join", *TRAINING, "reference", "sample", "features"),
+    *("score", "floor", "grid", "measure", "report"),
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """One job of the workflow.
+
+    rule: its rule; makes: its files, of which the first names it; reads: returns the files that these are made from;
+    about: the set of images (a plan), artefact, detector, state, evaluation (with the judgement) or measurement; name:
+    what its command calls that; wanted: those of its files that something else is still made from, if only some are.
+    """
+
+    rule: str
+    makes: tuple[str, ...]
+    reads: Callable[[], Iterable[str]]
+    about: Any = None
+    name: str = ""
+    wanted: tuple[str, ...] = ()
+
+    @property
+    def waits_for(self) -> list[str]:
+        """The files that it waits for: none if what it makes is there.
+
+        Otherwise an input that only others need, and that is made again, would be a reason to make these again too.
+        """
+        return [] if all(map(os.path.exists, self.wanted or self.makes)) else [*self.reads()]
+
+
+class Jobs:
+    """All jobs of a plan, and those that are left."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        made = (*_data_jobs(plan), *_network_jobs(plan), *_target_jobs(plan), *_result_jobs(plan))
+        self._features = {path: job for job in made if job.rule == "features" for path in job.makes}
+        # Of networks with two names, the first one's.
+        self._makers = {path: job for job in reversed(made) if job.rule != "features" for path in job.makes}
+
+    def of(self, rule: str, path: str) -> Job:
+        """The job of a rule that makes a file of this plan, or a state that a run of it passes through.
+
+        Raises:
+            ValueError: this plan has no such file.
+        """
+        return self._features[path] if rule == "features" else self._maker(path)
+
+    @property
+    def targets(self) -> list[str]:
+        """What a run of the workflow is for."""
+        return [self.plan.report, self.plan.report_made, *self.plan.shown, *self.plan.measure_files]
+
+    @cached_property
+    def left(self) -> dict[str, list[Job]]:
+        """Rule -> the jobs that a run of the workflow would do now."""
+        # There are two ways to features. New samples get them in the same job; of existing ones nothing is drawn again.
+        alone = {path: job for path, job in self._features.items() if job.about[0].is_drawn}
+        asked = [path for path in self.targets if not os.path.exists(path)]
+        found = self._reached(alone, asked, lambda job: (p for p in job.waits_for if not os.path.exists(p)))
+        report = self._makers[self.plan.report]
+        if report not in found and (found or _is_older(report.makes, report.reads())):
+            found.append(report)
+        return _by_rule(found)
+
+    @cached_property
+    def every(self) -> dict[str, list[Job]]:
+        """Rule -> the jobs that a run of the workflow would do if nothing were there, and those that are left."""
+        found = self._reached({}, self.targets, lambda job: (p for p in job.reads() if p in self._makers))
+        return _by_rule(dict.fromkeys([*found, *(job for jobs in self.left.values() for job in jobs)]))
+
+    def _reached(self, alone: dict[str, Job], asked: list[str], reads: Callable[[Job], Iterable[str]]) -> list[Job]:
+        found: dict[str, Job] = {}
+        while asked:
+            path = asked.pop()
+            job = alone.get(path) or self._maker(path)
+            if job.makes[0] not in found:
+                found[job.makes[0]] = job
+                asked.extend(reads(job))
+        return list(found.values())
+
+    def _maker(self, path: str) -> Job:
+        if path in self._makers:
+            return self._makers[path]
+        place = Path(path)
+        if (step := STATE_NAME.match(place.name)) is None:
+            raise ValueError(f"{path}: no job of this configuration makes it")
+        return _training_job(self.plan, self.plan.parse(f"{place.parent.name}/{step[1]}"))
+
+
+def _by_rule(jobs: Iterable[Job]) -> dict[str, list[Job]]:
+    found: dict[str, list[Job]] = {rule: [] for rule in RULES}
+    for job in jobs:
+        found[job.rule].append(job)
+    return {rule: its for rule, its in found.items() if its}
+
+
+def _is_older(made: Iterable[str], inputs: Iterable[str]) -> bool:
+    """Whether files are there that are newer than what is made of them."""
+    return max(map(os.path.getmtime, inputs), default=0.0) > min(map(os.path.getmtime, made))
+
+
+def _files(*made: Artefact | None) -> list[str]:
+    return [path for one in made if one for path in one.files]
+
+
+def _joined(store: Artefact, *made: Artefact) -> list[str]:
+    return [*_files(*made), *store.shard_files]
+
+
+def _data_jobs(plan: Plan) -> Iterator[Job]:
+    for one in plan.image_sets:
+        checked = [one.checked_images] if one.checked_images else []
+        yield from (Job("images_check", (path,), list, one) for path in checked)
+        yield from (Job("images", (path,), checked.copy, one) for path in one.images.shard_files)
+        yield Job("images_join", (one.images.manifest,), [*one.images.shard_files, *checked].copy, one)
+        encoded = partial(_files, one.images, plan.autoencoder)
+        yield from (Job("latents", (path,), encoded, one) for path in one.latents.shard_files)
+        yield Job("latents_join", (one.latents.manifest,), partial(_joined, one.latents, one.images), one)
+        if one.text:
+            yield from (Job("text", (path,), partial(_files, one.images), one) for path in one.text.shard_files)
+            yield Job("text_join", (one.text.manifest,), partial(_joined, one.text, one.images), one)
+
+
+def _network_jobs(plan: Plan) -> Iterator[Job]:
+    networks = [plan.autoencoder, *plan.teachers.values(), *(one.part for one in plan.detectors.values())]
+    for part in filter(None, networks):
+        yield Job(part.kind, (part.manifest,), partial(_files, plan.images), part, part.name)
+    for detector in plan.detectors.values():
+        pictures = None if detector.reference_file else plan.images
+        made = (detector.reference.manifest,)
+        yield Job("reference", made, partial(_files, pictures, detector.part), detector, detector.name)
+        floor = lambda one=detector: [one.reference.manifest, *_files(one.part)]  # noqa: E731
+        yield Job("floor", (detector.floor,), floor, detector, detector.name)
+
+
+def _target_jobs(plan: Plan) -> Iterator[Job]:
+    for name, store in plan.targets.items():
+        teacher, pca = plan.teachers[name], plan.pca.get(name)
+        if pca:
+            yield Job("pca", (pca.manifest,), partial(_files, plan.images, teacher), pca, name)
+        looks = partial(_files, plan.images, teacher, pca)
+        yield from (Job("targets", (path,), looks, store, name) for path in store.shard_files)
+        yield Job("targets_join", (store.manifest,), partial(_joined, store, plan.images), store, name)
+
+
+def _result_jobs(plan: Plan) -> Iterator[Job]:
+    yield from (_training_job(plan, state) for state in plan.planned())
+    shown = set(plan.shown)
+    for evaluation in plan.evaluations.values():
+        yield from _evaluation_jobs(plan, evaluation, shown)
+    for one in plan.measurements.values():
+        yield Job("measure", (one.file,), partial(plan.measured_from, one), one, one.label)
+    yield Job("report", (plan.report, plan.report_made), lambda: [*plan.shown, *plan.measure_files])
+
+
+def _training_job(plan: Plan, state: State) -> Job:
+    """Whether a state's own steps align decides between two rules, to which a profile may give different resources."""
+
+    def reads() -> list[str]:
+        segment = plan.segment(state)
+        earlier = [plan.path(one) for one in (segment.parent, segment.after, segment.twin) if one]
+        return [*plan.latents.files, *plan.told_from, *earlier, *plan.aligned_from(segment)]
+
+    rule = "train" if plan.aligns(state.trajectory) else "train_plain"
+    return Job(rule, (plan.path(state),), reads, state)
+
+
+def _evaluation_jobs(plan: Plan, evaluation: Evaluation, shown: set[str]) -> Iterator[Job]:
+    """Of a set of samples: its shards with every detector's features, features alone, scores and the grid."""
+    results = [evaluation.grid, *(one.score for one in evaluation.judgements)]
+    ahead = {path for path in results if path in shown and not os.path.exists(path)}
+    parts = [*filter(None, (one.part for one in plan.detectors.values()))]
+    for shard in range(evaluation.shards):
+        file = evaluation.sample_file(shard)
+        looks = [(one, one.features.shard_files[shard]) for one in evaluation.judgements]
+        wanted = [path for one, path in looks if one.score in ahead] + ([file] if evaluation.grid in ahead else [])
+        drawn = lambda: [*plan.drawn_from(evaluation), *_files(*parts)]  # noqa: E731
+        makes = (file, *(path for _, path in looks))
+        yield Job("sample", makes, drawn, evaluation, evaluation.name, tuple(wanted))
+        for one, path in looks:
+            seen = lambda file=file, part=one.detector.part: [file, *plan.meant_from, *_files(part)]  # noqa: E731
+            yield Job("features", (path,), seen, (evaluation, one), one.detector.name)
+    for one in evaluation.judgements:
+        read = [one.detector.reference.manifest, *one.features.shard_files].copy
+        yield Job("score", (one.score,), read, (evaluation, one), one.detector.name)
+    yield Job("grid", (evaluation.grid,), evaluation.sample_files.copy, evaluation)
