@@ -147,9 +147,10 @@ def _silence(url: str) -> OSError | None:
     asked = urllib.request.Request(url, method="HEAD")
     try:
         with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(asked, timeout=SECONDS):
-            return None
+            pass
     except OSError as error:
         return error
+    return None
 
 
 def finite(path: Path, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -323,8 +323,9 @@ class Data:
         Raises:
             ValueError: says what was added, removed and changed; or as `image_count`.
         """
-        made = self.source is None or Path(self.images.manifest).exists()
-        if not made and (self.source.read() or not _is_there(self.where)):
+        if self.source is None or Path(self.images.manifest).exists():
+            return
+        if self.source.read() or not _is_there(self.where):
             self.source.check(self.where, self.held)
 
     def record_source(self, identity: str, decoder: str) -> None:

@@ -10,14 +10,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from haste.files.provenance import STATE_NAME
 from haste.plan.names import Artefact, Evaluation, State
 
-if TYPE_CHECKING:
-    from haste.plan.plan import Plan
-
+Plan = Any  # haste.plan.plan.Plan, which has these as its jobs
 
 TRAINING = ("train", "train_plain")
 #: In the order in which they are listed.
