@@ -339,8 +339,8 @@ def _heat_map(
     table = part.pivot_table(index=y, columns=x, values=value, aggfunc="mean")
     figure, axes = new_figure(y, x)
     beside = {teacher: row[value] for teacher, row in found.teachers.items()}
-    every = [*found.frame[value].dropna(), *beside.values()]
-    most, signed = max(map(abs, every)) or 1.0, min(every) < 0
+    both = [*found.frame[value].dropna(), *beside.values()]
+    most, signed = max(map(abs, both)) or 1.0, min(both) < 0
     low, colours = (-most, "PuOr") if signed else (0.0, "viridis")
     drawn = axes.pcolormesh(np.ma.masked_invalid(table.to_numpy()), vmin=low, vmax=most, cmap=colours)
     for ticks, labels, put in (

@@ -78,7 +78,7 @@ def _angles(plan: Plan, run: str) -> Iterator[Suggestion]:
         yield Suggestion(by, _of_seeds(plan, run, len(said), firing.agreed(said)))
 
 
-def _reading(row: Mapping[str, Any]) -> Reading:
+def _reading(row: Mapping[Any, Any]) -> Reading:
     return Reading(row["step"], {name: value for name, value in row.items() if name != "step"})
 
 
