@@ -71,19 +71,20 @@ def _wait(batches: Batches, arguments: argparse.Namespace, steps: int, threads: 
         time.sleep(arguments.read / 1e3)
         pread(*given)
 
-    store._pread, waited = late, 0.0
+    store._pread, waits = late, []
     started, worked = time.perf_counter(), time.process_time()
     feed = batches.ahead(range(steps), readers=threads)
     for _ in range(steps):
         asked = time.perf_counter()
         next(feed)
-        waited += time.perf_counter() - asked
+        waits.append(time.perf_counter() - asked)
         time.sleep(arguments.step / 1e3)
     whole, worked, store._pread = time.perf_counter() - started, time.process_time() - worked, pread
     print(
         f"{steps} steps of {arguments.step:g} ms, batches of {batches.size}, {arguments.read:g} ms more a read, "
-        f"{threads} reading threads: {waited / whole:.1%} of the time waiting, "
-        f"{1e3 * worked / steps:.0f} ms of processor time a step"
+        f"{threads} reading threads: {sum(waits) / whole:.1%} of the time waiting (for the first batch "
+        f"{waits[0]:.2f} s, for the others {sum(waits[1:]) / whole:.1%}), {1e3 * worked / steps:.0f} ms of processor "
+        "time a step"
     )
 
 

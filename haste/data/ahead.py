@@ -48,8 +48,11 @@ def spread(threads: int, name: str) -> Iterator[Callable[[Callable[[Given], None
     with ThreadPoolExecutor(threads, thread_name_prefix=name) as pool:
 
         def run(work: Callable[[Given], None], items: Sequence[Given]) -> None:
-            parts = [items[first::threads] for first in range(min(threads, len(items)))]
-            for _ in pool.map(lambda part: [work(item) for item in part], parts):
+            def run_part(first: int) -> None:
+                for item in items[first::threads]:
+                    work(item)
+
+            for _ in pool.map(run_part, range(min(threads, len(items)))):
                 pass
 
         yield run

@@ -443,7 +443,7 @@ def _pread(shard: _Shard, descriptor: int, out: np.ndarray, offset: int) -> None
     """Fill `out` (bytes) from an offset in the file."""
     done = 0
     while done < len(out):
-        found = os.preadv(descriptor, [out[done : done + _READ_LIMIT]], offset + done)
+        found = os.preadv(descriptor, [out[done : done + _READ_LIMIT].data], offset + done)
         if not found:
             raise ValueError(f"{shard.path}: truncated: found {offset + done} bytes, expected {offset + len(out)}")
         done += found

@@ -30,11 +30,12 @@ def repeatable(device: torch.device, wanted: bool) -> Generator[None]:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses to multiply
     # Fused attention has a second backward kernel for this, which it does not take where warnings are enough.
     torch.use_deterministic_algorithms(True, warn_only=False)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # takes time, and finds only mistakes of others
+    memory.fill_uninitialized_memory = False  # takes time, and finds only mistakes of others
     try:
         yield
     except RuntimeError as error:
@@ -46,7 +47,7 @@ def repeatable(device: torch.device, wanted: bool) -> Generator[None]:
         ) from error
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = filled
 
 
 def choose_device(asked: str, local_rank: int = 0) -> torch.device:

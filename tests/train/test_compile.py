@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from haste.files import journal
 from haste.files.provenance import read_header
+from haste.teachers.encoder import Teacher
 from haste.train import loop
 
 TINIEST = {
@@ -58,8 +59,9 @@ def test_a_compiled_run_has_the_losses_of_a_plain_one_before_and_after_the_stop_
     assert {name: x.shape for name, x in compiled_state.items()} == {name: x.shape for name, x in state.items()}
 
 
-def test_angles_are_measured_uncompiled_and_change_no_bit_of_a_compiled_run(make_plan):
+def test_angles_are_measured_uncompiled_and_change_no_bit_of_a_compiled_run(make_plan, monkeypatch):
     """Of other numbers of images: code compiled for any number would serve training too, with other bits."""
+    monkeypatch.setattr(Teacher, "compile", lambda self: None)  # it would be once for each stretch, in seconds
     angle = {"trigger": "gradient-angle", "after": 1, "every": 1, "threshold": -2, "images": 11, "shards": 3}
     found = {}
     for name, stop in {"with": angle, "without": None}.items():
@@ -74,6 +76,6 @@ def test_angles_are_measured_uncompiled_and_change_no_bit_of_a_compiled_run(make
         if stop:
             readings = read_header(path)["triggers"]["features"]["readings"]
             assert [reading["step"] for reading in readings] == [2, 3, 4]
-    assert (found["with"][1], found["without"][1]) == (3, 2)  # a teacher is opened, and compiled, once a stretch
+    assert found["with"][1] == found["without"][1] > 0
     for name, value in found["without"][0].items():
         assert torch.equal(found["with"][0][name], value), name
