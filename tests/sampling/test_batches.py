@@ -21,11 +21,13 @@ def run(folder, indices, size, source=SOURCE, draw=draw, most=None):
         asked.append((rows.start, rows.stop))
         return draw(rows)
 
-    for number, (batch, new) in enumerate(batches.drawn(folder, indices, size, source, counted), start=1):
-        found.append((batch["label"].tolist(), new))
+    for number, (batch, keep) in enumerate(batches.drawn(folder, indices, size, source, counted), start=1):
+        found += batch["label"].tolist()
+        if keep is not None:
+            keep()
         if number == most:
             break
-    return [row for rows, _ in found for row in rows], asked
+    return found, asked
 
 
 def test_batches_come_in_order_and_are_drawn_once(tmp_path):
