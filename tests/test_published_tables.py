@@ -27,26 +27,6 @@ NO_ROW = {
 }
 
 
-def planned(path: Path, folder: Path) -> Plan:
-    """The plan of a configuration, with a file of nothing in the place of each that its user brings."""
-    raw, number = config.read(path), 0
-
-    def brought(entry: dict[str, Any], key: str) -> None:
-        nonlocal number
-        if key in entry:
-            number += 1
-            entry[key] = str(folder / f"{number}.bin")
-            Path(entry[key]).write_text(f"{number}")
-
-    for detector in raw["detector"].values():
-        brought(detector, "reference")
-    for row in raw.get("evaluate", {}).values():
-        brought(row, "checkpoint")
-    for teacher in raw["teachers"].values():
-        brought(teacher["pretrained"], "weights")
-    return Plan(config.resolve({**raw, "results": str(folder / "results")}))
-
-
 def rows(plan: Plan) -> list[Row]:
     """The rows of its table as a report would have them."""
     return [
@@ -66,7 +46,8 @@ def rows(plan: Plan) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Plan]:
-    return {path: planned(path, tmp_path_factory.mktemp("papers")) for path in TABLES}
+    folder = str(tmp_path_factory.mktemp("papers"))  # nothing that their user brings is there
+    return {path: Plan(config.resolve({**config.read(path), "results": folder}), ahead=True) for path in TABLES}
 
 
 def acts(text: str, step: int) -> str:

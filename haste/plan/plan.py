@@ -50,7 +50,7 @@ from haste.plan.targets import Targets
 # reports keep their names.
 _YOUNG = {
     *("process", "time_dtype", "eta", "filter", "layer", "normalise", "normalise_factor", "head", "kernel", "t_max"),
-    *("release", "weights", "prompts", "split", "jobs_per_gpu"),
+    *("release", "weights", "prompts", "split", "jobs_per_gpu", "gpu_memory_gb"),
     *("deterministic", "compress_gradients", "loader_threads", "Sampling.precision", "Sampling.decoder_precision"),
 }
 
