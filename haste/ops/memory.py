@@ -39,7 +39,11 @@ def _write(path: str, recipe: Mapping[str, Any]) -> None:
 
     torch.set_num_threads(1)
     started, key = time.monotonic(), artefact.fingerprint(recipe)
-    found = measured(recipe)
+    try:
+        found = measured(recipe)
+    except RuntimeError as error:  # a network of another package may ask a tensor for its numbers
+        name, why = recipe["model"].get("architecture", "sit"), str(error).splitlines()[0]
+        raise ValueError(f"{name}: a step of it cannot be taken on tensors without numbers ({why})") from error
     made = artefact.provenance(key=key, recipe=recipe, seconds=time.monotonic() - started)
     artefact.write_json(path, {"schema": artefact.SCHEMA, "kind": "memory", "key": key, **found, "provenance": made})
 

@@ -100,7 +100,7 @@ def recipe_of(plan: Plan, segment: Segment) -> dict[str, Any] | None:
     if None in teachers:
         return None
     terms = {
-        kind: {key: value for key, value in term.items() if key not in _WEIGHING and value is not None}
+        kind: {key: value for key, value in term.items() if key not in _WEIGHING}
         | {"teacher": str(names.index(term["teacher"])), "cached": kind in segment.cached}
         for kind, term in segment.terms.items()
     }
@@ -163,7 +163,7 @@ class Need:
     @property
     def peak(self) -> float | None:
         """MB of a rank, or None if that is not measured."""
-        return self.memory and self.memory.peak(self.way, self.way.images(self.batch))
+        return None if self.memory is None else self.memory.peak(self.way, self.way.images(self.batch))
 
     def fitting(self, room: float) -> list[Way]:
         """Other ways to compute a step, by which results differ by rounding only, and which fit into so many MB."""
@@ -171,8 +171,9 @@ class Need:
         more = range(1, self.batch + 1)
 
         def first(of: Way, key: str) -> Way | None:
-            greater = (dataclasses.replace(of, **{key: number}) for number in more if number > getattr(of, key))
-            return next((one for one in greater if self._fits(one, room)), None)
+            greater: Iterable[dict[str, Any]] = ({key: number} for number in more if number > getattr(of, key))
+            found = (dataclasses.replace(of, **changed) for changed in greater)
+            return next((one for one in found if self._fits(one, room)), None)
 
         one_change = [first(way, "accumulate"), sparing if sparing != way and self._fits(sparing, room) else None]
         two = [] if any(one_change) else [first(sparing, "accumulate")]

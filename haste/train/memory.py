@@ -154,7 +154,7 @@ class Shapes(Inputs):
             moments=torch.empty(images, 2 * channels, *cells),
             draw=torch.empty(images, channels, *cells),
             noise=torch.empty(images, channels, *cells),
-            t=torch.empty(images),
+            t=torch.zeros(images),
             condition=each(
                 lambda x: torch.zeros(x.shape, dtype=torch.from_numpy(x).dtype), condition_in(self.recipe).like(images)
             ),

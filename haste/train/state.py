@@ -86,7 +86,8 @@ def new_learner(
         projectors["features"] = head
     settings = recipe["training"]
     dtype = torch.float64 if settings["precision"] == "fp64" else torch.float32
-    model, projectors = (_placed(network, torch.device(device), dtype) for network in (model, projectors))
+    at = torch.device(device)
+    model, projectors = _placed(model, at, dtype), _placed(projectors, at, dtype)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(
         list(_named(model, projectors).values()),

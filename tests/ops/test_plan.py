@@ -125,4 +125,4 @@ def test_haste_memory_measures_what_training_takes_once_and_says_it(world, capsy
     assert one.peak < 10 and one.memory.ahead > 0
     monkeypatch.setattr("haste.ops.memory._write", lambda *_: pytest.fail("measured again"))
     status, out, _ = run(capsys, "memory", "-c", world.file)
-    assert status == 0 and "MB a rank with 8 images at once" in out
+    assert status == 0 and "kB a rank with 8 images at once" in out

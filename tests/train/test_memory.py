@@ -54,8 +54,19 @@ def real(recipe, images, runtime=Runtime(), device="cpu"):  # noqa: B008
 
 
 STORED = {"stored": {"features": [16, 8], "queries.1": [2, 16, 16], "keys.1": [2, 16, 16]}}
+LATENTS = {"input_size": 16, "channels": 4}
+DIT = {
+    "model": {**SIZE, "architecture": "dit", **LATENTS},
+    "training": {"precision": "fp32", "process": {"name": "ddpm"}},
+}
+MMDIT = {
+    "model": {"architecture": "mmdit", "depth": 2, "width": 64, "heads": 4, "patch_size": 2, **LATENTS},
+    "condition": {"name": "captions", "encoder": "words", "tokens": 12, "width": 48, "attention_mask": False},
+}
 CASES = {
     "vanilla": (recipe_of(terms=()), {}),
+    "DiT": ({**recipe_of(terms=()), **DIT}, {}),
+    "MM-DiT": ({**recipe_of(terms=()), **MMDIT}, {}),
     "in bf16": (recipe_of("bf16"), {}),
     "with checkpointed blocks": (recipe_of(), {"checkpoint_blocks": True}),
     "accumulated in float64": (recipe_of("fp64", ("features",)), {"accumulate": 2}),
