@@ -49,7 +49,7 @@ from haste.plan.targets import Targets
 # Keys that are younger than people's reports: while they are at their defaults, reports keep their names.
 _YOUNG = {
     *("process", "time_dtype", "eta", "filter", "layer", "normalise", "normalise_factor", "head", "kernel", "t_max"),
-    *("release", "weights", "prompts", "split", "jobs_per_gpu"),
+    *("release", "weights", "prompts", "split", "jobs_per_gpu", "gpu_memory_gb"),
 }
 
 
