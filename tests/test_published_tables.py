@@ -15,9 +15,9 @@ from haste.report.content import NONE, Row
 from haste.report.gather import benchmark, method, settings, stop
 
 FOLDER = Path(__file__).parent.parent / "config"
-TABLES = sorted([*FOLDER.glob("imagenet*.yaml"), *FOLDER.glob("ablations/*.yaml")])
-EPOCH = 5000  # steps, in the papers' counting
-# Systems of SiT and DiT in the papers' last tables that have no row, and why.
+TABLES = sorted(path for kind in ("imagenet*", "coco*", "ablations/*") for path in FOLDER.glob(f"{kind}.yaml"))
+EPOCH = 5000  # steps on ImageNet, in the papers' counting
+# Systems of SiT, DiT and MM-DiT in the papers' last tables that have no row, and why.
 NO_ROW = {
     (512, "DiT-XL/2", "600"): "the source states neither its guidance nor its steps",
     (512, "SiT-XL/2", "600"): "the source states neither its guidance nor its steps",
@@ -80,24 +80,25 @@ def test_every_published_result_has_its_row_in_a_configuration(tables):
 
 def test_every_published_system_of_these_models_has_its_row_or_a_reason_to_have_none(tables):
     planned = {
-        (benchmark(plan).resolution, row.score["sampling"]["guidance"] > 1, row.model, row.method, row.step)
+        (data.data, data.resolution, row.score["sampling"]["guidance"] > 1, row.model, row.method, row.step)
         for plan in tables.values()
+        if (data := benchmark(plan))
         for row in rows(plan)
     }
     without = set()
-    for (resolution, guided), _ in systems.FILES.items():
-        for one in systems.published(resolution, guided):
+    for kind in systems.FILES:
+        for one in systems.published(*kind):
             model, _, method = one.name.partition(" + ")
-            if model.split("-")[0] not in ("SiT", "DiT"):
+            if model.split("-")[0] not in ("SiT", "DiT", "MM"):
                 continue
             step = round(float(one.epochs)) * EPOCH if one.epochs else 0
-            near = [key for key in planned if key[:4] == (resolution, guided, model, method or "vanilla")]
-            if not any(abs(key[4] - step) <= EPOCH for key in near):
-                without.add((resolution, one.name, one.epochs))
+            near = [key for key in planned if key[:5] == (*kind, model, method or "vanilla")]
+            if not any(abs(key[5] - step) <= EPOCH or kind[0] == "COCO" for key in near):
+                without.add((kind[1], one.name, one.epochs))
     assert without == set(NO_ROW)
 
 
-MILLIONS = {"B": 130, "L": 458, "XL": 675}  # parameters without the projector, as SiT states them
+MILLIONS = {"SiT-B": 130, "SiT-L": 458, "SiT-XL": 675, "MM-DiT": 505}  # parameters without the projector, as published
 
 
 def test_the_networks_of_all_tables_have_the_published_sizes_and_a_token_for_each_of_the_teacher_s(tables):
@@ -114,5 +115,7 @@ def test_the_networks_of_all_tables_have_the_published_sizes_and_a_token_for_eac
             assert grid[0] * grid[1] == teacher_tokens(plan.config, "dinov2-b")[1]
     for (name, _), model in built.items():
         size = sum(one.numel() for one in model.parameters()) / 1e6
-        assert size == pytest.approx(MILLIONS[name.split("-")[1].split("/")[0]], abs=1)
+        assert size == pytest.approx(
+            MILLIONS[name.split("/")[0].replace("DiT-", "SiT-") if "/" in name else name], abs=1
+        )
     assert {*built} >= {("SiT-XL/2", 512), ("DiT-L/2", 256), ("SiT-B/2", 256)}
