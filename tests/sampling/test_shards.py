@@ -7,11 +7,14 @@ import multiprocessing
 import os
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import torch._dynamo
 import yaml
 from PIL import Image
 
@@ -77,6 +80,22 @@ def test_image_i_is_the_same_from_1_and_3_shards_and_any_batch(trained, sampling
     assert np.abs(one.astype(int) - three.astype(int)).max() <= 1
 
 
+def test_compile_holds_for_sampling_too_with_one_graph_and_the_same_names(trained, monkeypatch):
+    plan, evaluation = trained(guidance=2.0, interval=[0.0, 0.7])
+    plain, _ = draw(plan, evaluation)
+    emptied(evaluation)
+    raw = yaml.safe_load(plan.file.read_text())
+    raw["runtime"]["compile"] = True
+    plan.file.write_text(yaml.safe_dump(raw))
+    assert evaluation.name in Plan(config.resolve(raw)).evaluations
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # traced alike, and in no time
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, _ = draw(plan, evaluation)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert np.abs(compiled.astype(int) - plain.astype(int)).max() <= 1
+
+
 def test_another_seed_gives_other_images(trained):
     first, _ = draw(*trained())
     second, _ = draw(*trained(seed=1))
@@ -135,8 +154,6 @@ def test_features_belong_to_the_samples_beside_them(trained):
     made = evaluation.features
     join(made.folder, kind="features", key=made.key, recipe=made.recipe, shards=3, splits={}, provenance={})
     store, detector = Store.open(made.folder), open_detector(plan.detector.part.folder)
-    import torch
-
     seen = detector(torch.from_numpy(images))
     rows = range(len(images))
     assert (store.read("label", rows) == labels).all()
