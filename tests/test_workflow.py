@@ -365,6 +365,11 @@ def test_a_deleted_score_remakes_that_score_and_the_tables(shop):
     assert shop.jobs() == {("score", evaluation.name), ("report", "")}
 
 
+def test_a_score_that_is_newer_than_the_report_remakes_the_report_as_the_plan_says(shop):
+    os.utime(shop.evaluation("HASTE", 16).score)
+    assert shop.jobs() == {("report", "")} and list(shop.configure().jobs.left) == ["report"]
+
+
 def test_a_deleted_trunk_whose_branches_are_finished_trains_nothing(shop):
     for step in (8, 12):
         Path(shop.plan.path(shop.plan.state("HASTE", step))).unlink()
@@ -434,7 +439,7 @@ def test_a_requeued_job_ends_well_whatever_is_there_by_then_and_draws_nothing_ag
     assert Path(features).exists()
     reference = Path(shop.plan.reference.manifest)
     made = reference.stat()
-    shop.on_a_node("reference")
+    shop.on_a_node("reference", of=reference.parent.parent.name, seen=reference.parent.name)
     assert reference.stat() == made
     assert cli.main(["evaluate", evaluation.name, "-c", shop.plan.config_file]) == 0
     assert not (Path(file).parent / ".batches").exists(), "a second name outlives the score"
