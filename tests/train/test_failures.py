@@ -1,5 +1,6 @@
 """What goes wrong in training ends in a message, soon, and with the last good state in place."""
 
+import contextlib
 import os
 import re
 import signal
@@ -158,7 +159,7 @@ def free(lock):
         return False
 
 
-def wait_for(what, limit=90):
+def wait_for(what, limit=240):
     end = time.monotonic() + limit
     while time.monotonic() < end:
         found = what()
@@ -168,19 +169,29 @@ def wait_for(what, limit=90):
     raise AssertionError("nothing came in time")
 
 
+@contextlib.contextmanager
+def training(plan, step, **options):
+    """A process that trains up to a step, when its first steps are done."""
+    command = [sys.executable, "-m", "haste.cli", "train", str(plan.state("long", step)), "-c", str(plan.file)]
+    streams, log = (
+        {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
+        path_of(plan, "long", step).parent / "log.jsonl",
+    )
+    with subprocess.Popen(command, text=True, **streams, **options) as process:
+        try:
+            wait_for(lambda: log.exists() and log.stat().st_size)
+            yield process
+        finally:
+            process.kill()
+
+
 @pytest.fixture
 def launched(make_plan):
     """A launcher with two processes in the middle of a long training: (process, its workers, plan)."""
     runs = {"long": {"milestones": [100_000]}}
     plan = make_plan(runs=runs, runtime={"processes": 2, "log_every": 10, "save_every": 10})
-    command = [sys.executable, "-m", "haste.cli", "train", str(plan.state("long", 100_000)), "-c", str(plan.file)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    folder = path_of(plan, "long", 100_000).parent
-    log = folder / "log.jsonl"
-    wait_for(lambda: log.exists() and log.stat().st_size)
-    yield process, workers_of(process, folder / "lock"), plan
-    process.kill()
-    process.wait()
+    with training(plan, 100_000) as process:
+        yield process, workers_of(process, path_of(plan, "long", 100_000).parent / "lock"), plan
 
 
 def test_a_rank_that_dies_ends_all_ranks_within_seconds_and_is_named(launched):
@@ -200,12 +211,10 @@ def test_a_rank_that_dies_ends_all_ranks_within_seconds_and_is_named(launched):
 def test_term_saves_the_last_step_and_the_same_command_goes_on_to_the_same_bits(make_plan, processes):
     runs = {"long": {"milestones": [300]}}
     plan = make_plan(runs=runs, runtime={"processes": processes, "log_every": 5, "save_every": 300})
-    path, log = path_of(plan, "long", 300), path_of(plan, "long", 300).parent / "log.jsonl"
-    command = [sys.executable, "-m", "haste.cli", "train", str(plan.state("long", 300)), "-c", str(plan.file)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(lambda: log.exists() and log.stat().st_size)
-    process.terminate()
-    text, _ = process.communicate(timeout=60)
+    path = path_of(plan, "long", 300)
+    with training(plan, 300) as process:
+        process.terminate()
+        text, _ = process.communicate(timeout=60)
     (saved,) = path.parent.glob("rolling/step-*")
     step = int(saved.name[5:13])
     assert process.returncode == 143 and "Traceback" not in text
@@ -220,16 +229,10 @@ def test_term_saves_the_last_step_and_the_same_command_goes_on_to_the_same_bits(
 
 def test_term_to_all_processes_of_a_job_at_once_saves_too(make_plan):
     plan = make_plan(runs={"long": {"milestones": [300]}}, runtime={"processes": 2, "log_every": 5, "save_every": 300})
-    folder, state = path_of(plan, "long", 300).parent, str(plan.state("long", 300))
-    command = [sys.executable, "-m", "haste.cli", "train", state, "-c", str(plan.file)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        wait_for(lambda: (folder / "log.jsonl").exists() and (folder / "log.jsonl").stat().st_size)
+    with training(plan, 300, start_new_session=True) as process:
         os.killpg(process.pid, signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    (saved,) = folder.glob("rolling/step-*")
+        said, _ = process.communicate(timeout=60)
+    (saved,) = path_of(plan, "long", 300).parent.glob("rolling/step-*")
     assert process.returncode == 143 and f"interrupted after step {int(saved.name[5:13])}, which is saved" in said
 
 
