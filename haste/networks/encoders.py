@@ -48,18 +48,17 @@ def encoder_in(held: Any) -> tuple[dict[str, Any], list[str]] | None:
     return {_renamed(name): mine[name] for name in mine if name not in beside}, sorted({*map(_group, rest)} | others)
 
 
-def _sets(held: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Dictionaries of weights with their place: "" is the file itself."""
+def _sets(held: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Sets of weights with their place: "" is the file itself."""
     if isinstance(held, Mapping):
-        if any(hasattr(value, "shape") for value in held.values()):
-            yield "", held
-        for name, value in held.items():
-            if isinstance(value, Mapping) and any(hasattr(one, "shape") for one in value.values()):
-                yield str(name), value
+        for place, tree in [("", held), *((str(name), value) for name, value in held.items())]:
+            tensors = tree if isinstance(tree, Mapping) else {}
+            if own := {str(name): value for name, value in tensors.items() if hasattr(value, "shape")}:
+                yield place, own
 
 
 def _prefixes(tree: Mapping[str, Any]) -> list[str]:
-    return [str(name).removesuffix(_PATCHES) for name in tree if re.search(rf"(^|\.){_PATCHES}$", str(name))]
+    return [name.removesuffix(_PATCHES) for name in tree if re.search(rf"(^|\.){_PATCHES}$", name)]
 
 
 def _rank(name: str, order: tuple[str, ...]) -> int:
