@@ -58,10 +58,8 @@ def contents(path: Path | str, expected: str = "a checkpoint") -> tuple[Any, dic
     except RefusedError as refusal:
         raise ValueError(f"{path}: {refusal}") from refusal
     except Exception as error:  # bytes that are no checkpoint raise errors of all kinds
-        found = foreign.file(path)
-        if found is None:
-            first = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            found = f"a truncated or foreign file ({first})"
+        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        found = foreign.file(path) or f"a truncated or foreign file ({first})"
         raise ValueError(f"{path}: expected {expected}, found {found}") from error
 
 

@@ -134,8 +134,9 @@ class Loop:
         self.angles = Angles(objective, self.inputs, part=part, scale=scale, compiled=self.runtime.compile)
         if self.runtime.compile:
             check_compiler(self.group.device)
-            for network in (self.learner.model, *self.inputs.teachers.values()):
-                network.compile()
+            self.learner.model.compile()
+            for teacher in self.inputs.teachers.values():
+                teacher.compile()
         self.objective = wrap(objective, self.group, self.runtime.compress_gradients)
 
     def run(self, interrupted: Callable[[], int] | None = None) -> int:
