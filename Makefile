@@ -45,13 +45,17 @@ lint: $(READY)
 	ruff check .
 	mypy
 
+# Where there is a GPU, of the network that tables are about.
+LARGE := $(if $(shell command -v nvidia-smi),--model SiT-XL/2 --batch 32 --precision bf16 --compile)
+
 bench: $(READY)
-	python benchmarks/step.py
+	python benchmarks/step.py $(LARGE)
 	python benchmarks/memory.py
 	python benchmarks/throughput.py
 	python benchmarks/data.py
 	python benchmarks/sampling.py --samples 512
 	python benchmarks/score.py --samples 5000 --real 3000
+	python benchmarks/saving.py
 
 # The environment is made again only when what it is made from changes.
 $(READY): requirements.lock pyproject.toml

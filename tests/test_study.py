@@ -18,6 +18,8 @@ import yaml
 from haste import config
 from haste.cli import main as cli
 from haste.files import artefact
+from haste.ops import cost
+from haste.ops.pace import Pace
 from haste.plan.plan import Plan
 from haste.report import suggest
 
@@ -99,11 +101,18 @@ def study(once, warm):
     return Study(folder)
 
 
-def test_the_table_has_every_way_to_train_at_every_milestone_with_every_seed(study):
+def test_the_table_has_every_way_to_train_at_every_milestone(study):
     found = pd.read_csv(study.report / "results.csv").dropna(subset="step")  # real images against real ones have none
     runs = {name: study.plan.config.runs[name] for name in STUDY["runs"]}
     expected = {(name, step, seed) for name, run in runs.items() for step in run.milestones for seed in run.all_seeds}
     assert set(found[["run", "step", "seed"]].itertuples(index=False, name=None)) == expected
+
+
+def test_the_study_takes_less_than_three_hours_on_two_cores_by_the_plan():
+    plan = Plan(config.resolve({**STUDY, "results": "nowhere"}))
+    core = 45e9  # operations a second in matrix products, half of what a core of the machine of docs/study.md reaches
+    found, _ = cost.stages(plan, Pace.of_plan(plan, core=core))
+    assert 0 < sum(stage.seconds for stage in found) < 3 * 3600
 
 
 def test_the_fork_has_a_line_a_step_and_a_figure_of_loss_and_distance_with_what_they_say(study):

@@ -7,7 +7,7 @@ import re
 
 from haste.config.keys import nearest
 
-SHARE = 0.35  # of the peak that training reaches, unless it was measured; networks of this size reach 0.3 to 0.4
+SHARE = 0.35  # of the peak that training reaches: an aim, until it was measured
 
 
 @dataclasses.dataclass(frozen=True)

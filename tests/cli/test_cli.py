@@ -119,14 +119,14 @@ def test_the_plan_says_what_is_left_and_what_is_shared(make_plan, capsys):
     stages, measured = cost.stages(plan)
     left = {stage.name: (stage.jobs, stage.left) for stage in stages}
     assert left["images"] == (2, 0)
-    assert left["training, aligned"] == (5, 5)
-    assert left["training, plain"] == (3, 3)
-    assert left["samples"] == left["scores"] == (7, 7)
-    assert left["grids, floor, report"] == (9, 9)
+    assert left["train"] == (5, 5)
+    assert left["train_plain"] == (3, 3)
+    assert left["sample"] == left["score"] == left["grid"] == (7, 7)
+    assert left["floor"] == left["report"] == (1, 1)
     assert not measured
     loop.train(plan, plan.state("vanilla", 8))
     stages, _ = cost.stages(plan)
-    assert {s.name: s.left for s in stages}["training, plain"] == 2
+    assert {s.name: s.left for s in stages}["train_plain"] == 2
 
 
 def test_a_folder_that_cannot_be_written_is_named_and_nothing_is_lost(make_plan, capsys):

@@ -73,7 +73,8 @@ def batch_of(told):
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_steps_losses_and_gradients_need_no_number_of_the_device(name, terms, monkeypatch):
-    """On the meta device, which has none; the losses take a GPU's way there."""
+    """On the meta device, which has none, so that shapes follow from shapes alone, as CUDA graphs need them; the losses
+    take a GPU's way there."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # there is none for this device
     made, process = NETWORKS[name]
     learner = SimpleNamespace(model=made(), projectors=nn.ModuleDict({"features": Projector(16, 12, hidden=8)}))
