@@ -244,7 +244,7 @@ def test_one_set_of_weights_begins_both_and_another_projector_begins_anew(export
         open_weights(tmp_path / "bare.pt")  # a bare file says nothing of its heads; the run does
     with caplog.at_level("INFO"):
         loop.train(plan, plan.state("warm", 3))
-    assert "the projector begins anew" in caplog.text
+    assert "the projector of features begins anew" in caplog.text
 
 
 def test_a_convolution_goes_out_under_irepas_names_and_comes_back_by_a_warm_start(make_plan, monkeypatch, tmp_path):
