@@ -532,13 +532,13 @@ def _faults_of_measuring(config: Config, kind: str, name: str) -> list[str]:
                 continue
         terms = measured_terms(config, name, one)
         found = spec.made.faults(terms, blocks_of(config, row.model)) + spec.made.unfit(config, row.model)
-        if EVALUATION in spec.made.least and "features" in terms:
-            teacher = terms["features"]["teacher"]
-            if config.teachers[teacher].pca:
-                found.append(
-                    f"split: evaluation, but features are compared with principal components of teachers.{teacher}, "
-                    "which are stored of training's images alone; expected split held_out or train"
-                )
+        teachers = [term["teacher"] for term in of_features(terms).values()] if EVALUATION in spec.made.least else []
+        found += [
+            f"split: evaluation, but features are compared with principal components of teachers.{teacher}, "
+            "which are stored of training's images alone; expected split held_out or train"
+            for teacher in teachers
+            if config.teachers[teacher].pca
+        ]
         faults += [f"measures.{one}.{fault} (on {name})" for fault in found]
     return faults
 

@@ -133,7 +133,8 @@ def _merged(below: Any, above: Any) -> Any:
     """Two values of a key: mappings are merged key by key, of all else the upper one holds."""
     if not (isinstance(below, dict) and isinstance(above, Mapping)):
         return above
-    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+    first = {key: _merged(below.get(key), value) for key, value in above.items()}
+    return first | {key: value for key, value in below.items() if key not in first}
 
 
 def of_workflow(raw: Mapping[str, Any], files: Iterable[str | Path]) -> dict[str, Any]:

@@ -35,10 +35,14 @@ def made_ahead(
                 future.cancel()
 
 
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def reading_threads(asked: int | None) -> int:
     """`runtime.loader_threads` of a rank: reads wait for disks, so by default four for each of its cores, 8 to 32."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return asked or min(32, max(8, 4 * cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return asked or min(32, max(8, 4 * cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ class Subject:
         group: the ranks; each takes its share of the images.
         part: images per forward pass.
         notes: sentences on what was left out.
-        has_projector: whether the projector of the feature loss is the state's; else it is a new one.
+        projected: the feature terms whose projector is the state's; others have a new one.
         pictures: what the file shows beside the numbers.
         teachers: teacher -> value columns -> what was found of it in place of the network.
         plan: with the paths of all files.

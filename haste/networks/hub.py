@@ -10,6 +10,7 @@ import functools
 import logging
 import socket
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -77,7 +78,7 @@ def from_hub(ask: Callable[..., str], whole: Callable[[Path], bool] = Path.exist
     with contextlib.suppress(OSError, ValueError):  # not in the cache
         if whole(found := Path(ask(local_files_only=True))):
             return found
-    if not constants.HF_HUB_OFFLINE and (silence := _silence(constants.ENDPOINT)):
+    if not constants.HF_HUB_OFFLINE and (silence := _silence(constants.ENDPOINT, int(time.monotonic() / 60))):
         raise silence
     return Path(ask())
 
@@ -141,9 +142,9 @@ def from_transformers(classes: str, folder: Path, called: str, weights: Path) ->
     return model.eval().requires_grad_(False), tokenizer
 
 
-@functools.cache  # a process that wants several files waits once
-def _silence(url: str) -> OSError | None:
-    """Why nobody answers within SECONDS; None if somebody does."""
+@functools.lru_cache(1)  # who wants several files waits once; later it may be over
+def _silence(url: str, minute: int) -> OSError | None:
+    """Why nobody answers within SECONDS, asked once a minute; None if somebody does."""
     asked = urllib.request.Request(url, method="HEAD")
     try:
         with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(asked, timeout=SECONDS):

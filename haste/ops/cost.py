@@ -28,8 +28,8 @@ MB = 1e6
 # diffusers for the small autoencoder, and opens what a measure looks at.
 START, STARTS = 2.0, {"latents": 5.0, "sample": 5.0, "measure": 3.5}
 # Rules whose jobs take no GPU; those of training take one for each rank, others one.
-WITHOUT_GPU = {"images_check", "images", "images_join", "latents_join", "text_join", "targets_join", "grid", "report"}
-WITHOUT_GPU |= {"score", "floor"}
+WITHOUT_GPU = {"images_check", "images", "images_join", "latents_join", "text_join", "targets_join", "grid"}
+WITHOUT_GPU |= {"report"}
 
 
 def parameters(recipe: dict[str, Any]) -> int:
@@ -408,7 +408,7 @@ def price_of_forks(plan: Plan, pace: Pace) -> list[str]:
 
 def _left_to_train(plan: Plan, pace: Pace) -> tuple[int, float]:
     """Steps and seconds."""
-    left = [plan.segment(state) for state in plan.planned() if not Path(plan.path(state)).exists()]
+    left = [plan.segment(state) for state in plan.jobs.to_train]
     return sum(one.state.step - one.start for one in left), sum(training_seconds(plan, one, pace)[0] for one in left)
 
 

@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from haste.data.ahead import cores
 from haste.files import artefact
 from haste.files.units import readable
 from haste.plan import memory
@@ -28,7 +28,7 @@ def show(plan: Plan) -> None:
 def measure(plan: Plan) -> None:
     """Measure what is not measured yet, a process for each kind of training."""
     todo = {memory.file_of(plan, one.recipe): one.recipe for one in memory.needs(plan) if one.recipe and not one.memory}
-    with ProcessPoolExecutor(min(len(todo), len(os.sched_getaffinity(0))) or 1) as pool:
+    with ProcessPoolExecutor(min(len(todo), cores()) or 1) as pool:
         list(pool.map(_write, todo, todo.values()))
 
 

@@ -108,8 +108,7 @@ def _how(measured: bool, machine: Machine | None) -> list[str]:
 
 def emulated(plan: Plan, machine: Machine | None) -> list[str]:
     """A line where training in half precision would run on CPUs or GPUs that only emulate it."""
-    left = [plan.segment(state) for state in plan.planned() if not Path(plan.path(state)).exists()]
-    asked = {plan.trajectories[one.state.trajectory].recipe["training"]["precision"] for one in left}
+    asked = {plan.trajectories[one.trajectory].recipe["training"]["precision"] for one in plan.jobs.to_train}
     if "bf16" in asked and machine and not machine.gpu.bf16:
         return [f"training.precision: bf16, which an {machine.name} only emulates: fp16 is what it computes fast."]
     here = machine is None and (plan.config.runtime.device == "cpu" or not gpus.visible())
@@ -152,15 +151,16 @@ def by_run(plan: Plan, pace: Pace) -> Table:
 
 def _states(plan: Plan, run: str, seed: int) -> list[State]:
     """The states of a run that are still to be made."""
-    last = plan.config.runs[run].milestones[-1]
+    last, left = plan.config.runs[run].milestones[-1], set(plan.jobs.to_train)
     every = (State(one.trajectory, step) for one in plan.pieces[run, seed] for step in plan.cuts[one.trajectory]
              if one.holds(step) and step <= last)  # fmt: skip
-    return [state for state in every if not Path(plan.path(state)).exists()]
+    return [state for state in every if state in left]
 
 
 def _cells(plan: Plan, pace: Pace, states: Collection[State], drawn: Collection[Evaluation]) -> list[str]:
     training = sum(cost.training_seconds(plan, plan.segment(state), pace)[0] for state in states)
-    shards = [one for one in drawn for path in one.sample_files if not Path(path).exists()]
+    mine = {one.name for one in drawn}
+    shards = [job.about for job in plan.jobs.left.get("sample", []) if job.about.name in mine]
     times = [cost.sampling_seconds(plan, one, pace) for one in shards]
     samples, unknown = sum(time or 0.0 for time in times), " + unknown" if None in times else ""
     hours = (training * pace.ranks + samples) / 3600

@@ -126,7 +126,7 @@ def snapshot(plan: Plan, queue: Queue = slurm_queue, stages: Callable[[], list[s
         stages: returns the other jobs in it, in lines.
     """
     holder = locks.holder(Path(plan.folder, ".lock"))
-    left = [state for state in plan.planned() if state.step not in plan.on_disk(state.trajectory)]
+    left = plan.jobs.to_train
     queued, others, notes = _ask(lambda: queue(plan), stages)
     at_work = holder is not None and holder.at_work is not False
     return View(

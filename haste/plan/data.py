@@ -235,7 +235,7 @@ class Data:
             "was changed since results were first made with it. What is made with it now has new names; what exists "
             "keeps its own, and goes on if the former content is put back"
         )
-        lost = [f"{file}: {gone}" for file in self.identities.keys() - self.missing if not Path(file).is_file()]
+        lost = [f"{file}: {gone}" for file in self.identities if file not in self.missing and not Path(file).is_file()]
         return lost + [f"{weights}: {changed}" for weights, name in self._names.items() if name != weights]
 
     @property

@@ -57,8 +57,8 @@ class Jobs:
     def __init__(self, plan: Plan):
         self.plan = plan
         made = (*_data_jobs(plan), *_network_jobs(plan), *_target_jobs(plan), *_result_jobs(plan))
-        self._features = {path: job for job in made if job.rule == "features" for path in job.makes}
         # Of networks with two names, the first one's.
+        self._features = {path: job for job in reversed(made) if job.rule == "features" for path in job.makes}
         self._makers = {path: job for job in reversed(made) if job.rule != "features" for path in job.makes}
 
     def of(self, rule: str, path: str) -> Job:
@@ -67,7 +67,7 @@ class Jobs:
         Raises:
             ValueError: this plan has no such file.
         """
-        return self._features[path] if rule == "features" else self._maker(path)
+        return (self._features.get(path) if rule == "features" else None) or self._maker(path)
 
     @property
     def targets(self) -> list[str]:
@@ -85,6 +85,11 @@ class Jobs:
         if report not in found and (found or _is_older(report.makes, report.reads())):
             found.append(report)
         return _by_rule(found)
+
+    @property
+    def to_train(self) -> list[State]:
+        """The states that a run of the workflow would train now."""
+        return [job.about for rule in TRAINING for job in self.left.get(rule, [])]
 
     @cached_property
     def every(self) -> dict[str, list[Job]]:

@@ -218,12 +218,11 @@ def needs(plan: Plan, gpus: int | None = None) -> list[Need]:
         plan: of the configuration.
         gpus: ranks of a training job; None is `runtime.processes`.
     """
-    left = [plan.segment(state) for state in plan.planned() if state.step not in plan.on_disk(state.trajectory)]
     if plan.config.runtime.device == "cpu":
         return []
     runtime = plan.config.runtime
     way = Way(gpus or runtime.processes, runtime.accumulate, runtime.checkpoint_blocks)
-    found = (need(plan, segment, way) for segment in left)
+    found = (need(plan, plan.segment(state), way) for state in plan.jobs.to_train)
     return list({one.key: one for one in found}.values())
 
 

@@ -235,6 +235,8 @@ class Plan:
         shown["images"] = decides(Images, shown["images"])
         if shown.get("evaluation"):
             del shown["evaluation"]["expected"]
+            if shown["evaluation"]["reader"] == Images.model_fields["reader"].default:
+                del shown["evaluation"]["reader"]
         if self.config.condition.name == "labels":
             del shown["condition"]
         sections: list[tuple[type[Strict], dict[str, Any]]] = [(Training, shown["training"])]

@@ -194,8 +194,9 @@ class Checkpoints:
         if made.get("processes", 1) != self.group.size:
             log.warning("%s was made by %d processes, going on with %d", path, made["processes"], self.group.size)
         self.changes = list(made.get("changes", []))
+        before = {"deterministic": "not recorded" if self.group.device.type == "cuda" else True}
         for name, choice in self.kernels.items():
-            if (was := made.get(name, choice)) != choice:
+            if (was := made.get(name, before.get(name))) != choice:
                 self.changes.append(f"step {header['step']}: {name}: {was} before, {choice} from here on")
                 log.warning("%s: was made with %s: %s, going on with %s", path, name, was, choice)
         for kind, now in self.sources.items():
@@ -209,9 +210,8 @@ class Checkpoints:
     def kernels(self) -> dict[str, Any]:
         """Entries of the record that say whether the same steps give the same bits, and whose bits."""
         repeat = self.group.device.type != "cuda" or self.runtime.deterministic
-        return {"deterministic": repeat} | (
-            {"compress_gradients": self.runtime.compress_gradients} if self.group.size > 1 else {}
-        )
+        sent = self.runtime.compress_gradients if self.group.size > 1 else None
+        return {"deterministic": repeat, "compress_gradients": sent}
 
     # -- saving ----------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable
@@ -27,6 +28,7 @@ REFUSALS = ("ValueError", "OSError", "FloatingPointError", "FileNotFoundError", 
 
 
 ENDED = 128 + signal.SIGTERM  # exit status
+LONGEST = 70  # characters of a folder in which a socket can be
 
 
 def launch(plan: Plan, state: State) -> Path:
@@ -70,7 +72,7 @@ def _launch(plan: Plan, state: State) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.2,
-        start_method="forkserver",  # a process that has imported what all ranks need, and touches no GPU
+        start_method=_start_method(),
         local_addr="localhost",  # else it asks for this machine's name, for minutes where nobody knows it
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # its handler of TERM would end the ranks before they save
     )
@@ -130,6 +132,8 @@ def work(resolved: str, name: str) -> int | None:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     die_with_parent()
+    if (launcher := multiprocessing.parent_process()) and not launcher.is_alive():  # it died before that was said
+        os._exit(1)
     interrupted = _until_term()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked in `ranks`
     rank = int(os.environ["RANK"])
@@ -148,6 +152,15 @@ def _train(plan: Plan, state: State, interrupted: Callable[[], int]) -> int | No
     except Interrupted as stop:  # not as an error, which the launcher would log with a traceback
         return stop.step
     return None
+
+
+def _start_method() -> str:
+    """Ranks are forked by a process that has imported what they need and touches no GPU.
+
+    It is asked through a socket in the folder for temporary files, whose path may have about a hundred characters. Where
+    that is too long, each rank is a new process.
+    """
+    return "forkserver" if len(tempfile.gettempdir()) <= LONGEST else "spawn"
 
 
 def die_with_parent() -> None:

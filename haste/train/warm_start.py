@@ -48,15 +48,16 @@ def projectors_in(heads: Mapping[str, Mapping[str, Tensor]], like: nn.ModuleDict
     """The projection heads of a file for a learner's projectors, by term, as far as there are such.
 
     heads: by term or, in files that do not say it, by number. There they are taken in order if as many as expected have
-    the expected shapes in that order, otherwise where a single one has a projector's shape.
+    the expected shapes in that order, otherwise where a single one has the shape of a single projector.
     """
     wanted = {term: _shapes(projector.state_dict()) for term, projector in like.items()}
     if not all(name.isdigit() for name in heads):
         return {term: heads[term] for term in wanted if term in heads and _shapes(heads[term]) == wanted[term]}
     if [_shapes(head) for head in heads.values()] == list(wanted.values()):
         return dict(zip(wanted, heads.values(), strict=True))
-    fits = {term: [head for head in heads.values() if _shapes(head) == shapes] for term, shapes in wanted.items()}
-    return {term: found[0] for term, found in fits.items() if len(found) == 1}
+    fits = {term: [name for name in heads if _shapes(heads[name]) == shapes] for term, shapes in wanted.items()}
+    claimed = [name for found in fits.values() for name in found]
+    return {term: heads[found[0]] for term, found in fits.items() if len(found) == 1 == claimed.count(found[0])}
 
 
 def numbered(heads: Iterable[Mapping[str, Tensor]]) -> dict[str, Mapping[str, Tensor]]:
