@@ -157,8 +157,8 @@ def _train(plan: Plan, state: State, interrupted: Callable[[], int]) -> int | No
 def _start_method() -> str:
     """Ranks are forked by a process that has imported what they need and touches no GPU.
 
-    It is asked through a socket in the folder for temporary files, whose path may have about a hundred characters. Where
-    that is too long, each rank is a new process.
+    It is asked through a socket in the folder for temporary files, whose path may have about a hundred characters.
+    Where that is too long, each rank is a new process.
     """
     return "forkserver" if len(tempfile.gettempdir()) <= LONGEST else "spawn"
 
