@@ -125,7 +125,6 @@ class Variant:
     def batch(self, looked_at: bool = False) -> Batch:
         """Random latents of the real shapes, and images only where a teacher looks."""
         shape, seen = (self.size, 4, 32, 32), self.terms or looked_at
-        images = torch.randint(0, 256, (self.size, 256, 256, 3), dtype=torch.uint8) if seen else None
         return Batch(
             step=0,
             moments=torch.rand(self.size, 8, 32, 32),
@@ -133,7 +132,7 @@ class Variant:
             noise=torch.randn(shape),
             t=torch.rand(self.size),
             condition=torch.randint(0, 1000, (self.size,)),
-            images=images,
+            images=torch.randint(0, 256, (self.size, 256, 256, 3), dtype=torch.uint8) if seen else None,
         ).to(self.device)
 
     def step(self) -> dict[str, float]:

@@ -144,9 +144,9 @@ class Loop:
         if shape.plain_optimiser:
             one.learner.optimizer = torch.optim.AdamW(one.learner.parameters().values(), 1e-4, fused=False)
 
-    def run(self, steps: int) -> None:
-        """So many steps."""
-        one = self.variant
+    def run(self, steps: int) -> dict[str, torch.Tensor]:
+        """So many steps. Returns the losses of the last."""
+        one, found = self.variant, {}
         with contextlib.ExitStack() as stack:
             stack.enter_context(repeatable(one.device, not self.shape.any_kernels))
             if self.shape.logits:
@@ -154,11 +154,12 @@ class Loop:
             if self.shape.plain_average:
                 stack.enter_context(mock.patch.object(training, "average", average_one_by_one))
             for step in range(steps):
-                self._step(self.batches[step % AHEAD], step)
+                found = self._step(self.batches[step % AHEAD], step)
         if one.device.type == "cuda":
             torch.cuda.synchronize()
+        return found
 
-    def _step(self, batch: Batch, step: int) -> None:
+    def _step(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         one = self.variant
         with torch.autocast(one.device.type, one.autocast, enabled=one.autocast is not None):
             targets = training.teacher_targets(self.teachers, self.looks, batch.images)
@@ -168,6 +169,7 @@ class Loop:
         if self.shape.reads:
             for value in (*found.values(), norm):
                 value.item()
+        return found
 
 
 def measure(

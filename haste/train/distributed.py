@@ -7,9 +7,10 @@ import contextlib
 import dataclasses
 import datetime
 import gc
+import itertools
 import os
 import resource
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -143,14 +144,23 @@ class Agreement:
             self._heard()
 
 
+# Where ranks find one another, by address, port, rank and size -> the store, open until the process ends, and numbers.
+_STORES: dict[tuple[str, str, int, int], tuple[dist.Store, Iterator[int]]] = {}
+
+
 def _all_here(rank: int, size: int) -> dist.Store:
     """The store through which the ranks find one another, once all have come."""
-    store = next(dist.rendezvous("env://", rank, size, timeout=ARRIVAL))[0]
-    if store.add("arrived", 1) == size:
-        store.set("all", "here")
-    store.wait(["all"], ARRIVAL)
+    where = (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], rank, size)
+    if where not in _STORES:
+        _STORES[where] = next(dist.rendezvous("env://", rank, size, timeout=ARRIVAL))[0], itertools.count()
+    # The same ranks may join again, and one of them before another has left: each time has keys of its own.
+    store, times = _STORES[where]
+    here = dist.PrefixStore(f"joined {next(times)}", store)
+    if here.add("arrived", 1) == size:
+        here.set("all", "here")
+    here.wait(["all"], ARRIVAL)
     store.set_timeout(dist.constants.default_pg_timeout)  # from now on silence is a failure
-    return dist.PrefixStore("default_pg", store)
+    return dist.PrefixStore("default_pg", here)
 
 
 @contextlib.contextmanager

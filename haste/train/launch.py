@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ REFUSALS = ("ValueError", "OSError", "FloatingPointError", "FileNotFoundError", 
 
 
 ENDED = 128 + signal.SIGTERM  # exit status
+LOST = 3.0  # seconds after which a rank says that another one is gone
 LONGEST = 70  # characters of a folder in which a socket can be
 
 
@@ -151,6 +153,10 @@ def _train(plan: Plan, state: State, interrupted: Callable[[], int]) -> int | No
         train(plan, state, interrupted)
     except Interrupted as stop:  # not as an error, which the launcher would log with a traceback
         return stop.step
+    except RuntimeError as error:
+        if "peer" in str(error):  # the reason is the rank that is gone, which the launcher is to find first
+            time.sleep(LOST)
+        raise
     return None
 
 

@@ -59,6 +59,14 @@ def _arrive(rank, seconds, port, joined):
         joined.put(group.mean([float(rank)]))
 
 
+def _come_and_go(rank, slow, port):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    for number in range(8):
+        with distributed.joined("cpu") as group:
+            assert group.broadcast(lambda number=number: number) == number
+        time.sleep(0.05 * (rank == slow))
+
+
 class Sent(TorchDispatchMode):
     """The collective calls that were made, and the type of what they sent."""
 
@@ -88,6 +96,18 @@ def test_a_step_sends_gradients_and_no_constants_and_half_the_bytes_if_it_is_ask
     (plain, calls), (rounded, fewer) = found.values()
     assert calls == {("allreduce_", torch.float32)} and fewer == {("allreduce_", torch.bfloat16)}
     assert plain.any() and torch.equal(rounded, plain.bfloat16().float())
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_ranks_that_join_again_find_one_another_though_one_is_still_leaving(slow):
+    port = free_port()
+    ranks = [FORK.Process(target=_come_and_go, args=(rank, slow, port)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+        rank.kill()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
 
 
 @pytest.mark.parametrize("late", [0, 1])
