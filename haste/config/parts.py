@@ -68,6 +68,7 @@ class Images(Strict):
     classes: Annotated[int, Field(ge=0)]
     on_bad_image: Literal["fail", "skip"] = "fail"
     shards: Positive = 1
+    stored_as: Annotated[Literal["raw", "webp"], LABEL] = "raw"
 
     @model_validator(mode="before")
     @classmethod

@@ -46,7 +46,8 @@ def make_images(plan: Plan, shard: int | None, workers: int | None = None) -> No
         manifest = prepare.prepare_join(store.folder, source, **common, provenance=made, skipped=skipped)
         _record_source(plan, manifest["identity"])
     else:
-        prepare.prepare_shard(store.folder, source, **common, shard=shard, provenance=made, workers=workers)
+        how: dict[str, Any] = {"workers": workers, "stored_as": plan.config.images.stored_as}
+        prepare.prepare_shard(store.folder, source, **common, shard=shard, provenance=made, **how)
 
 
 def _record_source(plan: Plan, identity: str) -> None:

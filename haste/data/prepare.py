@@ -300,6 +300,7 @@ def prepare_shard(
     shards: int,
     provenance: Mapping[str, Any],
     workers: int = 1,
+    stored_as: str = "raw",
     progress: Progress | None = None,
 ) -> Path:
     """Write one shard of an image store: image (R, R, 3) uint8 and label int64.
@@ -312,7 +313,8 @@ def prepare_shard(
         shard: which shard, from 0.
         shards: the number of shards.
         provenance: how this shard is made, JSON.
-        workers: threads that decode images; the result does not depend on it.
+        workers: threads that decode images and compress them; the result does not depend on it.
+        stored_as: `raw`, or one of `haste.files.codecs.CODECS`; the pixels are the same.
         progress: called with (images written, images of this shard).
 
     Raises:
@@ -334,6 +336,8 @@ def prepare_shard(
         provenance=provenance,
         facts=_facts(source),
         progress=progress,
+        coded={} if stored_as == "raw" else {"image": stored_as},
+        workers=workers,
     )
 
 

@@ -8,12 +8,14 @@ identity is the hash of the digests in order: the same content has the same iden
 
 Fields are plain contiguous arrays in a shard, so HDF5 only gives their offsets and rows are then read with `pread`: it
 is safe in threads and after a fork, a failing disk is an error and not a signal, and the kernel's page cache serves all
-processes of a node, while a cache of our own would exist once per process.
+processes of a node, while a cache of our own would exist once per process. Pixels may be compressed instead, row by row
+(`haste.files.codecs`): digests and so the identity are of the pixels, and shards of both kinds make one store.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -24,7 +26,6 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -33,7 +34,8 @@ import h5py
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from haste.files import artefact, locks
+from haste.files import artefact, codecs, locks
+from haste.files.codecs import ENDS, Coded, Spool
 
 log = logging.getLogger("haste.data")
 
@@ -46,6 +48,7 @@ _READ_LIMIT = 2**30  # bytes per pread; Linux reads at most 2 GiB at once
 _OPEN = 64  # files of a store that stay open; a process may have 1,024
 _VERIFY_ROWS = 256
 _VERIFIERS = 4  # threads
+_AGAIN = "Remove the shard and the manifest: the workflow makes them again"
 
 Fields = Mapping[str, tuple[Sequence[int], DTypeLike]]
 Progress = Callable[[int, int], None]
@@ -82,10 +85,12 @@ def write_shard(
     provenance: Mapping[str, Any],
     facts: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    coded: Mapping[str, str] | None = None,
+    workers: int = 1,
 ) -> Path:
     """Write the samples of one shard atomically, one process at a time.
 
-    A shard of the same recipe, facts and fields stays as it is; any other is replaced.
+    A shard of the same recipe, facts and fields stays as it is, coded or not; any other is replaced.
 
     Args:
         folder: the store's folder.
@@ -100,6 +105,8 @@ def write_shard(
         provenance: how this shard was made, JSON.
         facts: properties found in the data, JSON; all shards must agree, and `join` puts them into the manifest.
         progress: called with (samples written, samples of this shard) after every batch.
+        coded: fields (H, W, 3) of uint8 that are compressed -> one of `haste.files.codecs.CODECS`.
+        workers: threads that compress them; the result does not depend on it.
 
     Raises:
         ValueError: batches of wrong fields, shape, dtype or number.
@@ -115,13 +122,31 @@ def write_shard(
         if _is_there(path, kind, header, layout_on_disk):
             log.info("%s: is there, nothing to make", path)
             return path
-        with artefact.replacing(path) as aside, _written(path, aside, len(span), layout) as file:
+        told = {name: {"codec": codec, "shape": list(layout[name][0])} for name, codec in (coded or {}).items()}
+        header |= {"coded": artefact.canonical(told)} if told else {}
+        plain = {name: entry for name, entry in layout_on_disk.items() if name not in told}
+        with (
+            artefact.replacing(path) as aside,
+            _written(path, aside, len(span), plain) as file,
+            _spools(aside.parent, coded or {}, workers) as spools,
+        ):
             for name, value in (header | {"provenance": artefact.canonical(provenance)}).items():
                 file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
-            for name, (shape, dtype) in layout_on_disk.items():
+            for name, (shape, dtype) in plain.items():
                 file.create_dataset(name, shape=(len(span), *shape), dtype=dtype)
-            _fill(file, path, layout, len(span), batches, progress)
+            _fill(file, path, layout, len(span), batches, progress, spools)
+            for name, spool in spools.items():
+                _check_room(path, spool.size)
+                spool.put(file, name)
     return path
+
+
+@contextlib.contextmanager
+def _spools(folder: Path, coded: Mapping[str, str], workers: int) -> Generator[dict[str, Spool]]:
+    with contextlib.ExitStack() as held:
+        yield {
+            name: held.enter_context(contextlib.closing(Spool(codec, folder, workers))) for name, codec in coded.items()
+        }
 
 
 def _is_there(path: Path, kind: str, header: Mapping[str, Any], layout: Mapping[str, Any]) -> bool:
@@ -141,10 +166,7 @@ def _written(path: Path, aside: Path, count: int, layout: Mapping[str, tuple[Any
     Raises:
         OSError: the disk is full, or another write failed.
     """
-    size = count * sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout.values())
-    free = shutil.disk_usage(aside.parent).free
-    if size > free:  # report it before hours of work; and HDF5 cannot even close a file on a full disk
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: needs {size:,} bytes, {free:,} are free", str(path))
+    _check_room(path, count * sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in layout.values()))
     try:
         # Format v1.10 allows attributes above 64 KiB, which a resolved recipe can need.
         with h5py.File(aside, "w", libver="v110", locking=False) as file:
@@ -152,6 +174,12 @@ def _written(path: Path, aside: Path, count: int, layout: Mapping[str, tuple[Any
             file.flush()
     except RuntimeError as error:  # h5py raises it when a write fails on closing
         raise OSError(f"{path}: could not be written: {error}") from error
+
+
+def _check_room(path: Path, size: int) -> None:
+    # Report it before hours of work; and HDF5 cannot even close a file on a full disk.
+    if size > (free := shutil.disk_usage(path.parent).free):
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: needs {size:,} bytes, {free:,} are free", str(path))
 
 
 def _layout(fields: Fields) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -167,6 +195,7 @@ def _fill(
     count: int,
     batches: Iterable[Mapping[str, np.ndarray]],
     progress: Progress | None,
+    spools: Mapping[str, Spool],
 ) -> None:
     done = 0
     for batch in batches:
@@ -175,7 +204,10 @@ def _fill(
         if done + size > count:
             raise ValueError(f"{path}: found {done + size} samples or more, expected {count}")
         for name, values in rows.items():
-            _write_rows(file, name, done, values)
+            if name in spools:
+                spools[name].add(values)
+            else:
+                _write_rows(file, name, done, values)
         _write_rows(file, DIGEST, done, _digests(rows))
         done += size
         if progress is not None:
@@ -224,14 +256,15 @@ def _bytes(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values, values.dtype.newbyteorder("<")).reshape(len(values), width).view(np.uint8)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Shard:
-    """The header of a shard, and the offsets of its fields in the file."""
+    """The header of a shard, the offsets of its fields in the file, and the fields whose rows are coded there."""
 
     path: Path
     header: dict[str, Any]
     fields: dict[str, tuple[tuple[int, ...], np.dtype]]
     offsets: dict[str, int]
+    coded: dict[str, Coded]
 
 
 def _inspect(path: Path, kind: str) -> _Shard:
@@ -245,7 +278,7 @@ def _inspect(path: Path, kind: str) -> _Shard:
             artefact.check_header(path, header, kind)
             fields, offsets = _arrays(path, file, header)
             header |= {name: json.loads(header[name]) for name in ("recipe", "facts")}
-            return _Shard(path, header, fields, offsets)
+            return _with_coded(_Shard(path, header, fields, offsets, {}))
     except (
         OSError,
         RuntimeError,
@@ -257,6 +290,18 @@ def _inspect(path: Path, kind: str) -> _Shard:
         raise ValueError(
             f"{path}: expected an HDF5 {kind} shard, found a truncated or foreign file ({error})"
         ) from error
+
+
+def _with_coded(shard: _Shard) -> _Shard:
+    """A shard whose coded fields are what they decode to; their ends are no field of it."""
+    fields, size = dict(shard.fields), shard.path.stat().st_size
+    for name, entry in shard.header["coded"].items():
+        kinds = [fields.pop(one, None) for one in (name, name + ENDS)]
+        ends = _read_rows(shard, name + ENDS) if kinds == [((), np.dtype("u1")), ((), np.dtype("<i8"))] else np.zeros(2)
+        if (np.diff(ends, prepend=0) <= 0).any() or (len(ends) and shard.offsets[name] + ends[-1] > size):
+            raise ValueError(f"{shard.path}: not a shard as `write_shard` makes it; wrong or missing: {name}{ENDS}")
+        fields[name], shard.coded[name] = (tuple(entry["shape"]), np.dtype("u1")), Coded(entry["codec"], ends)
+    return dataclasses.replace(shard, fields=fields)
 
 
 def _attribute(file: h5py.File, name: str) -> Any:
@@ -274,7 +319,8 @@ def _arrays(
 ) -> tuple[dict[str, tuple[tuple[int, ...], np.dtype]], dict[str, int]]:
     expected = {"key": str, "recipe": str, "facts": str, "shard": int, "shards": int}
     expected |= {"total": int, "start": int, "count": int}
-    wrong = _mistyped(header, expected)
+    header["coded"] = json.loads(header.get("coded", "{}"))
+    wrong = _mistyped(header, expected) + ([] if codecs.described(header["coded"]) else ["coded"])
     fields: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     offsets: dict[str, int] = {}
     size = path.stat().st_size
@@ -286,7 +332,7 @@ def _arrays(
             or not data.shape
             or data.chunks
             or data.external
-            or data.shape[:1] != (header.get("count"),)
+            or (data.shape[:1] != (header.get("count"),) and name not in header["coded"])
         ):
             wrong.append(name)
             continue
@@ -420,7 +466,8 @@ def _names(shard: _Shard) -> dict[str, str]:
 
 def _entry(shard: _Shard) -> dict[str, Any]:
     header, size = shard.header, shard.path.stat().st_size
-    return {"file": shard.path.name, "start": header["start"], "count": header["count"], "bytes": size}
+    entry = {"file": shard.path.name, "start": header["start"], "count": header["count"], "bytes": size}
+    return entry | ({"coded": {name: one.codec for name, one in shard.coded.items()}} if shard.coded else {})
 
 
 def _identity(digests: Iterable[np.ndarray]) -> str:
@@ -459,6 +506,13 @@ def one_by_one(work: Callable[[Any], None], items: Sequence[Any]) -> None:
         work(item)
 
 
+def on_all_cores(work: Callable[[Any], None], items: Sequence[Any]) -> None:
+    """In as many threads as this process has cores."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+        for _ in pool.map(work, items):
+            pass
+
+
 def _opened(shards: Sequence[_Shard], number: int) -> io.FileIO:
     """A shard's file. It closes when nobody holds it any more: a thread that reads keeps what it reads from."""
     return io.FileIO(shards[number].path, "rb")
@@ -491,6 +545,7 @@ class Store:
         self._digests = digests  # (count, 16) uint8
         self._fits = np.zeros(manifest["count"], dtype=bool)  # the samples whose digests were compared
         self._shards, self._starts = shards, np.array([shard.header["start"] for shard in shards])
+        self._reads: Reads = on_all_cores if any(shard.coded for shard in shards) else one_by_one
         self._open = functools.lru_cache(_OPEN)(functools.partial(_opened, shards))
 
     @classmethod
@@ -579,7 +634,7 @@ class Store:
         return self.rows([field], indices)[field]
 
     def rows(
-        self, fields: Sequence[str], indices: ArrayLike | Sequence[int], reads: Reads = one_by_one
+        self, fields: Sequence[str], indices: ArrayLike | Sequence[int], reads: Reads | None = None
     ) -> dict[str, np.ndarray]:
         """Read fields of samples in the given order, with repetitions: name -> (len(indices), *shape).
 
@@ -588,7 +643,7 @@ class Store:
         Args:
             fields: their names.
             indices: of the samples.
-            reads: makes the reads, which may go on in several threads at once.
+            reads: makes the reads, which may go on in several threads at once. None decodes coded rows on all cores.
 
         Raises:
             ValueError: there is no such field or sample, the file lacks what its manifest promises, or is damaged.
@@ -616,13 +671,12 @@ class Store:
             raise ValueError(f"{self.folder}: indices {asked.min()}..{asked.max()}, expected 0..{self.count - 1}")
         return asked
 
-    def _check_digests(self, rows: np.ndarray, known: Mapping[str, np.ndarray], reads: Reads) -> None:
+    def _check_digests(self, rows: np.ndarray, known: Mapping[str, np.ndarray], reads: Reads | None) -> None:
         others = [name for name in self.manifest["fields"] if name not in known]
         wrong = self._damaged(rows, {**known, **self._read(others, rows, reads)})
         if wrong is not None:
             raise ValueError(
-                f"{self.folder}: sample {wrong} does not fit its digest, so its shard is damaged. Remove the "
-                "shard and the manifest: the workflow makes them again"
+                f"{self.folder}: sample {wrong} does not fit its digest, so its shard is damaged. {_AGAIN}"
             )
         self._fits[rows] = True
 
@@ -631,7 +685,7 @@ class Store:
         wrong = np.flatnonzero((_digests(values) != self._digests[rows]).any(axis=1))
         return int(rows[wrong[0]]) if len(wrong) else None
 
-    def _read(self, fields: Sequence[str], wanted: np.ndarray, reads: Reads = one_by_one) -> dict[str, np.ndarray]:
+    def _read(self, fields: Sequence[str], wanted: np.ndarray, reads: Reads | None = None) -> dict[str, np.ndarray]:
         """Fields of samples in ascending order, each once; adjacent ones of a shard are read at once."""
         numbers = np.searchsorted(self._starts, wanted, side="right") - 1
         cuts = np.flatnonzero((np.diff(wanted) != 1) | (np.diff(numbers) != 0)) + 1
@@ -639,20 +693,34 @@ class Store:
         found, pieces = {}, []
         for field in fields:
             shape, dtype = self._shards[0].fields[field]
-            width = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            flat = np.empty(len(wanted) * width, dtype=np.uint8)
+            values = found[field] = np.empty((len(wanted), *shape), dtype=dtype)
             for low, high in runs:
                 number = int(numbers[low])
-                offset = self._shards[number].offsets[field] + int(wanted[low] - self._starts[number]) * width
-                pieces.append((number, flat[low * width : high * width], offset))
-            found[field] = flat.view(dtype).reshape(len(wanted), *shape)
-        reads(self._fill, pieces)
+                step = 1 if field in self._shards[number].coded else high - low
+                for first in range(low, high, step):
+                    row = int(wanted[first] - self._starts[number])
+                    pieces.append((number, field, row, values[first : first + step]))
+        (reads or self._reads)(self._fill, pieces)
         return {field: values.astype(values.dtype.newbyteorder("="), copy=False) for field, values in found.items()}
 
-    def _fill(self, piece: tuple[int, np.ndarray, int]) -> None:
-        number, out, offset = piece
-        file = self._open(number)
-        _pread(self._shards[number], file.fileno(), out, offset)
+    def _fill(self, piece: tuple[int, str, int, np.ndarray]) -> None:
+        """Read rows of a shard's field from `row` on; of coded ones one."""
+        number, field, row, out = piece
+        shard, file = self._shards[number], self._open(number)
+        if field not in shard.coded:
+            start = shard.offsets[field] + row * (out.nbytes // len(out))
+            _pread(shard, file.fileno(), out.reshape(-1).view(np.uint8), start)
+            return
+        start, size = shard.coded[field].span(row)
+        data = np.empty(size, dtype=np.uint8)
+        _pread(shard, file.fileno(), data, shard.offsets[field] + start)
+        try:
+            out[0] = shard.coded[field].decoded(data.tobytes(), out.shape[1:])
+        except Exception as error:  # of many classes
+            sample = shard.header["start"] + row
+            raise ValueError(
+                f"{shard.path}: sample {sample} is damaged: it cannot be decoded ({error}). {_AGAIN}"
+            ) from error
 
     def _verify(self) -> None:
         """Compare every sample with its digest; reading and hashing release the GIL."""

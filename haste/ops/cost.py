@@ -13,6 +13,7 @@ from haste.align import triggers
 from haste.align.terms import of_features
 from haste.config import Sampling, branches, facts_in, written
 from haste.files import journal, units
+from haste.files.codecs import SHARE
 from haste.networks.registry import AUTOENCODERS, DETECTORS
 from haste.networks.spec import blocks
 from haste.ops.pace import Pace
@@ -287,7 +288,7 @@ def _data_stages(plan: Plan, pace: Pace) -> list[Stage]:
     config, speed = plan.config, pace.of()
     latent = 2 * config.autoencoder.channels * config.latent_size**2
     pixels, number = config.images.resolution**2, 2 if config.autoencoder.dtype == "float16" else 4
-    drawn = sum((job.about.count or 0) / job.about.images.shards for job in _left(plan, "images"))
+    drawn = sum(_image_bytes(job.about) for job in _left(plan, "images"))
     encoded = [job.about.count and job.about.count / job.about.latents.shards for job in _left(plan, "latents")]
     latents = _stage(plan, "latents", latent * number * sum(filter(None, encoded)) / MB)
     if (encoding := _autoencoder_flops(plan.encoder, 0)) is not None:
@@ -295,7 +296,7 @@ def _data_stages(plan: Plan, pace: Pace) -> list[Stage]:
     said = sum(job.about.data.text_bytes / job.about.text.shards for job in _left(plan, "text"))
     sights = [job.about for job in _left(plan, "reference")]
     return [
-        _stage(plan, "images", 3 * pixels * drawn / MB),
+        _stage(plan, "images", drawn / MB),
         latents,
         _stage(plan, "text", said / MB),
         _timed(
@@ -308,6 +309,31 @@ def _data_stages(plan: Plan, pace: Pace) -> list[Stage]:
             for kind in ("autoencoder", "teacher", "detector")
         ),
     ]
+
+
+def _image_bytes(plan: Plan) -> float:
+    """Bytes of a shard of images; if they are compressed, by what photographs take."""
+    spec = plan.config.images
+    return SHARE[spec.stored_as] * 3 * spec.resolution**2 * (plan.count or 0) / plan.images.shards
+
+
+def compressed(plan: Plan) -> list[str]:
+    """One line for every set of images that is still to be compressed, or that is there in another way than asked."""
+    lines = []
+    for one in plan.image_sets:
+        asked, of = one.config.images.stored_as, one.data.where
+        left = [job.about for job in _left(plan, "images") if job.about.images == one.images]
+        if left and asked != "raw":
+            lines.append(
+                f"{of}: the size of images stored as {asked} is an estimate, {SHARE[asked]:.0%} of their pixels, which "
+                "photographs took; drawings take less."
+            )
+        if (found := one.data.stored_as) and found != [asked]:
+            lines.append(
+                f"{of}: images are asked to be stored as {asked}, but the store is finished, as {' and '.join(found)}. "
+                "It stays so: the pixels are the same. Remove its shards and its manifest to have it made anew."
+            )
+    return lines
 
 
 def _target_stages(plan: Plan, pace: Pace) -> list[Stage]:

@@ -57,6 +57,7 @@ def print_plan(plan: Plan, machine: Machine | None = None) -> None:
         *cost.shared_trunks(plan),
         *cost.price_of_forks(plan, pace),
         *cost.uncounted(plan),
+        *cost.compressed(plan),
         *cost.unknown_targets(plan),
         *peaks.lines(needs, limit),
         *emulated(plan, machine),

@@ -301,6 +301,12 @@ class Data:
         return found
 
     @property
+    def stored_as(self) -> list[str]:
+        """The ways in which the shards of the finished image store hold their pixels; none if it is not finished."""
+        shards = self._read("shards", self.images) or []
+        return sorted({shard.get("coded", {}).get("image", "raw") for shard in shards})
+
+    @property
     def class_names(self) -> list[str] | None:
         """The images' classes in order; None if only files that are not read yet name them. Raises as `image_count`."""
         if Path(self.images.manifest).exists():
