@@ -53,6 +53,7 @@ bench: $(READY)
 	python benchmarks/memory.py
 	python benchmarks/throughput.py
 	python benchmarks/data.py
+	python benchmarks/pictures.py
 	python benchmarks/sampling.py --samples 512
 	python benchmarks/score.py --samples 5000 --real 3000
 	python benchmarks/saving.py
