@@ -331,6 +331,7 @@ OTHER = {
     "images.captions": "said.csv",
     "images.crop": "centre-lanczos",
     "images.reader": "adm",
+    "images.stored_as": "webp",
     "condition: captions.encoder": "elsewhere/clip",
     "condition: captions.attention_mask": True,
     "condition: captions.cache": False,
