@@ -123,7 +123,8 @@ def _of_shard(path: Path) -> dict[str, Any]:
             header = {name: _plain(value) for name, value in file.attrs.items()}
     except OSError as error:
         raise ValueError(f"{path}: truncated, or not HDF5") from error
-    return {n: json.loads(v) if n in ("recipe", "facts", "provenance") else v for n, v in header.items()}
+    said = ("recipe", "facts", "provenance", "coded")
+    return {n: json.loads(v) if n in said else v for n, v in header.items()}
 
 
 def _plain(value: Any) -> Any:

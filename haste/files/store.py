@@ -315,7 +315,7 @@ def _attribute(file: h5py.File, name: str) -> Any:
 
 
 def _arrays(
-    path: Path, file: h5py.File, header: Mapping[str, Any]
+    path: Path, file: h5py.File, header: dict[str, Any]
 ) -> tuple[dict[str, tuple[tuple[int, ...], np.dtype]], dict[str, int]]:
     expected = {"key": str, "recipe": str, "facts": str, "shard": int, "shards": int}
     expected |= {"total": int, "start": int, "count": int}

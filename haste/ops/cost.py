@@ -13,7 +13,7 @@ from haste.align import triggers
 from haste.align.terms import of_features
 from haste.config import Sampling, branches, facts_in, written
 from haste.files import journal, units
-from haste.files.codecs import SHARE
+from haste.files.codecs import expected_share
 from haste.networks.registry import AUTOENCODERS, DETECTORS
 from haste.networks.spec import blocks
 from haste.ops.pace import Pace
@@ -314,24 +314,24 @@ def _data_stages(plan: Plan, pace: Pace) -> list[Stage]:
 def _image_bytes(plan: Plan) -> float:
     """Bytes of a shard of images; if they are compressed, by what photographs take."""
     spec = plan.config.images
-    return SHARE[spec.stored_as] * 3 * spec.resolution**2 * (plan.count or 0) / plan.images.shards
+    share = expected_share(spec.stored_as, spec.resolution)
+    return share * 3 * spec.resolution**2 * (plan.count or 0) / plan.images.shards
 
 
 def compressed(plan: Plan) -> list[str]:
     """One line for every set of images that is still to be compressed, or that is there in another way than asked."""
     lines = []
     for one in plan.image_sets:
-        asked, of = one.config.images.stored_as, one.data.where
-        left = [job.about for job in _left(plan, "images") if job.about.images == one.images]
-        if left and asked != "raw":
+        asked, side, found = one.config.images.stored_as, one.config.images.resolution, one.data.stored_as
+        if asked != "raw" and any(job.about.images == one.images for job in _left(plan, "images")):
             lines.append(
-                f"{of}: the size of images stored as {asked} is an estimate, {SHARE[asked]:.0%} of their pixels, which "
-                "photographs took; drawings take less."
+                f"{one.data.where}: the size of images stored as {asked} is an estimate, "
+                f"{expected_share(asked, side):.0%} of their pixels, as photographs took. Drawings take less."
             )
-        if (found := one.data.stored_as) and found != [asked]:
+        if found and found != [asked]:
             lines.append(
-                f"{of}: images are asked to be stored as {asked}, but the store is finished, as {' and '.join(found)}. "
-                "It stays so: the pixels are the same. Remove its shards and its manifest to have it made anew."
+                f"{one.data.where}: the store of images is finished, as {' and '.join(found)}. It stays so although "
+                f"stored_as is {asked} now: the pixels are the same."
             )
     return lines
 

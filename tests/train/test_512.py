@@ -111,6 +111,9 @@ def test_disk_is_what_the_plan_says_and_a_compressed_store_has_the_pixels_and_na
     raw, _, before = world
     plan = planned(raw)
     plain = planned({**raw, "results": str(tmp_path), "images": {**raw["images"], "stored_as": "raw"}})
+    assert cost.compressed(plan) == cost.compressed(plain) == []
+    [estimate] = cost.compressed(planned(raw, results=str(tmp_path)))
+    assert "stored as webp is an estimate, 42% of their pixels" in estimate
     said = {stage.name: stage.megabytes for stage in cost.stages(plain)[0]}
     assert plain.images.key == plan.images.key and plain.latents.key == plan.latents.key
     assert before["images"] == pytest.approx(0.42 * said["images"])
@@ -134,7 +137,8 @@ def test_disk_is_what_the_plan_says_and_a_compressed_store_has_the_pixels_and_na
     (tmp_path / "raw.yaml").write_text(yaml.safe_dump({**raw, "results": str(tmp_path)}))
     content = {path: path.read_bytes() for path in Path(plain.images.folder).glob("*.h5")}
     cli.main(["plan", "-c", str(tmp_path / "raw.yaml")])
-    assert "stored as webp, but the store is finished, as raw. It stays so" in " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert "the store of images is finished, as raw. It stays so although stored_as is webp now" in out
     assert "images" not in planned(raw, results=str(tmp_path)).jobs.left
     assert cli.main(["images", "-c", str(tmp_path / "raw.yaml"), "--shard", "0"]) == 0
     assert {path: path.read_bytes() for path in Path(plain.images.folder).glob("*.h5")} == content
