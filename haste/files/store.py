@@ -506,9 +506,9 @@ def one_by_one(work: Callable[[Any], None], items: Sequence[Any]) -> None:
         work(item)
 
 
-def on_all_cores(work: Callable[[Any], None], items: Sequence[Any]) -> None:
-    """In as many threads as this process has cores."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None) as pool:
+def in_threads(work: Callable[[Any], None], items: Sequence[Any]) -> None:
+    """In as many threads as Python thinks right for this machine."""
+    with ThreadPoolExecutor() as pool:
         for _ in pool.map(work, items):
             pass
 
@@ -545,7 +545,7 @@ class Store:
         self._digests = digests  # (count, 16) uint8
         self._fits = np.zeros(manifest["count"], dtype=bool)  # the samples whose digests were compared
         self._shards, self._starts = shards, np.array([shard.header["start"] for shard in shards])
-        self._reads: Reads = on_all_cores if any(shard.coded for shard in shards) else one_by_one
+        self._reads: Reads = in_threads if any(shard.coded for shard in shards) else one_by_one
         self._open = functools.lru_cache(_OPEN)(functools.partial(_opened, shards))
 
     @classmethod
