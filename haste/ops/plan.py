@@ -52,8 +52,8 @@ def print_plan(plan: Plan, machine: Machine | None = None) -> None:
     if machine:
         each = by_run(plan, pace)
         heads = [(name, name != "run") for name in RUN_COLUMNS]
-        told = {"title": f"each run on {pace.machine}", "sections": [len(each) - 2]}
-        console.print(*terminal.fitted(heads, each, console.width, **told), sep="\n")
+        title, ends = f"each run on {pace.machine}", [len(each) - 2]
+        console.print(*terminal.fitted(heads, each, console.width, title=title, sections=ends), sep="\n")
     needs = memory.needs(plan, machine.count if machine else None)
     for line in [
         *(_how(measured, machine) if total.left else []),
