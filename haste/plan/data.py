@@ -16,6 +16,7 @@ from haste.files.listing import Listing
 from haste.files.sources import UNUSED, Pictures, SourceRecord
 from haste.networks import foreign
 from haste.networks.headers import MissingError
+from haste.networks.hub_files import HubFile, check_whole, commit_of, hub_file
 from haste.networks.text import TOKENIZER, WORDS
 from haste.plan.names import RECIPE, Artefact, Detector
 
@@ -26,7 +27,10 @@ class Data:
     """The inputs of training, sampling and scoring.
 
     Attributes:
-        identities: external file -> sha256 of its content, which enters names.
+        identities: external file, as it is written -> sha256 of its content, which enters names.
+        files: the same -> where it lies on this machine, or its id.
+        keys: the same -> the key that names it.
+        hub: those of the hub -> file and, once it is known, commit.
         images, latents: the two stores.
         text: the store of captions' states; None for another condition, or if they are made as they are needed.
         told: what else decides what samples are told, as entries of a recipe.
@@ -55,6 +59,7 @@ class Data:
         self._content, self._section = content, "images"
         self.config, self.root = config, config.results.rstrip("/")
         self.identities, self.missing, self._names = dict[str, str](), dict[str, str](), dict[str, str]()
+        self.files, self.keys, self.hub = dict[str, str](), dict[str, str](), dict[str, HubFile]()
         self._identify()
         if self.missing and not ahead:
             raise MissingError("\n".join(self.missing.values()))
@@ -89,11 +94,36 @@ class Data:
             raise ValueError(f"{folders[0]}: expected a checkpoint, found {foreign.folder(folders[0])}")
         files |= {one.reference: f"detector.{n}.reference" for n, one in config.detector.items() if one.reference}
         for file, key in files.items():
+            self.files[file], self.keys[file] = file, key
             try:
-                self.identities[file] = remembered_identity(file, f"{self.root}/identities.json")
-            except ValueError as error:
-                self.missing[file] = f"{key}: {error}. Put the file there, or correct the path"
+                self.files[file], self.identities[file] = self._found(file)
+            except MissingError as error:
+                self.missing[file] = f"{key}: {error}"
                 self.identities[file] = fingerprint(["missing", file], 64)
+
+    def _found(self, file: str) -> tuple[str, str]:
+        """Where an external file lies, and its identity.
+
+        A file of the hub is that of the commit at which this results folder saw it first: were it of the main branch of
+        the day, a row would change when its authors upload something, and nobody would know.
+        """
+        of, memory = hub_file(file), f"{self.root}/identities.json"
+        if of is None:
+            try:
+                return file, remembered_identity(file, memory)
+            except ValueError as error:
+                raise MissingError(f"{error}. Put the file there, or correct the path") from error
+        known = artefact.remembered(file, memory)
+        self.hub[file] = of = of.at(known["revision"]) if known else of
+        if (found := of.cached()) is None:
+            if known is None:
+                raise MissingError(of.absent())
+            return str(of), known["sha256"]
+        identity = remembered_identity(found, memory)
+        check_whole(found, identity)
+        if known is None:
+            artefact.remember(file, {"revision": commit_of(found), "sha256": identity}, memory)
+        return str(found), identity
 
     def _evaluation(self) -> Data | None:
         if self.config.evaluation is None:
@@ -192,7 +222,7 @@ class Data:
             of = f"reference-{source[:12]}"
         reference = self.features(of, source, kind, key, shards=1)
         floor = f"{self.root}/scores/floor-{fingerprint([reference.key, 'halves'])}.json"
-        return Detector(name, kind, weights, key, part, reference, spec.reference, floor)
+        return Detector(name, kind, weights, key, part, reference, spec.reference and self.files[spec.reference], floor)
 
     def teacher_key(self, name: str) -> str:
         """What identifies a teacher in a recipe: a trained one's key, or the pretrained one's name and weights file;
@@ -231,12 +261,27 @@ class Data:
     def notes(self) -> list[str]:
         """Which files from outside are gone or are not what they were."""
         gone = "is gone; what was made from it stays, and nothing more can be made"
+        absent = "is not on this machine any more; what was made from it stays, and `haste fetch` brings it back"
         changed = (
             "was changed since results were first made with it. What is made with it now has new names; what exists "
             "keeps its own, and goes on if the former content is put back"
         )
-        lost = [f"{file}: {gone}" for file in self.identities if file not in self.missing and not Path(file).is_file()]
-        return lost + [f"{weights}: {changed}" for weights, name in self._names.items() if name != weights]
+        away = [file for file in self.identities if file not in self.missing and not Path(self.files[file]).is_file()]
+        lost = [f"{file}: {absent if file in self.hub else gone}" for file in away]
+        return (
+            lost + self._moved + [f"{weights}: {changed}" for weights, name in self._names.items() if name != weights]
+        )
+
+    @property
+    def _moved(self) -> list[str]:
+        """Which files of the hub this results folder has of another commit than this machine's cache by now."""
+        said = []
+        for file, of in self.hub.items():
+            asked = hub_file(file)
+            now = commit_of(found) if asked and (found := asked.cached()) else None
+            if file not in self.missing and now not in (None, ours := commit_of(self.files[file]) or of.revision):
+                said.append(f"{file}: is {now[:12]} by now. Here it stays {ours[:12]}; another row may name @{now}")
+        return said
 
     @property
     def image_count(self) -> int:

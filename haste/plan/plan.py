@@ -164,7 +164,7 @@ class Plan:
     def path(self, state: State) -> str:
         """The path of a state."""
         if state.trajectory in self.elsewhere:
-            return self.elsewhere[state.trajectory].checkpoint
+            return self.data.files[self.elsewhere[state.trajectory].checkpoint]
         return f"{self.root}/states/{state.trajectory}/{state.file}"
 
     @functools.cached_property

@@ -12,6 +12,7 @@ from haste.files.store import Store
 from haste.metrics.detector import Detector
 from haste.metrics.detectors import open_detector
 from haste.networks.devices import choose_device
+from haste.networks.hub_files import origin
 from haste.plan import names
 from haste.plan.names import Evaluation, Judgement
 from haste.plan.plan import Plan
@@ -105,7 +106,7 @@ def judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
     pixels = looks.facts_of_shards(evaluation.sample_files)
     batches.close(batches.folder_of(Path(evaluation.folder)))
     elsewhere = plan.elsewhere.get(state.trajectory)
-    whose: dict[str, Any] = {"trajectory": state.trajectory, "step": state.step, "file": plan.path(state)}
+    whose: dict[str, Any] = {"trajectory": state.trajectory, "step": state.step, "file": origin(plan.path(state))}
     if elsewhere:
         whose |= {"step": elsewhere.step, "sha256": plan.identities[elsewhere.checkpoint]}
     said = {
