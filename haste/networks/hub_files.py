@@ -48,9 +48,9 @@ class HubFile:
         folder = f"models--{self.repository.replace('/', '--')}"
         return (
             f"{self}: is not in this machine's cache of the hub ({constants.HF_HUB_CACHE}). `haste fetch -c CONFIG` "
-            f"loads it where there is a network. Where there is none, copy {folder} into that cache from a machine that "
-            f"has fetched it, or bring {Path(self.path).name} from https://huggingface.co/{self.repository} and give "
-            "its path in place of the id"
+            f"loads it where there is a network. Where there is none, copy {folder} into that cache from a machine "
+            f"that has it, or bring {Path(self.path).name} from https://huggingface.co/{self.repository} and give its "
+            "path in place of the id"
         )
 
 
