@@ -29,7 +29,7 @@ def fetch(plan: Plan) -> Iterator[str]:
         try:
             yield f"{what}: {load() or 'it has what it needs'}"
         except ValueError as error:
-            missing.append(f"{error} In the configuration that is {key}.")
+            missing.append(f"{str(error).rstrip('.')}. In the configuration that is {key}.")
     if missing:
         raise ValueError("\n".join(missing))
 
