@@ -75,5 +75,5 @@ def _detectors(plan: Plan) -> Iterator[TargetSpec]:
 def _checkpoints(plan: Plan) -> Iterator[TargetSpec]:
     from haste.networks import hub_files
 
-    for file, of in plan.data.hub.items():
-        yield f"checkpoint {file}", plan.data.keys[file], functools.partial(hub_files.fetch, of)
+    for file, of in plan.data.outside.hub.items():
+        yield f"checkpoint {file}", plan.data.outside.keys[file], functools.partial(hub_files.fetch, of)

@@ -11,14 +11,13 @@ from typing import Any
 from haste.config import DETECTORS, EVALUATION, Config, Images, decides
 from haste.config import Detector as DetectorSpec
 from haste.files import artefact, listing, walk
-from haste.files.artefact import fingerprint, remembered_identity
+from haste.files.artefact import fingerprint
 from haste.files.listing import Listing
 from haste.files.sources import UNUSED, Pictures, SourceRecord
-from haste.networks import foreign
 from haste.networks.headers import MissingError
-from haste.networks.hub_files import HubFile, check_whole, commit_of, hub_file
 from haste.networks.text import TOKENIZER, WORDS
 from haste.plan.names import RECIPE, Artefact, Detector
+from haste.plan.outside import Outside
 
 WEIGHTS = ("*.safetensors", "*.bin", "config.json", *TOKENIZER)  # files of a folder that decide what it computes
 
@@ -27,10 +26,7 @@ class Data:
     """The inputs of training, sampling and scoring.
 
     Attributes:
-        identities: external file, as it is written -> sha256 of its content, which enters names.
-        files: the same -> where it lies on this machine, or its id.
-        keys: the same -> the key that names it.
-        hub: those of the hub -> file and, once it is known, commit.
+        outside: files from outside that enter names by their content; identities, missing: of these.
         images, latents: the two stores.
         text: the store of captions' states; None for another condition, or if they are made as they are needed.
         told: what else decides what samples are told, as entries of a recipe.
@@ -42,7 +38,6 @@ class Data:
         checked_images: the list of unusable images, if these are left out; else None.
         source: the record of what the images' source held; None for images of a library.
         evaluation: the same of the images that only measures see, with their latents and texts; None without them.
-        missing: for each external file that is not there and never was, what to do; names then lack its content.
     """
 
     def __init__(self, config: Config, content: str | None = None, ahead: bool = False):
@@ -58,9 +53,8 @@ class Data:
         """
         self._content, self._section = content, "images"
         self.config, self.root = config, config.results.rstrip("/")
-        self.identities, self.missing, self._names = dict[str, str](), dict[str, str](), dict[str, str]()
-        self.files, self.keys, self.hub = dict[str, str](), dict[str, str](), dict[str, HubFile]()
-        self._identify()
+        self.outside, self._names = Outside(config, self.root), dict[str, str]()
+        self.identities, self.missing = self.outside.identities, self.outside.missing
         if self.missing and not ahead:
             raise MissingError("\n".join(self.missing.values()))
         self._take_images()
@@ -83,47 +77,6 @@ class Data:
         }
         self.detectors = {name: self._detector(name, spec) for name, spec in config.detector.items()}
         self.evaluation = self._evaluation()
-
-    def _identify(self) -> None:
-        """Find the identities of the external files; of one that has been removed since, its earlier identity."""
-        config = self.config
-        files = {spec.checkpoint: f"evaluate.{name}.checkpoint" for name, spec in config.evaluate.items()}
-        starts = {r.warm_start.file: f"runs.{name}.warm_start.file" for name, r in config.runs.items() if r.warm_start}
-        files |= dict(sorted(starts.items()))
-        if folders := [Path(file) for file in files if Path(file).is_dir()]:
-            raise ValueError(f"{folders[0]}: expected a checkpoint, found {foreign.folder(folders[0])}")
-        files |= {one.reference: f"detector.{n}.reference" for n, one in config.detector.items() if one.reference}
-        for file, key in files.items():
-            self.files[file], self.keys[file] = file, key
-            try:
-                self.files[file], self.identities[file] = self._found(file)
-            except MissingError as error:
-                self.missing[file] = f"{key}: {error}"
-                self.identities[file] = fingerprint(["missing", file], 64)
-
-    def _found(self, file: str) -> tuple[str, str]:
-        """Where an external file lies, and its identity.
-
-        A file of the hub is that of the commit at which this results folder saw it first: were it of the main branch of
-        the day, a row would change when its authors upload something, and nobody would know.
-        """
-        of, memory = hub_file(file), f"{self.root}/identities.json"
-        if of is None:
-            try:
-                return file, remembered_identity(file, memory)
-            except ValueError as error:
-                raise MissingError(f"{error}. Put the file there, or correct the path") from error
-        known = artefact.remembered(file, memory)
-        self.hub[file] = of = of.at(known["revision"]) if known else of
-        if (found := of.cached()) is None:
-            if known is None:
-                raise MissingError(of.absent())
-            return str(of), known["sha256"]
-        identity = remembered_identity(found, memory)
-        check_whole(found, identity)
-        if known is None:
-            artefact.remember(file, {"revision": commit_of(found), "sha256": identity}, memory)
-        return str(found), identity
 
     def _evaluation(self) -> Data | None:
         if self.config.evaluation is None:
@@ -222,7 +175,7 @@ class Data:
             of = f"reference-{source[:12]}"
         reference = self.features(of, source, kind, key, shards=1)
         floor = f"{self.root}/scores/floor-{fingerprint([reference.key, 'halves'])}.json"
-        return Detector(name, kind, weights, key, part, reference, spec.reference and self.files[spec.reference], floor)
+        return Detector(name, kind, weights, key, part, reference, spec.reference, floor)
 
     def teacher_key(self, name: str) -> str:
         """What identifies a teacher in a recipe: a trained one's key, or the pretrained one's name and weights file;
@@ -260,28 +213,12 @@ class Data:
     @property
     def notes(self) -> list[str]:
         """Which files from outside are gone or are not what they were."""
-        gone = "is gone; what was made from it stays, and nothing more can be made"
-        absent = "is not on this machine any more; what was made from it stays, and `haste fetch` brings it back"
         changed = (
             "was changed since results were first made with it. What is made with it now has new names; what exists "
             "keeps its own, and goes on if the former content is put back"
         )
-        away = [file for file in self.identities if file not in self.missing and not Path(self.files[file]).is_file()]
-        lost = [f"{file}: {absent if file in self.hub else gone}" for file in away]
-        return (
-            lost + self._moved + [f"{weights}: {changed}" for weights, name in self._names.items() if name != weights]
-        )
-
-    @property
-    def _moved(self) -> list[str]:
-        """Which files of the hub this results folder has of another commit than this machine's cache by now."""
-        said = []
-        for file, of in self.hub.items():
-            asked = hub_file(file)
-            now = commit_of(found) if asked and (found := asked.cached()) else None
-            if file not in self.missing and now not in (None, ours := commit_of(self.files[file]) or of.revision):
-                said.append(f"{file}: is {now[:12]} by now. Here it stays {ours[:12]}; another row may name @{now}")
-        return said
+        others = [f"{weights}: {changed}" for weights, name in self._names.items() if name != weights]
+        return self.outside.notes + others
 
     @property
     def image_count(self) -> int:

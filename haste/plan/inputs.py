@@ -258,10 +258,10 @@ def _described(
 ) -> layouts.Described | None:
     """What a file of weights holds, checked against a recipe's model; None if the file is gone, which is a note."""
     expected = layouts.expected_in(recipe, condition_arguments(recipe) if classes else {})
-    file = parts.data.files[given]
+    file = parts.data.outside.files[given]
     if not Path(file).is_file():
-        if (of := parts.data.hub.get(given)) and given not in parts.data.missing:
-            raise MissingError(f"{parts.data.keys[given]}: {of.absent()}")
+        if (of := parts.data.outside.hub.get(given)) and given not in parts.data.missing:
+            raise MissingError(f"{parts.data.outside.keys[given]}: {of.absent()}")
         return None
     if (name := recipe["model"].get("architecture", "sit")) in layouts.KNOWN:
         return layouts.described(file, layout, expected)
