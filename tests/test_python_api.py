@@ -58,8 +58,13 @@ def test_pictures_are_drawn_in_five_lines_by_an_id_of_the_hub(world, tmp_path, m
     assert (np.stack(found["model"].draw(**asked)) == pictures(expected, 2)["image"]).all()
     assert (np.asarray(Image.open("golden-retriever.png")) == np.asarray(found["images"][0])).all()
     assert (np.stack(found["model"].draw(**asked | {"seed": 1})) != np.stack(found["images"])).any()
-    with pytest.raises(ValueError, match="has no class 10, expected 0 to 9"):
-        found["model"].draw([10])
+    assert (np.stack(found["model"].draw(**asked | {"labels": np.array([7, 3])})) == np.stack(found["images"])).all()
+    for refused, words in (
+        ({"labels": [10]}, "has no class 10, expected 0 to 9"),
+        ({"count": 0}, "expected 1 or more"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            found["model"].draw(**refused)
 
 
 def test_the_code_of_the_page_is_short():

@@ -82,6 +82,11 @@ class Outside:
         absent = "is not on this machine any more; what was made from it stays, and `haste fetch` brings it back"
         away = [file for file in self.keys if file not in self.missing and not Path(self.files[file]).is_file()]
         said = [f"{file}: {absent if file in self.hub else gone}" for file in away]
+        if self.missing:
+            keys = ", ".join(self.keys[file] for file in self.missing)
+            said.append(
+                f"{keys}: not there yet. Names of what is made with it follow from its content and are not known"
+            )
         for file in self.hub.keys() - self.missing.keys():
             ours = commit_of(self.files[file]) or self.hub[file].revision
             now = commit_of(found) if (asked := hub_file(file)) and (found := asked.cached()) else None

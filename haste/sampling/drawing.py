@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import logging
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -99,8 +100,11 @@ class Loaded:
         Raises:
             ValueError: what is asked for is refused; the message says what to do.
         """
-        painter = self._subject.painter_as(sampling, labels, prompts, changes)
-        found = pictures(painter, count or len(labels) or len(prompts) or 16)
+        classes = [operator.index(one) for one in labels]  # NumPy's and torch's integers too
+        number = (len(classes) or len(prompts) or 16) if count is None else count
+        if number < 1:
+            raise ValueError(f"count: found {count}, expected 1 or more")
+        found = pictures(self._subject.painter_as(sampling, classes, prompts, changes), number)
         return [Image.fromarray(one) for one in found["image"]]
 
 

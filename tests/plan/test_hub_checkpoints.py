@@ -61,6 +61,7 @@ def test_a_row_by_id_is_refused_before_the_first_job_fetched_by_the_command_and_
     assert server.asked == [], "a plan asks nobody"
     assert cli.main(["plan", "-c", str(world.file)]) == 2  # the whole plan, and then what is missing
     said = capsys.readouterr()
+    assert "evaluate.it.checkpoint: not there yet" in " ".join(said.out.split())
     assert "score" in said.out and "evaluate.it.checkpoint: hub:own/sit/a.pt" in said.err
     assert cli.main(["fetch", "-c", str(world.file)]) == 0
     assert f"checkpoint {IT}: " in capsys.readouterr().out
