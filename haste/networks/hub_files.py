@@ -41,16 +41,21 @@ class HubFile:
         found = try_to_load_from_cache(self.repository, self.path, revision=self.revision or None)
         return Path(found) if isinstance(found, str) else None
 
-    def absent(self) -> str:
-        """That it is not on this machine, and what to do, for a message."""
+    def absent(self, why: str = "") -> str:
+        """That it is not on this machine, and what to do, for a message.
+
+        Args:
+            why: it could not be fetched; "" if nobody has tried.
+        """
         from huggingface_hub import constants
 
-        folder = f"models--{self.repository.replace('/', '--')}"
+        folder, page = f"models--{self.repository.replace('/', '--')}", f"https://huggingface.co/{self.repository}"
+        fetch = "`haste fetch -c CONFIG` loads it where there is a network"
+        tried = f", and could not be fetched: {why}. Try again where there is a network" if why else f". {fetch}"
         return (
-            f"{self}: is not in this machine's cache of the hub ({constants.HF_HUB_CACHE}). `haste fetch -c CONFIG` "
-            f"loads it where there is a network. Where there is none, copy {folder} into that cache from a machine "
-            f"that has it, or bring {Path(self.path).name} from https://huggingface.co/{self.repository} and give its "
-            "path in place of the id"
+            f"{self}: is not in this machine's cache of the hub ({constants.HF_HUB_CACHE}){tried}. Where there is "
+            f"none, copy {folder} into that cache from a machine that has it, or bring {Path(self.path).name} from "
+            f"{page} and give its path in place of the id"
         )
 
 
@@ -108,11 +113,11 @@ def local(place: str | Path) -> Path:
         ValueError: it cannot be fetched, or is damaged; the message says what to do.
     """
     of = hub_file(place)
-    return Path(place) if of is None else of.cached() or fetch(of)
+    return Path(place) if of is None else fetch(of)
 
 
 def fetch(of: HubFile) -> Path:
-    """Fetch a file into the hub's cache, unless it is there, and check its content.
+    """A file in the hub's cache, fetched if it is not there, and then checked.
 
     Raises:
         ValueError: as `local`.
@@ -121,11 +126,11 @@ def fetch(of: HubFile) -> Path:
 
     from haste.networks import hub
 
+    if found := of.cached():
+        return found
     page = f"https://huggingface.co/{of.repository}"
     try:
-        found = hub.from_hub(
-            functools.partial(hf_hub_download, of.repository, of.path, revision=of.revision or None), Path.is_file
-        )
+        found = hub.from_hub(functools.partial(hf_hub_download, of.repository, of.path, revision=of.revision or None))
     except errors.GatedRepoError as error:
         raise ValueError(
             f"{of}: {of.repository} is gated: ask for access at {page}, then log in by `hf auth login`, or set "
@@ -154,5 +159,7 @@ def fetch(of: HubFile) -> Path:
 
 
 def _unreachable(of: HubFile, error: Exception) -> MissingError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return MissingError(f"{of.absent()}. It could not be fetched now: {first}")
+    from huggingface_hub import constants
+
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return MissingError(of.absent("HF_HUB_OFFLINE forbids it" if constants.HF_HUB_OFFLINE else first))
