@@ -72,6 +72,8 @@ def test_a_row_by_id_is_refused_before_the_first_job_fetched_by_the_command_and_
         assert cli.main([command, row.evaluation.name, "-c", str(world.file)]) == 0
     state = artefact.read_json(row.evaluation.score, "score")["state"]
     assert state["file"] == f"{IT}@{FIRST}" and state["sha256"] == plan.identities[IT]
+    drawn = provenance_of(Path(row.evaluation.sample_file(0)))["checkpoint"]
+    assert drawn == {"step": 8, "file": state["file"], "sha256": state["sha256"]}
     with np.load(row.evaluation.sample_file(0)) as drawn, np.load(world.row().sample_file(0)) as trained_here:
         assert (drawn["arr_0"] == trained_here["arr_0"]).all()
 
