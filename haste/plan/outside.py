@@ -33,14 +33,13 @@ class Outside:
             ValueError: a checkpoint is a folder, or a damaged download.
         """
         self.identities, self.files, self.keys = dict[str, str](), dict[str, str](), dict[str, str]()
-        self.hub, self.missing = dict[str, HubFile](), dict[str, str]()
-        self._memory = f"{root}/identities.json"
+        self.missing, self._memory = dict[str, str](), f"{root}/identities.json"
         checkpoints = {spec.checkpoint: f"evaluate.{name}.checkpoint" for name, spec in config.evaluate.items()}
         starts = {r.warm_start.file: f"runs.{name}.warm_start.file" for name, r in config.runs.items() if r.warm_start}
         checkpoints |= dict(sorted(starts.items()))
         if folders := [Path(file) for file in checkpoints if Path(file).is_dir()]:
             raise ValueError(f"{folders[0]}: expected a checkpoint, found {foreign.folder(folders[0])}")
-        self.hub = {file: of for file in checkpoints if (of := hub_file(file))}
+        self.hub: dict[str, HubFile] = {file: of for file in checkpoints if (of := hub_file(file))}
         detectors = config.detector.items()
         self.keys = checkpoints | {d.reference: f"detector.{n}.reference" for n, d in detectors if d.reference}
         for file, key in self.keys.items():
@@ -71,6 +70,11 @@ class Outside:
             return str(of), known["sha256"]
         identity = remembered_identity(found, self._memory)
         check_whole(found, identity)
+        if known and identity != known["sha256"]:  # in a cache without links, whose files have no sha256 as a name
+            raise ValueError(
+                f"{of}: damaged: holds {identity[:12]}, but {known['sha256'][:12]} when it was first seen. Remove "
+                f"{found} and fetch it again"
+            )
         if known is None:
             artefact.remember(file, {"revision": commit_of(found), "sha256": identity}, self._memory)
         return str(found), identity
@@ -82,12 +86,9 @@ class Outside:
         absent = "is not on this machine any more; what was made from it stays, and `haste fetch` brings it back"
         away = [file for file in self.keys if file not in self.missing and not Path(self.files[file]).is_file()]
         said = [f"{file}: {absent if file in self.hub else gone}" for file in away]
-        if self.missing:
-            keys = ", ".join(self.keys[file] for file in self.missing)
-            said.append(
-                f"{keys}: not there yet. Names of what is made with it follow from its content and are not known"
-            )
-        for file in self.hub.keys() - self.missing.keys():
+        if keys := ", ".join(self.keys[file] for file in self.missing):
+            said.append(f"{keys}: not there yet. Names of what is made with it follow from its content, not known yet")
+        for file in (file for file in self.hub if file not in self.missing):
             ours = commit_of(self.files[file]) or self.hub[file].revision
             now = commit_of(found) if (asked := hub_file(file)) and (found := asked.cached()) else None
             if now not in (None, ours):

@@ -121,6 +121,19 @@ def test_a_damaged_copy_is_refused_by_the_plan_with_what_was_found(world, server
         by_id(world)
 
 
+def test_in_a_cache_without_links_a_copy_that_changed_is_refused_once_it_was_seen(world, server):
+    by_id(world, ahead=True)
+    assert cli.main(["fetch", "-c", str(world.file)]) == 0
+    link = next(Path(constants.HF_HUB_CACHE).rglob("snapshots/*/a.pt"))
+    content = link.read_bytes()
+    link.unlink()
+    link.write_bytes(content)
+    assert names(by_id(world)) == names(world.local)
+    link.write_bytes(content[:-1] + b"?")
+    with pytest.raises(ValueError, match=rf"{IT}@{FIRST}: damaged: holds .* when it was first seen. Remove {link}"):
+        by_id(world)
+
+
 def test_a_warm_start_by_id_is_the_trajectory_of_the_same_file(world, server):
     def warm(place, ahead=False):
         run = {"alignment": "HASTE", "milestones": [3], "warm_start": str(place)}
