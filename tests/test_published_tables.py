@@ -67,6 +67,18 @@ def test_every_published_result_has_its_row_in_a_configuration(tables):
     assert [one for one in papers.published() if not fitting(one, measured)] == []
 
 
+def test_what_the_authors_published_of_files_that_they_gave_away_stands_beside_rows_that_need_no_training(tables):
+    (plan,) = (plan for path, plan in tables.items() if path.name == "imagenet256-system.yaml")
+    away = [(row, benchmark(plan)) for row in rows(plan) if row.run in plan.config.evaluate]
+    beside = [one for one in papers.published() if fitting(one, away)]
+    theirs = {("SiT-XL/2", "vanilla", 7_000_000), ("SiT-XL/2", "REPA", 4_000_000), ("DiT-XL/2", "vanilla", 7_000_000)}
+    expected = [one for one in papers.published() if (one.model, one.method, one.step) in theirs]
+    assert beside == expected and len(expected) >= 15
+    named = {spec.checkpoint for spec in plan.config.evaluate.values()}
+    assert "hub:nyu-visionx/SiT-collections/SiT-XL-2-256.pt" in named
+    assert named == plan.data.missing.keys() & named, "planned with none of the files there"
+
+
 def test_every_published_system_of_these_models_has_its_row_or_a_reason_to_have_none(tables):
     planned = {
         (data.data, data.resolution, row.score["sampling"]["guidance"] > 1, row.model, row.method, row.step)

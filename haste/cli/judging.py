@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from haste.cli.shared import Commands, plan_of, plan_to_compute, take_gpus
+from haste.cli.shared import AN_ID, Commands, plan_of, plan_to_compute, take_gpus
 from haste.networks.layouts import LAYOUTS
 
 
@@ -65,7 +65,9 @@ def _add_score(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_draw(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("file", help="a state, by its file or as TRAJECTORY/STEP, or a checkpoint that can be imported")
+    sub.add_argument(
+        "file", help=f"a state, by its file or as TRAJECTORY/STEP, or a checkpoint that can be imported; {AN_ID}"
+    )
     sub.add_argument("-c", "--config", help="configuration file (the one whose workflow made the state)")
     sub.add_argument("--class", type=int, action="append", dest="classes", help="of the pictures; again for more")
     sub.add_argument("--prompt", action="append", help="for a network that follows captions; again for more")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from haste.cli.shared import Commands, plan_of, take_gpus
+from haste.cli.shared import AN_ID, Commands, plan_of, take_gpus
 from haste.networks.layouts import LAYOUTS
 
 
@@ -13,7 +13,9 @@ def add(to: Commands) -> None:
     """Add these commands."""
     sub = to.rule("measure", _measure, "measure something of a state, or of a checkpoint from elsewhere")
     sub.add_argument("name", help="a measure of the configuration, or, with default settings, any known one")
-    sub.add_argument("file", help="a state, by its file or as TRAJECTORY/STEP, or a checkpoint from elsewhere")
+    sub.add_argument(
+        "file", help=f"a state, by its file or as TRAJECTORY/STEP, or a checkpoint from elsewhere; {AN_ID}"
+    )
     sub.add_argument("--model", help="what a checkpoint from elsewhere holds (what its row or its weights say)")
     sub.add_argument("--layout", choices=LAYOUTS, help="whose checkpoint it is; SiT's and DiT's must be told")
     sub.add_argument("--alignment", help="of the configuration, to compare with where the row has none")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from haste.cli.shared import DEFAULT_CONFIG, Commands, plan_of
+from haste.cli.shared import AN_ID, DEFAULT_CONFIG, Commands, plan_of
 from haste.networks.layouts import LAYOUTS
 from haste.plan.machines import SHARE
 
@@ -25,8 +25,8 @@ def add(to: Commands) -> None:
     clear.add_argument("-c", "--config", nargs="+", default=[DEFAULT_CONFIG], help="configuration files to keep")
     for sub in (forget, clear):
         sub.add_argument("--yes", action="store_true", help="do it; without this, only say what would go")
-    what = "state, store, samples, grid, score, part, report or configuration"
-    to.command("show", _show, f"say how a file was made: {what}").add_argument("file", type=Path)
+    what = "state, store, samples, grid, score, part, report, configuration, or weights from elsewhere"
+    to.command("show", _show, f"say how a file was made: {what}").add_argument("file", type=Path, help=AN_ID)
     to.rule("table", _table, "print the result table of a finished report")
     when = to.rule(
         "suggest-stop", _suggest, "say when forks, gradient angles and losses would stop a run, and how sure"
@@ -39,11 +39,11 @@ def _add_exchange(to: Commands) -> None:
     words = "make a checkpoint of REPA, HASTE, SiT, DiT, diffusers or this package a file of weights of ours"
     took = to.command("import", _import, words)
     took.add_argument(
-        "file", type=Path, help="a .pt of REPA, HASTE, SiT or DiT, a .ckpt, a state, or diffusers' folder"
+        "file", type=Path, help=f"a .pt of REPA, HASTE, SiT or DiT, a .ckpt, a state, or diffusers' folder; {AN_ID}"
     )
     took.add_argument("out", type=Path, help="the .safetensors file to write")
     gave = to.command("export", _export, "write the weights of a state for other programs")
-    gave.add_argument("file", type=Path, help="a state, or any file that can be imported")
+    gave.add_argument("file", type=Path, help=f"a state, or any file that can be imported; {AN_ID}")
     gave.add_argument("out", type=Path, help="the file to write, for diffusers a folder")
     form = "bare weights, REPA's .pt, or the folder of a DiT or MM-DiT that diffusers loads"
     gave.add_argument("--format", choices=("safetensors", "repa", "diffusers"), required=True, help=form)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from haste.plan.plan import Plan
 
 DEFAULT_CONFIG = "config/digits.yaml"
+AN_ID = "hub:OWNER/NAME/PATH names a file of the hub"
 
 
 class _Help(argparse.HelpFormatter):

@@ -19,11 +19,17 @@ def fetch(plan: Plan) -> Iterator[str]:
         ValueError: some are missing and cannot be downloaded; raised after all others are downloaded.
     """
     missing = []
-    for what, key, load in [*_autoencoders(plan), *_text_encoders(plan), *_teachers(plan), *_detectors(plan)]:
+    for what, key, load in [
+        *_autoencoders(plan),
+        *_text_encoders(plan),
+        *_teachers(plan),
+        *_detectors(plan),
+        *_checkpoints(plan),
+    ]:
         try:
             yield f"{what}: {load() or 'it has what it needs'}"
         except ValueError as error:
-            missing.append(f"{error} In the configuration that is {key}.")
+            missing.append(f"{str(error).rstrip('.')}. In the configuration that is {key}.")
     if missing:
         raise ValueError("\n".join(missing))
 
@@ -64,3 +70,10 @@ def _detectors(plan: Plan) -> Iterator[TargetSpec]:
             key = f"detector.{name}.pretrained.weights"
             load = functools.partial(detectors.weight_file, public.name, public.weights)
             yield f"detector {name} ({public.name})", key, load
+
+
+def _checkpoints(plan: Plan) -> Iterator[TargetSpec]:
+    from haste.networks import hub_files
+
+    for file, of in plan.data.outside.hub.items():
+        yield f"checkpoint {file}", plan.data.outside.keys[file], functools.partial(hub_files.fetch, of)

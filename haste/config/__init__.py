@@ -57,6 +57,7 @@ from haste.config.published import (
     MAPPINGS,
     MODELS,
     REPA_DEPTH,
+    SIZES,
     alignment_named,
     filter_faults,
     layer_faults,

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from haste import extensions
+from haste.networks.hub_files import hub_file
 
 
 class Strict(BaseModel):
@@ -50,7 +51,14 @@ def expanded(path: str) -> str:
     return found
 
 
+def known(place: str) -> str:
+    """A path, or an id of the hub's that is well formed; raises ValueError."""
+    hub_file(place)
+    return place
+
+
 Place = Annotated[str, AfterValidator(expanded)]  # of a file or a folder
+Weights = Annotated[Place, AfterValidator(known)]  # of a file, or the id of one of the hub
 Float = Annotated[float, BeforeValidator(number)]
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[Float, Field(gt=0)]

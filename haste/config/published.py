@@ -10,12 +10,12 @@ from haste.config.schema import Alignment, Config
 from haste.networks.registry import TEACHERS, least_low_pass
 
 # Published sizes of DiT (its Table 1) and SiT. L, D, H; the number behind the slash is the patch size.
-_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
 _SYSTEMS: dict[str, Literal["sit", "dit"]] = {"SiT": "sit", "DiT": "dit"}
 MODELS: dict[str, Model | OtherModel] = {
     f"{system}-{name}/{patch}": Model(architecture=kind, depth=depth, width=width, heads=heads, patch_size=patch)
     for system, kind in _SYSTEMS.items()
-    for name, (depth, width, heads) in _SIZES.items()
+    for name, (depth, width, heads) in SIZES.items()
     for patch in (2, 4, 8)
 }
 MODELS["MM-DiT"] = OtherModel(architecture="mmdit")  # the text-to-image model of REPA's Table 12 and HASTE

@@ -32,6 +32,7 @@ from haste.config.keys import (
     Seed,
     Share,
     Strict,
+    Weights,
     decides,
     nearest,
     or_added,
@@ -508,7 +509,7 @@ class Measure(Strict):
 class WarmStart(Strict):
     """The weights that a run begins from; `classes: new` puts a new table of classes in the place of the file's."""
 
-    file: Place
+    file: Weights
     classes: Literal["kept", "new"] = "kept"
 
 
@@ -558,7 +559,7 @@ class Run(Strict):
 class Evaluate(Strict):
     """A row without training: a checkpoint that was trained elsewhere, and how to sample it."""
 
-    checkpoint: Place
+    checkpoint: Weights
     model: str
     sampling: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
     step: Annotated[int, Field(ge=0)]

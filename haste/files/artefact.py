@@ -87,12 +87,23 @@ def _remember(path: Path | str, memory: Path | str) -> dict[str, Any]:
     before = known.get(place, {})
     if before.get("mark") != mark:
         now = file_identity(place)  # it takes a while, in which others may have written theirs
-        known = _remembered(memory)
-        before = known.get(place, before)
-        known[place] = {"mark": mark, "sha256": now, "first": before.get("first", before.get("sha256", now))}
-        with contextlib.suppress(OSError):
-            write_json(memory, {"schema": SCHEMA, "kind": "identities", "files": known})
-    return known[place]
+        before = _remembered(memory).get(place, before)
+        first = before.get("first", before.get("sha256", now))
+        return remember(place, {"mark": mark, "sha256": now, "first": first}, memory)
+    return before
+
+
+def remember(name: str, entry: dict[str, Any], memory: Path | str) -> dict[str, Any]:
+    """Keep what is known of a file among the identities, under its absolute path or its id. Returns it."""
+    with contextlib.suppress(OSError):
+        files = {**_remembered(memory), name: entry}
+        write_json(memory, {"schema": SCHEMA, "kind": "identities", "files": files})
+    return entry
+
+
+def remembered(name: str, memory: Path | str) -> dict[str, Any] | None:
+    """What `remember` kept."""
+    return _remembered(memory).get(name)
 
 
 def remembered_below(path: Path | str, memory: Path | str) -> set[str]:

@@ -18,6 +18,7 @@ from haste.config import MEASURES, Config
 from haste.files import artefact, locks
 from haste.measure.measure import KIND, check_rows, check_teachers, read
 from haste.measure.subject import opened
+from haste.networks.hub_files import local
 from haste.plan.measures import Measurement
 from haste.plan.names import Artefact
 from haste.plan.plan import Plan
@@ -112,7 +113,8 @@ def asked(
     Args:
         config: the configuration.
         name: one of its measures, or any known measure, with default settings.
-        file: a state as TRAJECTORY/STEP or by its file; a checkpoint; or a measurement by its name.
+        file: a state as TRAJECTORY/STEP or by its file; a checkpoint, by its file or an id of the hub's; or a
+            measurement by its name.
         model: a checkpoint's model; None uses a row that names the checkpoint, or else its weights.
         layout: whose checkpoint it is; None as `model`, or else detects it from the content.
         alignment: what to compare with if the row has none.
@@ -126,6 +128,7 @@ def asked(
     plan = Plan(config)
     if file in plan.measurements and plan.measurements[file].label == name:
         return plan, plan.measurements[file], True
+    file = str(local(file))
     raw = config.model_dump(mode="json") | {"forks": {}}  # their branches are rows already
     _put_measure(raw, name, alignment)
     state = state_named(plan, file)

@@ -23,6 +23,7 @@ from haste.diffusion.process import Process
 from haste.files.store import Store
 from haste.measure.pictures import Picture
 from haste.models.build import build_model
+from haste.networks.hub_files import origin
 from haste.plan.measures import Measurement
 from haste.plan.plan import Plan
 from haste.train import state as states
@@ -271,7 +272,7 @@ def _elsewhere(plan: Plan, what: Measurement, which: str) -> _Source:
     spec, trajectory = plan.elsewhere[what.state.trajectory], plan.trajectories[what.state.trajectory]
     found = checkpoint_elsewhere(plan, trajectory.name)
     which = which if which in found.weights else next(iter(found.weights))
-    about = {"trajectory": trajectory.name, "step": spec.step, "file": spec.checkpoint, "weights": which}
+    about = {"trajectory": trajectory.name, "step": spec.step, "file": origin(found.file), "weights": which}
     training = {**plan.config.training.model_dump(exclude={"process"}), **trajectory.recipe["training"]}
     recipe = {**trajectory.recipe, "training": training}
     return _Source(recipe, found.weights[which], numbered(found.projectors), None, {}, about | {"sha256": found.sha256})

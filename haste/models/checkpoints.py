@@ -36,7 +36,7 @@ from haste.models.layers import sincos_positions
 from haste.models.mmdit import MMDiT
 from haste.models.sit import SiT
 from haste.models.transformer import Transformer
-from haste.networks import layouts
+from haste.networks import hub_files, layouts
 from haste.networks.layouts import Described, Size
 from haste.networks.sets import KIND
 from haste.networks.tensors import placed
@@ -91,7 +91,7 @@ def read_checkpoint(
     """Read the weights of a SiT, DiT or MM-DiT from a file of any known layout.
 
     Args:
-        path: the file.
+        path: the file, or the id of one of the hub.
         layout: whose file it is; None detects it from the content. SiT's and DiT's have the same names and shapes, so
             they must be given, unless the file has the name under which they publish it.
         expected: known entries of `Checkpoint.shape`; a file that differs is refused. The number of attention heads,
@@ -103,7 +103,7 @@ def read_checkpoint(
         ValueError: the file is missing, truncated, foreign or contains code; or weights are missing, of another shape,
             not finite or unknown. The message names the file, what was found and what was expected.
     """
-    described = layouts.described(str(path), layout, expected, sizes)
+    described = layouts.described(str(hub_files.local(path)), layout, expected, sizes)
     found = _read(described, layouts.KNOWN[described.shape.get("architecture", "sit")])
     if described.layout != "SiT":
         return found
@@ -124,11 +124,13 @@ def read_weights_of(
     Raises:
         ValueError: as `read_checkpoint`.
     """
-    return _read(layouts.described_as(str(path), name, shapes, shape), name)
+    return _read(layouts.described_as(str(hub_files.local(path)), name, shapes, shape), name)
 
 
 def _read(what: Described, name: str) -> Checkpoint:
     """The numbers of described weights, as float32 or float64."""
+    identity = artefact.file_identity(what.file)
+    hub_files.check_whole(Path(what.file), identity)
     if what.facts.get("ours"):
         files.check(what.file, but=("optimizer/", "scaler/"))
     place = placed(what.file)
@@ -140,7 +142,7 @@ def _read(what: Described, name: str) -> Checkpoint:
             tree["pos_embed"] = sincos_positions(what.shape["width"], (side, side))[None]
     weights = {which: finite(what.file, name, tree) for which, tree in weights.items()}
     facts = dict(what.facts)
-    return Checkpoint(what.file, artefact.file_identity(what.file), what.layout, what.shape, weights, heads, facts)
+    return Checkpoint(what.file, identity, what.layout, what.shape, weights, heads, facts)
 
 
 def finite(file: str, name: str, tree: Weights) -> dict[str, Tensor]:
@@ -203,7 +205,8 @@ def save_bare(path: Path | str, checkpoint: Checkpoint, which: str, provenance: 
 
 
 def _save(path: Path | str, tensors: dict[str, Tensor], checkpoint: Checkpoint, made: Mapping[str, Any]) -> None:
-    shape = dict(checkpoint.shape)
+    shape, named = dict(checkpoint.shape), hub_files.origin(checkpoint.file)
+    named = Path(named).name if named == checkpoint.file else named
     header = {
         "schema": artefact.SCHEMA,
         "kind": KIND,
@@ -212,7 +215,7 @@ def _save(path: Path | str, tensors: dict[str, Tensor], checkpoint: Checkpoint, 
         "time": "t = 0 is data",
         **{name: checkpoint.facts.get(name) for name in ("step", "path", "process", "args")},
         "source": checkpoint.facts.get("source")
-        or {"file": Path(checkpoint.file).name, "sha256": checkpoint.sha256, "layout": checkpoint.layout},
+        or {"file": named, "sha256": checkpoint.sha256, "layout": checkpoint.layout},
         "provenance": dict(made),
     }
     files.write(path, {name: value.clone() for name, value in tensors.items()}, header)  # no shared memory

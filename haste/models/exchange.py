@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from haste.config import MODELS, Model, OtherModel, condition_arguments, facts_in
+from haste.config import MODELS, SIZES, Model, OtherModel, condition_arguments, facts_in
 from haste.files import artefact
 from haste.files.provenance import read_header
 from haste.models import checkpoints, diffusers_folders
 from haste.models.checkpoints import Checkpoint
+from haste.networks.hub_files import local
 from haste.networks.layouts import KNOWN, expected_in
 
 log = logging.getLogger("haste.exchange")
 
 FORMATS = ("safetensors", "repa", "diffusers")
-SIZES = {(model.depth, model.width, model.heads) for model in MODELS.values() if isinstance(model, Model)}
 
 
 def open_weights(
@@ -32,7 +32,7 @@ def open_weights(
     """`haste.models.checkpoints.read_checkpoint`, with the attention heads of the published sizes.
 
     Args:
-        path: the file to read.
+        path: the file to read, or the id of one of the hub.
         layout: whose file it is; None detects it from the content.
         model: the expected model; None accepts any size.
         heads: attention heads, for sizes that were not published.
@@ -43,7 +43,7 @@ def open_weights(
         ValueError: the file is refused, or is not that model; the message says why.
     """
     told = expected or _expected(model, heads, input_size)
-    return checkpoints.read_checkpoint(path, sizes=SIZES, layout=layout, expected=told)
+    return checkpoints.read_checkpoint(path, sizes=SIZES.values(), layout=layout, expected=told)
 
 
 def _expected(
@@ -57,7 +57,7 @@ def import_weights(source: Path, out: Path, **options: Any) -> Checkpoint:
     """Read weights of any known layout and write them in ours, without the optimiser.
 
     Args:
-        source: the file to read, or diffusers' folder of a DiT or MM-DiT.
+        source: the file to read, an id of the hub's, or diffusers' folder of a DiT or MM-DiT.
         out: the .safetensors file to write.
         options: layout, model, heads and input_size, as for `open_weights`.
 
@@ -66,6 +66,7 @@ def import_weights(source: Path, out: Path, **options: Any) -> Checkpoint:
         OSError: `out` cannot be written.
     """
     _check_out(source, out, ".safetensors")
+    source = local(source)
     if (source.is_dir() and (source / diffusers_folders.CONFIG).is_file()) or (source / "transformer").is_dir():
         if options.pop("layout", None):
             raise ValueError(f"{source}: a folder is read as diffusers', expected no layout")
@@ -82,7 +83,7 @@ def export_weights(
     """Write the weights of a state, or of any importable file, for other programs.
 
     Args:
-        source: a state, or a file of any known layout.
+        source: a state, a file of any known layout, or the id of one of the hub.
         out: the file to write, for "diffusers" a folder.
         form: "safetensors": one set of weights under bare names; "repa": a .pt with both sets, as REPA reads it;
             "diffusers": of a DiT, the folder that `DiTPipeline` loads; of an MM-DiT, one with the transformer that
@@ -98,6 +99,7 @@ def export_weights(
     if form not in FORMATS:
         raise ValueError(f"format {form!r}: expected one of {', '.join(FORMATS)}")
     _check_out(source, out, {"safetensors": ".safetensors", "repa": ".pt", "diffusers": ""}[form])
+    source = local(source)
     found = _of_state(source) or open_weights(source, **options)
     kind = found.shape.get("architecture", "sit")
     if form == "repa" and kind not in ("sit", "mmdit"):

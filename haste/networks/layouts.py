@@ -22,7 +22,7 @@ from haste.networks.spec import mlp_ratio, sit_shapes
 LAYOUTS = ("ours", "REPA", "SiT", "DiT")
 KNOWN = {"sit": "SiT", "dit": "DiT", "mmdit": "MM-DiT"}  # architectures that weights show
 # Names under which SiT and DiT publish their files.
-_PUBLISHED = re.compile(r"([SD]iT)-(?:S|B|L|XL)-[248]-\d+x\d+\.pt")
+_PUBLISHED = re.compile(r"([SD]iT)-(?:S|B|L|XL)-[248]-\d+(?:x\d+)?\.pt")
 # The `prediction` that the arguments of either's training name.
 _PREDICTION = {"velocity": "SiT", "v": "REPA"}
 Size = tuple[int, int, int]  # depth, width, heads
@@ -198,7 +198,9 @@ def without_projectors(tree: Tree) -> tuple[Tree, tuple[Tree, ...]]:
         # iREPA's MLP has REPA's layers under a name of its own; its other heads are one layer of that name.
         if match := re.fullmatch(r"projectors\.(\d+)\.(?:projection_layer\.(?=\d))?(.+)", name):
             heads.setdefault(int(match[1]), {})[match[2]] = value
-    weights = {name: value for name, value in tree.items() if not re.match(r"projectors\.\d+\..", name)}
+    # SRA aligns the network with itself, through a head that nothing else needs.
+    beside = re.compile(r"projectors\.\d+\..|ap_head\.linear[12]\.")
+    weights = {name: value for name, value in tree.items() if not beside.match(name)}
     # A run without a teacher leaves a projector of width 0.
     return weights, tuple(heads[i] for i in sorted(heads) if all(math.prod(value.shape) for value in heads[i].values()))
 

@@ -10,17 +10,43 @@ from typing import Any
 from rich.console import Console
 
 from haste import config
+from haste.files import artefact
 from haste.files.artefact import SCHEMA
 from haste.files.provenance import provenance_of
+from haste.networks import layouts
+from haste.networks.hub_files import check_whole, local, origin
+
+WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
 
-def print_provenance(path: Path) -> None:
-    """Print how a file was made.
+def print_provenance(given: Path) -> None:
+    """Print how a file was made; of weights from elsewhere, what they are.
+
+    Args:
+        given: the file, or the id of one of the hub.
 
     Raises:
-        ValueError: the file is missing, or not one that this package made.
+        ValueError: the file is missing, or neither one that this package made nor weights.
     """
-    Console().print_json(json.dumps(_of_configuration(path) or provenance_of(path)))
+    path = local(given)
+    try:
+        found = _of_configuration(path) or provenance_of(path)
+    except ValueError:
+        if not path.is_file() or path.suffix not in WEIGHTS:
+            raise
+        found = _of_weights(path)
+    Console().print_json(json.dumps(found))
+
+
+def _of_weights(path: Path) -> dict[str, Any]:
+    """What a checkpoint from elsewhere holds, by its header."""
+    identity = artefact.file_identity(path)
+    check_whole(path, identity)
+    found = layouts.described(str(path), sizes=config.SIZES.values())
+    said = {name: value for name, value in found.facts.items() if value is not None}
+    whose = {"file": origin(path), "sha256": identity, "layout": found.layout}
+    shown = {"model": dict(found.shape), "weights": sorted(found.sets), "projectors": len(found.projectors)}
+    return {"kind": "checkpoint from elsewhere", **whose, **shown, **said}
 
 
 def _of_configuration(path: Path) -> dict[str, Any] | None:

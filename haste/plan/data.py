@@ -11,13 +11,13 @@ from typing import Any
 from haste.config import DETECTORS, EVALUATION, Config, Images, decides
 from haste.config import Detector as DetectorSpec
 from haste.files import artefact, listing, walk
-from haste.files.artefact import fingerprint, remembered_identity
+from haste.files.artefact import fingerprint
 from haste.files.listing import Listing
 from haste.files.sources import UNUSED, Pictures, SourceRecord
-from haste.networks import foreign
 from haste.networks.headers import MissingError
 from haste.networks.text import TOKENIZER, WORDS
 from haste.plan.names import RECIPE, Artefact, Detector
+from haste.plan.outside import Outside
 
 WEIGHTS = ("*.safetensors", "*.bin", "config.json", *TOKENIZER)  # files of a folder that decide what it computes
 
@@ -26,7 +26,7 @@ class Data:
     """The inputs of training, sampling and scoring.
 
     Attributes:
-        identities: external file -> sha256 of its content, which enters names.
+        outside: files from outside that enter names by their content; identities, missing: of these.
         images, latents: the two stores.
         text: the store of captions' states; None for another condition, or if they are made as they are needed.
         told: what else decides what samples are told, as entries of a recipe.
@@ -38,7 +38,6 @@ class Data:
         checked_images: the list of unusable images, if these are left out; else None.
         source: the record of what the images' source held; None for images of a library.
         evaluation: the same of the images that only measures see, with their latents and texts; None without them.
-        missing: for each external file that is not there and never was, what to do; names then lack its content.
     """
 
     def __init__(self, config: Config, content: str | None = None, ahead: bool = False):
@@ -54,8 +53,8 @@ class Data:
         """
         self._content, self._section = content, "images"
         self.config, self.root = config, config.results.rstrip("/")
-        self.identities, self.missing, self._names = dict[str, str](), dict[str, str](), dict[str, str]()
-        self._identify()
+        self.outside, self._names = Outside(config, self.root), dict[str, str]()
+        self.identities, self.missing = self.outside.identities, self.outside.missing
         if self.missing and not ahead:
             raise MissingError("\n".join(self.missing.values()))
         self._take_images()
@@ -78,22 +77,6 @@ class Data:
         }
         self.detectors = {name: self._detector(name, spec) for name, spec in config.detector.items()}
         self.evaluation = self._evaluation()
-
-    def _identify(self) -> None:
-        """Find the identities of the external files; of one that has been removed since, its earlier identity."""
-        config = self.config
-        files = {spec.checkpoint: f"evaluate.{name}.checkpoint" for name, spec in config.evaluate.items()}
-        starts = {r.warm_start.file: f"runs.{name}.warm_start.file" for name, r in config.runs.items() if r.warm_start}
-        files |= dict(sorted(starts.items()))
-        if folders := [Path(file) for file in files if Path(file).is_dir()]:
-            raise ValueError(f"{folders[0]}: expected a checkpoint, found {foreign.folder(folders[0])}")
-        files |= {one.reference: f"detector.{n}.reference" for n, one in config.detector.items() if one.reference}
-        for file, key in files.items():
-            try:
-                self.identities[file] = remembered_identity(file, f"{self.root}/identities.json")
-            except ValueError as error:
-                self.missing[file] = f"{key}: {error}. Put the file there, or correct the path"
-                self.identities[file] = fingerprint(["missing", file], 64)
 
     def _evaluation(self) -> Data | None:
         if self.config.evaluation is None:
@@ -230,13 +213,12 @@ class Data:
     @property
     def notes(self) -> list[str]:
         """Which files from outside are gone or are not what they were."""
-        gone = "is gone; what was made from it stays, and nothing more can be made"
         changed = (
             "was changed since results were first made with it. What is made with it now has new names; what exists "
             "keeps its own, and goes on if the former content is put back"
         )
-        lost = [f"{file}: {gone}" for file in self.identities if file not in self.missing and not Path(file).is_file()]
-        return lost + [f"{weights}: {changed}" for weights, name in self._names.items() if name != weights]
+        others = [f"{weights}: {changed}" for weights, name in self._names.items() if name != weights]
+        return self.outside.notes + others
 
     @property
     def image_count(self) -> int:

@@ -235,7 +235,7 @@ def starts(parts: Parts) -> None:
         recipe = parts.runs.trajectories[segment.state.trajectory].recipe
         if segment.parent is None and (start := recipe.get("warm_start")):
             kept = isinstance(start, str)
-            _described(files[start if kept else start["file"]], recipe, None, classes=kept)
+            _described(parts, files[start if kept else start["file"]], recipe, None, classes=kept)
 
 
 def elsewhere(parts: Parts) -> None:
@@ -247,16 +247,21 @@ def elsewhere(parts: Parts) -> None:
         asked[one.state.trajectory].add(parts.evaluations.weights(one.state, one.sampling))
     for name in sorted(asked.keys() & parts.evaluations.elsewhere.keys()):
         spec, recipe = parts.evaluations.elsewhere[name], parts.evaluations.trajectories[name].recipe
-        if (found := _described(spec.checkpoint, recipe, spec.layout)) is not None:
+        if (found := _described(parts, spec.checkpoint, recipe, spec.layout)) is not None:
             layouts.check_trained(found.file, found.facts, recipe["training"])
             for which in sorted(asked[name] or {spec.weights}):
                 layouts.chosen(found.file, found.sets, which)
 
 
-def _described(file: str, recipe: dict[str, Any], layout: str | None, classes: bool = True) -> layouts.Described | None:
+def _described(
+    parts: Parts, given: str, recipe: dict[str, Any], layout: str | None, classes: bool = True
+) -> layouts.Described | None:
     """What a file of weights holds, checked against a recipe's model; None if the file is gone, which is a note."""
     expected = layouts.expected_in(recipe, condition_arguments(recipe) if classes else {})
+    file = parts.data.outside.files[given]
     if not Path(file).is_file():
+        if (of := parts.data.outside.hub.get(given)) and given not in parts.data.missing:
+            raise MissingError(f"{parts.data.outside.keys[given]}: {of.absent()}")
         return None
     if (name := recipe["model"].get("architecture", "sit")) in layouts.KNOWN:
         return layouts.described(file, layout, expected)

@@ -3,7 +3,8 @@
 Its parts, each made from those above it:
 
     names         artefacts, trajectories, states, segments, detectors, evaluations
-    data          stores, networks trained here, detectors and their references, external files
+    outside       checkpoints and references from elsewhere, by path or by an id of the hub
+    data          stores, networks trained here, detectors and their references
     targets       teacher targets that are cached on disk
     runs          from the table of runs to trajectories, states and the jobs that make them
     evaluations   samples, features and scores; imported checkpoints
@@ -164,7 +165,7 @@ class Plan:
     def path(self, state: State) -> str:
         """The path of a state."""
         if state.trajectory in self.elsewhere:
-            return self.elsewhere[state.trajectory].checkpoint
+            return self.data.outside.files[self.elsewhere[state.trajectory].checkpoint]
         return f"{self.root}/states/{state.trajectory}/{state.file}"
 
     @functools.cached_property

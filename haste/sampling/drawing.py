@@ -1,4 +1,4 @@
-"""Pictures of a state or a checkpoint, asked for by its file alone: `haste draw`.
+"""Pictures of a state or a checkpoint, asked for by its file alone: `haste draw`, and `haste.load` in Python.
 
 N pictures, R pixels per side.
 """
@@ -6,8 +6,10 @@ N pictures, R pixels per side.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +26,8 @@ from haste.files import artefact
 from haste.files.npz import ADM
 from haste.files.provenance import STATE_NAME, provenance_of
 from haste.models.exchange import open_weights
+from haste.networks.devices import device_named
+from haste.networks.hub_files import local
 from haste.plan.plan import Plan
 from haste.sampling.grids import class_grid, write_png
 from haste.sampling.painter import Painter, painter_of
@@ -42,10 +46,82 @@ LEAST = 64  # pixels per side of a picture in a grid; smaller ones are enlarged
 class _Subject:
     """What a file holds: its recipe, ways to sample by name, the usual one, and what makes its painter."""
 
+    file: str
     recipe: Mapping[str, Any]
     ways: Mapping[str, Sampling]
     usual: str
     painter: Callable[[Sampling], Painter]
+
+    def painter_as(
+        self,
+        sampling: str | Sampling | None,
+        classes: Sequence[int],
+        prompts: Sequence[str],
+        changes: Mapping[str, Any],
+    ) -> Painter:
+        """The painter of what is asked for."""
+        _check_asked(self.file, self.recipe, classes, prompts)
+        way = sampling if isinstance(sampling, Sampling) else _way(self, sampling)
+        changes = {key: value for key, value in changes.items() if value is not None}
+        changes |= {"labels": list(classes)} if classes else {}
+        changes |= {"prompts": list(prompts)} if prompts else {}
+        count = {"count": max(way.count, len(classes), len(prompts))}  # which decides nothing here
+        try:
+            return self.painter(Sampling.model_validate({**way.model_dump(), **count, **changes}))
+        except ValidationError as error:
+            said = "; ".join(f"sampling.{configuration.explain(fault)}" for fault in error.errors())
+            raise ValueError(said) from error
+
+
+class Loaded:
+    """A network that is ready to draw; `haste.load` makes it."""
+
+    def __init__(self, subject: _Subject):
+        self._subject = subject
+
+    def draw(
+        self,
+        labels: Sequence[int] = (),
+        *,
+        prompts: Sequence[str] = (),
+        count: int | None = None,
+        sampling: str | None = None,
+        **changes: Any,
+    ) -> list[Image.Image]:
+        """Pictures, each R x R pixels in RGB.
+
+        Args:
+            labels: picture i is of the class in place i, counted round; none leaves it to `sampling`.
+            prompts: likewise, for a network that follows captions.
+            count: number of pictures; None is one of each label or prompt, else 16.
+            sampling: a way of the configuration, or a preset; None is the row's first, or the papers'.
+            changes: of the sampling, such as steps, guidance, seed, sampler: the keys of `sampling.NAME`.
+
+        Raises:
+            ValueError: what is asked for is refused; the message says what to do.
+        """
+        classes = [operator.index(one) for one in labels]  # NumPy's and torch's integers too
+        number = (len(classes) or len(prompts) or 16) if count is None else count
+        if number < 1:
+            raise ValueError(f"count: found {count}, expected 1 or more")
+        found = pictures(self._subject.painter_as(sampling, classes, prompts, changes), number)
+        return [Image.fromarray(one) for one in found["image"]]
+
+
+def load(
+    file: Path | str,
+    *,
+    config: Config | None = None,
+    decoder: str | None = None,
+    device: str = "auto",
+    layout: Literal["ours", "REPA", "SiT", "DiT"] | None = None,
+    model: str | None = None,
+) -> Loaded:
+    """A state, or any checkpoint that can be imported, ready to draw.
+
+    Args, errors: as `painter_of_file`; device also "auto", a GPU if there is one.
+    """
+    return Loaded(_subject(file, config, decoder, device_named(device), model, layout))
 
 
 def painter_of_file(
@@ -67,7 +143,8 @@ def painter_of_file(
     latents' scale. Without one they need a decoder, whose scale is taken.
 
     Args:
-        file: a state, by its file or, with a configuration, as TRAJECTORY/STEP; or a checkpoint from elsewhere.
+        file: a state, by its file or, with a configuration, as TRAJECTORY/STEP; or a checkpoint from elsewhere, by its
+            file or an id of the hub's.
         config: None is the configuration that made the state, by the record that a workflow leaves in the same results
             folder.
         sampling: a name in the configuration, a preset, or the settings themselves; None is the first of the row that
@@ -82,19 +159,23 @@ def painter_of_file(
     Raises:
         ValueError: the file, the decoder or what is asked for is refused; the message says what to do.
     """
+    found = _subject(file, config, decoder, device, model, layout, changes.get("weights"))
+    return found.painter_as(sampling, classes, prompts, changes)
+
+
+def _subject(
+    file: Path | str,
+    config: Config | None,
+    decoder: str | None,
+    device: str,
+    model: str | None,
+    layout: str | None,
+    weights: str | None = None,
+) -> _Subject:
+    file = str(local(file))
     config = config or _made_by(Path(file))
-    told = (str(file), decoder, device, model, layout)
-    found = _alone(*told) if config is None else _configured(config, *told, weights=changes.get("weights"))
-    _check_asked(str(file), found.recipe, classes, prompts)
-    way = sampling if isinstance(sampling, Sampling) else _way(found, sampling)
-    changes = {key: value for key, value in changes.items() if value is not None}
-    changes |= {"labels": list(classes)} if classes else {}
-    changes |= {"prompts": list(prompts)} if prompts else {}
-    count = {"count": max(way.count, len(classes), len(prompts))}  # which decides nothing here
-    try:
-        return found.painter(Sampling.model_validate({**way.model_dump(), **count, **changes}))
-    except ValidationError as error:
-        raise ValueError("; ".join(f"sampling.{configuration.explain(fault)}" for fault in error.errors())) from error
+    told = (file, decoder, device, model, layout)
+    return _alone(*told) if config is None else _configured(config, *told, weights=weights)
 
 
 def _made_by(file: Path) -> Config | None:
@@ -139,7 +220,7 @@ def _configured(
     def painter(sampling: Sampling) -> Painter:
         return painter_of(plan, state, sampling, decoder=decoder, device=device)
 
-    return _Subject(recipe, config.sampling, ways[0] if ways else _usual(recipe), painter)
+    return _Subject(file, recipe, config.sampling, ways[0] if ways else _usual(recipe), painter)
 
 
 def _alone(file: str, decoder: str | None, device: str, model: str | None, layout: Any) -> _Subject:
@@ -164,13 +245,16 @@ def _alone(file: str, decoder: str | None, device: str, model: str | None, layou
             "configuration, or a decoder: a folder or hub id of an AutoencoderKL, such as stabilityai/sd-vae-ft-ema"
         )
 
+    network_of = functools.cache(lambda weights: found.model(weights).to(device))
+    decoding = functools.cache(lambda: Autoencoder.load(decoder, device=device))
+
     def painter(sampling: Sampling) -> Painter:
-        network, vae = found.model(sampling.weights).to(device), Autoencoder.load(decoder, device=device)
+        network, vae = network_of(sampling.weights), decoding()
         if vae.channels != network.in_channels:
             raise ValueError(f"{decoder}: of {vae.channels} channels, but {file} of {network.in_channels}")
         return Painter(network, sampling, vae, process_in(recipe), condition_in(recipe), vae.scale, vae.shift)
 
-    return _Subject(recipe, {}, _usual(recipe), painter)
+    return _Subject(file, recipe, {}, _usual(recipe), painter)
 
 
 def _usual(recipe: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ def draw_shard(
     shards: int,
     batch: int,
     inputs: dict[str, str],
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Draw one shard into ADM's .npz: `arr_0` uint8 NHWC, `arr_1` labels, and the provenance record as `haste`. For a
     condition other than labels, its fields have their own names.
@@ -50,6 +52,7 @@ def draw_shard(
         shards: the number of shards.
         batch: images per batch; changes results only by float rounding.
         inputs: identities of what the samples are made by, to be recorded.
+        facts: what else the record says.
     """
     started, indices = time.monotonic(), shard_range(painter.sampling.count, shard, shards)
     name, aside = f"samples, shard {shard} of {shards}", batches.folder_of(path.parent)
@@ -83,7 +86,7 @@ def draw_shard(
                 writing.result()
         rest = {ADM.get(name, name): np.concatenate([found[name] for found in made]) for name in fields}
         nfe = float(rest["nfe"].mean()) if len(indices) else None
-        header = {**painter.condition.arguments, "schema": artefact.SCHEMA, "kind": "samples", "nfe": nfe}
+        header = {**painter.condition.arguments, "schema": artefact.SCHEMA, "kind": "samples", "nfe": nfe, **facts}
         header |= artefact.provenance(key=key, recipe=recipe, inputs=inputs, seconds=time.monotonic() - started)
         rest["haste"] = np.array(artefact.canonical(header))
         for entry, array in rest.items():

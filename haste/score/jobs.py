@@ -12,6 +12,7 @@ from haste.files.store import Store
 from haste.metrics.detector import Detector
 from haste.metrics.detectors import open_detector
 from haste.networks.devices import choose_device
+from haste.networks.hub_files import origin
 from haste.plan import names
 from haste.plan.names import Evaluation, Judgement
 from haste.plan.plan import Plan
@@ -68,12 +69,20 @@ def sample(plan: Plan, evaluation: Evaluation, shard: int) -> None:
             shards=evaluation.shards,
             batch=plan.config.runtime.sample_batch,
             inputs=painter.inputs,
+            facts={"checkpoint": given} if (given := _given(plan, evaluation.state)) else {},
         )
     for detector in plan.detectors.values():
         extract_features(plan, evaluation, detector, shard)
     # Not before: a workflow that is killed between the two discards the shard and calls this again.
     mine = store.shard_range(evaluation.sampling.count, shard, evaluation.shards)
     batches.forget(batches.folder_of(Path(evaluation.folder)), mine)
+
+
+def _given(plan: Plan, state: names.State) -> dict[str, Any]:
+    """Of a checkpoint from elsewhere its step, its file, by the commit if it is of the hub, and its sha256."""
+    if (row := plan.elsewhere.get(state.trajectory)) is None:
+        return {}
+    return {"step": row.step, "file": origin(plan.path(state)), "sha256": plan.identities[row.checkpoint]}
 
 
 def extract_features(plan: Plan, evaluation: Evaluation, detector: names.Detector, shard: int) -> None:
@@ -104,10 +113,7 @@ def judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
     counted = batches.mean_nfe([evaluation.sample_file(shard) for shard in range(features.shards)])
     pixels = looks.facts_of_shards(evaluation.sample_files)
     batches.close(batches.folder_of(Path(evaluation.folder)))
-    elsewhere = plan.elsewhere.get(state.trajectory)
-    whose: dict[str, Any] = {"trajectory": state.trajectory, "step": state.step, "file": plan.path(state)}
-    if elsewhere:
-        whose |= {"step": elsewhere.step, "sha256": plan.identities[elsewhere.checkpoint]}
+    whose = {"trajectory": state.trajectory, "step": state.step, "file": plan.path(state), **_given(plan, state)}
     said = {
         "name": evaluation.sampling_name,
         "weights": plan.weights(state, sampling),

@@ -8,6 +8,7 @@ from typing import Any
 from haste.config import MODELS, Config
 from haste.files.provenance import read_header
 from haste.models.exchange import open_weights
+from haste.networks.hub_files import hub_file
 from haste.plan.names import State
 from haste.plan.plan import Plan
 
@@ -54,7 +55,9 @@ def put_row(raw: dict[str, Any], config: Config, file: str, model: str | None, l
         layout: whose file it is; None detects it.
     """
     for known, spec in config.evaluate.items():
-        if Path(spec.checkpoint).exists() and Path(spec.checkpoint).samefile(file):
+        of = hub_file(spec.checkpoint)
+        own = of.cached() if of else Path(spec.checkpoint)
+        if own and own.exists() and own.samefile(file):
             return known
     name = Path(file).name
     while name in raw["runs"] or name in raw["evaluate"]:

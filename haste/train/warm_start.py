@@ -98,7 +98,7 @@ def warm_start(plan: Plan, trajectory: str, learner: Learner) -> None:
 
 def _known(plan: Plan, file: str, recipe: Mapping[str, Any], layout: Any, classes: bool = True) -> Checkpoint:
     """A file that the plan identified by its content, after checking that content and the model."""
-    found = weights_by_recipe(file, recipe, layout, classes)
+    found = weights_by_recipe(plan.data.outside.files[file], recipe, layout, classes)
     if found.sha256 != plan.identities[file]:
         raise ValueError(
             f"{file}: holds {found.sha256[:12]}, but {plan.identities[file][:12]} when it was named. It changed while "

@@ -1,16 +1,12 @@
 """What a configuration names by hub id is fetched once, and what lies in local files or is trained here is not."""
 
-import contextlib
 import copy
 import dataclasses
-import http.server
-import json
-import re
 import socket
-import threading
 
 import pytest
 import yaml
+from hub import serving
 from huggingface_hub import constants
 
 from haste import extensions
@@ -111,55 +107,10 @@ def test_what_cannot_be_had_keeps_nothing_else_from_being_fetched_and_is_named_w
         assert f"fetch https://somewhere/weights.pth. In the configuration that is {key}." in said.err
 
 
-SHA = "5" * 40
 REPOSITORIES = {
     "own/vae": ("config.json", "diffusion_pytorch_model.safetensors", "pickled.bin"),
     "timm/vit_base_patch14_dinov2.lvd142m": ("config.json", "model.safetensors"),
 }
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The hub's protocol, as far as its client asks for files: a repository's commit, its files, and each of them."""
-
-    def do_HEAD(self):
-        self.do_GET(body=False)
-
-    def do_GET(self, body=True):
-        self.server.asked.append(self.path)
-        path = self.path.partition("?")[0]
-        of_file = re.fullmatch(r"/(\w+/[^/]+)/resolve/[^/]+/(.+)", path)
-        of_api = re.fullmatch(r"/api/models/(\w+/[^/]+)(/revision/main|/tree/\w+|)", path)
-        found, headers = None, {"X-Repo-Commit": SHA}
-        if of_file and of_file[2] in REPOSITORIES.get(of_file[1], ()):
-            found, headers["ETag"] = of_file[0].encode(), f'"{of_file[2]}"'
-        elif of_api and of_api[1] in REPOSITORIES:
-            files = [{"type": "file", "path": p, "size": 9, "oid": p} for p in REPOSITORIES[of_api[1]]]
-            about = {"id": of_api[1], "sha": SHA, "siblings": [{"rfilename": one["path"]} for one in files]}
-            found, headers["Content-Type"] = (
-                json.dumps(files if "tree" in of_api[2] else about).encode(),
-                "application/json",
-            )
-        self.send_response(404 if found is None else 200)
-        for name, value in {**headers, "Content-Length": len(found or b"")}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if body:
-            self.wfile.write(found or b"")
-
-    def log_message(self, *_):
-        pass
-
-
-@contextlib.contextmanager
-def serving():
-    """The address of such a hub on this machine, and what it was asked."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.asked = []
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", server.asked
-        finally:
-            server.shutdown()
 
 
 def before_the_data(tiny, tmp_path):
@@ -178,17 +129,16 @@ def before_the_data(tiny, tmp_path):
 
 def test_weights_are_fetched_from_a_hub_before_pictures_and_a_reference_are_there(tiny, tmp_path, monkeypatch, capsys):
     config = before_the_data(tiny, tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with serving() as (address, asked):
-        monkeypatch.setattr(constants, "ENDPOINT", address)  # both follow from HF_ENDPOINT when it is imported
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    with serving(monkeypatch, str(tmp_path / "cache")) as server:
+        for repository, paths in REPOSITORIES.items():
+            for path in paths:
+                server.put(repository, path, f"{repository}/{path}".encode())
         assert cli.main(["fetch", "-c", config]) == 0, capsys.readouterr().err
         said = capsys.readouterr().out
-        assert f"snapshots/{SHA}" in said and "teacher vit (DINOv2-B): " in said
-        asked.clear()
+        assert f"snapshots/{'5' * 40}" in said and "teacher vit (DINOv2-B): " in said
+        server.asked.clear()
         assert cli.main(["fetch", "-c", config]) == 0
-        assert asked == [], "what is there is asked for again"
+        assert server.asked == [], "what is there is asked for again"
     kept = {path.name for path in (tmp_path / "cache").rglob("snapshots/*/*")}
     assert kept == {"config.json", "diffusion_pytorch_model.safetensors", "model.safetensors"}
 

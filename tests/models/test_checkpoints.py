@@ -114,6 +114,21 @@ def test_repas_file_computes_what_another_implementation_computes_with_its_weigh
     assert checkpoint.shape == {**SMALL, "mlp_ratio": 4.0}
 
 
+def test_the_files_of_sra_and_deltafm_are_repas_and_sras_head_is_left_out(tmp_path):
+    """SRA aligns the network with itself through a head `ap_head`; its file holds `ema`, or the weights alone."""
+    head = {f"ap_head.linear{i}.{kind}": torch.ones(size) for i, kind, size in
+            [(1, "weight", (64, 32)), (1, "bias", (64,)), (2, "weight", (32, 64)), (2, "bias", (32,))]}  # fmt: skip
+    layouts = {"sra": {"ema": {**numbers(2), **head}}, "bare": {**numbers(2), **head}, "deltafm": {"ema": numbers(2)}}
+    expected = SiT(**SMALL)
+    expected.load_state_dict(numbers(2))
+    for name, held in layouts.items():
+        torch.save(held, tmp_path / f"{name}.pt")
+        checkpoint = read_checkpoint(tmp_path / f"{name}.pt", expected=HEADS)
+        assert checkpoint.layout == "REPA" and checkpoint.projectors == () and {*checkpoint.weights} == {"ema"}
+        with torch.no_grad():
+            assert torch.equal(checkpoint.model()(*questions())[0], expected(*questions())[0])
+
+
 @pytest.mark.parametrize(("name", "layout"), [("DiT-XL-2-512x512.pt", None), ("mine.pt", "DiT")])
 def test_dits_file_computes_noise_and_variance_at_the_step(tmp_path, name, layout):
     weights = {key: value for key, value in numbers(5, channels=8).items() if key != "pos_embed"}
@@ -130,7 +145,7 @@ def test_dits_file_computes_noise_and_variance_at_the_step(tmp_path, name, layou
 
 
 def test_a_published_name_says_whose_a_file_is_and_another_word_is_refused(tmp_path):
-    for name in ("SiT-XL-2-256x256.pt", "DiT-XL-2-256x256.pt"):
+    for name in ("SiT-XL-2-256x256.pt", "SiT-XL-2-256.pt", "DiT-XL-2-256x256.pt"):  # SiT's two homes have two names
         torch.save(numbers(5, channels=8), tmp_path / name)
         assert read_checkpoint(tmp_path / name, expected=HEADS).layout == name[:3]
         other = "DiT" if name.startswith("SiT") else "SiT"

@@ -152,7 +152,7 @@ def test_a_file_that_is_gone_keeps_its_name_and_is_said_and_an_unknown_one_is_re
 def test_a_file_that_changes_while_it_is_in_use_is_refused(exported, make_plan, monkeypatch, capsys):
     _, _, path = exported
     plan = elsewhere(make_plan, path)
-    monkeypatch.setattr("haste.plan.data.remembered_identity", lambda path, memory: "0" * 64)
+    monkeypatch.setattr("haste.plan.outside.remembered_identity", lambda path, memory: "0" * 64)
     name = elsewhere(make_plan, path).rows[0].evaluation.name
     assert cli.main(["sample", name, "-c", str(plan.file)]) == 2
     assert "It changed while" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import haste
 from haste.cli import main as cli
 from haste.config import Sampling
 from haste.files import artefact
@@ -37,6 +38,7 @@ def test_the_first_pictures_are_the_workflows_samples_wherever_the_results_folde
     own = read_npz("own.npz", "drawing")
     for name in ("arr_0", "arr_1", "nfe"):
         assert (own[name] == drawn[name][:9]).all()
+    assert (np.stack(haste.load(ran.state, device="cpu").draw(count=2)) == drawn["arr_0"][:2]).all()
     shutil.move(ran.root, tmp_path / "moved")  # the record's own paths lead nowhere now
     state = tmp_path / "moved" / ran.state.relative_to(ran.root)
     assert draw(state, "--count", 9, "--out", "moved.npz") == 0
