@@ -23,7 +23,7 @@ from haste.config.derived import (
     triggers_of,
 )
 from haste.config.keys import Strict, nearest
-from haste.config.parts import EVALUATION, Autoencoder, Detector, Model, OtherModel, Teacher, known_of
+from haste.config.parts import EVALUATION, Model, OtherModel, known_of
 from haste.config.published import (
     MAPPINGS,
     MODELS,
@@ -196,16 +196,30 @@ def _faults_of_captions(config: Config) -> list[str]:
     if not config.images.captioned:
         expected = "images.captions, or a source that has some (coco, moved-digits)"
         return [f"condition: captions, but the images have none; expected {expected}"]
-    return [
+    return _faults_of_text_encoder(config) + [
         f"sampling.{name}.split: held_out, but images.holdout is 0; expected train, or prompts"
         for name, way in config.sampling.items()
         if way.split == "held_out" and not way.prompts and not config.images.holdout
     ]
 
 
+def _faults_of_text_encoder(config: Config) -> list[str]:
+    trained, at = config.condition.trained, "condition.encoder.trained"
+    if trained is None:
+        return []
+    divided = {"patch": ("images.resolution", config.images.resolution)}
+    divided["heads"] = ("condition.width", config.condition.decided["width"])
+    faults = [
+        f"{at}.{key}: {getattr(trained, key)} does not divide {what} {whole}"
+        for key, (what, whole) in divided.items()
+        if whole % getattr(trained, key)
+    ]
+    return faults
+
+
 def _trained_here(config: Config) -> list[str]:
     """The networks that the pipeline trains on the images, by their keys in the configuration."""
-    found: dict[str, Autoencoder | Teacher | Detector] = {"autoencoder": config.autoencoder}
+    found: dict[str, Any] = {"autoencoder": config.autoencoder, "condition.encoder": config.condition}
     found |= {f"teachers.{name}": teacher for name, teacher in config.teachers.items()}
     found |= {f"detector.{name}": detector for name, detector in config.detector.items()}
     return [name for name, part in found.items() if part.trained is not None]

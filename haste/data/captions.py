@@ -15,6 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from haste.config import Sampling, Strict
 from haste.config.keys import LABEL, Place, Positive
+from haste.config.parts import TextEncoder as Trained
 from haste.data import order
 from haste.data.condition import Condition, Rows
 from haste.data.words import Words
@@ -42,14 +43,14 @@ class Captions(Condition):
     class Settings(Strict):
         """Keys of `condition`; `cache` decides nothing but when the texts are encoded."""
 
-        encoder: Place = USUAL
+        encoder: Place | Trained = USUAL
         tokens: Positive = 77
         width: Positive = 768
         attention_mask: bool = False
         cache: Annotated[bool, LABEL] = True
 
     def __init__(
-        self, *, classes: int, encoder: str, tokens: int, width: int, attention_mask: bool, cache: bool = True
+        self, *, classes: int, encoder: Any, tokens: int, width: int, attention_mask: bool, cache: bool = True
     ):
         self.shape, self._masked, self._classes = (tokens, width), attention_mask, classes
         self.fields: Mapping[str, tuple[Sequence[int], DTypeLike]] = {
@@ -57,7 +58,7 @@ class Captions(Condition):
             "text": ((TEXT_BYTES,), np.uint8),
         }
         self.arguments = {"text_tokens": tokens, "text_width": width}
-        self._where, self._device = encoder, "cpu"
+        self._where, self._device = encoder if isinstance(encoder, str) else None, "cpu"
         self._texts: Texts | None = None
         self._images: Made | None = None
         self._states: Store | None = None
@@ -94,8 +95,8 @@ class Captions(Condition):
         """See `Condition`: with the encoder that a plan names, on its device."""
         found = copy.copy(self)
         found._images = plan.data.images
-        settings: Any = plan.config.condition
-        found._where, found._device = settings.encoder, _device(plan)
+        trained, named = plan.text_encoder, plan.config.condition.encoder
+        found._where, found._device = trained.folder if trained else named, _device(plan)
         return found
 
     @functools.cached_property
@@ -108,6 +109,8 @@ class Captions(Condition):
         tokens, width = self.shape
         if self._where == WORDS:
             return Words(tokens=tokens, width=width)
+        if self._where is None:
+            raise ValueError("the text encoder that is trained here lies in a plan's folder; call opened(plan) first")
         from haste.data.text_encoder import TextEncoder
 
         found = TextEncoder.load(self._where, tokens=tokens, width=width, masked=self._masked, device=self._device)
