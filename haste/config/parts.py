@@ -9,8 +9,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
+    Tag,
     model_serializer,
     model_validator,
 )
@@ -259,6 +261,14 @@ class TextEncoder(Strict):
     """A text encoder that is trained here; a pretrained one is only named."""
 
     trained: TrainedText
+
+
+# A text encoder by its name, or what trains one, by the words that pydantic puts into the path of a fault within it.
+ENCODER_TAGS = ("<named>", "<trained>")
+Encoder = Annotated[
+    Annotated[Place, Tag("<named>")] | Annotated[TextEncoder, Tag("<trained>")],
+    Discriminator(lambda value: "<trained>" if isinstance(value, dict | TextEncoder) else "<named>"),
+]
 
 
 # Architectures of the denoising network: name -> import path of its class, which is imported on request.

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from haste.config import Sampling, Strict
-from haste.config.keys import LABEL, Place, Positive
-from haste.config.parts import TextEncoder as Trained
+from haste.config.keys import LABEL, Positive
+from haste.config.parts import Encoder
 from haste.data import order
 from haste.data.condition import Condition, Rows
 from haste.data.words import Words
@@ -43,7 +43,7 @@ class Captions(Condition):
     class Settings(Strict):
         """Keys of `condition`; `cache` decides nothing but when the texts are encoded."""
 
-        encoder: Place | Trained = USUAL
+        encoder: Encoder = USUAL
         tokens: Positive = 77
         width: Positive = 768
         attention_mask: bool = False
