@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from haste.networks.text import USUAL, WORDS
 
 if TYPE_CHECKING:
     from haste.data.text_encoder import TextEncoder
+    from haste.plan.names import Artefact
     from haste.plan.plan import Plan
 
 CAPTIONS = "captions"  # the identity of the texts themselves; others are of what encodes them
@@ -59,6 +61,7 @@ class Captions(Condition):
         }
         self.arguments = {"text_tokens": tokens, "text_width": width}
         self._where, self._device = encoder if isinstance(encoder, str) else None, "cpu"
+        self._part: Artefact | None = None  # the encoder that is trained here
         self._texts: Texts | None = None
         self._images: Made | None = None
         self._states: Store | None = None
@@ -95,8 +98,8 @@ class Captions(Condition):
         """See `Condition`: with the encoder that a plan names, on its device."""
         found = copy.copy(self)
         found._images = plan.data.images
-        trained, named = plan.text_encoder, plan.config.condition.encoder
-        found._where, found._device = trained.folder if trained else named, _device(plan)
+        found._part, found._device = plan.text_encoder, _device(plan)
+        found._where = found._part.folder if found._part else plan.config.condition.encoder
         return found
 
     @functools.cached_property
@@ -111,6 +114,8 @@ class Captions(Condition):
             return Words(tokens=tokens, width=width)
         if self._where is None:
             raise ValueError("the text encoder that is trained here lies in a plan's folder; call opened(plan) first")
+        if self._part is not None and not Path(self._part.manifest).exists():
+            raise ValueError(f"{self._part.folder}: no text encoder, expected the one that `haste text-encoder` trains")
         from haste.data.text_encoder import TextEncoder
 
         found = TextEncoder.load(self._where, tokens=tokens, width=width, masked=self._masked, device=self._device)
