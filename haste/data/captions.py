@@ -60,7 +60,8 @@ class Captions(Condition):
             "text": ((TEXT_BYTES,), np.uint8),
         }
         self.arguments = {"text_tokens": tokens, "text_width": width}
-        self._where, self._device = encoder if isinstance(encoder, str) else None, "cpu"
+        self._where: str | None = encoder if isinstance(encoder, str) else None
+        self._device = "cpu"
         self._part: Artefact | None = None  # the encoder that is trained here
         self._texts: Texts | None = None
         self._images: Made | None = None
@@ -99,7 +100,8 @@ class Captions(Condition):
         found = copy.copy(self)
         found._images = plan.data.images
         found._part, found._device = plan.text_encoder, _device(plan)
-        found._where = found._part.folder if found._part else plan.config.condition.encoder
+        named: Any = plan.config.condition.encoder
+        found._where = found._part.folder if found._part else named
         return found
 
     @functools.cached_property

@@ -186,11 +186,11 @@ def _network_flops(plan: Plan, part: Artefact) -> float | None:
         tokens = (plan.config.images.resolution // spec.patch) ** 2
         return 3 * spec.steps * spec.batch * flops_per_image(Shape(tokens, spec.width, spec.heads, spec.depth))
     if part.kind == "text_encoder":
-        small, size = plan.config.condition.trained, part.recipe
-        assert small is not None
-        sides = (plan.config.images.resolution // small.patch) ** 2, size["tokens"]
-        pair = sum(flops_per_image(Shape(tokens, size["width"], small.heads, small.depth)) for tokens in sides)
-        return 3 * small.steps * small.batch * pair
+        told, size = plan.config.condition.trained, part.recipe
+        assert told is not None
+        lengths = (plan.config.images.resolution // told.patch) ** 2, size["tokens"]
+        pair = sum(flops_per_image(Shape(tokens, size["width"], told.heads, told.depth)) for tokens in lengths)
+        return 3 * told.steps * told.batch * pair
     if part.kind == "detector":
         judge, small = plan.detectors[part.name], plan.config.detector[part.name].trained
         assert small is not None

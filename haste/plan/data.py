@@ -169,11 +169,8 @@ class Data:
         trained, settings = self.config.condition.trained, self.config.condition.decided
         if trained is None:
             return None
-        return self.part(
-            "text_encoder",
-            "text encoder",
-            {**trained.model_dump(), "tokens": settings["tokens"], "width": settings["width"]},
-        )
+        size = {key: settings[key] for key in ("tokens", "width")}
+        return self.part("text_encoder", "text encoder", {**trained.model_dump(), **size})
 
     def _text(self) -> tuple[Artefact | None, dict[str, Any]]:
         if self.config.condition.name != "captions":

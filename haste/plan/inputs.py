@@ -117,9 +117,10 @@ def _autoencoder(parts: Parts, where: str) -> None:
 
 def text(parts: Parts) -> None:
     """Refuse a text encoder of another width, or without its tokenizer; and states that another one made."""
-    own, where = parts.data.text_encoder, parts.config.condition.encoder
-    if where is None or where == public_text.WORDS:
+    own, named = parts.data.text_encoder, parts.config.condition.encoder
+    if named is None or named == public_text.WORDS:
         return
+    where = own.folder if own else str(named)
     jobs = parts.trained or parts.drawn or parts.measured
     others = [parts.data.of(EVALUATION)] if any(EVALUATION in one.splits for one in parts.measured) else []
     sets = [parts.data, *others]

@@ -100,7 +100,7 @@ def _training_images(plan: Plan) -> dict[str, Any]:
 
 def _captioned_images(plan: Plan) -> dict[str, Any]:
     """The same images with their captions."""
-    store, texts, found = Store.of(plan.images), Texts.of(plan.images), {}
+    store, texts, found = Store.of(plan.images), Texts.of(plan.images), dict[str, Any]()
     for split, images, captions in (("train", "images", "captions"), ("held_out", "held_out", "held_out_captions")):
         rows = _spread(store.range(split), int(np.prod(store.fields["image"][0])))
         found[images], found[captions] = store.read("image", rows), [texts.of_image(row) for row in rows]

@@ -127,12 +127,10 @@ def learnt(captions: Iterable[Sequence[str]], tokens: int, vocabulary: int) -> A
 def _reader(tokenizer: Any, tokens: int, width: int, depth: int, heads: int) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
-    marks = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    layers = {"num_hidden_layers": depth, "num_attention_heads": heads}
-    return CLIPTextModel(
-        CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=tokens, **sizes, **marks, **layers)
-    )
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
+    sizes |= {"num_hidden_layers": depth, "num_attention_heads": heads}
+    sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": tokens}
+    return CLIPTextModel(CLIPTextConfig(**sizes, pad_token_id=0, eos_token_id=1, bos_token_id=None))
 
 
 @dataclasses.dataclass(frozen=True)
