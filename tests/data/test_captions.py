@@ -224,6 +224,8 @@ def test_an_encoder_that_is_trained_here_makes_the_states_and_another_one_is_ref
     part, key = toy.plan.text_encoder, toy.plan.text.key
     encoding = [job for rule in ("text_encoder", "text") for job in toy.plan.jobs.left[rule]]
     assert [job.rule for job in encoding] == ["text_encoder", "text"] and part.manifest in encoding[1].waits_for
+    (row,) = {row.evaluation.name: row for row in toy.plan.rows if row.step == 8}.values()
+    assert part.manifest not in toy.plan.drawn_from(row.evaluation)  # whose captions are in the store
     toy.run("text-encoder")
     for how in (["--shard", 0], ["--join"]):
         toy.run("text", *how)
@@ -240,6 +242,12 @@ def test_an_encoder_that_is_trained_here_makes_the_states_and_another_one_is_ref
     toy.configure(condition={**WORDS, "encoder": {"trained": small}})
     with pytest.raises(ValueError, match=f"{toy.plan.text.folder}: encoded by the tokenizer .*, but .* holds"):
         toy.plan.check()
+    asked = {"quick": {"sampler": "euler", "steps": 2, "prompts": ["a red bus"]}}
+    toy.configure(condition={**WORDS, "encoder": {"trained": small}}, sampling=asked)
+    assert all(part.manifest in toy.plan.drawn_from(row.evaluation) for row in toy.plan.rows)
+    shutil.rmtree(part.folder)
+    with pytest.raises(ValueError, match="no text encoder, expected the one that `haste text-encoder` trains"):
+        toy.condition().told(prompts)
     toy.configure(condition={**WORDS, "encoder": {"trained": {**small, "seed": 1}}})
     assert toy.plan.text.key != key and toy.plan.text_encoder.key != part.key
     toy.configure()
