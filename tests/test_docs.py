@@ -16,6 +16,7 @@ import haste
 from haste import config
 from haste.align import triggers
 from haste.cli import main as cli
+from haste.config.parts import TrainedText
 from haste.data.captions import Captions
 from haste.models.mmdit import MMDiT
 from haste.networks import registry
@@ -96,11 +97,11 @@ def test_every_rule_stands_in_the_table_of_rules_with_a_command_that_it_calls():
     rules = {}
     for text in (file.read_text() for file in files):
         for name, body in re.findall(r"^ *rule (\w+):(.*?)(?=^ *rule |\Z)", text, re.MULTILINE | re.DOTALL):
-            called = re.search(r'shell:\s+"haste (\w+)', body)
+            called = re.search(r'shell:\s+"haste ([\w-]+)', body)
             if called:
                 rules[name] = called[1]
     listed = {}
-    for line in re.findall(r"^\| (`\w+`.*?) \| `haste (\w+)` \|", ARCHITECTURE, re.MULTILINE):
+    for line in re.findall(r"^\| (`\w+`.*?) \| `haste ([\w-]+)` \|", ARCHITECTURE, re.MULTILINE):
         listed |= {name: line[1] for name in re.findall(r"`(\w+)`", line[0])}
     assert listed == rules
 
@@ -197,6 +198,7 @@ def rows_of(section: str) -> dict[str, list[str]]:
 SECTIONS = sections() | {f"trigger: {name}": kind for name, kind in triggers.TRIGGERS.items()}
 SECTIONS |= {f"measure: {name}": config.measure_named(name) for name in config.MEASURES}
 SECTIONS |= {"condition: captions": Captions.Settings, "architecture: mmdit": MMDiT.Settings}
+SECTIONS |= {"condition.encoder.trained": TrainedText}
 each_section = pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section or "top")
 FIELDS = [(path, name) for path, model in SECTIONS.items() for name in model.model_fields]
 each_key = pytest.mark.parametrize(("section", "key"), FIELDS, ids=lambda part: part or "top")
@@ -333,6 +335,8 @@ OTHER = {
     "images.reader": "adm",
     "images.stored_as": "webp",
     "condition: captions.encoder": "elsewhere/clip",
+    "condition.encoder.trained.heads": 8,
+    "condition.encoder.trained.patch": 8,
     "condition: captions.attention_mask": True,
     "condition: captions.cache": False,
     "sampling.NAME.split": "train",
@@ -495,7 +499,7 @@ def names(raw: dict, trained: bool) -> dict[str, str]:
 
 def changed(section: str, key: str) -> tuple[dict, dict]:
     """A configuration, and the same with one key changed."""
-    captions = section.startswith(("condition: ", "architecture: ")) or f"{section}.{key}" in (
+    captions = section.startswith(("condition", "architecture: ")) or f"{section}.{key}" in (
         "sampling.NAME.split",
         "sampling.NAME.prompts",
     )
@@ -523,6 +527,8 @@ def section_of(raw: dict, section: str) -> dict:
         return stops["features"]
     if section.startswith("condition: "):
         return raw["condition"]
+    if section == "condition.encoder.trained" and raw["condition"]["encoder"] == "words":
+        raw["condition"]["encoder"] = {"trained": {"steps": 2}}
     if section.startswith("architecture: "):
         raw["models"]["dot"] = {"architecture": "mmdit", "depth": 2, "width": 16, "heads": 2}
         return raw["models"]["dot"]
@@ -542,7 +548,7 @@ def test_a_change_of_a_key_recomputes_what_the_document_says(section, key, tmp_p
     monkeypatch.chdir(tmp_path)  # files from elsewhere are remembered in the results folder
     monkeypatch.setitem(config.DENOISERS, "says", "captioned:Says")
     cell = rows_of(section)[key][2]
-    number_or_section = SECTIONS[section] is config.Stops
+    number_or_section = SECTIONS[section] is config.Stops or key == "encoder"  # or a name, or a section
     if (nested(SECTIONS[section].model_fields[key].annotation) and not number_or_section) or key == "defaults":
         assert cell == "", "a section recomputes nothing by itself, its keys do"
         return

@@ -24,6 +24,7 @@ def add(to: Commands) -> None:
     encoded = to.rule("latents", _latents, "encode the images: a store of latent means and standard deviations")
     encoded.add_argument("--evaluation", action="store_true", help="of the images that only measures see")
     shards(encoded)
+    to.rule("text-encoder", _text_encoder, "train the small text encoder")
     said = to.rule("text", _text, "encode the captions: a store of the states of their tokens")
     said.add_argument("--evaluation", action="store_true", help="of the images that only measures see")
     shards(said)
@@ -74,6 +75,12 @@ def _autoencoder(arguments: argparse.Namespace) -> None:
     from haste.train import jobs
 
     jobs.train_autoencoder(plan_to_compute(arguments))
+
+
+def _text_encoder(arguments: argparse.Namespace) -> None:
+    from haste.train import jobs
+
+    jobs.train_text_encoder(plan_to_compute(arguments))
 
 
 def _teacher(arguments: argparse.Namespace) -> None:

@@ -34,5 +34,6 @@ EXAMPLES = {
     "targets": "digits-vit --shard 0 -c config/mine.yaml",
     "teacher": f"digits-vit {RUN}",
     "text": "--shard 0 -c config/digits-captions.yaml",
+    "text-encoder": "-c config/digits-captions.yaml",
     "train": f"TRAJECTORY/400 {RUN}",
 }

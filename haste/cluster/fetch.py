@@ -45,11 +45,11 @@ def _autoencoders(plan: Plan) -> Iterator[TargetSpec]:
 
 
 def _text_encoders(plan: Plan) -> Iterator[TargetSpec]:
-    where = (plan.config.condition.model_extra or {}).get("encoder")
-    if plan.config.condition.name == "captions" and where != WORDS:
+    where = plan.config.condition.encoder
+    if isinstance(where, str) and where != WORDS:
         from haste.networks import hub
 
-        load = functools.partial(hub.text_folder, str(where), "text encoder")
+        load = functools.partial(hub.text_folder, where, "text encoder")
         yield f"text encoder {where}", "condition.encoder", load
 
 

@@ -23,7 +23,7 @@ from haste.config.derived import (
     triggers_of,
 )
 from haste.config.keys import Strict, nearest
-from haste.config.parts import EVALUATION, Autoencoder, Detector, Model, OtherModel, Teacher, known_of
+from haste.config.parts import ENCODER_TAGS, EVALUATION, Model, OtherModel, TextEncoder, known_of
 from haste.config.published import (
     MAPPINGS,
     MODELS,
@@ -67,7 +67,10 @@ def explain(fault: Any, whole: Collection[tuple[str, str]] = ()) -> str:
     path = list(fault["loc"])
     if path[:1] == ["runs"] and tuple(path[1:3]) in whole and path[3:4] and path[3] in TERMS:
         del path[3]
-    where = ".".join(str(part) for part in path if part not in {*STOP_TAGS, *FEATURE_TAGS}) or "the configuration"
+    where = (
+        ".".join(str(part) for part in path if part not in {*STOP_TAGS, *FEATURE_TAGS, *ENCODER_TAGS})
+        or "the configuration"
+    )
     if fault["type"] == "extra_forbidden":
         return f"{where}: unknown key{nearest(fault['loc'][-1], _keys_at(fault['loc'][:-1]))}"
     if fault["type"] == "missing":
@@ -79,8 +82,9 @@ def explain(fault: Any, whole: Collection[tuple[str, str]] = ()) -> str:
 
 def _keys_at(path: tuple[Any, ...]) -> list[str]:
     """The keys that the schema has at a path, as candidates for the nearest right spelling."""
-    kind: Any = Config
-    for part in path:
+    inside = path[:2] == ("condition", "encoder")  # whose keys are the condition's own
+    kind: Any = TextEncoder if inside else Config
+    for part in path[2 * inside :]:
         known = (model.model_fields[part].annotation for model in _models_in(kind) if part in model.model_fields)
         kind = get_args(kind)[1] if get_origin(kind) is dict else next(known, kind)  # pydantic adds words of its own
     return [key for model in _models_in(kind)[:1] for key in model.model_fields]
@@ -196,16 +200,29 @@ def _faults_of_captions(config: Config) -> list[str]:
     if not config.images.captioned:
         expected = "images.captions, or a source that has some (coco, moved-digits)"
         return [f"condition: captions, but the images have none; expected {expected}"]
-    return [
+    return _faults_of_text_encoder(config) + [
         f"sampling.{name}.split: held_out, but images.holdout is 0; expected train, or prompts"
         for name, way in config.sampling.items()
         if way.split == "held_out" and not way.prompts and not config.images.holdout
     ]
 
 
+def _faults_of_text_encoder(config: Config) -> list[str]:
+    trained, at = config.condition.trained, "condition.encoder.trained"
+    if trained is None:
+        return []
+    divided = {"patch": ("images.resolution", config.images.resolution)}
+    divided["heads"] = ("condition.width", config.condition.decided["width"])
+    return [
+        f"{at}.{key}: {getattr(trained, key)} does not divide {what} {whole}"
+        for key, (what, whole) in divided.items()
+        if whole % getattr(trained, key)
+    ]
+
+
 def _trained_here(config: Config) -> list[str]:
     """The networks that the pipeline trains on the images, by their keys in the configuration."""
-    found: dict[str, Autoencoder | Teacher | Detector] = {"autoencoder": config.autoencoder}
+    found: dict[str, Any] = {"autoencoder": config.autoencoder, "condition.encoder": config.condition}
     found |= {f"teachers.{name}": teacher for name, teacher in config.teachers.items()}
     found |= {f"detector.{name}": detector for name, detector in config.detector.items()}
     return [name for name, part in found.items() if part.trained is not None]

@@ -9,8 +9,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     SerializerFunctionWrapHandler,
+    Tag,
     model_serializer,
     model_validator,
 )
@@ -243,6 +245,33 @@ class Detector(Strict):
         return _exactly_one(self)
 
 
+class TrainedText(Strict):
+    """A small transformer that the pipeline trains to tell which caption belongs to which picture."""
+
+    steps: Positive
+    batch: Annotated[int, Field(ge=2)] = 128  # of one picture there is nothing to tell
+    lr: Rate = 1e-3
+    depth: Positive = 2
+    heads: Positive = 4
+    patch: Positive = 4
+    vocabulary: Annotated[int, Field(ge=258)] = 1024  # all bytes and two marks
+    seed: Seed = 0
+
+
+class TextEncoder(Strict):
+    """A text encoder that is trained here; a pretrained one is only named."""
+
+    trained: TrainedText
+
+
+# A text encoder by its name, or what trains one, by the words that pydantic puts into the path of a fault within it.
+ENCODER_TAGS = ("<named>", "<trained>")
+Encoder = Annotated[
+    Annotated[Place, Tag("<named>")] | Annotated[TextEncoder, Tag("<trained>")],
+    Discriminator(lambda value: "<trained>" if isinstance(value, dict | TextEncoder) else "<named>"),
+]
+
+
 # Architectures of the denoising network: name -> import path of its class, which is imported on request.
 DENOISERS = {"sit": "haste.models.sit:SiT", "dit": "haste.models.dit:DiT", "mmdit": "haste.models.mmdit:MMDiT"}
 # What is known of those without torch, where a class says it.
@@ -351,6 +380,17 @@ class Condition(_Named):
     def entry(self) -> dict[str, Any]:
         """Its entries in a recipe: none for labels, since a recipe has the number of classes."""
         return {} if self.name == "labels" else {"condition": self.decided}
+
+    @property
+    def encoder(self) -> str | TextEncoder | None:
+        """The text encoder: a folder, a hub id or `words`, or what trains one here; None where there is none."""
+        given = (self.model_extra or {}).get("encoder") if self.name == "captions" else None
+        return TextEncoder(**given) if isinstance(given, dict) else given
+
+    @property
+    def trained(self) -> TrainedText | None:
+        """What trains the text encoder here; None for another one."""
+        return self.encoder.trained if isinstance(self.encoder, TextEncoder) else None
 
     @property
     def stored(self) -> dict[str, Any]:

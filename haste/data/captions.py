@@ -8,13 +8,15 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from haste.config import Sampling, Strict
-from haste.config.keys import LABEL, Place, Positive
+from haste.config.keys import LABEL, Positive
+from haste.config.parts import Encoder
 from haste.data import order
 from haste.data.condition import Condition, Rows
 from haste.data.words import Words
@@ -24,6 +26,7 @@ from haste.networks.text import USUAL, WORDS
 
 if TYPE_CHECKING:
     from haste.data.text_encoder import TextEncoder
+    from haste.plan.names import Artefact
     from haste.plan.plan import Plan
 
 CAPTIONS = "captions"  # the identity of the texts themselves; others are of what encodes them
@@ -42,14 +45,14 @@ class Captions(Condition):
     class Settings(Strict):
         """Keys of `condition`; `cache` decides nothing but when the texts are encoded."""
 
-        encoder: Place = USUAL
+        encoder: Encoder = USUAL
         tokens: Positive = 77
         width: Positive = 768
         attention_mask: bool = False
         cache: Annotated[bool, LABEL] = True
 
     def __init__(
-        self, *, classes: int, encoder: str, tokens: int, width: int, attention_mask: bool, cache: bool = True
+        self, *, classes: int, encoder: Any, tokens: int, width: int, attention_mask: bool, cache: bool = True
     ):
         self.shape, self._masked, self._classes = (tokens, width), attention_mask, classes
         self.fields: Mapping[str, tuple[Sequence[int], DTypeLike]] = {
@@ -57,7 +60,9 @@ class Captions(Condition):
             "text": ((TEXT_BYTES,), np.uint8),
         }
         self.arguments = {"text_tokens": tokens, "text_width": width}
-        self._where, self._device = encoder, "cpu"
+        self._where: str | None = encoder if isinstance(encoder, str) else None
+        self._device = "cpu"
+        self._part: Artefact | None = None  # the encoder that is trained here
         self._texts: Texts | None = None
         self._images: Made | None = None
         self._states: Store | None = None
@@ -94,8 +99,9 @@ class Captions(Condition):
         """See `Condition`: with the encoder that a plan names, on its device."""
         found = copy.copy(self)
         found._images = plan.data.images
-        settings: Any = plan.config.condition
-        found._where, found._device = settings.encoder, _device(plan)
+        found._part, found._device = plan.text_encoder, _device(plan)
+        named: Any = plan.config.condition.encoder
+        found._where = found._part.folder if found._part else named
         return found
 
     @functools.cached_property
@@ -108,6 +114,10 @@ class Captions(Condition):
         tokens, width = self.shape
         if self._where == WORDS:
             return Words(tokens=tokens, width=width)
+        if self._where is None:
+            raise ValueError("the text encoder that is trained here lies in a plan's folder; call opened(plan) first")
+        if self._part is not None and not Path(self._part.manifest).exists():
+            raise ValueError(f"{self._part.folder}: no text encoder, expected the one that `haste text-encoder` trains")
         from haste.data.text_encoder import TextEncoder
 
         found = TextEncoder.load(self._where, tokens=tokens, width=width, masked=self._masked, device=self._device)

@@ -60,7 +60,9 @@ def folder_named(where: str | Path) -> Path | None:
         return folder
     if folder.is_file() or folder.is_absolute() or str(where).startswith(".") or str(where).count("/") != 1:
         found = "a file" if folder.is_file() else "no such folder"
-        raise headers.MissingError(f"text encoder {where}: found {found}. {HINT}, or take `encoder: {WORDS}`.")
+        raise headers.MissingError(
+            f"text encoder {where}: found {found}. {HINT}, or have one trained here (`encoder: {{trained: ...}}`)."
+        )
     return None
 
 

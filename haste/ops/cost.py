@@ -186,6 +186,12 @@ def _network_flops(plan: Plan, part: Artefact) -> float | None:
         assert spec is not None
         tokens = (plan.config.images.resolution // spec.patch) ** 2
         return 3 * spec.steps * spec.batch * flops_per_image(Shape(tokens, spec.width, spec.heads, spec.depth))
+    if part.kind == "text_encoder":
+        told, size = plan.config.condition.trained, part.recipe
+        assert told is not None
+        lengths = (plan.config.images.resolution // told.patch) ** 2, size["tokens"]
+        pair = sum(flops_per_image(Shape(tokens, size["width"], told.heads, told.depth)) for tokens in lengths)
+        return 3 * told.steps * told.batch * pair
     if part.kind == "detector":
         judge, small = plan.detectors[part.name], plan.config.detector[part.name].trained
         assert small is not None
@@ -320,7 +326,7 @@ def _data_stages(plan: Plan, pace: Pace) -> list[Stage]:
         ),
         *(
             _timed(_stage(plan, kind), [_network_flops(plan, job.about) for job in _left(plan, kind)], speed)
-            for kind in ("autoencoder", "teacher", "detector")
+            for kind in ("autoencoder", "teacher", "detector", "text_encoder")
         ),
     ]
 

@@ -30,7 +30,7 @@ from haste.plan.plan import Plan
 from haste.train import stops
 from haste.train.stops import Stopped
 
-_MADE = re.compile(r"[a-z]+-[0-9a-f]{12}$")  # KIND-HASH, names of stores and parts
+_MADE = re.compile(r"[a-z_]+-[0-9a-f]{12}$")  # KIND-HASH, names of stores and parts
 _DRAWN = re.compile(r".+\.[0-9a-f]{8}$")  # TRAJECTORY.STEP.HASH, names of sets of samples
 _TRAJECTORY = re.compile(r".+-s\d+-[0-9a-f]{12}$")
 _SCORE = re.compile(r".+[.-][0-9a-f]{8,12}\.json$")

@@ -28,6 +28,7 @@ class Data:
     Attributes:
         outside: files from outside that enter names by their content; identities, missing: of these.
         images, latents: the two stores.
+        text_encoder: the one that is trained here, or None.
         text: the store of captions' states; None for another condition, or if they are made as they are needed.
         told: what else decides what samples are told, as entries of a recipe.
         autoencoder: the one trained here, or None.
@@ -69,6 +70,7 @@ class Data:
             self.encoder = self.decoder = self.autoencoder.folder
             self.encoder_key = self.decoder_key = self.autoencoder.key
         self.latents = self._latents()
+        self.text_encoder = self._text_encoder()
         self.text, self.told = self._text()
 
         self.teachers: dict[str, Artefact | None] = {
@@ -146,11 +148,19 @@ class Data:
         recipe |= self.config.condition.stored
         return self.store("latents", recipe, spec.shards)
 
+    def _text_encoder(self) -> Artefact | None:
+        trained, settings = self.config.condition.trained, self.config.condition.decided
+        if trained is None:
+            return None
+        size = {key: settings[key] for key in ("tokens", "width")}
+        return self.part("text_encoder", "text encoder", {**trained.model_dump(), **size})
+
     def _text(self) -> tuple[Artefact | None, dict[str, Any]]:
         if self.config.condition.name != "captions":
             return None, {}
         settings = self.config.condition.decided
-        settings |= {"encoder": self._named(settings["encoder"])}
+        trained = self.text_encoder
+        settings |= {"encoder": trained.key if trained else self._named(settings["encoder"])}
         recipe = {"recipe": RECIPE, "images": self.images.key, **settings}
         made = self.store("text", recipe, self.config.cache.shards)
         cached = settings["encoder"] != WORDS and (self.config.condition.model_extra or {})["cache"]

@@ -117,17 +117,19 @@ def _autoencoder(parts: Parts, where: str) -> None:
 
 def text(parts: Parts) -> None:
     """Refuse a text encoder of another width, or without its tokenizer; and states that another one made."""
-    where = str((parts.config.condition.model_extra or {}).get("encoder"))
-    if parts.config.condition.name != "captions" or where == public_text.WORDS:
+    own, named = parts.data.text_encoder, parts.config.condition.encoder
+    if named is None or named == public_text.WORDS:
         return
+    where = own.folder if own else str(named)
     jobs = parts.trained or parts.drawn or parts.measured
     others = [parts.data.of(EVALUATION)] if any(EVALUATION in one.splits for one in parts.measured) else []
     sets = [parts.data, *others]
     made = [one.text for one in sets if one.text is not None and Path(one.text.manifest).exists()]
     if jobs:
         _check_room(parts, [one for one in sets if one.text is not None and one.text not in made])
-    folder = public_text.folder_named(where)
-    if folder is None and jobs:
+    if own is not None:
+        folder = Path(own.folder) if Path(own.manifest).exists() else None
+    elif (folder := public_text.folder_named(where)) is None and jobs:
         cached = weights.in_cache(where, f"text encoder {where}", public_text.CONFIG) if len(made) < len(sets) else None
         folder = cached.parent if cached else None
     if folder is None or not jobs:
@@ -135,10 +137,10 @@ def text(parts: Parts) -> None:
     found, settings = public_text.opened(folder), parts.config.condition.decided
     public_text.check(found, tokens=settings["tokens"], width=settings["width"])
     memory = f"{parts.data.root}/identities.json"
-    own = found.identities(lambda file: artefact.remembered_identity(file, memory)) if made else {}
+    now = found.identities(lambda file: artefact.remembered_identity(file, memory)) if made else {}
     for store in made:
         expected = artefact.read_json(store.manifest, "store")["encoder"]
-        for name, identity in own.items():
+        for name, identity in now.items():
             if expected[name] != identity:
                 raise ValueError(
                     f"{store.folder}: encoded by the {name} {expected[name][:12]}, but {folder} holds {identity[:12]}. "

@@ -21,8 +21,8 @@ TRAINING = ("train", "train_plain")
 #: In the order in which they are listed.
 RULES = (
     *("images_check", "images", "images_join", "autoencoder", "teacher", "detector", "latents", "latents_join"),
-    *("text", "text_join", "pca", "targets", "targets_join", *TRAINING, "reference", "sample", "features"),
-    *("score", "floor", "grid", "measure", "report"),
+    *("text_encoder", "text", "text_join", "pca", "targets", "targets_join", *TRAINING, "reference", "sample"),
+    *("features", "score", "floor", "grid", "measure", "report"),
 )
 
 
@@ -146,12 +146,14 @@ def _data_jobs(plan: Plan) -> Iterator[Job]:
         yield from (Job("latents", (path,), encoded, one) for path in one.latents.shard_files)
         yield Job("latents_join", (one.latents.manifest,), partial(_joined, one.latents, one.images), one)
         if one.text:
-            yield from (Job("text", (path,), partial(_files, one.images), one) for path in one.text.shard_files)
+            said = partial(_files, one.images, plan.text_encoder)
+            yield from (Job("text", (path,), said, one) for path in one.text.shard_files)
             yield Job("text_join", (one.text.manifest,), partial(_joined, one.text, one.images), one)
 
 
 def _network_jobs(plan: Plan) -> Iterator[Job]:
     networks = [plan.autoencoder, *plan.teachers.values(), *(one.part for one in plan.detectors.values())]
+    networks.append(plan.text_encoder)
     for part in filter(None, networks):
         yield Job(part.kind, (part.manifest,), partial(_files, plan.images), part, part.name)
     for detector in plan.detectors.values():

@@ -84,7 +84,7 @@ class Plan:
         self.folder = f"{data.root}/{config.name}"
         self.config_file, self.report = f"{self.folder}/config.json", f"{self.folder}/report/index.html"
         self.images, self.latents, self.checked_images = data.images, data.latents, data.checked_images
-        self.text = data.text
+        self.text, self.text_encoder = data.text, data.text_encoder
         self.autoencoder, self.encoder, self.decoder = data.autoencoder, data.encoder, data.decoder
         self.teachers, self.detectors, self.detector_named = data.teachers, data.detectors, data.detector_named
         self.feature_bytes = data.feature_bytes
@@ -179,7 +179,8 @@ class Plan:
         An imported checkpoint needs only the decoder, which knows the latents' scale. The checkpoint itself is
         not listed: its content is in the samples' name, and existing samples remain valid without it.
         """
-        made = [*(self.autoencoder.files if self.autoencoder else []), *self.told_from, *self.meant_from]
+        parts = [self.autoencoder, self.text_encoder if evaluation.sampling.prompts else None]
+        made = [*(file for part in parts if part for file in part.files), *self.told_from, *self.meant_from]
         if evaluation.state.trajectory in self.elsewhere:
             return made
         return [self.path(evaluation.state), self.latents.manifest, *made]  # the latents' scale is in their manifest
@@ -188,7 +189,8 @@ class Plan:
     def told_from(self) -> list[str]:
         """The files that a job looks up what samples are told in: none for labels."""
         texts = [self.images.manifest] if self.config.condition.name == "captions" else []
-        return [*texts, *(self.text.files if self.text else [])]
+        states = self.text or self.text_encoder
+        return [*texts, *(states.files if states else [])]
 
     @property
     def meant_from(self) -> list[str]:

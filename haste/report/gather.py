@@ -81,6 +81,7 @@ def stages(plan: Plan) -> list[Stage]:
         "teacher",
         "detector",
         "latents",
+        "text_encoder",
         "text",
         "pca",
         "targets",
@@ -121,7 +122,12 @@ def _score_of(plan: Plan, row: Scored, detector: Detector, path: str) -> dict[st
 def _parts(plan: Plan) -> list[Part]:
     made = [
         part
-        for part in (plan.autoencoder, *plan.teachers.values(), *(d.part for d in plan.detectors.values()))
+        for part in (
+            plan.autoencoder,
+            *plan.teachers.values(),
+            *(d.part for d in plan.detectors.values()),
+            plan.text_encoder,
+        )
         if part is not None
     ]
     files = dict.fromkeys(part.manifest for part in made)  # teachers may differ by their filters alone

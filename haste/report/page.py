@@ -61,7 +61,7 @@ def _parts(parts: Sequence[Part]) -> Table:
     entries = []
     for part in parts:
         quality = ", ".join(f"{_spaced(name)} {value_text(value)}" for name, value in part.quality.items())
-        words = [text_cell(word) for word in (part.part, part.name, quality)]
+        words = [text_cell(word) for word in (_spaced(part.part), part.name, quality)]
         entries.append(Entry([*words, duration_cell(part.provenance.get("seconds"))]))
     return Table("parts", "Parts", [Head("part"), Head("name"), Head("quality"), Head("made in", True)], entries)
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from haste.files import locks
 from haste.files.store import Store
+from haste.files.texts import Texts
 from haste.plan.names import Artefact
 from haste.plan.plan import Plan
-from haste.train import small_networks
+from haste.train import small_networks, text_encoder
 
 MOST_IMAGES, MOST_BYTES = 50_000, 2**31  # the most images, and of their pixels, for a network that trains in minutes
 
@@ -67,6 +68,21 @@ def train_detector(plan: Plan, name: str | None) -> None:
             small_networks.train_detector(**_training_images(plan), **trained.model_dump(), **_about(part), turns=turns)
 
 
+def train_text_encoder(plan: Plan) -> None:
+    """Train the small text encoder.
+
+    Raises:
+        ValueError: the configuration trains none.
+    """
+    part, trained = plan.text_encoder, plan.config.condition.trained
+    if part is None or trained is None:
+        raise ValueError("condition.encoder: not one that this configuration trains, there is nothing to train")
+    with locks.making(part.folder, done=part.manifest) as todo:
+        if todo:
+            size = {key: part.recipe[key] for key in ("tokens", "width")}
+            text_encoder.train(**_captioned_images(plan), **size, **trained.model_dump(), **_about(part))
+
+
 def _about(part: Artefact) -> dict[str, Any]:
     return {"out": Path(part.folder), "name": part.name, "key": part.key, "recipe": part.recipe}
 
@@ -79,6 +95,15 @@ def _training_images(plan: Plan) -> dict[str, Any]:
         found[images], found[labels] = store.read("image", rows), store.read("label", rows)
         if not plan.config.images.classes:  # without labels, use a task that needs none
             found[images], found[labels] = small_networks.quarter_turns(found[images])
+    return found
+
+
+def _captioned_images(plan: Plan) -> dict[str, Any]:
+    """The same images with their captions."""
+    store, texts, found = Store.of(plan.images), Texts.of(plan.images), dict[str, Any]()
+    for split, images, captions in (("train", "images", "captions"), ("held_out", "held_out", "held_out_captions")):
+        rows = _spread(store.range(split), int(np.prod(store.fields["image"][0])))
+        found[images], found[captions] = store.read("image", rows), [texts.of_image(row) for row in rows]
     return found
 
 

@@ -98,7 +98,7 @@ def _batches(count: int, steps: int, batch: int, generator: torch.Generator) -> 
 
 
 @contextmanager
-def _initialising(seed: int) -> Iterator[None]:
+def initialising(seed: int) -> Iterator[None]:
     """Libraries initialise from torch's global generator: seed it for the block, and restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -142,11 +142,11 @@ def train_autoencoder(
         ValueError: unsuitable images or factor, or a loss that is not finite.
     """
     start = time.monotonic()
-    pixels, unseen = _checked(images, f"{name}: images"), _checked(held_out, f"{name}: held-out images")
+    pixels, unseen = checked(images, f"{name}: images"), checked(held_out, f"{name}: held-out images")
     side = pixels.shape[1]
     if factor < 1 or factor & (factor - 1) or side % factor:
         raise ValueError(f"{name}: factor {factor} is not a power of 2 that divides {side} px")
-    with _initialising(seed):
+    with initialising(seed):
         network = _autoencoder(side, channels, width, factor)
     loss = _autoencoder_loss(network, pixels, kl_weight)
     fit(network, loss, len(pixels), seed=seed, steps=steps, batch=batch, lr=lr, name=name)
@@ -160,7 +160,7 @@ def train_autoencoder(
         with artefact.saving_tensors(out):
             network.save_pretrained(folder)
         weights = folder / "diffusion_pytorch_model.safetensors"
-        _describe(folder, weights, "autoencoder", name, key, recipe, architecture, quality, start)
+        describe(folder, weights, "autoencoder", name, key, recipe, architecture, quality, start)
     return quality
 
 
@@ -182,7 +182,7 @@ def _autoencoder(resolution: int, channels: int, width: int, factor: int) -> Any
 
 def _autoencoder_loss(network: Any, images: Tensor, kl_weight: float) -> Callable[[Tensor, torch.Generator], Tensor]:
     def loss(indices: Tensor, generator: torch.Generator) -> Tensor:
-        x = _unit(images[indices])
+        x = unit(images[indices])
         posterior = network.encode(x).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
         rebuilt = network.decode(posterior.mean + posterior.std * noise).sample
@@ -234,11 +234,11 @@ def train_teacher(
         raise ValueError(f"{name}: patch {patch} must divide {resolution} px, and {heads} heads the width {width}")
     classes = _classes(labels, held_out_labels)
     kwargs = transformer_kwargs(resolution, classes, depth=depth, width=width, heads=heads, patch=patch)
-    network = _vision_transformer(seed, kwargs)
+    network = vision_transformer(seed, kwargs)
     # Strong weight decay: 1,500 images are few for a transformer, and this gains 2 points on unseen digits.
     training = {"seed": seed, "steps": steps, "batch": batch, "lr": lr, "name": name, "weight_decay": 0.2}
     known, unseen = _labelled(images, labels), _labelled(held_out, held_out_labels)
-    quality = _train_classifier(network, lambda shown: network(_unit(shown)), known, unseen, training)
+    quality = _train_classifier(network, lambda shown: network(unit(shown)), known, unseen, training)
     architecture = {"kind": "VisionTransformer", "kwargs": kwargs, "mean": NORM, "std": NORM}
     _write(out, network, "teacher", name, key, recipe, architecture, quality, start)
     return quality
@@ -252,10 +252,11 @@ def transformer_kwargs(
     return {**size, "num_classes": classes, "global_pool": "avg", "fc_norm": False, "qk_norm": True}
 
 
-def _vision_transformer(seed: int, kwargs: dict[str, Any]) -> nn.Module:
+def vision_transformer(seed: int, kwargs: dict[str, Any]) -> nn.Module:
+    """A small timm VisionTransformer of `transformer_kwargs`, initialised from a seed."""
     from timm.models.vision_transformer import VisionTransformer
 
-    with _initialising(seed):
+    with initialising(seed):
         network = VisionTransformer(**kwargs)
         # timm initialises positions with 0.02, too small compared with the patches to be learned in some hundred steps.
         nn.init.normal_(network.get_parameter("pos_embed"), std=0.5)
@@ -289,7 +290,7 @@ def train_detector(
     """
     start = time.monotonic()
     classes = _classes(labels, held_out_labels)
-    with _initialising(seed):
+    with initialising(seed):
         network = SmallCNN(images.shape[1], width, classes)
     training = {"seed": seed, "steps": steps, "batch": batch, "lr": lr, "name": name}
     known, unseen = _labelled(images, labels), _labelled(held_out, held_out_labels)
@@ -371,7 +372,7 @@ def _reconstruction_mse(network: Any, pixels: Tensor) -> float:
     total = 0.0
     with torch.inference_mode():
         for shown in pixels.split(EVALUATION_BATCH):
-            x = _unit(shown)
+            x = unit(shown)
             rebuilt = network.decode(network.encode(x).latent_dist.mean).sample
             total += float((rebuilt - x).double().square().sum())
     return total / pixels.numel()
@@ -380,18 +381,19 @@ def _reconstruction_mse(network: Any, pixels: Tensor) -> float:
 def _latent_std(network: Any, pixels: Tensor) -> float:
     """Standard deviation over all entries of latents drawn for these images: of the means, plus the draws' own."""
     with torch.inference_mode():
-        posteriors = [network.encode(_unit(shown)).latent_dist for shown in pixels.split(EVALUATION_BATCH)]
+        posteriors = [network.encode(unit(shown)).latent_dist for shown in pixels.split(EVALUATION_BATCH)]
     means = torch.cat([posterior.mean for posterior in posteriors]).double()
     variances = torch.cat([posterior.var for posterior in posteriors]).double()
     return math.sqrt(float(means.var(correction=0) + variances.mean()))
 
 
-def _unit(images: Tensor) -> Tensor:
+def unit(images: Tensor) -> Tensor:
     """uint8 NHWC 0..255 -> float32 NCHW -1..1."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _checked(images: NDArray, what: str) -> Tensor:
+def checked(images: NDArray, what: str) -> Tensor:
+    """Images as a tensor; raises ValueError for anything else."""
     shape = images.shape
     if images.dtype != np.uint8 or images.ndim != 4 or shape[3] != 3 or shape[1] != shape[2] or not len(images):
         raise ValueError(f"{what}: expected uint8 (M, R, R, 3), found {images.dtype} {shape}")
@@ -399,7 +401,7 @@ def _checked(images: NDArray, what: str) -> Tensor:
 
 
 def _labelled(images: NDArray, labels: NDArray) -> Labelled:
-    found = _checked(images, "images")
+    found = checked(images, "images")
     if labels.shape != images.shape[:1]:
         raise ValueError(f"labels: expected one for each of {len(images)} images, found shape {labels.shape}")
     return found, torch.from_numpy(np.asarray(labels, np.int64))
@@ -424,10 +426,10 @@ def _write(out: Path, network: nn.Module, part: str, *description: Any) -> None:
                 {name: value.contiguous() for name, value in network.state_dict().items()},
                 weights,
             )
-        _describe(folder, weights, part, *description)
+        describe(folder, weights, part, *description)
 
 
-def _describe(
+def describe(
     folder: Path,
     weights: Path,
     part: str,
@@ -438,6 +440,7 @@ def _describe(
     quality: dict[str, float],
     start: float,
 ) -> None:
+    """Write `part.json`: what a part is, the identity of its file of weights, and the seconds since `start`."""
     description = {
         "schema": artefact.SCHEMA,
         "kind": "part",

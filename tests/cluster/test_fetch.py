@@ -48,11 +48,11 @@ def test_what_the_configuration_names_by_hub_id_is_fetched_and_said(tiny, tmp_pa
     assert "teacher dino (DINOv2-B): cache of DINOv2-B" in capsys.readouterr().out
 
 
-def test_a_text_encoder_is_fetched_and_words_are_not(tiny, tmp_path, asked, capsys):
+def test_a_text_encoder_is_fetched_and_words_and_one_that_is_trained_here_are_not(tiny, tmp_path, asked, capsys):
     joint = {"dot": {"architecture": "mmdit", "depth": 2, "width": 16, "heads": 2}}
     told = {"images": {**tiny["images"], "source": "moved-digits"}, "models": joint, "alignments": {}}
     told |= {"sampling": {"quick": {"steps": 2, "count": 8}}, "runs": {"vanilla": {}}}
-    for encoder_name in ("some/clip", "words"):
+    for encoder_name in ("some/clip", "words", {"trained": {"steps": 2}}):
         config = configured(tiny, tmp_path, **told, condition={"name": "captions", "encoder": encoder_name})
         assert cli.main(["fetch", "-c", config]) == 0
     assert asked == ["some/clip"] and "text encoder some/clip: cache of some/clip" in capsys.readouterr().out

@@ -218,6 +218,42 @@ def test_prompts_are_never_told_by_another_encoder_than_the_captions(told, tmp_p
         told.condition().told(rows)
 
 
+def test_an_encoder_that_is_trained_here_makes_the_states_and_another_one_is_refused(toy, capsys):
+    small = {"steps": 1, "batch": 4, "depth": 1, "heads": 2}
+    toy.configure(condition={**WORDS, "encoder": {"trained": small}})
+    part, key = toy.plan.text_encoder, toy.plan.text.key
+    encoding = [job for rule in ("text_encoder", "text") for job in toy.plan.jobs.left[rule]]
+    assert [job.rule for job in encoding] == ["text_encoder", "text"] and part.manifest in encoding[1].waits_for
+    (row,) = {row.evaluation.name: row for row in toy.plan.rows if row.step == 8}.values()
+    assert part.manifest not in toy.plan.drawn_from(row.evaluation)  # whose captions are in the store
+    toy.run("text-encoder")
+    for how in (["--shard", 0], ["--join"]):
+        toy.run("text", *how)
+    kept, own = toy.condition(), TextEncoder.load(part.folder, tokens=captioned.TOKENS, width=8, masked=False)
+    np.testing.assert_array_equal(kept.null(1), own([""]))
+    prompts = kept.sampled(config.Sampling(sampler="euler", steps=2, prompts=["a red bus"]), range(1))
+    np.testing.assert_array_equal(kept.told(prompts), own(["a red bus"]))
+    assert kept.identities == {"captions": kept.texts.sha256, **own.identities}
+    toy.run("text-encoder")  # it is there
+    assert own.identities == TextEncoder.load(part.folder, tokens=captioned.TOKENS, width=8, masked=False).identities
+
+    with open(Path(part.folder, "tokenizer_config.json"), "a") as file:
+        file.write("\n")
+    toy.configure(condition={**WORDS, "encoder": {"trained": small}})
+    with pytest.raises(ValueError, match=f"{toy.plan.text.folder}: encoded by the tokenizer .*, but .* holds"):
+        toy.plan.check()
+    asked = {"quick": {"sampler": "euler", "steps": 2, "prompts": ["a red bus"]}}
+    toy.configure(condition={**WORDS, "encoder": {"trained": small}}, sampling=asked)
+    assert all(part.manifest in toy.plan.drawn_from(row.evaluation) for row in toy.plan.rows)
+    shutil.rmtree(part.folder)
+    with pytest.raises(ValueError, match="no text encoder, expected the one that `haste text-encoder` trains"):
+        toy.condition().told(prompts)
+    toy.configure(condition={**WORDS, "encoder": {"trained": {**small, "seed": 1}}})
+    assert toy.plan.text.key != key and toy.plan.text_encoder.key != part.key
+    toy.configure()
+    assert "condition.encoder: not one that this configuration trains" in toy.refused(capsys, "text-encoder")
+
+
 def test_an_edited_tokenizer_is_another_encoder(tiny, says, clip, tmp_path):
     folder = tmp_path / "clip"
     shutil.copytree(clip, folder)
@@ -491,6 +527,20 @@ def test_measures_tell_images_of_evaluation_their_own_captions_by_the_encoder_of
         ({"condition": {**WORDS, "encoders": "x"}}, "unknown key 'encoders'; did you mean 'encoder'?"),
         ({"images": {**IMAGES, "subset": 1800}}, "images.subset: 1,800, but there are 1,700 training images"),
         ({"condition": {**WORDS, "encoder": "/nowhere"}}, "text encoder /nowhere: found no such folder"),
+        ({"condition": {**WORDS, "encoder": {"trained": {"steps": 2}}}}, None),
+        ({"condition": {**WORDS, "encoder": {"trained": {"step": 2}}}}, "condition.encoder.trained.steps: missing"),
+        (
+            {"condition": {**WORDS, "encoder": {"trained": {"steps": 2, "step": 2}}}},
+            "condition.encoder.trained.step: unknown key; did you mean 'steps'?",
+        ),
+        (
+            {"condition": {**WORDS, "encoder": {"trained": {"steps": 2, "heads": 3}}}},
+            "condition.encoder.trained.heads: 3 does not divide condition.width 8",
+        ),
+        (
+            {"condition": {**WORDS, "encoder": {"trained": {"steps": 2, "patch": 3}}}},
+            "condition.encoder.trained.patch: 3 does not divide images.resolution 8",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_key(tiny, says, tmp_path, changes, words):

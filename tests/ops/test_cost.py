@@ -11,6 +11,7 @@ import yaml
 from diffusers import AutoencoderKL
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from haste import config
 from haste.metrics.detectors import SmallCNN
@@ -48,6 +49,25 @@ def test_the_operations_of_small_networks_and_of_the_public_autoencoder_are_thos
     found = [cost._autoencoder_flops("stabilityai/sd-vae-ft-ema", way) * 256**2 for way in (0, 1)]
     assert found == pytest.approx(ways, rel=0.01)
     assert cost._autoencoder_flops(plan.decoder, 1) is None
+
+
+def test_training_a_text_encoder_costs_three_passes_through_both_towers():
+    small = {"steps": 5, "batch": 16, "depth": 3, "heads": 2, "patch": 2}
+    plan = plan_of(
+        images={**TINY["images"], "source": "moved-digits"},
+        condition={"name": "captions", "encoder": {"trained": small}, "tokens": 12, "width": 32},
+        models={"dot": {"architecture": "mmdit", "depth": 2, "width": 16, "heads": 2}},
+        alignments={},
+        sampling={"quick": {"steps": 2, "count": 8}},
+        runs={"vanilla": {}},
+    )
+    seeing = VisionTransformer(8, patch_size=2, embed_dim=32, depth=3, num_heads=2, num_classes=32)
+    sizes = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
+    reading = CLIPTextModel(CLIPTextConfig(max_position_embeddings=12, **sizes))
+    passes = counted(seeing, torch.zeros(1, 3, 8, 8)) + counted(reading, torch.zeros(1, 12, dtype=torch.long))
+    assert cost._network_flops(plan, plan.text_encoder) == pytest.approx(3 * 5 * 16 * passes, rel=0.1)
+    said = {stage.name: stage.time for stage in cost.stages(plan)[0]}
+    assert re.fullmatch(r"\d+ s", said["text_encoder"])
 
 
 def test_the_plan_says_unknown_where_nobody_can_tell_and_a_time_where_operations_are_known():

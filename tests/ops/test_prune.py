@@ -269,6 +269,16 @@ def test_what_is_not_ours_stays(tmp_path):
     assert (root / "stores" / "latents-0123456789ab" / "manifest.json").exists()
 
 
+def test_a_text_encoder_that_nobody_needs_goes(tmp_path):
+    root = tmp_path / "results"
+    finish(plan_in(root, "judged"))
+    part = root / "parts" / "text_encoder-0123456789ab" / "part.json"
+    part.parent.mkdir()
+    part.write_text("{}")
+    run_prune(root, "judged")
+    assert not part.parent.exists()
+
+
 def test_where_nothing_is_forgotten_nothing_is_said_to_be_made_again(tmp_path, capsys):
     prune.forget(plan_in(tmp_path / "results", "stopped").config, "a", yes=True)
     assert "still a row" not in capsys.readouterr().out

@@ -8,12 +8,13 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from haste.files import artefact
 from haste.metrics.detectors import open_detector
 from haste.teachers.encoder import Teacher
-from haste.train import small_networks
+from haste.train import small_networks, text_encoder
 
 WEIGHTS = {
     "autoencoder": "diffusion_pytorch_model.safetensors",
     "teacher": "model.safetensors",
     "detector": "model.safetensors",
+    "text_encoder": "model.safetensors",
 }
 
 
@@ -38,6 +39,10 @@ def make(part, out, seed=0, steps=3, **options):
         return small_networks.train_autoencoder(TRAIN[0], UNSEEN[0], width=8, **small)
     if part == "teacher":
         return small_networks.train_teacher(*TRAIN, *UNSEEN, depth=2, width=16, heads=2, **small)
+    if part == "text_encoder":
+        said = [[["up", "above"] if label == 0 else ["down"] for label in labels] for labels in (TRAIN[1], UNSEEN[1])]
+        small |= {"tokens": 4, "width": 8, "depth": 1, "heads": 2}
+        return text_encoder.train(TRAIN[0], said[0], UNSEEN[0], said[1], **small)
     return small_networks.train_detector(*TRAIN, *UNSEEN, **({"width": 4} | small))
 
 

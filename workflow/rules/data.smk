@@ -94,6 +94,18 @@ rule latents_join:
     shell: "haste latents {params.of} -c {CONFIG:q} --join > {log:q} 2>&1"
 
 
+if plan.text_encoder:
+
+    rule text_encoder:
+        input: needed("text_encoder", plan.text_encoder.manifest)
+        output: update(plan.text_encoder.manifest)
+        log: log_of("text_encoder")
+        benchmark: time_of("text_encoder")
+        threads: THREADS
+        resources: devices=1
+        shell: "haste text-encoder -c {CONFIG:q} > {log:q} 2>&1"
+
+
 rule text:
     input: needed("text", TEXT)
     output: update(TEXT)
