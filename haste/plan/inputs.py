@@ -197,7 +197,8 @@ def detectors(parts: Parts) -> None:
 def _scores(parts: Parts, detector: Detector) -> list[str]:
     """The files that a detector's reference is for."""
     judged = (one for drawn in parts.evaluations.by_name.values() for one in drawn.judged)
-    return [detector.floor, *(one.score for one in judged if one.detector == detector)]
+    real = [path for path in (detector.floor, detector.reconstructed) if path]
+    return [*real, *(one.score for one in judged if one.detector == detector)]
 
 
 def _transformer(spec: Any, called: str) -> int | None:

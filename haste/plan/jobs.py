@@ -22,7 +22,7 @@ TRAINING = ("train", "train_plain")
 RULES = (
     *("images_check", "images", "images_join", "autoencoder", "teacher", "detector", "latents", "latents_join"),
     *("text", "text_join", "pca", "targets", "targets_join", *TRAINING, "reference", "sample", "features"),
-    *("score", "floor", "grid", "measure", "report"),
+    *("score", "floor", "reconstruct", "grid", "measure", "report"),
 )
 
 
@@ -160,6 +160,9 @@ def _network_jobs(plan: Plan) -> Iterator[Job]:
         yield Job("reference", made, partial(_files, pictures, detector.part), detector, detector.name)
         floor = lambda one=detector: [one.reference.manifest, *_files(one.part)]  # noqa: E731
         yield Job("floor", (detector.floor,), floor, detector, detector.name)
+        if detector.reconstructed:
+            both = partial(_files, plan.images, plan.latents, plan.autoencoder, detector.reference, detector.part)
+            yield Job("reconstruct", (detector.reconstructed,), both, detector, detector.name)
 
 
 def _target_jobs(plan: Plan) -> Iterator[Job]:

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from haste import config
 from haste.files import artefact, journal
 from haste.plan.plan import Plan
-from haste.report import figures, gather, page, papers, systems, tables
+from haste.report import embed, figures, gather, page, papers, pictures, systems, tables
 from haste.report.content import NONE, Benchmark
 from haste.sampling import grids
 from haste.sampling.grids import GAP
@@ -306,7 +306,7 @@ def painted(tiny, folder, classes, labels):
     header = artefact.canonical({"schema": 1, "kind": "samples", "inputs": {}})
     np.savez(evaluation.sample_file(0), arr_0=pixels, arr_1=np.array(labels), haste=np.array(header))
     grids.paint_grid(plan, evaluation)
-    (grid,) = gather._grids(plan)
+    (grid,) = pictures.grids(plan)
     return Image.open(evaluation.grid), grid
 
 
@@ -333,7 +333,7 @@ def test_a_grid_is_no_larger_than_what_it_shows(tiny, tmp_path, classes, labels,
     assert filled.sum() == (sum(min(4, labels.count(label)) for label in named) or min(40, len(labels)))
     assert grid.columns == columns
     assert grid.labels == list(map(str, named))
-    assert page._grid(grid)["most"] == columns * page.CELL
+    assert embed.grid_of(grid, embed.Shared(None, 2))["most"] == columns * embed.CELL
 
 
 def test_a_score_that_is_no_finite_number_is_named_with_its_file_and_not_shown(tiny, tmp_path):
