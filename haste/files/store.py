@@ -82,6 +82,7 @@ def write_shard(
     provenance: Mapping[str, Any],
     facts: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    learned: Callable[[], Mapping[str, Any]] = dict,
 ) -> Path:
     """Write the samples of one shard atomically, one process at a time.
 
@@ -100,6 +101,7 @@ def write_shard(
         provenance: how this shard was made, JSON.
         facts: properties found in the data, JSON; all shards must agree, and `join` puts them into the manifest.
         progress: called with (samples written, samples of this shard) after every batch.
+        learned: called after the last batch: further entries of the provenance, JSON.
 
     Raises:
         ValueError: batches of wrong fields, shape, dtype or number.
@@ -116,12 +118,17 @@ def write_shard(
             log.info("%s: is there, nothing to make", path)
             return path
         with artefact.replacing(path) as aside, _written(path, aside, len(span), layout) as file:
-            for name, value in (header | {"provenance": artefact.canonical(provenance)}).items():
-                file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
+            _set_attributes(file, header)
             for name, (shape, dtype) in layout_on_disk.items():
                 file.create_dataset(name, shape=(len(span), *shape), dtype=dtype)
             _fill(file, path, layout, len(span), batches, progress)
+            _set_attributes(file, {"provenance": artefact.canonical({**provenance, **learned()})})
     return path
+
+
+def _set_attributes(file: h5py.File, entries: Mapping[str, Any]) -> None:
+    for name, value in entries.items():
+        file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
 
 
 def _is_there(path: Path, kind: str, header: Mapping[str, Any], layout: Mapping[str, Any]) -> bool:

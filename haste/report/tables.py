@@ -207,8 +207,8 @@ class _Frame:
         if taken:
             whose = " of one seed, in the mean" if self.several else ""
             self.notes.append(
-                f"{self.hours[0].upper()}{self.hours[1:]}: of training alone{whose}, from its first step. A beginning that runs share counts in "
-                "full for each of them; steps that were repeated after an interruption count once."
+                f"{self.hours[0].upper()}{self.hours[1:]}: of training alone{whose}, from its first step. A beginning "
+                "that runs share counts in full for each of them; steps repeated after an interruption count once."
             )
         if self.probed:
             self.notes.append(f"{probes.TITLE}: accuracy of a linear probe in %, of the best layer and t.")
@@ -336,10 +336,10 @@ def _foot(frame: _Frame, name: str, samples: int | None, found: Sequence[float |
 
 def _on_reconstructions(report: Report) -> list[str]:
     psnr = next((one["psnr"] for one in report.reconstructed if one.get("psnr") is not None), None)
-    return [] if psnr is None else [
-        f"Real, reconstructed: real images as the autoencoder gives them back (PSNR {psnr:.1f} dB), which is what a model of "
-        "perfect latents would reach."
-    ]  # fmt: skip
+    if psnr is None:
+        return []
+    back = f"real images as the autoencoder gives them back, with a PSNR of {psnr:.1f} dB"
+    return [f"Real, reconstructed: {back}. A model of perfect latents would reach that."]
 
 
 def arrows(report: Report) -> dict[str, bool | None]:
