@@ -6,10 +6,10 @@ import bisect
 import itertools
 import math
 from pathlib import Path
-from typing import Any
 
 from haste.files import journal
 from haste.files.provenance import read_header
+from haste.plan.names import Piece
 from haste.plan.plan import Plan
 from haste.report.content import Trunk
 
@@ -53,41 +53,37 @@ class Training:
 
     def hours(self, run: str, seed: int, step: int) -> float | None:
         """Of the steps up to one, from the first, also of a trunk that other runs share. Steps that were repeated after
-        an interruption count once. None if nothing of it is recorded."""
+        an interruption count once. None if no log or no state on the way tells."""
         if (run, seed) not in self.plan.pieces:
             return None
         steps, hours = self._along(run, seed)
         place = bisect.bisect_right(steps, step)
-        return hours[place - 1] if place else None
+        return hours[place - 1] if place and not math.isnan(hours[place - 1]) else None
 
     def _along(self, run: str, seed: int) -> tuple[list[int], list[float]]:
-        """The logged steps of a run, and the hours up to each."""
+        """The logged steps of a run, and the hours up to each: not a number from where nothing tells."""
         if (run, seed) not in self._summed:
-            pairs = [
-                (line["step"], line.get("seconds", 0.0) * devices / 3600)
-                for piece in self.plan.pieces[run, seed]
-                for line, devices in self._lines(piece.trajectory, piece.low, piece.high)
-            ]
+            pairs = [pair for piece in self.plan.pieces[run, seed] for pair in self._lines(piece)]
             self._summed[run, seed] = [step for step, _ in pairs], [*itertools.accumulate(h for _, h in pairs)]
         return self._summed[run, seed]
 
-    def _lines(self, trajectory: str, low: int, high: int | None) -> list[tuple[dict[str, Any], int]]:
-        """A journal's lines with the devices that made each, as the next state says."""
-        folder = Path(self.plan.root, "states", trajectory)
-        known = sorted(
-            (step, self._devices(folder / f"step-{step:08d}.safetensors")) for step in self.plan.on_disk(trajectory)
-        )
-        lines = journal.read(folder / "log.jsonl", low, high)
-        if not known:
-            return [(line, 1) for line in lines]
-        after = [min(bisect.bisect_left(known, (line["step"], 0)), len(known) - 1) for line in lines]
-        return [(line, known[place][1]) for line, place in zip(lines, after, strict=True)]
+    def _lines(self, piece: Piece) -> list[tuple[int, float]]:
+        """The steps of a piece's log and the hours of each line, on as many devices as the next state was made on."""
+        folder = Path(self.plan.root, "states", piece.trajectory)
+        files = {step: folder / f"step-{step:08d}.safetensors" for step in sorted(self.plan.on_disk(piece.trajectory))}
+        known = {step: found for step, file in files.items() if (found := self._devices(file)) is not None}
+        steps, found = list(known), []
+        for line in journal.read(folder / "log.jsonl", piece.low, piece.high):
+            after = min(bisect.bisect_left(steps, line["step"]), len(steps) - 1)
+            devices = known[steps[after]] if steps else math.nan
+            found.append((line["step"], line.get("seconds", math.nan) * devices / 3600))
+        return found
 
-    def _devices(self, state: Path) -> int:
+    def _devices(self, state: Path) -> int | None:
         try:
             made = read_header(state)["provenance"]
-        except (ValueError, KeyError):
-            return 1
+        except ValueError:
+            return None
         processes, hardware = made.get("processes", 1), made.get("hardware", {})
         if "gpu" in hardware and self.plan.config.runtime.device != "cpu":
             self.unit = "GPU"
