@@ -406,7 +406,7 @@ def test_a_checkpoint_from_elsewhere_is_sampled_and_scored_and_nothing_is_traine
 def test_a_detector_that_is_added_looks_at_the_samples_that_are_there(shop):
     shop.configure(detector={**TINY["detector"], "wide": {"trained": {"steps": 2, "batch": 8, "width": 16}}})
     draws = set(shop.plan.evaluations)
-    expected = {("detector", ""), ("reference", ""), ("floor", ""), ("report", "")}
+    expected = {(rule, "") for rule in ("detector", "reference", "floor", "reconstruct", "report")}
     assert shop.jobs() == expected | {(rule, draw) for rule in ("features", "score") for draw in draws}
     drawn = {path: path.stat().st_mtime_ns for path in shop.root.glob("samples/*/*")}
     done = shop.snakemake()

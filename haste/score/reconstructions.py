@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -27,6 +28,7 @@ from haste.networks.devices import choose_device
 from haste.plan import names
 from haste.plan.plan import Plan
 from haste.sampling import grids
+from haste.sampling.painter import DECODED_PIXELS
 from haste.score.jobs import load_detector
 from haste.score.sides import spaced
 from haste.score.workflow import (
@@ -118,11 +120,21 @@ class Reconstructions:
         self._batch, self._squares, self._numbers = plan.config.runtime.sample_batch, 0, 0
 
     def decoded(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The images of some rows as they come back, (B, R, R, 3)."""
-        import torch
+        """The images of some rows as they come back, (B, R, R, 3).
 
+        Raises:
+            FloatingPointError: an image has pixels that are not finite.
+        """
+        most = max(1, DECODED_PIXELS // self.images.fields["image"][0][0] ** 2)
+        return np.concatenate([self._decoded(rows[low : low + most]) for low in range(0, len(rows), most)])
+
+    def _decoded(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         means = np.split(self.latents.read("moments", rows), 2, axis=1)[0]
-        return to_pixels(self.decoder.decode(torch.from_numpy(means), scale=1.0, shift=0.0)).cpu().numpy()
+        pixels = self.decoder.decode(torch.from_numpy(means), scale=1.0, shift=0.0)
+        if len(broken := (~pixels.isfinite().flatten(1).all(dim=1)).nonzero()):
+            which = f"{self.latents.folder}: latent {rows[int(broken[0, 0])]}"
+            raise FloatingPointError(f"{which} is decoded to pixels that are not finite, expected numbers in -1..1")
+        return to_pixels(pixels).cpu().numpy()
 
     def seen(self, look: Any, rows: NDArray[np.int64]) -> Iterator[tuple[int, dict[str, NDArray[np.float32]]]]:
         """What a detector sees in the decoded images of some rows, batch by batch, each with the place of its first."""

@@ -115,6 +115,19 @@ def test_the_page_needs_nothing_from_outside_and_holds_the_files_of_its_tables(f
     assert not re.search(r"@import|url\((?!#)", html)
 
 
+def test_a_page_that_would_be_too_large_to_send_has_pictures_of_half_the_resolution(
+    full: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(page, "MOST", 500)
+    for size, kept in ((100, 2), (300, 1)):
+        monkeypatch.setattr(page, "render", lambda report, dense=2, size=size: str(dense) * size * dense)
+        assert page.write(full, tmp_path / "report").read_text()[0] == str(kept)
+    image = Image.fromarray(np.zeros((400, 800, 3), np.uint8))
+    image.save(full.grids[0].image)
+    shown = embed.grid_of(full.grids[0], embed.Shared(None, 1))["src"]  # of two columns
+    assert Image.open(io.BytesIO(base64.b64decode(shown.partition(",")[2]))).width == 2 * embed.CELL
+
+
 def test_links_within_the_page_lead_somewhere_and_ids_are_unique(full: Report):
     parsed = Page(page.render(full))
     ids = [a["id"] for _, a in parsed.elements if "id" in a]
