@@ -20,7 +20,17 @@ def print_provenance(path: Path) -> None:
     Raises:
         ValueError: the file is missing, or not one that this package made.
     """
-    Console().print_json(json.dumps(_of_configuration(path) or provenance_of(path)))
+    Console().print_json(json.dumps(_without_pictures(_of_configuration(path) or provenance_of(path))))
+
+
+def _without_pictures(found: Any) -> Any:
+    """JSON with pictures, which are base64, by their size alone."""
+    if isinstance(found, dict):
+        return {
+            key: f"{len(value):,} characters" if key == "png" and isinstance(value, str) else _without_pictures(value)
+            for key, value in found.items()
+        }
+    return [*map(_without_pictures, found)] if isinstance(found, list) else found
 
 
 def _of_configuration(path: Path) -> dict[str, Any] | None:

@@ -62,14 +62,14 @@ TITLES = {
 
 
 def results(report: Report) -> pd.DataFrame:
-    """One line per run, seed and step, then the floor, with all digits: identity, scores, and sampling. A score with an
-    error bar has another column for it.
+    """One line per run, seed and step, then those of real images, with all digits: identity, scores, and sampling. A
+    score with an error bar has another column for it. What training took is left out: equal results, equal files.
 
     Raises:
         ValueError: a row whose score is not a score; the message names run and step.
     """
     scored = columns(report)
-    found = [_record(line, seed, scored, hours_name(report)) for line in lines(report) for seed in sorted(line.there)]
+    found = [_record(line, seed, scored) for line in lines(report) for seed in sorted(line.there)]
     if report.floors:
         values = {c.name: floor_value(report, c) for c in scored}
         found.append({"run": FLOOR_NAME, "samples": report.floors[0].get("samples"), **values})
@@ -82,13 +82,9 @@ def results(report: Report) -> pd.DataFrame:
     ]
     usual = {"captions": None, PRECISION: FULL}  # columns that are there only where some row has another value
     protocol = [n for n in PROTOCOL if n not in usual or any(record.get(n, usual[n]) != usual[n] for record in found)]
-    hours = hours_name(report)
     how = [*protocol, *([NOISE] if several_noises(lines(report)) else [])]
-    costs = [hours] if any(record.get(hours) is not None for record in found) else []
-    frame = pd.DataFrame(found, columns=pd.Index([*IDENTITY, *names, *how, *costs]))
-    types = {name: "Int64" for name in [*NUMBERS, *how[len(protocol) :]]} | dict.fromkeys(
-        [*names, "NFE", *costs], "float64"
-    )
+    frame = pd.DataFrame(found, columns=pd.Index([*IDENTITY, *names, *how]))
+    types = {name: "Int64" for name in [*NUMBERS, *how[len(protocol) :]]} | dict.fromkeys([*names, "NFE"], "float64")
     return frame.astype(types)
 
 
@@ -101,13 +97,13 @@ def hours_name(report: Report) -> str:
     return f"{report.unit}-hours"
 
 
-def _record(line: Line, seed: int, scored: Sequence[Column], hours: str) -> dict[str, Any]:
+def _record(line: Line, seed: int, scored: Sequence[Column]) -> dict[str, Any]:
     own = Line([row for row in line.rows if row.seed == seed], [seed])
     record: dict[str, Any] = {name: getattr(own.first, name) for name in IDENTITY}
     for column in scored:
         summary = own.summary(column)
         record |= {column.name: summary.mean if summary else None, f"{column.name} error": own.error(column)}
-    return record | _protocol(own.first) | {NOISE: noise(own.first.score), hours: own.first.hours}
+    return record | _protocol(own.first) | {NOISE: noise(own.first.score)}
 
 
 def _protocol(row: Row) -> dict[str, Any]:

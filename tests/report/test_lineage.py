@@ -72,7 +72,7 @@ def test_a_row_has_its_hours_in_the_tables_and_what_they_are_of_below():
     assert "GPU-hours: of training alone, from its first step. A beginning that runs share counts in full" in " ".join(
         table.notes
     )
-    assert tables.results(built)["GPU-hours"].tolist()[0] == 1234.5
+    assert "GPU-hours" not in tables.results(built)  # equal results, equal files
 
 
 def test_a_run_leaves_the_earlier_one_that_it_shares_most_with_where_its_states_begin_to_differ(plan):

@@ -14,6 +14,7 @@ from PIL import Image
 from haste import config
 from haste.data.latents import Autoencoder
 from haste.files.store import Store
+from haste.ops.show import print_provenance
 from haste.plan.names import SHOWN_CLASSES
 from haste.plan.plan import Plan
 from haste.sampling.grids import GAP, SCALE
@@ -27,7 +28,7 @@ def made(plan):
     return json.loads(Path(detector.reconstructed).read_text())
 
 
-def test_an_autoencoder_that_loses_nothing_reaches_exactly_what_real_images_reach(make_plan, monkeypatch):
+def test_an_autoencoder_that_loses_nothing_reaches_exactly_what_real_images_reach(make_plan, monkeypatch, capsys):
     plan = make_plan()
     monkeypatch.setattr(Reconstructions, "decoded", lambda self, rows: self.images.read("image", rows))
     found = made(plan)
@@ -37,6 +38,9 @@ def test_an_autoencoder_that_loses_nothing_reaches_exactly_what_real_images_reac
     assert found["scores"] == pytest.approx(floor["scores"], rel=1e-6) and held_out is not None
     assert (found["samples"], found["reference"]) == (floor["samples"], floor["reference"])
     assert found["psnr"] == 100.0
+    print_provenance(Path(plan.detectors["cnn"].reconstructed))
+    shown = capsys.readouterr().out
+    assert json.loads(shown)["psnr"] == 100.0 and found["pictures"]["png"] not in shown
 
 
 def test_errors_of_sixteen_levels_are_a_psnr_of_24_db_and_the_distance_grows(make_plan, monkeypatch):
