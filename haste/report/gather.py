@@ -227,23 +227,34 @@ def _rows(plan: Plan, training: Training) -> tuple[list[Row], list[str]]:
 def _there(plan: Plan, training: Training | None = None) -> list[Row]:
     """The rows that have scores."""
     return [
-        Row(
-            run=row.run,
-            model=(plan.config.evaluate.get(row.run) or plan.config.runs[row.run]).model,
-            method=method(plan, row.run),
-            stop=stop(plan, row.run),
-            seed=row.seed,
-            step=row.step,
-            score=pictures.named(plan, _score_of(plan, row, judgement.detector, judgement.score)),
-            settings=settings(plan, row.run),
-            recipe=plan.trajectories[row.evaluation.state.trajectory].recipe,
-            file=judgement.score,
+        row_of(
+            plan,
+            row,
+            pictures.named(plan, _score_of(plan, row, judgement.detector, judgement.score)),
+            judgement.score,
             hours=training.hours(row.run, row.seed, row.step) if training else None,
         )
         for row in plan.rows
         for judgement in row.evaluation.judged
         if Path(judgement.score).exists()
     ]
+
+
+def row_of(plan: Plan, row: Scored, score: dict[str, Any], file: str = "", hours: float | None = None) -> Row:
+    """A row of a plan as the report shows it, with a score, parsed, its file, and what training took."""
+    return Row(
+        run=row.run,
+        model=(plan.config.evaluate.get(row.run) or plan.config.runs[row.run]).model,
+        method=method(plan, row.run),
+        stop=stop(plan, row.run),
+        seed=row.seed,
+        step=row.step,
+        score=score,
+        settings=settings(plan, row.run),
+        recipe=plan.trajectories[row.evaluation.state.trajectory].recipe,
+        file=file,
+        hours=hours,
+    )
 
 
 def measured(plan: Plan) -> tuple[list[Measured], list[str]]:

@@ -101,7 +101,7 @@ def _write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
-def text(report: Report, width: int = 100) -> str:
+def text(report: Report, width: int | None = None) -> str:
     """The results and the speed-ups for a terminal."""
     shown = formats.to_text(tables.main_tables(report), report.title, width)
     said = [*doubts(report), *map(str, speedups(report)), *report.notes]
