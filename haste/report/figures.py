@@ -123,12 +123,12 @@ def score_panels(report: Report, besides: Comparison | None = None) -> list[Pane
 
 def score_panel(report: Report, group: Comparison, drawn: Mapping[str, Style], name: str) -> Panel:
     """One set of scores over steps; `name` begins the ids in its SVG."""
-    floor = floor_value(report, group.column)
+    floor, again = floor_value(report, group.column), reconstructed_value(report, group.column)
     models = {row.model for row in report.rows}
     title = group.column.name + (f", {group.model}" if len(models) > 1 else "")
     figure, axes = new_figure(title)
     ends, whole = dict[str, tuple[float, int]](), dict[str, Drawn]()
-    values = [p.value for p in group.points] + ([] if floor is None else [floor])
+    values = [p.value for p in group.points] + [value for value in (floor, again) if value is not None]
     rings = _printed(report, group)
     for run, pairs in rings.items():
         axes.plot(*zip(*pairs, strict=True), "o", ms=6, mfc="none", mec=drawn[run].colour)
@@ -136,8 +136,8 @@ def score_panel(report: Report, group: Comparison, drawn: Mapping[str, Style], n
     for run in dict.fromkeys(p.run for p in group.points):
         points = [(s, found) for s, found in curve(group, run, seeds_of(report, run)) if not found.missing]
         if points:
-            parts = [(float(s), found.mean, found.spread or 0.0) for s, found in points]
-            whole[run] = tuple(map(np.array, zip(*parts, strict=True)))
+            parts = np.array([(s, found.mean, found.spread or 0.0) for s, found in points], dtype=float)
+            whole[run] = parts[:, 0], parts[:, 1], parts[:, 2]
             ends[run] = (points[-1][1].mean, points[-1][0])
     for run, line in whole.items():
         steps, means, spread, own = _forked(line, drawn[run].trunk, whole, logarithmic=_wide(values))

@@ -125,7 +125,7 @@ def caution(report: Report) -> str:
         all_close = f"{names[best]}{''.join(f', {names[run]}' for run in close[:-1])} and {names[close[-1]]}"
         width = max(widths[run] for run in close)
         apart = f"they differ by less than the noise {of}, ±{width:.{places}f}"
-        return f"Which of {all_close} is better is open: {apart}.{seeds}"
+        return f"Which of {all_close} is {'best' if len(close) > 1 else 'better'} is open: {apart}.{seeds}"
     second, gap = others[0][0], others[0][1][0].mean - first.mean
     lead = f"{gap:.{places}f} less than {names[second]}, more than the noise {of}, ±{widths[second]:.{places}f}"
     return f"That is {lead}.{seeds}"

@@ -71,8 +71,8 @@ class Training:
         """The steps of a piece's log and the hours of each line, on as many devices as the next state was made on."""
         folder = Path(self.plan.root, "states", piece.trajectory)
         files = {step: folder / f"step-{step:08d}.safetensors" for step in sorted(self.plan.on_disk(piece.trajectory))}
-        known = {step: found for step, file in files.items() if (found := self._devices(file)) is not None}
-        steps, found = list(known), []
+        known = {step: count for step, file in files.items() if (count := self._devices(file)) is not None}
+        steps, found = list(known), list[tuple[int, float]]()
         for line in journal.read(folder / "log.jsonl", piece.low, piece.high):
             after = min(bisect.bisect_left(steps, line["step"]), len(steps) - 1)
             devices = known[steps[after]] if steps else math.nan

@@ -30,7 +30,7 @@ def report(values, error=None):
         (
             {"HASTE": [7.0], "ATTA": [8.0], "REPA": [8.3], "vanilla": [13.0]},
             0.5,
-            "Which of HASTE, ATTA and REPA is better is open: they differ by less than the noise of the samples, ±1.41."
+            "Which of HASTE, ATTA and REPA is best is open: they differ by less than the noise of the samples, ±1.41."
             f" {ONCE}",
         ),
         (
