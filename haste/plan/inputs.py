@@ -97,8 +97,9 @@ def encoder(parts: Parts) -> None:
 
 
 def decoder(parts: Parts) -> None:
-    """Refuse a public autoencoder that could not decode the samples, or the images of measures' pictures."""
-    if parts.drawn or any("decoder" in parts.config.measures[one.label].made.needs for one in parts.measured):
+    """Refuse a public autoencoder that could not decode the samples, latents of images, or measures' pictures."""
+    again = "reconstruct" in parts.jobs.left
+    if parts.drawn or again or any("decoder" in parts.config.measures[one.label].made.needs for one in parts.measured):
         _autoencoder(parts, parts.data.decoder)
 
 

@@ -154,6 +154,7 @@ def _network_jobs(plan: Plan) -> Iterator[Job]:
     networks = [plan.autoencoder, *plan.teachers.values(), *(one.part for one in plan.detectors.values())]
     for part in filter(None, networks):
         yield Job(part.kind, (part.manifest,), partial(_files, plan.images), part, part.name)
+    coded = plan.images, plan.latents, plan.autoencoder
     for detector in plan.detectors.values():
         pictures = None if detector.reference_file else plan.images
         made = (detector.reference.manifest,)
@@ -161,7 +162,7 @@ def _network_jobs(plan: Plan) -> Iterator[Job]:
         floor = lambda one=detector: [one.reference.manifest, *_files(one.part)]  # noqa: E731
         yield Job("floor", (detector.floor,), floor, detector, detector.name)
         if detector.reconstructed:
-            both = partial(_files, plan.images, plan.latents, plan.autoencoder, detector.reference, detector.part)
+            both = lambda one=detector: [one.reference.manifest, *_files(*coded, one.part)]  # noqa: E731
             yield Job("reconstruct", (detector.reconstructed,), both, detector, detector.name)
 
 
