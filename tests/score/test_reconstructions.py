@@ -43,7 +43,7 @@ def test_an_autoencoder_that_loses_nothing_reaches_exactly_what_real_images_reac
     assert json.loads(shown)["psnr"] == 100.0 and found["pictures"]["png"] not in shown
 
 
-def test_errors_of_sixteen_levels_are_a_psnr_of_24_db_and_the_distance_grows(make_plan, monkeypatch):
+def test_errors_of_sixteen_levels_are_a_psnr_of_24_db(make_plan, monkeypatch):
     plan = make_plan()
     sign = np.where(np.indices((8, 8, 3)).sum(axis=0) % 2, 16, -16)
 
