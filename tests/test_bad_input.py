@@ -864,6 +864,8 @@ MATRIX = [  # kind, the command that meets what is damaged, rows
     ("weights", sample, DETECTORS),
     ("weights", encode, AUTOENCODERS),
     ("weights", rule("floor"), QUALITY),
+    ("weights", rule("reconstruct"), AUTOENCODERS[:1]),
+    ("store", rule("reconstruct"), [LATENTS[2], LATENTS[5]]),
 ]
 ROWS = [
     pytest.param(damage, command, words, id=f"{kind}: {name}")

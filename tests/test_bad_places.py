@@ -47,6 +47,7 @@ WRITERS: list[tuple[str, Callable[[Any], list[Any]], Callable[[Any], str | Path]
     ("sample, features", lambda w: without(w.row().folder, "sample", w.row().name), lambda w: w.row().features.folder),
     ("evaluate", lambda w: ["evaluate", w.row().name], lambda w: w.root / "scores"),
     ("floor", lambda w: ["floor"], lambda w: w.root / "scores"),
+    ("reconstruct", lambda w: ["reconstruct"], lambda w: w.root / "scores"),
     ("grid", lambda w: ["grid", w.row().name], lambda w: w.row().folder),
     ("import", lambda w: ["import", w.state, w.folder / "out" / "a.safetensors"], lambda w: w.folder / "out"),
     (

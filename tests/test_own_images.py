@@ -122,6 +122,7 @@ def test_a_handful_of_pictures_goes_all_the_way(plan, capsys):
         scores = artefact.read_json(row.evaluation.score, "score")["scores"]
         assert np.isfinite(scores["fd"]) and ("class_accuracy" in scores) == bool(classes)
     run("floor")
+    run("reconstruct")
     run("report")
     page = Path(plan.report).read_text()
     assert ("class accuracy" in page) == bool(classes)

@@ -22,6 +22,7 @@ EXAMPLES = {
     "memory": "-c config/imagenet256.yaml",
     "plan": "-c config/imagenet256.yaml --as 8xH100",
     "prune": "-c config/digits.yaml config/study.yaml",
+    "reconstruct": RUN,
     "reference": f"--detector digits-cnn {RUN}",
     "replay": "HASTE -c config/study.yaml --set gradient-angle.every=50",
     "report": RUN,

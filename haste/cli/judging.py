@@ -17,6 +17,7 @@ def add(to: Commands) -> None:
     evaluate = to.rule("evaluate", _evaluate, "score a set of samples that the workflow drew")
     features = to.rule("features", _features, "compute a detector's features of one shard of samples that are there")
     floor = to.rule("floor", _floor, "score real images against real ones")
+    reconstruct = to.rule("reconstruct", _reconstruct, "score decoded latents of real images against real ones")
     grid = to.rule("grid", _grid, "paint a grid of samples by class")
     for sub in (sample, evaluate, features, grid):
         sub.add_argument("draw", help="name of a set of samples")
@@ -24,7 +25,8 @@ def add(to: Commands) -> None:
         sub.add_argument("--shard", type=int, default=0, help="which shard, counted from 0")
     evaluate.add_argument("--detector", help="name of a detector; all of the configuration")
     features.add_argument("--detector", required=True, help="name of a detector of the configuration")
-    floor.add_argument("--detector", help="name of a detector; the leading one")
+    for sub in (floor, reconstruct):
+        sub.add_argument("--detector", help="name of a detector; the leading one")
     to.rule("report", _report, "write the report page and its tables")
     _add_score(to.command("score", _score, "score images from anywhere against a reference"))
     _add_draw(to.command("draw", _draw, "draw pictures from a state, or from a checkpoint from elsewhere"))
@@ -126,6 +128,14 @@ def _floor(arguments: argparse.Namespace) -> None:
     plan = plan_of(arguments)
     take_gpus(plan)
     jobs.floor_of(plan.detector_named(arguments.detector or plan.detector.name))
+
+
+def _reconstruct(arguments: argparse.Namespace) -> None:
+    from haste.score import reconstructions
+
+    plan = plan_of(arguments)
+    take_gpus(plan)
+    reconstructions.make(plan, plan.detector_named(arguments.detector or plan.detector.name))
 
 
 def _grid(arguments: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import inspect
 import io
+import statistics
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,7 @@ from haste.files.walk import Directory, Parts, Unused
 
 KIND = "images"
 PICTURES = "pictures"  # in a shard's provenance: what its pictures were
+ENLARGED = "enlarged"  # there: how many were smaller than they were made, by their shorter side in pixels
 _BATCH = 64
 _SHOWN = 10  # images named in a message
 Bad = list[tuple[str, str]]  # name and reason
@@ -108,6 +110,7 @@ class Folder:
             subset: how many of the images to train on are used; None is all.
         """
         self.root, self.resolution = Path(path), resolution
+        self._small: dict[int, int] = {}  # the shorter side of images loaded so far that are smaller than `resolution`
         self._crop, self._reader = pictures.CROPS[crop], pictures.READERS[reader]
         found = self._list(labelled, classes, labels, captions)
         assert found.classes is not None
@@ -141,9 +144,16 @@ class Folder:
             if self.captioned and not self.captions(i):
                 raise ValueError(NO_CAPTION)
             image = pictures.opened(self._file(self._found.places.get(parts, parts)), self._reader)
+            if min(image.size) < self.resolution:
+                self._small[i] = min(image.size)
             return np.asarray(self._crop(image, self.resolution)), label
         except Exception as error:  # of many classes; without its name nobody finds the file
             raise ValueError(f"{path}: not a picture that can be read ({pictures.reason(error, path)})") from error
+
+    def enlarged(self, samples: range) -> dict[str, int]:
+        """Shorter side in pixels -> how many of some images, which were loaded, were enlarged from it."""
+        sides = collections.Counter(self._small[i] for i in samples if i in self._small)
+        return {str(side): count for side, count in sorted(sides.items())}
 
     def held(self, samples: range) -> str:
         """The identity of some images' names, sizes and labels."""
@@ -338,6 +348,7 @@ def prepare_shard(
         progress=progress,
         coded={} if stored_as == "raw" else {"image": stored_as},
         workers=workers,
+        learned=lambda: {ENLARGED: source.enlarged(samples)} if isinstance(source, Folder) else {},
     )
 
 
@@ -389,7 +400,8 @@ def prepare_join(
     """Join the shards of an image store; its splits are "train" and "held_out", its manifest names the classes.
 
     The manifest also names the skipped images, `skipped`, each with the reason, and the files of the source that are
-    not used, `unused`, by reason.
+    not used, `unused`, by reason; and how many images were `enlarged`, with the median of their shorter sides in
+    pixels, if all shards have counted them.
 
     Returns:
         The manifest.
@@ -413,11 +425,24 @@ def prepare_join(
         provenance=provenance,
         extra={
             **said,
+            **_enlarged(folder, shards),
             **({} if skipped is None else {"skipped": [list(entry) for entry in skipped]}),
             "unused": walk.grouped(getattr(source, "unused", [])),
         },
         expected_facts=_facts(source),
     )
+
+
+def _enlarged(folder: Path | str, shards: int) -> dict[str, Any]:
+    sides = collections.Counter[int]()
+    for shard in range(shards):
+        path = shard_path(folder, shard, shards)
+        counted = provenance_of(path)["provenance"].get(ENLARGED) if path.exists() else None
+        if counted is None:
+            return {}
+        sides.update({int(side): count for side, count in counted.items()})
+    median = statistics.median(sides.elements()) if sides else None
+    return {ENLARGED: {"count": sides.total(), "median": median}}
 
 
 def _check_shards(folder: Path | str, source: Folder, shards: int) -> None:

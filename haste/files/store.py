@@ -87,6 +87,7 @@ def write_shard(
     progress: Progress | None = None,
     coded: Mapping[str, str] | None = None,
     workers: int = 1,
+    learned: Callable[[], Mapping[str, Any]] = dict,
 ) -> Path:
     """Write the samples of one shard atomically, one process at a time.
 
@@ -107,6 +108,7 @@ def write_shard(
         progress: called with (samples written, samples of this shard) after every batch.
         coded: fields (H, W, 3) of uint8 that are compressed -> one of `haste.files.codecs.CODECS`.
         workers: threads that compress them; the result does not depend on it.
+        learned: called after the last batch: further entries of the provenance, JSON.
 
     Raises:
         ValueError: batches of wrong fields, shape, dtype or number.
@@ -130,14 +132,14 @@ def write_shard(
             _written(path, aside, len(span), plain) as file,
             _spools(aside.parent, coded or {}, workers) as spools,
         ):
-            for name, value in (header | {"provenance": artefact.canonical(provenance)}).items():
-                file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
+            _set_attributes(file, header)
             for name, (shape, dtype) in plain.items():
                 file.create_dataset(name, shape=(len(span), *shape), dtype=dtype)
             _fill(file, path, layout, len(span), batches, progress, spools)
             for name, spool in spools.items():
                 _check_room(path, spool.size)
                 spool.put(file, name)
+            _set_attributes(file, {"provenance": artefact.canonical({**provenance, **learned()})})
     return path
 
 
@@ -147,6 +149,11 @@ def _spools(folder: Path, coded: Mapping[str, str], workers: int) -> Generator[d
         yield {
             name: held.enter_context(contextlib.closing(Spool(codec, folder, workers))) for name, codec in coded.items()
         }
+
+
+def _set_attributes(file: h5py.File, entries: Mapping[str, Any]) -> None:
+    for name, value in entries.items():
+        file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
 
 
 def _is_there(path: Path, kind: str, header: Mapping[str, Any], layout: Mapping[str, Any]) -> bool:

@@ -22,14 +22,14 @@ from haste.plan import memory
 from haste.plan.jobs import TRAINING, Job
 from haste.plan.machines import Machine, gpu_of
 from haste.plan.measures import Measurement
-from haste.plan.names import Artefact, Detector, Evaluation, Judgement, Segment
+from haste.plan.names import MOST_COMPARED, Artefact, Detector, Evaluation, Judgement, Segment
 from haste.plan.plan import Plan
 from haste.plan.target_spec import Shape, flops_per_image
 
 MB = 1e6
 # Seconds that follow from no operations, of which small networks have most: of a job's start, which imports torch,
 # diffusers for the small autoencoder, and opens what a measure looks at.
-START, STARTS = 2.0, {"latents": 5.0, "sample": 5.0, "measure": 3.5}
+START, STARTS = 2.0, {"latents": 5.0, "reconstruct": 5.0, "sample": 5.0, "measure": 3.5}
 # Rules whose jobs take no GPU; those of training take one for each rank, others one.
 WITHOUT_GPU = {"images_check", "images", "images_join", "latents_join", "text_join", "targets_join", "grid"}
 WITHOUT_GPU |= {"report"}
@@ -315,6 +315,9 @@ def _data_stages(plan: Plan, pace: Pace) -> list[Stage]:
         latents = _timed(latents, [each and encoding * pixels * each for each in encoded], speed)
     said = sum(job.about.data.text_bytes / job.about.text.shards for job in _left(plan, "text"))
     sights = [job.about for job in _left(plan, "reference")]
+    decoded = min(MOST_COMPARED, plan.count // 2) if plan.count else None
+    decoding = _autoencoder_flops(plan.decoder, 1)
+    again = [_seen(plan, job.about, decoded) for job in _left(plan, "reconstruct")]
     return [
         _stage(plan, "images", drawn / MB),
         latents,
@@ -322,6 +325,11 @@ def _data_stages(plan: Plan, pace: Pace) -> list[Stage]:
         _timed(
             _stage(plan, "reference"),
             [_seen(plan, one, None if one.reference_file else plan.count) for one in sights],
+            speed,
+        ),
+        _timed(
+            _stage(plan, "reconstruct"),
+            [each and decoding and decoded and each + decoding * pixels * decoded for each in again],
             speed,
         ),
         *(

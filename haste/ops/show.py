@@ -35,7 +35,7 @@ def print_provenance(given: Path) -> None:
         if not path.is_file() or path.suffix not in WEIGHTS:
             raise
         found = _of_weights(path)
-    Console().print_json(json.dumps(found))
+    Console().print_json(json.dumps(_without_pictures(found)))
 
 
 def _of_weights(path: Path) -> dict[str, Any]:
@@ -47,6 +47,16 @@ def _of_weights(path: Path) -> dict[str, Any]:
     whose = {"file": origin(path), "sha256": identity, "layout": found.layout}
     shown = {"model": dict(found.shape), "weights": sorted(found.sets), "projectors": len(found.projectors)}
     return {"kind": "checkpoint from elsewhere", **whose, **shown, **said}
+
+
+def _without_pictures(found: Any) -> Any:
+    """JSON with pictures, which are base64, by their size alone."""
+    if isinstance(found, dict):
+        return {
+            key: f"{len(value):,} characters" if key == "png" and isinstance(value, str) else _without_pictures(value)
+            for key, value in found.items()
+        }
+    return [*map(_without_pictures, found)] if isinstance(found, list) else found
 
 
 def _of_configuration(path: Path) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from haste.files.listing import Listing
 from haste.files.sources import UNUSED, Pictures, SourceRecord
 from haste.networks.headers import MissingError
 from haste.networks.text import TOKENIZER, WORDS
-from haste.plan.names import RECIPE, Artefact, Detector
+from haste.plan.names import RECIPE, SHOWN_CLASSES, Artefact, Detector
 from haste.plan.outside import Outside
 
 WEIGHTS = ("*.safetensors", "*.bin", "config.json", *TOKENIZER)  # files of a folder that decide what it computes
@@ -185,7 +185,30 @@ class Data:
             of = f"reference-{source[:12]}"
         reference = self.features(of, source, kind, key, shards=1)
         floor = f"{self.root}/scores/floor-{fingerprint([reference.key, 'halves'])}.json"
-        return Detector(name, kind, weights, key, part, reference, spec.reference, floor)
+        return Detector(
+            name, kind, weights, key, part, reference, spec.reference, floor, self._reconstructed(reference)
+        )
+
+    def _reconstructed(self, reference: Artefact) -> str | None:
+        """The file about decoded latents. Without runs, as of checkpoints from elsewhere alone, nothing is encoded."""
+        if not self.config.runs:
+            return None
+        recipe = {
+            "recipe": RECIPE,
+            "latents": self.latents.key,
+            "decoder": self.decoder_key,
+            "reference": reference.key,
+        }
+        if more := self.shown_classes[SHOWN_CLASSES:]:
+            recipe["classes"] = more
+        return f"{self.root}/scores/reconstructed-{fingerprint(recipe)}.json"
+
+    @property
+    def shown_classes(self) -> list[int]:
+        """The classes that grids of samples show: the first ones, and those that samples are chosen to be of."""
+        first = range(min(SHOWN_CLASSES, self.config.images.classes))
+        chosen = {label for way in self.config.sampling.values() for label in way.chosen}
+        return [*first, *sorted(chosen - {*first})]
 
     def teacher_key(self, name: str) -> str:
         """What identifies a teacher in a recipe: a trained one's key, or the pretrained one's name and weights file;

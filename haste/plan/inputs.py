@@ -97,8 +97,9 @@ def encoder(parts: Parts) -> None:
 
 
 def decoder(parts: Parts) -> None:
-    """Refuse a public autoencoder that could not decode the samples, or the images of measures' pictures."""
-    if parts.drawn or any("decoder" in parts.config.measures[one.label].made.needs for one in parts.measured):
+    """Refuse a public autoencoder that could not decode the samples, latents of images, or measures' pictures."""
+    again = "reconstruct" in parts.jobs.left
+    if parts.drawn or again or any("decoder" in parts.config.measures[one.label].made.needs for one in parts.measured):
         _autoencoder(parts, parts.data.decoder)
 
 
@@ -199,7 +200,8 @@ def detectors(parts: Parts) -> None:
 def _scores(parts: Parts, detector: Detector) -> list[str]:
     """The files that a detector's reference is for."""
     judged = (one for drawn in parts.evaluations.by_name.values() for one in drawn.judged)
-    return [detector.floor, *(one.score for one in judged if one.detector == detector)]
+    real = [path for path in (detector.floor, detector.reconstructed) if path]
+    return [*real, *(one.score for one in judged if one.detector == detector)]
 
 
 def _transformer(spec: Any, called: str) -> int | None:

@@ -22,7 +22,7 @@ TRAINING = ("train", "train_plain")
 RULES = (
     *("images_check", "images", "images_join", "autoencoder", "teacher", "detector", "latents", "latents_join"),
     *("text_encoder", "text", "text_join", "pca", "targets", "targets_join", *TRAINING, "reference", "sample"),
-    *("features", "score", "floor", "grid", "measure", "report"),
+    *("features", "score", "floor", "reconstruct", "grid", "measure", "report"),
 )
 
 
@@ -156,12 +156,16 @@ def _network_jobs(plan: Plan) -> Iterator[Job]:
     networks.append(plan.text_encoder)
     for part in filter(None, networks):
         yield Job(part.kind, (part.manifest,), partial(_files, plan.images), part, part.name)
+    coded = plan.images, plan.latents, plan.autoencoder
     for detector in plan.detectors.values():
         pictures = None if detector.reference_file else plan.images
         made = (detector.reference.manifest,)
         yield Job("reference", made, partial(_files, pictures, detector.part), detector, detector.name)
         floor = lambda one=detector: [one.reference.manifest, *_files(one.part)]  # noqa: E731
         yield Job("floor", (detector.floor,), floor, detector, detector.name)
+        if detector.reconstructed:
+            both = lambda one=detector: [one.reference.manifest, *_files(*coded, one.part)]  # noqa: E731
+            yield Job("reconstruct", (detector.reconstructed,), both, detector, detector.name)
 
 
 def _target_jobs(plan: Plan) -> Iterator[Job]:

@@ -12,6 +12,8 @@ from haste.config import Sampling
 from haste.files.artefact import fingerprint
 
 RECIPE = 1  # raised when the method changes so that equal settings no longer give equal results
+SHOWN_CLASSES = 10  # columns of a grid of samples
+MOST_COMPARED = 50_000  # most images on a side of what real images reach: the usual number of samples
 STORES = (
     "images",
     "latents",
@@ -146,7 +148,8 @@ class Detector:
 
     name: in this configuration; kind: `cnn` for one that is trained here, as `part`, or a public one's name; weights: a
     public one's file, None for the hub's; reference_file: ADM's .npz that the reference is made from, None for the
-    image store; floor: scores of real images against real ones.
+    image store; floor: scores of real images against real ones; reconstructed: those of decoded latents against real
+    ones, None where no latents are needed.
     """
 
     name: str
@@ -157,6 +160,7 @@ class Detector:
     reference: Artefact
     reference_file: str | None
     floor: str
+    reconstructed: str | None
 
     @property
     def looks(self) -> str:

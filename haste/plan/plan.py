@@ -265,4 +265,5 @@ class Plan:
         apart = branches(self.config)
         first = {run: None if run in apart else row.seed for run, row in self.config.runs.items()}
         grids = [row.evaluation.grid for row in self.rows if row.seed == first.get(row.run, row.seed)]
-        return [*dict.fromkeys(scores + grids), *(detector.floor for detector in self.detectors.values())]
+        real = [path for one in self.detectors.values() for path in (one.floor, one.reconstructed) if path]
+        return [*dict.fromkeys(scores + grids), *real]

@@ -153,6 +153,13 @@ class Line:
         """The seeds that have none yet."""
         return [seed for seed in self.seeds if seed not in self.there]
 
+    @property
+    def hours(self) -> float | None:
+        """What training took, in the mean over seeds; None if a seed says nothing."""
+        found = {row.seed: row.hours for row in self.rows}.values()
+        known = [one for one in found if one is not None]
+        return statistics.fmean(known) if known and len(known) == len(found) else None
+
     def summary(self, column: Column) -> Summary | None:
         """One column over the seeds; None if none has a value."""
         values = {row.seed: found[column] for row in self.rows if column in (found := row_scores(row))}
@@ -241,10 +248,17 @@ def floor_of(report: Report, column: Column) -> Mapping[str, Any] | None:
 
 def floor_value(report: Report, column: Column) -> float | None:
     """The score of real images against real ones; it has no guidance, so guided columns show it too."""
-    found = floor_of(report, column)
-    if found is None:
-        return None
-    values = {c.metric: value for c, value in _scores(found, "the floor").items()}
+    return _of_real(report.floors, column)
+
+
+def reconstructed_value(report: Report, column: Column) -> float | None:
+    """The score of decoded latents of real images against real ones; it has no guidance either."""
+    return _of_real(report.reconstructed, column)
+
+
+def _of_real(scores: Sequence[Mapping[str, Any]], column: Column) -> float | None:
+    found = next((one for one in scores if detector_name(one) == column.detector), None)
+    values = {} if found is None else {c.metric: value for c, value in _scores(found, "of real images").items()}
     return values.get(OF_REAL.get(column.metric, column.metric))
 
 

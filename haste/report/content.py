@@ -33,6 +33,7 @@ class Row:
     settings: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     file: str = ""  # of the score
+    hours: float | None = None  # that training took, of the report's `unit`
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,23 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Trunk:
+    """Where a run leaves the training of another one, whose states it has up to a step."""
+
+    run: str
+    step: int
+
+
+@dataclass(frozen=True)
+class Real:
+    """Real pictures, above what the autoencoder makes of them: a PNG with a column for each of `classes`, or with
+    columns without meaning if there are none."""
+
+    png: bytes
+    classes: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Part:
     """A network that the pipeline trained itself (`part`: autoencoder, teacher, detector) and its quality."""
 
@@ -115,6 +133,7 @@ class Part:
     part: str
     quality: Mapping[str, Any]
     provenance: Mapping[str, Any]
+    classes: int = 0  # that it tells apart, if it is a classifier
 
 
 @dataclass(frozen=True)
@@ -139,8 +158,9 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a page shows. `floors` are scores of real images against real ones, one per detector; `seeds` are those
-    of each run in the configuration, scored or not."""
+    """All that a page shows. `floors` are scores of real images against real ones, one per detector, `reconstructed`
+    those of decoded latents; `seeds` are those of each run in the configuration, scored or not; `trunks` are the runs
+    that begin as another; `unit` is what training's hours are of, `GPU` or `core`."""
 
     name: str
     title: str
@@ -159,3 +179,7 @@ class Report:
     measures: Sequence[Measured] = ()
     read: Sequence[Read] = ()
     forks: Sequence[Fork] = ()
+    reconstructed: Sequence[Mapping[str, Any]] = ()
+    real: Real | None = None
+    trunks: Mapping[str, Trunk] = field(default_factory=dict)
+    unit: str = "GPU"

@@ -25,8 +25,17 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 from haste.align.terms import kind_of
 from haste.files import journal
 from haste.report import papers
-from haste.report.compare import METRICS, Comparison, comparisons, curve, floor_value, lines, seeds_of
-from haste.report.content import Curve, Report
+from haste.report.compare import (
+    METRICS,
+    Comparison,
+    comparisons,
+    curve,
+    floor_value,
+    lines,
+    reconstructed_value,
+    seeds_of,
+)
+from haste.report.content import Curve, Report, Trunk
 
 # Okabe and Ito, "Color Universal Design" (2008), less black and yellow, which vanish in the dark or on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -55,6 +64,7 @@ class Style:
     dash: tuple[float, ...]
     stops: Mapping[str, int]
     method: str
+    trunk: Trunk | None = None
 
     @property
     def dash_array(self) -> str:
@@ -62,6 +72,7 @@ class Style:
         return " ".join(f"{WIDTH * length:g}" for length in self.dash) or "none"
 
 
+Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]  # steps, means, spreads
 PRINTED = Style(INK, (1.5, 1.5), {}, "")  # what papers print
 
 
@@ -86,7 +97,7 @@ def styles(report: Report) -> dict[str, Style]:
         stops = _stops(row.stop if row else "")
         dash = DASHES[(place + place // len(PALETTE)) % len(DASHES)]
         colour = PALETTE[place % len(PALETTE)]
-        found[run] = Style(colour, dash, stops, row.method if row else "")
+        found[run] = Style(colour, dash, stops, row.method if row else "", report.trunks.get(run))
     return found
 
 
@@ -99,42 +110,79 @@ def _stops(text: str) -> dict[str, int]:
     return {kind: int(step) for kind, step in found}
 
 
-def score_panels(report: Report) -> list[Panel]:
+def score_panels(report: Report, besides: Comparison | None = None) -> list[Panel]:
     """Scores over steps, one figure per set of scores that may be compared. With several seeds a line is the mean,
     with a band of one sample standard deviation, at steps where no seed is missing.
 
-    Scores of a single step are only in the table.
+    Scores of a single step are only in the table; those of `besides` are shown elsewhere.
     """
     drawn = styles(report)
     groups = [g for g in comparisons(report) if g.column.metric in METRICS and len({p.step for p in g.points}) > 1]
-    return [_score_panel(report, group, drawn, number) for number, group in enumerate(groups)]
+    return [score_panel(report, g, drawn, f"score{i}") for i, g in enumerate(groups) if g != besides]
 
 
-def _score_panel(report: Report, group: Comparison, drawn: Mapping[str, Style], number: int) -> Panel:
-    floor = floor_value(report, group.column)
+def score_panel(report: Report, group: Comparison, drawn: Mapping[str, Style], name: str) -> Panel:
+    """One set of scores over steps; `name` begins the ids in its SVG."""
+    floor, again = floor_value(report, group.column), reconstructed_value(report, group.column)
     models = {row.model for row in report.rows}
     title = group.column.name + (f", {group.model}" if len(models) > 1 else "")
     figure, axes = new_figure(title)
-    ends, values = {}, [p.value for p in group.points] + ([] if floor is None else [floor])
+    ends, whole = dict[str, tuple[float, int]](), dict[str, Drawn]()
+    values = [p.value for p in group.points] + [value for value in (floor, again) if value is not None]
     rings = _printed(report, group)
     for run, pairs in rings.items():
         axes.plot(*zip(*pairs, strict=True), "o", ms=6, mfc="none", mec=drawn[run].colour)
         values += [value for _, value in pairs]
     for run in dict.fromkeys(p.run for p in group.points):
         points = [(s, found) for s, found in curve(group, run, seeds_of(report, run)) if not found.missing]
-        if not points:
-            continue
-        steps, means = [float(s) for s, _ in points], [found.mean for _, found in points]
-        draw_band(axes, drawn[run], steps, means, [found.spread or 0.0 for _, found in points])
-        draw_line(axes, drawn[run], steps, means, marker="o")
-        ends[run] = (means[-1], points[-1][0])
-    if floor is not None:
-        axes.axhline(floor, color=INK, lw=1.1, dashes=(8, 4), alpha=0.7)
+        if points:
+            parts = np.array([(s, found.mean, found.spread or 0.0) for s, found in points], dtype=float)
+            whole[run] = parts[:, 0], parts[:, 1], parts[:, 2]
+            ends[run] = (points[-1][1].mean, points[-1][0])
+    for run, line in whole.items():
+        steps, means, spread, own = _forked(line, drawn[run].trunk, whole, logarithmic=_wide(values))
+        draw_band(axes, drawn[run], steps, means, spread)
+        draw_line(axes, drawn[run], steps, means)
+        draw_dots(axes, drawn[run], steps[own:], means[own:])
     _scale(axes, values)
     _mark_stops(axes, [drawn[run] for run in ends])
-    dashed = "" if floor is None else f"Dashed: real images against real ones, {floor:.3g}. "
+    dashed = foot_lines(report, group, axes)
     caption = dashed + ("Rings: what papers print for the same model and method." if rings else "")
-    return Panel(title, group.protocol, caption.strip(), to_svg(figure, f"score{number}", _spoken(title, ends, floor)))
+    return Panel(title, group.protocol, caption.strip(), to_svg(figure, name, _spoken(title, ends, floor)))
+
+
+def _forked(
+    line: Drawn, trunk: Trunk | None, others: Mapping[str, Drawn], logarithmic: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """The part of a run's line that is its own: it begins on the line of the run whose states it shares before, where
+    it leaves that. Also the number of points in front that were not measured."""
+    steps, values, spread = line
+    if trunk is None or trunk.run not in others:
+        return steps, values, spread, 0
+    theirs, at = others[trunk.run], trunk.step
+    before = steps <= at
+    same = np.isin(steps[before], theirs[0])
+    shared = np.interp(steps[before], theirs[0], theirs[1])
+    if not theirs[0][0] <= at <= theirs[0][-1] or not np.allclose(values[before][same], shared[same], rtol=1e-3):
+        return steps, values, spread, 0
+    height = np.exp(np.interp(at, theirs[0], np.log(theirs[1]))) if logarithmic else np.interp(at, *theirs[:2])
+    first = [np.array([one]) for one in (at, height, np.interp(at, theirs[0], theirs[2]))]
+    own = (np.concatenate([start, part[~before]]) for start, part in zip(first, line, strict=True))
+    return *own, 1  # type: ignore[return-value]
+
+
+def foot_lines(report: Report, group: Comparison, axes: Axes, upright: bool = False) -> str:
+    """Draw what real images, and these as the autoencoder gives them back, measure; returns the words for a caption."""
+    said, draw = [], axes.axvline if upright else axes.axhline
+    ways = ("dashed", "real images against real ones", (8, 4), floor_value), (
+        "dotted", "decoded latents of real images", (1.5, 2.5), reconstructed_value
+    )  # fmt: skip
+    for look, of, dash, value_of in ways:
+        if (value := value_of(report, group.column)) is not None:
+            draw(value, color=INK, lw=1.1, dashes=dash, alpha=0.7)
+            said.append(f"{look}: {of}, {value:.3g}")
+    text = "; ".join(said)
+    return f"{text[:1].upper()}{text[1:]}. " if text else ""
 
 
 def _printed(report: Report, group: Comparison) -> dict[str, list[tuple[int, float]]]:
@@ -176,7 +224,8 @@ def _loss_panel(curves: Sequence[Curve], key: str, title: str, drawn: Mapping[st
     if not lines:
         return None
     figure, axes = new_figure(title)
-    for run, (steps, values, spread) in lines.items():
+    for run, line in lines.items():
+        steps, values, spread, _ = _forked(line, drawn[run].trunk, lines)
         draw_band(axes, drawn[run], steps, values, spread)
         draw_line(axes, drawn[run], steps, values)
     _scale(axes, np.concatenate([values for _, values, _ in lines.values()]))
@@ -253,6 +302,11 @@ def draw_line(
         line.set_dashes(style.dash)
 
 
+def draw_dots(axes: Axes, style: Style, steps: Iterable[float], values: Iterable[float]) -> None:
+    """A run's measured points."""
+    axes.plot(list(steps), list(values), "o", color=style.colour, ms=4)
+
+
 def draw_band(
     axes: Axes, style: Style, steps: Iterable[float], values: Iterable[float], spread: Iterable[float]
 ) -> None:
@@ -262,10 +316,15 @@ def draw_band(
         axes.fill_between(x, middle - half, middle + half, color=style.colour, alpha=0.18, lw=0)
 
 
+def _wide(values: Iterable[float]) -> bool:
+    """Whether values span so wide a range that their axis is logarithmic."""
+    array = np.asarray(list(values))
+    return array.min() > 0 and array.max() / array.min() >= WIDE
+
+
 def _scale(axes: Axes, values: Iterable[float]) -> None:
     """A logarithmic axis if the values span a wide range; otherwise a linear one."""
-    array = np.asarray(list(values))
-    if array.min() <= 0 or array.max() / array.min() < WIDE:
+    if not _wide(values):
         return
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

@@ -26,16 +26,32 @@ def _headline_step(group: Comparison) -> int:
     return max({p.step for p in group.points}, key=lambda s: (len({p.run for p in group.points if p.step == s}), s))
 
 
+def _headline_points(group: Comparison) -> dict[str, list[Point]]:
+    step, runs = _headline_step(group), dict[str, list[Point]]()
+    for point in group.points:
+        if point.step == step:
+            runs.setdefault(point.run, []).append(point)
+    return runs
+
+
+def best_value(report: Report, detector: str | None) -> float | None:
+    """The smallest Fréchet distance of a run by a detector, of means over seeds."""
+    found = [
+        summary.mean
+        for group in comparisons(report)
+        if group.column.metric == "fd" and group.column.detector == detector
+        for run in {p.run for p in group.points}
+        for _, summary in compare.curve(group, run, compare.seeds_of(report, run))
+    ]
+    return min(found, default=None)
+
+
 def finding(report: Report) -> str:
     """One sentence with the main numbers, best first. It states values without judging them."""
     group = headline(report)
     if group is None:
         return "No scores yet."
-    step = _headline_step(group)
-    runs: dict[str, list[Point]] = {}
-    for point in group.points:
-        if point.step == step:
-            runs.setdefault(point.run, []).append(point)
+    step, runs = _headline_step(group), _headline_points(group)
     found = {run: _summary(report, run, points) for run, points in runs.items()}
     best, *others = sorted(found, key=lambda run: found[run].mean)
     places, names = decimals(report)[group.column.place], _names(runs)
@@ -66,6 +82,55 @@ def _text(found: Summary, places: int) -> str:
     return f"{found.mean:.{places}f}" + ("" if found.spread is None else f" ± {found.spread:.{places}f}")
 
 
+def noise(found: Summary, errors: Sequence[float]) -> tuple[float, bool] | None:
+    """The standard error of a distance, and whether it is over seeds (else of the samples alone); None if unknown."""
+    if found.spread is not None:
+        return found.spread / math.sqrt(len(found.values)), True
+    return (errors[0], False) if len(errors) == 1 else None
+
+
+def headline_runs(report: Report) -> dict[str, tuple[Summary, tuple[float, bool] | None]]:
+    """The runs of the headline, best first: distance and its noise."""
+    group, table, found = headline(report), compare.lines(report), {}
+    for run, points in ({} if group is None else _headline_points(group)).items():
+        detector = group.column.detector if group else ""
+        scores = [row.score for row in table[points[0].line].rows if compare.detector_name(row.score) == detector]
+        errors = [error for one in scores if (error := (one.get("errors") or {}).get("fd")) is not None]
+        summary = _summary(report, run, points)
+        found[run] = summary, noise(summary, errors)
+    return dict(sorted(found.items(), key=lambda item: item[1][0].mean))
+
+
+def caution(report: Report) -> str:
+    """Whether the best run's lead is more than noise, in a sentence or two; empty if that is not known.
+
+    Noise is two standard errors of the difference: over seeds or, with one, of the samples alone, as if these were
+    independent in both runs.
+    """
+    group, runs = headline(report), headline_runs(report)
+    if group is None or len(runs) < 2:
+        return ""
+    (best, (first, one)), *others = runs.items()
+    widths = {}
+    for run, (_, two) in others:
+        if one is None or two is None or one[1] != two[1]:
+            return ""
+        widths[run] = 2 * math.hypot(one[0], two[0])
+    places, names = decimals(report)[group.column.place], _names(_headline_points(group))
+    close = [run for run, (found, _) in others if found.mean - first.mean < widths[run]]
+    of, seeds = ("over seeds", "") if one and one[1] else (
+        "of the samples", " Each run was trained once: what another seed would change is not known."
+    )  # fmt: skip
+    if close:
+        all_close = f"{names[best]}{''.join(f', {names[run]}' for run in close[:-1])} and {names[close[-1]]}"
+        width = max(widths[run] for run in close)
+        apart = f"they differ by less than the noise {of}, ±{width:.{places}f}"
+        return f"Which of {all_close} is {'best' if len(close) > 1 else 'better'} is open: {apart}.{seeds}"
+    second, gap = others[0][0], others[0][1][0].mean - first.mean
+    lead = f"{gap:.{places}f} less than {names[second]}, more than the noise {of}, ±{widths[second]:.{places}f}"
+    return f"That is {lead}.{seeds}"
+
+
 def context(report: Report) -> str:
     """How to read the headline's numbers: metric, number of samples, number of seeds, and the floor."""
     group = headline(report)
@@ -83,7 +148,9 @@ def context(report: Report) -> str:
     sizes = [floor.get("samples"), (floor.get("reference") or {}).get("images")]
     images = f"{sizes[0]:,} against {sizes[1]:,}" if all(sizes) else "in two halves"
     places = decimals(report)[group.column.place]
-    return f"{text} Real images against real ones ({images}) measure {value:.{places}f}."
+    again = compare.reconstructed_value(report, group.column)
+    said = "" if again is None else f", and as the autoencoder gives them back {again:.{places}f}"
+    return f"{text} Real images against real ones ({images}) measure {value:.{places}f}{said}."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,7 +212,8 @@ def reached(curve: Sequence[tuple[float, float]], target: float) -> tuple[float,
             return float(step), True
         before, high = curve[place - 1]
         scale = math.log if min(value, target, high) > 0 else float
-        share = (scale(high) - scale(target)) / (scale(high) - scale(value))
+        fall = scale(high) - scale(value)  # 0 of neighbouring numbers, whose logarithms are the same
+        share = (scale(high) - scale(target)) / fall if fall else 1.0
         return before + share * (step - before), False
     return None
 

@@ -19,7 +19,9 @@ from haste.ops import replay, sources
 from haste.plan.names import Detector
 from haste.plan.names import Row as Scored
 from haste.plan.plan import Plan
-from haste.report.content import NONE, Benchmark, Curve, Fork, Grid, Measured, Part, Read, Report, Row, Stage
+from haste.report import pictures
+from haste.report.content import NONE, Benchmark, Curve, Fork, Measured, Part, Read, Report, Row, Stage
+from haste.report.lineage import Training, trunks
 from haste.report.papers import COCO, COCO_IMAGES, COCO_VAL, IMAGENET, layers_text
 from haste.train import stops
 
@@ -91,6 +93,7 @@ def stages(plan: Plan) -> list[Stage]:
         "features",
         "score",
         "floor",
+        "reconstruct",
         "grid",
         "measure",
     ]
@@ -132,7 +135,15 @@ def _parts(plan: Plan) -> list[Part]:
     ]
     files = dict.fromkeys(part.manifest for part in made)  # teachers may differ by their filters alone
     found = [_part(file) for file in files if Path(file).exists()]
-    return [Part(part["name"], part["part"], part["quality"], part["provenance"]) for part in found]
+    return [
+        Part(one["name"], one["part"], one["quality"], one["provenance"], _told_apart(one.get("architecture") or {}))
+        for one in found
+    ]
+
+
+def _told_apart(architecture: dict[str, Any]) -> int:
+    found = architecture.get("classes")
+    return found if isinstance(found, int) else 0
 
 
 def _part(path: str) -> dict[str, Any]:
@@ -197,7 +208,7 @@ def _teacher(plan: Plan, name: str) -> str:
     return shown if teacher.filter is None else f"{shown}, low_pass {teacher.filter.low_pass:g}"
 
 
-def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
+def _rows(plan: Plan, training: Training) -> tuple[list[Row], list[str]]:
     """The rows that have scores, and a note on those that have none yet.
 
     Raises:
@@ -216,21 +227,27 @@ def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
         for row, judgement in scores
         if (row, judgement) not in there
     ]
-    return _there(plan), [f"Not scored yet: {'; '.join(dict.fromkeys(missing))}."] if missing else []
+    return _there(plan, training), [f"Not scored yet: {'; '.join(dict.fromkeys(missing))}."] if missing else []
 
 
-def _there(plan: Plan) -> list[Row]:
+def _there(plan: Plan, training: Training | None = None) -> list[Row]:
     """The rows that have scores."""
     return [
-        row_of(plan, row, _score_of(plan, row, judgement.detector, judgement.score), judgement.score)
+        row_of(
+            plan,
+            row,
+            pictures.named(plan, _score_of(plan, row, judgement.detector, judgement.score)),
+            judgement.score,
+            hours=training.hours(row.run, row.seed, row.step) if training else None,
+        )
         for row in plan.rows
         for judgement in row.evaluation.judged
         if Path(judgement.score).exists()
     ]
 
 
-def row_of(plan: Plan, row: Scored, score: dict[str, Any], file: str = "") -> Row:
-    """A row of a plan as the report shows it, with a score, parsed, and its file."""
+def row_of(plan: Plan, row: Scored, score: dict[str, Any], file: str = "", hours: float | None = None) -> Row:
+    """A row of a plan as the report shows it, with a score, parsed, its file, and what training took."""
     return Row(
         run=row.run,
         model=(plan.config.evaluate.get(row.run) or plan.config.runs[row.run]).model,
@@ -242,6 +259,7 @@ def row_of(plan: Plan, row: Scored, score: dict[str, Any], file: str = "") -> Ro
         settings=settings(plan, row.run),
         recipe=plan.trajectories[row.evaluation.state.trajectory].recipe,
         file=file,
+        hours=hours,
     )
 
 
@@ -287,21 +305,6 @@ def _made(path: str) -> str:
         return str(header.get("provenance", header).get("made", ""))
     except (ValueError, OSError, AttributeError):
         return ""
-
-
-def _grids(plan: Plan) -> list[Grid]:
-    shown, found, apart = set(plan.shown), [], config.branches(plan.config)
-    for row in plan.rows:
-        path = Path(row.evaluation.grid)
-        if row.run not in apart and row.evaluation.grid in shown and path.exists():
-            made = provenance_of(path)  # which classes have samples, the picture knows
-            artefact.check_entries(path, made, classes=list)
-            titled = made.get("titled", plan.config.images.classes > 0)  # pictures that are older do not say it
-            labels = [str(label) for label in made["classes"]] if titled else []
-            artefact.check_entries(path, {"words": [], **made}, words=list)
-            width, words = len(made["classes"]), list(map(str, made.get("words", [])))
-            found.append(Grid(row.run, row.step, path, labels, row.evaluation.sampling_name, width, words))
-    return found
 
 
 def _forks(plan: Plan, rows: list[Row], measures: list[Measured]) -> list[Fork]:
@@ -352,7 +355,13 @@ def report(plan: Plan) -> Report:
         ValueError: nothing is scored yet, or a score or part is broken; the message names the file.
     """
     made = plan.config
-    rows, notes = _rows(plan)
+    training = Training(plan)
+    rows, notes = _rows(plan, training)
+    decoded = [
+        _score(d, d.reconstructed)
+        for d in plan.detectors.values()
+        if d.reconstructed and Path(d.reconstructed).exists()
+    ]
     measures, unmeasured = measured(plan)
     branches, written = config.branches(made), config.written(made).model_dump(mode="json", exclude_defaults=True)
     inputs = {j.score: plan.label(row.run, row.seed) for row in plan.rows for j in row.evaluation.judged}
@@ -363,15 +372,19 @@ def report(plan: Plan) -> Report:
         rows=[row for row in rows if row.run not in branches],
         floors=[_score(d, d.floor) for d in plan.detectors.values() if Path(d.floor).exists()],
         curves=[Curve(run, seed, records(plan, run, seed)) for run, seed in plan.pieces if run not in branches],
-        grids=_grids(plan),
+        grids=pictures.grids(plan),
         parts=_parts(plan),
         stages=stages(plan),
         provenance=artefact.provenance(inputs=inputs),
         config_text=yaml.safe_dump(written, sort_keys=False),
-        notes=[*plan.changes, *plan.notes, *notes, *unmeasured, *_older(plan)],
+        notes=[*pictures.enlarged(plan), *plan.changes, *plan.notes, *notes, *unmeasured, *_older(plan)],
         benchmark=benchmark(plan),
         seeds={run: row.all_seeds for run, row in made.runs.items()},
         measures=[one for one in measures if one.run not in branches],
         read=_read(plan),
         forks=_forks(plan, rows, measures),
+        reconstructed=decoded,
+        real=pictures.real(plan, decoded),
+        trunks=trunks(plan),
+        unit=training.unit,
     )

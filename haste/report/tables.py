@@ -31,12 +31,14 @@ from haste.report.compare import (
     noise,
     precision_text,
     protocol_text,
+    reconstructed_value,
     row_scores,
     several_noises,
 )
 from haste.report.content import NONE, Report, Row
 from haste.report.formats import Cell, Entry, Head, Table, number_cell, text_cell
 from haste.report.papers import COCO, SAMPLES, Published, comparable
+from haste.report.times import hours_cell
 
 PRECISION = "computed in"  # "precision" is a score
 IDENTITY = ["run", "model", "method", "stop", "seed", "step"]
@@ -44,6 +46,7 @@ PROTOCOL = ["sampler", "NFE", "guidance", "labels", "captions", "decoder", "weig
 NUMBERS = ["seed", "step", "samples"]
 NOISE = "noise seed"  # a column that is shown if some run was sampled with several
 FLOOR_NAME = "real against real"
+RECONSTRUCTED_NAME = "real, reconstructed"
 TITLES = {
     "stop": "termination step",
     "feature weight": "weight of the feature term",
@@ -59,8 +62,8 @@ TITLES = {
 
 
 def results(report: Report) -> pd.DataFrame:
-    """One line per run, seed and step, then the floor, with all digits: identity, scores, and sampling. A score with an
-    error bar has another column for it.
+    """One line per run, seed and step, then those of real images, with all digits: identity, scores, and sampling. A
+    score with an error bar has another column for it. What training took is left out: equal results, equal files.
 
     Raises:
         ValueError: a row whose score is not a score; the message names run and step.
@@ -70,6 +73,10 @@ def results(report: Report) -> pd.DataFrame:
     if report.floors:
         values = {c.name: floor_value(report, c) for c in scored}
         found.append({"run": FLOOR_NAME, "samples": report.floors[0].get("samples"), **values})
+    if report.reconstructed:
+        values = {c.name: reconstructed_value(report, c) for c in scored}
+        samples = report.reconstructed[0].get("samples")
+        found.append({"run": RECONSTRUCTED_NAME, "samples": samples, **values})
     names = [
         name for c in scored for name in (c.name, f"{c.name} error") if name == c.name or any(map(_has(name), found))
     ]
@@ -83,6 +90,11 @@ def results(report: Report) -> pd.DataFrame:
 
 def _has(name: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda record: record.get(name) is not None
+
+
+def hours_name(report: Report) -> str:
+    """The heading of what training took."""
+    return f"{report.unit}-hours"
 
 
 def _record(line: Line, seed: int, scored: Sequence[Column]) -> dict[str, Any]:
@@ -129,7 +141,7 @@ def _weight(line: Line) -> float:
 
 def _main(report: Report, part: Sequence[tuple[int, Line]], name: str, title: str) -> Table:
     kinds = _kinds(report, [line for _, line in part])
-    frame = _Frame(report, [line for _, line in part], kinds)
+    frame = _Frame(report, [line for _, line in part], kinds, costs=True)
     entries, before = [], None
     for place, line in part:
         group = (line.first.model, line.first.step)
@@ -137,7 +149,9 @@ def _main(report: Report, part: Sequence[tuple[int, Line]], name: str, title: st
         before = group
     if report.floors:
         entries.append(_floor(report, frame))
-    return Table(name, title, frame.heads, entries, frame.notes)
+    if report.reconstructed:
+        entries.append(_reconstructed(report, frame))
+    return Table(name, title, frame.heads, entries, [*frame.notes, *_on_reconstructions(report)])
 
 
 def _kinds(report: Report, part: Sequence[Line]) -> list[Column]:
@@ -151,7 +165,13 @@ class _Frame:
     """The columns that a set of lines needs: what all lines share is in a note instead of a column."""
 
     def __init__(
-        self, report: Report, part: Sequence[Line], kinds: Sequence[Column], axis: str = "", beside: bool = False
+        self,
+        report: Report,
+        part: Sequence[Line],
+        kinds: Sequence[Column],
+        axis: str = "",
+        beside: bool = False,
+        costs: bool = False,
     ):
         self.kinds, self.axis, self.beside, self.benchmark = kinds, axis, beside, report.benchmark
         self.places, self.best = decimals(report), best(report)
@@ -176,8 +196,16 @@ class _Frame:
             if (n != "guidance" and len({record[n] for record in said}) > 1) or (beside and n == "samples")
         ]
         drawn = [NOISE] if several_noises(part) else []
-        self.how = [*kept, *drawn, *([] if hidden["seeds"] else ["seeds"])]
+        self.hours = hours_name(report)
+        taken = [self.hours] if costs and any(row.hours is not None for line in part for row in line.rows) else []
+        self.how = [*kept, *drawn, *([] if hidden["seeds"] else ["seeds"]), *taken]
         self.notes = _notes(part, self.several, kinds)
+        if taken:
+            whose = " of one seed, in the mean" if self.several else ""
+            self.notes.append(
+                f"{self.hours[0].upper()}{self.hours[1:]}: of training alone{whose}, from its first step. A beginning "
+                "that runs share counts in full for each of them; steps repeated after an interruption count once."
+            )
         if self.probed:
             self.notes.append(f"{probes.TITLE}: accuracy of a linear probe in %, of the best layer and t.")
 
@@ -185,7 +213,7 @@ class _Frame:
     def heads(self) -> list[Head]:
         """The headings."""
         who = [Head(n, number=n in ("step", "w")) for n in self.who]
-        how = [Head(n, number=n in ("NFE", "samples", NOISE)) for n in self.how]
+        how = [Head(n, number=n in ("NFE", "samples", NOISE, self.hours)) for n in self.how]
         probed = [Head(probes.TITLE, number=True)] if self.probed else []
         return [*who, *(Head(c.title, number=True) for c in self.kinds), *probed, *how]
 
@@ -194,6 +222,7 @@ class _Frame:
         row, values = line.first, {**_protocol(line.first), "seeds": _seeds_text(line), NOISE: noise(line.first.score)}
         weight, low, high = guidance(row.score)
         values |= {"w": f"{weight:g}", "interval": f"[{low:g}, {high:g}]", **row.settings}
+        values[self.hours] = line.hours
         who, how = (
             [self._word(n, values.get(n, getattr(row, n, None))) for n in names] for names in (self.who, self.how)
         )
@@ -216,6 +245,8 @@ class _Frame:
 
     def _word(self, name: str, value: Any) -> Cell:
         """A cell beside the scores. The mean NFE of an adaptive sampler is not an integer."""
+        if name == self.hours and value is not None:
+            return hours_cell(3600 * value)
         if name == "stop" and value is not None and value.isdigit():
             return Cell(f"{int(value):,}", int(value))
         if name == "stop" and value is not None:
@@ -281,10 +312,30 @@ def _on_scores(part: Sequence[Line]) -> list[str]:
 
 
 def _floor(report: Report, frame: _Frame) -> Entry:
-    values = {frame.who[0]: FLOOR_NAME, "samples": report.floors[0].get("samples")}
+    found = [floor_value(report, c) for c in frame.kinds]
+    return _foot(frame, FLOOR_NAME, report.floors[0].get("samples"), found, "made-floor")
+
+
+def _reconstructed(report: Report, frame: _Frame) -> Entry:
+    found = [reconstructed_value(report, c) for c in frame.kinds]
+    return _foot(frame, RECONSTRUCTED_NAME, report.reconstructed[0].get("samples"), found, "made-reconstructed")
+
+
+def _foot(frame: _Frame, name: str, samples: int | None, found: Sequence[float | None], link: str) -> Entry:
+    values = {frame.who[0]: name, "samples": samples}
     who, how = ([text_cell(values[n]) if values.get(n) else Cell("") for n in part] for part in (frame.who, frame.how))
-    scores = [number_cell(floor_value(report, c), frame.places[c.place], link="made-floor") for c in frame.kinds]
-    return Entry([*who, *scores, *how], kind="floor")
+    pairs = zip(found, frame.kinds, strict=True)
+    scores = [number_cell(value, frame.places[c.place], link=link) for value, c in pairs]
+    probed = [Cell("")] if frame.probed else []
+    return Entry([*who, *scores, *probed, *how], kind="floor")
+
+
+def _on_reconstructions(report: Report) -> list[str]:
+    psnr = next((one["psnr"] for one in report.reconstructed if one.get("psnr") is not None), None)
+    if psnr is None:
+        return []
+    back = f"real images as the autoencoder gives them back, with a PSNR of {psnr:.1f} dB"
+    return [f"Real, reconstructed: {back}. A model of perfect latents would reach that."]
 
 
 def arrows(report: Report) -> dict[str, bool | None]:

@@ -41,8 +41,8 @@ def _usage_cells(usage: Usage | None, gpus: bool) -> list[Cell]:
     if usage is None:
         return [Cell(NONE)] * len(_usage_heads(gpus))
     attempts = Cell(_attempts_text(usage), usage.attempts)
-    of_gpus = [_hours_cell(usage.gpu_seconds), _used_cell(usage.gpu_used, usage.gpu_measured)] if gpus else []
-    of_cpus = [_hours_cell(usage.cpu_seconds), _used_cell(usage.cpu_used, usage.cpu_measured)]
+    of_gpus = [hours_cell(usage.gpu_seconds), _used_cell(usage.gpu_used, usage.gpu_measured)] if gpus else []
+    of_cpus = [hours_cell(usage.cpu_seconds), _used_cell(usage.cpu_used, usage.cpu_measured)]
     return [text_cell(usage.jobs), attempts, *of_gpus, *of_cpus]
 
 
@@ -74,7 +74,8 @@ def _hours(seconds: float) -> str:
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:,.1f}" if hours >= 1 else f"{hours:.2g}"
 
 
-def _hours_cell(seconds: float) -> Cell:
+def hours_cell(seconds: float) -> Cell:
+    """Hours, of seconds."""
     return Cell(_hours(seconds), seconds / 3600)
 
 

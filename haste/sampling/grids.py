@@ -19,7 +19,7 @@ from haste.files import artefact, locks
 from haste.files.artefact import canonical, replacing
 from haste.files.npz import ADM, read_npz
 from haste.files.provenance import provenance_of
-from haste.plan.names import Evaluation
+from haste.plan.names import SHOWN_CLASSES, Evaluation
 from haste.plan.plan import Plan
 from haste.sampling import batches
 from haste.sampling.samples import Samples, open_samples
@@ -88,7 +88,7 @@ def write_png(path: Path | str, image: Image.Image, about: Mapping[str, Any]) ->
         image.save(aside, format="PNG", pnginfo=words)
 
 
-COLUMNS = 10  # classes in a grid
+COLUMNS = SHOWN_CLASSES
 TOLD = 5  # columns of a grid whose pictures have words, which need width
 PER_CLASS = 4  # samples per class in a grid
 MOST = 16  # of chosen classes, which have all their samples

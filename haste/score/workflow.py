@@ -16,6 +16,7 @@ from haste.files.store import Store
 from haste.metrics.frechet import Moments
 from haste.metrics.scores import METRICS, finite
 from haste.metrics.uncertainty import frechet_error
+from haste.plan.names import MOST_COMPARED
 from haste.score.comparable import of_images
 from haste.score.sides import Side, read_reference, spaced, write_reference
 
@@ -24,7 +25,7 @@ log = logging.getLogger("haste.score")
 READ = 4096  # rows read at once
 MOMENTS = "moments.npz"  # beside the features of real images: their means and covariances, or those of a reference file
 OF_MOMENTS = ("frechet", "sfid")  # the metrics that these are the statistics of
-FLOOR = 50_000  # most real images on each side of the floor: the usual number of samples
+FLOOR = MOST_COMPARED  # most real images on each side of the floor
 
 
 def statistics(features: Store, rows: np.ndarray | None = None, metrics: Sequence[str] | None = None) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def kept_moments(reference: Store) -> dict[str, Moments]:
         log.warning("%s; it is computed again", error)
     stats = reference_statistics(reference, metrics=OF_MOMENTS)
     about = {"path": str(reference.folder), "images": reference.count, "identity": reference.identity}
-    side = Side(about, {"outputs": {}, **_detector("reference", reference)}, stats)
+    side = Side(about, {"outputs": {}, **about_detector("reference", reference)}, stats)
     with contextlib.suppress(OSError):  # a folder that is not ours to write to
         write_reference(path, side)
         return dict(read_reference(path).moments)
@@ -153,7 +154,7 @@ def score(
         FloatingPointError: a score is not finite.
     """
     started = time.monotonic()
-    _check_detectors(features, reference)
+    check_detector(features.folder, features.manifest["detector"], reference)
     mine, (real, against) = statistics(features), real_statistics(reference)
     found = values(mine, real)
     inputs = {"features": features.identity, "reference": reference.identity}
@@ -162,7 +163,7 @@ def score(
         "kind": "score",
         "key": key,
         **about,
-        "detector": _detector(detector, features),
+        "detector": about_detector(detector, features),
         "samples": features.count,
         "reference": against,
         "scores": found,
@@ -202,7 +203,7 @@ def floor(reference: Store, *, detector: str, held_out_accuracy: float | None, k
         "kind": "score",
         "floor": True,
         "key": key,
-        "detector": _detector(detector, reference),
+        "detector": about_detector(detector, reference),
         "samples": len(even),
         "reference": {"images": len(odd), "identity": reference.identity},
         "scores": found,
@@ -228,14 +229,15 @@ def _notes_on(features: Store, against: dict[str, Any]) -> list[str]:
     return found
 
 
-def _detector(name: str, features: Store) -> dict[str, Any]:
+def about_detector(name: str, features: Store) -> dict[str, Any]:
     return {**features.manifest.get("about", {}), "name": name, "identity": features.manifest["detector"]}
 
 
-def _check_detectors(features: Store, reference: Store) -> None:
-    seen, real = features.manifest["detector"], reference.manifest["detector"]
+def check_detector(where: Path, seen: str, reference: Store) -> None:
+    """Refuse features by another detector (its identity) than those of the reference; raises ValueError."""
+    real = reference.manifest["detector"]
     if seen != real:
         raise ValueError(
-            f"{features.folder}: features by detector {seen[:12]}, but those of the reference {reference.folder} by "
+            f"{where}: features by detector {seen[:12]}, but those of the reference {reference.folder} by "
             f"{real[:12]}: they cannot be compared"
         )

@@ -32,14 +32,22 @@ def test_every_artefact_says_how_it_was_made(make_plan):
     (row,) = plan.rows
     for command in (["sample", row.evaluation.name], ["evaluate", row.evaluation.name], ["grid", row.evaluation.name]):
         assert run(*command, "-c", plan.file) == 0
-    assert run("floor", "-c", plan.file) == 0
+    for command in ("floor", "reconstruct"):
+        assert run(command, "-c", plan.file) == 0
     assert run("report", "-c", plan.file) == 0
     state = plan.path(plan.state("HASTE", 8))
     files = [
         *(plan.images.folder, plan.images.manifest, plan.images.shard_files[0], plan.latents.manifest),
         *(plan.autoencoder.manifest, plan.teachers["vit"].folder, plan.detector.part.folder),
         *(state, Path(state).parent, row.evaluation.sample_file(0), row.evaluation.features.shard_files[0]),
-        *(row.evaluation.score, row.evaluation.grid, plan.floor, plan.report, Path(plan.report).parent),
+        *(
+            row.evaluation.score,
+            row.evaluation.grid,
+            plan.floor,
+            plan.detector.reconstructed,
+            plan.report,
+            Path(plan.report).parent,
+        ),
         *(Path(plan.report).with_name("results.csv"), next(Path(plan.detector.part.folder).glob("*.safetensors"))),
     ]
     for file in files:

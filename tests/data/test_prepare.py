@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from haste.data import pictures, prepare
-from haste.files.store import Store
+from haste.files.store import Store, write_shard
 
 GREY = (120, 120, 120)
 
@@ -420,3 +420,24 @@ def test_names_that_are_no_text_are_kept_apart_and_can_be_written_down(tmp_path)
     assert prepare.told(bad).encode() == b"1 pictures cannot be used: 1 an empty file (\\udcfe.png)"
     without = frozenset(name for name, _ in bad)
     assert prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in", without=without).count == 2
+
+
+def test_pictures_that_were_enlarged_are_counted_with_the_median_of_their_shorter_sides(tmp_path):
+    sizes = [(8, 8), (5, 20), (20, 3), (6, 6), (30, 9), (7, 40)]  # made 8: sides of 5, 3, 6 and 7 are too short
+    for place, size in enumerate(sizes):
+        save(tmp_path / "pictures" / f"{place}.png", size)
+    source = prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "pictures")
+    store = stored(tmp_path / "store", source, shards=3, workers=2)
+    assert store.manifest["enlarged"] == {"count": 4, "median": 5.5}
+
+
+def test_a_store_with_a_shard_that_did_not_count_says_nothing_of_enlarged_pictures(tmp_path, monkeypatch):
+    save(tmp_path / "pictures" / "a.png", (4, 4))
+    save(tmp_path / "pictures" / "b.png", (4, 4))
+    source = prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "pictures")
+    common = {"key": "k", "recipe": {}, "shards": 2, "provenance": {}}
+    prepare.prepare_shard(tmp_path / "store", source, shard=0, **common)
+    with monkeypatch.context() as old:
+        old.setattr(prepare, "write_shard", lambda *given, learned, **more: write_shard(*given, **more))
+        prepare.prepare_shard(tmp_path / "store", source, shard=1, **common)
+    assert "enlarged" not in prepare.prepare_join(tmp_path / "store", source, **common)

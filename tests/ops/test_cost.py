@@ -74,7 +74,7 @@ def test_the_plan_says_unknown_where_nobody_can_tell_and_a_time_where_operations
     plan = plan_of(sampling={"quick": {"sampler": "dopri5", "count": 20}})
     said = {stage.name: stage.time for stage in cost.stages(plan)[0]}
     unknown = {"images", "images_join", "autoencoder", "latents", "latents_join", "sample", "score", "floor", "grid"}
-    unknown |= {"report"}
+    unknown |= {"report", "reconstruct"}
     assert {name for name, words in said.items() if words.endswith(" + unknown")} == unknown  # each is started
     timed = ("reference", "teacher", "detector", "sample", "train")
     assert all(re.match(r"\d+ (s|min)", said[name]) for name in timed)

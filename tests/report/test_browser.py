@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from PIL import Image
 
 from haste.report import page
-from haste.report.content import Curve, Grid, Report, Row
+from haste.report.content import Curve, Grid, Real, Report, Row
 
 RUNS = {"vanilla": 1.0, "REPA with a rather long name that has to break": 0.8, "HASTE": 0.6}
 SEEDS = [0, 1, 2]
@@ -34,6 +36,8 @@ def score(run: str, step: int, seed: int, **sampling) -> dict:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     Image.fromarray(np.zeros((64, 160, 3), np.uint8)).save(folder / "grid.png")
+    strip = io.BytesIO()
+    Image.fromarray(np.full((32, 160, 3), 200, np.uint8)).save(strip, "PNG")
     rows = [
         Row(run, "SiT", run.split()[0], "–" if run == "vanilla" else "200", seed, step, score(run, step, seed, **how))
         for how in ({}, {"guidance": 1.5})
@@ -55,6 +59,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         provenance={"command": ["haste", "x" * 100]},
         config_text="name: a\n",
         seeds=dict.fromkeys(RUNS, SEEDS),
+        real=Real(strip.getvalue(), [str(c) for c in range(10)]),
     )
     return page.write(report, folder / "report")
 
@@ -72,10 +77,40 @@ def test_the_page_loads_without_errors_whole_and_never_wider_than_the_screen(bro
     assert light == (scheme == "light")
 
 
-def test_nothing_is_asked_of_a_network(browser, written):
-    browser.open(written)
+def test_the_page_alone_in_another_place_lacks_nothing(browser, written, tmp_path):
+    sent = shutil.copy(written, tmp_path / "sent.html")
+    browser.open(sent)
+    assert browser.errors == []
     asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
-    assert {url.split(":")[0] for url in asked} <= {"file", "data"}
+    assert {url for url in asked if not url.startswith("data:")} == {sent.absolute().as_uri()}
+    failed = [event for event in browser.events if event["method"] == "Network.loadingFailed"]
+    assert failed == []
+    links = browser.run("[...document.querySelectorAll('a')].map(a => a.getAttribute('href'))")
+    assert len(links) > 20 and all(link.startswith(("#", "data:")) for link in links)
+    csv = "[...document.querySelectorAll('a')].find(a => a.download === 'results.csv').href"
+    text = browser.run(f"fetch({csv}).then(answer => answer.text())")
+    assert text == (written.parent / "results.csv").read_text()
+
+
+def test_below_every_grid_are_real_pictures_as_wide_as_it_and_embedded_once(browser, written):
+    browser.open(written)
+    grids = "[...document.querySelectorAll('.grid')]"
+    widths = browser.run(f"{grids}.map(g => ['img', '.real svg'].map(s => g.querySelector(s).clientWidth))")
+    assert len(widths) == len(RUNS) and all(picture == real > 100 for picture, real in widths)
+    drawn = f"{grids}.every(g => g.querySelector('.real use').getBoundingClientRect().height > 20)"
+    assert browser.run(drawn) and browser.run("document.querySelectorAll('defs > image').length") == 1
+
+
+@pytest.mark.parametrize("width", [1280, 1920])
+def test_on_a_screen_the_sentence_the_figure_and_the_table_are_seen_without_scrolling(browser, written, width):
+    browser.open(written, width=width, height=900)
+    tops = (
+        "['.finding', '.opening figure', '#table-results'].map(s => document.querySelector(s).getBoundingClientRect())"
+    )
+    sentence, figure, table = browser.run(f"{tops}.map(r => [r.top, r.bottom, r.left, r.right])")
+    assert sentence[1] < figure[0] and figure[1] < 900 and table[0] < 600
+    assert figure[3] < table[2]  # beside one another
+    assert browser.run("document.querySelector('main').getBoundingClientRect().width") > 0.9 * width
 
 
 # Class accuracy, the last score: decimals of many digits, which sorted as text come out wrong.

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from haste.report import finding
@@ -91,6 +91,7 @@ def test_over_seeds_the_curves_are_of_means_of_steps_where_none_is_missing():
     st.lists(st.floats(0.1, 1e3), min_size=1, max_size=6),
     st.floats(0.1, 1e3),
 )
+@example([1000.0, 999.9999999999999], 999.9999999999999)
 def test_what_is_read_off_lies_between_measured_points_that_enclose_the_target(values, target):
     curve = [(100.0 * (i + 1), v) for i, v in enumerate(values)]
     found = finding.reached(curve, target)

@@ -1,6 +1,8 @@
 """From a plan's finished files to a report: what is there is shown, what is missing is named."""
 
+import base64
 import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -13,8 +15,8 @@ from safetensors.numpy import save_file
 from haste import config
 from haste.files import artefact, journal
 from haste.plan.plan import Plan
-from haste.report import figures, gather, page, papers, systems, tables
-from haste.report.content import NONE, Benchmark
+from haste.report import embed, figures, gather, page, papers, pictures, systems, tables
+from haste.report.content import NONE, Benchmark, Grid, Real
 from haste.sampling import grids
 from haste.sampling.grids import GAP
 
@@ -306,7 +308,7 @@ def painted(tiny, folder, classes, labels):
     header = artefact.canonical({"schema": 1, "kind": "samples", "inputs": {}})
     np.savez(evaluation.sample_file(0), arr_0=pixels, arr_1=np.array(labels), haste=np.array(header))
     grids.paint_grid(plan, evaluation)
-    (grid,) = gather._grids(plan)
+    (grid,) = pictures.grids(plan)
     return Image.open(evaluation.grid), grid
 
 
@@ -333,7 +335,52 @@ def test_a_grid_is_no_larger_than_what_it_shows(tiny, tmp_path, classes, labels,
     assert filled.sum() == (sum(min(4, labels.count(label)) for label in named) or min(40, len(labels)))
     assert grid.columns == columns
     assert grid.labels == list(map(str, named))
-    assert page._grid(grid)["most"] == columns * page.CELL
+    assert embed.grid_of(grid, embed.Shared(None, 2))["most"] == columns * embed.CELL
+
+
+def test_columns_of_grids_are_called_as_the_manifest_calls_the_classes(tiny, tmp_path):
+    runs = {"vanilla": {"milestones": [8]}}
+    plan = plan_of(tiny, tmp_path, images={**tiny["images"], "classes": 10}, runs=runs)
+    names = ["a cat", "b", "c", "a dog", *"efghij"]
+    artefact.write_json(plan.images.manifest, {"schema": 1, "kind": "store", "classes": names, "count": 3})
+    _, grid = painted(tiny, tmp_path, 10, [3, 0, 3])
+    assert grid.labels == ["a cat", "a dog"]
+    chosen = pictures.named(plan, {"sampling": {"labels": [3, 9]}, "samples": 4})
+    assert chosen == {"sampling": {"labels": ["a dog", "j"]}, "samples": 4}
+
+
+def test_below_a_grid_are_the_real_pictures_of_its_own_columns():
+    colours = np.arange(40, 240, 20, dtype=np.uint8)  # of ten classes; reconstructions are 5 levels darker
+    whole = np.stack([colours, colours - 5]).repeat(16, 0).repeat(16, 1)[..., None].repeat(3, 2)
+    content = io.BytesIO()
+    Image.fromarray(whole).save(content, "PNG")
+    names = [f"class {place}" for place in range(10)]
+    shared = embed.Shared(Real(content.getvalue(), names), 2)
+
+    def levels(labels, columns):
+        found = shared.below(Grid("run", 8, Path(), labels), columns)
+        strip = Image.open(io.BytesIO(base64.b64decode(found["src"].partition(",")[2])))
+        pixels = np.asarray(strip)[8::16, 8::16]
+        return [[int(p[0]) if p[3] else None for p in row] for row in pixels]
+
+    assert levels(["class 3", "class 1", "unknown"], 3) == [[100, 60, None], [95, 55, None]]
+    assert shared.below(Grid("run", 8, Path(), []), 4) is None  # pictures of classes belong to no unlabelled column
+    shared = embed.Shared(Real(content.getvalue(), []), 2)
+    assert levels([], 4) == [[40, 60, 80, 100], [35, 55, 75, 95]]
+
+
+def test_enlarged_pictures_are_said_where_they_were_counted(tiny, tmp_path):
+    plan = plan_of(tiny, tmp_path)
+    made = {"schema": 1, "kind": "store", "classes": [], "count": 1906, "resolution": 256}
+    artefact.write_json(plan.images.manifest, made)
+    assert pictures.enlarged(plan) == []
+    artefact.write_json(plan.images.manifest, {**made, "enlarged": {"count": 312, "median": 113}})
+    (said,) = pictures.enlarged(plan)
+    assert said.startswith(
+        "312 of 1,906 pictures of digits were enlarged: median 113 px along the shorter side, made 256"
+    )
+    artefact.write_json(plan.images.manifest, {**made, "enlarged": {"count": 0, "median": None}})
+    assert pictures.enlarged(plan) == []
 
 
 def test_a_score_that_is_no_finite_number_is_named_with_its_file_and_not_shown(tiny, tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from haste.report import page
+from haste.report import embed, page
 from haste.report.content import Curve, Grid, Part, Report, Row, Stage
 
 EVIL = "<script>alert('x')</script>\"&'"
@@ -101,17 +101,31 @@ def test_the_page_is_whole_and_one_file(full: Report, tmp_path: Path):
     assert len(parsed.all("title")) == 1
 
 
-def test_the_page_needs_nothing_from_outside(full: Report):
-    html = page.render(full)
+def test_the_page_needs_nothing_from_outside_and_holds_the_files_of_its_tables(full: Report, tmp_path: Path):
+    html = page.write(full, tmp_path / "report").read_text()
     parsed = Page(html)
     targets = [
         v for _, a in parsed.elements for k, v in a.items() if k in ("src", "href", "xlink:href", "srcset", "data")
     ]
-    assert targets
-    tables = {f"{name}.{kind}" for name in ("results", "speed-up", "parts", "time") for kind in ("csv", "md", "tex")}
-    assert {t for t in targets if not t.startswith(("#", "data:"))} == tables
+    assert targets and all(t.startswith(("#", "data:")) for t in targets)
+    kept = {a["download"]: base64.b64decode(a["href"].partition(",")[2]) for a in parsed.all("a") if "download" in a}
+    written = {path.name: path.read_bytes() for path in (tmp_path / "report").glob("*.*") if path.name != "index.html"}
+    assert kept == written and "results.csv" in kept
     assert parsed.all("link") == []
     assert not re.search(r"@import|url\((?!#)", html)
+
+
+def test_a_page_that_would_be_too_large_to_send_has_pictures_of_half_the_resolution(
+    full: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(page, "MOST", 500)
+    for size, kept in ((100, 2), (300, 1)):
+        monkeypatch.setattr(page, "render", lambda report, dense=2, size=size: str(dense) * size * dense)
+        assert page.write(full, tmp_path / "report").read_text()[0] == str(kept)
+    image = Image.fromarray(np.zeros((400, 800, 3), np.uint8))
+    image.save(full.grids[0].image)
+    shown = embed.grid_of(full.grids[0], embed.Shared(None, 1))["src"]  # of two columns
+    assert Image.open(io.BytesIO(base64.b64decode(shown.partition(",")[2]))).width == 2 * embed.CELL
 
 
 def test_links_within_the_page_lead_somewhere_and_ids_are_unique(full: Report):
@@ -166,7 +180,7 @@ def test_pictures_are_embedded_byte_for_byte(full: Report):
 def test_a_picture_much_larger_than_its_place_on_the_page_is_embedded_at_twice_that_place(tmp_path: Path):
     pixels = np.random.default_rng(0).integers(0, 256, (1036, 2590, 4), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "grid.png")
-    source = page.data_uri(tmp_path / "grid.png", 1360)
+    source = embed.data_uri(tmp_path / "grid.png", 1360)
     content = base64.b64decode(source.removeprefix("data:image/webp;base64,"))
     assert Image.open(io.BytesIO(content)).size == (1360, 544)
     assert len(content) < (tmp_path / "grid.png").stat().st_size / 8
@@ -176,7 +190,7 @@ def test_a_grid_without_classes_is_as_wide_as_its_columns_and_none_is_said_to_be
     assert "One column per class" in page.render(full)
     grids = [dataclasses.replace(grid, labels=[], columns=7) for grid in full.grids]
     text = page.render(dataclasses.replace(full, grids=grids))
-    assert f"--columns: 7; --most: {7 * page.CELL}px" in text and "column a class" not in text
+    assert f"--columns: 7; --most: {7 * embed.CELL}px" in text and "column a class" not in text
 
 
 def test_every_picture_has_its_words_under_it_as_text_cut_after_80_characters_and_whole_where_one_points(

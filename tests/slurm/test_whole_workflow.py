@@ -121,7 +121,7 @@ def on_this_machine(world, data, folder):
     shutil.copytree(data, folder / "local")
     file, plan = folder / "local.yaml", Plan(config.resolve(raw))
     file.write_text(yaml.safe_dump(raw))
-    steps = [*(["train", str(plan.state("HASTE-8", step))] for step in (8, 16)), ["floor"]]
+    steps = [*(["train", str(plan.state("HASTE-8", step))] for step in (8, 16)), ["floor"], ["reconstruct"]]
     for name, evaluation in plan.evaluations.items():
         steps += [["sample", name, "--shard", str(shard)] for shard in range(evaluation.shards)]
         steps += [["evaluate", name], ["grid", name]]

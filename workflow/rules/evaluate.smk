@@ -2,6 +2,7 @@
 import re
 
 SCORE, FLOOR = f"{plan.root}/scores/{{draw}}.{{key}}.json", f"{plan.root}/scores/floor-{{key}}.json"
+RECONSTRUCTED = f"{plan.root}/scores/reconstructed-{{key}}.json"
 SAMPLES = f"{plan.root}/samples/{{draw}}/shard-{{shard}}-of-{{shards}}.npz"
 FEATURES = f"{plan.root}/features/{{draw}}/{{seen}}/shard-{{shard}}-of-{{shards}}.h5"
 REFERENCE, GRID = f"{plan.root}/features/{{of}}/{{seen}}/manifest.json", f"{plan.root}/samples/{{draw}}/grid.png"
@@ -77,6 +78,17 @@ rule floor:
     resources: devices=1
     params: name=named("floor", FLOOR)
     shell: "haste floor --detector {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
+
+
+rule reconstruct:
+    input: needed("reconstruct", RECONSTRUCTED)
+    output: update(RECONSTRUCTED)
+    log: log_of("reconstruct-{key}")
+    benchmark: time_of("reconstruct-{key}")
+    threads: THREADS
+    resources: devices=1
+    params: name=named("reconstruct", RECONSTRUCTED)
+    shell: "haste reconstruct --detector {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
 
 
 rule grid:
