@@ -9,11 +9,12 @@ the command runs, so that `haste plan` and `haste --help` answer at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
 
-from haste.cli import data, judging, measuring, people, training
+from haste.cli import data, judging, measuring, people, pulse, training
 from haste.cli.shared import Commands
 
 
@@ -25,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     _mark(arguments)
     try:
-        arguments.run(arguments)
+        quiet = arguments.run.__module__ == people.__name__  # these answer a person
+        with contextlib.nullcontext() if quiet else pulse.beating():
+            arguments.run(arguments)
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("HASTE_TRACEBACK"):
             raise

@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from haste.files import artefact, locks
+from haste.files.progress import Progress
 
 log = logging.getLogger("haste.data")
 
@@ -46,9 +47,9 @@ _READ_LIMIT = 2**30  # bytes per pread; Linux reads at most 2 GiB at once
 _OPEN = 64  # files of a store that stay open; a process may have 1,024
 _VERIFY_ROWS = 256
 _VERIFIERS = 4  # threads
+_UNITS = {"text": "texts"}  # what a row is, of other kinds an image
 
 Fields = Mapping[str, tuple[Sequence[int], DTypeLike]]
-Progress = Callable[[int, int], None]
 Span = range  # `Store.range` would shadow the built-in in annotations
 
 
@@ -99,7 +100,7 @@ def write_shard(
         batches: name -> (B, *shape) of exactly that dtype, in order, from shard_range(total, shard, shards).
         provenance: how this shard was made, JSON.
         facts: properties found in the data, JSON; all shards must agree, and `join` puts them into the manifest.
-        progress: called with (samples written, samples of this shard) after every batch.
+        progress: of the work that this shard is a part of; by default it has its own.
 
     Raises:
         ValueError: batches of wrong fields, shape, dtype or number.
@@ -120,7 +121,8 @@ def write_shard(
                 file.attrs[name] = np.bytes_(value.encode()) if isinstance(value, str) else value
             for name, (shape, dtype) in layout_on_disk.items():
                 file.create_dataset(name, shape=(len(span), *shape), dtype=dtype)
-            _fill(file, path, layout, len(span), batches, progress)
+            mine = Progress(f"{path.parent.name}, shard {shard} of {shards}", len(span), _UNITS.get(kind, "images"))
+            _fill(file, path, layout, len(span), batches, progress or mine)
     return path
 
 
@@ -166,7 +168,7 @@ def _fill(
     layout: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     count: int,
     batches: Iterable[Mapping[str, np.ndarray]],
-    progress: Progress | None,
+    progress: Progress,
 ) -> None:
     done = 0
     for batch in batches:
@@ -178,8 +180,7 @@ def _fill(
             _write_rows(file, name, done, values)
         _write_rows(file, DIGEST, done, _digests(rows))
         done += size
-        if progress is not None:
-            progress(done, count)
+        progress.add(size)
     if done != count:
         raise ValueError(f"{path}: found {done} samples, expected {count}")
 

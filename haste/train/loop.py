@@ -157,6 +157,7 @@ class Loop:
                 last = self.watches.read(done, self.angles) or done == self.end
                 if last or done % self.runtime.log_every == 0:
                     journal.write(done, self.group.peak_memory_mb())
+                journal.alive(done)
                 reason = agreement.largest(interrupted()) if interrupted and done < self.end else 0
                 due = bool(clock.largest(self.checkpoints.ask_to_save())) if self.checkpoints.timed else False
                 self.checkpoints.check()
