@@ -357,7 +357,10 @@ def show(make: Callable[[], Plan], watch: float | None = None) -> None:
     if not console.is_terminal:
         console = Console(width=160)  # a file has no width, and 80 columns would break every cell
     if watch is None:
-        console.print(rendered(snapshot(make())))
+        view = snapshot(make())
+        console.print(_table(view))
+        for line in _below(view):
+            console.print(Text(line), soft_wrap=True)  # names stay whole
         return
     with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
         while True:
