@@ -82,10 +82,14 @@ class Mark:
 
 
 class Tracker(Protocol):
-    """A row's run at work. `local`: it needs no network; `ordered`: steps of a value must ascend."""
+    """A row's run at work. `local`: it needs no network, and `ordered`: steps of a value must ascend."""
 
     local: bool
     ordered: bool
+
+    @staticmethod
+    def keeps() -> bool:
+        """Whether what earlier jobs wrote stays; otherwise each writes all from the beginning."""
 
     def __init__(self, folder: Path, row: Row, id: str) -> None: ...
 
@@ -100,6 +104,11 @@ class TensorBoard:
     """Event files, by TensorBoard's own writer."""
 
     local, ordered = True, True
+
+    @staticmethod
+    def keeps() -> bool:
+        """Later files add to earlier ones."""
+        return True
 
     def __init__(self, folder: Path, row: Row, id: str) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -134,6 +143,11 @@ class WeightsAndBiases:
     """A run of wandb, online or, with WANDB_MODE=offline, in its folder."""
 
     local, ordered = False, False
+
+    @staticmethod
+    def keeps() -> bool:
+        """Offline each process has a folder of its own, and `wandb sync` replaces a run by the last one that it sends."""
+        return os.environ.get("WANDB_MODE", "online") not in ("offline", "dryrun")
 
     def __init__(self, folder: Path, row: Row, id: str) -> None:
         check_tracker("wandb")
@@ -281,6 +295,8 @@ class Written:
             self._has = artefact.read_json(self.folder / WRITTEN, "tracked")
         if self._has.get("lineage") != self.row.lineage:
             self._begin_again()
+        elif not TRACKERS[self.kind].keeps():
+            self._has |= {"step": 0, "marks": {}}
         return True
 
     def _begin_again(self) -> dict[str, Any]:

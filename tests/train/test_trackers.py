@@ -200,6 +200,19 @@ def test_wandb_has_one_run_a_row_that_every_job_resumes_with_no_step_twice(make_
     assert [row["step"] for row in other.rows if "denoising" in row] == [2, 4, 6, 8, 10, 12]
 
 
+def test_offline_each_job_has_the_whole_curve_for_the_last_that_is_sent_replaces_those_before(
+    make_plan, wandb, monkeypatch
+):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    plan = make_plan(runs={"HASTE": {"alignment": "HASTE"}}, runtime={**RUNTIME, "trackers": ["wandb"]})
+    for step in (8, 16):
+        loop.train(plan, plan.state("HASTE", step))
+    first, second = wandb.told
+    assert first["id"] == second["id"]
+    steps = [row["step"] for row in wandb.runs[first["id"]].rows if "denoising" in row]
+    assert steps == [2, 4, 6, 8, *range(2, 17, 2)]
+
+
 def test_training_goes_on_without_wandb_and_what_it_lacks_is_written_later(make_plan, wandb, caplog):
     plan = make_plan(runs={"HASTE": {"alignment": "HASTE"}}, runtime={**RUNTIME, "trackers": ["wandb"]})
     wandb.broken = True
