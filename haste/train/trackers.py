@@ -146,7 +146,7 @@ class WeightsAndBiases:
 
     @staticmethod
     def keeps() -> bool:
-        """Offline each process has a folder of its own, and `wandb sync` replaces a run by the last one that it sends."""
+        """Offline each process has a folder of its own, and `wandb sync` replaces a run by what it sends last."""
         return os.environ.get("WANDB_MODE", "online") not in ("offline", "dryrun")
 
     def __init__(self, folder: Path, row: Row, id: str) -> None:
