@@ -28,14 +28,10 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     _mark(arguments)
     try:
-<<<<<<< HEAD
         quiet = arguments.run.__module__ == people.__name__  # these answer a person
         with contextlib.nullcontext() if quiet else pulse.beating():
             arguments.run(arguments)
-=======
-        arguments.run(arguments)
         sys.stdout.flush()
->>>>>>> main
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("HASTE_TRACEBACK"):
             raise
