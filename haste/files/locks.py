@@ -229,6 +229,14 @@ class Holder:
     at_work: bool | None
 
     @property
+    def since(self) -> float:
+        """When it took the lock, in seconds since 1970; 0 if its file does not say."""
+        try:
+            return datetime.datetime.fromisoformat(self.who.split(" since ")[1].split()[0].rstrip(":")).timestamp()
+        except (IndexError, ValueError):
+            return 0.0
+
+    @property
     def configuration(self) -> str:
         """The configuration whose job it is; empty of a command that a person gave."""
         found = re.search(r" -c (?:\S*/)?([^/\s]+)/config\.json", self.who)

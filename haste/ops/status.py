@@ -47,8 +47,8 @@ class Line:
 
     step: steps done; last: steps of its last milestone; doing: in words; segment: its current or next segment, with
     the aligned terms and those that triggers have stopped; rate: steps per second; to_go: seconds up to `last`;
-    losses: by term; waiting: share of the time spent waiting for data; age: seconds since the log's last line; size:
-    bytes of its states; queued: its job in the cluster's queue. None is unknown.
+    losses: by term; waiting: share of the time spent waiting for data; age: seconds since the log's last line, or since
+    whoever trains now began; size: bytes of its states; queued: its job in the cluster's queue. None is unknown.
     """
 
     run: str
@@ -196,7 +196,7 @@ def _line(plan: Plan, run: str, seed: int, queued: Mapping[State, str]) -> Line:
         None if finished or not rate else (last - step) / rate,
         {n: v for n in record if n not in journal.NOT_LOSSES and (v := number(record, n)) is not None},
         number(record, "waiting"),
-        None if finished or age is None else max(0.0, time.time() - age),
+        None if finished or age is None else max(0.0, time.time() - max(age, holder.since if holder else 0.0)),
         sum(size_of(Path(plan.root, "states", piece.trajectory)) for piece in pieces),
         words,
     )
@@ -321,11 +321,13 @@ ALONE = (
 
 
 def _job_line(job: Job) -> str:
-    said = f"{units.duration(job.seconds)} since its last word: {job.words[:MOST_WORDS]}"
-    state = "runs on alone" if job.state == "alone" else job.state
-    if not job.process and job.state == "running" and job.seconds > QUIET:
-        said = f"no word for {said.replace(' since its last word', '')}"
-    return f"{state}: {job.name}{f' (process {job.process})' if job.process else ''}, {said}"
+    state, name = job.state, f"{job.name} (process {job.process})" if job.process else job.name
+    time, words = units.duration(job.seconds), job.words[:MOST_WORDS]
+    if job.process and ": waiting for " in words:
+        return f"waits: {name}, {time}: {words}"
+    if not job.process and state == "running" and job.seconds > QUIET:
+        return f"running: {name}, no word for {time}: {words}"
+    return f"{'runs on alone' if state == 'alone' else state}: {name}, {time} since its last word: {words}"
 
 
 def _below(view: View) -> list[str]:

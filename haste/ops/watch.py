@@ -54,15 +54,15 @@ def jobs(plan: Plan, workflow: locks.Holder | None) -> list[Job]:
         if process:
             state = "running" if workflow and workflow.at_work is not False else "alone"
         else:
-            state = "failed" if failed else _ended(workflow, (folder / SUBMITTED).exists())
-        if not (state == "interrupted" and all(map(os.path.exists, left[log.stem].makes))):
+            state = "failed" if failed else _ended(workflow, written, (folder / SUBMITTED).exists())
+        if state != "interrupted" or not os.path.exists(left[log.stem].makes[0]):  # a report has no benchmark
             found.append(Job(log.stem, state, max(0.0, now - written), words, process))
     return sorted(found, key=lambda job: job.seconds)
 
 
-def _ended(workflow: locks.Holder | None, on_nodes: bool) -> str:
-    """What is known of a job that no process of this machine does."""
-    if workflow is None:
+def _ended(workflow: locks.Holder | None, written: float, on_nodes: bool) -> str:
+    """What is known of a job that no process of this machine does, by when its log was written."""
+    if workflow is None or written < workflow.since:
         return "interrupted"
     if workflow.at_work is None or on_nodes:  # others cannot be seen from here
         return "interrupted" if workflow.at_work is False else "running"

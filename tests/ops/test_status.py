@@ -91,7 +91,7 @@ def test_a_run_in_training_shows_segment_step_rate_time_losses_and_who_works(mak
     where = folder(plan, "HASTE", 8)
     write_log(where, record(2), record(4, waiting=0.25, time=time.time() - 5, memory_mb=3.0))
     assert lines(plan)["HASTE"].doing == "paused"
-    holder = hold(where / "lock")
+    holder = long_ago(hold, where / "lock")
     line = lines(plan)["HASTE"]
     assert (line.doing, line.segment) == ("training", "0 to 8, aligning features and attention")
     assert (line.step, line.last) == (4, 16)
@@ -201,6 +201,13 @@ def names(plan):
     return {rule: jobs[0].log for rule, jobs in plan.jobs.left.items()}
 
 
+def long_ago(hold, path):
+    """A process that has held a lock for longer than any log is old."""
+    holder = hold(path)
+    path.write_text(re.sub(r"since \S+:", "since 2026-01-01T00:00:00+00:00:", path.read_text()))
+    return holder
+
+
 def dead(path):
     """A lock of a process that was killed."""
     gone = subprocess.Popen([sys.executable, "-SE", "-c", ""])
@@ -215,7 +222,7 @@ def test_jobs_are_told_apart_by_their_logs_and_what_failed_by_its_last_words(mak
     log(plan, named["score"], "warming up\nhaste evaluate: the loss is nan at step 3\n", age=9)
     log(plan, named["grid"], "Traceback (most recent call last):\n  File x\nKeyError: 'y'\n", age=20)
     log(plan, named["sample"], "1/20\n", age=200)
-    hold(Path(plan.folder, ".lock"))
+    long_ago(hold, Path(plan.folder, ".lock"))
     running = write(Path(plan.folder, "logs", f"{named['train']}.log"))
     said = text(plan, capsys)
     assert "the workflow is at work: process " in said
@@ -230,7 +237,7 @@ def test_jobs_are_told_apart_by_their_logs_and_what_failed_by_its_last_words(mak
 def test_jobs_on_a_clusters_nodes_are_not_dead_because_nobody_here_does_them(make_plan, hold, capsys):
     plan = make_plan()
     log(plan, names(plan)["sample"], "1/20\n", age=200)
-    hold(Path(plan.folder, ".lock"))
+    long_ago(hold, Path(plan.folder, ".lock"))
     Path(plan.folder, "submitted.jsonl").touch()
     named = re.escape(names(plan)["sample"])
     assert re.search(rf"running: {named}, no word for 3 min 2\d s: 1/20", text(plan, capsys))
@@ -254,6 +261,41 @@ def test_without_a_workflow_a_job_that_did_not_end_was_interrupted(make_plan):
     log(plan, names(plan)["sample"], "10/20\n", age=3)
     states = {job.name: job.state for job in status.snapshot(plan).jobs}
     assert states == {names(plan)["sample"]: "interrupted"}
+
+
+def test_a_job_that_waits_for_another_process_says_for_whom(make_plan, hold, write, capsys):
+    plan = make_plan()
+    path = Path(plan.folder, "logs", f"{names(plan)['train']}.log")
+    waits = write(path)
+    with open(path, "a") as more:
+        more.write("10:00:00 haste.files: waiting for trajectory x: it is in use by process 7 on here since ...\n")
+    hold(Path(plan.folder, ".lock"))
+    said = (
+        rf"waits: {names(plan)['train']} \(process {waits.pid}\), \d+ s: 10:00:00 haste.files: waiting for trajectory x"
+    )
+    assert re.search(said, text(plan, capsys))
+
+
+def test_what_an_earlier_workflow_left_did_not_die_in_this_one_and_a_report_that_is_there_was_finished(make_plan, hold):
+    plan = make_plan()
+    log(plan, names(plan)["sample"], "10/20\n", age=300)
+    log(plan, "report", "", age=300)
+    hold(Path(plan.folder, ".lock"))
+    assert [(job.name, job.state) for job in status.snapshot(plan).jobs if job.name != "report"] == [
+        (names(plan)["sample"], "interrupted")
+    ]
+    Path(plan.report).parent.mkdir()
+    Path(plan.report).touch()
+    assert "report" not in {job.name for job in status.snapshot(plan).jobs}
+
+
+def test_who_begins_to_train_is_not_blamed_for_the_silence_before(make_plan, hold):
+    plan = make_plan(runs={"vanilla": {}})
+    where = folder(plan, "vanilla", 8)
+    write_log(where, record(4, time=time.time() - 3600))
+    assert lines(plan)["vanilla"].age == pytest.approx(3600, abs=60)
+    hold(where / "lock")
+    assert lines(plan)["vanilla"].age < 60
 
 
 def test_jobs_of_what_is_no_longer_configured_or_was_made_elsewhere_meanwhile_are_not_shown(make_plan, hold):
