@@ -251,7 +251,8 @@ class Written:
     def __init__(self, plan: Plan, row: Row, kind: str) -> None:
         self.plan, self.row, self.kind = plan, row, kind
         self.folder = Path(plan.folder, kind, row.folder)
-        self._end, self._tracker = contextlib.ExitStack(), None
+        self._end = contextlib.ExitStack()
+        self._tracker: Tracker | None = None
         self._has: dict[str, Any] = {}
         self._caught_up = False
 
