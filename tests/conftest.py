@@ -33,7 +33,6 @@ def pytest_sessionfinish() -> None:
 def one_thread() -> None:
     """Bits depend on the number of threads, and tests run side by side."""
     import torch  # here, so that the process that only hands out tests starts without it
-    import torch.utils.tensorboard  # or each process that a test forks to train imports it again
 
     torch.set_num_threads(1)
 

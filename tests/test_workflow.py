@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from haste import config
 from haste.cli import main as cli
 from haste.files import artefact, locks
+from haste.ops import status
 from haste.plan.names import State
 from haste.plan.plan import Plan
 from haste.train import loop, stops
@@ -152,6 +153,10 @@ def test_the_whole_path_ends_in_a_report_with_every_row(finished):
     (measured,) = finished.plan.measure_files
     assert len(artefact.read_json(measured, "measure")["rows"]) == 2
     assert (page.parent / "measure-cosine.csv").read_text().startswith("run,term,t 0.2,t 0.2 ±,t 0.8,t 0.8 ±\nvanilla,")
+    logs = {log.stem for log in Path(finished.plan.folder, "logs").glob("*.log")}
+    assert logs and logs <= {job.log for jobs in finished.plan.jobs.every.values() for job in jobs}
+    view = status.snapshot(finished.plan)
+    assert (view.workflow, view.jobs) == ("finished", []) and {line.doing for line in view.lines} == {"finished"}
 
 
 def test_what_is_there_is_not_made_again_because_inputs_that_only_others_need_are(shop):

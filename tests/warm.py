@@ -20,7 +20,7 @@ from pathlib import Path
 
 STREAMS = 4  # training tells the terminal by descriptor 3
 IMPORTED = ("diffusers.models.autoencoders.autoencoder_kl", "matplotlib.figure", "pandas", "sklearn.datasets", "timm")
-IMPORTED += ("snakemake.cli", "torch._dynamo", "torch.utils.tensorboard", "haste.cli.main")
+IMPORTED += ("snakemake.cli", "torch._dynamo", "tensorboard.summary.writer.event_file_writer", "haste.cli.main")
 
 
 class Warm:

@@ -13,6 +13,7 @@ EXAMPLES = {
     "features": f"SAMPLES --detector digits-cnn --shard 0 {RUN}",
     "fetch": "-c config/imagenet256.yaml",
     "floor": RUN,
+    "track": "-c config/digits.yaml",
     "forget": f"ATTA {RUN} --yes",
     "grid": f"SAMPLES {RUN}",
     "images": f"--check {RUN}",

@@ -113,6 +113,7 @@ def _features(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from haste.score import jobs
+    from haste.train import trackers
 
     plan = plan_of(arguments)  # scores use all cores
     take_gpus(plan)
@@ -120,6 +121,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     names = [plan.detector_named(arguments.detector).name] if arguments.detector else list(plan.detectors)
     for name in names:
         jobs.judge(plan, evaluation, evaluation.judgement(name))
+    trackers.update(plan, evaluation, local=True)
 
 
 def _floor(arguments: argparse.Namespace) -> None:
@@ -147,8 +149,11 @@ def _grid(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from haste.report import page
+    from haste.train import trackers
 
-    page.make(plan_of(arguments))
+    plan = plan_of(arguments)
+    page.make(plan)
+    trackers.update(plan)
 
 
 def _draw(arguments: argparse.Namespace) -> None:

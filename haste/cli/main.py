@@ -9,13 +9,14 @@ the command runs, so that `haste plan` and `haste --help` answer at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import select
 import signal
 import sys
 
-from haste.cli import data, judging, measuring, people, training
+from haste.cli import data, judging, measuring, people, pulse, training
 from haste.cli.shared import Commands
 
 
@@ -27,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     _mark(arguments)
     try:
-        arguments.run(arguments)
+        quiet = arguments.run.__module__ == people.__name__  # these answer a person
+        with contextlib.nullcontext() if quiet else pulse.beating():
+            arguments.run(arguments)
         sys.stdout.flush()
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("HASTE_TRACEBACK"):

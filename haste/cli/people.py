@@ -19,6 +19,7 @@ def add(to: Commands) -> None:
     to.rule("memory", _memory, "measure how much GPU memory training takes, without a GPU")
     live = to.rule("status", _status, "say what every run is doing now")
     live.add_argument("-w", "--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="look again and again")
+    to.rule("track", _track, "write curves, scores and stops of all rows to runtime.trackers, as far as they lack them")
     forget = to.rule("forget", _forget, "remove what only one run needs")
     forget.add_argument("name", metavar="RUN")
     clear = to.command("prune", _prune, "remove what no configuration needs")
@@ -75,6 +76,12 @@ def _status(arguments: argparse.Namespace) -> None:
     from haste.ops import status
 
     status.show(lambda: plan_of(arguments), arguments.watch)
+
+
+def _track(arguments: argparse.Namespace) -> None:
+    from haste.train import trackers
+
+    trackers.update(plan_of(arguments))
 
 
 def _forget(arguments: argparse.Namespace) -> None:

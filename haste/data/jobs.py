@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +99,7 @@ def check_images(plan: Plan, workers: int | None = None) -> None:
     with locks.making(kept, anew=True) if kept else contextlib.nullcontext(True) as todo:
         if not todo:
             return
-        bad = prepare.check(source, workers, progress=_progress("pictures checked"))
+        bad = prepare.check(source, workers)
         print(prepare.told(bad) if bad else f"all {source.count} pictures can be used")
         if source.unused:
             print(walk.told(walk.grouped(source.unused)))
@@ -135,11 +133,6 @@ def _workers(plan: Plan, asked: int | None) -> int:
     if asked is not None and asked < 1:
         raise ValueError(f"--workers {asked}: expected at least 1")
     return asked or plan.config.runtime.threads
-
-
-def _progress(what: str) -> Callable[[int, int], None]:
-    log = logging.getLogger("haste")
-    return lambda done, count: log.info("%s: %d of %d", what, done, count) if done % 6400 < 64 else None
 
 
 def make_latents(plan: Plan, shard: int | None) -> None:
@@ -190,7 +183,6 @@ def make_text(plan: Plan, shard: int | None) -> None:
         batches=({"states": encoder(said[low : min(low + _TEXTS, rows.stop)])} for low in rows[::_TEXTS]),
         provenance=made,
         facts={"captions": texts.sha256, "encoder": encoder.identities},
-        progress=_progress("captions encoded"),
     )
 
 

@@ -18,7 +18,7 @@ import torch
 
 from haste.data.condition import Condition
 from haste.files import artefact
-from haste.files.store import Progress, Store, join, shard_range, write_shard
+from haste.files.store import Store, join, shard_range, write_shard
 from haste.networks import autoencoder, hub
 
 KIND = "latents"
@@ -205,7 +205,6 @@ def encode_shard(
     condition: Condition,
     batch: int = 64,
     dtype: str = "float16",
-    progress: Progress | None = None,
 ) -> Path:
     """Write one shard of a latents store: moments (2C, h, w) and the condition's fields, samples in the images' order.
 
@@ -224,7 +223,6 @@ def encode_shard(
         condition: its rows are stored beside the latents.
         batch: images per forward pass.
         dtype: of the stored moments.
-        progress: called with (samples written, samples of this shard).
 
     Raises:
         ValueError: a resolution that the factor does not divide, or moments that are not finite in `dtype`.
@@ -243,7 +241,6 @@ def encode_shard(
         batches=_encode(images, autoencoder, condition, shard_range(images.count, shard, shards), batch, dtype),
         provenance=provenance,
         facts=facts,
-        progress=progress,
     )
 
 

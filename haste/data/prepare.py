@@ -24,9 +24,10 @@ from haste.files.archives import Archives
 from haste.files.captions import NO_CAPTION
 from haste.files.listing import Listing
 from haste.files.parquet import Rows
+from haste.files.progress import Progress
 from haste.files.provenance import provenance_of
 from haste.files.sources import identity_of, pictures_of
-from haste.files.store import Progress, join, shard_path, shard_range, write_shard
+from haste.files.store import join, shard_path, shard_range, write_shard
 from haste.files.walk import Directory, Parts, Unused
 
 KIND = "images"
@@ -240,24 +241,22 @@ def open_source(name: str, *, resolution: int, holdout: int, **options: Any) -> 
     return SOURCES[name](resolution, holdout, **options)
 
 
-def check(source: Folder, workers: int = 1, progress: Progress | None = None) -> Bad:
+def check(source: Folder, workers: int = 1) -> Bad:
     """Read every image of a folder: names and reasons of those that cannot be used, in order.
 
     Args:
         source: the folder.
         workers: threads that decode images; the result does not depend on it.
-        progress: called with (images read, images).
     """
     bad: Bad = []
-    done = 0
+    done, progress = 0, Progress("pictures checked", source.count, "pictures")
     for loaded in _attempts(source, range(source.count), workers):
         for i, found in enumerate(loaded, start=done):
             if isinstance(found, ValueError):
                 reason = str(found).partition("not a picture that can be read (")[2].removesuffix(")")
                 bad.append((source.name(i), reason or str(found)))
         done += len(loaded)
-        if progress is not None:
-            progress(done, source.count)
+        progress.add(len(loaded))
     return bad
 
 
@@ -311,7 +310,6 @@ def prepare_shard(
     provenance: Mapping[str, Any],
     workers: int = 1,
     stored_as: str = "raw",
-    progress: Progress | None = None,
 ) -> Path:
     """Write one shard of an image store: image (R, R, 3) uint8 and label int64.
 
@@ -325,7 +323,6 @@ def prepare_shard(
         provenance: how this shard is made, JSON.
         workers: threads that decode images and compress them; the result does not depend on it.
         stored_as: `raw`, or one of `haste.files.codecs.CODECS`; the pixels are the same.
-        progress: called with (images written, images of this shard).
 
     Raises:
         ValueError: an image cannot be read; the message names it.
@@ -345,7 +342,6 @@ def prepare_shard(
         batches=_load(source, samples, workers),
         provenance=provenance,
         facts=_facts(source),
-        progress=progress,
         coded={} if stored_as == "raw" else {"image": stored_as},
         workers=workers,
         learned=lambda: {ENLARGED: source.enlarged(samples)} if isinstance(source, Folder) else {},

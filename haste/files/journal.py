@@ -18,7 +18,8 @@ log = logging.getLogger("haste.train")
 
 Item = TypeVar("Item")
 # Entries of a line of the log; all others are losses.
-NOT_LOSSES = {"step", "images_per_s", "seconds", "time", "waiting", "memory_mb", "skipped", "grad_norm"}
+NOT_LOSSES = {"step", "images_per_s", "seconds", "time", "waiting", "memory_mb", "skipped", "grad_norm", "alive"}
+ALIVE = 30.0  # seconds after which a line says how far it is, without losses
 MOST_SKIPPED = 50  # a loss scale needs about twenty halvings to come down from its initial value
 
 
@@ -49,7 +50,7 @@ class Journal:
         self.path, self.begin, self.end, self.batch = path, begin, end, batch
         self.mean, self.may_skip = mean, may_skip
         self.waiting: list[Mapping[str, SupportsFloat]] = []
-        self.started = self.before = time.monotonic()
+        self.started = self.before = self.said = time.monotonic()
         self.file: IO[bytes] | None = None
         self.skipped = 0  # consecutive skipped steps, as far as lines show
         self.waited = 0.0  # seconds spent waiting for data since the last line
@@ -84,6 +85,16 @@ class Journal:
             self.waited += time.monotonic() - started
             yield item
 
+    def alive(self, step: int) -> None:
+        """Say how far it is after `step` steps, if nothing was said for ALIVE seconds: lines come by steps, and a step
+        may take a minute. Nothing is read from the device for it, and ranks need not agree."""
+        now = time.monotonic()
+        if self.file is None or not self.waiting or now - self.said < ALIVE:
+            return
+        self.said, rate = now, len(self.waiting) * self.batch / (now - self.before)
+        self._append(self.file, {"step": step, "images_per_s": rate, "time": time.time(), "alive": True})
+        self._show(step, {}, rate)
+
     def check_finite(self, step: int) -> None:
         """Raise FloatingPointError if a value added since the last line is not finite."""
         first = step - len(self.waiting) + 1
@@ -117,7 +128,7 @@ class Journal:
         *sums, taken = self.mean([*sums, float(len(good))])
         self.waiting.clear()
         now = time.monotonic()
-        seconds, self.before = now - self.before, now
+        seconds, self.before, self.said = now - self.before, now, now
         if self.file is None:
             return
         means = {name: total / taken for name, total in zip(names, sums, strict=True)} if taken else {}
@@ -127,25 +138,29 @@ class Journal:
         self.waited = 0.0
         if count > len(good):
             record["skipped"] = count - len(good)
-        self._append(self.file, json.dumps(record).encode() + b"\n")
+        self._append(self.file, record)
         for track in self.on_record:
             track(record)
-        self._show(step, means, rate, (now - self.started) / (step - self.begin) * (self.end - step))
+        self._show(step, means, rate)
 
-    def _append(self, file: IO[bytes], line: bytes) -> None:
+    def _append(self, file: IO[bytes], record: Mapping[str, Any]) -> None:
+        line = json.dumps(record).encode() + b"\n"
         try:
             if file.write(line) < len(line):  # a full disk takes what fits; readers skip the torn line
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from error
 
-    def _show(self, step: int, means: Mapping[str, float], rate: float, to_go: float) -> None:
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        log.info("step %d/%d  %s  %.0f images/s  %s to go", step, self.end, shown, rate, duration(to_go))
+    def _show(self, step: int, means: Mapping[str, float], rate: float) -> None:
+        to_go = (time.monotonic() - self.started) / (step - self.begin) * (self.end - step)
+        shown = "".join(f"  {name} {value:.4f}" for name, value in means.items())
+        speed = f"{rate:.{1 if rate < 10 else 0}f} images/s"
+        log.info("step %d/%d%s  %s  %s to go", step, self.end, shown, speed, duration(to_go))
 
 
-def read(path: Path | str, low: int = 0, high: int | None = None) -> list[dict[str, Any]]:
-    """The records of a journal with low < step <= high, in order of steps; the last line of a step counts.
+def read(path: Path | str, low: int = 0, high: int | None = None, *, alive: bool = False) -> list[dict[str, Any]]:
+    """The records of a journal with low < step <= high, in order of steps; the last line of a step counts. With `alive`
+    also those that only say how far it was.
 
     An interrupted stretch is repeated from the last state, so steps can occur twice, and a line can be torn.
     """
@@ -159,6 +174,6 @@ def read(path: Path | str, low: int = 0, high: int | None = None) -> list[dict[s
             continue
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             continue
-        if low < record["step"] and (high is None or record["step"] <= high):
+        if (alive or "alive" not in record) and low < record["step"] and (high is None or record["step"] <= high):
             records[record["step"]] = record
     return [records[step] for step in sorted(records)]

@@ -22,6 +22,7 @@ import re
 import socket
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from haste.files import artefact
 log = logging.getLogger("haste.files")
 
 SETTING = "HASTE_LOCKS"  # "none" takes no locks
+MOST_WORDS = 400  # characters of a command that a lock file has
 LOOK = 0.5  # seconds between two attempts to lock
 Ask = Callable[[Callable[[], bool]], bool]
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
@@ -64,8 +66,8 @@ def waiting(path: Path | str, what: str, ask: Ask = _alone) -> Iterator[bool]:
     with contextlib.ExitStack() as held:
 
         def took() -> bool:
-            file = attempt(path)
-            return file is not None and bool(held.enter_context(file))
+            lock = attempt(path)
+            return lock is not None and bool(held.enter_context(lock))
 
         while not ask(took):
             if not waited:
@@ -123,8 +125,28 @@ def _mark(path: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def acquire(path: Path | str, what: str, *, shared: bool = False) -> Any:
-    """Take a lock and return the open file that holds it until it is closed.
+class Held:
+    """A lock, until it is closed or this process ends. Then its file names nobody; a killed one's still does."""
+
+    def __init__(self, file: Any):
+        self.close = weakref.finalize(self, _leave, file, os.getpid())
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _leave(file: Any, owner: int) -> None:
+    with contextlib.suppress(OSError):
+        if owner == os.getpid():  # a forked process has the file too
+            file.truncate(0)
+    file.close()
+
+
+def acquire(path: Path | str, what: str, *, shared: bool = False) -> Held:
+    """Take a lock, which is held until it is closed.
 
     Raises:
         InUse, ValueError: as `holding`.
@@ -134,8 +156,8 @@ def acquire(path: Path | str, what: str, *, shared: bool = False) -> Any:
     return file
 
 
-def attempt(path: Path | str, *, shared: bool = False) -> Any:
-    """The open file that holds a lock; None if another process holds it, or has just removed it.
+def attempt(path: Path | str, *, shared: bool = False) -> Held | None:
+    """A lock; None if another process holds it, or has just removed it.
 
     Raises:
         ValueError: the disk has no locks.
@@ -155,7 +177,7 @@ def attempt(path: Path | str, *, shared: bool = False) -> Any:
                 except OSError as error:  # a full disk: Python does not say which
                     raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
             opened.pop_all()
-            return file
+            return Held(file)
     return None
 
 
@@ -188,7 +210,7 @@ def _without_locks(folder: Path) -> None:
 def _me() -> str:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     job = f" (job {os.environ['SLURM_JOB_ID']})" if "SLURM_JOB_ID" in os.environ else ""
-    return f"process {os.getpid()} on {socket.gethostname()} since {now}{job}: {' '.join(sys.argv)[:200]}"
+    return f"process {os.getpid()} on {socket.gethostname()} since {now}{job}: {' '.join(sys.argv)[:MOST_WORDS]}"
 
 
 def _words(path: Path | str) -> str:
@@ -200,22 +222,37 @@ def _words(path: Path | str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds a lock, by its file; at_work: whether that process still runs, None if it is on another machine."""
+    """Who holds a lock, by its file; at_work: whether that process still runs, None if it is on another machine. Who
+    does not run was killed: others leave their locks empty."""
 
     who: str
     at_work: bool | None
+
+    @property
+    def since(self) -> float:
+        """When it took the lock, in seconds since 1970; 0 if its file does not say."""
+        try:
+            return datetime.datetime.fromisoformat(self.who.split(" since ")[1].split()[0].rstrip(":")).timestamp()
+        except (IndexError, ValueError):
+            return 0.0
+
+    @property
+    def configuration(self) -> str:
+        """The configuration whose job it is; empty of a command that a person gave."""
+        found = re.search(r" -c (?:\S*/)?([^/\s]+)/config\.json", self.who)
+        return found[1] if found else ""
 
 
 def holder(path: Path | str) -> Holder | None:
     """Who holds a lock, without acquiring it: an attempt to acquire it could make another process's attempt fail.
 
     Returns:
-        None if nobody ever held it, or if the holder released it (detected only for holders on this machine).
+        None if nobody ever held it, or if the holder released it.
     """
     try:
         who = Path(path).read_text().strip()
         place = os.stat(path)
-        told = re.match(r"process (\d+) on (\S+) ", who)
+        told = re.match(r"process (\d+) on (\S+) since \S+?(?: \(job \S+\))?: ?(.*)", who)
         if told is None:
             return None
         if told[2] != socket.gethostname():
@@ -225,4 +262,13 @@ def holder(path: Path | str) -> Holder | None:
     except (OSError, UnicodeDecodeError):  # no such lock, or the kernel has no such list
         return None
     mine = any(words[1] == "FLOCK" and words[5].rpartition(":")[2] == str(place.st_ino) for words in held)
-    return Holder(who, True) if mine else None
+    return Holder(who, mine or _runs(told[1], told[3]))
+
+
+def _runs(process: str, command: str) -> bool:
+    """Whether a process of this machine is the one of this command, although it has no lock: where none are taken."""
+    try:
+        words = Path("/proc", process, "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+    except OSError:
+        return False
+    return bool(command) and command in words

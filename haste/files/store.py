@@ -36,6 +36,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from haste.files import artefact, codecs, locks
 from haste.files.codecs import ENDS, Coded, Spool
+from haste.files.progress import Progress
 
 log = logging.getLogger("haste.data")
 
@@ -49,9 +50,9 @@ _OPEN = 64  # files of a store that stay open; a process may have 1,024
 _VERIFY_ROWS = 256
 _VERIFIERS = 4  # threads
 _AGAIN = "Remove the shard and the manifest: the workflow makes them again"
+_UNITS = {"text": "texts"}  # what a row is, of other kinds an image
 
 Fields = Mapping[str, tuple[Sequence[int], DTypeLike]]
-Progress = Callable[[int, int], None]
 Span = range  # `Store.range` would shadow the built-in in annotations
 
 
@@ -105,7 +106,7 @@ def write_shard(
         batches: name -> (B, *shape) of exactly that dtype, in order, from shard_range(total, shard, shards).
         provenance: how this shard was made, JSON.
         facts: properties found in the data, JSON; all shards must agree, and `join` puts them into the manifest.
-        progress: called with (samples written, samples of this shard) after every batch.
+        progress: of the work that this shard is a part of; by default it has its own.
         coded: fields (H, W, 3) of uint8 that are compressed -> one of `haste.files.codecs.CODECS`.
         workers: threads that compress them; the result does not depend on it.
         learned: called after the last batch: further entries of the provenance, JSON.
@@ -135,7 +136,8 @@ def write_shard(
             _set_attributes(file, header)
             for name, (shape, dtype) in plain.items():
                 file.create_dataset(name, shape=(len(span), *shape), dtype=dtype)
-            _fill(file, path, layout, len(span), batches, progress, spools)
+            mine = Progress(f"{path.parent.name}, shard {shard} of {shards}", len(span), _UNITS.get(kind, "images"))
+            _fill(file, path, layout, len(span), batches, progress or mine, spools)
             for name, spool in spools.items():
                 _check_room(path, spool.size)
                 spool.put(file, name)
@@ -201,7 +203,7 @@ def _fill(
     layout: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     count: int,
     batches: Iterable[Mapping[str, np.ndarray]],
-    progress: Progress | None,
+    progress: Progress,
     spools: Mapping[str, Spool],
 ) -> None:
     done = 0
@@ -217,8 +219,7 @@ def _fill(
                 _write_rows(file, name, done, values)
         _write_rows(file, DIGEST, done, _digests(rows))
         done += size
-        if progress is not None:
-            progress(done, count)
+        progress.add(size)
     if done != count:
         raise ValueError(f"{path}: found {done} samples, expected {count}")
 

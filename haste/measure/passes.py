@@ -8,7 +8,6 @@ B images, N tokens, D width.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,8 +29,6 @@ from haste.teachers.targets import load_teacher
 if TYPE_CHECKING:
     from haste.measure.subject import Subject
     from haste.teachers.encoder import Teacher
-
-log = logging.getLogger("haste.measure")
 
 SPAN, MOST_SHARDS = 1024, 64  # images of a shard, at least; shards
 AT_ONCE, MOST_BYTES = 64, 2e9  # images a forward pass, at most; of their tokens
@@ -174,7 +171,6 @@ def _store(
     stale = group.broadcast(lambda: not _fits(made, facts))
     with locks.making(made.folder, done=made.manifest, anew=stale, ask=group.broadcast) as todo:
         for shard in range(group.rank, shards, group.size) if todo else ():
-            log.info("%s: shard %d of %d", Path(made.folder).name, shard + 1, shards)
             mine = indices[shard_range(len(indices), shard, shards)]
             where: dict[str, Any] = {"shard": shard, "total": len(indices), "facts": facts, "provenance": provenance}
             fields = {name: (shape, np.float32) for name, shape in shapes.items()}

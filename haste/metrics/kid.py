@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from haste.files.progress import Progress
 from haste.metrics.frechet import checked_features
-from haste.metrics.progress import Progress
 
 Array = NDArray[np.float64]
 SUBSETS, SIZE, SEED = 100, 1000, 2020  # torch-fidelity's
@@ -41,7 +41,7 @@ def kid(
         raise ValueError(
             f"KID: expected subsets of 2 to {least} images (the smaller side), found {subsets} subsets of {size}"
         )
-    rng, progress = np.random.RandomState(seed), Progress("KID", subsets)
+    rng, progress = np.random.RandomState(seed), Progress("KID", subsets, unit="")
     found = []
     for _ in range(subsets):
         mine = fake[rng.choice(len(fake), size, replace=False)]

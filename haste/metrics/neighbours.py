@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from haste.files.progress import Progress
 from haste.metrics.frechet import checked_features
-from haste.metrics.progress import Progress
 
 BLOCK = 1024  # points of a block of distances
 SLACK = 1e-12  # of the squared norms: a gap to a sphere below float64's rounding error counts as 0
@@ -46,7 +46,7 @@ def precision_recall(
         _check_k(k, count)
     centre = real.mean(axis=0)
     a, b = _points(fake - centre, device), _points(real - centre, device)
-    progress = Progress("precision and recall", len(a) ** 2 + len(b) ** 2 + len(a) * len(b))
+    progress = Progress("precision and recall", len(a) ** 2 + len(b) ** 2 + len(a) * len(b), unit="")
     fake_radii, real_radii = _squared_radii(a, k, progress), _squared_radii(b, k, progress)
     inside, covered = 0, torch.zeros(len(b), dtype=torch.bool, device=b.device)
     for rows in _blocks(a):
@@ -66,7 +66,7 @@ def radii(features: NDArray, k: int = 3, device: torch.device | str | None = Non
     features = checked_features(features)
     _check_k(k, len(features))
     points = _points(features - features.mean(axis=0), device)
-    return _squared_radii(points, k, Progress("radii", len(points) ** 2)).sqrt().cpu().numpy()
+    return _squared_radii(points, k, Progress("radii", len(points) ** 2, unit="")).sqrt().cpu().numpy()
 
 
 def _check_k(k: int, count: int) -> None:

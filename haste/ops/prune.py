@@ -306,7 +306,9 @@ def remove(root: Path, items: Sequence[Item]) -> tuple[list[Item], list[str]]:
 def _alone(root: Path) -> Any:
     """The lock that every workflow in the folder shares, held alone."""
     if (file := locks.attempt(root / ".lock")) is None:
-        found = [one.who for path in sorted(root.glob("*/.lock")) if (one := locks.holder(path))]
+        found = [
+            one.who for path in sorted(root.glob("*/.lock")) if (one := locks.holder(path)) and one.at_work is not False
+        ]
         who = " and by ".join(found) or "another process"
         raise locks.InUse(f"The results folder {root} is in use by {who}. Wait for it, or stop it first.")
     return file

@@ -18,9 +18,8 @@ from haste.align import triggers
 from haste.align.terms import kind_of
 from haste.align.triggers import GradientAngle, Measure
 from haste.config.keys import nearest
-from haste.files import journal
 from haste.plan.plan import Plan
-from haste.train import stops
+from haste.train import stops, trackers
 
 log = logging.getLogger("haste.ops")
 
@@ -88,17 +87,8 @@ def of_run(plan: Plan, run: str, seed: int) -> list[Source]:
         last = max((reading["step"] for reading in record["readings"]), default=0)
         by = "watch" if "since" in record else "stop"
         found.append(Source(kind, by, record["trigger"], columns, last))
-    lines = logged(plan, run, seed)
+    lines = trackers.logged(plan, run, seed)
     return found + [one for kind, term in terms.items() if (one := _log(kind, term, lines)).lines]
-
-
-def logged(plan: Plan, run: str, seed: int) -> list[dict[str, Any]]:
-    """The log of a run with one seed up to its last milestone, across the trajectories that it passes through."""
-    last, found = plan.config.runs[run].milestones[-1], []
-    for piece in plan.pieces[run, seed]:
-        high = last if piece.high is None else min(last, piece.high)
-        found += journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"), piece.low, high)
-    return found
 
 
 def _log(kind: str, term: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Source:

@@ -1,13 +1,13 @@
 """What every run of a configuration is doing now, from its files alone. Nothing is locked and nothing written.
 
-A run's progress is the newest line of its log or the newest state on disk. The lock files show which processes run.
+A run's progress is the newest line of its log or the newest state on disk. The lock files show which processes run, and
+which of this machine were killed; one of another machine is known by its words alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,15 +24,16 @@ from haste.cluster import slurm
 from haste.cluster.slurm import Unanswered
 from haste.files import journal, locks, terminal, units
 from haste.files.units import readable
+from haste.ops.watch import Job, jobs
 from haste.plan.names import Evaluation, Piece, State
 from haste.plan.plan import Plan
 from haste.train import stops
 from haste.train.stops import Stopped
 
 ROOMS = ("states", "stores", "parts", "samples", "features", "scores", "measures")
-TAIL = 20_000  # bytes read from the end of a log
 MOST_NEXT = 8  # most lines about upcoming work
 LEFT = ("run", "doing", "segment", "losses", "queue")
+MOST_WORDS = 300  # characters of a line of a log, or of a command
 FIRST_OUT = ("states", "waiting", "losses", "segment")  # in a narrow terminal
 QUIET = 60.0  # seconds without a line after which the silence is shown
 
@@ -46,8 +47,8 @@ class Line:
 
     step: steps done; last: steps of its last milestone; doing: in words; segment: its current or next segment, with
     the aligned terms and those that triggers have stopped; rate: steps per second; to_go: seconds up to `last`;
-    losses: by term; waiting: share of the time spent waiting for data; age: seconds since the log's last line; size:
-    bytes of its states; queued: its job in the cluster's queue. None is unknown.
+    losses: by term; waiting: share of the time spent waiting for data; age: seconds since the log's last line, or since
+    whoever trains now began; size: bytes of its states; queued: its job in the cluster's queue. None is unknown.
     """
 
     run: str
@@ -62,16 +63,6 @@ class Line:
     age: float | None
     size: int
     queued: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A job of the workflow by its log: `running`, `failed` (with the log's last line), `interrupted` or `done`."""
-
-    name: str
-    state: str
-    seconds: float
-    words: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,17 +119,24 @@ def snapshot(plan: Plan, queue: Queue = slurm_queue, stages: Callable[[], list[s
     holder = locks.holder(Path(plan.folder, ".lock"))
     left = plan.jobs.to_train
     queued, others, notes = _ask(lambda: queue(plan), stages)
-    at_work = holder is not None and holder.at_work is not False
     return View(
         plan.config.name,
-        f"at work: {holder.who}" if holder else "not running",
+        _workflow(holder, bool(plan.jobs.left)),
         [*(_line(plan, *owner, queued) for owner in plan.pieces), *(_elsewhere(plan, n) for n in plan.config.evaluate)],
-        jobs(Path(plan.folder), at_work),
+        jobs(plan, holder),
         upcoming(plan, left),
         [*notes, *_full(plan), *plan.notes],
         {room: size_of(Path(plan.root, room)) for room in ROOMS},
         others,
     )
+
+
+def _workflow(holder: locks.Holder | None, left: bool) -> str:
+    if holder and holder.at_work is not False:
+        return f"at work{'' if holder.at_work else ', as its lock says'}: {holder.who[:MOST_WORDS]}"
+    if left and holder:
+        return f"gone without a word: {holder.who[:MOST_WORDS]}"
+    return "not running" if left else "finished"
 
 
 def _full(plan: Plan) -> list[str]:
@@ -175,12 +173,13 @@ def _line(plan: Plan, run: str, seed: int, queued: Mapping[State, str]) -> Line:
     step, place = 0, pieces[0]
     for piece in pieces:
         high = last if piece.high is None else min(last, piece.high)
-        lines = journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"), piece.low, high)
+        lines = journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"), piece.low, high, alive=True)
         saved = [s for s in plan.on_disk(piece.trajectory) if piece.low < s <= high]
         reached = max([*saved, *(line["step"] for line in lines[-1:])], default=0)
         if reached > step:
             step, place = reached, piece
-        record = lines[-1] if lines else record
+        full = next((line for line in reversed(lines) if "alive" not in line), record)
+        record = full | (lines[-1] if lines else {})
     end, stopped = plan.state(run, last, seed), stops.along(plan, run, seed)
     finished = last in plan.on_disk(end.trajectory)
     ahead = next((p for p in pieces if p.holds(min(step + 1, last))), place)
@@ -191,13 +190,13 @@ def _line(plan: Plan, run: str, seed: int, queued: Mapping[State, str]) -> Line:
         plan.label(run, seed),
         last if finished else step,
         last,
-        _doing(finished, step, holder, words),
+        _doing(plan, finished, step, holder, words),
         "; ".join([*([] if finished else [_segment(plan, ahead, step, stopped)]), *_stops(stopped)]),
         rate,
         None if finished or not rate else (last - step) / rate,
         {n: v for n in record if n not in journal.NOT_LOSSES and (v := number(record, n)) is not None},
         number(record, "waiting"),
-        None if finished or age is None else max(0.0, time.time() - age),
+        None if finished or age is None else max(0.0, time.time() - max(age, holder.since if holder else 0.0)),
         sum(size_of(Path(plan.root, "states", piece.trajectory)) for piece in pieces),
         words,
     )
@@ -232,15 +231,19 @@ def _rate(plan: Plan, run: str, record: Mapping[str, Any]) -> float | None:
     return images / plan.config.training_of(run).batch if images else None
 
 
-def _doing(finished: bool, step: int, holder: locks.Holder | None, queued: str) -> str:
+def _doing(plan: Plan, finished: bool, step: int, holder: locks.Holder | None, queued: str) -> str:
     if finished:
         return "finished"
     # The lock file of a job that was killed on a node remains.
     if " PENDING" in queued and not (holder and holder.at_work):
         return "waits in the queue"
-    if holder is not None:
-        return "training" if holder.at_work else "training, as its lock says"
-    return "paused" if step else "not begun"
+    if holder is None:
+        return "paused" if step else "not begun"
+    if holder.at_work is False:
+        return "died"
+    whose = holder.configuration
+    by = f", by the job of {whose}" if whose not in ("", plan.config.name) else ""
+    return f"training{by}" if holder.at_work else f"training{by}, as its lock says"
 
 
 def _scored(evaluation: Evaluation) -> bool:
@@ -269,46 +272,7 @@ def upcoming(plan: Plan, left: Sequence[State]) -> list[str]:
     return found
 
 
-# -- jobs --------------------------------------------------------------------------------------------------------------
-
-
-def jobs(folder: Path, at_work: bool) -> list[Job]:
-    """The workflow's jobs by their logs, newest first.
-
-    A job's benchmark file is written when it has succeeded; a newer log belongs to one that runs or failed.
-
-    Args:
-        folder: results/<configuration>.
-        at_work: whether a workflow runs; without one, a job that neither succeeded nor failed was interrupted.
-    """
-    now, found = time.time(), []
-    for log in folder.glob("logs/*.log"):
-        bench = folder / "benchmarks" / f"{log.stem}.tsv"
-        try:
-            written = log.stat().st_mtime
-            done = bench.exists() and bench.stat().st_mtime >= written
-            words = "" if done else _last_words(log)
-        except OSError:  # removed meanwhile: a job starts again
-            continue
-        failed = words.startswith("!")
-        state = "done" if done else "failed" if failed else "running" if at_work else "interrupted"
-        if state == "interrupted" and log.stem == "report":  # it has no benchmark
-            state = "done"
-        found.append(Job(log.stem, state, now - written, words.removeprefix("!")))
-    return sorted(found, key=lambda job: job.seconds)
-
-
-def _last_words(log: Path) -> str:
-    """The last line of a log, after a "!" if the log says that the job failed."""
-    with open(log, "rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - TAIL))
-        lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
-    if not lines:
-        return ""
-    refused = [line for line in lines if re.match(r"haste [\w-]+: ", line)]
-    crashed = any(line.startswith("Traceback (most recent call last)") for line in lines)
-    return f"!{refused[-1]}" if refused else f"!{lines[-1]}" if crashed else lines[-1]
+# -- disk --------------------------------------------------------------------------------------------------------------
 
 
 def size_of(folder: Path) -> int:
@@ -350,11 +314,27 @@ def _table(view: View, width: int | None) -> list[RenderableType]:
     return terminal.fitted(heads, rows, width, title=title, first_out=FIRST_OUT)
 
 
+ALONE = (
+    "these run on although their Snakemake is gone. Leave them: the same command again waits for them and goes on with "
+    "what they make. To end one, `kill` its process: training saves its step first"
+)
+
+
+def _job_line(job: Job) -> str:
+    state, name = job.state, f"{job.name} (process {job.process})" if job.process else job.name
+    time, words = units.duration(job.seconds), job.words[:MOST_WORDS]
+    if job.process and ": waiting for " in words:
+        return f"waits: {name}, {time}: {words}"
+    if not job.process and state == "running" and job.seconds > QUIET:
+        return f"running: {name}, no word for {time}: {words}"
+    return f"{'runs on alone' if state == 'alone' else state}: {name}, {time} since its last word: {words}"
+
+
 def _below(view: View) -> list[str]:
     lines = []
-    for state in ("running", "failed", "interrupted"):
-        for job in [job for job in view.jobs if job.state == state]:
-            lines.append(f"{state}: {job.name}, {units.duration(job.seconds)} since its last word: {job.words[:300]}")
+    for state in ("running", "alone", "failed", "died", "interrupted"):
+        mine = [job for job in view.jobs if job.state == state]
+        lines += [*map(_job_line, mine), *([f"note: {ALONE}"] if mine and state == "alone" else [])]
     shown = [*view.next[:MOST_NEXT], *([f"and {len(view.next) - MOST_NEXT} more"] if view.next[MOST_NEXT:] else [])]
     lines += [f"next: {words}" for words in shown] or ["next: nothing is left to train or to score"]
     sizes = ", ".join(f"{room} {readable(size)}" for room, size in view.disk.items() if size)
@@ -377,7 +357,11 @@ def show(make: Callable[[], Plan], watch: float | None = None) -> None:
     """
     console = terminal.console()
     if watch is None:
-        console.print(rendered(snapshot(make()), console.width))
+        view = snapshot(make())
+        for part in _table(view, console.width):
+            console.print(part)
+        for line in _below(view):
+            console.print(Text(line), soft_wrap=True)  # names stay whole
         return
     with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
         while True:

@@ -43,6 +43,24 @@ class Job:
     wanted: tuple[str, ...] = ()
 
     @property
+    def log(self) -> str:
+        """The name of its log and of its benchmark file, as in the rules, without suffix."""
+        place = Path(self.makes[0])
+        folder, shard = place.parent.name, place.stem.removeprefix("shard-")
+        if self.rule in ("images", "latents", "text", "targets"):
+            return f"{folder}-{shard}"
+        if self.rule in ("teacher", "detector", "pca"):
+            return folder
+        if self.rule == "images_check" or self.rule.endswith("_join"):
+            return f"{folder}-{self.rule.rpartition('_')[2]}"
+        if self.rule in TRAINING:
+            return f"train-{folder}-{place.stem.removeprefix('step-')}"
+        words = {"sample": f"{folder}-{shard}", "reference": f"{place.parent.parent.name}-{folder}", "grid": folder}
+        words |= {"features": f"{words['reference']}-{shard}", "score": place.stem, "measure": f"{folder}-{place.stem}"}
+        words |= {"floor": place.stem.removeprefix("floor-")}
+        return f"{self.rule}-{words[self.rule]}" if self.rule in words else self.rule
+
+    @property
     def waits_for(self) -> list[str]:
         """The files that it waits for: none if what it makes is there.
 

@@ -23,7 +23,7 @@ from haste.report import pictures
 from haste.report.content import NONE, Benchmark, Curve, Fork, Measured, Part, Read, Report, Row, Stage
 from haste.report.lineage import Training, trunks
 from haste.report.papers import COCO, COCO_IMAGES, COCO_VAL, IMAGENET, layers_text
-from haste.train import stops
+from haste.train import stops, trackers
 
 IMAGENET_CLASSES = 1000
 TRAINED = "trained here"  # name of a decoder that the pipeline trained itself
@@ -64,7 +64,7 @@ def _watched(plan: Plan, run: str, kind: str) -> str:
 
 def records(plan: Plan, run: str, seed: int) -> list[dict[str, Any]]:
     """The log of a run with one seed up to its last milestone, across the trajectories that it passes through."""
-    return [{**line, "loss": line.get("denoising")} for line in sources.logged(plan, run, seed)]
+    return [{**line, "loss": line.get("denoising")} for line in trackers.logged(plan, run, seed)]
 
 
 def stages(plan: Plan) -> list[Stage]:

@@ -24,6 +24,7 @@ from haste.data.condition import Condition
 from haste.data.latents import Autoencoder
 from haste.files import artefact
 from haste.files.npz import ADM
+from haste.files.progress import Progress
 from haste.files.provenance import STATE_NAME, provenance_of
 from haste.models.exchange import open_weights
 from haste.networks.devices import device_named
@@ -31,7 +32,6 @@ from haste.networks.hub_files import local
 from haste.plan.plan import Plan
 from haste.sampling.grids import class_grid, write_png
 from haste.sampling.painter import Painter, painter_of
-from haste.sampling.shards import _Watch
 from haste.train.named import put_row, run_through, state_named
 
 log = logging.getLogger("haste.sample")
@@ -291,15 +291,15 @@ def _check_asked(file: str, recipe: Mapping[str, Any], classes: Sequence[int], p
 
 def pictures(painter: Painter, count: int) -> dict[str, np.ndarray]:
     """The first samples of a painter, as `Painter.draw`: `image` (N, R, R, 3) uint8, the condition's rows, `nfe`."""
-    watch, found = _Watch("pictures", count), []
+    watch, found = Progress("pictures", count, "pictures"), []
     for low in range(0, count, BATCH):
         rows = range(low, min(low + BATCH, count))
 
         def begun(share: float, size: int = len(rows)) -> None:
-            watch(share * size)
+            watch.partly(share * size)
 
         found.append(painter.draw(rows, begun))
-        watch.finished(len(rows), True)
+        watch.add(len(rows))
     return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
 
 

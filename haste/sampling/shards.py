@@ -15,8 +15,8 @@ import numpy as np
 
 from haste.files import artefact
 from haste.files.npz import ADM
+from haste.files.progress import Progress
 from haste.files.store import shard_range
-from haste.files.units import duration
 from haste.sampling import batches, looks
 from haste.sampling.painter import Painter, log
 
@@ -59,13 +59,13 @@ def draw_shard(
     if batches.again(path, aside, lambda file: _is_of(file, key, inputs)):
         log.info("%s: drawn before, %s", name, path)
         return
-    watch = _Watch(name, len(indices))
+    watch = Progress(name, len(indices))
     fields = {**painter.condition.fields, "nfe": ((), np.int64), **looks.FIELDS}
     side = painter.autoencoder.factor * painter.model.input_size
     made: list[Mapping[str, np.ndarray]] = [{name: np.zeros((0, *row), kind) for name, (row, kind) in fields.items()}]
 
     def draw(rows: range) -> dict[str, np.ndarray]:
-        return painter.draw(rows, lambda share: watch(share * len(rows)))
+        return painter.draw(rows, lambda share: watch.partly(share * len(rows)))
 
     def write(found: Mapping[str, np.ndarray], keep: Callable[[], None] | None) -> None:
         if keep is not None:
@@ -82,7 +82,7 @@ def draw_shard(
                 for found, keep in batches.drawn(aside, indices, batch, inputs, draw):
                     writing.result()
                     writing = thread.submit(write, found, keep)
-                    watch.finished(len(found["nfe"]), keep is not None)
+                    watch.add(len(found["nfe"]), new=keep is not None)
                 writing.result()
         rest = {ADM.get(name, name): np.concatenate([found[name] for found in made]) for name in fields}
         nfe = float(rest["nfe"].mean()) if len(indices) else None
@@ -103,43 +103,6 @@ def _is_of(path: Path, key: str, inputs: dict[str, str]) -> bool:
     except (ValueError, KeyError) as error:
         log.warning("%s: is drawn again (%s)", path, error)
         return False
-
-
-class _Watch:
-    """Shows the progress of a shard, with rate and time left, at most every `PAUSE` seconds and at its end."""
-
-    PAUSE = 10.0
-
-    def __init__(self, name: str, count: int):
-        self.name, self.count = name, count
-        self.done, self.kept = 0, 0
-        self.started = self.shown = time.monotonic()
-
-    def __call__(self, begun: float) -> None:
-        """Report work on the current batch, as a number of samples."""
-        if time.monotonic() - self.shown >= self.PAUSE:
-            self._show(self.done + begun)
-
-    def finished(self, samples: int, new: bool) -> None:
-        """Report that a batch was drawn or found."""
-        self.done += samples
-        self.kept += 0 if new else samples
-        if self.done == self.count:
-            self._show(self.done)
-        else:
-            self(0.0)
-
-    def reached(self, done: int, count: int) -> None:
-        """Report the number of finished samples, of `count`."""
-        self.finished(done - self.done, new=True)
-
-    def _show(self, done: float) -> None:
-        self.shown = time.monotonic()
-        rate = (done - self.kept) / max(self.shown - self.started, 1e-9)
-        to_go = duration((self.count - done) / rate) if rate else "?"
-        kept = f" ({self.kept} kept from before)" if self.kept else ""
-        words = f"{done:.0f}/{self.count} images{kept}  {rate:.1f} images/s  {to_go} to go"
-        log.info("%s: %s", self.name, words)
 
 
 def asked(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -16,7 +16,7 @@ from haste.files.store import Store, write_shard
 from haste.metrics.clip import Clip
 from haste.metrics.detector import Detector
 from haste.sampling.samples import open_samples
-from haste.sampling.shards import _Watch, asked
+from haste.sampling.shards import asked
 from haste.score.sides import read_reference
 from haste.score.workflow import MOMENTS
 
@@ -85,7 +85,6 @@ def feature_shard(
         batches=batches(),
         provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
         facts=facts,
-        progress=_Watch(f"{detector.name}, shard {shard} of {shards}", images.count).reached,
     )
 
 
@@ -112,7 +111,7 @@ def reference_shard(
 
     inputs = {"images": images.identity, "detector": detector.identity}
     common: dict[str, Any] = {"folder": folder, "key": key, "recipe": recipe}
-    _write_reference(detector, batches(), len(rows), inputs, named="real images", **common)
+    _write_reference(detector, batches(), len(rows), inputs, **common)
 
 
 def reference_of_file(
@@ -149,7 +148,7 @@ def reference_of_file(
     facts = {"file_name": path.name, "moments": artefact.file_identity(folder / MOMENTS)}
     common: dict[str, Any] = {"folder": folder, "key": key, "recipe": recipe}
     count = images.count if images else 0
-    _write_reference(detector, batches(), count, inputs, named=path.name, facts=facts, **common)
+    _write_reference(detector, batches(), count, inputs, facts=facts, **common)
 
 
 def _write_reference(
@@ -161,7 +160,6 @@ def _write_reference(
     folder: Path,
     key: str,
     recipe: dict,
-    named: str,
     facts: dict[str, str] | None = None,
 ) -> None:
     """The single shard of a reference; `inputs` are identities, `facts` further entries about it."""
@@ -177,5 +175,4 @@ def _write_reference(
         batches=batches,
         provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
         facts={**inputs, "about": _about(detector), **(facts or {})},
-        progress=_Watch(f"{detector.name}, {named}", total).reached,
     )

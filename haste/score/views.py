@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import logging
 import re
 import time
 from collections import deque
@@ -22,18 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from haste.files import artefact
+from haste.files.progress import Progress
 from haste.files.store import MANIFEST, Store, join, shard_path, shard_range, write_shard
-from haste.files.units import duration
 from haste.metrics.detector import Detector
 from haste.sampling.looks import Looks, facts, looks_of
 from haste.sampling.samples import Samples
 
-log = logging.getLogger("haste.score")
-
 SHARD = 4096  # images whose features are written at once: the most that a kill can lose
 READ = 2048  # rows of features read at once
 PROBE = 256  # images that are tested for floats cast to bytes without scaling
-EVERY = 5.0  # seconds between two lines of progress
 
 Batch = dict[str, NDArray]
 
@@ -134,10 +130,11 @@ def extract_features(samples: Samples, detector: Detector, *, batch: int, folder
     pixels = Pixels(samples)
 
     def batches() -> Iterator[Batch]:
-        progress, low = _Progress(samples, detector), 0
-        for found in _features(samples.batches(batch), detector, pixels, progress):
+        progress, low = _progress(samples, detector), 0
+        for found in _features(samples.batches(batch), detector, pixels, 0):
             high = low + len(found["pool"])
             yield {**found, "index": np.arange(low, high)}
+            progress.add(high - low)
             low = high
 
     return View(samples.count, detector.outputs, detector.about, batches, pixels.facts)
@@ -175,23 +172,22 @@ def check_size(samples: Samples, detector: Detector) -> None:
         raise ValueError(f"{samples.path}: {height} x {width} px, {detector.name} needs {least} x {least} px or more")
 
 
-def _features(
-    pieces: Iterator[NDArray[np.uint8]], detector: Detector, pixels: Pixels, progress: _Progress
-) -> Iterator[Batch]:
+def _progress(samples: Samples, detector: Detector) -> Progress:
+    return Progress(f"{samples.path} by {detector.name}", samples.count)
+
+
+def _features(pieces: Iterator[NDArray[np.uint8]], detector: Detector, pixels: Pixels, first: int) -> Iterator[Batch]:
     def noted() -> Iterator[NDArray[np.uint8]]:
         for images in pieces:
             pixels.add(images)
             yield images
 
-    def looks() -> Iterator[Callable[[], Batch]]:
-        first = progress.at
+    def looks(first: int) -> Iterator[Callable[[], Batch]]:
         for images, one in zip(_ahead(noted()), itertools.cycle([detector, *detector.copies]), strict=False):
             yield partial(one.arrays, images, pixels.samples.path, first)
             first += len(images)
 
-    for found in _in_order(looks(), 1 + len(detector.copies)):
-        yield found
-        progress.step(len(found["pool"]))
+    return _in_order(looks(first), 1 + len(detector.copies))
 
 
 def _in_order(looks: Iterator[Callable[[], Batch]], at_once: int) -> Iterator[Batch]:
@@ -215,38 +211,6 @@ def _ahead(pieces: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
         while (images := waiting.result()) is not None:
             waiting = thread.submit(next, pieces, None)
             yield images
-
-
-class _Progress:
-    """A log line now and then with rate and time to go."""
-
-    def __init__(self, samples: Samples, detector: Detector):
-        self.name, self.count, self.left, self.done = (
-            f"{samples.path} by {detector.name}",
-            samples.count,
-            samples.count,
-            0,
-        )
-        self.started = self.said = time.monotonic()
-
-    @property
-    def at(self) -> int:
-        """The next image."""
-        return self.count - self.left
-
-    def skip(self, images: int) -> None:
-        """Count images whose features exist already."""
-        self.left -= images
-
-    def step(self, images: int) -> None:
-        """Count images that have just been processed."""
-        self.done += images
-        self.left -= images
-        now = time.monotonic()
-        if now - self.said >= EVERY:
-            rate = self.done / (now - self.started)
-            log.info("%s: %d images to go  %.1f images/s  %s", self.name, self.left, rate, duration(self.left / rate))
-            self.said = now
 
 
 # ---- kept features
@@ -287,7 +251,7 @@ def _keep(folder: Path, samples: Samples, detector: Detector, batch: int) -> Sto
     shards = -(-samples.count // SHARD)
     spans = [shard_range(samples.count, shard, shards) for shard in range(shards)]
     pieces = samples.cut(min(batch, len(span) - low) for span in spans for low in range(0, len(span), batch))
-    pixels, progress, started = Pixels(samples), _Progress(samples, detector), time.monotonic()
+    pixels, progress, started = Pixels(samples), _progress(samples, detector), time.monotonic()
     common: dict[str, Any] = {"kind": "features", "key": key, "recipe": recipe, "shards": shards}
     inputs = {"weights": detector.about["weights"]}
     for shard, span in enumerate(spans):
@@ -295,7 +259,7 @@ def _keep(folder: Path, samples: Samples, detector: Detector, batch: int) -> Sto
         if shard_path(place, shard, shards).exists():
             for images in mine:
                 pixels.add(images)
-            progress.skip(len(span))
+            progress.add(len(span), new=False)
             continue
         write_shard(
             place,
@@ -303,9 +267,10 @@ def _keep(folder: Path, samples: Samples, detector: Detector, batch: int) -> Sto
             shard=shard,
             total=samples.count,
             fields={name: ((width,), "float32") for name, width in detector.outputs.items()},
-            batches=_features(mine, detector, pixels, progress),
+            batches=_features(mine, detector, pixels, span.start),
             provenance=artefact.provenance(key=key, recipe=recipe, inputs=inputs),
             facts={"detector": detector.identity, "about": detector.about},
+            progress=progress,
         )
     provenance = artefact.provenance(key=key, recipe=recipe, inputs=inputs, seconds=time.monotonic() - started)
     join(place, **common, splits={}, provenance=provenance, extra={"pixels": pixels.facts()})

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,8 @@ from haste.align.losses import TeacherTargets
 from haste.align.terms import kind_of
 from haste.config import filter_faults, layer_faults
 from haste.files import artefact, locks
+from haste.files.progress import Progress
 from haste.files.store import Store, join, shard_range, write_shard
-from haste.files.units import duration
 from haste.networks.devices import choose_device
 from haste.plan.names import Artefact, Segment
 from haste.plan.plan import Plan
@@ -43,7 +43,6 @@ log = logging.getLogger("haste.targets")
 PART, BASIS = "part.json", "basis.safetensors"
 BATCH = 32  # images a pass of the teacher; changes nothing but rounding
 PCA_IMAGES = 4096  # evenly spaced training images that components are fitted on; 1M tokens of DINOv2
-SHOWN_EVERY = 10.0  # seconds between lines of the log
 
 
 def load_teacher(plan: Plan, name: str) -> Teacher:
@@ -266,7 +265,6 @@ def make_shard(plan: Plan, name: str, shard: int) -> Path:
         batches=(rows(teacher, shown, wanted, pca, at) for at, shown in _looked_at(images, chosen, teacher)),
         provenance=artefact.provenance(key=made.key, recipe=made.recipe, inputs=inputs),
         facts={"pca": None, **inputs, "grid": list(teacher.grid)},
-        progress=_progress("targets", name),
     )
 
 
@@ -303,27 +301,12 @@ def _looked_at(images: Store, chosen: range, teacher: Teacher) -> Iterator[tuple
 
 def _features(teacher: Teacher, images: Store, chosen: range, name: str, layer: int | None) -> Iterator[Tensor]:
     """A layer's features (B, N, D) of batches of the chosen images."""
-    say, done = _progress("components", name), 0
+    progress = Progress(f"components of {name}", len(chosen))
     for _, shown in _looked_at(images, chosen, teacher):
         seen = teacher(shown, features=True, layer=layer).features
         assert seen is not None
         yield seen
-        done += len(shown)
-        say(done, len(chosen))
-
-
-def _progress(what: str, name: str) -> Callable[[int, int], None]:
-    """A function of (done, of) that now and then logs how far it is."""
-    started = shown = time.monotonic()
-
-    def say(done: int, of: int) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        if now - shown > SHOWN_EVERY or done == of:
-            shown = now
-            log.info("%s of %s: %d/%d  %s to go", what, name, done, of, duration((now - started) / done * (of - done)))
-
-    return say
+        progress.add(len(shown))
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class Checkpoints:
             group: the ranks.
         """
         self.segment, self.group = segment, group
-        self.trajectory = plan.trajectories[segment.state.trajectory]
+        self.plan, self.trajectory = plan, plan.trajectories[segment.state.trajectory]
         self.folder = Path(plan.path(segment.state)).parent
         before = segment.parent
         self.parent = Path(plan.path(before)) if before else None

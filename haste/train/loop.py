@@ -37,7 +37,7 @@ from haste.train.inputs import Inputs
 from haste.train.readings import Watches
 from haste.train.state import Learner
 from haste.train.step import draws_negatives, total_loss, update
-from haste.train.trackers import open_tracker
+from haste.train.trackers import following
 from haste.train.warm_start import warm_start
 
 log = logging.getLogger("haste.train")
@@ -150,13 +150,14 @@ class Loop:
         log.info("%s: steps %d to %d, aligning %s", name, self.begin, self.end, aligning)
         self._warm_up()
         agreement, clock, steps = Agreement(self.group), Agreement(self.group), range(self.begin, self.end)
-        with self._journal() as journal:
+        with self._journal() as journal, self._tracked(journal):
             for batch in journal.timing(self._feed(steps)):
                 journal.add(self._step(batch))
                 done = batch.step + 1
                 last = self.watches.read(done, self.angles) or done == self.end
                 if last or done % self.runtime.log_every == 0:
                     journal.write(done, self.group.peak_memory_mb())
+                journal.alive(done)
                 reason = agreement.largest(interrupted()) if interrupted and done < self.end else 0
                 due = bool(clock.largest(self.checkpoints.ask_to_save())) if self.checkpoints.timed else False
                 self.checkpoints.check()
@@ -178,14 +179,19 @@ class Loop:
         return self.inputs.batches.ahead(steps, self.rows, self.group.device, readers=readers)
 
     def _journal(self) -> Journal:
-        folder, trajectory = self.checkpoints.folder, self.checkpoints.trajectory
-        path = folder / "log.jsonl" if self.group.is_first else None
+        path = self.checkpoints.folder / "log.jsonl" if self.group.is_first else None
         may_skip = self.settings["precision"] == "fp16" or self.settings["nonfinite"] == "skip"
-        journal = Journal(path, self.begin, self.end, self.settings["batch"], self.group.mean, may_skip)
-        if self.group.is_first:
-            about = {"name": trajectory.name, "config": trajectory.recipe, "begin": self.begin}
-            journal.on_record = [open_tracker(kind, folder, **about) for kind in self.runtime.trackers]
-        return journal
+        return Journal(path, self.begin, self.end, self.settings["batch"], self.group.mean, may_skip)
+
+    @contextlib.contextmanager
+    def _tracked(self, journal: Journal) -> Iterator[None]:
+        if not self.group.is_first or not self.runtime.trackers:
+            yield
+            return
+        plan, name = self.checkpoints.plan, self.checkpoints.trajectory.name
+        with following(plan, name, self.begin, self.end) as follow:
+            journal.on_record = [follow]
+            yield
 
     def _warm_up(self) -> None:
         """Run backward passes whose gradients are discarded: DDP rebuilds its buckets after the first one, so the first

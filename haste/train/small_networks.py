@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from haste.files import artefact
+from haste.files.progress import PAUSE
 from haste.metrics.detectors import SmallCNN
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay)
     warmup = max(1, min(50, steps // 10))
+    shown = time.monotonic()
     network.train()
     for step, indices in enumerate(_batches(count, steps, batch, generator)):
         rate = lr * min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -80,7 +82,8 @@ def fit(
         optimiser.zero_grad(set_to_none=True)
         value.backward()
         optimiser.step()
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if time.monotonic() - shown >= PAUSE or step + 1 == steps:
+            shown = time.monotonic()
             log.info("%s: step %d of %d, loss %.4f", name, step + 1, steps, value.item())
     if broken := [key for key, weight in network.named_parameters() if not weight.isfinite().all()]:
         raise ValueError(f"{name}: {broken[0]} is not finite after step {steps}; expected a lower lr than {lr}")

@@ -112,6 +112,23 @@ def test_a_disk_without_locks_is_named_with_what_to_do_and_a_setting_does_withou
     assert f"{tmp_path}: no locks are taken" in caplog.text
 
 
+def test_a_lock_names_nobody_once_its_holder_has_ended_but_the_one_that_was_killed(tmp_path):
+    script = "import os, sys; from haste.files import locks; held = locks.acquire(sys.argv[1], 'x'); "
+    for end, named in (("os.fork() or sys.exit()", False), ("sys.exit()", False), ("os._exit(9)", True)):
+        subprocess.run([sys.executable, "-c", script + end, str(tmp_path / "lock")], timeout=60)
+        found = locks.holder(tmp_path / "lock")
+        assert (found is not None and found.at_work is False) == named
+
+
+def test_who_holds_a_lock_is_told_with_its_beginning_and_its_configuration(tmp_path):
+    words = (
+        "process 12 on node7 since 2026-01-01T00:00:00+00:00 (job 5): haste train x -c /data/results/mine/config.json"
+    )
+    (tmp_path / "lock").write_text(f"{words}\n")
+    found = locks.holder(tmp_path / "lock")
+    assert (found.who, found.at_work, found.since, found.configuration) == (words, None, 1767225600.0, "mine")
+
+
 def test_a_job_of_the_cluster_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     with (

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from haste.data.ahead import spread
-from haste.files import artefact
+from haste.files import artefact, progress
 from haste.files import store as store_file
 from haste.files.store import Store, differences, join, shard_path, shard_range, write_shard
 
@@ -160,10 +160,12 @@ def test_a_recipe_beyond_64_kib_is_kept(tmp_path):
     assert Store.open(tmp_path).recipe == recipe
 
 
-def test_progress_ends_at_the_count(tmp_path):
-    seen = []
-    write(tmp_path, toy(10), 2, shard=1, progress=lambda done, of: seen.append((done, of)))
-    assert seen == [(3, 5), (5, 5)]
+def test_every_shard_says_how_far_it_is(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(progress, "PAUSE", 0.0)
+    caplog.set_level("INFO", logger="haste")
+    write(tmp_path, toy(10), 2, shard=1)
+    said = [message.partition(" images")[0] for message in caplog.messages]
+    assert said == [f"{tmp_path.name}, shard 1 of 2: {done}/5" for done in (3, 5)]
 
 
 def test_a_dropped_store_leaves_no_open_files(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -13,18 +14,19 @@ import pytest
 
 from haste.cli import main as cli
 from haste.cluster import job, queue
-from haste.files import locks
+from haste.files import journal, locks
 from haste.ops import status
 from haste.plan.plan import Plan
 from haste.train import loop
 
 HOLD = """
 import sys, time
-from haste.files import locks
+from haste.files import journal, locks
 with locks.holding(sys.argv[1], "a trajectory"):
     print("held", flush=True)
     time.sleep(60)
 """
+WRITE = "import time; print('10/20', flush=True); time.sleep(60)"
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +91,7 @@ def test_a_run_in_training_shows_segment_step_rate_time_losses_and_who_works(mak
     where = folder(plan, "HASTE", 8)
     write_log(where, record(2), record(4, waiting=0.25, time=time.time() - 5, memory_mb=3.0))
     assert lines(plan)["HASTE"].doing == "paused"
-    holder = hold(where / "lock")
+    holder = long_ago(hold, where / "lock")
     line = lines(plan)["HASTE"]
     assert (line.doing, line.segment) == ("training", "0 to 8, aligning features and attention")
     assert (line.step, line.last) == (4, 16)
@@ -102,6 +104,9 @@ def test_a_run_in_training_shows_segment_step_rate_time_losses_and_who_works(mak
     assert "4/16" in said and "denoising 1.2500" in said and "25 %" in said
     holder.kill()
     holder.wait()
+    assert lines(plan)["HASTE"].doing == "died"
+    with locks.holding(where / "lock", "the next start, which ends as it should"):
+        pass
     assert lines(plan)["HASTE"].doing == "paused"
 
 
@@ -113,10 +118,10 @@ def test_asking_who_holds_a_lock_refuses_nobody_who_wants_it_and_knows_when_it_i
     assert found.at_work and f"process {holder.pid} on " in found.who
     holder.kill()
     holder.wait()
-    assert locks.holder(path) is None  # its text is still there
-    assert path.read_text()
+    assert locks.holder(path).at_work is False  # its text is still there
     with locks.holding(path, "x"):
         assert locks.holder(path).at_work
+    assert locks.holder(path) is None and path.exists()
 
 
 def test_a_lock_of_another_machine_is_told_as_its_file_says(tmp_path):
@@ -172,29 +177,182 @@ def log(plan, name, words, *, age=0.0, done=False):
         os.utime(bench, (time.time() - age,) * 2)
 
 
-def test_jobs_are_told_apart_by_their_logs_and_what_failed_by_its_last_words(make_plan, hold, capsys):
+@pytest.fixture
+def write():
+    """A function from a log to a process that has it as standard output, as a job has, and has written a line."""
+    running = []
+
+    def start(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w") as log:
+            running.append(subprocess.Popen([sys.executable, "-SE", "-c", WRITE], stdout=log))
+        while not path.read_text():
+            time.sleep(0.01)
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def names(plan):
+    """Rule -> the name of the log of its first job that is left."""
+    return {rule: jobs[0].log for rule, jobs in plan.jobs.left.items()}
+
+
+def long_ago(hold, path):
+    """A process that has held a lock for longer than any log is old."""
+    holder = hold(path)
+    path.write_text(re.sub(r"since \S+:", "since 2026-01-01T00:00:00+00:00:", path.read_text()))
+    return holder
+
+
+def dead(path):
+    """A lock of a process that was killed."""
+    gone = subprocess.Popen([sys.executable, "-SE", "-c", ""])
+    gone.wait()
+    path.write_text(f"process {gone.pid} on {socket.gethostname()} since 2026-01-01T00:00:00+00:00: snakemake\n")
+
+
+def test_jobs_are_told_apart_by_their_logs_and_what_failed_by_its_last_words(make_plan, hold, write, capsys):
     plan = make_plan()
-    log(plan, "images-00000-of-00002", "all well\n", age=50, done=True)
-    log(plan, "latents-00000-of-00002", "half\n12:00:01 haste.latents: 10/20\n", age=3)
-    log(plan, "detector", "warming up\nhaste detector: the loss is nan at step 3\n", age=9)
-    log(plan, "teacher-abc", "Traceback (most recent call last):\n  File x\nKeyError: 'y'\n", age=20)
-    hold(Path(plan.folder, ".lock"))
+    named = names(plan)
+    log(plan, named["floor"], "all well\n", age=50, done=True)
+    log(plan, named["score"], "warming up\nhaste evaluate: the loss is nan at step 3\n", age=9)
+    log(plan, named["grid"], "Traceback (most recent call last):\n  File x\nKeyError: 'y'\n", age=20)
+    log(plan, named["sample"], "1/20\n", age=200)
+    long_ago(hold, Path(plan.folder, ".lock"))
+    running = write(Path(plan.folder, "logs", f"{named['train']}.log"))
     said = text(plan, capsys)
     assert "the workflow is at work: process " in said
-    since = r"\d+ s since its last word"
-    assert re.search(rf"running: latents-00000-of-00002, {since}: 12:00:01 haste.latents: 10/20", said)
-    assert re.search(rf"failed: detector, {since}: haste detector: the loss is nan at step 3", said)
-    assert "failed: teacher-abc" in said and "KeyError: 'y'" in said
-    assert "images-00000" not in said
+    since = r"[\w ]+ since its last word"
+    assert re.search(rf"running: {named['train']} \(process {running.pid}\), {since}: 10/20", said)
+    assert re.search(rf"failed: {re.escape(named['score'])}, {since}: haste evaluate: the loss is nan at step 3", said)
+    assert f"failed: {named['grid']}" in said and "KeyError: 'y'" in said
+    assert re.search(rf"died: {named['sample']}, 3 min 2\d s since its last word: 1/20", said)
+    assert named["floor"] not in said
+
+
+def test_jobs_on_a_clusters_nodes_are_not_dead_because_nobody_here_does_them(make_plan, hold, capsys):
+    plan = make_plan()
+    log(plan, names(plan)["sample"], "1/20\n", age=200)
+    long_ago(hold, Path(plan.folder, ".lock"))
+    Path(plan.folder, "submitted.jsonl").touch()
+    named = re.escape(names(plan)["sample"])
+    assert re.search(rf"running: {named}, no word for 3 min 2\d s: 1/20", text(plan, capsys))
+
+
+def test_a_job_whose_snakemake_was_killed_runs_on_alone_and_is_told_with_what_to_do(make_plan, write, capsys):
+    plan = make_plan()
+    name = names(plan)["train"]
+    running = write(Path(plan.folder, "logs", f"{name}.log"))
+    dead(Path(plan.folder, ".lock"))
+    log(plan, names(plan)["sample"], "1/20\n", age=20)
+    said = text(plan, capsys)
+    assert "the workflow is gone without a word: process " in said
+    assert f"runs on alone: {name} (process {running.pid}), " in said
+    assert "the same command again waits for them" in said and "`kill` its process" in said
+    assert f"died: {names(plan)['sample']}" in said
 
 
 def test_without_a_workflow_a_job_that_did_not_end_was_interrupted(make_plan):
     plan = make_plan()
-    log(plan, "latents-00000-of-00002", "10/20\n", age=3)
-    log(plan, "detector", "haste detector: no\n", age=9)
-    log(plan, "detector", "begun again and ended well\n", age=5, done=True)
+    log(plan, names(plan)["sample"], "10/20\n", age=3)
     states = {job.name: job.state for job in status.snapshot(plan).jobs}
-    assert states == {"latents-00000-of-00002": "interrupted", "detector": "done"}
+    assert states == {names(plan)["sample"]: "interrupted"}
+
+
+def test_a_job_that_waits_for_another_process_says_for_whom(make_plan, hold, write, capsys):
+    plan = make_plan()
+    path = Path(plan.folder, "logs", f"{names(plan)['train']}.log")
+    waits = write(path)
+    with open(path, "a") as more:
+        more.write("10:00:00 haste.files: waiting for trajectory x: it is in use by process 7 on here since ...\n")
+    hold(Path(plan.folder, ".lock"))
+    said = (
+        rf"waits: {names(plan)['train']} \(process {waits.pid}\), \d+ s: 10:00:00 haste.files: waiting for trajectory x"
+    )
+    assert re.search(said, text(plan, capsys))
+
+
+def test_what_an_earlier_workflow_left_did_not_die_in_this_one_and_a_report_that_is_there_was_finished(make_plan, hold):
+    plan = make_plan()
+    log(plan, names(plan)["sample"], "10/20\n", age=300)
+    log(plan, "report", "", age=300)
+    hold(Path(plan.folder, ".lock"))
+    assert [(job.name, job.state) for job in status.snapshot(plan).jobs if job.name != "report"] == [
+        (names(plan)["sample"], "interrupted")
+    ]
+    Path(plan.report).parent.mkdir()
+    Path(plan.report).touch()
+    assert "report" not in {job.name for job in status.snapshot(plan).jobs}
+
+
+def test_who_begins_to_train_is_not_blamed_for_the_silence_before(make_plan, hold):
+    plan = make_plan(runs={"vanilla": {}})
+    where = folder(plan, "vanilla", 8)
+    write_log(where, record(4, time=time.time() - 3600))
+    assert lines(plan)["vanilla"].age == pytest.approx(3600, abs=60)
+    hold(where / "lock")
+    assert lines(plan)["vanilla"].age < 60
+
+
+def test_jobs_of_what_is_no_longer_configured_or_was_made_elsewhere_meanwhile_are_not_shown(make_plan, hold):
+    plan = make_plan()
+    hold(Path(plan.folder, ".lock"))
+    log(plan, "detector-0123456789ab", "step 3 of 9\n", age=30)
+    log(plan, Path(plan.detector.part.folder).name, "haste detector: no\n", age=30)
+    log(plan, "autoencoder", "step 1 of 2\n", age=30)
+    assert status.snapshot(plan).jobs == []
+
+
+def test_a_finished_configuration_is_finished_while_another_trains_on_its_trunk(make_plan, hold, capsys):
+    runs = {"vanilla": {"milestones": [8]}}
+    longer = make_plan(name="longer", runs={"vanilla": {"milestones": [8, 16]}})
+    plan = make_plan(runs=runs)
+    loop.train(plan, plan.state("vanilla", 8))
+    for one in [one for of in plan.jobs.every.values() for one in of]:
+        for path in one.makes:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).touch(exist_ok=True)
+    lock = folder(plan, "vanilla", 8) / "lock"
+    hold(Path(longer.folder, ".lock"))
+    hold(lock)
+    told = lock.read_text().strip()
+    lock.write_text(f"{told} train x -c {longer.folder}/config.json\n")
+    assert lines(longer)["vanilla"].doing == "training"
+    (line,) = status.snapshot(Plan(plan.config)).lines
+    view = status.snapshot(Plan(plan.config))
+    assert (line.doing, view.workflow, view.jobs, view.next) == ("finished", "finished", [], [])
+    assert "tiny: the workflow is finished" in text(plan, capsys)
+
+
+def test_a_trunk_that_another_configurations_job_trains_is_told_so(make_plan, hold):
+    plan = make_plan(runs={"vanilla": {}})
+    lock = folder(plan, "vanilla", 8) / "lock"
+    hold(lock)
+    told = lock.read_text().strip()
+    lock.write_text(f"{told} train x -c {plan.root}/longer/config.json\n")
+    assert lines(plan)["vanilla"].doing == "training, by the job of longer"
+
+
+def test_a_step_of_a_minute_shows_how_far_it_is_before_the_first_losses(make_plan, hold, monkeypatch, caplog):
+    monkeypatch.setattr(journal, "ALIVE", 0.0)  # as if every step took longer
+    caplog.set_level("INFO", logger="haste.train")
+    plan = make_plan(runs={"vanilla": {}}, runtime={"trackers": [], "log_every": 100})
+    loop.train(plan, plan.state("vanilla", 8))
+    assert any(re.match(r"step 3/8  [\d.]+ images/s  .* to go", message) for message in caplog.messages)
+    path = folder(plan, "vanilla", 8) / "log.jsonl"
+    every = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in every] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [line["step"] for line in journal.read(path)] == [8]  # what has losses
+    path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines()[:3]))
+    Path(plan.path(plan.state("vanilla", 8))).unlink()
+    hold(path.parent / "lock")
+    line = lines(plan)["vanilla"]
+    assert (line.step, line.doing, line.losses) == (3, "training", {})
+    assert line.rate == pytest.approx(every[2]["images_per_s"] / 8) and line.age < 60
 
 
 def test_what_is_next_starts_from_what_is_on_disk(make_plan):

@@ -253,7 +253,7 @@ def test_a_shard_that_is_killed_goes_on_from_its_finished_batches_to_the_same_bi
     assert cli.main(["sample", evaluation.name, "-c", str(plan.file)]) == 130
     assert not file.exists() and not store.exists()
     assert [path.name for path in file.parent.iterdir()] == [".batches"]
-    caplog.set_level("INFO", logger="haste.sample")
+    caplog.set_level("INFO", logger="haste")
     again, labels_again = draw(plan, evaluation)
     assert "20/20 images (12 kept from before)" in caplog.text and "0 s to go" in caplog.text
     assert [(rows.start, rows.stop) for rows in asked] == [(0, 6), (6, 12), (12, 18), (12, 18), (18, 20)]
@@ -435,18 +435,3 @@ def test_the_score_has_the_evaluations_that_were_counted(trained):
     assert found == pytest.approx(np.mean(counts)) and found > 7
     Path(evaluation.sample_file(1)).unlink()
     assert batches.mean_nfe([evaluation.sample_file(shard) for shard in range(2)]) is None
-
-
-def test_progress_comes_within_a_batch_too_with_the_time_to_go(monkeypatch, caplog):
-    """After 10 s the batch is half drawn: 10 of 40 images, 30 more take thrice as long."""
-    from haste.sampling import shards
-
-    now = [100.0]
-    monkeypatch.setattr(shards.time, "monotonic", lambda: now[0])
-    caplog.set_level("INFO", logger="haste.sample")
-    watch = shards._Watch("shard 0 of 1", 40)
-    for now[0], begun in ((101.0, 1.0), (109.9, 9.0), (110.0, 10.0), (111.0, 11.0)):
-        watch(begun)
-    assert [record.getMessage() for record in caplog.records] == [
-        "shard 0 of 1: 10/40 images  1.0 images/s  30 s to go"
-    ]

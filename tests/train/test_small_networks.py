@@ -1,4 +1,5 @@
 import math
+import re
 
 import numpy as np
 import pytest
@@ -168,3 +169,11 @@ def test_unusable_images_labels_and_sizes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="factor 3 is not a power of 2"):
         small_networks.train_autoencoder(images, UNSEEN[0], factor=3, **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("pause", "lines"), [(0.0, [1, 2, 3]), (60.0, [3])])
+def test_how_far_it_is_is_said_by_time_and_at_the_end(tmp_path, monkeypatch, caplog, pause, lines):
+    monkeypatch.setattr(small_networks, "PAUSE", pause)
+    caplog.set_level("INFO", logger=small_networks.__name__)
+    make("detector", tmp_path / "x", steps=3)
+    assert [re.search(r"step (\d) of 3, loss \d", message)[1] for message in caplog.messages] == [*map(str, lines)]
