@@ -30,7 +30,9 @@ _LOOKED = 256  # pictures whose headers are read
 _IN_CLASS = 8  # pictures of a class on average; fewer teach nothing about it
 _JOBS, _JOB = 4, 2.0  # jobs at once that a table of three runs keeps busy; GB of memory of each, mostly torch itself
 _BATCH = 256  # images per step, as the papers
-_PER_GB = 4.0  # images of 256 px of SiT-B/2 with both losses at once, a GB; `haste memory` measures it
+_PER_GB = (
+    6.0  # images at once, a GB: SiT-B/2 with both losses at 256 px takes 38.6 GB for 256, as `haste memory` measures
+)
 _ENLARGED = 96  # px, the median short side below which public networks would see blurred enlargements
 
 
