@@ -70,23 +70,27 @@ UNUSED = {
 }
 
 
-@pytest.fixture(params=[0, 2], ids=["without labels", "two classes"])
+@pytest.fixture(params=[0, 2], ids=["without labels, small networks", "two classes, public networks"])
 def plan(request, tmp_path, autoencoder):
-    raw = yaml.safe_load(MINE.read_text())
+    raw = yaml.safe_load((MINE if request.param else MINE.with_name("my-images-small.yaml")).read_text())
     folder = pictures(tmp_path / "pictures")
     if request.param:
         (folder / "empty.png").rename(folder / "b" / "empty.png")
+        raw["autoencoder"] = {"pretrained": {"encode": str(autoencoder)}}
+        raw["models"] = {"dot": {"depth": 2, "width": 16, "heads": 2, "patch_size": 1}}
+        raw["alignments"]["HASTE"]["features"] |= {"depth": 1, "hidden": 16}
+        raw["alignments"]["HASTE"]["attention"] |= {"student_layers": [0], "teacher_layers": [1]}
+        (teacher,) = raw["teachers"]
+        raw["teachers"][teacher] = {"trained": {"depth": 2, "width": 16, "heads": 2, "patch": 8}}
+        raw["detector"] = {"cnn": {"trained": {"width": 8}}}
+    for part in (raw["autoencoder"], *raw["teachers"].values(), *raw["detector"].values()):
+        if "trained" in part:
+            part["trained"] |= {"steps": 2, "batch": 4}
     raw["images"] |= {"path": str(folder), "resolution": 32, "classes": request.param, "holdout": 4, "shards": 2}
-    raw["autoencoder"] = {"pretrained": {"encode": str(autoencoder)}}
-    raw["teachers"]["dinov2-b"] = {"trained": {"steps": 2, "batch": 4, "depth": 2, "width": 16, "heads": 2, "patch": 8}}
-    raw["detector"] = {"cnn": {"trained": {"steps": 2, "batch": 4, "width": 8}}}
-    raw["models"] = {"dot": {"depth": 2, "width": 16, "heads": 2, "patch_size": 1}}
-    raw["alignments"]["HASTE"]["features"] |= {"depth": 1, "hidden": 16}
-    raw["alignments"]["HASTE"]["attention"] |= {"student_layers": [0], "teacher_layers": [1]}
     raw["training"] = {"batch": 4, "ema": 0.5}
     raw["runtime"] = {"trackers": [], "sample_batch": 3}
     raw["sampling"] = {"quick": {"sampler": "euler", "steps": 2, "count": 13}}
-    raw["defaults"] = {"model": "dot", "milestones": [3], "sampling": ["quick"]}
+    raw["defaults"] = {"model": next(iter(raw["models"])), "milestones": [3], "sampling": ["quick"]}
     raw["runs"]["HASTE"] = {"alignment": "HASTE", "stop": 2}
     raw["results"] = str(tmp_path / "results")
     found = Plan(config.resolve(raw))
@@ -114,11 +118,15 @@ def test_a_handful_of_pictures_goes_all_the_way(plan, capsys):
     assert {one["reason"]: one["names"] for one in store.manifest["unused"]} == UNUSED
     assert set(store.read("label", range(20)).tolist()) == ({0, 1} if classes else {0})
     assert " ".join(run("plan").split()).count(".DS_Store") == 1  # also where only the manifest tells of them
-    for command in (["teacher", "dinov2-b"], ["detector"], ["reference"], ["latents", "--shard", "0"]):
+    (teacher,), small = plan.config.teachers, plan.autoencoder is not None
+    for command in [["autoencoder"]] * small + [["teacher", teacher], ["detector"], ["reference"]]:
         run(*command)
-    run("latents", "--join")
+    for command in [["latents"]] + [["targets", teacher]] * small:
+        run(*command, "--shard", "0")
+        run(*command, "--join")
     latents = Store.open(plan.latents.folder).manifest
-    assert latents["scale"] == 0.18215 and latents["fields"]["moments"]["shape"] == [8, 4, 4]
+    assert latents["fields"]["moments"]["shape"] == ([8, 16, 16] if small else [8, 4, 4])
+    assert small or latents["scale"] == 0.18215
     for row in plan.rows:
         loop.train(plan, row.evaluation.state)
         for command in ("sample", "evaluate", "grid"):

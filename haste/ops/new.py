@@ -18,7 +18,9 @@ from typing import Any
 
 import jinja2
 import psutil
+import yaml
 
+from haste import config
 from haste.cluster import gpus
 from haste.data import pictures
 from haste.data.ahead import cores
@@ -30,9 +32,7 @@ _LOOKED = 256  # pictures whose headers are read
 _IN_CLASS = 8  # pictures of a class on average; fewer teach nothing about it
 _JOBS, _JOB = 4, 2.0  # jobs at once that a table of three runs keeps busy; GB of memory of each, mostly torch itself
 _BATCH = 256  # images per step, as the papers
-_PER_GB = (
-    6.0  # images at once, a GB: SiT-B/2 with both losses at 256 px takes 38.6 GB for 256, as `haste memory` measures
-)
+_PER_GB = 6.0  # images at once, a GB: SiT-B/2 with both losses takes 38.6 GB for 256 of 256 px, by `haste memory`
 _ENLARGED = 96  # px, the median short side below which public networks would see blurred enlargements
 
 
@@ -184,10 +184,10 @@ def write(root: Path, out: Path | None, small: bool = False) -> list[str]:
         raise ValueError(f"{out}: is there already and is not changed; remove it, or name another file by -o")
     found = look(root)
     here = _machine(found, small)
+    text = _rendered({**_images(found, here["small"]), **here, "found": found, "path": root, "name": name})
+    config.resolve(yaml.safe_load(text))
     with artefact.replacing(out) as aside:
-        aside.write_text(
-            _rendered({**_images(found, here["small"]), **here, "found": found, "path": root, "name": name})
-        )
+        aside.write_text(text, encoding="utf-8")
     classes = f"{len(found.sizes):,} classes" if found.sizes else "no classes"
     fetch = [] if here["small"] else [f"next: haste fetch -c {out}, which loads the public networks' weights"]
     return [
