@@ -208,12 +208,14 @@ def _rendered(settings: Mapping[str, Any]) -> str:
 
 
 def _images(found: Look, small: bool) -> dict[str, Any]:
-    """The keys of `images` that follow from the pictures."""
+    """The keys of `images` that follow from the pictures, and how often so many images in training show each."""
     sides = (16, 32) if small else (128, 256)
-    counts = found.sizes.values()
+    counts, usable = found.sizes.values(), int(found.count * (1 - found.bad))
+    holdout = max(1, min(usable // 10, 1000))
     return {
         "resolution": max((side for side in sides if 4 * found.side >= 3 * side), default=sides[0]),
-        "holdout": max(1, min(int(found.count * (1 - found.bad)) // 10, 1000)),
+        "holdout": holdout,
+        "seen": lambda images: f"{images / max(1, usable - holdout):,.0f}",
         "uneven": bool(counts) and max(counts) > 4 * min(counts),
     }
 
