@@ -12,7 +12,7 @@ from haste.models.build import build_model
 from haste.plan.plan import Plan
 from haste.report import papers, systems
 from haste.report.content import NONE, Row
-from haste.report.gather import benchmark, method, settings, stop
+from haste.report.gather import benchmark, row_of
 
 FOLDER = Path(__file__).parent.parent / "config"
 TABLES = sorted(path for kind in ("imagenet*", "coco*", "ablations/*") for path in FOLDER.glob(f"{kind}.yaml"))
@@ -29,19 +29,8 @@ NO_ROW = {
 
 def rows(plan: Plan) -> list[Row]:
     """The rows of its table as a report would have them."""
-    return [
-        Row(
-            run=row.run,
-            model=(plan.config.evaluate.get(row.run) or plan.config.runs[row.run]).model,
-            method=method(plan, row.run),
-            stop=stop(plan, row.run),
-            seed=row.seed,
-            step=row.step,
-            score={"sampling": row.evaluation.sampling.model_dump(mode="json"), "nfe": row.evaluation.sampling.steps},
-            settings=settings(plan, row.run),
-        )
-        for row in plan.rows
-    ]
+    ways = [(row, row.evaluation.sampling) for row in plan.rows]
+    return [row_of(plan, row, {"sampling": way.model_dump(mode="json"), "nfe": way.steps}) for row, way in ways]
 
 
 @pytest.fixture(scope="module")

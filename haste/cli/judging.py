@@ -67,10 +67,6 @@ def _add_score(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_draw(sub: argparse.ArgumentParser) -> None:
-    sub.epilog = (
-        "Example: haste draw results/states/NAME/step-00000400.safetensors --class 3 --class 7 --guidance 2 "
-        "--out threes-and-sevens.png"
-    )
     sub.add_argument("file", help="a state, by its file or as TRAJECTORY/STEP, or a checkpoint that can be imported")
     sub.add_argument("-c", "--config", help="configuration file (the one whose workflow made the state)")
     sub.add_argument("--class", type=int, action="append", dest="classes", help="of the pictures; again for more")

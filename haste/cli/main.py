@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import select
+import signal
 import sys
 
 from haste.cli import data, judging, measuring, people, training
@@ -26,15 +28,28 @@ def main(argv: list[str] | None = None) -> int:
     _mark(arguments)
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("HASTE_TRACEBACK"):
             raise
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return 128 + signal.SIGPIPE
         print(f"haste {arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is saved", file=sys.stderr)
         return 130
     return 0
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads the output any more, as in `haste status | head`."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+    return True
 
 
 def _mark(arguments: argparse.Namespace) -> None:

@@ -6,10 +6,19 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from haste.cli.examples import EXAMPLES
+
 if TYPE_CHECKING:
     from haste.plan.plan import Plan
 
 DEFAULT_CONFIG = "config/digits.yaml"
+
+
+class _Help(argparse.HelpFormatter):
+    """argparse's own, but an example keeps its lines, to be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example:") else super()._fill_text(text, width, indent)
 
 
 class Commands:
@@ -20,7 +29,13 @@ class Commands:
 
     def command(self, name: str, run: Callable[[argparse.Namespace], None], words: str) -> argparse.ArgumentParser:
         """A subcommand of this name, described by `words`."""
-        sub = self.commands.add_parser(name, help=words, description=words[0].upper() + words[1:] + ".")
+        sub = self.commands.add_parser(
+            name,
+            help=words,
+            description=words[0].upper() + words[1:] + ".",
+            epilog=f"example:\n  haste {name} {EXAMPLES[name]}",
+            formatter_class=_Help,
+        )
         sub.set_defaults(run=run)
         return sub
 

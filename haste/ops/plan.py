@@ -6,11 +6,10 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import RenderableType
 
 from haste.cluster import gpus
-from haste.files import walk
+from haste.files import terminal, walk
 from haste.files.units import duration
 from haste.networks.headers import MissingError
 from haste.ops import cost
@@ -20,6 +19,8 @@ from haste.plan import memory
 from haste.plan.machines import Machine
 from haste.plan.names import Evaluation, State
 from haste.plan.plan import Plan
+
+RUN_COLUMNS = ("run", "training", "samples", "GPU-hours")
 
 
 def print_plan(plan: Plan, machine: Machine | None = None) -> None:
@@ -46,10 +47,13 @@ def print_plan(plan: Plan, machine: Machine | None = None) -> None:
     total = dataclasses.replace(
         total, unknown=any(one.unknown for one in found), gpu_seconds=sum(one.gpu_seconds for one in found)
     )
-    console = Console()
-    console.print(_table(plan, [*found, total], machine))
+    console = terminal.console()
+    console.print(*_stages(plan, [*found, total], machine, console.width), sep="\n")
     if machine:
-        console.print(by_run(plan, pace))
+        each = by_run(plan, pace)
+        heads = [(name, name != "run") for name in RUN_COLUMNS]
+        told = {"title": f"each run on {pace.machine}", "sections": [len(each) - 2]}
+        console.print(*terminal.fitted(heads, each, console.width, **told), sep="\n")
     needs = memory.needs(plan, machine.count if machine else None)
     for line in [
         *(_how(measured, machine) if total.left else []),
@@ -71,17 +75,19 @@ def print_plan(plan: Plan, machine: Machine | None = None) -> None:
         memory.check(needs, limit, f"that of an {machine.name}" if machine else "runtime.gpu_memory_gb")
 
 
-def _table(plan: Plan, found: Sequence[cost.Stage], machine: Machine | None) -> Table:
-    table = Table(title=f"{plan.config.name}: what a run of the workflow would do now")
+def _stages(plan: Plan, found: Sequence[cost.Stage], machine: Machine | None, width: int) -> list[RenderableType]:
     time = f"time on {machine}" if machine else "time, one after another"
-    for column in ("rule", "jobs", "left", time, *(["GPU-hours"] if machine else []), "disk"):
-        table.add_column(column, justify="left" if column == "rule" else "right")
+    columns, rows = ("rule", "jobs", "left", time, *(["GPU-hours"] if machine else []), "disk"), []
     for stage in found:
         disk = f"{stage.megabytes:,.1f} MB" if stage.megabytes else ""
         gpus = [f"{stage.gpu_seconds / 3600:,.1f}" if stage.gpu_seconds > 180 else ""] if machine else []
         cells = (stage.name, str(stage.jobs), str(stage.left), stage.time, *gpus, disk)
-        table.add_row(*cells, end_section=stage is found[-2])
-    return table
+        rows.append(cells)
+    heads, title = (
+        [(name, name != "rule") for name in columns],
+        f"{plan.config.name}: what a run of the workflow would do now",
+    )
+    return terminal.fitted(heads, rows, width, title=title, sections=[len(rows) - 2])
 
 
 def _how(measured: bool, machine: Machine | None) -> list[str]:
@@ -131,22 +137,19 @@ def _pictures(plan: Plan) -> list[str]:
     ]
 
 
-def by_run(plan: Plan, pace: Pace) -> Table:
-    """A row for each run with all that it still takes, and the sum, in which shared trunks count once."""
-    table = Table(title=f"each run on {pace.machine}")
-    for column in ("run", "training", "samples", "GPU-hours"):
-        table.add_column(column, justify="left" if column == "run" else "right")
+def by_run(plan: Plan, pace: Pace) -> list[list[str]]:
+    """`RUN_COLUMNS` of each run with all that it still takes, and the sum, in which shared trunks count once."""
     rows = {(row.run, row.seed): plan.label(row.run, row.seed) for row in plan.rows}
     states = {who: _states(plan, *who) for who in plan.pieces}
     drawn = {
         who: {row.evaluation.name: row.evaluation for row in plan.rows if (row.run, row.seed) == who} for who in rows
     }
-    for who, label in {**{who: plan.label(*who) for who in plan.pieces}, **rows}.items():
-        table.add_row(label, *_cells(plan, pace, states.get(who, ()), drawn.get(who, {}).values()))
+    labels = {**{who: plan.label(*who) for who in plan.pieces}, **rows}
+    each = [
+        [label, *_cells(plan, pace, states.get(who, ()), drawn.get(who, {}).values())] for who, label in labels.items()
+    ]
     once = {state for mine in states.values() for state in mine}
-    table.add_section()
-    table.add_row("all, what runs share once", *_cells(plan, pace, once, plan.evaluations.values()))
-    return table
+    return [*each, ["all, what runs share once", *_cells(plan, pace, once, plan.evaluations.values())]]
 
 
 def _states(plan: Plan, run: str, seed: int) -> list[State]:

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from haste import config
 from haste.config import Config
-from haste.files import artefact, journal, locks, provenance, units
+from haste.files import artefact, journal, locks, provenance, terminal, units
 from haste.files.provenance import STATE_NAME
 from haste.files.units import readable
 from haste.ops.status import ROOMS, number, size_of
@@ -415,20 +414,16 @@ def _again(items: Sequence[Item]) -> str:
 
 
 def _carry_out(root: Path, items: Sequence[Item], yes: bool, kept: Sequence[str]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    table = Table(title=Text(f"In {root}, not needed by {', '.join(kept) or 'anybody'}"), title_justify="left")
-    table.add_column("what", overflow="fold")
-    for column in ("bytes", "making it took"):
-        table.add_column(column, justify="right")
+    console, rows = terminal.console(), []
     for item in items:
         took = "not known" if item.seconds is None else units.duration(item.seconds)
-        table.add_row(Text(str(item.path.relative_to(root))), readable(item.size), took)
+        rows.append((str(item.path.relative_to(root)), readable(item.size), took))
     if not items:
         console.print(Text(f"In {root} there is nothing that is not needed by {', '.join(kept) or 'anybody'}."))
         return
-    console.print(table)
+    title = f"In {root}, not needed by {', '.join(kept) or 'anybody'}"
+    heads = [("what", False), ("bytes", True), ("making it took", True)]
+    console.print(*terminal.fitted(heads, rows, console.width, title=title), sep="\n")
     total = sum(item.size for item in items)
     if not yes:
         console.print(f"{len(items)} items, {readable(total)}: a dry run, nothing was removed. --yes removes them.")

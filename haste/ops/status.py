@@ -15,15 +15,14 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from haste.cluster import queue as cluster_queue
 from haste.cluster import slurm
 from haste.cluster.slurm import Unanswered
-from haste.files import journal, locks, units
+from haste.files import journal, locks, terminal, units
 from haste.files.units import readable
 from haste.plan.names import Evaluation, Piece, State
 from haste.plan.plan import Plan
@@ -34,6 +33,7 @@ ROOMS = ("states", "stores", "parts", "samples", "features", "scores", "measures
 TAIL = 20_000  # bytes read from the end of a log
 MOST_NEXT = 8  # most lines about upcoming work
 LEFT = ("run", "doing", "segment", "losses", "queue")
+FIRST_OUT = ("states", "waiting", "losses", "segment")  # in a narrow terminal
 QUIET = 60.0  # seconds without a line after which the silence is shown
 
 # The jobs in a cluster's queue that make a plan's states, such as "job 4711 PENDING (Priority)".
@@ -330,12 +330,11 @@ def size_of(folder: Path) -> int:
 # -- showing -----------------------------------------------------------------------------------------------------------
 
 
-def _table(view: View) -> Table:
-    table = Table(title=Text(f"{view.name}: the workflow is {view.workflow}"), title_justify="left")
+def _table(view: View, width: int | None) -> list[RenderableType]:
     columns = ["run", "doing", "segment", "step", "steps/s", "to go", "losses", "waiting", "states"]
     queued = any(line.queued for line in view.lines)
-    for column in [*columns, "queue"] if queued else columns:
-        table.add_column(column, justify="left" if column in LEFT else "right")
+    heads = [(column, column not in LEFT) for column in ([*columns, "queue"] if queued else columns)]
+    rows = []
     for line in view.lines:
         doing = line.doing
         if line.doing.startswith("training") and line.age is not None and line.age > QUIET:
@@ -346,8 +345,9 @@ def _table(view: View) -> Table:
         rate = "" if line.rate is None else f"{line.rate:.3g}"
         cells = [line.run, doing, line.segment, f"{line.step}/{line.last}", rate, to_go, losses, waiting]
         cells += [readable(line.size), *([line.queued] if queued else [])]
-        table.add_row(*(Text(cell) for cell in cells))
-    return table
+        rows.append(cells)
+    title = f"{view.name}: the workflow is {view.workflow}"
+    return terminal.fitted(heads, rows, width, title=title, first_out=FIRST_OUT)
 
 
 def _below(view: View) -> list[str]:
@@ -363,9 +363,9 @@ def _below(view: View) -> list[str]:
     return [*lines, f"disk: {sizes or 'nothing yet'} (with all configurations in this results folder)"]
 
 
-def rendered(view: View) -> Group:
-    """The view as a rich renderable."""
-    return Group(_table(view), *(Text(line) for line in _below(view)))
+def rendered(view: View, width: int | None = None) -> Group:
+    """The view as a rich renderable, for lines of so many characters."""
+    return Group(*_table(view, width), *(Text(line) for line in _below(view)))
 
 
 def show(make: Callable[[], Plan], watch: float | None = None) -> None:
@@ -375,13 +375,11 @@ def show(make: Callable[[], Plan], watch: float | None = None) -> None:
         make: returns a new plan; the configuration may change meanwhile.
         watch: seconds between updates; None prints once.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # a file has no width, and 80 columns would break every cell
+    console = terminal.console()
     if watch is None:
-        console.print(rendered(snapshot(make())))
+        console.print(rendered(snapshot(make()), console.width))
         return
     with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
         while True:
-            live.update(rendered(snapshot(make())), refresh=True)
+            live.update(rendered(snapshot(make()), console.width), refresh=True)
             sleep(watch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+import shutil
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,10 @@ from html import escape
 from typing import Any
 
 from rich import box
-from rich.console import Console
-from rich.table import Table as Terminal
+from rich.console import Console, RenderableType
 from rich.text import Text
 
+from haste.files.terminal import below, fitted, has_width
 from haste.report.content import NONE
 
 
@@ -268,45 +269,27 @@ def _html_entry(table: Table, entry: Entry, width: Sequence[int], tails: Sequenc
 # A terminal
 
 
-def to_text(tables: Iterable[Table], title: str, width: int = 100) -> str:
-    """Tables for a terminal, one below the other; wider than `width` only if numbers or words would else be cut."""
-    drawn = [(table, _terminal(table)) for table in tables]
-    console = Console(file=io.StringIO(), width=max([width, *(_least(t) for t, _ in drawn)]), force_terminal=False)
+def to_text(tables: Iterable[Table], title: str, width: int | None = None) -> str:
+    """Tables for a terminal, one below the other: as wide as that, with fewer columns if it is narrow. In a file, or
+    where `width` says so, lines are longer only if numbers or words would else be cut."""
+    limit = shutil.get_terminal_size().columns if width is None and has_width() else None
+    drawn = [(table, _terminal(table, limit)) for table in tables]
+    least = [Console(width=10**6).measure(found[0]).minimum for _, found in drawn]
+    console = Console(file=io.StringIO(), width=limit or max([width or 120, *least]), force_terminal=False)
     console.print(Text(title))
     for table, found in drawn:
-        console.print(found)
-        for note in table.notes:
-            console.print(Text(f"  {note}"))
+        console.print(*found, *map(below, table.notes), sep="\n")
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
-def _least(table: Table) -> int:
-    """The characters that a table needs at least."""
-    return 2 + sum(_narrowest(table, place) + 2 for place in range(len(table.heads)))
-
-
-def _narrowest(table: Table, place: int) -> int:
-    """The characters that a column needs: its longest number, or its longest word."""
-    texts = [entry.cells[place].text + entry.cells[place].around for entry in table.entries]
-    words = texts if table.heads[place].number else [word for text in texts for word in text.split()]
-    return max(map(len, [*words, *table.heads[place].name.split()]), default=1)
-
-
-def _terminal(table: Table) -> Terminal:
-    drawn = Terminal(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for place, head in enumerate(table.heads):
-        # Numbers are never cut; names fold between words if the terminal is narrow.
-        drawn.add_column(
-            Text("\n".join(head.name.split())),
-            justify="right" if head.number else "left",
-            no_wrap=head.number,
-            overflow="fold",
-            min_width=min(_narrowest(table, place), 40),
-        )
-    for place, entry in enumerate(table.entries):
-        if place and entry.kind == "floor" != table.entries[place - 1].kind:
-            drawn.add_section()
+def _terminal(table: Table, width: int | None) -> list[RenderableType]:
+    entries, last = table.entries, len(table.entries) - 1
+    return fitted(
+        [(head.name, head.number) for head in table.heads],
         # Text, not str: a run may be called "[red]", which rich would take for a colour.
-        drawn.add_row(*(Text(c.text + c.around, "bold" if c.bold else "") for c in entry.cells))
-    return drawn
+        [[Text(c.text + c.around, "bold" if c.bold else "") for c in entry.cells] for entry in entries],
+        width,
+        sections=[at for at in range(last) if entries[at].kind != "floor" == entries[at + 1].kind],
+        lines=box.SIMPLE_HEAD,
+    )

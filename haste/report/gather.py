@@ -216,22 +216,27 @@ def _rows(plan: Plan) -> tuple[list[Row], list[str]]:
 def _there(plan: Plan) -> list[Row]:
     """The rows that have scores."""
     return [
-        Row(
-            run=row.run,
-            model=(plan.config.evaluate.get(row.run) or plan.config.runs[row.run]).model,
-            method=method(plan, row.run),
-            stop=stop(plan, row.run),
-            seed=row.seed,
-            step=row.step,
-            score=_score_of(plan, row, judgement.detector, judgement.score),
-            settings=settings(plan, row.run),
-            recipe=plan.trajectories[row.evaluation.state.trajectory].recipe,
-            file=judgement.score,
-        )
+        row_of(plan, row, _score_of(plan, row, judgement.detector, judgement.score), judgement.score)
         for row in plan.rows
         for judgement in row.evaluation.judged
         if Path(judgement.score).exists()
     ]
+
+
+def row_of(plan: Plan, row: Scored, score: dict[str, Any], file: str = "") -> Row:
+    """A row of a plan as the report shows it, with a score, parsed, and its file."""
+    return Row(
+        run=row.run,
+        model=(plan.config.evaluate.get(row.run) or plan.config.runs[row.run]).model,
+        method=method(plan, row.run),
+        stop=stop(plan, row.run),
+        seed=row.seed,
+        step=row.step,
+        score=score,
+        settings=settings(plan, row.run),
+        recipe=plan.trajectories[row.evaluation.state.trajectory].recipe,
+        file=file,
+    )
 
 
 def measured(plan: Plan) -> tuple[list[Measured], list[str]]:

@@ -374,7 +374,7 @@ def _tick(axis: str, at: float) -> str:
 # A terminal
 
 
-def terminal(name: str, run: str, found: Mapping[str, Any], width: int = 100) -> str:
+def terminal(name: str, run: str, found: Mapping[str, Any], width: int | None = None) -> str:
     """What one file says, for a terminal. The run's column is left out: the title says which state it is."""
     one = Measured(name, run, 0, found["state"]["step"], found)
     if not found["rows"]:
@@ -383,4 +383,4 @@ def terminal(name: str, run: str, found: Mapping[str, Any], width: int = 100) ->
     entries = [dataclasses.replace(entry, cells=entry.cells[1:]) for entry in table.entries]
     table = dataclasses.replace(table, heads=table.heads[1:], entries=entries)
     state = f"{run} ({found['state']['trajectory']}), step {one.step:,}"
-    return to_text([table], f"{name} of {state}", max(width, len(state) + len(name) + 4))
+    return to_text([table], f"{name} of {state}", width)

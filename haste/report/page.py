@@ -97,7 +97,7 @@ def _write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
-def text(report: Report, width: int = 100) -> str:
+def text(report: Report, width: int | None = None) -> str:
     """The results and the speed-ups for a terminal."""
     shown = formats.to_text(tables.main_tables(report), report.title, width)
     return shown + "".join(f"{line}\n" for line in [*map(str, speedups(report)), *report.notes])

@@ -24,7 +24,7 @@ FORMATS = (".svg", ".png")
 FAINT = 0.4  # opacity of all lines but the first of a trigger
 
 
-def terminal(name: str, said: Sequence[Outcome], width: int = 120) -> str:
+def terminal(name: str, said: Sequence[Outcome], width: int | None = None) -> str:
     """The table of a replay: a line a trigger and its settings; those that all lines of a trigger share are below."""
     shared = {
         trigger: _shared([one.settings for one in said if one.settings["trigger"] == trigger])

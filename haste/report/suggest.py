@@ -134,7 +134,7 @@ def _of_seeds(plan: Plan, run: str, count: int, said: Crossing) -> Crossing:
 # -- words -------------------------------------------------------------------------------------------------------------
 
 
-def text(plan: Plan, run: str, width: int = 100) -> str:
+def text(plan: Plan, run: str, width: int | None = None) -> str:
     """What each source says, for a terminal; raises as `suggestions`."""
     found = suggestions(plan, run)
     heads = [Head("by"), *(Head(name, True) for name in ("stop at step", "from", "to")), Head("how")]

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from haste.files import artefact
+from haste.files import artefact, terminal
 
 if TYPE_CHECKING:
     from haste.score.columns import Score
@@ -31,17 +30,14 @@ def table(found: Sequence[Scores], console: Console | None = None) -> None:
         found: sets of samples, scored against one reference.
         console: where to print; None is standard output.
     """
-    console = console or Console(highlight=False)
-    for part in _parts(found):
+    console = console or terminal.console()
+    for part in _parts(found, console.width):
         console.print(part)
 
 
-def _parts(found: Sequence[Scores]) -> list[RenderableType]:
-    grid = Table(box=box.SIMPLE_HEAD)
-    grid.add_column("")
-    for name in names(found):
-        grid.add_column(name, justify="right")
-    grid.add_row("samples", *(f"{scores.samples['images']:,}" for scores in found))
+def _parts(found: Sequence[Scores], width: int) -> list[RenderableType]:
+    heads = [("", False), *((name, True) for name in names(found))]
+    rows: list[list[Text | str]] = [["samples", *(f"{scores.samples['images']:,}" for scores in found)]]
     for label in dict.fromkeys(label for scores in found for label in scores.columns):
         cells = [scores.columns.get(label) for scores in found]
         best = _best(found, [cell for cell in cells if cell is not None])
@@ -49,8 +45,9 @@ def _parts(found: Sequence[Scores]) -> list[RenderableType]:
         texts = [
             Text(_written(label, cell), style="bold" if cell is not None and cell is best else "") for cell in cells
         ]
-        grid.add_row(f"{label} {ARROWS[better]}", *texts)
-    return [Text(_title(found[0])), grid, Group(*_below(found))]
+        rows.append([f"{label} {ARROWS[better]}", *texts])
+    grid = terminal.fitted(heads, rows, width, lines=box.SIMPLE_HEAD)
+    return [Text(_title(found[0])), *grid, Group(*_below(found))]
 
 
 def _title(scores: Scores) -> str:

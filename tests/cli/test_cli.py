@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -242,7 +243,7 @@ def test_a_configuration_that_is_refused_ends_in_exit_code_2_without_a_traceback
     assert "Traceback" not in done.stderr
 
 
-def test_every_subcommand_explains_itself(capsys):
+def test_every_subcommand_explains_itself_with_an_example_that_can_be_typed(capsys):
     parser = cli.parser()
     (commands,) = (action.choices for action in parser._actions if hasattr(action, "choices") and action.choices)
     assert len(commands) >= 14
@@ -250,4 +251,16 @@ def test_every_subcommand_explains_itself(capsys):
         with pytest.raises(SystemExit) as done:
             run(name, "--help")
         assert done.value.code == 0
-        assert len(capsys.readouterr().out.splitlines()) > 3
+        *rest, example = capsys.readouterr().out.splitlines()
+        assert len(rest) > 3 and rest[-1] == "example:"
+        asked = parser.parse_args(shlex.split(example)[1:])
+        assert asked.command == name
+        file = getattr(asked, "config", None)
+        assert all(Path(one).exists() for one in ([file] if isinstance(file, str) else file or []) if "mine" not in one)
+
+
+def test_output_that_nobody_reads_on_is_no_fault():
+    readings = Path("haste/report/published/gradient_cosine_haste.csv").resolve()
+    command = f"set -o pipefail; {sys.executable} -m haste.cli replay --readings {readings} --model SiT-XL/2 | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -85,9 +85,9 @@ def test_the_best_is_marked_where_counts_agree_and_nowhere_else():
     pair = [scores("a.npz"), scores("b.npz", **other)]
 
     def marked(found):
-        grid = show._parts(found)[1]
+        grid = show._parts(found, 200)[1]
         return {
-            (column.header, str(cell))
+            (str(column.header), str(cell))
             for column in grid.columns
             for cell in column._cells
             if "bold" in str(getattr(cell, "style", ""))
