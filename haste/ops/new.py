@@ -231,9 +231,10 @@ def _machine(found: Look, small: bool) -> dict[str, Any]:
     why = next((reason for reason, holds in reasons.items() if holds), "")
     words = f"{count} cores, {memory:.0f} GB of memory and {len(there) or 'no'} GPU{'s' * (len(there) > 1)}"
     jobs = max(1, min(count, _JOBS, int(memory / _JOB)))
-    here = {"machine": words, "small": bool(why), "why": why, "jobs": jobs, "threads": max(1, count // jobs)}
+    threads = max(1, count // jobs)
+    here = {"machine": words, "small": bool(why), "why": why, "jobs": jobs, "threads": threads, "cores": threads * jobs}
     if why:
-        return {**here, "cores": here["threads"] * jobs}
+        return here
     gigabytes = int(min(one.gigabytes for one in there))
     ranks = max(ranks for ranks in (1, 2, 4, 8) if ranks <= len(there))
     parts = next(

@@ -58,7 +58,7 @@ class Samples:
     lossy: int = 0
     unused: Sequence[dict[str, Any]] = ()
     converted: int | None = None
-    check: Callable[[], None] = lambda: None  # looks at headers alone; raises ValueError as `batches` would
+    check: Callable[[], object] = lambda: None  # looks at headers alone; raises ValueError as `batches` would
 
     @property
     def about(self) -> dict[str, Any]:
