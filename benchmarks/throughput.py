@@ -30,11 +30,11 @@ from haste import config
 from haste.data.batches import Batch
 from haste.networks.devices import repeatable
 from haste.networks.registry import TEACHERS
+from haste.plan.machines import GPUS, gpu_of
 from haste.teachers.encoder import Teacher, with_any_weights
 from haste.train import step as training
 from haste.train.state import Learner
 
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations a second, by the makers' data sheets
 AHEAD = 4  # batches that take turns
 
 
@@ -228,7 +228,7 @@ def where_time_goes(name: str, arguments: argparse.Namespace, size: int, teacher
 
 def _peak(device: torch.device) -> float | None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for chip, peak in PEAKS.items() if chip in name), None)
+    return GPUS[known].peak("bf16") if (known := gpu_of(name)) else None
 
 
 def _table(arguments: argparse.Namespace, device: torch.device) -> Table:

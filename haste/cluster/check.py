@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from haste.cluster import slurm
+from haste.cluster import gpus, slurm
 from haste.plan import memory
 from haste.plan.names import State
 from haste.plan.plan import Plan
@@ -98,6 +98,24 @@ def check_memory(plan: Plan, asked: Iterable[tuple[State, Mapping[str, Any]]]) -
             found.setdefault((gigabytes, where), {})[one.key] = one
     for (gigabytes, where), needs in found.items():
         memory.check(needs.values(), gigabytes, where)
+
+
+def check_gpus(plan: Plan, asked: Iterable[tuple[State, Mapping[str, Any]]]) -> None:
+    """Refuse more ranks than this machine has GPUs, before hours of other jobs.
+
+    Args:
+        plan: of the configuration.
+        asked: as for `check_memory`; training of which a cluster's nodes are told is no matter of this machine.
+
+    Raises:
+        ValueError: there are some GPUs, but not one for each rank.
+    """
+    ranks, there = plan.config.runtime.processes, len(gpus.visible()) if plan.config.runtime.device != "cpu" else 0
+    if 0 < there < ranks and any("nodes" not in resources for _, resources in asked):
+        raise ValueError(
+            f"runtime.processes is {ranks}, and each rank needs a GPU of its own, but {there} can be seen here "
+            f"(nvidia-smi -L, {gpus.VISIBLE}). Expected at most {there}, or runtime.device: cpu."
+        )
 
 
 def check_place(folder: Path | str) -> None:

@@ -13,11 +13,13 @@ from haste.align import triggers
 from haste.align.terms import of_features
 from haste.config import Sampling, branches, facts_in, written
 from haste.files import journal, units
+from haste.files.provenance import provenance_of
 from haste.networks.registry import AUTOENCODERS, DETECTORS
 from haste.networks.spec import blocks
 from haste.ops.pace import Pace
 from haste.plan import memory
 from haste.plan.jobs import TRAINING, Job
+from haste.plan.machines import Machine, gpu_of
 from haste.plan.measures import Measurement
 from haste.plan.names import Artefact, Detector, Evaluation, Judgement, Segment
 from haste.plan.plan import Plan
@@ -72,10 +74,9 @@ def training_seconds(plan: Plan, segment: Segment, pace: Pace) -> tuple[float, b
     """
     recipe = plan.trajectories[segment.state.trajectory].recipe
     steps, batch = segment.state.step - segment.start, recipe["training"]["batch"]
-    for piece in reversed(segment.pieces) if pace.machine is None else ():
-        lines = journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"))
-        if lines:  # the last may include a trigger's reading, or a start
-            return steps * batch / median(line["images_per_s"] for line in lines[-9:]), True
+    for piece in reversed(segment.pieces):
+        if rate := _rate(Path(plan.root, "states", piece.trajectory), pace.machine):
+            return steps * batch / rate, True
     work = training_flops(recipe) + sum(_teacher_flops(plan, name) or 0.0 for name in segment.teachers)
     terms, layers = segment.terms, 0
     for term in of_features(terms).values():
@@ -84,6 +85,19 @@ def training_seconds(plan: Plan, segment: Segment, pace: Pace) -> tuple[float, b
         layers = len(terms["attention"]["student_layers"])
     work = steps * batch * work + angle_flops(plan, segment)
     return pace.training(steps, batch, 1 + layers, work, recipe["training"]["precision"]), False
+
+
+def _rate(folder: Path, machine: Machine | None) -> float | None:
+    """Images a second on a machine, by the log of a trajectory: on any of the kind that trained it, as many as GPUs."""
+    lines = journal.read(folder / "log.jsonl")
+    rate = median(line["images_per_s"] for line in lines[-9:]) if lines else None  # the last may include a start
+    if rate is None or machine is None:
+        return rate
+    newest = max(folder.glob("step-*.safetensors"), default=None)
+    made = provenance_of(newest).get("provenance", {}) if newest else {}
+    if gpu_of(made.get("hardware", {}).get("gpu", "")) != machine.name:
+        return None
+    return rate * machine.count / made.get("processes", 1)
 
 
 def _tokens(recipe: dict[str, Any], depth: int) -> int:

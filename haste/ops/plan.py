@@ -97,7 +97,8 @@ def _how(measured: bool, machine: Machine | None) -> list[str]:
         said = (
             f"Times assume that {100 * machine.share:g} % of the peak of an {machine.name} is reached, "
             f"{peak('bf16') / 1e12:g} TFLOP/s in bf16 and {peak('fp32') / 1e12:g} in fp32, and that all GPUs are busy; "
-            "--share gives another share, such as benchmarks/throughput.py measures."
+            "--share gives another share, such as benchmarks/throughput.py measures. What was trained here on such GPUs"
+            " goes on at the rate of its log, times their number."
         )
     elif measured:
         said = "Training times follow from rates measured here. Other times are computed."

@@ -85,5 +85,14 @@ def machine(text: str, share: float = SHARE) -> Machine:
     return Machine(int(found[1] or 1), known[_plain(found[2])], share)
 
 
+def gpu_of(device: str) -> str | None:
+    """The name here of a GPU that CUDA calls so, such as `NVIDIA A100-SXM4-80GB`; None for one that is not here."""
+    plain = _plain(device).upper()
+    for name in sorted(GPUS, key=len, reverse=True):  # H100-PCIe before H100
+        if all(part in plain for part in name.upper().split("-")):
+            return name
+    return None
+
+
 def _plain(name: str) -> str:
     return re.sub(r"[\s_-]|nvidia|geforce|gb$", "", name.lower())

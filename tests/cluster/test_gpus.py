@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import time
 
 import pytest
+import yaml
 
 from haste.cluster import gpus
 from haste.files import locks
@@ -223,3 +225,25 @@ def test_taken_gpus_are_all_that_cuda_sees(machine, monkeypatch):
     machine(TWO)
     monkeypatch.setenv(gpus.VISIBLE, "1,0")
     assert gpus.take(1) == ["GPU-bbbb-2"] and os.environ[gpus.VISIBLE] == "GPU-bbbb-2"
+
+
+def test_each_job_asks_snakemake_for_its_gpus_and_more_ranks_than_gpus_are_refused_before_the_first(
+    machine, tiny, tmp_path, warm
+):
+    machine(TWO)
+    runtime = {**tiny["runtime"], "device": "auto"}
+    said = []
+    for processes, words in [(2, ["-n"]), (4, [])]:
+        file = tmp_path / f"{processes}.yaml"
+        given = {**tiny, "results": str(tmp_path / "results"), "runtime": {**runtime, "processes": processes}}
+        file.write_text(yaml.safe_dump(given))
+        said.append(warm.snakemake("--cores", "8", "--configfile", file, *words))
+    dry, real = said
+    rules = re.findall(r"^rule (\w+):.*?devices=(\d)", dry.stdout + dry.stderr, re.MULTILINE | re.DOTALL)
+    assert {rule: int(devices) for rule, devices in rules if rule in ("train", "sample", "latents")} == {
+        "train": 2,
+        "sample": 1,
+        "latents": 1,
+    }
+    assert real.returncode == 1 and "runtime.processes is 4" in real.stderr and "2 can be seen here" in real.stderr
+    assert not (tmp_path / "results" / "parts").exists()

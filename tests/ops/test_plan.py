@@ -1,9 +1,12 @@
 """What `haste plan` and `haste memory` print: days and GPU-hours on GPUs by name, memory, and what does not fit."""
 
+import json
 import re
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from haste import config
 from haste.cli import main as cli
@@ -12,7 +15,7 @@ from haste.files import artefact
 from haste.ops import cost, plan
 from haste.ops.pace import Pace
 from haste.plan import memory
-from haste.plan.machines import machine
+from haste.plan.machines import gpu_of, machine
 from haste.plan.plan import Plan
 
 LINES = [[False, False, 10e3, 1e3], [True, False, 12e3, 1e3], [False, True, 11e3, 100.0], [True, True, 13e3, 100.0]]
@@ -61,6 +64,46 @@ def test_times_on_gpus_follow_from_their_peak_and_its_share(world):
     hours = list(zip(*plan.by_run(made, one), strict=True))
     assert hours[0] == ("a", "b", "all, what runs share once")
     assert set(hours[-1]) == {""}  # of less than 0.05 GPU-hours nothing is said
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80"),
+        ("NVIDIA A100 80GB PCIe", "A100-80"),
+        ("Tesla V100-SXM2-32GB", "V100"),
+        ("NVIDIA GeForce RTX 4090", "RTX4090"),
+        ("NVIDIA L40S", "L40S"),
+        ("Tesla T4", None),
+        ("", None),
+    ],
+)
+def test_a_gpu_is_known_by_what_cuda_calls_it(device, name):
+    assert gpu_of(device) == name
+
+
+def test_what_was_trained_on_such_gpus_goes_on_at_the_rate_of_its_log(world, tmp_path):
+    made = world()
+    segment = made.segment(made.state("a", 8))
+    folder = tmp_path / "states" / segment.state.trajectory
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text("".join(f'{{"step": {step}, "images_per_s": 100.0}}\n' for step in (1, 2)))
+    header = {
+        "schema": 1,
+        "kind": "state",
+        "provenance": {"hardware": {"gpu": "NVIDIA H100 80GB HBM3"}, "processes": 4},
+    }
+    save_file({"x": np.zeros(1)}, folder / "step-00000002.safetensors", {"haste": json.dumps(header)})
+    images = (segment.state.step - segment.start) * 8
+    for name, rate in [("8xH100", 200.0), ("2xH100", 50.0)]:
+        said = cost.training_seconds(made, segment, Pace.of_plan(made, machine(name)))
+        assert said == (pytest.approx(images / rate), True)
+    assert not cost.training_seconds(made, segment, Pace.of_plan(made, machine("8xA100")))[
+        1
+    ]  # others were not measured
 
 
 def test_a_plan_for_gpus_says_days_and_gpu_hours_and_what_it_assumes(world, capsys):

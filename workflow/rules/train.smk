@@ -18,11 +18,13 @@ def on_cluster(wildcards, resources):
 
 
 def ask_the_cluster():
-    """Check, before the first job, whether training fits into a GPU; and, before anything is submitted, whether SLURM would
-    accept it, and whether all of it at once."""
+    """Check, before the first job, whether there are GPUs for training and it fits into them; and, before anything is
+    submitted, whether SLURM would accept it, and whether all of it at once."""
     trained = [job for job in workflow.dag.needrun_jobs() if job.rule.name.startswith("train")]
     made = [State(job.wildcards.trajectory, int(job.wildcards.step)) for job in trained]
-    check.check_memory(plan, [(state, dict(job.resources.items())) for state, job in zip(made, trained)])
+    training = [(state, dict(job.resources.items())) for state, job in zip(made, trained)]
+    check.check_gpus(plan, training)
+    check.check_memory(plan, training)
     if workflow.executor_plugin.name != "slurm":
         return
     from haste.cluster import executor
