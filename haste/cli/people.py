@@ -13,6 +13,10 @@ from haste.plan.machines import SHARE
 
 def add(to: Commands) -> None:
     """Add these commands."""
+    fresh = to.command("new", _new, "write a configuration for your own pictures that fits this machine")
+    fresh.add_argument("folder", type=Path, help="pictures: a folder, a .zip or .tar, or .parquet files")
+    fresh.add_argument("-o", "--out", type=Path, metavar="FILE", help="the file to write (config/FOLDER.yaml)")
+    fresh.add_argument("--small", action="store_true", help="small networks trained here, on GPUs too: no internet")
     before = to.rule("plan", _plan, "say what will run, how long, and how much disk and memory, before anything runs")
     before.add_argument("--as", dest="machine", metavar="NxGPU", help="times and memory on these GPUs, such as 8xH100")
     before.add_argument("--share", type=float, default=SHARE, help=f"of their peak that is reached ({SHARE})")
@@ -56,6 +60,12 @@ def _add_exchange(to: Commands) -> None:
         size.add_argument("--model", help="what the weights must be, such as SiT-XL/2")
         size.add_argument("--heads", type=int, help="attention heads, for sizes that were not published")
         sub.add_argument("--input-size", type=int, help="side of the latent grid, where the file does not show it")
+
+
+def _new(arguments: argparse.Namespace) -> None:
+    from haste.ops import new
+
+    print("\n".join(new.write(arguments.folder, arguments.out, arguments.small)))
 
 
 def _plan(arguments: argparse.Namespace) -> None:

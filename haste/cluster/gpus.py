@@ -5,6 +5,7 @@ A cluster's own allocation, and a launcher that starts ranks, have already decid
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -46,6 +47,24 @@ def visible() -> list[str]:
     if "-1" in asked:  # CUDA reads up to the first that is none
         asked = asked[: asked.index("-1")]
     return [_uuid(word, found) for word in asked if word]
+
+
+@dataclasses.dataclass(frozen=True)
+class Equipment:
+    """A GPU. gigabytes: 10^9 bytes of its memory; bf16: whether it computes in bfloat16 itself."""
+
+    gigabytes: float
+    bf16: bool
+
+
+def equipment() -> list[Equipment]:
+    """What the whole GPUs are that this process may use; empty where the driver does not say it, as for parts."""
+    uuids, there = {uuid for _, uuid, _ in _machine()} & {*visible()}, []
+    for line in _asked("--query-gpu=uuid,memory.total,compute_cap", "--format=csv,noheader,nounits") if uuids else ():
+        uuid, mebibytes, capability = (word.strip() for word in line.split(","))
+        if uuid in uuids:
+            there.append(Equipment(int(mebibytes) * 2**20 / 1e9, float(capability) >= 8))
+    return there
 
 
 def take(count: int, jobs_per_gpu: int = 1) -> list[str]:
@@ -130,20 +149,25 @@ def _folder() -> Path | None:
 @functools.cache
 def _machine() -> list[tuple[str, str, list[str]]]:
     """Each GPU's kind, UUID, and what of it can be used: itself, or its parts."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    try:
-        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=_ANSWER, check=True).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        log.warning("nvidia-smi does not say which GPUs there are (%s): jobs are not kept apart", error)
-        return []
     found: list[tuple[str, str, list[str]]] = []
-    for line in said.splitlines():
+    for line in _asked("-L"):
         if whole := _GPU.match(line):
             found.append((whole[2], whole[3], []))
         elif (part := _PART.match(line)) and found:
             found[-1][2].append(part[1])
     return [(kind, uuid, parts or [uuid]) for kind, uuid, parts in found]
+
+
+def _asked(*options: str) -> list[str]:
+    """The lines that the driver's tool answers; none where there is no such tool, or it fails."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    try:
+        done = subprocess.run(["nvidia-smi", *options], capture_output=True, text=True, timeout=_ANSWER, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("nvidia-smi does not say which GPUs there are (%s): jobs are not kept apart", error)
+        return []
+    return done.stdout.splitlines()
 
 
 def _uuid(word: str, machine: list[tuple[str, str, list[str]]]) -> str:

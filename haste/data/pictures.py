@@ -137,6 +137,11 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def is_plain(image: Image.Image) -> bool:
+    """Whether `upright_rgb` leaves an image as it is."""
+    return image.mode == "RGB" and not image.has_transparency_data and _orientation(image) not in _TURNS
+
+
 def plain_rgb(image: Image.Image) -> Image.Image:
     """An image as ADM's reader has it: Pillow's RGB, unturned, transparency dropped, 16-bit grey clipped at 255."""
     image.load()

@@ -82,8 +82,15 @@ def held(found: Listing) -> Pictures:
     return pictures_of(found.sized(parts, label) for parts, label in found.files)
 
 
-def survey(source: str, path: str | None, classes: int, table: str | None = None, said: str | None = None) -> Listing:
-    """The pictures of a source and its classes, without reading a file a picture.
+def survey(
+    source: str,
+    path: str | None,
+    classes: int,
+    table: str | None = None,
+    said: str | None = None,
+    lazily: bool = True,
+) -> Listing:
+    """The pictures of a source and its classes, without opening a picture.
 
     Args:
         source: which kind.
@@ -91,6 +98,7 @@ def survey(source: str, path: str | None, classes: int, table: str | None = None
         classes: the number of classes that is expected; 0 ignores labels.
         table: a .csv of names and labels, or a column of a parquet file.
         said: where captions are, see `with_captions`.
+        lazily: do not read a file a picture.
 
     Raises:
         ValueError: there is no such source, or it has no pictures; the same message as when reading it.
@@ -104,7 +112,7 @@ def survey(source: str, path: str | None, classes: int, table: str | None = None
     if source == "coco":
         return of_coco(Directory(root))
     tree = Directory(root) if source == "folder" else archives.Archives(root)
-    return with_captions(listed(tree, bool(classes), classes, table, lazily=True), tree, said, lazily=True)
+    return with_captions(listed(tree, bool(classes), classes, table, lazily), tree, said, lazily)
 
 
 def checked_holdout(where: str, holdout: int, count: int, own: int | None = None) -> int:

@@ -45,7 +45,8 @@ class Samples:
 
     path: its path; count: images; size: height and width in pixels; kind: how it is packed, in words;
     files: the files it is read from; lossy: how many of the images are in files whose format may have changed their
-    pixels; unused: the other files there, as `haste.files.walk.grouped`.
+    pixels; unused: the other files there, as `haste.files.walk.grouped`; converted: how many were made RGB, None if
+    none may be.
     """
 
     path: Path
@@ -56,7 +57,14 @@ class Samples:
     _parts: tuple[Callable[[], Iterator[np.ndarray]], ...]
     lossy: int = 0
     unused: Sequence[dict[str, Any]] = ()
-    check: Callable[[], None] = lambda: None  # looks at headers alone; raises ValueError as `batches` would
+    converted: int | None = None
+    check: Callable[[], object] = lambda: None  # looks at headers alone; raises ValueError as `batches` would
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is known of the files, JSON."""
+        found = {"path": str(self.path), "kind": self.kind, "lossy": self.lossy, "unused": list(self.unused)}
+        return found if self.converted is None else {**found, "converted": self.converted}
 
     def batches(self, most: int) -> Iterator[np.ndarray]:
         """The images in order, (B, H, W, 3) uint8 with B = `most` except in the last batch.
@@ -95,10 +103,11 @@ class Samples:
     def stamp(self) -> str:
         """Hash of the files' paths, sizes and times: while it is unchanged, the pixels need not be read again."""
         stats = [(str(file.resolve()), file.stat()) for file in self.files]
-        return artefact.fingerprint([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats], length=64)
+        said = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        return artefact.fingerprint(said if self.converted is None else [*said, "converted"], length=64)
 
 
-def open_samples(path: Path | str) -> Samples:
+def open_samples(path: Path | str, convert: bool = False) -> Samples:
     """Open a set of images.
 
     Args:
@@ -106,6 +115,8 @@ def open_samples(path: Path | str) -> Samples:
             writes them, a folder of images at any depth, a .zip or .tar of images, or the folder of an image store,
             whose held-out images are skipped; images in sorted order of their names. The files of folders and
             archives are found as those of an image source, see `haste.files.walk`.
+        convert: pictures in files that are not RGB become so as those of an image source do, see
+            `haste.data.pictures.upright_rgb`; otherwise they are refused.
 
     Raises:
         ValueError: missing, empty, or not such images; the message says what was found.
@@ -120,13 +131,13 @@ def open_samples(path: Path | str) -> Samples:
         if shards:
             return _of_shards(path, shards)
         inside = walk.Directory(path)
-        return _of_pictures(inside, "folder of pictures", inside.file, partial(_on_disk, path))
+        return _of_pictures(inside, "folder of pictures", inside.file, partial(_on_disk, path), convert)
     if path.suffix == ".npz":
         return _of_arrays(path, [path], ".npz")
     if path.suffix.lower() in archives.SUFFIXES:
         packed = archives.Archives(path)
         kind = f"{path.suffix.lower()[1:]} of pictures"
-        return _of_pictures(packed, kind, lambda parts: io.BytesIO(packed.read(parts)), lambda found: packed.files)
+        return _of_pictures(packed, kind, partial(_unpacked, packed), lambda found: packed.files, convert)
     raise ValueError(
         f"{path}: expected an .npz, a .zip, a .tar or a folder of images, found {path.suffix or 'no suffix'!r}"
     )
@@ -233,13 +244,15 @@ def _of_pictures(
     kind: str,
     file: Callable[[Parts], Path | io.BytesIO],
     files: Callable[[list[Parts]], Sequence[Path]],
+    convert: bool,
 ) -> Samples:
     """The images of a tree in sorted order of their names; `files` are those on disk that hold them."""
     found = listing.pictures_among(tree, SUFFIXES)
     between = "/" if isinstance(tree, walk.Directory) else ":"
     images = [(f"{tree.root}{between}{'/'.join(parts)}", partial(file, parts)) for parts in found]
-    check = partial(_check_alike, tree.root, images)
-    first = _picture(*images[0])
+    check = partial(_check_alike, tree.root, images, convert)
+    converted = check() if convert else None
+    first = _picture(*images[0], convert)
     if first is None:
         check()
     assert first is not None
@@ -247,7 +260,9 @@ def _of_pictures(
 
     def rows() -> Iterator[np.ndarray]:
         # decoded by some threads ahead of use
-        decoded = made_ahead(lambda one: _picture(*one), images, threads=DECODERS, depth=4 * DECODERS, name="pictures")
+        decoded = made_ahead(
+            lambda one: _picture(*one, convert), images, threads=DECODERS, depth=4 * DECODERS, name="pictures"
+        )
         for pixels in decoded:
             if pixels is None or pixels.shape[:2] != size:
                 check()
@@ -256,9 +271,10 @@ def _of_pictures(
 
     lossy = sum(name.lower().endswith(LOSSY) for name, _ in images)
     unused = walk.grouped(listing.unused_by(tree, found))
-    whole = Samples(tree.root, len(images), size, kind, tuple(files(found)), (rows,), lossy, unused)
+    whole = Samples(tree.root, len(images), size, kind, tuple(files(found)), (rows,), lossy, unused, converted)
     # An archive's files have no headers apart: they would be read twice.
-    return dataclasses.replace(whole, check=check) if isinstance(tree, walk.Directory) else whole
+    unseen = isinstance(tree, walk.Directory) and not convert
+    return dataclasses.replace(whole, check=check) if unseen else whole
 
 
 def _on_disk(root: Path, found: list[Parts]) -> list[Path]:
@@ -269,9 +285,18 @@ def _on_disk(root: Path, found: list[Parts]) -> list[Path]:
     return files
 
 
-def _picture(name: str, file: _Read) -> np.ndarray | None:
-    """An image's pixels (H, W, 3) uint8, or None if it is not RGB."""
-    form, pixels = _read(name, file, lambda image: (image.format, np.asarray(image) if image.mode == "RGB" else None))
+def _unpacked(packed: archives.Archives, parts: Parts) -> io.BytesIO:
+    return io.BytesIO(packed.read(parts))
+
+
+def _picture(name: str, file: _Read, convert: bool) -> np.ndarray | None:
+    """An image's pixels (H, W, 3) uint8, or None if it is not RGB and not to be converted."""
+
+    def pixels_of(image: Image.Image) -> tuple[str | None, np.ndarray | None]:
+        shown = pictures.upright_rgb(image) if convert else image
+        return image.format, np.asarray(shown) if shown.mode == "RGB" else None
+
+    form, pixels = _read(name, file, pixels_of)
     if form in ("JPEG", "MPO", "WEBP") and not name.lower().endswith(LOSSY):
         raise ValueError(
             f"{name}: holds {form}, which its name hides; expected a name that ends in {' or '.join(LOSSY)}"
@@ -286,25 +311,43 @@ def _read(name: str, file: _Read, then: Callable[[Image.Image], T]) -> T:
         raise ValueError(f"{name}: cannot be read as an image ({pictures.reason(error, name)})") from error
 
 
-def _check_alike(where: Path, images: Sequence[tuple[str, _Read]]) -> None:
-    """Refuse a set in which not all images are RGB of one size: the error names those that are not as most are."""
+def _check_alike(where: Path, images: Sequence[tuple[str, _Read]], convert: bool) -> int:
+    """Refuse a set in which not all images are RGB of one size, or can be made RGB: the error names those that are not
+    as most are. Returns how many have to be made RGB."""
 
-    def shape(one: tuple[str, _Read]) -> tuple[str, int, int]:
-        return _read(*one, lambda image: (image.mode, *image.size))
+    def shape(one: tuple[str, _Read]) -> tuple[str, int, int, bool]:
+        return _read(*one, lambda image: _shape(image, convert))
 
     shapes = [*made_ahead(shape, list(images), threads=DECODERS, depth=4 * DECODERS, name="headers")]
-    usual = max(
-        collections.Counter(one for one in shapes if one[0] == "RGB").items(), key=lambda one: one[1], default=None
-    )
+    most = collections.Counter(one[:3] for one in shapes if one[0] == "RGB").most_common(1)
     odd = [
-        f"{n}: mode {s[0]}, {s[1]} x {s[2]} px"
-        for (n, _), s in zip(images, shapes, strict=True)
-        if not usual or s != usual[0]
+        f"{name}: mode {mode}, {width} x {height} px"
+        for (name, _), (mode, width, height, _) in zip(images, shapes, strict=True)
+        if not most or (mode, width, height) != most[0][0]
     ]
     if odd:
-        of = f" of {usual[0][1]} x {usual[0][2]} px" if usual else ""
+        of = f"{most[0][0][1]} x {most[0][0][2]} px" if most else "one size"
         raise ValueError(
             f"{'; '.join(odd[:_SHOWN])}{'; ...' if len(odd) > _SHOWN else ''}. {len(odd)} of {len(images)} images in "
-            f"{where} are not as the others, expected RGB{of}. Remove those that are no samples; of photos, `haste "
-            "images` makes crops of one size, and the folder of that store (stores/images-*) is such a set"
+            f"{where} do not fit, expected RGB of {of}. Remove those that are no samples; "
+            f"{_CONVERT if len({one[1:3] for one in shapes}) == 1 else _CROPS}"
         )
+    return sum(not plain for *_, plain in shapes)
+
+
+_CONVERT = (
+    "`haste score --convert` makes the others RGB as the workflow does, upright and with transparency on white; so "
+    "does `haste images`, and the folder of its store (stores/images-*) can be the reference"
+)
+_CROPS = (
+    "of photos, `haste images` makes RGB crops of one size, by a configuration that `haste new FOLDER` writes, and the "
+    "folder of that store (stores/images-*) is such a set"
+)
+
+
+def _shape(image: Image.Image, convert: bool) -> tuple[str, int, int, bool]:
+    """Mode, width and height, once it is RGB if it is to be converted; and whether it is left as it is."""
+    if not convert:
+        return image.mode, *image.size, True
+    shown = pictures.upright_rgb(image)
+    return shown.mode, *shown.size, pictures.is_plain(image)

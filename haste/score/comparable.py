@@ -43,6 +43,12 @@ def notes(
         for side in (samples, reference or {})
         if side.get("unused")
     ]
+    found += [
+        f"{side['converted']:,} images of {side['path']} were not RGB and were made so as the workflow does: upright, "
+        "transparency on white, 16-bit grey by its upper byte"
+        for side in (samples, reference or {})
+        if side.get("converted")
+    ]
     if reference is not None:
         found += _of_reference(reference, detectors)
         if samples["identity"] == reference["identity"] or _same_file(samples["path"], reference["path"]):

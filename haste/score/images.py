@@ -91,6 +91,7 @@ def score_images(
     batch: int = 64,
     device: str = "cpu",
     seed: int = kid.SEED,
+    convert: bool = False,
 ) -> Scores:
     """Score one set of images; a `Scorer` scores several and extracts the reference's features once.
 
@@ -106,12 +107,13 @@ def score_images(
         batch: batch size of a detector.
         device: of Inception, if no detector is given, "all" is every GPU; a given detector stays on its device.
         seed: of KID's subsets.
+        convert: make pictures in files RGB that are not, on both sides, as `haste.sampling.samples.open_samples` says.
 
     Raises:
         ValueError: an input is wrong; the message says where, what was found and what was expected.
     """
     options: dict[str, Any] = {"features": features, "prompts": prompts, "batch": batch, "device": device, "seed": seed}
-    return Scorer(reference, detectors=detectors, metrics=metrics, **options)(samples)
+    return Scorer(reference, detectors=detectors, metrics=metrics, convert=convert, **options)(samples)
 
 
 class Scorer:
@@ -128,11 +130,13 @@ class Scorer:
         batch: int = 64,
         device: str = "cpu",
         seed: int = kid.SEED,
+        convert: bool = False,
     ):
         if batch < 1:
             raise ValueError(f"batch: expected 1 or more, found {batch}")
         self.strict, self.wanted = metrics is not None, list(VALUES) if metrics is None else typed(metrics)
-        self.source = None if reference is None else open_source(reference, statistics=True)
+        self.convert = convert
+        self.source = None if reference is None else open_source(reference, statistics=True, convert=convert)
         if self.source is None and not self.strict:
             self.wanted = [name for name in self.wanted if not METRICS[VALUES[name][0]].reference]
         if not 0 <= seed < 2**32:
@@ -159,7 +163,7 @@ class Scorer:
 
     def check(self, samples: Path | str) -> Samples | Store | Reference:
         """Open a set of images and check that it can be scored, without extracting features. Raises ValueError."""
-        source = open_source(samples, statistics=False)
+        source = open_source(samples, statistics=False, convert=self.convert)
         _check_sizes(source, self.source)
         if self.prompts:
             assert not isinstance(source, Reference)
@@ -353,8 +357,9 @@ def _is_by_pytorch_fid(source: Reference, about: Mapping[str, Any]) -> bool:
     return about.get("kind") == "pytorch-fid" and source.samples is None and "spatial" not in source.moments
 
 
-def open_source(path: Path | str, *, statistics: bool) -> Samples | Store | Reference:
-    """What a path holds: images, stored features, or (if `statistics` are allowed) statistics.
+def open_source(path: Path | str, *, statistics: bool, convert: bool = False) -> Samples | Store | Reference:
+    """What a path holds: images, stored features, or (if `statistics` are allowed) statistics;
+    pictures that are not RGB may be there only with `convert`.
 
     Raises:
         ValueError: none of these; the message says what was found.
@@ -370,7 +375,7 @@ def open_source(path: Path | str, *, statistics: bool) -> Samples | Store | Refe
         raise ValueError(f"{path}: holds stores, name one of them, such as {below[0].parent}")
     if statistics and holds_statistics(path):
         return read_reference(path)
-    return open_samples(path)
+    return open_samples(path, convert)
 
 
 def _size(source: Samples | Store | Reference | None) -> list[int] | None:

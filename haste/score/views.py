@@ -85,13 +85,10 @@ class Pixels:
     def facts(self) -> dict[str, Any]:
         """JSON: identity (sha256 of the pixels in order), number of duplicates, number of black images, mean value."""
         return {
-            "path": str(self.samples.path),
-            "kind": self.samples.kind,
+            **self.samples.about,
             "size": list(self.samples.size),
             "identity": self.digest.hexdigest(),
             **facts(self.looks, self.samples.size),
-            "lossy": self.samples.lossy,
-            "unused": list(self.samples.unused),
         }
 
 
@@ -124,9 +121,7 @@ def extract_features(samples: Samples, detector: Detector, *, batch: int, folder
     if folder is not None:
         view = view_of(_kept(folder, samples, detector) or _keep(folder, samples, detector, batch))
         # The stored features may come from other files with the same pixels: state the facts about these files.
-        own: dict[str, Any] = {"path": str(samples.path), "kind": samples.kind}
-        own |= {"lossy": samples.lossy, "unused": list(samples.unused)}
-        return replace(view, facts=lambda: {**view.facts(), **own})
+        return replace(view, facts=lambda: {**view.facts(), **samples.about})
     pixels = Pixels(samples)
 
     def batches() -> Iterator[Batch]:

@@ -1,6 +1,7 @@
 """Images from anywhere are scored as their features by hand say, whatever they are packed in."""
 
 import json
+import shutil
 import time
 import zipfile
 
@@ -136,6 +137,64 @@ def test_packing_batch_size_and_shards_never_change_a_score(detector, sets, pack
             found = score_images(side, other, detectors=[detector], batch=batch)
             assert found.values == pytest.approx(whole.values, rel=1e-9), (side, batch)
             assert found.samples["identity"] == whole.samples["identity"]
+
+
+def odd(folder, images):
+    """Images as people have them, of one size, in files, and what a page shows of them by hand, (N, H, W, 3)."""
+    folder.mkdir()
+    shown = images.copy()
+    for i, image in enumerate(images):
+        picture = Image.fromarray(image)
+        if i % 4 == 1:  # half of it is half transparent
+            alpha = np.full(image.shape[:2], 255, np.uint8)
+            alpha[:4] = 102  # two fifths
+            picture.putalpha(Image.fromarray(alpha))
+            shown[i, :4] = np.rint(image[:4] * 0.4 + 255 * 0.6)
+        elif i % 4 == 2:
+            picture = picture.convert("L")
+            shown[i] = np.asarray(picture)[..., None]
+        elif i % 4 == 3:  # on its side, as a camera was held
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            picture.save(folder / f"{i:02d}.png", exif=exif)
+            shown[i] = np.rot90(image, -1)
+            continue
+        picture.save(folder / f"{i:02d}.png")
+    return shown
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "zip"])
+def test_pictures_that_are_converted_score_as_those_that_were_made_rgb_by_hand(detector, sets, pack, tmp_path, packed):
+    fake, real = (images[:24] for images in sets)
+    shown = {name: odd(tmp_path / name, images) for name, images in (("fake", fake), ("real", real))}
+    if packed:
+        shutil.make_archive(str(tmp_path / "fake"), "zip", tmp_path / "fake")
+    samples = tmp_path / ("fake.zip" if packed else "fake")
+    found = score_images(samples, tmp_path / "real", detectors=[detector], convert=True, features=tmp_path / "kept")
+    read = np.concatenate([*open_samples(samples, convert=True).batches(5)])
+    assert np.abs(read.astype(int) - shown["fake"]).max() <= 1  # Pillow's rounding of what is half transparent
+    plain = score_images(
+        pack("fake", read),
+        pack("real", np.concatenate([*open_samples(tmp_path / "real", convert=True).batches(5)])),
+        detectors=[detector],
+    )
+    assert found.values == plain.values
+    for side in ("samples", "reference"):
+        assert found.json()[side]["converted"] == 18 and "converted" not in plain.json()[side]
+    assert sum("18 images of" in note and "transparency on white" in note for note in found.notes) == 2
+
+
+def test_features_of_converted_pictures_are_never_taken_for_those_of_the_files_as_they_are(
+    sets, tmp_path, make_detector
+):
+    """A PNG may be RGB and name a colour that is transparent: both readings are possible."""
+    (tmp_path / "fake").mkdir()
+    for i, image in enumerate(sets[0][:8]):
+        Image.fromarray(image).save(tmp_path / "fake" / f"{i}.png", transparency=tuple(map(int, image[0, 0])))
+    real, options = tmp_path / "real.npz", {"features": tmp_path / "kept", "detectors": [make_detector()]}
+    np.savez(real, arr_0=sets[1][:8])
+    first, second = (score_images(tmp_path / "fake", real, convert=how, **options) for how in (False, True))
+    assert first.samples["identity"] != second.samples["identity"] and first["KID"] != second["KID"]
 
 
 def test_another_order_changes_no_score_but_those_that_are_taken_over_splits(detector, sets, pack, monkeypatch):

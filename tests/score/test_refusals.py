@@ -67,7 +67,12 @@ def test_grey_and_transparent_pictures_are_refused_by_name(mode, words, draw, tm
     (tmp_path / "fakes").mkdir()
     for i, image in enumerate(draw(0, 4)):
         Image.fromarray(image).convert(mode if i == 2 else "RGB").save(tmp_path / "fakes" / f"{i}.png")
-    refused(detector, tmp_path / "fakes", real, [f"2.png: {words}", "expected RGB"])
+    refused(
+        detector,
+        tmp_path / "fakes",
+        real,
+        [f"2.png: {words}", "expected RGB", "`haste score --convert`", "haste images"],
+    )
 
 
 def test_truncated_files_are_refused_wherever_they_stand(draw, pack, real, detector, tmp_path):

@@ -1,0 +1,245 @@
+"""A configuration for somebody's own pictures, with a reason for each line: `haste new`. No torch.
+
+It looks at the pictures' names and at some of their headers, and at this machine. The template beside this file holds
+the settings: of a laptop, where every network is small and trained on the pictures, and of GPUs with public networks.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import json
+import re
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import psutil
+import yaml
+
+from haste import config
+from haste.cluster import gpus
+from haste.data import pictures
+from haste.data.ahead import cores
+from haste.files import archives, artefact, listing, parquet
+from haste.files.walk import Directory, Parts, Unused, grouped, printable, told
+
+LEAST = 20  # pictures; of fewer no model, and no score of one, says anything
+_LOOKED = 256  # pictures whose headers are read
+_IN_CLASS = 8  # pictures of a class on average; fewer teach nothing about it
+_JOBS, _JOB = 4, 2.0  # jobs at once that a table of three runs keeps busy; GB of memory of each, mostly torch itself
+_BATCH = 256  # images per step, as the papers
+_PER_GB = 6.0  # images at once, a GB: SiT-B/2 with both losses takes 38.6 GB for 256 of 256 px, by `haste memory`
+_ENLARGED = 96  # px, the median short side below which public networks would see blurred enlargements
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What lies in a place.
+
+    source: its kind, as in `images.source`; table: a .csv of labels, if it says them; count: of pictures; sizes:
+    pictures of each class by its name, empty without labels; because: of what sizes the classes are, or why there are
+    none; side: the median of the pictures' shorter sides, px; odd: what some of them are, in words; bad: the share that
+    cannot be read; unused: the other files.
+    """
+
+    source: str
+    table: Path | None
+    count: int
+    sizes: dict[str, int]
+    because: str
+    side: int
+    odd: list[str]
+    bad: float
+    unused: Unused
+
+
+def look(root: Path) -> Look:
+    """Look at a folder of pictures, an archive, or parquet files, without decoding a picture.
+
+    Raises:
+        ValueError: there are none, too few, or none that can be read; says what was found and what to do.
+    """
+    source = _source(root)
+    found = listing.survey(source, str(root), 0)
+    if len(found.files) < LEAST:
+        raise ValueError(
+            f"{root}: found {len(found.files)} pictures, expected at least {LEAST}, and hundreds for samples that are "
+            "worth looking at; name the folder above it if there are more beside it"
+        )
+    sizes, table, because = _classes(source, root)
+    side, odd, bad = _headers(root, source, found)
+    return Look(source, table, len(found.files), sizes, because, side, odd, bad, found.unused)
+
+
+def _source(root: Path) -> str:
+    """Which kind of source a place is: by its name, or by what lies in the folder."""
+    if not root.exists() and not any(letter in root.name for letter in "*?["):
+        raise ValueError(
+            f"{root}: found nothing there, expected a folder of pictures, a .zip, a .tar or .parquet files"
+        )
+    if not root.is_dir():
+        kinds = {**dict.fromkeys(archives.SUFFIXES, "archive"), parquet.SUFFIX: "parquet"}
+        if kind := kinds.get(root.suffix.lower()):
+            return kind
+        expected = "a folder of pictures, a .zip, a .tar or a .parquet"
+        raise ValueError(f"{root}: found a file of {root.suffix or 'no suffix'}, expected {expected}")
+    names = {Path(parts[-1].lower()).suffix for parts in Directory(root).names}
+    if not names & {*listing.SUFFIXES}:
+        if names & {*archives.SUFFIXES}:
+            return "archive"
+        if parquet.SUFFIX in names:
+            return "parquet"
+    return "folder"
+
+
+def _classes(source: str, root: Path) -> tuple[dict[str, int], Path | None, str]:
+    """Pictures of each class by its name, the table that says the classes, and a reason in words."""
+    tables: list[Path | None] = [None, *sorted(root.glob("*.csv"))] if source == "folder" else [None]
+    reasons = []
+    for table in tables:
+        try:
+            found = listing.survey(source, str(root), 2, None if table is None else str(table), lazily=False)
+        except ValueError as error:
+            reasons.append(str(error).removeprefix(f"{root}: "))
+            continue
+        assert found.classes is not None
+        counts = collections.Counter(label for _, label in found.files)
+        sizes = {name: counts[label] for label, name in enumerate(found.classes)}
+        if len(sizes) < 2:
+            reasons.append("the pictures are in no folders of classes, and nothing beside them says labels")
+        elif min(sizes.values()) < 2 or len(found.files) < _IN_CLASS * len(sizes):
+            reasons.append(f"{len(sizes):,} classes, some of one picture, or of less than {_IN_CLASS} on average")
+        else:
+            few, many = (pick(sizes.items(), key=lambda one: one[1]) for pick in (min, max))
+            said = f"{printable(few[0])!r} with {few[1]:,} pictures to {printable(many[0])!r} with {many[1]:,}"
+            return sizes, table, said
+    return {}, None, "without labels: " + printable(reasons[0])
+
+
+def _headers(root: Path, source: str, found: listing.Listing) -> tuple[int, list[str], float]:
+    """The median of the shorter sides, what some pictures are, and the share of those that cannot be read."""
+    read = _reader(root, source)
+    # Rows of parquet files are cheap in their order only.
+    step = 1 if source == "parquet" else -(-len(found.files) // _LOOKED)
+    some = [parts for parts, _ in found.files][::step][:_LOOKED]
+    sides, kinds, reasons = [], collections.Counter[str](), []
+    for parts in some:
+        try:
+            size, kind = pictures.opened(read(found.places.get(parts, parts)), _header)
+        except Exception as error:  # of many classes; a picture that cannot be read is nothing new
+            reasons.append(pictures.reason(error, root.joinpath(*parts)))
+            continue
+        sides.append(min(size))
+        kinds[kind] += 1
+    if not sides:
+        raise ValueError(
+            f"{root}: none of {len(some)} pictures that were looked at can be read ({printable(reasons[0])}), expected "
+            "PNG, JPEG or WebP that other programs show"
+        )
+    odd = [f"{100 * many // len(some) or 1} % {kind}" for kind, many in kinds.most_common() if kind]
+    return int(statistics.median(sides)), odd, len(reasons) / len(some)
+
+
+def _reader(root: Path, source: str) -> Callable[[Parts], Path | io.BytesIO]:
+    if source == "folder":
+        return Directory(root).file
+    packed = archives.Archives(root) if source == "archive" else parquet.Rows(root)
+    return lambda parts: io.BytesIO(packed.read(parts))
+
+
+def _header(image: Any) -> tuple[tuple[int, int], str]:
+    """Size, and what is odd about it; empty for plain RGB."""
+    if image.has_transparency_data:
+        return image.size, "with transparent areas, which become white"
+    names = {"RGB": "", "L": "grey", "1": "two-coloured", "P": "of a palette", "CMYK": "CMYK"}
+    return image.size, names.get(image.mode, f"of mode {image.mode}")
+
+
+# ---- the file
+
+
+def write(root: Path, out: Path | None, small: bool = False) -> list[str]:
+    """Write a configuration for pictures and this machine; returns lines for the terminal.
+
+    Args:
+        root: the pictures.
+        out: the file; None is one in config/ named after the pictures.
+        small: small networks trained here even where there are GPUs: nothing is loaded from the internet.
+
+    Raises:
+        ValueError: the file exists, the path cannot stand in a configuration, or as in `look`.
+    """
+    if not str(root).isprintable() or re.search(r"\$(\w|\{)|^~", str(root)):
+        raise ValueError(
+            f"{printable(str(root))}: a configuration cannot hold this path, in which $, ~ and control characters mean "
+            "something else; rename it, or make a link to it with a plainer name: ln -s"
+        )
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", root.resolve().stem).strip("._-") or "mine"
+    out = out or Path("config", f"{name}.yaml")
+    if out.exists():
+        raise ValueError(f"{out}: is there already and is not changed; remove it, or name another file by -o")
+    found = look(root)
+    here = _machine(found, small)
+    text = _rendered({**_images(found, here["small"]), **here, "found": found, "path": root, "name": name})
+    config.resolve(yaml.safe_load(text))
+    with artefact.replacing(out) as aside:
+        aside.write_text(text, encoding="utf-8")
+    classes = f"{len(found.sizes):,} classes" if found.sizes else "no classes"
+    fetch = [] if here["small"] else [f"next: haste fetch -c {out}, which loads the public networks' weights"]
+    return [
+        f"{out}: written for {found.count:,} pictures, {classes}, and a machine of {here['machine']}",
+        *filter(None, [told(grouped(found.unused))]),
+        *fetch,
+        f"next: haste plan -c {out}",
+        f"then: snakemake --cores {here['cores']} --configfile {out}",
+    ]
+
+
+def _rendered(settings: Mapping[str, Any]) -> str:
+    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
+    environment.filters["quoted"] = lambda value: json.dumps(str(value), ensure_ascii=False)  # which is YAML, too
+    return environment.get_template("new.yaml.j2").render(settings)
+
+
+def _images(found: Look, small: bool) -> dict[str, Any]:
+    """The keys of `images` that follow from the pictures, and how often so many images in training show each."""
+    sides = (16, 32) if small else (128, 256)
+    counts, usable = found.sizes.values(), int(found.count * (1 - found.bad))
+    holdout = max(1, min(usable // 10, 1000))
+    return {
+        "resolution": max((side for side in sides if 4 * found.side >= 3 * side), default=sides[0]),
+        "holdout": holdout,
+        "seen": lambda images: f"{images / max(1, usable - holdout):,.0f}",
+        "uneven": bool(counts) and max(counts) > 4 * min(counts),
+    }
+
+
+def _machine(found: Look, small: bool) -> dict[str, Any]:
+    """How jobs run here: in words, and the keys of `training` and `runtime` that follow from it."""
+    count, memory, there = cores(), psutil.virtual_memory().total / 1e9, gpus.equipment()
+    reasons = {
+        "as --small asks": small,
+        "no whole GPU was found": not there,
+        f"half of the pictures have less than {_ENLARGED} px": found.side < _ENLARGED,
+    }
+    why = next((reason for reason, holds in reasons.items() if holds), "")
+    words = f"{count} cores, {memory:.0f} GB of memory and {len(there) or 'no'} GPU{'s' * (len(there) > 1)}"
+    jobs = max(1, min(count, _JOBS, int(memory / _JOB)))
+    threads = max(1, count // jobs)
+    here = {"machine": words, "small": bool(why), "why": why, "jobs": jobs, "threads": threads, "cores": threads * jobs}
+    if why:
+        return here
+    gigabytes = int(min(one.gigabytes for one in there))
+    ranks = max(ranks for ranks in (1, 2, 4, 8) if ranks <= len(there))
+    parts = next(
+        parts for parts in (1, 2, 4, 8, 16, 32) if parts * ranks * _PER_GB * gigabytes >= _BATCH or parts == 32
+    )
+    precision = "bf16" if all(one.bf16 for one in there) else "fp16"
+    more = {"gigabytes": gigabytes, "processes": ranks, "accumulate": parts, "precision": precision, "batch": _BATCH}
+    return {**here, **more, "cores": count}
