@@ -12,7 +12,7 @@ from rich.console import Console
 from haste import config
 from haste.files import artefact
 from haste.files.artefact import SCHEMA
-from haste.files.provenance import provenance_of
+from haste.files.provenance import STATE_NAME, provenance_of
 from haste.networks import layouts
 from haste.networks.hub_files import check_whole, local, origin
 
@@ -32,7 +32,7 @@ def print_provenance(given: Path) -> None:
     try:
         found = _of_configuration(path) or provenance_of(path)
     except ValueError:
-        if not path.is_file() or path.suffix not in WEIGHTS:
+        if not path.is_file() or path.suffix not in WEIGHTS or STATE_NAME.match(path.name):
             raise
         found = _of_weights(path)
     Console().print_json(json.dumps(_without_pictures(found)))
