@@ -52,7 +52,7 @@ def test_of_a_set_that_is_not_of_one_kind_the_odd_ones_are_named_with_the_way_to
     for name in ("0-large-0.png", "0-large-1.png", "0-large-2.png"):
         assert f"{name}: mode RGB, 20 x 16 px" in said
     assert "grey.jpg: mode L, 16 x 16 px" in said
-    assert "`haste images` makes crops of one size" in said and "003.png" not in said
+    assert "`haste images` makes RGB crops of one size" in said and "003.png" not in said
 
 
 def test_a_tar_of_samples_is_read_in_the_order_of_names(tmp_path):
