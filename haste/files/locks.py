@@ -252,7 +252,7 @@ def holder(path: Path | str) -> Holder | None:
     try:
         who = Path(path).read_text().strip()
         place = os.stat(path)
-        told = re.match(r"process (\d+) on (\S+) since \S+?(?: \(job \S+\))?: ?(.*)", who)
+        told = re.match(r"process (\d+) on (\S+) since \S+(?: \(job \S+\))?: ?(.*)", who)
         if told is None:
             return None
         if told[2] != socket.gethostname():

@@ -94,7 +94,7 @@ def _rate(folder: Path, machine: Machine | None) -> float | None:
     rate = median(line["images_per_s"] for line in lines[-9:]) if lines else None  # the last may include a start
     if rate is None or machine is None:
         return rate
-    newest = max(folder.glob("step-*.safetensors"), default=None)
+    newest = max(folder.glob("**/step-*.safetensors"), key=lambda path: path.name, default=None)
     made = provenance_of(newest).get("provenance", {}) if newest else {}
     if gpu_of(made.get("hardware", {}).get("gpu", "")) != machine.name:
         return None

@@ -57,7 +57,7 @@ class Job:
             return f"train-{folder}-{place.stem.removeprefix('step-')}"
         words = {"sample": f"{folder}-{shard}", "reference": f"{place.parent.parent.name}-{folder}", "grid": folder}
         words |= {"features": f"{words['reference']}-{shard}", "score": place.stem, "measure": f"{folder}-{place.stem}"}
-        words |= {"floor": place.stem.removeprefix("floor-")}
+        words |= {"floor": place.stem.removeprefix("floor-"), "reconstruct": place.stem.removeprefix("reconstructed-")}
         return f"{self.rule}-{words[self.rule]}" if self.rule in words else self.rule
 
     @property

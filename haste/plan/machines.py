@@ -87,9 +87,9 @@ def machine(text: str, share: float = SHARE) -> Machine:
 
 def gpu_of(device: str) -> str | None:
     """The name here of a GPU that CUDA calls so, such as `NVIDIA A100-SXM4-80GB`; None for one that is not here."""
-    plain = _plain(device).upper()
+    words = re.findall(r"[A-Z0-9]+", device.upper().replace("RTX ", "RTX").replace("GB", " "))
     for name in sorted(GPUS, key=len, reverse=True):  # H100-PCIe before H100
-        if all(part in plain for part in name.upper().split("-")):
+        if all(part in words for part in name.upper().split("-")) and not {"LAPTOP", "D", "NVL", "MAX"} & {*words}:
             return name
     return None
 

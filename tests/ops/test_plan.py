@@ -78,6 +78,9 @@ def test_times_on_gpus_follow_from_their_peak_and_its_share(world):
         ("NVIDIA GeForce RTX 4090", "RTX4090"),
         ("NVIDIA L40S", "L40S"),
         ("Tesla T4", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
         ("", None),
     ],
 )
