@@ -14,7 +14,7 @@ EXAMPLES = {
     "fetch": "-c config/imagenet256.yaml",
     "floor": RUN,
     "track": "-c config/digits.yaml",
-    "forget": f"ATTA {RUN} --yes",
+    "forget": f"ATTA {RUN}",
     "grid": f"SAMPLES {RUN}",
     "images": f"--check {RUN}",
     "import": "0400000.pt repa.safetensors",

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from haste.cli.shared import AN_ID, Commands, plan_of, plan_to_compute, take_gpus
 from haste.networks.layouts import LAYOUTS
+
+if TYPE_CHECKING:
+    from haste.plan.plan import Plan
 
 
 def add(to: Commands) -> None:
@@ -115,7 +120,6 @@ def _features(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from haste.score import jobs
-    from haste.train import trackers
 
     plan = plan_of(arguments)  # scores use all cores
     take_gpus(plan)
@@ -123,7 +127,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     names = [plan.detector_named(arguments.detector).name] if arguments.detector else list(plan.detectors)
     for name in names:
         jobs.judge(plan, evaluation, evaluation.judgement(name))
-    trackers.update(plan, evaluation, local=True)
+    _track(plan, evaluation, local=True)
 
 
 def _floor(arguments: argparse.Namespace) -> None:
@@ -151,11 +155,20 @@ def _grid(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from haste.report import page
-    from haste.train import trackers
 
     plan = plan_of(arguments)
     page.make(plan)
-    trackers.update(plan)
+    _track(plan)
+
+
+def _track(plan: Plan, *about: Any, **how: Any) -> None:
+    """Give trackers what they lack. If they do not take it, a score or a page that is made is no worse for it."""
+    from haste.train import trackers
+
+    try:
+        trackers.update(plan, *about, **how)
+    except (ValueError, OSError) as error:
+        logging.getLogger("haste.train").warning("%s. `haste track` writes what is missing", error)
 
 
 def _draw(arguments: argparse.Namespace) -> None:

@@ -34,11 +34,14 @@ def beating() -> Iterator[None]:
 
 
 def _beat(words: int, ended: threading.Event) -> None:
-    began, used = time.monotonic(), time.process_time()
+    began = since = time.monotonic()
+    last, used = 0, time.process_time()  # by this machine's clock: that of the log's disk may be another
     while not ended.wait(QUIET / 3):
-        silent, spent = time.time() - os.fstat(words).st_mtime, time.process_time() - used
-        if silent < QUIET:
-            used += spent
-        elif silent >= WAITING or spent >= BUSY * silent:
-            used += spent
-            log.info("at work for %s, computes for %s of %s", *map(duration, (time.monotonic() - began, spent, silent)))
+        now, stamp = time.monotonic(), os.fstat(words).st_mtime_ns
+        if stamp != last:
+            last, since, used = stamp, now, time.process_time()
+        silent, spent = now - since, time.process_time() - used
+        if silent >= QUIET and spent >= BUSY * silent:
+            log.info("at work for %s, computes for %s of %s", *map(duration, (now - began, spent, silent)))
+        elif silent >= WAITING:  # or its ranks compute
+            log.info("at work for %s, silent for %s", duration(now - began), duration(silent))

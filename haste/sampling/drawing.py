@@ -217,8 +217,13 @@ def _configured(
         state = next(one.evaluation.state for one in plan.rows if one.run == row)
     recipe = plan.trajectories[state.trajectory].recipe
 
+    kept: dict[Any, Painter] = {}  # network and decoder are loaded once
+
     def painter(sampling: Sampling) -> Painter:
-        return painter_of(plan, state, sampling, decoder=decoder, device=device)
+        which = sampling.weights, bool(sampling.prompts)
+        if which not in kept:
+            kept[which] = painter_of(plan, state, sampling, decoder=decoder, device=device)
+        return dataclasses.replace(kept[which], sampling=sampling)
 
     return _Subject(file, recipe, config.sampling, ways[0] if ways else _usual(recipe), painter)
 

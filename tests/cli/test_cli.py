@@ -272,3 +272,13 @@ def test_output_that_nobody_reads_on_is_no_fault():
     command = f"set -o pipefail; {sys.executable} -m haste.cli replay --readings {readings} --model SiT-XL/2 | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_a_score_and_a_page_are_made_although_a_tracker_cannot_write(world, command, caplog):
+    world.configure(runtime={**world.raw["runtime"], "trackers": ["tensorboard"]})
+    (world.root / "tiny").mkdir(exist_ok=True)
+    (world.root / "tiny" / "tensorboard").write_text("in the way")
+    draw = [world.row().name] if command == "evaluate" else []
+    assert run(command, *draw, "-c", world.file) == 0
+    assert "`haste track` writes what is missing" in caplog.text

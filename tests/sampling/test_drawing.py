@@ -38,8 +38,10 @@ def test_the_first_pictures_are_the_workflows_samples_wherever_the_results_folde
     own = read_npz("own.npz", "drawing")
     for name in ("arr_0", "arr_1", "nfe"):
         assert (own[name] == drawn[name][:9]).all()
-    assert (np.stack(haste.load(ran.state, device="cpu").draw(count=2)) == drawn["arr_0"][:2]).all()
+    loaded = haste.load(ran.state, device="cpu")
+    assert (np.stack(loaded.draw(count=2)) == drawn["arr_0"][:2]).all()
     shutil.move(ran.root, tmp_path / "moved")  # the record's own paths lead nowhere now
+    assert (np.stack(loaded.draw(count=1)) == drawn["arr_0"][:1]).all()  # nothing is loaded twice
     state = tmp_path / "moved" / ran.state.relative_to(ran.root)
     assert draw(state, "--count", 9, "--out", "moved.npz") == 0
     assert (read_npz("moved.npz", "drawing")["arr_0"] == drawn["arr_0"][:9]).all()
