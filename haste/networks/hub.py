@@ -177,7 +177,7 @@ def timm_weights(timm_name: str, called: str) -> Path:
         ValueError: the weights are not in the cache and cannot be fetched.
     """
     import timm
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
 
     source = timm.get_pretrained_cfg(timm_name)
     assert source is not None
@@ -187,9 +187,10 @@ def timm_weights(timm_name: str, called: str) -> Path:
         return cached(cast(str, source.url))
     except (OSError, ValueError, RuntimeError) as error:  # the hub's and urllib's errors are OSErrors
         where, file = source.hf_hub_id or source.url, "model.safetensors" if source.hf_hub_id else "that file"
+        why = "HF_HUB_OFFLINE forbids it" if constants.HF_HUB_OFFLINE else type(error).__name__
         raise ValueError(
             f"{called}: its weights ({where}) are not on this machine and could not be fetched "
-            f"({type(error).__name__}). Give a local file as its weights ({file} from there), or fetch them "
+            f"({why}). Give a local file as its weights ({file} from there), or fetch them "
             "where there is a network."
         ) from error
 

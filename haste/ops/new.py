@@ -155,7 +155,7 @@ def _header(image: Any) -> tuple[tuple[int, int], str]:
     """Size, and what is odd about it; empty for plain RGB."""
     if image.has_transparency_data:
         return image.size, "with transparent areas, which become white"
-    names = {"RGB": "", "L": "grey", "1": "two-coloured", "P": "of a palette", "CMYK": "CMYK"}
+    names = {"RGB": "", "L": "grey", "1": "two-coloured", "P": "of a palette, opaque", "CMYK": "CMYK"}
     return image.size, names.get(image.mode, f"of mode {image.mode}")
 
 

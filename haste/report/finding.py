@@ -56,7 +56,7 @@ def finding(report: Report) -> str:
     best, *others = sorted(found, key=lambda run: found[run].mean)
     places, names = decimals(report)[group.column.place], _names(runs)
     guided = "" if group.column.guidance == "none" else f" at w={group.column.guidance}"
-    of = f", the best of {len(runs)} runs," if len(runs) > 4 else ""
+    of = f", the lowest of {len(runs)} runs," if len(runs) > 4 else ""
     shown = [r for i, r in enumerate(others) if i < 3 or runs[r][0].method == "vanilla"]
     rest = "".join(f", {names[run]} {_text(found[run], places)}" for run in shown)
     label = group.column.title.split(" (")[0]

@@ -470,7 +470,7 @@ def test_the_finding_speaks_of_what_most_runs_were_scored_in():
 def test_the_finding_keeps_vanilla_among_many_runs():
     rows = [row(f"r{i}", 600, 10.0 + i, method="HASTE") for i in range(6)] + [row("vanilla", 600, 99.0)]
     assert finding.finding(report(rows)) == (
-        "At step 600 r0, the best of 7 runs, reaches FD 10.0, r1 11.0, r2 12.0, r3 13.0, vanilla 99.0."
+        "At step 600 r0, the lowest of 7 runs, reaches FD 10.0, r1 11.0, r2 12.0, r3 13.0, vanilla 99.0."
     )
 
 
