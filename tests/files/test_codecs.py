@@ -70,6 +70,21 @@ def test_a_finished_shard_stays_as_it_is_when_another_way_is_asked(tmp_path):
     assert after == before
 
 
+@pytest.mark.parametrize("again", [{"codec": "webp"}, {"codec": None, "provenance": {"words": "x" * 5000}}])
+def test_a_lost_shard_may_be_made_again_in_another_way_and_size_and_the_store_is_the_same(tmp_path, again):
+    store, lost = made(tmp_path, None, None, None), shard_path(tmp_path, 1, SHARDS)
+    size = lost.stat().st_size
+    lost.unlink()
+    span = shard_range(COUNT, 1, SHARDS)
+    rows = {name: values[span.start : span.stop] for name, values in pictures().items()}
+    how = {**COMMON, "provenance": again.get("provenance", {}), "coded": {"image": "webp"} if again["codec"] else {}}
+    write_shard(tmp_path, **how, shard=1, total=COUNT, fields=FIELDS, batches=iter([rows]))
+    assert lost.stat().st_size != size
+    found = Store.open(tmp_path, verify="full")
+    assert found.identity == store.identity
+    assert np.array_equal(found.rows(["image"], range(COUNT))["image"], pictures()["image"])
+
+
 def test_the_number_of_threads_and_of_pictures_at_once_changes_no_byte_of_the_pixels(tmp_path):
     def coded(folder, **how):
         with h5py.File(write(tmp_path / folder, 0, "webp", **how)) as file:
