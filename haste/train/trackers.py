@@ -2,8 +2,8 @@
 
 A row's points follow from files: the journals of the trajectories that it passes through, the scores of its milestones,
 and where its terms stopped. What was not written before is written by training after each line of its journal, by the
-jobs that score and report, and by `haste track`. A `written.json` says what was, so that no step is written twice, and
-that a row which is renamed keeps its run:
+jobs that score and report, and by `haste track`. A `written.json` says what was, so that no step is written twice or
+lost, and that a row which is renamed keeps its run:
 
     results/NAME/tensorboard/ROW/    event files, written.json
     results/NAME/wandb/ROW/          W&B's own files, written.json
@@ -67,8 +67,9 @@ class Row:
 
     @property
     def folder(self) -> str:
-        """The name of its folders."""
-        return self.name.replace("/", "-").lstrip(".")
+        """The name of its folders: two rows never have the same."""
+        plain = self.name.replace("/", "-").lstrip(".")
+        return plain if plain == self.name else f"{plain}-{artefact.fingerprint(self.name, 6)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,10 +219,18 @@ def _scores(plan: Plan, row: Row) -> Iterator[Mark]:
 
 
 def _scored(by: Judgement, step: int, series: str) -> Point:
-    found = artefact.read_json(by.score, "score")["scores"]
+    found = artefact.read_json(by.score, "score")
+    artefact.check_entries(by.score, found, scores=dict)
     names = {**COLUMNS, **({"fd": "FID"} if by.detector.kind in INCEPTION else {})}
-    values = {f"scores/{names.get(k, k)} ({series})": value for k, value in found.items() if value is not None}
+    there = {k: float(value) for k, value in found["scores"].items() if value is not None}
+    values = {f"scores/{names.get(k, k)} ({series})": value for k, value in there.items()}
     return Point(step, os.stat(by.score).st_mtime, values)
+
+
+@functools.cache
+def _refused(row: str, name: str, reason: str) -> None:
+    """Said once a process, for training looks again and again."""
+    log.warning("%s: score %s is left out of runtime.trackers until it is made again: %s", row, name, reason)
 
 
 def _stops(plan: Plan, row: Row, reached: int) -> Iterator[Mark]:
@@ -264,25 +273,28 @@ class Written:
         has, points = self._has, list[Point]()
         if marks and TRACKERS[self.kind].ordered and self._comes_late():
             has = self._begin_again()
-        if not has["step"] and not has["marks"]:
-            points.append(self._about())
+        new = not has["step"] and not has["marks"]
         lines = [line for line in (records if self._caught_up else self._log()) if line["step"] > has["step"]]
         points += map(_of_line, lines)
         has["step"] = max([has["step"], *(line["step"] for line in lines)])
-        for mark in self._lacks() if marks or not self._caught_up else ():
-            points.append(mark.point())
+        for mark, point in self._lacks() if marks or not self._caught_up else ():
+            points.append(point)
             has["marks"][mark.name] = [mark.step, mark.series]
         self._caught_up = True
         if points:
             self._tracker = self._tracker or TRACKERS[self.kind](self.folder, self.row, has["id"])
-            artefact.write_json(self.folder / WRITTEN, has)  # first: then a kill leaves no step written twice
-            self._tracker.write(points)
+            self._save(pending=True)  # who finds it so after a kill or a full disk writes the curve from its beginning
+            self._tracker.write([self._about(), *points] if new else points)
+            self._save(pending=False)
 
     def close(self) -> None:
         """Finish for now, and release the row."""
         with self._end:
             if self._tracker is not None:
                 self._tracker.close()
+
+    def _save(self, pending: bool) -> None:
+        artefact.write_json(self.folder / WRITTEN, {**self._has, "pending": pending})
 
     def _log(self) -> list[dict[str, Any]]:
         return logged(self.plan, self.row.run, self.row.seed) if self.row.run in self.plan.config.runs else []
@@ -294,17 +306,19 @@ class Written:
         self._end.enter_context(held)
         with contextlib.suppress(ValueError):  # none, or damaged: it begins again
             self._has = artefact.read_json(self.folder / WRITTEN, "tracked")
-        if self._has.get("lineage") != self.row.lineage:
+        keeps = TRACKERS[self.kind].keeps()
+        if self._has.get("lineage") != self.row.lineage or (keeps and self._has.get("pending")):
             self._begin_again()
-        elif not TRACKERS[self.kind].keeps():
+        elif not keeps:
             self._has |= {"step": 0, "marks": {}}
         return True
 
     def _begin_again(self) -> dict[str, Any]:
-        """The row has another curve, or a score that belongs before others. Event files can be written again from the
-        beginning; a run of W&B cannot, so it is left as it is and there is a new one."""
+        """The row has another curve, a score that belongs before others, or points that may lack. Event files can be
+        written again from the beginning; a run of W&B cannot, so it is left as it is and there is a new one."""
         if self._tracker is not None:
             self._tracker.close()
+        (self.folder / WRITTEN).unlink(missing_ok=True)  # first: after a kill it does not speak of files that are gone
         for path in self.folder.glob("events.out.tfevents.*"):
             path.unlink()
         header = {"schema": artefact.SCHEMA, "kind": "tracked", "lineage": self.row.lineage}
@@ -316,36 +330,41 @@ class Written:
         settings = yaml.safe_dump(self.row.settings, sort_keys=False)
         return Point(0, time.time(), words={"settings": "".join(f"    {line}\n" for line in settings.splitlines())})
 
-    def _lacks(self) -> list[Mark]:
-        """Scores and stops that are not written, by their steps."""
-        every = [*_scores(self.plan, self.row), *_stops(self.plan, self.row, self._has["step"])]
-        return sorted((mark for mark in every if mark.name not in self._has["marks"]), key=lambda mark: mark.step)
+    def _lacks(self) -> list[tuple[Mark, Point]]:
+        """Scores and stops that are not written, by their steps, without those whose files are damaged."""
+        found = []
+        for mark in [*_scores(self.plan, self.row), *_stops(self.plan, self.row, self._has["step"])]:
+            if mark.name not in self._has["marks"]:
+                try:
+                    found.append((mark, mark.point()))
+                except (ValueError, TypeError, OSError) as error:
+                    _refused(self.row.name, mark.name, str(error))
+        return sorted(found, key=lambda one: one[0].step)
 
     def _comes_late(self) -> bool:
         """Whether a score lacks whose step is before that of one in its series that is written."""
         last = dict[str, int]()
         for step, series in self._has["marks"].values():
             last[series] = max(step, last.get(series, 0))
-        return any(mark.step < last.get(mark.series, 0) for mark in self._lacks())
+        return any(mark.step < last.get(mark.series, 0) for mark, _ in self._lacks())
 
 
 class Trackers:
-    """The runs of some rows. A service that cannot be reached is asked no more: what lacks is written another time."""
+    """The runs of some rows. A service that cannot be reached is asked no more: what lacks is written another time.
+    In training that holds for every tracker, whatever went wrong."""
 
-    def __init__(self, plan: Plan, of: Iterable[Row], local: bool = False) -> None:
-        self._down = set[str]()
+    def __init__(self, plan: Plan, of: Iterable[Row], local: bool = False, training: bool = False) -> None:
+        self._down, self._training = set[str](), training
         kinds = [kind for kind in plan.config.runtime.trackers if TRACKERS[kind].local or not local]
-        of = list(of) if kinds else []
-        for row in of:
-            _adopt(plan, row, kinds)
-        self.runs = [Written(plan, row, kind) for row in of for kind in kinds]
+        of = of if kinds else ()
+        self.runs = [Written(plan, row, kind) for row in of for kind in kinds if _adopt(plan, row, kind)]
 
     def add(self, run: Written, *what: Any) -> None:
         """Have a run add what it lacks; arguments as of `Written.add`.
 
         Raises:
-            ValueError: the library of its tracker is missing, or a file is damaged.
-            OSError: the disk is full.
+            ValueError: the library of its tracker is missing. Not in training.
+            OSError: the disk is full. Not in training.
         """
         if run.kind not in self._down:
             with self._tolerated(run):
@@ -361,7 +380,7 @@ class Trackers:
         try:
             yield
         except Exception as error:
-            if TRACKERS[run.kind].local or isinstance(error, ValueError):
+            if not self._training and (TRACKERS[run.kind].local or isinstance(error, ValueError)):
                 raise
             self._down.add(run.kind)
             said = f"runtime.trackers: {run.kind} cannot be written to ({type(error).__name__}: {error})"
@@ -402,7 +421,8 @@ def following(plan: Plan, trajectory: str, begin: int, end: int) -> Iterator[Cal
         mine = (piece for piece in plan.pieces[row.run, row.seed] if piece.trajectory == trajectory)
         return any(piece.low < to and (piece.high is None or step <= piece.high) for piece in mine)
 
-    looked, trackers = time.monotonic(), Trackers(plan, (row for row in rows(plan) if passes(row, begin + 1, end)))
+    mine = [row for row in rows(plan) if passes(row, begin + 1, end)]
+    looked, trackers = time.monotonic(), Trackers(plan, mine, training=True)
 
     def follow(record: dict[str, Any]) -> None:
         nonlocal looked
@@ -420,13 +440,19 @@ def following(plan: Plan, trajectory: str, begin: int, end: int) -> Iterator[Cal
             trackers.end(run)
 
 
-def _adopt(plan: Plan, row: Row, kinds: Iterable[str]) -> None:
-    """Give a row that was renamed the folders that it had under its name before."""
+def _adopt(plan: Plan, row: Row, kind: str) -> bool:
+    """Give a row that was renamed the folder that it had under its name before. Returns False while another process
+    writes there: then the row is written another time."""
+    if (own := Path(plan.folder, kind, row.folder)).exists():
+        return True
     names = {one.folder for one in rows(plan)}
-    for own in (Path(plan.folder, kind, row.folder) for kind in kinds):
-        for path in sorted(own.parent.glob(f"*/{WRITTEN}")) if not own.exists() else ():
-            with contextlib.suppress(ValueError):
-                if path.parent.name not in names and artefact.read_json(path, "tracked")["lineage"] == row.lineage:
+    for path in sorted(own.parent.glob(f"*/{WRITTEN}")):
+        with contextlib.suppress(ValueError, OSError):
+            if path.parent.name not in names and artefact.read_json(path, "tracked").get("lineage") == row.lineage:
+                if (held := locks.attempt(path.parent / "lock")) is None:
+                    return False
+                with held:
                     path.parent.rename(own)
-                    log.info("%s: goes on in what %s has of %s", row.name, own.parent.name, path.parent.name)
-                    break
+                log.info("%s: goes on in what %s has of %s", row.name, own.parent.name, path.parent.name)
+                break
+    return True

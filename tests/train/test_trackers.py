@@ -1,5 +1,6 @@
 """TensorBoard and W&B have the rows of the table: each from step 0 to its end, with scores and stops, once."""
 
+import errno
 import json
 import shutil
 import sys
@@ -145,6 +146,100 @@ def test_a_row_that_another_process_writes_is_left_to_it(tracked):
         trackers.update(plan)
     assert not list(Path(plan.folder, "tensorboard", "HASTE").glob("events*"))
     assert list(Path(plan.folder, "tensorboard", "stopped").glob("events*"))
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), SystemExit("killed")])
+def test_a_curve_whose_writing_fails_or_is_killed_half_way_has_every_point_once_after_the_next(
+    tracked, monkeypatch, failure
+):
+    plan, write = tracked("tensorboard"), trackers.TensorBoard.write
+
+    def half(self, points):
+        write(self, list(points)[:2])
+        raise failure
+
+    def whole(*steps):
+        monkeypatch.setattr(trackers.TensorBoard, "write", half)
+        with pytest.raises(type(failure)):
+            trackers.update(plan)
+        monkeypatch.setattr(trackers.TensorBoard, "write", write)
+        trackers.update(plan)
+        scalars, words = events(plan, "HASTE")
+        assert [step for step, _ in scalars["denoising"]] == [2, 4, 6, 8, 10, 12, 14, 16]
+        assert [step for step, _ in scalars.get("scores/FD (cnn, quick)", ())] == [*steps]
+        assert [step for step, _ in words["settings"]] == [0]
+
+    whole()
+    for steps in ([16], [8, 16]):  # the second is late: all is written again
+        put_score(plan, "HASTE", steps[0], fd=1.0)
+        whole(*steps)
+
+
+def follow_trunk(plan):
+    """Have the trackers follow a trunk as training does, with its records."""
+    (piece, *_) = plan.pieces["HASTE", plan.config.runs["HASTE"].all_seeds[0]]
+    with trackers.following(plan, piece.trajectory, 0, 12) as follow:
+        for record in journal.read(Path(plan.root, "states", piece.trajectory, "log.jsonl"), 0, 12):
+            follow(record)
+
+
+@pytest.mark.parametrize("damage", ["", '"low"', "[8]"])
+def test_a_damaged_score_is_left_out_with_a_warning_until_it_is_made_again(tracked, caplog, damage):
+    plan = tracked("tensorboard")
+    put_score(plan, "HASTE", 16, fd=16.0)
+    trackers.update(plan)
+    put_score(plan, "HASTE", 8, fd=1.5)
+    (row,) = (row for row in plan.rows if (row.run, row.step) == ("HASTE", 8))
+    path = Path(row.evaluation.score)
+    path.write_text(path.read_text().replace("1.5", damage))
+    follow_trunk(plan)
+    trackers.update(plan)
+    assert caplog.text.count(f"HASTE: score {path.stem} is left out of runtime.trackers") == 1
+    assert events(plan, "HASTE")[0]["scores/FD (cnn, quick)"] == [(16, 16.0)]
+    put_score(plan, "HASTE", 8, fd=8.0)
+    trackers.update(plan)
+    assert events(plan, "HASTE")[0]["scores/FD (cnn, quick)"] == [(8, 8.0), (16, 16.0)]
+
+
+def test_a_full_disk_in_a_trackers_folder_does_not_end_training(tracked, monkeypatch, caplog):
+    plan = tracked("tensorboard")
+    with monkeypatch.context() as full:
+        full.setattr(trackers.TensorBoard, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        follow_trunk(plan)
+    assert caplog.text.count("tensorboard cannot be written to (OSError: [Errno 28] full)") == 1
+    trackers.update(plan)
+    for row in RUNS:
+        assert [step for step, _ in events(plan, row)[0]["denoising"]] == [2, 4, 6, 8, 10, 12, 14, 16]
+
+
+def test_a_renamed_row_keeps_its_run_also_if_another_process_writes_it_just_then(tracked):
+    plan = tracked("tensorboard")
+    trackers.update(plan)
+    old, new = (Path(plan.folder, "tensorboard", name) for name in ("HASTE", "never"))
+    before = artefact.read_json(old / "written.json", "tracked")["id"]
+    again = tracked("tensorboard", runs={"never": RUNS["HASTE"], "stopped": RUNS["stopped"]})
+    with locks.holding(old / "lock", "its training"):
+        trackers.update(again)
+        assert (old / "written.json").exists() and not new.exists()
+    trackers.update(again)
+    assert artefact.read_json(new / "written.json", "tracked")["id"] == before and not old.exists()
+
+
+def test_a_row_without_a_line_or_a_score_has_no_points_however_often_it_is_asked_for(tracked):
+    plan = tracked("tensorboard")
+    shutil.rmtree(Path(plan.root, "states"))
+    for _ in range(2):
+        trackers.update(plan)
+    assert not list(Path(plan.folder, "tensorboard").rglob("events*"))
+
+
+def test_rows_whose_names_differ_only_by_a_slash_have_their_own_curves(tracked):
+    plan = tracked("tensorboard", runs={"a/b": RUNS["HASTE"], "a-b": RUNS["stopped"]})
+    for _ in range(2):
+        trackers.update(plan)
+    (other,) = Path(plan.folder, "tensorboard").glob("a-b-*")
+    for row, last in (("a-b", 12), (other.name, 16)):
+        assert [step for step, _ in events(plan, row)[0]["features"]] == [*range(2, last + 1, 2)]
 
 
 class Wandb(types.ModuleType):
