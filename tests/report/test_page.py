@@ -120,7 +120,7 @@ def test_a_page_that_would_be_too_large_to_send_has_pictures_of_half_the_resolut
 ):
     monkeypatch.setattr(page, "MOST", 500)
     for size, kept in ((100, 2), (300, 1)):
-        monkeypatch.setattr(page, "render", lambda report, dense=2, size=size: str(dense) * size * dense)
+        monkeypatch.setattr(page, "render", lambda report, dense=2, files=None, size=size: str(dense) * size * dense)
         assert page.write(full, tmp_path / "report").read_text()[0] == str(kept)
     image = Image.fromarray(np.zeros((400, 800, 3), np.uint8))
     image.save(full.grids[0].image)
