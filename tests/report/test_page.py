@@ -91,8 +91,11 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def test_the_page_is_whole_and_one_file(full: Report, tmp_path: Path):
+def test_the_page_is_whole_and_one_file(full: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make, made = page._files, []
+    monkeypatch.setattr(page, "_files", lambda report: made.append(report) or make(report))
     index = page.write(full, tmp_path / "report")
+    assert made == [full]  # the files of tables are made once
     tables = [f"{name}.{kind}" for name in ("results", "speed-up", "parts", "time") for kind in ("csv", "md", "tex")]
     assert sorted(p.name for p in index.parent.iterdir()) == sorted(["index.html", *tables])
     parsed = Page(index.read_text())
