@@ -193,3 +193,16 @@ def check_autoencoder(plan: Plan, autoencoder: Autoencoder) -> None:
         ValueError: names both.
     """
     check_size(autoencoder.channels, autoencoder.factor, plan.config.autoencoder)
+
+
+def check_decoder(plan: Plan, decoder: Autoencoder, encoded: str) -> None:
+    """Refuse the plan's decoder if it has other weights than latents were encoded with (`encoded`: the identity of
+    these) although the configuration has one autoencoder for both.
+
+    Raises:
+        ValueError: names both.
+    """
+    if plan.decoder == plan.encoder and decoder.identity != encoded:
+        raise ValueError(
+            f"{plan.decoder}: its weights are {decoder.identity[:12]}, but the latents were encoded with {encoded[:12]}"
+        )

@@ -17,7 +17,7 @@ from haste.align.terms import of_features
 from haste.config import EVALUATION, condition_in, process_in
 from haste.data.batches import Batch, Batches
 from haste.data.captions import CAPTIONS
-from haste.data.jobs import check_autoencoder
+from haste.data.jobs import check_autoencoder, check_decoder
 from haste.data.latents import Autoencoder, draw, to_pixels
 from haste.diffusion.process import Process
 from haste.files.store import Store
@@ -145,6 +145,7 @@ class Subject:
         check_autoencoder(self.plan, decoder)
         batches = self.batches(split)
         batch, latents = batches.measured(chosen, range(len(chosen))), batches.latents.manifest
+        check_decoder(self.plan, decoder, latents["autoencoder"])
         scaling = {"scale": latents["scale"], "shift": latents["shift"]}
         z = draw(batch.moments, batch.draw, **scaling)
         decoded = torch.cat([decoder.decode(one, **scaling) for one in z.split(1)])

@@ -325,6 +325,12 @@ def _protocol_key(score: Mapping[str, Any]) -> str:
     return canonical([_sampling(score), score.get("samples"), score.get("reference"), score.get("detector")])
 
 
+def labels_text(score: Mapping[str, Any]) -> str | None:
+    """How samples got their classes, or the chosen ones by their names."""
+    labels = (score.get("sampling") or {}).get("labels")
+    return ", ".join(map(str, labels)) if isinstance(labels, list) else labels
+
+
 def protocol_text(score: Mapping[str, Any], guided: bool = True) -> str:
     """How a score was measured, in words, with or without its guidance."""
     sampling, scale = score.get("sampling") or {}, guidance_text(score)
@@ -334,7 +340,7 @@ def protocol_text(score: Mapping[str, Any], guided: bool = True) -> str:
         SAMPLERS.get(str(sampler), sampler),
         f"{sampling['steps']} steps" if sampling.get("steps") else None,
         ("no guidance" if scale == "none" else f"guidance {scale}") if guided else None,
-        f"{sampling['labels']} labels" if "labels" in sampling else None,
+        f"{told_labels} labels" if (told_labels := labels_text(score)) else None,
         f"captions of {told}" if told else None,
         f"decoder {sampling['decoder']}" if sampling.get("decoder") else None,
         f"{WEIGHTS['model']} weights" if sampling.get("weights") == "model" else None,

@@ -46,6 +46,8 @@ class Shared:
         if self.real is None or not (self.real.classes if grid.labels else not self.real.classes):
             return None
         key = tuple(map(str, grid.labels)) or tuple(map(str, range(columns)))
+        if self.real.classes and not {*key} & {*self.real.classes}:
+            return None
         if key not in self.strips:
             self.strips[key] = {"id": f"real-{len(self.strips)}", **_strip(self.real, key, self.dense)}
         return self.strips[key]

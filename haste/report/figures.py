@@ -152,22 +152,26 @@ def score_panel(report: Report, group: Comparison, drawn: Mapping[str, Style], n
 
 
 def _forked(
-    line: Drawn, trunk: Trunk | None, others: Mapping[str, Drawn], logarithmic: bool = False
+    line: Drawn, trunk: Trunk | None, others: Mapping[str, Drawn], logarithmic: bool = False, dense: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """The part of a run's line that is its own: it begins on the line of the run whose states it shares before, where
-    it leaves that. Also the number of points in front that were not measured."""
+    """The part of a run's line that is its own: it begins with its first point that the run whose states it shares
+    before lacks or, where that is after the fork or lines are dense, on the other's line where it leaves that. Also
+    the number of points in front that were not measured."""
     steps, values, spread = line
     if trunk is None or trunk.run not in others:
         return steps, values, spread, 0
     theirs, at = others[trunk.run], trunk.step
     before = steps <= at
-    same = np.isin(steps[before], theirs[0])
-    shared = np.interp(steps[before], theirs[0], theirs[1])
-    if not theirs[0][0] <= at <= theirs[0][-1] or not np.allclose(values[before][same], shared[same], rtol=1e-3):
+    same = before & np.isin(steps, theirs[0])
+    shared = np.interp(steps, theirs[0], theirs[1])
+    if not theirs[0][0] <= at <= theirs[0][-1] or not np.allclose(values[same], shared[same], rtol=1e-3):
         return steps, values, spread, 0
+    if not dense and (before & ~same).any():
+        first = int(np.argmax(before & ~same))
+        return steps[first:], values[first:], spread[first:], 0
     height = np.exp(np.interp(at, theirs[0], np.log(theirs[1]))) if logarithmic else np.interp(at, *theirs[:2])
-    first = [np.array([one]) for one in (at, height, np.interp(at, theirs[0], theirs[2]))]
-    own = (np.concatenate([start, part[~before]]) for start, part in zip(first, line, strict=True))
+    start = [np.array([one]) for one in (at, height, np.interp(at, theirs[0], theirs[2]))]
+    own = (np.concatenate([one, part[~before]]) for one, part in zip(start, line, strict=True))
     return *own, 1  # type: ignore[return-value]
 
 
@@ -225,7 +229,7 @@ def _loss_panel(curves: Sequence[Curve], key: str, title: str, drawn: Mapping[st
         return None
     figure, axes = new_figure(title)
     for run, line in lines.items():
-        steps, values, spread, _ = _forked(line, drawn[run].trunk, lines)
+        steps, values, spread, _ = _forked(line, drawn[run].trunk, lines, dense=True)
         draw_band(axes, drawn[run], steps, values, spread)
         draw_line(axes, drawn[run], steps, values)
     _scale(axes, np.concatenate([values for _, values, _ in lines.values()]))

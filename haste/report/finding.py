@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from scipy.special import stdtrit
+
+from haste.align.crossing import LEVEL
 from haste.report import compare
 from haste.report.compare import Comparison, Point, Summary, comparisons, decimals
 from haste.report.content import NONE, Report
@@ -104,18 +107,19 @@ def headline_runs(report: Report) -> dict[str, tuple[Summary, tuple[float, bool]
 def caution(report: Report) -> str:
     """Whether the best run's lead is more than noise, in a sentence or two; empty if that is not known.
 
-    Noise is two standard errors of the difference: over seeds or, with one, of the samples alone, as if these were
-    independent in both runs.
+    Noise is half of the 95 % interval of the difference over seeds or, with one, two standard errors of the samples
+    alone, as if these were independent in both runs.
     """
     group, runs = headline(report), headline_runs(report)
     if group is None or len(runs) < 2:
         return ""
     (best, (first, one)), *others = runs.items()
     widths = {}
-    for run, (_, two) in others:
+    for run, (second, two) in others:
         if one is None or two is None or one[1] != two[1]:
             return ""
-        widths[run] = 2 * math.hypot(one[0], two[0])
+        parts = [(error, len(found.values) - 1) for found, (error, _) in ((first, one), (second, two))]
+        widths[run] = _width(*parts) if one[1] else 2 * math.hypot(one[0], two[0])
     places, names = decimals(report)[group.column.place], _names(_headline_points(group))
     close = [run for run, (found, _) in others if found.mean - first.mean < widths[run]]
     of, seeds = ("over seeds", "") if one and one[1] else (
@@ -126,9 +130,18 @@ def caution(report: Report) -> str:
         width = max(widths[run] for run in close)
         apart = f"they differ by less than the noise {of}, ±{width:.{places}f}"
         return f"Which of {all_close} is {'best' if len(close) > 1 else 'better'} is open: {apart}.{seeds}"
-    second, gap = others[0][0], others[0][1][0].mean - first.mean
-    lead = f"{gap:.{places}f} less than {names[second]}, more than the noise {of}, ±{widths[second]:.{places}f}"
+    next_best, gap = others[0][0], others[0][1][0].mean - first.mean
+    lead = f"{gap:.{places}f} less than {names[next_best]}, more than the noise {of}, ±{widths[next_best]:.{places}f}"
     return f"That is {lead}.{seeds}"
+
+
+def _width(*parts: tuple[float, int]) -> float:
+    """Half of the 95 % interval of the difference of two means, from the standard error and the degrees of freedom of
+    each (Welch 1947)."""
+    variance = sum(error**2 for error, _ in parts)
+    if not variance:
+        return 0.0
+    return -float(stdtrit(variance**2 / sum(e**4 / free for e, free in parts), (1 - LEVEL) / 2)) * variance**0.5
 
 
 def context(report: Report) -> str:

@@ -357,11 +357,11 @@ def report(plan: Plan) -> Report:
     made = plan.config
     training = Training(plan)
     rows, notes = _rows(plan, training)
-    decoded = [
-        _score(d, d.reconstructed)
+    decoded = {
+        d.reconstructed: _score(d, d.reconstructed)
         for d in plan.detectors.values()
         if d.reconstructed and Path(d.reconstructed).exists()
-    ]
+    }
     measures, unmeasured = measured(plan)
     branches, written = config.branches(made), config.written(made).model_dump(mode="json", exclude_defaults=True)
     inputs = {j.score: plan.label(row.run, row.seed) for row in plan.rows for j in row.evaluation.judged}
@@ -383,7 +383,7 @@ def report(plan: Plan) -> Report:
         measures=[one for one in measures if one.run not in branches],
         read=_read(plan),
         forks=_forks(plan, rows, measures),
-        reconstructed=decoded,
+        reconstructed=[*decoded.values()],
         real=pictures.real(plan, decoded),
         trunks=trunks(plan),
         unit=training.unit,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from haste.files import journal
 from haste.files.provenance import read_header
@@ -15,17 +18,18 @@ from haste.report.content import Trunk
 
 
 def trunks(plan: Plan) -> dict[str, Trunk]:
-    """For each run, the earlier one in the table with whose states its own agree longest, for all of its seeds."""
+    """For each run, the earlier one in the table with whose states its own agree longest, for all of its seeds; none
+    for a run that agrees with one to its end."""
     found: dict[str, Trunk] = {}
     rows = plan.config.runs
     for place, run in enumerate(rows):
         for other in list(rows)[:place]:
             if {*rows[run].all_seeds} == {*rows[other].all_seeds}:
                 step = min(_shared(plan, run, other, seed) for seed in rows[run].all_seeds)
-                step = min(step, rows[other].milestones[-1])
+                step = min(step, rows[other].milestones[-1], rows[run].milestones[-1])
                 if step > (found[run].step if run in found else 0):
                     found[run] = Trunk(other, int(step))
-    return found
+    return {run: trunk for run, trunk in found.items() if trunk.step < rows[run].milestones[-1]}
 
 
 def _shared(plan: Plan, one: str, other: str, seed: int) -> float:
@@ -44,16 +48,20 @@ class Training:
     """Hours of devices that training took: GPUs or, without any, cores.
 
     Attributes:
-        unit: `GPU` or `core`.
+        unit: `GPU` if some state was made on one, else `core`.
     """
 
     def __init__(self, plan: Plan):
-        self.plan, self.unit = plan, "core"
+        self.plan = plan
+        names = dict.fromkeys(piece.trajectory for pieces in plan.pieces.values() for piece in pieces)
+        self._made = {name: self._states(name) for name in names}
+        self.unit = "GPU" if any(unit == "GPU" for made in self._made.values() for unit, _ in made.values()) else "core"
         self._summed: dict[tuple[str, int], tuple[list[int], list[float]]] = {}
 
     def hours(self, run: str, seed: int, step: int) -> float | None:
         """Of the steps up to one, from the first, also of a trunk that other runs share. Steps that were repeated after
-        an interruption count once. None if no log or no state on the way tells."""
+        an interruption count once. None if no log or no state on the way tells, or if devices had another unit.
+        """
         if (run, seed) not in self.plan.pieces:
             return None
         steps, hours = self._along(run, seed)
@@ -69,23 +77,30 @@ class Training:
 
     def _lines(self, piece: Piece) -> list[tuple[int, float]]:
         """The steps of a piece's log and the hours of each line, on as many devices as the next state was made on."""
-        folder = Path(self.plan.root, "states", piece.trajectory)
-        files = {step: folder / f"step-{step:08d}.safetensors" for step in sorted(self.plan.on_disk(piece.trajectory))}
-        known = {step: count for step, file in files.items() if (count := self._devices(file)) is not None}
-        steps, found = list(known), list[tuple[int, float]]()
-        for line in journal.read(folder / "log.jsonl", piece.low, piece.high):
+        known, found = self._made[piece.trajectory], list[tuple[int, float]]()
+        steps = list(known)
+        for line in journal.read(self._folder(piece.trajectory) / "log.jsonl", piece.low, piece.high):
             after = min(bisect.bisect_left(steps, line["step"]), len(steps) - 1)
-            devices = known[steps[after]] if steps else math.nan
-            found.append((line["step"], line.get("seconds", math.nan) * devices / 3600))
+            unit, devices = known[steps[after]] if steps else ("", 0)
+            hours = line.get("seconds", math.nan) * devices / 3600
+            found.append((line["step"], hours if unit == self.unit else math.nan))
         return found
 
-    def _devices(self, state: Path) -> int | None:
-        try:
-            made = read_header(state)["provenance"]
-        except ValueError:
-            return None
-        processes, hardware = made.get("processes", 1), made.get("hardware", {})
-        if "gpu" in hardware and self.plan.config.runtime.device != "cpu":
-            self.unit = "GPU"
-            return processes
-        return processes * hardware.get("threads", 1)
+    def _states(self, trajectory: str) -> dict[int, tuple[str, int]]:
+        """The unit and the number of devices that each state on disk was made on, by its step."""
+        found = dict[int, tuple[str, int]]()
+        for step in sorted(self.plan.on_disk(trajectory)):
+            with contextlib.suppress(ValueError):
+                found[step] = _devices(read_header(self._folder(trajectory) / f"step-{step:08d}.safetensors"))
+        return found
+
+    def _folder(self, trajectory: str) -> Path:
+        return Path(self.plan.root, "states", trajectory)
+
+
+def _devices(header: Mapping[str, Any]) -> tuple[str, int]:
+    made = header["provenance"]
+    processes, hardware = made.get("processes", 1), made.get("hardware", {})
+    if "gpu" in hardware and made.get("device") != "cpu":  # older states do not say it
+        return "GPU", processes
+    return "core", processes * hardware.get("threads", 1)

@@ -74,9 +74,9 @@ def write(report: Report, folder: Path | str) -> Path:
         ValueError: a row without scores, or a grid that is not a PNG file; the message names it.
     """
     folder, files = Path(folder), _files(report)
-    page = render(report)
+    page = render(report, files=files)
     if len(page.encode()) > MOST:
-        page = render(report, dense=1)
+        page = render(report, dense=1, files=files)
     for name, text in files.items():
         _write_text(folder / name, text)
     for old in folder.glob("*.*"):
@@ -108,8 +108,8 @@ def text(report: Report, width: int | None = None) -> str:
     return shown + "".join(f"{line}\n" for line in said)
 
 
-def render(report: Report, dense: int = 2) -> str:
-    """The page as text, with `dense` pixels of a picture for one of the page."""
+def render(report: Report, dense: int = 2, files: Mapping[str, str] | None = None) -> str:
+    """The page as text, with `dense` pixels of a picture for one of the page; `files` are the tables', if made."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     # Names, notes and configurations come from the user, so everything is escaped except the fragments built here.
     environment = jinja2.Environment(
@@ -119,7 +119,7 @@ def render(report: Report, dense: int = 2) -> str:
     environment.globals |= {
         "made": made,
         "guidance": guidance_text,
-        "files": {name: _link(name, content) for name, content in _files(report).items()},
+        "files": {name: _link(name, content) for name, content in (files or _files(report)).items()},
         "kinds": {kind: title for kind, (title, _) in KINDS.items()},
         "untitled": ("Results", "Parts", "Time"),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from haste import config
 from haste.files import artefact
 from haste.files.provenance import provenance_of
+from haste.measure.pictures import Picture
 from haste.plan.plan import Plan
 from haste.report.content import Grid, Real
 
@@ -31,9 +32,12 @@ def grids(plan: Plan) -> list[Grid]:
 
 
 def class_names(plan: Plan) -> list[str]:
-    """The images' classes by label, as their manifest names them; none before there is one."""
+    """The images' classes by label, as their manifest names them, with their labels where two have one name, such as
+    ImageNet's cranes; none before there is one."""
     manifest = Path(plan.images.manifest)
-    return artefact.read_json(manifest, "store").get("classes", []) if manifest.exists() else []
+    names = artefact.read_json(manifest, "store").get("classes", []) if manifest.exists() else []
+    times = Counter(names)
+    return [name if times[name] == 1 else f"{name} ({label})" for label, name in enumerate(names)]
 
 
 def _name(names: Sequence[str], label: Any) -> str:
@@ -50,12 +54,23 @@ def named(plan: Plan, score: Mapping[str, Any]) -> dict[str, Any]:
     return {**score, "sampling": {**sampling, "labels": [_name(names, label) for label in sampling["labels"]]}}
 
 
-def real(plan: Plan, decoded: Sequence[Mapping[str, Any]]) -> Real | None:
-    """Real pictures and their reconstructions, which every detector's score of these has; None without any."""
+def real(plan: Plan, decoded: Mapping[str, Mapping[str, Any]]) -> Real | None:
+    """Real pictures and their reconstructions, which every detector's score of these has; None without any.
+
+    Args:
+        decoded: such scores by their files.
+
+    Raises:
+        ValueError: a file has no pictures, or damaged ones.
+    """
     if not decoded:
         return None
-    found, names = decoded[0]["pictures"], class_names(plan)
-    return Real(base64.b64decode(found["png"]), [_name(names, label) for label in found["classes"]])
+    path, score = next(iter(decoded.items()))
+    artefact.check_entries(path, score, pictures=dict)
+    found, names = score["pictures"], class_names(plan)
+    artefact.check_entries(path, found, classes=list)
+    picture = Picture.read(path, {"title": "real and decoded", "columns": [], "alt": "", "png": found.get("png")})
+    return Real(picture.png, [_name(names, label) for label in found["classes"]])
 
 
 def enlarged(plan: Plan) -> list[str]:

@@ -26,6 +26,7 @@ from haste.report.compare import (
     floor_value,
     guidance,
     guidance_text,
+    labels_text,
     lines,
     metric,
     noise,
@@ -109,10 +110,8 @@ def _record(line: Line, seed: int, scored: Sequence[Column]) -> dict[str, Any]:
 def _protocol(row: Row) -> dict[str, Any]:
     sampling, samples = row.score.get("sampling") or {}, row.score.get("samples")
     said = {"sampler": sampling.get("sampler"), "NFE": row.score.get("nfe"), "guidance": guidance_text(row.score)}
-    labels = sampling.get("labels")
-    labels = ", ".join(map(str, labels)) if isinstance(labels, list) else labels
     weights, told = WEIGHTS.get(sampling.get("weights", "ema")), captions_text(row.score)
-    said |= {"labels": labels, "captions": told}
+    said |= {"labels": labels_text(row.score), "captions": told}
     said |= {"decoder": sampling.get("decoder"), "weights": weights, PRECISION: precision_text(row.score)}
     return said | {"samples": samples}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from haste.config import Sampling, condition_in, process_in
 from haste.data.condition import Condition, Rows
-from haste.data.jobs import check_autoencoder
+from haste.data.jobs import check_autoencoder, check_decoder
 from haste.data.latents import Autoencoder, to_pixels
 from haste.diffusion.guidance import guided
 from haste.diffusion.process import Process
@@ -171,11 +171,8 @@ def painter_of(
     model, header = trained_model(plan.path(state), key=trajectory.key, weights=weights)
     manifest = Store.of(plan.latents).manifest
     _check_same_inputs(plan, state, header, manifest["identity"], condition.identities)
-    if decoder is None and plan.decoder == plan.encoder and found.identity != manifest["autoencoder"]:
-        raise ValueError(
-            f"{plan.decoder}: its weights are {found.identity[:12]}, but the latents were encoded with "
-            f"{manifest['autoencoder'][:12]}"
-        )
+    if decoder is None:
+        check_decoder(plan, found, manifest["autoencoder"])
     return Painter(model.to(device), sampling, found, *seams, manifest["scale"], manifest["shift"])
 
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from haste.data.jobs import check_autoencoder
+from haste.data.jobs import check_autoencoder, check_decoder
 from haste.data.latents import Autoencoder, to_pixels
 from haste.files import artefact, locks
 from haste.files.store import Store
@@ -46,7 +46,7 @@ MOST_PSNR = 100.0  # dB, of pictures that come back as they were
 
 
 def make(plan: Plan, detector: names.Detector) -> None:
-    """Write what a detector finds of decoded latents, unless it is there.
+    """Write what a detector finds of decoded latents, also where it is there, unless another job makes it meanwhile.
 
     The decoded images are the even rows of the reference and are compared with its odd rows, exactly as the floor does
     with the even rows themselves: what the value is above the floor is the autoencoder's. Where the reference is a
@@ -117,6 +117,7 @@ class Reconstructions:
             )
         self.decoder = Autoencoder.load(plan.decoder, device=str(choose_device(plan.config.runtime.device)))
         check_autoencoder(plan, self.decoder)
+        check_decoder(plan, self.decoder, self.latents.manifest["autoencoder"])
         self._batch, self._squares, self._numbers = plan.config.runtime.sample_batch, 0, 0
 
     def decoded(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:

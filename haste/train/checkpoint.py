@@ -278,7 +278,7 @@ class Checkpoints:
 
     def _header(self, step: int) -> dict[str, Any]:
         made = artefact.provenance(key=self.trajectory.key, inputs=self.inputs)
-        made |= {"processes": self.group.size, "accumulate": self.runtime.accumulate}
+        made |= {"device": self.group.device.type, "processes": self.group.size, "accumulate": self.runtime.accumulate}
         made |= {"targets": self.sources, "changes": self.changes, **self.kernels}
         about = {"key": self.trajectory.key, "trajectory": self.trajectory.name, "recipe": self.trajectory.recipe}
         return {**about, "step": step, "inputs": self.inputs, "provenance": made}

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from haste import config
 from haste.files import artefact, journal
 from haste.plan.plan import Plan
-from haste.report import embed, figures, gather, page, papers, pictures, systems, tables
+from haste.report import compare, embed, figures, gather, page, papers, pictures, systems, tables
 from haste.report.content import NONE, Benchmark, Grid, Real
 from haste.sampling import grids
 from haste.sampling.grids import GAP
@@ -341,12 +341,30 @@ def test_a_grid_is_no_larger_than_what_it_shows(tiny, tmp_path, classes, labels,
 def test_columns_of_grids_are_called_as_the_manifest_calls_the_classes(tiny, tmp_path):
     runs = {"vanilla": {"milestones": [8]}}
     plan = plan_of(tiny, tmp_path, images={**tiny["images"], "classes": 10}, runs=runs)
-    names = ["a cat", "b", "c", "a dog", *"efghij"]
+    names = ["a cat", "b", "c", "a dog", *"effhij"]
     artefact.write_json(plan.images.manifest, {"schema": 1, "kind": "store", "classes": names, "count": 3})
     _, grid = painted(tiny, tmp_path, 10, [3, 0, 3])
     assert grid.labels == ["a cat", "a dog"]
     chosen = pictures.named(plan, {"sampling": {"labels": [3, 9]}, "samples": 4})
     assert chosen == {"sampling": {"labels": ["a dog", "j"]}, "samples": 4}
+    assert compare.protocol_text(chosen) == "no guidance, a dog, j labels, 4 samples"
+    twice = pictures.named(plan, {"sampling": {"labels": [4, 5, 6]}})
+    assert twice["sampling"]["labels"] == ["e", "f (5)", "f (6)"]
+
+
+@pytest.mark.parametrize(
+    ("damaged", "said"),
+    [
+        ({}, "'pictures' is nothing"),
+        ({"pictures": {"classes": 3, "png": ""}}, "'classes' is 3"),
+        ({"pictures": {"classes": []}}, "'png' is nothing"),
+        ({"pictures": {"classes": [], "png": "no base64"}}, "no PNG"),
+        ({"pictures": {"classes": [], "png": "AAAA"}}, "no PNG"),
+    ],
+)
+def test_damaged_pictures_of_decoded_latents_are_refused_by_their_file(tiny, tmp_path, damaged, said):
+    with pytest.raises(ValueError, match=f"reconstructed-k.json: damaged or edited: .*{said}"):
+        pictures.real(plan_of(tiny, tmp_path), {"reconstructed-k.json": damaged})
 
 
 def test_below_a_grid_are_the_real_pictures_of_its_own_columns():
@@ -364,6 +382,7 @@ def test_below_a_grid_are_the_real_pictures_of_its_own_columns():
         return [[int(p[0]) if p[3] else None for p in row] for row in pixels]
 
     assert levels(["class 3", "class 1", "unknown"], 3) == [[100, 60, None], [95, 55, None]]
+    assert shared.below(Grid("run", 8, Path(), ["unknown"]), 1) is None
     assert shared.below(Grid("run", 8, Path(), []), 4) is None  # pictures of classes belong to no unlabelled column
     shared = embed.Shared(Real(content.getvalue(), []), 2)
     assert levels([], 4) == [[40, 60, 80, 100], [35, 55, 75, 95]]

@@ -57,6 +57,11 @@ def test_on_gpus_each_process_is_one_and_what_says_nothing_is_unknown(tiny, tmp_
     trained(here, "vanilla", 16, 36.0, processes=2, hardware={"threads": 3, "gpu": "H100"})
     found = Training(Plan(here.config))
     assert found.hours("vanilla", 0, 16) == pytest.approx(8 * 36 * 2 / 3600) and found.unit == "GPU"
+    trained(here, "REPA", 16, 36.0, processes=2, hardware={"threads": 3, "gpu": "H100"}, device="cpu")
+    cpus = config.resolve({**tiny, "results": str(tmp_path), "runtime": {"device": "cpu"}})
+    mixed = Training(Plan(cpus))  # what states say, wherever the report is made
+    assert mixed.unit == "GPU" and mixed.hours("vanilla", 0, 16) == found.hours("vanilla", 0, 16)
+    assert mixed.hours("REPA", 0, 16) is None  # cores are no GPUs
     for state in Path(tmp_path, "states").glob("*/*.safetensors"):
         state.unlink()  # nobody knows any more on how many devices the logged steps were made
     assert Training(Plan(here.config)).hours("vanilla", 0, 16) is None
@@ -117,6 +122,23 @@ def test_the_fork_begins_on_the_line_that_it_leaves():
     assert values.tolist() == pytest.approx([8**0.5, 1.0])
     other = (own[0], np.array([8.0, 5.0, 1.0]), own[2])  # measured otherwise: drawn whole
     assert figures._forked(other, Trunk("a", 15), {"a": line})[0].tolist() == [0.0, 10.0, 20.0]
+
+
+def test_scores_before_the_fork_that_the_other_run_lacks_are_drawn_and_the_line_starts_there():
+    line = (np.array([100.0, 400.0]), np.array([40.0, 30.0]), np.zeros(2))
+    own = (np.array([100.0, 200.0, 400.0]), np.array([40.0, 45.0, 20.0]), np.zeros(3))
+    for at in (200, 300):
+        steps, values, _, front = figures._forked(own, Trunk("a", at), {"a": line})
+        assert (steps.tolist(), values.tolist(), front) == ([200.0, 400.0], [45.0, 20.0], 0)
+    steps, values, _, front = figures._forked(
+        own, Trunk("a", 250), {"a": line}, dense=True
+    )  # a log has the same losses
+    assert (steps.tolist(), values.tolist(), front) == ([250.0, 400.0], [35.0, 20.0], 1)
+
+
+def test_a_run_that_ends_on_the_trunk_has_a_line_of_its_own(tiny, tmp_path):
+    runs = {"long": {"milestones": [8, 16]}, "short": {"milestones": [8]}, "same": {"milestones": [4, 16]}}
+    assert trunks(Plan(config.resolve({**tiny, "results": str(tmp_path), "runs": runs}))) == {}
 
 
 def test_a_report_of_a_plan_has_hours_and_trunks(plan):

@@ -91,8 +91,11 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def test_the_page_is_whole_and_one_file(full: Report, tmp_path: Path):
+def test_the_page_is_whole_and_one_file(full: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    make, made = page._files, []
+    monkeypatch.setattr(page, "_files", lambda report: made.append(report) or make(report))
     index = page.write(full, tmp_path / "report")
+    assert made == [full]  # the files of tables are made once
     tables = [f"{name}.{kind}" for name in ("results", "speed-up", "parts", "time") for kind in ("csv", "md", "tex")]
     assert sorted(p.name for p in index.parent.iterdir()) == sorted(["index.html", *tables])
     parsed = Page(index.read_text())
@@ -120,7 +123,7 @@ def test_a_page_that_would_be_too_large_to_send_has_pictures_of_half_the_resolut
 ):
     monkeypatch.setattr(page, "MOST", 500)
     for size, kept in ((100, 2), (300, 1)):
-        monkeypatch.setattr(page, "render", lambda report, dense=2, size=size: str(dense) * size * dense)
+        monkeypatch.setattr(page, "render", lambda report, dense=2, files=None, size=size: str(dense) * size * dense)
         assert page.write(full, tmp_path / "report").read_text()[0] == str(kept)
     image = Image.fromarray(np.zeros((400, 800, 3), np.uint8))
     image.save(full.grids[0].image)

@@ -110,15 +110,22 @@ def test_checkpoints_from_elsewhere_alone_ask_for_no_latents(tiny, tmp_path):
     assert not {"latents", "reconstruct"} & plan.jobs.every.keys()
 
 
-def test_latents_of_other_images_are_refused_with_what_to_do(make_plan, monkeypatch):
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("images", "made from the images 000000000000.*Remove the latents"),
+        ("autoencoder", "its weights are .*, but the latents were encoded with 000000000000"),
+    ],
+)
+def test_latents_of_other_images_or_of_another_autoencoder_are_refused(make_plan, monkeypatch, entry, said):
     plan, opened = make_plan(), Store.of
 
     def others(made):
         found = opened(made)
         if made.kind == "latents":
-            found.manifest["images"] = "0" * 64
+            found.manifest[entry] = "0" * 64
         return found
 
     monkeypatch.setattr(Store, "of", others)
-    with pytest.raises(ValueError, match="made from the images 000000000000.*Remove the latents"):
+    with pytest.raises(ValueError, match=said):
         Reconstructions(plan)
