@@ -21,6 +21,7 @@ from haste import config
 from haste.cli import main as cli
 from haste.plan.plan import Plan
 
+os.environ.pop("COLUMNS", None)  # readline, which pytest loads, leaves it to the processes that run tests
 TINY: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
 
 
