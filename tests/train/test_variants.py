@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -133,17 +134,20 @@ def test_a_cut_and_a_kill_change_no_bit_and_a_term_in_a_band_moves_its_head(make
 
 def test_a_kill_of_two_processes_changes_no_bit(make_plan, monkeypatch):
     plan = make_plan(**changes(runtime={"processes": 2, "save_every": 2, "log_every": 8}))
-    expected, forward = trained(plan, 2), Objective.forward
+    expected, forward, folder = trained(plan, 2), Objective.forward, path_of(plan).parent
 
     def dies(self, batch, *more):
         if batch.step == 5:
+            until = time.monotonic() + 60
+            while not [*folder.rglob("step-00000004.safetensors")] and time.monotonic() < until:
+                time.sleep(0.01)  # it is written in the background
             os.kill(os.getpid(), signal.SIGKILL)
         return forward(self, batch, *more)
 
     with monkeypatch.context() as patched:
         patched.setattr(Objective, "forward", dies)
         assert train_with(plan, plan.state("new", 8), 2, die_after=600)
-    assert max(path.name for path in path_of(plan).parent.rglob("*.safetensors")) == "step-00000004.safetensors"
+    assert max(path.name for path in folder.rglob("*.safetensors")) == "step-00000004.safetensors"
     found = trained(plan, 2)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
