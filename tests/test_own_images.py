@@ -212,3 +212,14 @@ def test_the_settings_that_the_page_shows_are_those_that_are_shipped():
         "EfficientNet-Lite0": {"pretrained": {"name": "efficientnet-lite0"}},
         **small["detector"],
     }
+
+
+def test_the_small_configuration_fits_64_px_as_its_comment_says(tmp_path):
+    for number in range(3):
+        Image.new("RGB", (80, 70)).save(tmp_path / f"{number}.png")
+    raw = yaml.safe_load(MINE.with_name("my-images-small.yaml").read_text())
+    raw["images"] |= {"path": str(tmp_path), "resolution": 64, "holdout": 1}
+    raw["autoencoder"]["trained"]["factor"] = 4
+    raw["teachers"]["small-vit"]["trained"]["patch"] = 16
+    plan = Plan(config.resolve({**raw, "results": str(tmp_path / "results")}))
+    assert plan.config.latent_size == 16 and plan.jobs.to_train
