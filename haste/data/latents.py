@@ -20,6 +20,7 @@ from haste.data.condition import Condition
 from haste.files import artefact
 from haste.files.store import Store, join, shard_range, write_shard
 from haste.networks import autoencoder, hub
+from haste.networks.weights import why_not
 
 KIND = "latents"
 ENCODED_PIXELS = 2**22  # of the images that are encoded at once: 64 of 256 px
@@ -41,9 +42,9 @@ def fetch(where: str | Path) -> Path:
         ask = partial(snapshot_download, str(where), allow_patterns=autoencoder.PATTERNS)
         return hub.from_hub(ask, autoencoder.has_weights)
     except (OSError, ValueError) as error:  # the hub's own errors derive from these
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"autoencoder {where}: not a folder, and not to be had from the hub ({first}). {autoencoder.HINT}."
+            f"autoencoder {where}: neither a folder nor in this machine's cache of the hub, and could not be fetched "
+            f"({why_not(error)}). {autoencoder.HINT}."
         ) from error
 
 

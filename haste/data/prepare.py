@@ -362,9 +362,9 @@ def _load(source: Source, samples: range, workers: int) -> Iterator[dict[str, np
             images, labels = zip(*good, strict=True)
             yield {"image": np.stack(images), "label": np.array(labels, dtype=np.int64)}
     if bad:
-        names = "; ".join(map(str, bad[:_SHOWN])) + ("; ..." if len(bad) > _SHOWN else "")
+        names = "; ".join(map(str, bad[:_SHOWN])) + ("; and others" if len(bad) > _SHOWN else "")
         raise ValueError(
-            f"{names}. {len(bad)} of {len(samples)} pictures of this shard cannot be used: repair or remove them, or "
+            f"{len(bad)} of {len(samples)} pictures of this shard cannot be used: {names}. Repair or remove them, or "
             "leave such out (images.on_bad_image: skip)"
         )
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Collection, Iterator
+from typing import TypeVar
 
 from haste.files.units import duration
+
+Item = TypeVar("Item")
 
 log = logging.getLogger("haste")
 PAUSE = 10.0  # seconds between two lines, at least
@@ -50,3 +54,11 @@ class Progress:
         kept = f" ({self.kept:.0f} kept from before)" if self.kept else ""
         words = f"{done:.0f}/{self.total:.0f} {self.unit}{kept}  {rate:.1f} {self.unit}/s"
         log.info("%s: %s  %s to go", self.what, words if self.unit else f"{100 * done / self.total:.0f} %", to_go)
+
+
+def followed(what: str, items: Collection[Item]) -> Iterator[Item]:
+    """The items, one after another, with the share that is done, if that takes a while."""
+    watch = Progress(what, len(items), unit="")
+    for item in items:
+        yield item
+        watch.add(1)

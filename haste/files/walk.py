@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ HIDDEN = "hidden, or left there by a program"
 NOT_REGULAR, NO_TARGET, EMPTY = "not a regular file", "a link to nothing", "an empty file"
 LEFT_BEHIND = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db"}
 _ABOVE, _AGAIN = "a link to a folder above", "a link to what is here too"
-_SHOWN = 3  # names of one reason in a message
+_OF_SUFFIX = re.compile(r" \((\.[^()]*|no suffix)\)$")  # at the end of a reason
 _KEPT = 10_000  # names of one reason in a record
 
 
@@ -167,13 +168,15 @@ def grouped(unused: Iterable[Sequence[str]]) -> list[dict[str, Any]]:
 
 
 def told(groups: Iterable[dict[str, Any]]) -> str:
-    """Groups of what is not used in words: why, how many, and the first ones by name; empty for none."""
-    words = [f"{one['reason']} ({one['count']:,}: {_first(one['names'], one['count'])})" for one in groups]
+    """Groups of what is not used in a line: why, whatever the suffix, how many, and one by name; empty for none."""
+    counts, first = collections.Counter[str](), dict[str, str]()
+    for one in groups:
+        reason = _OF_SUFFIX.sub("", one["reason"])
+        counts[reason] += one["count"]
+        first.setdefault(reason, printable(one["names"][0]))
+    several = {reason: f"{count:,}, such as " if count > 1 else "" for reason, count in counts.most_common()}
+    words = [f"{reason} ({such}{first[reason]})" for reason, such in several.items()]
     return f"not used: {'; '.join(words)}" if words else ""
-
-
-def _first(names: Sequence[str], count: int) -> str:
-    return ", ".join(map(printable, names[:_SHOWN])) + (", ..." if count > _SHOWN else "")
 
 
 def printable(name: str) -> str:

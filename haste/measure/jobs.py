@@ -18,12 +18,11 @@ from haste.config import MEASURES, Config
 from haste.files import artefact, locks
 from haste.measure.measure import KIND, check_rows, check_teachers, read
 from haste.measure.subject import opened
-from haste.networks.hub_files import local
 from haste.plan.measures import Measurement
 from haste.plan.names import Artefact
 from haste.plan.plan import Plan
 from haste.train.distributed import Group, enough_memory, joined
-from haste.train.named import put_row, run_through, state_named
+from haste.train.named import file_named, put_row, run_through, state_named
 
 
 def measure(plan: Plan, what: Measurement, keep: bool, json: Path | None = None) -> dict[str, Any] | None:
@@ -128,12 +127,12 @@ def asked(
     plan = Plan(config)
     if file in plan.measurements and plan.measurements[file].label == name:
         return plan, plan.measurements[file], True
-    file = str(local(file))
+    file = file_named(config, file)
     raw = config.model_dump(mode="json") | {"forks": {}}  # their branches are rows already
     _put_measure(raw, name, alignment)
     state = state_named(plan, file)
     if state is None:
-        kind, row = "evaluate", put_row(raw, config, file, model, layout)
+        kind, row = "evaluate", put_row(raw, plan, file, model, layout)
     else:
         kind, row = "runs", run_through(plan, state)
     for every in (*raw["runs"].values(), *raw["evaluate"].values()):  # an alignment for one row need not fit others

@@ -22,7 +22,7 @@ import torch
 
 from haste.networks import tensors, text
 from haste.networks.encoders import encoder_in
-from haste.networks.weights import check_transformer
+from haste.networks.weights import check_transformer, why_not
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -104,9 +104,9 @@ def text_folder(where: str | Path, called: str) -> Path:
     try:
         return from_hub(partial(snapshot_download, of, revision=revision or None, allow_patterns=text.PATTERNS), whole)
     except (OSError, ValueError) as error:  # the hub's own errors derive from these
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{called} {where}: not a folder, and not to be had from the hub ({first}). {text.HINT}."
+            f"{called} {where}: neither a folder nor in this machine's cache of the hub, and could not be fetched "
+            f"({why_not(error)}). {text.HINT}."
         ) from error
 
 
@@ -177,7 +177,7 @@ def timm_weights(timm_name: str, called: str) -> Path:
         ValueError: the weights are not in the cache and cannot be fetched.
     """
     import timm
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     source = timm.get_pretrained_cfg(timm_name)
     assert source is not None
@@ -187,10 +187,9 @@ def timm_weights(timm_name: str, called: str) -> Path:
         return cached(cast(str, source.url))
     except (OSError, ValueError, RuntimeError) as error:  # the hub's and urllib's errors are OSErrors
         where, file = source.hf_hub_id or source.url, "model.safetensors" if source.hf_hub_id else "that file"
-        why = "HF_HUB_OFFLINE forbids it" if constants.HF_HUB_OFFLINE else type(error).__name__
         raise ValueError(
             f"{called}: its weights ({where}) are not on this machine and could not be fetched "
-            f"({why}). Give a local file as its weights ({file} from there), or fetch them "
+            f"({why_not(error)}). Give a local file as its weights ({file} from there), or fetch them "
             "where there is a network."
         ) from error
 

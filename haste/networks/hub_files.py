@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from haste.networks.headers import MissingError
+from haste.networks.weights import why_not
 
 PREFIX = "hub:"
 _ID = re.compile(r"hub:([\w.-]+/[\w.-]+)/([^@\s]+)(?:@([\w./-]+))?")
@@ -159,7 +160,4 @@ def fetch(of: HubFile) -> Path:
 
 
 def _unreachable(of: HubFile, error: Exception) -> MissingError:
-    from huggingface_hub import constants
-
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return MissingError(of.absent("HF_HUB_OFFLINE forbids it" if constants.HF_HUB_OFFLINE else first))
+    return MissingError(of.absent(why_not(error)))

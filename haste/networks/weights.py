@@ -102,6 +102,21 @@ def check_timm_name(name: str) -> None:
         raise ValueError(f"teacher {name}: neither a folder, nor in timm, nor one of this package's names")
 
 
+def why_not(error: Exception) -> str:
+    """Why the hub's client does not give what is asked for, in few words: its own text is of its own arguments."""
+    from huggingface_hub import constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE forbids it"
+    if isinstance(error, errors.GatedRepoError):
+        return "its repository is gated: ask for access on its page, then `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the hub shows no such repository"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "its repository has no such revision"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def in_cache(repository: str, called: str, *files: str) -> Path | None:
     """The first of these files of the hub's that lies on this machine; None if a job will fetch it.
 

@@ -13,6 +13,7 @@ from haste import config
 from haste.align.terms import kind_of
 from haste.cluster import accounting
 from haste.files import artefact
+from haste.files.progress import followed
 from haste.files.provenance import provenance_of
 from haste.measure import measure
 from haste.ops import replay, sources
@@ -240,7 +241,7 @@ def _there(plan: Plan, training: Training | None = None) -> list[Row]:
             judgement.score,
             hours=training.hours(row.run, row.seed, row.step) if training else None,
         )
-        for row in plan.rows
+        for row in followed("reading scores", plan.rows)
         for judgement in row.evaluation.judged
         if Path(judgement.score).exists()
     ]
@@ -268,7 +269,7 @@ def measured(plan: Plan) -> tuple[list[Measured], list[str]]:
     rows = [(row, Path(row.measurement.file)) for row in plan.measured]
     found = [
         Measured(row.measurement.label, row.run, row.seed, row.step, measure.read(path), str(path))
-        for row, path in rows
+        for row, path in followed("reading measures", rows)
         if path.exists()
     ]
     missing = [
@@ -371,7 +372,11 @@ def report(plan: Plan) -> Report:
         description=made.description,
         rows=[row for row in rows if row.run not in branches],
         floors=[_score(d, d.floor) for d in plan.detectors.values() if Path(d.floor).exists()],
-        curves=[Curve(run, seed, records(plan, run, seed)) for run, seed in plan.pieces if run not in branches],
+        curves=[
+            Curve(run, seed, records(plan, run, seed))
+            for run, seed in followed("reading logs", plan.pieces)
+            if run not in branches
+        ],
         grids=pictures.grids(plan),
         parts=_parts(plan),
         stages=stages(plan),

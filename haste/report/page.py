@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from haste.report.headline import headline_panel
 from haste.report.measures import anchor, measure_panels, measure_tables
 from haste.report.replay import reading_panels
 from haste.report.times import duration, duration_cell, time_table
+
+log = logging.getLogger("haste.report")
 
 OURS = re.compile(
     r"(results|guided|parts|time|speed-up|published[\w-]*|ablation-[\w-]+|fork-[\w-]+|measure-[\w-]+)\.(csv|md|tex)"
@@ -244,10 +247,13 @@ def make(plan: Plan) -> None:
         ValueError: as `haste.report.gather.report`.
     """
     accounting.update(plan)
+    log.info("report: reading the scores, logs and measures of %d rows", len(plan.rows))
     found = gather.report(plan)
+    log.info("report: drawing its figures and %d grids", len(found.grids))
     folder = Path(plan.report).parent
     header = {"schema": artefact.SCHEMA, "kind": "report", "configuration": plan.config.model_dump(mode="json")}
-    write(found, folder)
+    index = write(found, folder)
+    log.info("%s: written, %.1f MB", index, index.stat().st_size / 1e6)
     for old in folder.glob("made-*.json"):
         old.unlink()
     artefact.write_json(plan.report_made, {**header, "provenance": found.provenance})

@@ -32,7 +32,7 @@ from haste.networks.hub_files import local
 from haste.plan.plan import Plan
 from haste.sampling.grids import class_grid, write_png
 from haste.sampling.painter import Painter, painter_of
-from haste.train.named import put_row, run_through, state_named
+from haste.train.named import file_named, put_row, run_through, state_named
 
 log = logging.getLogger("haste.sample")
 
@@ -172,7 +172,7 @@ def _subject(
     layout: str | None,
     weights: str | None = None,
 ) -> _Subject:
-    file = str(local(file))
+    file = file_named(config, file) if config else str(local(file))
     config = config or _made_by(Path(file))
     told = (file, decoder, device, model, layout)
     return _alone(*told) if config is None else _configured(config, *told, weights=weights)
@@ -210,7 +210,7 @@ def _configured(
         ways = config.runs[run_through(plan, state)].sampling
     else:
         raw = config.model_dump(mode="json") | {"forks": {}}  # their branches are rows already
-        row = put_row(raw, config, file, model, layout)
+        row = put_row(raw, plan, file, model, layout)
         ways = config.evaluate[row].sampling if row in config.evaluate else []
         raw["evaluate"][row] |= {"weights": weights} if weights else {}
         plan = Plan(configuration.resolve(raw))

@@ -18,6 +18,7 @@ from haste.config import condition_in
 from haste.files import artefact, locks
 from haste.files.artefact import canonical, replacing
 from haste.files.npz import ADM, read_npz
+from haste.files.progress import Progress
 from haste.files.provenance import provenance_of
 from haste.plan.names import SHOWN_CLASSES, Evaluation
 from haste.plan.plan import Plan
@@ -135,7 +136,10 @@ def _paint(plan: Plan, evaluation: Evaluation) -> None:
     else:
         place, titles = columns
     shown = np.sort(np.concatenate([np.flatnonzero(place == column)[:most] for column in range(len(titles))]))
-    grid = class_grid(_images(sets, shown), place[shown], per_class=most, scale=SCALE, classes=range(len(titles)))
+    watch = Progress(f"grid of {evaluation.name}", int(shown.max(initial=-1)) + 1)
+    grid = class_grid(
+        _images(sets, shown, watch), place[shown], per_class=most, scale=SCALE, classes=range(len(titles))
+    )
     about = {"schema": artefact.SCHEMA, "kind": "grid", "samples": evaluation.name, "classes": titles}
     about |= {"titled": columns is not None}
     if words is not None:  # under the pictures, row by row
@@ -146,13 +150,14 @@ def _paint(plan: Plan, evaluation: Evaluation) -> None:
         batches.close(batches.folder_of(Path(evaluation.folder)))
 
 
-def _images(sets: Sequence[Samples], rows: np.ndarray) -> np.ndarray:
+def _images(sets: Sequence[Samples], rows: np.ndarray, watch: Progress) -> np.ndarray:
     """Images of some rows, ascending, of all sets together, (N, R, R, 3). Nothing is read behind the last one."""
     found, low = [], 0
     for images in itertools.chain.from_iterable(samples.batches(64) for samples in sets):
         mine = rows[(rows >= low) & (rows < low + len(images))] - low
         found.append(images[mine])
         low += len(images)
+        watch.add(min(len(images), watch.total - watch.done))
         if not len(rows) or rows[-1] < low:
             break
     return np.concatenate(found)

@@ -328,9 +328,9 @@ def _check_alike(where: Path, images: Sequence[tuple[str, _Read]], convert: bool
     if odd:
         of = f"{most[0][0][1]} x {most[0][0][2]} px" if most else "one size"
         raise ValueError(
-            f"{'; '.join(odd[:_SHOWN])}{'; ...' if len(odd) > _SHOWN else ''}. {len(odd)} of {len(images)} images in "
-            f"{where} do not fit, expected RGB of {of}. Remove those that are no samples; "
-            f"{_CONVERT if len({one[1:3] for one in shapes}) == 1 else _CROPS}"
+            f"{where}: {len(odd)} of {len(images)} images do not fit, expected RGB of {of}: "
+            f"{'; '.join(odd[:_SHOWN])}{'; and others' if len(odd) > _SHOWN else ''}. Remove those that are no samples"
+            f"; {_CONVERT if len({one[1:3] for one in shapes}) == 1 else _CROPS}"
         )
     return sum(not plain for *_, plain in shapes)
 

@@ -8,9 +8,20 @@ from typing import Any
 from haste.config import MODELS, Config
 from haste.files.provenance import read_header
 from haste.models.exchange import open_weights
-from haste.networks.hub_files import hub_file
+from haste.networks.hub_files import local
 from haste.plan.names import State
+from haste.plan.outside import Outside
 from haste.plan.plan import Plan
+
+
+def file_named(config: Config, given: Path | str) -> str:
+    """The file on this machine that a command is given by its path or an id of the hub's. An id that the configuration
+    names is of the commit that its row is of, whatever the main branch is by now; TRAJECTORY/STEP stays as it is.
+
+    Raises:
+        ValueError: it cannot be fetched, or is damaged.
+    """
+    return str(local(Outside(config, config.results).files.get(str(given), given)))
 
 
 def state_named(plan: Plan, file: str) -> State | None:
@@ -44,34 +55,33 @@ def run_through(plan: Plan, state: State) -> str:
     )
 
 
-def put_row(raw: dict[str, Any], config: Config, file: str, model: str | None, layout: str | None) -> str:
+def put_row(raw: dict[str, Any], plan: Plan, file: str, model: str | None, layout: str | None) -> str:
     """Put a row that evaluates a checkpoint into a configuration, unless it has one. Returns its name.
 
     Args:
         raw: the configuration, to be resolved.
-        config: the same before.
-        file: the checkpoint.
+        plan: of the same before.
+        file: the checkpoint, as `file_named` says.
         model: its model; None is that of its weights.
         layout: whose file it is; None detects it.
     """
-    for known, spec in config.evaluate.items():
-        of = hub_file(spec.checkpoint)
-        own = of.cached() if of else Path(spec.checkpoint)
-        if own and own.exists() and own.samefile(file):
+    for known, spec in plan.config.evaluate.items():
+        own = Path(plan.data.outside.files[spec.checkpoint])
+        if own.exists() and own.samefile(file):
             return known
     name = Path(file).name
     while name in raw["runs"] or name in raw["evaluate"]:
         name += "'"
-    sampling = next(iter(config.sampling), "ode-50")  # nothing is sampled, but a row needs one
-    row = {"checkpoint": file, "model": model or _model_of(config, file, layout), "sampling": [sampling], "step": 0}
+    sampling = next(iter(plan.config.sampling), "ode-50")  # nothing is sampled, but a row needs one
+    row = {"checkpoint": file, "model": model or _model_of(plan, file, layout), "sampling": [sampling], "step": 0}
     raw["evaluate"][name] = row if layout is None else {**row, "layout": layout}
     return name
 
 
-def _model_of(config: Config, file: str, layout: Any) -> str:
+def _model_of(plan: Plan, file: str, layout: Any) -> str:
     """The model of a checkpoint, from its weights."""
     shape = open_weights(file, layout=layout).shape
-    known = {**MODELS, **config.models}
+    known = {**MODELS, **plan.config.models}
     for name, model in known.items():
         alike = model.architecture == shape.get("architecture", "sit")
         if alike and model.settings.items() <= shape.items():

@@ -346,5 +346,5 @@ def test_a_missing_folder_is_refused_with_what_to_give(where):
 def test_an_unreachable_hub_is_refused_with_what_to_give(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match=r"sd-vae-ft-mse: not a folder.*Give a folder with config.json"):
+    with pytest.raises(ValueError, match=r"-mse: .* not be fetched \(HF_HUB_OFFLINE forbids it\). Give a folder"):
         Autoencoder.load("stabilityai/sd-vae-ft-mse")

@@ -135,11 +135,13 @@ def test_every_file_of_any_tree_is_found_once_or_named(things, tmp_path_factory)
     walk.told(walk.grouped(inside.unused)).encode()
 
 
-def test_what_is_not_used_is_counted_by_reason_the_most_frequent_first():
-    unused = [(f"{i}.txt", "no pictures") for i in range(5)] + [(".x", "hidden"), ("a\udcff", "hidden")]
-    groups = walk.grouped(unused)
-    assert [(one["reason"], one["count"]) for one in groups] == [("no pictures", 5), ("hidden", 2)]
-    assert walk.told(groups) == r"not used: no pictures (5: 0.txt, 1.txt, 2.txt, ...); hidden (2: .x, a\udcff)"
+def test_what_is_not_used_is_counted_by_reason_the_most_frequent_first_and_said_in_one_line():
+    unused = [(f"{i}.{suffix}", f"no pictures (.{suffix})") for i in range(5) for suffix in ("a", "txt")]
+    groups = walk.grouped([*unused, (".x", "hidden"), ("b\udcff", "an empty file"), (".y", "hidden")])
+    found = [("no pictures (.a)", 5), ("no pictures (.txt)", 5), ("hidden", 2), ("an empty file", 1)]
+    assert [(one["reason"], one["count"]) for one in groups] == found
+    said = r"no pictures (10, such as 0.a); hidden (2, such as .x); an empty file (b\udcff)"
+    assert walk.told(groups) == f"not used: {said}"
     assert walk.told([]) == ""
 
 

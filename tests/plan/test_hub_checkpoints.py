@@ -16,9 +16,11 @@ from haste.cli import main as cli
 from haste.config import resolve
 from haste.files import artefact
 from haste.files.provenance import provenance_of
+from haste.measure import jobs
 from haste.models.exchange import open_weights
 from haste.networks import hub
 from haste.networks.headers import MissingError
+from haste.networks.hub_files import local
 from haste.networks.spec import sit_shapes
 from haste.plan.plan import Plan
 
@@ -45,6 +47,13 @@ def planned(world, ahead=False, **changes):
 
 def by_id(world, place=IT, ahead=False):
     return planned(world, ahead, evaluate={"it": {**ROW, "checkpoint": place}})
+
+
+def of_other_bytes(world):
+    """The world's exported weights in another format."""
+    imported = world.folder / "imported.safetensors"
+    assert cli.main(["import", str(world.folder / "theirs.pt"), str(imported), "--heads", "2"]) == 0
+    return imported.read_bytes()
 
 
 def names(plan):
@@ -83,9 +92,7 @@ def test_a_row_stays_that_of_the_commit_first_seen_and_a_pinned_revision_wins(wo
     assert cli.main(["fetch", "-c", str(world.file)]) == 0
     first = names(by_id(world))
     assert names(hub_row) != first  # what it is was not known
-    imported = world.folder / "imported.safetensors"
-    assert cli.main(["import", str(world.folder / "theirs.pt"), str(imported), "--heads", "2"]) == 0
-    server.put("own/sit", "a.pt", imported.read_bytes(), SECOND)
+    server.put("own/sit", "a.pt", of_other_bytes(world), SECOND)
     by_id(world, f"{IT}@{SECOND}", ahead=True)
     assert cli.main(["fetch", "-c", str(world.file)]) == 0
     second = names(by_id(world, f"{IT}@{SECOND}"))
@@ -94,6 +101,20 @@ def test_a_row_stays_that_of_the_commit_first_seen_and_a_pinned_revision_wins(wo
     assert names(moved) == first != second == names(by_id(world, f"{IT}@{SECOND}"))
     assert any(SECOND in note and FIRST[:12] in note for note in moved.notes)
     assert names(by_id(world, f"{IT}@{FIRST}")) == first
+
+
+def test_a_command_given_a_rows_id_takes_the_commit_of_the_row_and_one_given_another_commit_does_not(world, server):
+    row = {"evaluate": {"it": {**ROW, "checkpoint": IT}}, "measures": {"cos": {"measure": "denoising", "images": 8}}}
+    planned(world, ahead=True, **row)
+    assert cli.main(["fetch", "-c", str(world.file)]) == 0
+    of_row = {row.run: row.evaluation.state for row in planned(world, **row).rows}["it"]
+    server.put("own/sit", "a.pt", of_other_bytes(world), SECOND)
+    local(f"{IT}@{SECOND}")
+    Path(constants.HF_HUB_CACHE, "models--own--sit", "refs", "main").write_text(SECOND)  # as another program would
+    for given, commit in ((IT, FIRST), (f"{IT}@{FIRST}", FIRST), (f"{IT}@{SECOND}", SECOND)):
+        plan, asked, _ = jobs.asked(config.resolve(world.raw), "cos", given)
+        assert f"snapshots/{commit}/" in plan.path(asked.state)
+        assert (asked.state == of_row) == (commit == FIRST) and (asked.run == "it") == (commit == FIRST)
 
 
 def test_a_cache_that_was_emptied_changes_no_name_and_what_is_left_to_draw_is_refused_with_its_key(
@@ -160,6 +181,8 @@ def test_commands_and_python_take_an_id_where_they_take_a_file(world, server, tm
     capsys.readouterr()
     assert cli.main(["show", "hub:own/ours/w.safetensors"]) == 0
     assert f"{IT}@{FIRST}" in capsys.readouterr().out
+    assert cli.main(["export", IT, "theirs.safetensors", "--heads", "2", "--format", "safetensors"]) == 0
+    assert provenance_of(Path("theirs.safetensors"))["source"]["file"] == f"{IT}@{FIRST}"
     vae = ["--decoder", str(world.autoencoder), "--sampling", "ode-50", "--device", "cpu"]
     assert cli.main(["draw", "hub:own/ours/w.safetensors", "--class", "3", "--count", "1", *vae]) == 0
     config_of_row = {"evaluate": {"it": {**ROW, "checkpoint": IT}}, "runs": {}}

@@ -3,6 +3,7 @@
 import datetime
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -19,6 +20,7 @@ from haste.cli import main as cli
 from haste.cluster.inside import TIME_LIMIT, Interruption
 from haste.files import journal
 from haste.files.provenance import read_header
+from haste.files.store import Store
 from haste.models.sit import SiT
 from haste.train import distributed, loop, stops
 from haste.train.distributed import Group
@@ -186,6 +188,24 @@ def test_processes_and_accumulation_change_float64_training_by_rounding_only(mak
     assert found["model/x_embedder.proj.weight"].dtype == torch.float64
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_two_ranks_that_decode_compressed_pictures_train_the_bits_of_plain_ones_and_say_where_they_did(make_plan, tiny):
+    found = {}
+    for stored_as in ("raw", "webp"):
+        images = {**tiny["images"], "stored_as": stored_as}
+        plan = make_plan(runs={"HASTE-20": {"alignment": "HASTE", "milestones": [3]}}, images=images)
+        if stored_as == "webp":
+            remove_states(plan)
+            shutil.rmtree(plan.images.folder)
+            for how in (["--shard", "0"], ["--shard", "1"], ["--join"]):
+                assert cli.main(["images", "-c", str(plan.file), *how]) == 0
+        assert all(("coded" in shard) == (stored_as == "webp") for shard in Store.of(plan.images).manifest["shards"])
+        train_with(plan, state_of(plan, 3), 2)
+        found[stored_as] = bits(plan, 3)
+    assert all(torch.equal(found["webp"][name], value) for name, value in found["raw"].items())
+    made = read_header(plan.path(state_of(plan, 3)))["provenance"]
+    assert (made["device"], made["processes"], made["hardware"]["threads"]) == ("cpu", 2, plan.config.runtime.threads)
 
 
 CONTRAST = {
