@@ -82,10 +82,15 @@ def _wait(batches: Batches, arguments: argparse.Namespace, steps: int, threads: 
     whole, worked, store._pread = time.perf_counter() - started, time.process_time() - worked, pread
     print(
         f"{steps} steps of {arguments.step:g} ms, batches of {batches.size}, {arguments.read:g} ms more a read, "
-        f"{threads} reading threads: {sum(waits) / whole:.1%} of the time waiting (for the first batch "
-        f"{waits[0]:.2f} s, for the others {sum(waits[1:]) / whole:.1%}), {1e3 * worked / steps:.0f} ms of processor "
-        "time a step"
+        f"{threads} reading threads: {sum(waits) / whole:.2%} of the time waiting (for the first batch "
+        f"{waits[0]:.2f} s, for the others {sum(waits[1:]) / whole:.2%}: {_spread(waits[1:])}), "
+        f"{1e3 * worked / steps:.0f} ms of processor time a step"
     )
+
+
+def _spread(waits: list[float]) -> str:
+    median, tenth, hundredth = 1e3 * np.quantile(waits, [0.5, 0.9, 0.99])
+    return f"half below {median:.2f} ms, 90 % below {tenth:.2f}, 99 % below {hundredth:.2f}, {1e3 * max(waits):.1f} at most"
 
 
 def _store(folder: Path, kind: str, samples: int, fields: dict[str, Any], facts: dict[str, Any]) -> store.Store:

@@ -1,9 +1,10 @@
-"""How long training waits for a save on a slow disk.
+"""How long training waits for a save on a slow disk, and who is told to end until the last state is there.
 
 python benchmarks/saving.py [--parameters 130e6] [--disk 100] [--saves 3]
 
 The disk is this machine's, slowed down to so many MB/s after each write. Two ways take turns in one run: each save
-waits until the state is on disk, or it is written in the background.
+waits until the state is on disk, or it is written in the background. In the middle of one in the background training is
+told to end: that save is finished, and then the last state is written.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,12 +32,15 @@ def main() -> None:
     state = {f"{name}/{i}": torch.randn(int(arguments.parameters / 16)) for name in "abcd" for i in range(16)}
     size = sum(value.nbytes for value in state.values()) / 1e6
     waits: dict[str, list[float]] = {"waiting": [], "in the background": [], "the copy alone": []}
+    waits |= {"told to end in its middle, until it is whole": [], "and until the last state is": []}
+    whole: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
 
-        def write(tensors: dict[str, torch.Tensor]) -> None:
+        def write(tensors: Mapping[str, torch.Tensor]) -> None:
             started = time.perf_counter()
             files.write(Path(folder) / "state", tensors, {})
             time.sleep(max(0.0, size / arguments.disk - (time.perf_counter() - started)))
+            whole.append(time.perf_counter())
 
         for _ in range(arguments.saves):
             started = time.perf_counter()
@@ -45,13 +51,17 @@ def main() -> None:
             started = time.perf_counter()
             tensors = background.copy(state)
             waits["the copy alone"].append(time.perf_counter() - started)
-            background.start(lambda tensors=tensors: write(tensors))  # type: ignore[misc]
+            background.start(partial(write, tensors))
             waits["in the background"].append(time.perf_counter() - started)
-            background.close()
+            time.sleep(waits["waiting"][-1] / 2)
+            started = time.perf_counter()
+            background.end(state, write)
+            waits["told to end in its middle, until it is whole"].append(whole[-2] - started)
+            waits["and until the last state is"].append(whole[-1] - started)
     print(f"{size:,.0f} MB, a disk of {arguments.disk:g} MB/s, {arguments.saves} saves")
+    once = sum(waits["waiting"])
     for name, found in waits.items():
-        print(f"{name:>20}: {min(found):.2f} to {max(found):.2f} s a save")
-    print(f"{'ratio':>20}: {sum(waits['waiting']) / sum(waits['in the background']):.0f}")
+        print(f"{name:>45}: {min(found):.2f} to {max(found):.2f} s, {sum(found) / once:.2f} of one that waits")
 
 
 if __name__ == "__main__":

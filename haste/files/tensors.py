@@ -27,6 +27,7 @@ from haste.files import artefact
 
 log = logging.getLogger("haste.files")
 
+_DIGITS = 32  # of a digest
 _THREADS = min(4, os.cpu_count() or 1)  # hashing releases Python's lock: 1 to 2 GB/s a thread
 
 
@@ -42,9 +43,21 @@ def write(path: Path | str, tensors: Mapping[str, Tensor], header: Mapping[str, 
         OSError: the disk is full or the folder is not writable; an existing file stays as it was.
     """
     here = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    metadata = {"haste": json.dumps(header, sort_keys=True), "digests": artefact.canonical(_digests(here))}
-    with artefact.replacing(path) as aside, artefact.saving_tensors(path):
-        save_file(here, aside, metadata=metadata)
+    blank = artefact.canonical(dict.fromkeys(here, "0" * _DIGITS))
+    with artefact.replacing(path) as aside, artefact.saving_tensors(path), ThreadPoolExecutor(1) as beside:
+        digests = beside.submit(_digests, here)  # while the disk is waited for
+        save_file(here, aside, metadata={"haste": json.dumps(header, sort_keys=True), "digests": blank})
+        _put(aside, blank, artefact.canonical(digests.result()))
+
+
+def _put(file: Path, blank: str, text: str) -> None:
+    """Replace an entry of a file's metadata by one of the same length."""
+    before, after = (json.dumps(entry).encode() for entry in (blank, text))
+    with open(file, "rb+") as out:
+        head = out.read(int.from_bytes(out.read(8), "little"))
+        assert head.count(before) == 1 and len(before) == len(after)
+        out.seek(8 + head.index(before))
+        out.write(after)
 
 
 @contextlib.contextmanager
@@ -105,12 +118,12 @@ def check(path: Path | str, but: tuple[str, ...] = ()) -> None:
 
 
 def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """sha256 over dtype, shape and bytes of each tensor, as 32 hexadecimal digits."""
+    """sha256 over dtype, shape and bytes of each tensor, as `_DIGITS` hexadecimal digits."""
 
     def digest(value: Tensor) -> str:
         found = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
         found.update(value.reshape(-1).view(torch.uint8).numpy().data)
-        return found.hexdigest()[:32]
+        return found.hexdigest()[:_DIGITS]
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))

@@ -11,8 +11,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from haste.config import minutes_of
 from haste.files import artefact, locks
@@ -256,17 +259,15 @@ class Checkpoints:
         header, tensors = self._header(step) | watches.header(), states.tensors_of(learner) | averages
         folder = self.folder if last or self._is_kept(step) else self.folder / "rolling"
 
-        def write() -> None:
+        def write(tensors: Mapping[str, Tensor]) -> None:
             states.save(folder / State(self.trajectory.name, step).file, tensors, header)
             stops.write(self.folder, header)
             self._forget_rolling(keep=0 if step == self.segment.state.step else ROLLING)
 
         if wait or last:
-            self.background.close()  # if the save in flight fails, this one may succeed
-            write()
+            self.background.end(tensors, write)
         else:
-            tensors = self.background.copy(tensors)
-            self.background.start(write)
+            self.background.start(partial(write, self.background.copy(tensors)))
 
     def check(self) -> None:
         """Raise what a save in the background raised.

@@ -1,6 +1,10 @@
 """Saving in the background: a copy of the state in the host's memory is written while training goes on.
 
 One save is in flight at a time. A kill during one leaves the save before; whoever needs the file waits for it.
+
+Who ends training finishes the save in flight first, at the disk's full speed, and then writes the last state. Whoever
+is killed meanwhile, since nobody knows here how long a grace is, has lost least that way: without the first file all
+steps since the save before, without the second those of less than one save.
 """
 
 from __future__ import annotations
@@ -61,13 +65,26 @@ class Background:
         if now is not None:
             now.result()
 
-    def close(self) -> None:
-        """Wait for the save in flight and free the copies. If it fails, that is only logged: a later one follows, or
-        what ends training is already on its way."""
+    def end(self, tensors: Mapping[str, Tensor], write: Callable[[Mapping[str, Tensor]], None]) -> None:
+        """Finish the save in flight, and then write these tensors, which nobody changes any more, from this thread.
+
+        Raises:
+            OSError: they could not be written. If the save in flight fails, these may succeed: it is only logged.
+        """
+        self._finish()
+        write(self.copy(tensors) if any(value.is_pinned() for value in self._host.values()) else tensors)
+        self.close()
+
+    def _finish(self) -> None:
         try:
             self.settle()
         except Exception as error:
             log.error("a save failed: %s", error)
+
+    def close(self) -> None:
+        """Wait for the save in flight and free the copies. If it fails, that is only logged: a later one follows, or
+        what ends training is already on its way."""
+        self._finish()
         if self._pool is not None:
             self._pool.shutdown()
         self._pool, self._host = None, {}
