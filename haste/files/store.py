@@ -20,10 +20,12 @@ import errno
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,6 +45,7 @@ log = logging.getLogger("haste.data")
 DIGEST = "digest"
 MANIFEST = "manifest.json"
 _DIGEST_BYTES = 16
+_SMALL = 8  # bytes of a row, such as a label, of a field that is read as a whole
 _CHECKED = 256  # samples that are compared with their digests at once
 _ENTRY = ("start", "count", "bytes")
 _READ_LIMIT = 2**30  # bytes per pread; Linux reads at most 2 GiB at once
@@ -554,6 +557,7 @@ class Store:
         self.manifest = manifest
         self._digests = digests  # (count, 16) uint8
         self._fits = np.zeros(manifest["count"], dtype=bool)  # the samples whose digests were compared
+        self._columns, self._reading = dict[str, np.ndarray](), threading.Lock()  # see `_column`
         self._shards, self._starts = shards, np.array([shard.header["start"] for shard in shards])
         self._reads: Reads = in_threads if any(shard.coded for shard in shards) else one_by_one
         self._open = functools.lru_cache(_OPEN)(functools.partial(_opened, shards))
@@ -703,6 +707,9 @@ class Store:
         found, pieces = {}, []
         for field in fields:
             shape, dtype = self._shards[0].fields[field]
+            if self._is_small(field):
+                found[field] = self._column(field, reads)[wanted]
+                continue
             values = found[field] = np.empty((len(wanted), *shape), dtype=dtype)
             for low, high in runs:
                 number = int(numbers[low])
@@ -712,6 +719,23 @@ class Store:
                     pieces.append((number, field, row, values[first : first + step]))
         (reads or self._reads)(self._fill, pieces)
         return {field: values.astype(values.dtype.newbyteorder("="), copy=False) for field, values in found.items()}
+
+    def _is_small(self, field: str) -> bool:
+        shape, dtype = self._shards[0].fields[field]
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        return size <= _SMALL and not any(field in shard.coded for shard in self._shards)
+
+    def _column(self, field: str, reads: Reads | None) -> np.ndarray:
+        """All of a field of small rows, kept as the digests are: to read a label of a disk that is far away takes as
+        long as to read a picture."""
+        with self._reading:
+            if field not in self._columns:
+                shape, dtype = self._shards[0].fields[field]
+                column, starts = np.empty((self.count, *shape), dtype=dtype), [*self._starts, self.count]
+                spans = [(n, low, high) for n, (low, high) in enumerate(itertools.pairwise(starts)) if low < high]
+                (reads or self._reads)(self._fill, [(n, field, 0, column[low:high]) for n, low, high in spans])
+                self._columns[field] = column
+            return self._columns[field]
 
     def _fill(self, piece: tuple[int, str, int, np.ndarray]) -> None:
         """Read rows of a shard's field from `row` on; of coded ones one."""

@@ -47,12 +47,12 @@ def write(path: Path | str, tensors: Mapping[str, Tensor], header: Mapping[str, 
     with artefact.replacing(path) as aside, artefact.saving_tensors(path), ThreadPoolExecutor(1) as beside:
         digests = beside.submit(_digests, here)  # while the disk is waited for
         save_file(here, aside, metadata={"haste": json.dumps(header, sort_keys=True), "digests": blank})
-        _put(aside, blank, artefact.canonical(digests.result()))
+        _put_digests(aside, blank, artefact.canonical(digests.result()))
 
 
-def _put(file: Path, blank: str, text: str) -> None:
+def _put_digests(file: Path, blank: str, text: str) -> None:
     """Replace an entry of a file's metadata by one of the same length."""
-    before, after = (json.dumps(entry).encode() for entry in (blank, text))
+    before, after = (f'"digests":{json.dumps(entry)}'.encode() for entry in (blank, text))
     with open(file, "rb+") as out:
         head = out.read(int.from_bytes(out.read(8), "little"))
         assert head.count(before) == 1 and len(before) == len(after)

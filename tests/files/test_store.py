@@ -142,6 +142,16 @@ def test_threads_read_at_once_from_more_shards_than_may_be_open(tmp_path, monkey
     assert len(os.listdir("/proc/self/fd")) == before + 2
 
 
+def test_a_row_is_one_read_since_labels_are_read_once_a_shard(tmp_path, monkeypatch):
+    data, pread, reads = make(tmp_path, 40, 2), store_file._pread, []
+    store = Store.open(tmp_path)
+    monkeypatch.setattr(store_file, "_pread", lambda *given: reads.append(given) or pread(*given))
+    for indices in ([30, 3, 9], [1, 39], [5]):
+        found = store.rows(["image", "label"], indices)
+        assert all(np.array_equal(values, data[name][indices]) for name, values in found.items())
+    assert len(reads) == 6 + 2
+
+
 def test_a_closed_store_opens_its_files_again(tmp_path):
     data = make(tmp_path)
     store = Store.open(tmp_path)

@@ -12,7 +12,7 @@ import torch
 
 from haste import config
 from haste.files import tensors as files
-from haste.train import checkpoint, loop, state
+from haste.train import checkpoint, loop, saving, state
 
 QUIET = {"log_every": 100, "trackers": []}
 
@@ -114,6 +114,15 @@ def test_whoever_asks_training_to_stop_finds_both_states_whole(make_plan, disk):
     rolling = sorted(Path(plan.path(plan.state("short", 9))).parent.joinpath("rolling").glob("*.safetensors"))
     assert [path.name for path in rolling] == ["step-00000002.safetensors", "step-00000003.safetensors"]
     assert all(map(read, rolling))
+
+
+def test_who_ends_finishes_the_save_in_flight_before_the_last_one_begins():
+    """Of one that is killed meanwhile, all steps since the save before would be lost with both on their way."""
+    background, may_end, seen = saving.Background(), threading.Event(), []
+    background.start(lambda: may_end.wait(60) and seen.append("the one in flight"))
+    threading.Timer(0.1, may_end.set).start()
+    background.end({"last": torch.ones(2)}, lambda tensors: seen.extend(tensors))
+    assert seen == ["the one in flight", "last"]
 
 
 def test_saves_by_the_clock_come_once_a_period(make_plan, monkeypatch):
