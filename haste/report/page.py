@@ -247,9 +247,9 @@ def make(plan: Plan) -> None:
         ValueError: as `haste.report.gather.report`.
     """
     accounting.update(plan)
-    log.info("report: reading the scores, logs and measures of %d rows", len(plan.rows))
+    log.info("report: reading scores, logs and measures")
     found = gather.report(plan)
-    log.info("report: drawing its figures and %d grids", len(found.grids))
+    log.info("report: drawing tables, figures and pictures")
     folder = Path(plan.report).parent
     header = {"schema": artefact.SCHEMA, "kind": "report", "configuration": plan.config.model_dump(mode="json")}
     index = write(found, folder)

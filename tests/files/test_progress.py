@@ -25,6 +25,14 @@ def test_a_line_says_what_is_done_and_how_long_the_rest_takes(caplog, clock):
     assert caplog.messages == ["distances: 25 %  30 s to go", "distances: 75 %  7 s to go"]
 
 
+def test_items_that_take_long_are_followed_by_their_share(caplog, clock):
+    caplog.set_level(logging.INFO, logger="haste")
+    assert [*progress.followed("reading logs", "abcd")] == ["a", "b", "c", "d"]
+    assert caplog.messages == [
+        f"reading logs: {done} %  {left} s to go" for done, left in ((25, 30), (50, 20), (75, 10), (100, 0))
+    ]
+
+
 def test_what_was_there_before_tells_nothing_of_the_rate_and_what_is_begun_counts_for_it(caplog, clock):
     caplog.set_level(logging.INFO, logger="haste")
     work = progress.Progress("shard 0 of 1", 40)

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -132,12 +133,16 @@ def upcoming(plan):
     return status.snapshot(Plan(config.load(plan.file))).next  # a plan reads the disk once
 
 
-def test_chosen_classes_alone_are_a_report_of_pictures(trained):
+def test_chosen_classes_alone_are_a_report_of_pictures_whose_jobs_say_how_far_they_are(trained, caplog):
+    caplog.set_level(logging.INFO, logger="haste")
     plan, evaluation = trained(labels=[7, 2], count=8)
     draw(plan, evaluation)
     assert upcoming(plan) == ["sample and score 1 sets of samples, 1 of them of states on disk"]
     assert cli.main(["grid", evaluation.name, "-c", str(plan.file)]) == 0
     assert cli.main(["report", "-c", str(plan.file)]) == 0
+    said = [f"grid of {evaluation.name}: 8/8 images", "report: reading scores, logs and measures"]
+    said += ["report: drawing tables, figures and pictures", f"{plan.report}: written, "]
+    assert all(words in caplog.text for words in said)
     text = Path(plan.report).read_text()
     assert "Samples of vanilla at step 8, one column per class: 7, 2" in text
     assert "samples of chosen classes are shown and not scored" in text
