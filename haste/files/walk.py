@@ -25,6 +25,7 @@ HIDDEN = "hidden, or left there by a program"
 NOT_REGULAR, NO_TARGET, EMPTY = "not a regular file", "a link to nothing", "an empty file"
 LEFT_BEHIND = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information", "Thumbs.db"}
 _ABOVE, _AGAIN = "a link to a folder above", "a link to what is here too"
+_SHOWN = 3  # suffixes, or names, of one reason in a message
 _OF_SUFFIX = re.compile(r" \((\.[^()]*|no suffix)\)$")  # at the end of a reason
 _KEPT = 10_000  # names of one reason in a record
 
@@ -168,15 +169,19 @@ def grouped(unused: Iterable[Sequence[str]]) -> list[dict[str, Any]]:
 
 
 def told(groups: Iterable[dict[str, Any]]) -> str:
-    """Groups of what is not used in a line: why, whatever the suffix, how many, and one by name; empty for none."""
-    counts, first = collections.Counter[str](), dict[str, str]()
+    """Groups of what is not used in a line: why, how many, and the suffixes, else the first names; empty for none."""
+    counts, shown = collections.Counter[str](), collections.defaultdict[str, list[str]](list)
     for one in groups:
-        reason = _OF_SUFFIX.sub("", one["reason"])
+        of = _OF_SUFFIX.search(one["reason"])
+        reason = one["reason"][: of.start()] if of else one["reason"]
         counts[reason] += one["count"]
-        first.setdefault(reason, printable(one["names"][0]))
-    several = {reason: f"{count:,}, such as " if count > 1 else "" for reason, count in counts.most_common()}
-    words = [f"{reason} ({such}{first[reason]})" for reason, such in several.items()]
+        shown[reason] += [of[1]] if of and one["count"] > 1 else one["names"][: _SHOWN + 1]
+    words = [f"{reason} ({count:,}: {_first(shown[reason])})" for reason, count in counts.most_common()]
     return f"not used: {'; '.join(words)}" if words else ""
+
+
+def _first(words: Sequence[str]) -> str:
+    return ", ".join(map(printable, words[:_SHOWN])) + (", ..." if len(words) > _SHOWN else "")
 
 
 def printable(name: str) -> str:

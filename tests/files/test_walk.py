@@ -140,7 +140,7 @@ def test_what_is_not_used_is_counted_by_reason_the_most_frequent_first_and_said_
     groups = walk.grouped([*unused, (".x", "hidden"), ("b\udcff", "an empty file"), (".y", "hidden")])
     found = [("no pictures (.a)", 5), ("no pictures (.txt)", 5), ("hidden", 2), ("an empty file", 1)]
     assert [(one["reason"], one["count"]) for one in groups] == found
-    said = r"no pictures (10, such as 0.a); hidden (2, such as .x); an empty file (b\udcff)"
+    said = r"no pictures (10: .a, .txt); hidden (2: .x, .y); an empty file (1: b\udcff)"
     assert walk.told(groups) == f"not used: {said}"
     assert walk.told([]) == ""
 

@@ -152,7 +152,7 @@ def test_a_jpeg_that_is_called_png_is_refused_and_files_that_are_not_read_are_na
     Image.fromarray(image).save(folder / "other.tif")
     found = score_images(folder, None, detectors=[detector])
     (note,) = [note for note in found.notes if "there is more" in note]
-    assert note.endswith("not used: pictures of a format that is not read (other.tif)")
+    assert note.endswith("not used: pictures of a format that is not read (1: other.tif)")
     Image.fromarray(image).save(folder / "3.png", format="JPEG")
     with pytest.raises(ValueError, match="3.png: holds JPEG"):
         score_images(folder, None, detectors=[detector])
