@@ -1,5 +1,6 @@
 """Checkpoints by an id of the hub: rows and warm starts that are named by content, of the commit first seen."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -23,6 +24,7 @@ from haste.networks.headers import MissingError
 from haste.networks.hub_files import local
 from haste.networks.spec import sit_shapes
 from haste.plan.plan import Plan
+from haste.sampling import drawing
 
 IT, FIRST, SECOND = "hub:own/sit/a.pt", "1" * 40, "2" * 40
 ROW = {"model": "dot", "sampling": ["quick"], "step": 8, "method": "HASTE"}
@@ -49,11 +51,13 @@ def by_id(world, place=IT, ahead=False):
     return planned(world, ahead, evaluate={"it": {**ROW, "checkpoint": place}})
 
 
-def of_other_bytes(world):
-    """The world's exported weights in another format."""
-    imported = world.folder / "imported.safetensors"
-    assert cli.main(["import", str(world.folder / "theirs.pt"), str(imported), "--heads", "2"]) == 0
-    return imported.read_bytes()
+def trained_on(world):
+    """The world's exported weights, some of them changed since."""
+    found = torch.load(world.folder / "theirs.pt", weights_only=False)
+    for weights in (found["model"], found["ema"]):
+        weights["final_layer.linear.bias"] = weights["final_layer.linear.bias"] + 1
+    torch.save(found, later := io.BytesIO())
+    return later.getvalue()
 
 
 def names(plan):
@@ -92,7 +96,7 @@ def test_a_row_stays_that_of_the_commit_first_seen_and_a_pinned_revision_wins(wo
     assert cli.main(["fetch", "-c", str(world.file)]) == 0
     first = names(by_id(world))
     assert names(hub_row) != first  # what it is was not known
-    server.put("own/sit", "a.pt", of_other_bytes(world), SECOND)
+    server.put("own/sit", "a.pt", trained_on(world), SECOND)
     by_id(world, f"{IT}@{SECOND}", ahead=True)
     assert cli.main(["fetch", "-c", str(world.file)]) == 0
     second = names(by_id(world, f"{IT}@{SECOND}"))
@@ -108,13 +112,16 @@ def test_a_command_given_a_rows_id_takes_the_commit_of_the_row_and_one_given_ano
     planned(world, ahead=True, **row)
     assert cli.main(["fetch", "-c", str(world.file)]) == 0
     of_row = {row.run: row.evaluation.state for row in planned(world, **row).rows}["it"]
-    server.put("own/sit", "a.pt", of_other_bytes(world), SECOND)
+    server.put("own/sit", "a.pt", trained_on(world), SECOND)
     local(f"{IT}@{SECOND}")
     Path(constants.HF_HUB_CACHE, "models--own--sit", "refs", "main").write_text(SECOND)  # as another program would
+    made, drawn = config.resolve(world.raw), {}
     for given, commit in ((IT, FIRST), (f"{IT}@{FIRST}", FIRST), (f"{IT}@{SECOND}", SECOND)):
-        plan, asked, _ = jobs.asked(config.resolve(world.raw), "cos", given)
+        plan, asked, _ = jobs.asked(made, "cos", given, model="dot")
         assert f"snapshots/{commit}/" in plan.path(asked.state)
         assert (asked.state == of_row) == (commit == FIRST) and (asked.run == "it") == (commit == FIRST)
+        drawn[given] = drawing.painter_of_file(given, config=made, model="dot").inputs["weights"]
+    assert drawn[IT] == drawn[f"{IT}@{FIRST}"] != drawn[f"{IT}@{SECOND}"]
 
 
 def test_a_cache_that_was_emptied_changes_no_name_and_what_is_left_to_draw_is_refused_with_its_key(
