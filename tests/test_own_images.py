@@ -107,7 +107,8 @@ def test_a_handful_of_pictures_goes_all_the_way(plan, capsys):
     said, planned = run("images", "--check"), " ".join(run("plan").split())  # whose lines end where the terminal does
     assert "2 pictures cannot be used" in said and "a/broken.jpg" in said and "empty.png" in said
     for reason, (name,) in UNUSED.items():
-        assert f"{reason} (1: {name})" in said and f"{reason} (1: {name})" in planned
+        words = f"{reason.partition(' (.')[0]} (1: {name})"
+        assert words in said and words in planned
     shards = [("--shard", "0"), ("--shard", "1"), ("--join",)]
     for shard in shards:
         run("images", *shard)
