@@ -362,7 +362,7 @@ def _load(source: Source, samples: range, workers: int) -> Iterator[dict[str, np
             images, labels = zip(*good, strict=True)
             yield {"image": np.stack(images), "label": np.array(labels, dtype=np.int64)}
     if bad:
-        names = "; ".join(map(str, bad[:_SHOWN])) + ("; and others" if len(bad) > _SHOWN else "")
+        names = "; ".join([*map(str, bad[:_SHOWN]), f"and {len(bad) - _SHOWN} more"][: len(bad)])
         raise ValueError(
             f"{len(bad)} of {len(samples)} pictures of this shard cannot be used: {names}. Repair or remove them, or "
             "leave such out (images.on_bad_image: skip)"

@@ -168,8 +168,8 @@ def grouped(unused: Iterable[Sequence[str]]) -> list[dict[str, Any]]:
     return [{"reason": reason, "count": len(of), "names": sorted(of)[:_KEPT]} for reason, of in order]
 
 
-def told(groups: Iterable[dict[str, Any]]) -> str:
-    """Groups of what is not used in a line: why, how many, and the suffixes, else the first names; empty for none."""
+def told(groups: Iterable[dict[str, Any]], between: str = "; ") -> str:
+    """Groups of what is not used in words: why, how many, and the suffixes, else the first names; empty for none."""
     counts, shown = collections.Counter[str](), collections.defaultdict[str, list[str]](list)
     for one in groups:
         of = _OF_SUFFIX.search(one["reason"])
@@ -177,7 +177,7 @@ def told(groups: Iterable[dict[str, Any]]) -> str:
         counts[reason] += one["count"]
         shown[reason] += [of[1]] if of and one["count"] > 1 else one["names"][: _SHOWN + 1]
     words = [f"{reason} ({count:,}: {_first(shown[reason])})" for reason, count in counts.most_common()]
-    return f"not used: {'; '.join(words)}" if words else ""
+    return f"not used: {between.join(words)}" if words else ""
 
 
 def _first(words: Sequence[str]) -> str:

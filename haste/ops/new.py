@@ -192,7 +192,7 @@ def write(root: Path, out: Path | None, small: bool = False) -> list[str]:
     fetch = [] if here["small"] else [f"next: haste fetch -c {out}, which loads the public networks' weights"]
     return [
         f"{out}: written for {found.count:,} pictures, {classes}, and a machine of {here['machine']}",
-        *filter(None, [told(grouped(found.unused))]),
+        *filter(None, [told(grouped(found.unused), between="\n          ")]),
         *fetch,
         f"next: haste plan -c {out}",
         f"then: snakemake --cores {here['cores']} --configfile {out}",

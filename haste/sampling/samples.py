@@ -35,7 +35,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 DECODERS = min(8, os.cpu_count() or 1)  # threads that decode images
 LOSSY = (".jpg", ".jpeg", ".webp")
 _FORMATS = (*pictures.FORMATS, "BMP")
-_SHOWN = 10  # images named in a message
+_SHOWN = 4  # images that a refusal names
 _Read = Callable[[], Path | io.BytesIO]
 
 
@@ -326,11 +326,12 @@ def _check_alike(where: Path, images: Sequence[tuple[str, _Read]], convert: bool
         if not most or (mode, width, height) != most[0][0]
     ]
     if odd:
+        first = [*odd[:_SHOWN], f"and {len(odd) - _SHOWN} more"][: len(odd)]
         of = f"{most[0][0][1]} x {most[0][0][2]} px" if most else "one size"
         raise ValueError(
             f"{where}: {len(odd)} of {len(images)} images do not fit, expected RGB of {of}: "
-            f"{'; '.join(odd[:_SHOWN])}{'; and others' if len(odd) > _SHOWN else ''}. Remove those that are no samples"
-            f"; {_CONVERT if len({one[1:3] for one in shapes}) == 1 else _CROPS}"
+            f"{'; '.join(first)}. Remove those that are no samples; "
+            f"{_CONVERT if len({one[1:3] for one in shapes}) == 1 else _CROPS}"
         )
     return sum(not plain for *_, plain in shapes)
 
