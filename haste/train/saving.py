@@ -72,7 +72,8 @@ class Background:
             OSError: they could not be written. If the save in flight fails, these may succeed: it is only logged.
         """
         self._finish()
-        write(self.copy(tensors) if any(value.is_pinned() for value in self._host.values()) else tensors)
+        on_gpu = any(value.is_cuda for value in tensors.values())
+        write(self.copy(tensors) if on_gpu and self._host else tensors)  # page-locked memory, if it is there
         self.close()
 
     def _finish(self) -> None:
