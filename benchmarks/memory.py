@@ -14,7 +14,7 @@ import time
 import torch
 from rich.console import Console
 from rich.table import Table
-from step import MODELS, TERMS, Variant, terms_of
+from step import AUTOCAST, MODELS, TERMS, Variant, terms_of
 
 from haste.plan.memory import Memory, Way
 from haste.teachers.encoder import with_any_weights
@@ -31,7 +31,8 @@ def main() -> None:
     table = Table(title=f"one step, batch {arguments.batch}, {arguments.precision}, as on a {kind}")
     for column in ("", "", "without numbers, MB", "processor s", "allocator, MB", "ratio", "most in 80 GB"):
         table.add_column(column, justify="right")
-    teacher = with_any_weights(TEACHER).to(device)
+    half = AUTOCAST.get(arguments.precision) if device.type == "cuda" else None  # as in training
+    teacher = with_any_weights(TEACHER).to(device, half)
     for model in arguments.models:
         for name, terms in list(TERMS.items())[:3]:
             started = time.process_time()

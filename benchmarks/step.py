@@ -44,7 +44,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)
-    teacher = with_any_weights(arguments.teacher).to(device)
+    half = AUTOCAST.get(arguments.precision) if device.type == "cuda" else None  # as in training
+    teacher = with_any_weights(arguments.teacher).to(device, half)
     variants = {name: Variant(name, arguments, teacher, device) for name in TERMS}
     for variant in variants.values():
         variant.step()  # warm up
@@ -140,6 +141,7 @@ class Variant:
         spent: dict[str, float] = {}
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            others = torch.cuda.memory_allocated() - sum(value.nbytes for value in held(self))
 
         def timed(name: str, work: Callable[[], Any]) -> Any:
             started = time.perf_counter()
@@ -157,7 +159,8 @@ class Variant:
         timed("backward", lambda: total_loss(found, self.terms, step=0).backward())
         timed("optimiser", self._optimise)
         timed("average", lambda: average(self.learner, 0.9999))
-        self.memory = torch.cuda.max_memory_allocated() / 1e6 if self.device.type == "cuda" else float("nan")
+        if self.device.type == "cuda":
+            self.memory = (torch.cuda.max_memory_allocated() - others) / 1e6
         return spent
 
     def _forward(self, batch: Batch, targets: Any, spent: dict[str, float]) -> dict[str, torch.Tensor]:

@@ -21,6 +21,9 @@ from haste import config
 from haste.cli import main as cli
 from haste.plan.plan import Plan
 
+# Bits are those of CPUs, and jobs of one test would wait for the GPU that another holds.
+if "HASTE_GPU_TESTS" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.pop("COLUMNS", None)  # readline, which pytest loads, leaves it to the processes that run tests
 TINY: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("tiny.yaml").read_text())
 

@@ -74,25 +74,25 @@ def _text(arguments: argparse.Namespace) -> None:
 def _autoencoder(arguments: argparse.Namespace) -> None:
     from haste.train import jobs
 
-    jobs.train_autoencoder(plan_to_compute(arguments))
+    jobs.train_autoencoder(plan_to_compute(arguments, gpu=False))
 
 
 def _text_encoder(arguments: argparse.Namespace) -> None:
     from haste.train import jobs
 
-    jobs.train_text_encoder(plan_to_compute(arguments))
+    jobs.train_text_encoder(plan_to_compute(arguments, gpu=False))
 
 
 def _teacher(arguments: argparse.Namespace) -> None:
     from haste.train import jobs
 
-    jobs.train_teacher(plan_to_compute(arguments), arguments.name)
+    jobs.train_teacher(plan_to_compute(arguments, gpu=False), arguments.name)
 
 
 def _detector(arguments: argparse.Namespace) -> None:
     from haste.train import jobs
 
-    jobs.train_detector(plan_to_compute(arguments), arguments.name)
+    jobs.train_detector(plan_to_compute(arguments, gpu=False), arguments.name)
 
 
 def _targets(arguments: argparse.Namespace) -> None:

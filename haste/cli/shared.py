@@ -63,10 +63,12 @@ def plan_of(arguments: argparse.Namespace, ahead: bool = False) -> Plan:
     return Plan(config.load(arguments.config), ahead=ahead)
 
 
-def plan_to_compute(arguments: argparse.Namespace) -> Plan:
-    """What the configuration asks for; torch computes with as many threads as it says, on a GPU of its own."""
+def plan_to_compute(arguments: argparse.Namespace, gpu: bool = True) -> Plan:
+    """What the configuration asks for; torch computes with as many threads as it says, on a GPU of its own unless what
+    is computed needs none."""
     plan = plan_of(arguments)
-    take_gpus(plan)
+    if gpu:
+        take_gpus(plan)
     import torch
 
     torch.set_num_threads(plan.config.runtime.threads)

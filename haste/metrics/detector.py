@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from haste.files import artefact
+from haste.networks.devices import exact_convolutions
 
 
 class Detector:
@@ -119,6 +120,6 @@ class Detector:
         if size is None and min(images.shape[1:3]) < self.smallest:
             least, found = self.smallest, tuple(images.shape[1:3])
             raise ValueError(f"{self.name}: expected images of {least} x {least} px or more, found {found}")
-        with torch.inference_mode():
+        with torch.inference_mode(), exact_convolutions():
             seen = self.network(images.to(next(self.network.parameters(), images).device))
         return {name: seen[name].to(images.device) for name in self.outputs}

@@ -47,18 +47,18 @@ class Inception(nn.Module):
     def __init__(self, extractor: nn.Module) -> None:
         super().__init__()
         self.extractor = extractor
-        self._seen: list[Tensor] = []
-        layer = extractor.get_submodule("Mixed_6d.branch1x1")  # convolution, normalisation, ReLU
-        layer.register_forward_hook(lambda module, given, found: self._seen.append(found[:, :CHANNELS]))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images uint8 NHWC (B, H, W, 3) -> float32 {"pool": (B, 2048), "spatial": (B, 2023), "logits_unbiased":
         (B, 1008)}. Spatial is flattened as (17, 17, 7); the logits are the product with the weights, without bias."""
-        self._seen.clear()
-        # TF32, torch's default for convolutions on a GPU, would change the scores in their third digit.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        seen: list[Tensor] = []
+        layer = self.extractor.get_submodule("Mixed_6d.branch1x1")  # convolution, normalisation, ReLU
+        hook = layer.register_forward_hook(lambda module, given, found: seen.append(found[:, :CHANNELS]))
+        try:
             (pool,) = self.extractor(images.permute(0, 3, 1, 2))
-        spatial = self._seen.pop().permute(0, 2, 3, 1).flatten(1)
+        finally:
+            hook.remove()
+        spatial = seen[0].permute(0, 2, 3, 1).flatten(1)
         # In float32 a product depends on how many rows it has; in float64, rounded, it does not.
         logits = functional.linear(pool.double(), self.extractor.get_parameter("fc.weight").double()).float()
         return {"pool": pool, "spatial": spatial, "logits_unbiased": logits}
@@ -80,8 +80,7 @@ class PytorchFID(nn.Module):
         # NHWC uint8 -> NCHW float32 in [0, 1] -> [-1, 1]
         pixels = images.permute(0, 3, 1, 2).float() / 255
         pixels = 2 * functional.interpolate(pixels, size=(SIDE, SIDE), mode="bilinear", align_corners=False) - 1
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return {"pool": self.layers(pixels).flatten(1)}
+        return {"pool": self.layers(pixels).flatten(1)}
 
 
 def inception(weights: Path | str | None = None) -> Detector:

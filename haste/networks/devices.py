@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -32,7 +33,10 @@ def repeatable(device: torch.device, wanted: bool) -> Generator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses to multiply
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch may refuse to multiply
+    # NVLink's switches add in an order of their own. torch leaves them out only if it was deterministic before the
+    # group was made; NCCL reads this when the ranks first communicate.
+    os.environ.setdefault("NCCL_ALGO", "^NVLS")
     # Fused attention has a second backward kernel for this, which it does not take where warnings are enough.
     torch.use_deterministic_algorithms(True, warn_only=False)
     memory.fill_uninitialized_memory = False  # takes time, and finds only mistakes of others
@@ -86,6 +90,28 @@ def computing(precision: str, device: torch.device) -> Iterator[None]:
     finally:
         for switch, was in zip(switches, before, strict=True):
             switch.allow_tf32 = was
+
+
+_EXACT = threading.Lock()
+_exact: list[bool] = []  # of each that computes now, what was allowed before
+
+
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Context of detectors: convolutions on a GPU keep float32's digits. torch computes them in TF32 by default, which
+    changes scores in their third digit. The switch is the process's, so threads share it: the last one puts it back.
+    """
+    switch: Any = torch.backends.cudnn
+    with _EXACT:
+        _exact.append(_exact[0] if _exact else switch.allow_tf32)
+        switch.allow_tf32 = False
+    try:
+        yield
+    finally:
+        with _EXACT:
+            before = _exact.pop()
+            if not _exact:
+                switch.allow_tf32 = before
 
 
 def check_compiler(device: torch.device) -> None:

@@ -32,7 +32,7 @@ MB = 1e6
 START, STARTS = 2.0, {"latents": 5.0, "reconstruct": 5.0, "sample": 5.0, "measure": 3.5}
 # Rules whose jobs take no GPU; those of training take one for each rank, others one.
 WITHOUT_GPU = {"images_check", "images", "images_join", "latents_join", "text_join", "targets_join", "grid"}
-WITHOUT_GPU |= {"report"}
+WITHOUT_GPU |= {"report", "autoencoder", "teacher", "detector", "text_encoder"}
 
 
 def parameters(recipe: dict[str, Any]) -> int:

@@ -89,7 +89,9 @@ def gpu_of(device: str) -> str | None:
     """The name here of a GPU that CUDA calls so, such as `NVIDIA A100-SXM4-80GB`; None for one that is not here."""
     words = re.findall(r"[A-Z0-9]+", device.upper().replace("RTX ", "RTX").replace("GB", " "))
     for name in sorted(GPUS, key=len, reverse=True):  # H100-PCIe before H100
-        if all(part in words for part in name.upper().split("-")) and not {"LAPTOP", "D", "NVL", "MAX"} & {*words}:
+        if all(part in words for part in name.upper().split("-")) and not {"LAPTOP", "D", "NVL", "MAX", "MIG"} & {
+            *words
+        }:
             return name
     return None
 

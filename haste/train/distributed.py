@@ -188,10 +188,17 @@ def joined(device: str) -> Generator[Group]:
     # CPU tensors go through gloo even if gradients go through NCCL, so their reductions never wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    waited_for = True
     try:
         yield Group(rank, size, own)
+    except (RuntimeError, ValueError, OSError, ArithmeticError):
+        # NCCL's end waits for what the other ranks began, and they wait for this one: for minutes, in which nobody
+        # learns the reason. The end of the process ends it too. gloo waits for nobody.
+        waited_for = own.type != "cuda"
+        raise
     finally:
-        dist.destroy_process_group()
+        if waited_for:
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager

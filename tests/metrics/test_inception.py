@@ -5,6 +5,7 @@ The weights are random, saved in torch-fidelity's own format.
 
 import pickle
 import urllib.error
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -196,6 +197,17 @@ def test_outputs_of_an_image_do_not_depend_on_its_batch(weights, pictures, found
     alone = open_detector("inception", weights)(pictures[1:])
     for name, value in alone.items():
         torch.testing.assert_close(value, found[name][1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["inception", "pytorch-fid"])
+def test_copies_of_a_detector_which_look_side_by_side_see_what_it_sees(weights, pictures, name):
+    detector = open_detector(name, weights).spread(["cpu", "cpu"])
+    expected = detector(pictures)
+    with ThreadPoolExecutor(2) as threads:
+        seen = [threads.submit(one, pictures) for one in (*detector.copies, detector) for _ in range(2)]
+        for found in seen:
+            for output, value in found.result().items():
+                torch.testing.assert_close(value, expected[output], rtol=0, atol=0)
 
 
 def test_images_too_small_or_not_bytes_are_refused(weights, pictures):

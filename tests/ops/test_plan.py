@@ -77,6 +77,7 @@ def test_times_on_gpus_follow_from_their_peak_and_its_share(world):
         ("Tesla V100-SXM2-32GB", "V100"),
         ("NVIDIA GeForce RTX 4090", "RTX4090"),
         ("NVIDIA L40S", "L40S"),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),  # a part has no rate of the whole
         ("Tesla T4", None),
         ("NVIDIA GH200 480GB", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),

@@ -48,7 +48,6 @@ if plan.autoencoder:
         log: log_of("autoencoder")
         benchmark: time_of("autoencoder")
         threads: THREADS
-        resources: devices=1
         shell: "haste autoencoder -c {CONFIG:q} > {log:q} 2>&1"
 
 
@@ -58,7 +57,6 @@ rule teacher:
     log: log_of("teacher-{key}")
     benchmark: time_of("teacher-{key}")
     threads: THREADS
-    resources: devices=1
     params: name=named("teacher", TEACHER)
     shell: "haste teacher {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
 
@@ -69,7 +67,6 @@ rule detector:
     log: log_of("detector-{key}")
     benchmark: time_of("detector-{key}")
     threads: THREADS
-    resources: devices=1
     params: name=named("detector", DETECTOR)
     shell: "haste detector {params.name:q} -c {CONFIG:q} > {log:q} 2>&1"
 
@@ -102,7 +99,6 @@ if plan.text_encoder:
         log: log_of("text_encoder")
         benchmark: time_of("text_encoder")
         threads: THREADS
-        resources: devices=1
         shell: "haste text-encoder -c {CONFIG:q} > {log:q} 2>&1"
 
 
