@@ -34,7 +34,7 @@ from haste.diffusion.interpolant import Interpolant
 from haste.models.sit import SiT
 from haste.sampling.compiled import compile_once
 from haste.sampling.painter import Painter
-from haste.sampling.shards import draw_shard
+from haste.sampling.shards import Wanted, draw_shards
 
 WHOLE, CHANNELS, FACTOR = 50_000, 4, 8
 CONDITION = Labels(classes=1000)
@@ -108,7 +108,7 @@ def beside_the_network(arguments: argparse.Namespace) -> Table:
     def everything() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "shard.npz"
-            draw_shard(painter, path=path, key="", recipe={}, shard=0, shards=1, batch=batch, inputs={})
+            draw_shards([Wanted(painter, path, "", {})], shard=0, shards=1, batch=batch, inputs={})
 
     painter.draw(range(2))
     table = Table(title=f"{samples} samples of {steps} evaluations at {size} x {size} x {CHANNELS}, batches of {batch}")

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from chance import Chance
+from chance import FAMILY, Chance
 
 from haste.ops import cost
 
@@ -31,10 +31,19 @@ def dry_run(warm, folder, file):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_plan_lists_the_jobs_of_snakemakes_dry_run_and_none_whose_files_are_there(warm, tmp_path, seed):
     """Runs added, milestones put in, files and rooms lost: no training is needed for that."""
-    world = Chance(seed, tmp_path)
+    check(warm, Chance(seed, tmp_path))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_so_it_does_where_sets_of_samples_are_drawn_beside_others_of_which_some_are_there(warm, tmp_path, seed):
+    """Ways added, and samples and features lost: of one set, of some, of all."""
+    check(warm, Chance(seed, tmp_path, ways=FAMILY))
+
+
+def check(warm, world):
     plan = world.plan()
     left = plan.jobs.left
-    jobs, counted = dry_run(warm, tmp_path, world.file)
+    jobs, counted = dry_run(warm, world.folder, world.file)
     assert {(rule, job.makes) for rule, its in left.items() for job in its} == jobs
     assert {rule: len(its) for rule, its in left.items()} == counted
     there = [
