@@ -134,6 +134,17 @@ class Chance:
         when = 1e9 + self.random.randint(0, 1000)
         os.utime(place, (when, when))
 
+    def lose_drawn(self):
+        """Of some sets of samples some files, and most of what was made of them."""
+        plan = self.plan()
+        for one in plan.evaluations.values():
+            files = [*one.sample_files, *(path for judged in one.judgements for path in judged.features.shard_files)]
+            share = self.random.choice([0.0, 0.0, 0.3, 0.6, 1.0])
+            results = [one.grid, *(judged.score for judged in one.judgements)]
+            for path in [*files, *(path for path in results if self.random.random() < share + 0.2)]:
+                if path in results or self.random.random() < share:
+                    Path(path).unlink(missing_ok=True)
+
     def lose(self):
         """A file, some files, a store, or a whole room."""
         root = self.folder / "results"

@@ -24,6 +24,8 @@ RULES = (
     *("text_encoder", "text", "text_join", "pca", "targets", "targets_join", *TRAINING, "reference", "sample"),
     *("features", "score", "floor", "reconstruct", "grid", "measure", "report"),
 )
+#: Sets of samples of one job at most: the jobs of a sweep over guidance should run side by side too.
+MOST_TOGETHER = 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,8 +83,9 @@ class Jobs:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self._kin = _families(plan)
-        made = (*_data_jobs(plan), *_network_jobs(plan), *_target_jobs(plan), *_result_jobs(plan, self._kin))
+        families = _families(plan)
+        self._kin = {job.makes[0]: kin for kin in families for job in kin}
+        made = (*_data_jobs(plan), *_network_jobs(plan), *_target_jobs(plan), *_result_jobs(plan, families))
         # Of networks with two names, the first one's.
         self._features = {path: job for job in reversed(made) if job.rule == "features" for path in job.makes}
         self._makers = {path: job for job in reversed(made) if job.rule != "features" for path in job.makes}
@@ -123,15 +126,15 @@ class Jobs:
         return [one.about for job in self.left.get("sample", []) for one in (job, *job.beside)]
 
     def beside(self, evaluation: Evaluation, shard: int) -> list[Evaluation]:
-        """The sets of samples of which the job of one set's shard draws the same shard too: the later ones of its
-        family of which something is still made from it.
+        """The sets of samples of which the job of one set's shard draws the same shard too: those that differ only in
+        guidance, come later in the plan, and of which something is still made from it; `MOST_TOGETHER` with itself.
 
         These are those of the job when the workflow began, less what is finished by now: a job that is run again, by
         then perhaps on another node, goes on with the others though its own samples are there.
         """
-        kin = self._kin[_kinship(self._maker(evaluation.sample_file(shard)))]
-        names = [job.name for job in kin]
-        return [job.about for job in kin[names.index(evaluation.name) + 1 :] if job.lacks]
+        job = self._maker(evaluation.sample_file(shard))
+        kin = self._kin[job.makes[0]]
+        return [one.about for one in kin[kin.index(job) + 1 :] if one.lacks]
 
     @cached_property
     def every(self) -> dict[str, list[Job]]:
@@ -141,7 +144,7 @@ class Jobs:
         jobs = dict[str, Job]()
         for job in found:
             if job.rule == "sample":
-                first, *others = (one for one in self._kin[_kinship(job)] if one.makes[0] in drawn)
+                first, *others = (one for one in self._kin[job.makes[0]] if one.makes[0] in drawn)
                 job = dataclasses.replace(first, beside=tuple(others))
             jobs.setdefault(job.makes[0], job)
         for job in (job for of in self.left.values() for job in of):
@@ -229,10 +232,10 @@ def _target_jobs(plan: Plan) -> Iterator[Job]:
         yield Job("targets_join", (store.manifest,), partial(_joined, store, plan.images), store, name)
 
 
-def _result_jobs(plan: Plan, kin: Mapping[Any, list[Job]]) -> Iterator[Job]:
+def _result_jobs(plan: Plan, families: list[list[Job]]) -> Iterator[Job]:
     yield from (_training_job(plan, state) for state in plan.planned())
-    yield from (job for jobs in kin.values() for job in jobs)
-    leads = {one.makes[0]: job for jobs in kin.values() for job in jobs for one in job.beside}
+    yield from (job for kin in families for job in kin)
+    leads = {one.makes[0]: job for kin in families for job in kin for one in job.beside}
     for evaluation in plan.evaluations.values():
         yield from _evaluation_jobs(plan, evaluation, leads)
     for one in plan.measurements.values():
@@ -252,20 +255,20 @@ def _training_job(plan: Plan, state: State) -> Job:
     return Job(rule, (plan.path(state),), reads, state)
 
 
-def _kinship(job: Job) -> tuple[str, str]:
-    return job.about.family, Path(job.makes[0]).name
-
-
-def _families(plan: Plan) -> dict[tuple[str, str], list[Job]]:
+def _families(plan: Plan) -> list[list[Job]]:
     """The jobs that draw the same shard of the sets of a family, each by itself, in the plan's order. Of those that a
     run of the workflow would do now, the first does the others too."""
-    shown, found = set(plan.shown), dict[tuple[str, str], list[Job]]()
+    shown, open_, found = set(plan.shown), dict[tuple[str, int], list[Job]](), list[list[Job]]()
     for evaluation in plan.evaluations.values():
-        for job in _drawing_jobs(plan, evaluation, shown):
-            found.setdefault(_kinship(job), []).append(job)
-    for kin in found.values():
-        first, *others = [job for job in kin if job.lacks and not job.about.is_drawn] or kin[:1]
-        kin[kin.index(first)] = dataclasses.replace(first, beside=tuple(others))
+        for shard, job in enumerate(_drawing_jobs(plan, evaluation, shown)):
+            kin = open_.setdefault((evaluation.family, shard), [])
+            if not kin or len(kin) == MOST_TOGETHER:
+                kin = open_[evaluation.family, shard] = []
+                found.append(kin)
+            kin.append(job)
+    for kin in found:
+        if ours := [job for job in kin if job.lacks and not job.about.is_drawn]:
+            kin[kin.index(ours[0])] = dataclasses.replace(ours[0], beside=tuple(ours[1:]))
     return found
 
 

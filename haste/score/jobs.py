@@ -147,6 +147,11 @@ def _extract_features(
 def judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
     """Score a set of samples by one detector's features."""
     features, detector = judgement.features, judgement.detector
+    if gone := [path for path in features.shard_files if not Path(path).exists()]:
+        raise ValueError(
+            f"{gone[0]}: this shard is missing, expected features of samples that a job of rule sample drew. Its log, "
+            f"or that of other samples of {evaluation.state}, may say why; the same snakemake command draws them"
+        )
     common: dict[str, Any] = {"key": features.key, "recipe": features.recipe, "shards": features.shards}
     provenance = artefact.provenance(key=features.key, recipe=features.recipe)
     store.join(features.folder, kind="features", splits={}, provenance=provenance, **common)
