@@ -18,6 +18,7 @@ from haste.data.condition import Labels
 from haste.diffusion.ddpm import DDPM
 from haste.diffusion.interpolant import Interpolant
 from haste.diffusion.samplers import SAMPLERS
+from haste.files import locks
 from haste.models.dit import DiT
 from haste.models.sit import SiT
 from haste.plan.plan import Plan
@@ -126,6 +127,10 @@ FAMILY = {
 LATE = {**FAMILY["guided"], "interval": [0.0, 0.7]}
 
 
+def shard_of(job):
+    return int(Path(job.makes[0]).name[6:11])
+
+
 class World:
     """A trained state with ways to sample it, and the jobs that the workflow would start."""
 
@@ -150,17 +155,20 @@ class World:
     def run(self, *command):
         return cli.main([*map(str, command), "-c", str(self.plan.file)])
 
-    def step(self):
-        """Do all jobs on samples once, as a run of the workflow would."""
+    def draw(self):
+        """Do the jobs on samples and features once, as a run of the workflow would; what is left then?"""
         left = self.left()
         for job in left.get("sample", []):
-            shard = int(Path(job.makes[0]).name[6:11])
-            assert self.run("sample", job.name, "--shard", shard, "--together") == 0
+            assert self.run("sample", job.name, "--shard", shard_of(job), "--together") == 0
         for job in left.get("features", []):
-            shard = int(Path(job.makes[0]).name[6:11])
-            assert self.run("features", job.about[0].name, "--detector", job.name, "--shard", shard) == 0
+            assert self.run("features", job.about[0].name, "--detector", job.name, "--shard", shard_of(job)) == 0
+        return self.left()
+
+    def step(self):
+        """Do all jobs once."""
+        left = self.draw()
+        assert set(left) <= {"score", "grid"}
         for job in left.get("score", []):
-            assert all(Path(path).exists() for path in job.reads())
             assert self.run("evaluate", job.about[0].name, "--detector", job.name) == 0
         for job in left.get("grid", []):
             assert self.run("grid", job.about.name) == 0
@@ -228,6 +236,9 @@ class Kill(BaseException):
     """The process is gone: nothing is tidied but what the kernel would."""
 
 
+FINISHED = (batches, "keep"), (jobs, "feature_shard"), (batches, "forget")  # in this order, for each set
+
+
 def killed_after(calls, real):
     numbers = iter(range(calls))
 
@@ -239,12 +250,13 @@ def killed_after(calls, real):
     return until
 
 
-def test_after_a_kill_anywhere_every_score_is_made_and_nothing_that_was_kept_is_drawn_twice(world, monkeypatch):
+def test_after_a_kill_anywhere_the_same_files_are_made_and_nothing_that_was_kept_is_drawn_twice(world, monkeypatch):
     """In the middle of a batch, between the two sets' batches, files, features, and the clearing away."""
-    places = [(drawing, "drawn_together", 3), (batches, "_keep_batch", 6), (batches, "keep", 2)]
-    places += [(jobs, "feature_shard", 2), (batches, "forget", 2)]
-    world.step()
-    expected = {one.name: [content(path) for path in one.sample_files] for one in world.sets.values()}
+    places = [(drawing, "drawn_together", 1), *((batches, "_keep_batch", calls) for calls in (1, 2))]
+    places += [(of, name, calls) for of, name in FINISHED for calls in (0, 1)]
+    files = [path for one in world.sets.values() for path in one.sample_files]
+    world.draw()
+    expected = [content(path) for path in files]
     drawn = []
 
     def counted(painters, rows, told, real=drawing.drawn_together):
@@ -253,20 +265,16 @@ def test_after_a_kill_anywhere_every_score_is_made_and_nothing_that_was_kept_is_
 
     monkeypatch.setattr(drawing, "drawn_together", counted)
     for where, name, calls in places:
-        for last in range(calls):
-            world.forget()
-            drawn.clear()
-            with monkeypatch.context() as patch:
-                patch.setattr(where, name, killed_after(last, getattr(where, name)))
-                with pytest.raises(Kill):
-                    world.step()
-            world.step()
-            what, twice = (name, last), len(drawn) - len(set(drawn))
-            # Of each set the batch that was being drawn, and the one before if it was still being written.
-            assert len(set(drawn)) == 40 and twice <= (28 if name == "_keep_batch" else 0), what
-            found = {one.name: [content(path) for path in one.sample_files] for one in world.sets.values()}
-            assert found == expected, what
-            assert all(Path(one.score).exists() for one in world.sets.values()), what
+        world.forget()
+        drawn.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, killed_after(calls, getattr(where, name)))
+            with pytest.raises(Kill):
+                world.draw()
+        assert set(world.draw()) == {"score", "grid"}, (name, calls)
+        # Of each set the batch that was being drawn, and the one before if it was still being written.
+        assert len(drawn) - 40 <= (28 if name == "_keep_batch" else 0) and len(set(drawn)) == 40, (name, calls)
+        assert [content(path) for path in files] == expected, (name, calls)
 
 
 def test_what_is_lost_of_one_set_is_made_again_for_that_alone(world, monkeypatch):
@@ -298,6 +306,19 @@ def test_a_job_that_is_run_again_goes_on_with_the_others_though_its_own_samples_
     assert world.run("sample", plain.name) == 0
     assert world.run("sample", plain.name, "--together") == 0
     assert guided.is_drawn and Path(guided.features.shard_files[0]).exists()
+
+
+def test_two_configurations_that_name_the_sets_in_another_order_take_their_locks_in_the_same_one(world, monkeypatch):
+    taken, real = [], locks.making
+    monkeypatch.setattr(locks, "making", lambda path, **how: taken.append(Path(path)) or real(path, **how))
+    for ways in (FAMILY, dict(reversed(FAMILY.items()))):
+        world.configure(ways)
+        world.forget()
+        (job,) = world.left()["sample"]
+        assert job.about.sampling_name == next(iter(ways)) and len(job.beside) == 1
+        world.draw()
+    samples = [path for path in taken if path.suffix == ".npz"]
+    assert len(samples) == 4 and samples[:2] == samples[2:]
 
 
 def test_samples_that_are_not_finite_keep_no_other_set_from_its_samples(world, monkeypatch, capsys, caplog):
