@@ -87,6 +87,11 @@ class SideBySide:
         """See `haste.diffusion.samplers`."""
         return self.fields[i // self.rows].row(i % self.rows)
 
+    @property
+    def jumps(self) -> tuple[float, ...]:
+        """Those of any of them, for a solver that steps all rows at once."""
+        return tuple(sorted({t for field in self.fields for t in field.jumps}))
+
 
 def guided(
     model_field: Callable[[Tensor, float, Any], Tensor],

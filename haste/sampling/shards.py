@@ -124,8 +124,8 @@ class _File:
         rest = {ADM.get(name, name): np.concatenate([found[name] for found in self._made]) for name in self.fields}
         nfe = float(rest["nfe"].mean()) if self.count else None
         header = {**self.wanted.painter.condition.arguments, "schema": artefact.SCHEMA, "kind": "samples", "nfe": nfe}
-        own = {"key": self.wanted.key, "recipe": self.wanted.recipe, "inputs": inputs}
-        header |= {**self.wanted.facts, **artefact.provenance(**own, seconds=seconds)}
+        made = artefact.provenance(key=self.wanted.key, recipe=self.wanted.recipe, inputs=inputs, seconds=seconds)
+        header |= {**self.wanted.facts, **made}
         rest["haste"] = np.array(artefact.canonical(header))
         for entry, array in rest.items():
             with self._archive.open(f"{entry}.npy", "w") as file:
@@ -158,7 +158,7 @@ def asked(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The requested arrays of a shard's samples, the rows of their condition, and the provenance record.
 
     Raises:
-        ValueError: missing, truncated, or not as `draw_shard` writes it.
+        ValueError: missing, truncated, or not as `draw_shards` writes it.
     """
     names = {entry: field for field, entry in ADM.items()}
     try:
