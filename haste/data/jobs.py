@@ -1,25 +1,27 @@
-"""The functions behind the rules on images and latents, for a plan."""
+"""The functions behind the rules on images, latents and texts, for a plan. Only what encodes imports torch."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL
 
 from haste.config import condition_entry, condition_in
-from haste.data import latents, prepare
-from haste.data.latents import Autoencoder
+from haste.data import prepare
 from haste.data.prepare import Bad, Source
 from haste.files import artefact, listing, locks, walk
 from haste.files.sources import SourceRecord
 from haste.files.store import Store, join, shard_range, write_shard
 from haste.files.texts import Texts
 from haste.networks.autoencoder import check_size
-from haste.networks.devices import choose_device
 from haste.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from haste.data.latents import Autoencoder
 
 _TEXTS = 64  # that are encoded at once
 
@@ -145,12 +147,47 @@ def make_latents(plan: Plan, shard: int | None) -> None:
     made = artefact.provenance(key=store.key, recipe=store.recipe, inputs={"images": images.identity})
     common: dict[str, Any] = {"key": store.key, "recipe": store.recipe, "shards": store.shards, "provenance": made}
     if shard is None:
-        latents.encode_join(store.folder, images, **common)
+        join_latents(store.folder, images, **common)
         return
-    encoder = Autoencoder.load(plan.encoder, device=str(choose_device(plan.config.runtime.device)))
+    from haste.data import latents
+    from haste.networks.devices import choose_device
+
+    encoder = latents.Autoencoder.load(plan.encoder, device=str(choose_device(plan.config.runtime.device)))
     check_autoencoder(plan, encoder)
     common |= {"condition": condition_in(condition_entry(plan.config)), "dtype": plan.config.autoencoder.dtype}
     latents.encode_shard(store.folder, images, encoder, **common, shard=shard)
+
+
+def join_latents(
+    folder: Path | str,
+    images: Store,
+    *,
+    key: str,
+    recipe: Mapping[str, Any],
+    shards: int,
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Join the shards of a latents store. No autoencoder is needed, because the shards record what made them.
+
+    The manifest contains the images' splits, and besides the usual entries: classes, images and autoencoder
+    (identities), channels, scale, shift, factor, size (h).
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: a shard is missing, foreign, made from other images or by another autoencoder.
+    """
+    return join(
+        folder,
+        kind="latents",
+        key=key,
+        recipe=recipe,
+        shards=shards,
+        splits=images.manifest["splits"],
+        provenance=provenance,
+        expected_facts={"images": images.identity, "classes": images.manifest["classes"]},
+    )
 
 
 def make_text(plan: Plan, shard: int | None) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from haste.data.condition import Condition
 from haste.files import artefact
-from haste.files.store import Store, join, shard_range, write_shard
+from haste.files.store import Store, shard_range, write_shard
 from haste.networks import autoencoder, hub
 
 KIND = "latents"
@@ -275,35 +275,3 @@ def _encode(
                 f"{images.folder}: latents of image {rows[int(broken[0])]} are not finite in {dtype}{cure}"
             )
         yield {"moments": moments, **condition.rows(said)}
-
-
-def encode_join(
-    folder: Path | str,
-    images: Store,
-    *,
-    key: str,
-    recipe: Mapping[str, Any],
-    shards: int,
-    provenance: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Join the shards of a latents store. No autoencoder is needed, because the shards record what made them.
-
-    The manifest contains the images' splits, and besides the usual entries: classes, images and autoencoder
-    (identities), channels, scale, shift, factor, size (h).
-
-    Returns:
-        The manifest.
-
-    Raises:
-        ValueError: a shard is missing, foreign, made from other images or by another autoencoder.
-    """
-    return join(
-        folder,
-        kind=KIND,
-        key=key,
-        recipe=recipe,
-        shards=shards,
-        splits=images.manifest["splits"],
-        provenance=provenance,
-        expected_facts={"images": images.identity, "classes": images.manifest["classes"]},
-    )

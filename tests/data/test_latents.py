@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from haste.data.condition import Labels
-from haste.data.latents import Autoencoder, draw, encode_join, encode_shard, to_pixels
+from haste.data.jobs import join_latents
+from haste.data.latents import Autoencoder, draw, encode_shard, to_pixels
 from haste.files.artefact import file_identity
 from haste.files.store import Store, join, shard_range, write_shard
 from haste.networks.autoencoder import PATTERNS, shapes
@@ -61,7 +62,7 @@ def encoded(folder, images, autoencoder, shards=2, **options):
     common = {"key": "l", "recipe": {}, "shards": shards, "provenance": {}}
     for shard in range(shards):
         encode_shard(folder, images, autoencoder, shard=shard, condition=Labels(classes=2), **common, **options)
-    encode_join(folder, images, **common)
+    join_latents(folder, images, **common)
     return Store.open(folder, kind="latents", verify="full")
 
 
@@ -164,11 +165,11 @@ def test_latents_of_other_images_or_autoencoders_are_not_joined(saved, tmp_path)
     encoded(tmp_path / "latents", images, autoencoder)
     common = {"key": "l", "recipe": {}, "shards": 2, "provenance": {}}
     with pytest.raises(ValueError, match="images: found"):
-        encode_join(tmp_path / "latents", other, **common)
+        join_latents(tmp_path / "latents", other, **common)
     autoencoder.identity = "another"
     encode_shard(tmp_path / "latents", images, autoencoder, shard=1, condition=Labels(classes=2), **common)
     with pytest.raises(ValueError, match="autoencoder: found 'another'"):
-        encode_join(tmp_path / "latents", images, **common)
+        join_latents(tmp_path / "latents", images, **common)
 
 
 def test_latents_beyond_the_dtype_are_refused_with_the_image(saved, tmp_path, monkeypatch):
