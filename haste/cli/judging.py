@@ -28,12 +28,8 @@ def add(to: Commands) -> None:
         sub.add_argument("draw", help="name of a set of samples")
     for sub in (sample, features):
         sub.add_argument("--shard", type=int, default=0, help="which shard, counted from 0")
-    words = (
-        "also what is missing of this shard of later sets of samples of the state that differ only in guidance, with "
-    )
-    sample.add_argument(
-        "--together", action="store_true", help=f"{words}the same network and noise: as the workflow's jobs do"
-    )
+    words = "also draw this shard, if it is missing, of later sets of samples that differ only in guidance"
+    sample.add_argument("--together", action="store_true", help=f"{words}: with one network and noise, as workflows do")
     evaluate.add_argument("--detector", help="name of a detector; all of the configuration")
     features.add_argument("--detector", required=True, help="name of a detector of the configuration")
     for sub in (floor, reconstruct):

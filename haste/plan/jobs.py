@@ -258,14 +258,13 @@ def _training_job(plan: Plan, state: State) -> Job:
 def _families(plan: Plan) -> list[list[Job]]:
     """The jobs that draw the same shard of the sets of a family, each by itself, in the plan's order. Of those that a
     run of the workflow would do now, the first does the others too."""
-    shown, open_, found = set(plan.shown), dict[tuple[str, int], list[Job]](), list[list[Job]]()
+    shown, latest, found = set(plan.shown), dict[tuple[str, int], list[Job]](), list[list[Job]]()
     for evaluation in plan.evaluations.values():
         for shard, job in enumerate(_drawing_jobs(plan, evaluation, shown)):
-            kin = open_.setdefault((evaluation.family, shard), [])
-            if not kin or len(kin) == MOST_TOGETHER:
-                kin = open_[evaluation.family, shard] = []
-                found.append(kin)
-            kin.append(job)
+            if len(latest.get((evaluation.family, shard), [])) in (0, MOST_TOGETHER):
+                latest[evaluation.family, shard] = []
+                found.append(latest[evaluation.family, shard])
+            latest[evaluation.family, shard].append(job)
     for kin in found:
         if ours := [job for job in kin if job.lacks and not job.about.is_drawn]:
             kin[kin.index(ours[0])] = dataclasses.replace(ours[0], beside=tuple(ours[1:]))

@@ -102,7 +102,7 @@ def sample(plan: Plan, evaluation: Evaluation, shard: int, *, together: bool = F
     for detector in plan.detectors.values() if drawn else ():
         opened = load_detector(plan, detector)
         for one in drawn:
-            _extract_features(plan, one, detector, shard, opened)
+            extract_features(plan, one, detector, shard, opened)
     # Not before: a workflow that is killed between the two discards the shard and calls this again.
     mine = store.shard_range(evaluation.sampling.count, shard, evaluation.shards)
     for one in drawn:
@@ -120,18 +120,14 @@ def _given(plan: Plan, state: names.State) -> dict[str, Any]:
     return {"step": row.step, "file": origin(plan.path(state)), "sha256": plan.identities[row.checkpoint]}
 
 
-def extract_features(plan: Plan, evaluation: Evaluation, detector: names.Detector, shard: int) -> None:
-    """Extract a detector's features of one shard of samples."""
-    _extract_features(plan, evaluation, detector, shard, load_detector(plan, detector))
-
-
-def _extract_features(
-    plan: Plan, evaluation: Evaluation, detector: names.Detector, shard: int, opened: Detector
+def extract_features(
+    plan: Plan, evaluation: Evaluation, detector: names.Detector, shard: int, opened: Detector | None = None
 ) -> None:
+    """Extract a detector's features of one shard of samples; `opened` is the detector if it is loaded already."""
     made = evaluation.judgement(detector.name).features
     condition = condition_in(plan.trajectories[evaluation.state.trajectory].recipe).on(plan)
     feature_shard(
-        opened,
+        opened or load_detector(plan, detector),
         Path(evaluation.sample_file(shard)),
         folder=Path(made.folder),
         key=made.key,
@@ -149,8 +145,8 @@ def judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
     features, detector = judgement.features, judgement.detector
     if gone := [path for path in features.shard_files if not Path(path).exists()]:
         raise ValueError(
-            f"{gone[0]}: this shard is missing, expected features of samples that a job of rule sample drew. Its log, "
-            f"or that of other samples of {evaluation.state}, may say why; the same snakemake command draws them"
+            f"{gone[0]}: this shard is missing, expected features from the job that draws these samples. Its log, or that "
+            f"of other samples of {evaluation.state}, may say why; the same snakemake command draws them"
         )
     common: dict[str, Any] = {"key": features.key, "recipe": features.recipe, "shards": features.shards}
     provenance = artefact.provenance(key=features.key, recipe=features.recipe)

@@ -339,7 +339,7 @@ def test_samples_that_are_not_finite_keep_no_other_set_from_its_samples(world, m
     assert not list(Path(one.folder).glob("*shard*"))
     assert [job.about.name for job in world.left()["sample"]] == [one.name]
     assert world.run("evaluate", one.name) == 2
-    assert "this shard is missing, expected features of samples that a job of rule sample" in capsys.readouterr().err
+    assert "this shard is missing, expected features from the job that draws these samples" in capsys.readouterr().err
     assert world.run("sample", one.name) == 2 and said in capsys.readouterr().err
 
 
