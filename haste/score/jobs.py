@@ -145,8 +145,8 @@ def judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
     features, detector = judgement.features, judgement.detector
     if gone := [path for path in features.shard_files if not Path(path).exists()]:
         raise ValueError(
-            f"{gone[0]}: this shard is missing, expected features from the job that draws these samples. Its log, or that "
-            f"of other samples of {evaluation.state}, may say why; the same snakemake command draws them"
+            f"{gone[0]}: this shard is missing, expected features from the job that draws these samples. Its log, or "
+            f"that of other samples of {evaluation.state}, may say why; the same snakemake command draws them"
         )
     common: dict[str, Any] = {"key": features.key, "recipe": features.recipe, "shards": features.shards}
     provenance = artefact.provenance(key=features.key, recipe=features.recipe)
