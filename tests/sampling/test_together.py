@@ -87,7 +87,7 @@ def tiled(data, size):
     return [low for low in range(0, 24, size) if data.draw(st.booleans())]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data(), size=st.integers(1, 9), sets=st.integers(1, 3))
 def test_each_set_gets_every_sample_once_in_order_and_a_sample_that_several_lack_is_drawn_in_one_call(
     data, size, sets, tmp_path_factory
