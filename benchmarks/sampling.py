@@ -34,7 +34,7 @@ from haste.diffusion.interpolant import Interpolant
 from haste.models.sit import SiT
 from haste.sampling.compiled import compile_once
 from haste.sampling.painter import Painter
-from haste.sampling.shards import draw_shard
+from haste.sampling.shards import Wanted, draw_shards
 
 WHOLE, CHANNELS, FACTOR = 50_000, 4, 8
 CONDITION = Labels(classes=1000)
@@ -105,16 +105,17 @@ def beside_the_network(arguments: argparse.Namespace) -> Table:
         for rows in cuts:
             painter.latents(rows, CONDITION.sampled(sampling, rows))
 
-    def everything() -> None:
+    def everything(sets: int = 1) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "shard.npz"
-            draw_shard(painter, path=path, key="", recipe={}, shard=0, shards=1, batch=batch, inputs={})
+            wanted = [Wanted(painter, Path(folder, str(i), "shard.npz"), "", {}) for i in range(sets)]
+            draw_shards(wanted, shard=0, shards=1, batch=batch, inputs={})
 
     painter.draw(range(2))
     table = Table(title=f"{samples} samples of {steps} evaluations at {size} x {size} x {CHANNELS}, batches of {batch}")
     for column in ["", f"core-minutes for {WHOLE:,}", "of these in the thread that draws"]:
         table.add_column(column, justify="right")
-    for name, work in (("noise", noise), ("noise and sampler", latents), ("with pixels and files", everything)):
+    beside = {"noise": noise, "noise and sampler": latents, "with pixels and files": everything}
+    for name, work in {**beside, "the same, of two sets in one job": lambda: everything(2)}.items():
         whole, own = (f"{seconds / samples * WHOLE / 60:.1f}" for seconds in _busy(work))
         table.add_row(name, whole, own)
     return table

@@ -22,6 +22,13 @@ WAYS = {
     "heun": {"sampler": "heun", "steps": 3, "count": 20},
     "pictures": {"sampler": "euler", "steps": 2, "labels": [7, 2]},
 }
+#: Of these, all but the last share a job's network and noise.
+FAMILY = {
+    "plain": TINY["sampling"]["quick"],
+    "guided": {**TINY["sampling"]["quick"], "guidance": 2.0},
+    "late": {**TINY["sampling"]["quick"], "guidance": 2.0, "interval": [0.0, 0.7]},
+    "another": {**TINY["sampling"]["quick"], "seed": 1},
+}
 
 
 class Chance:
@@ -31,8 +38,9 @@ class Chance:
         raw: the configuration, after all changes of mind.
     """
 
-    def __init__(self, seed: int, folder: Path):
-        self.random, self.folder = random.Random(seed), folder
+    def __init__(self, seed: int, folder: Path, ways=None):
+        """`ways`: the ways to sample that it chooses among, `WAYS` by default."""
+        self.random, self.folder, self.ways = random.Random(seed), folder, ways or WAYS
         self.raw = self.configuration()
         self.finish(1.0)
         for _ in range(self.random.randint(0, 2)):
@@ -52,7 +60,12 @@ class Chance:
 
     def configuration(self):
         pick, raw = self.random.choice, copy.deepcopy(TINY)
-        raw |= {"results": str(self.folder / "results"), "name": "world", "sampling": WAYS, "measures": {"cos": COSINE}}
+        raw |= {
+            "results": str(self.folder / "results"),
+            "name": "world",
+            "sampling": self.ways,
+            "measures": {"cos": COSINE},
+        }
         raw["images"]["shards"], raw["autoencoder"]["shards"] = pick([1, 2]), pick([1, 2])
         raw["runtime"]["sample_shards"] = pick([1, 2])
         raw["teachers"] = {"vit": {**VIT, "cache": pick(["off", "off", "features", "features+attention"])}}
@@ -70,7 +83,7 @@ class Chance:
         pick = self.random.choice
         found = {
             "milestones": sorted(self.some(4, 8, 12, 16)),
-            "sampling": self.some(*WAYS),
+            "sampling": self.some(*self.ways),
             "seeds": pick([[0], [0], [0, 1]]),
         }
         if pick("yyn") == "y":
@@ -90,7 +103,7 @@ class Chance:
         elif what == "milestone":
             row["milestones"] = sorted({*row["milestones"], self.random.choice([2, 6, 10, 14, 20])})
         elif what == "way":
-            row["sampling"] = list(dict.fromkeys([*row["sampling"], self.random.choice([*WAYS])]))
+            row["sampling"] = list(dict.fromkeys([*row["sampling"], self.random.choice([*self.ways])]))
         elif what == "detector":
             self.raw["detector"]["more"] = {"trained": {**CNN["trained"], "width": 24}}
         elif what == "measure":
@@ -104,7 +117,8 @@ class Chance:
         """What a run of the workflow would make, or that share of it, at times of no order."""
         plan = self.plan()
         shards = [path for one in plan.detectors.values() for path in one.reference.shard_files]
-        for path in [*shards, *(path for jobs in plan.jobs.every.values() for job in jobs for path in job.makes)]:
+        jobs = [one for jobs in plan.jobs.every.values() for job in jobs for one in (job, *job.beside)]
+        for path in [*shards, *(path for job in jobs for path in job.makes)]:
             if not os.path.exists(path) and self.random.random() < share:
                 self.make(plan, path)
 
@@ -119,6 +133,17 @@ class Chance:
         place.write_text(json.dumps(about))
         when = 1e9 + self.random.randint(0, 1000)
         os.utime(place, (when, when))
+
+    def lose_drawn(self):
+        """Of some sets of samples some files, and most of what was made of them."""
+        plan = self.plan()
+        for one in plan.evaluations.values():
+            files = [*one.sample_files, *(path for judged in one.judgements for path in judged.features.shard_files)]
+            share = self.random.choice([0.0, 0.0, 0.3, 0.6, 1.0])
+            results = [one.grid, *(judged.score for judged in one.judgements)]
+            for path in [*files, *(path for path in results if self.random.random() < share + 0.2)]:
+                if path in results or self.random.random() < share:
+                    Path(path).unlink(missing_ok=True)
 
     def lose(self):
         """A file, some files, a store, or a whole room."""

@@ -393,6 +393,38 @@ def test_another_way_to_sample_trains_nothing(shop):
     assert shop.jobs() == {("sample", name), ("score", name), ("grid", name), ("report", "")}
 
 
+def test_guided_and_unguided_samples_of_a_state_are_one_job_that_goes_on_after_a_kill_and_a_third_way_is_its_own(shop):
+    plain = {"sampler": "euler-maruyama", "steps": 40, "count": 140, "labels": "balanced"}
+    ways = {"plain": plain, "guided": {**plain, "guidance": 2.0}}
+    cold = Workshop(shop.folder)  # whose jobs are killed with it
+
+    def configure(**ways):
+        shop.configure(sampling=ways, runs={"vanilla": {"milestones": [8], "sampling": [*ways]}})
+        return {row.evaluation.sampling_name: row.evaluation for row in shop.plan.rows}
+
+    sets = configure(**ways)
+    targets = [one.score for one in sets.values()]
+    others = {(rule, one.name) for rule in ("score", "grid") for one in sets.values()} | {("report", "")}
+    assert shop.jobs() == {("sample", sets["plain"].name)} | others
+    running = cold.started(*targets)
+    try:
+        limit = time.monotonic() + 60
+        while not list(Path(sets["guided"].folder).glob(".batches/*.npz")) and time.monotonic() < limit:
+            time.sleep(0.02)
+    finally:
+        os.killpg(running.pid, 9)
+    running.communicate()
+    assert not any(one.is_drawn for one in sets.values())
+    done = shop.snakemake(*targets)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    logs = {path.name: path.read_text() for path in (shop.root / "tiny/logs").glob("sample-*")}
+    ours = [text for name, text in logs.items() if any(one.name in name for one in sets.values())]
+    assert len(ours) == 1 and re.search(r"of 2 sets: 280/280 images \(\d+ kept from before\)", ours[0])
+    assert all(map(os.path.exists, targets))
+    late = configure(**ways, late={**plain, "guidance": 3.0})["late"].name
+    assert {job for job in shop.jobs() if job[0] in ("sample", "score")} == {("sample", late), ("score", late)}
+
+
 def test_a_checkpoint_from_elsewhere_is_sampled_and_scored_and_nothing_is_trained(shop, tmp_path):
     state = shop.plan.path(shop.plan.state("HASTE", 16))
     assert cli.main(["export", state, str(tmp_path / "theirs.pt"), "--format", "repa"]) == 0

@@ -28,6 +28,8 @@ def add(to: Commands) -> None:
         sub.add_argument("draw", help="name of a set of samples")
     for sub in (sample, features):
         sub.add_argument("--shard", type=int, default=0, help="which shard, counted from 0")
+    words = "also draw this shard, if it is missing, of later sets of samples that differ only in guidance"
+    sample.add_argument("--together", action="store_true", help=f"{words}: with one network and noise, as workflows do")
     evaluate.add_argument("--detector", help="name of a detector; all of the configuration")
     features.add_argument("--detector", required=True, help="name of a detector of the configuration")
     for sub in (floor, reconstruct):
@@ -106,7 +108,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     from haste.score import jobs
 
     plan = plan_to_compute(arguments)
-    jobs.sample(plan, plan.evaluation(arguments.draw), arguments.shard)
+    jobs.sample(plan, plan.evaluation(arguments.draw), arguments.shard, together=arguments.together)
 
 
 def _features(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Classifier-free guidance (Ho and Salimans 2022), on an interval of times (Kynkäänniemi et al. 2024)."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,6 +65,32 @@ class Guided:
         if self.channels is None:
             return out
         return torch.cat([out[:, : self.channels], conditional[:, self.channels :]], dim=1)
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """A field of several batches, one behind the other, each guided in its own way. The network sees the rows of each
+    by themselves, so that results have the bits that they would have without the others."""
+
+    fields: Sequence[Any]  # `Guided`, or frozen ones
+    rows: int  # of each batch
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        parts = zip(self.fields, x.split(self.rows), strict=True)
+        return torch.cat([field(part, t) for field, part in parts])
+
+    def freeze_guidance(self, t: float) -> "SideBySide":
+        """See `haste.diffusion.samplers`."""
+        return replace(self, fields=[field.freeze_guidance(t) for field in self.fields])
+
+    def row(self, i: int) -> Guided:
+        """See `haste.diffusion.samplers`."""
+        return self.fields[i // self.rows].row(i % self.rows)
+
+    @property
+    def jumps(self) -> tuple[float, ...]:
+        """Those of any of them, for a solver that steps all rows at once."""
+        return tuple(sorted({t for field in self.fields for t in field.jumps}))
 
 
 def guided(

@@ -98,7 +98,7 @@ def dopri5(velocity: Field, x: Tensor, rtol: float = 1e-3, atol: float = 1e-6) -
     x, ends = x.double(), []
     for i in range(len(x)):
         own, state = velocity.row(i) if hasattr(velocity, "row") else velocity, x[i : i + 1]
-        for high, low in pairwise([1.0, *sorted(getattr(velocity, "jumps", ()), reverse=True), 0.0]):
+        for high, low in pairwise([1.0, *sorted(getattr(own, "jumps", ()), reverse=True), 0.0]):
             slope = _guidance_frozen(own, (high + low) / 2)
             try:
                 state = odeint(

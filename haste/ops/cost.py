@@ -403,7 +403,7 @@ def _training_stages(plan: Plan, pace: Pace) -> tuple[list[Stage], bool]:
 
 def _sampling_stage(plan: Plan, pace: Pace) -> Stage:
     """Samples, and every detector's features of them."""
-    todo = [job.about for job in _left(plan, "sample")]
+    todo = plan.jobs.to_draw
     looked = [(e, one) for e in todo for one in e.judgements]
     size = sum(3 * plan.config.images.resolution**2 * e.sampling.count / e.shards for e in todo)
     work = _looks(plan, looked)

@@ -165,7 +165,7 @@ def _states(plan: Plan, run: str, seed: int) -> list[State]:
 def _cells(plan: Plan, pace: Pace, states: Collection[State], drawn: Collection[Evaluation]) -> list[str]:
     training = sum(cost.training_seconds(plan, plan.segment(state), pace)[0] for state in states)
     mine = {one.name for one in drawn}
-    shards = [job.about for job in plan.jobs.left.get("sample", []) if job.about.name in mine]
+    shards = [one for one in plan.jobs.to_draw if one.name in mine]
     times = [cost.sampling_seconds(plan, one, pace) for one in shards]
     samples, unknown = sum(time or 0.0 for time in times), " + unknown" if None in times else ""
     hours = (training * pace.ranks + samples) / 3600

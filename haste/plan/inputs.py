@@ -48,7 +48,7 @@ class Parts:
     @functools.cached_property
     def drawn(self) -> list[Evaluation]:
         """The samples that are still to be drawn."""
-        return list({job.about.name: job.about for job in self.jobs.left.get("sample", [])}.values())
+        return list({one.name: one for one in self.jobs.to_draw}.values())
 
     @functools.cached_property
     def measured(self) -> list[Measurement]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ RULES = (
     *("text_encoder", "text", "text_join", "pca", "targets", "targets_join", *TRAINING, "reference", "sample"),
     *("features", "score", "floor", "reconstruct", "grid", "measure", "report"),
 )
+#: Sets of samples of one job at most: the jobs of a sweep over guidance should run side by side too.
+MOST_TOGETHER = 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,7 +34,8 @@ class Job:
 
     rule: its rule; makes: its files, of which the first names it; reads: returns the files that these are made from;
     about: the set of images (a plan), artefact, detector, state, evaluation (with the judgement) or measurement; name:
-    what its command calls that; wanted: those of its files that something else is still made from, if only some are.
+    what its command calls that; wanted: those of its files that something else is still made from, if only some are;
+    beside: jobs of its rule that it does too (`Jobs.beside`).
     """
 
     rule: str
@@ -41,6 +44,12 @@ class Job:
     about: Any = None
     name: str = ""
     wanted: tuple[str, ...] = ()
+    beside: tuple[Job, ...] = ()
+
+    @property
+    def lacks(self) -> list[str]:
+        """Those of `wanted` that are not there."""
+        return [path for path in self.wanted if not os.path.exists(path)]
 
     @property
     def log(self) -> str:
@@ -74,7 +83,9 @@ class Jobs:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        made = (*_data_jobs(plan), *_network_jobs(plan), *_target_jobs(plan), *_result_jobs(plan))
+        families = _families(plan)
+        self._kin = {job.makes[0]: kin for kin in families for job in kin}
+        made = (*_data_jobs(plan), *_network_jobs(plan), *_target_jobs(plan), *_result_jobs(plan, families))
         # Of networks with two names, the first one's.
         self._features = {path: job for job in reversed(made) if job.rule == "features" for path in job.makes}
         self._makers = {path: job for job in reversed(made) if job.rule != "features" for path in job.makes}
@@ -109,11 +120,36 @@ class Jobs:
         """The states that a run of the workflow would train now."""
         return [job.about for rule in TRAINING for job in self.left.get(rule, [])]
 
+    @property
+    def to_draw(self) -> list[Evaluation]:
+        """The sets of samples that a run of the workflow would draw now, each as often as shards are left of it."""
+        return [one.about for job in self.left.get("sample", []) for one in (job, *job.beside)]
+
+    def beside(self, evaluation: Evaluation, shard: int) -> list[Evaluation]:
+        """The sets of samples of which the job of one set's shard draws the same shard too: those that differ only in
+        guidance, come later in the plan, and of which something is still made from it; `MOST_TOGETHER` with itself.
+
+        These are those of the job when the workflow began, less what is finished by now: a job that is run again, by
+        then perhaps on another node, goes on with the others though its own samples are there.
+        """
+        job = self._maker(evaluation.sample_file(shard))
+        kin = self._kin[job.makes[0]]
+        return [one.about for one in kin[kin.index(job) + 1 :] if one.lacks]
+
     @cached_property
     def every(self) -> dict[str, list[Job]]:
         """Rule -> the jobs that a run of the workflow would do if nothing were there, and those that are left."""
         found = self._reached({}, self.targets, lambda job: (p for p in job.reads() if p in self._makers))
-        return _by_rule(dict.fromkeys([*found, *(job for jobs in self.left.values() for job in jobs)]))
+        drawn = {one.makes[0] for job in found for one in (job, *job.beside)}
+        jobs = dict[str, Job]()
+        for job in found:
+            if job.rule == "sample":
+                first, *others = (one for one in self._kin[job.makes[0]] if one.makes[0] in drawn)
+                job = dataclasses.replace(first, beside=tuple(others))
+            jobs.setdefault(job.makes[0], job)
+        for job in (job for of in self.left.values() for job in of):
+            jobs.setdefault(job.makes[0], job)
+        return _by_rule(jobs.values())
 
     def _reached(self, alone: dict[str, Job], asked: list[str], reads: Callable[[Job], Iterable[str]]) -> list[Job]:
         found: dict[str, Job] = {}
@@ -196,11 +232,12 @@ def _target_jobs(plan: Plan) -> Iterator[Job]:
         yield Job("targets_join", (store.manifest,), partial(_joined, store, plan.images), store, name)
 
 
-def _result_jobs(plan: Plan) -> Iterator[Job]:
+def _result_jobs(plan: Plan, families: list[list[Job]]) -> Iterator[Job]:
     yield from (_training_job(plan, state) for state in plan.planned())
-    shown = set(plan.shown)
+    yield from (job for kin in families for job in kin)
+    leads = {one.makes[0]: job for kin in families for job in kin for one in job.beside}
     for evaluation in plan.evaluations.values():
-        yield from _evaluation_jobs(plan, evaluation, shown)
+        yield from _evaluation_jobs(plan, evaluation, leads)
     for one in plan.measurements.values():
         yield Job("measure", (one.file,), partial(plan.measured_from, one), one, one.label)
     yield Job("report", (plan.report, plan.report_made), lambda: [*plan.shown, *plan.measure_files])
@@ -218,8 +255,24 @@ def _training_job(plan: Plan, state: State) -> Job:
     return Job(rule, (plan.path(state),), reads, state)
 
 
-def _evaluation_jobs(plan: Plan, evaluation: Evaluation, shown: set[str]) -> Iterator[Job]:
-    """Of a set of samples: its shards with every detector's features, features alone, scores and the grid."""
+def _families(plan: Plan) -> list[list[Job]]:
+    """The jobs that draw the same shard of the sets of a family, each by itself, in the plan's order. Of those that a
+    run of the workflow would do now, the first does the others too."""
+    shown, latest, found = set(plan.shown), dict[tuple[str, int], list[Job]](), list[list[Job]]()
+    for evaluation in plan.evaluations.values():
+        for shard, job in enumerate(_drawing_jobs(plan, evaluation, shown)):
+            if len(latest.get((evaluation.family, shard), [])) in (0, MOST_TOGETHER):
+                latest[evaluation.family, shard] = []
+                found.append(latest[evaluation.family, shard])
+            latest[evaluation.family, shard].append(job)
+    for kin in found:
+        if ours := [job for job in kin if job.lacks and not job.about.is_drawn]:
+            kin[kin.index(ours[0])] = dataclasses.replace(ours[0], beside=tuple(ours[1:]))
+    return found
+
+
+def _drawing_jobs(plan: Plan, evaluation: Evaluation, shown: set[str]) -> Iterator[Job]:
+    """Of a set of samples: its shards with every detector's features."""
     results = [evaluation.grid, *(one.score for one in evaluation.judgements)]
     ahead = {path for path in results if path in shown and not os.path.exists(path)}
     parts = [*filter(None, (one.part for one in plan.detectors.values()))]
@@ -230,10 +283,21 @@ def _evaluation_jobs(plan: Plan, evaluation: Evaluation, shown: set[str]) -> Ite
         drawn = lambda: [*plan.drawn_from(evaluation), *_files(*parts)]  # noqa: E731
         makes = (file, *(path for _, path in looks))
         yield Job("sample", makes, drawn, evaluation, evaluation.name, tuple(wanted))
-        for one, path in looks:
+
+
+def _evaluation_jobs(plan: Plan, evaluation: Evaluation, leads: Mapping[str, Job]) -> Iterator[Job]:
+    """Of a set of samples: features alone, scores and the grid. Of a shard that the job of another set draws, they wait
+    for what that one makes."""
+    files = evaluation.sample_files
+    for one in evaluation.judgements:
+        for file, path in zip(files, one.features.shard_files, strict=True):
             seen = lambda file=file, part=one.detector.part: [file, *plan.meant_from, *_files(part)]  # noqa: E731
             yield Job("features", (path,), seen, (evaluation, one), one.detector.name)
-    for one in evaluation.judgements:
-        read = [one.detector.reference.manifest, *one.features.shard_files].copy
+        read = [one.detector.reference.manifest, *_waited(files, one.features.shard_files, leads)].copy
         yield Job("score", (one.score,), read, (evaluation, one), one.detector.name)
-    yield Job("grid", (evaluation.grid,), evaluation.sample_files.copy, evaluation)
+    yield Job("grid", (evaluation.grid,), [*_waited(files, files, leads)].copy, evaluation)
+
+
+def _waited(samples: list[str], read: list[str], leads: Mapping[str, Job]) -> Iterator[str]:
+    for file, path in zip(samples, read, strict=True):
+        yield from leads[file].lacks if file in leads else [path]

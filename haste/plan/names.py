@@ -14,6 +14,7 @@ from haste.files.artefact import fingerprint
 RECIPE = 1  # raised when the method changes so that equal settings no longer give equal results
 SHOWN_CLASSES = 10  # columns of a grid of samples
 MOST_COMPARED = 50_000  # most images on a side of what real images reach: the usual number of samples
+GUIDING = ("guidance", "interval", "guided_channels", "pixels")  # keys of a sampling that need no noise of their own
 STORES = (
     "images",
     "latents",
@@ -199,6 +200,12 @@ class Evaluation:
     def key(self) -> str:
         """Hash of the sampling settings."""
         return fingerprint(self.recipe)
+
+    @functools.cached_property
+    def family(self) -> str:
+        """Equal for sets of samples of one state that differ only in guidance, and so can share network and noise."""
+        sampling = {name: value for name, value in self.recipe["sampling"].items() if name not in GUIDING}
+        return fingerprint({**self.recipe, "sampling": sampling})
 
     @property
     def judged(self) -> tuple[Judgement, ...]:

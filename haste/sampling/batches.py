@@ -11,6 +11,7 @@ Snakemake removes a job's outputs before it reruns the job, and sampling is the 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import re
@@ -33,29 +34,47 @@ _SOURCE = "drawn_from"
 Arrays = dict[str, np.ndarray]
 
 
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """The batches of one set of samples: their folder, see `folder_of`, and identities of what they are drawn from."""
+
+    folder: Path
+    source: Mapping[str, str]
+
+
 def drawn(
-    folder: Path, indices: range, size: int, source: Mapping[str, str], draw: Callable[[range], Arrays]
-) -> Iterator[tuple[Arrays, Callable[[], None] | None]]:
-    """The batches of a range of samples in order, each with what keeps it if it was drawn now; kept ones are read.
+    sets: Sequence[Kept], indices: range, size: int, draw: Callable[[range, list[int]], Sequence[Arrays | None]]
+) -> Iterator[tuple[int, Arrays, Callable[[], None] | None]]:
+    """The batches of a range of samples of some sets: the set's place, its batch, and what keeps it if it was drawn
+    now; kept ones are read. Each set has its batches in order; what several lack is drawn together.
 
     Args:
-        folder: where the batches are kept; see `folder_of`.
+        sets: of each of which all these samples are wanted.
         indices: the samples, from the first to the last.
         size: samples per batch. Kept batches may have another size; new ones fill the gaps between them.
-        source: identities of what the samples are drawn from.
-        draw: range -> arrays with one row per sample.
+        draw: (range, places of sets) -> for each of these sets arrays with one row per sample, or None if it is given
+            up: it has no further batches.
     """
-    starts, low = _starts(folder, indices), indices.start
-    while low < indices.stop:
-        kept = _read(_path(folder, low), source, indices.stop - low) if low in starts else None
-        if kept is None:
-            beyond = (start for start in starts if start > low)
-            rows = range(low, min(low + size, indices.stop, next(beyond, indices.stop)))
-            found = draw(rows)
-            yield found, partial(_keep_batch, _path(folder, low), found, source)
-        else:
-            yield (found := kept), None
-        low += _length(found)
+    starts, lows = [_starts(one.folder, indices) for one in sets], [indices.start] * len(sets)
+    while (low := min(lows, default=indices.stop)) < indices.stop:
+        lacking = list[int]()
+        for place in [place for place, reached in enumerate(lows) if reached == low]:
+            one, there = sets[place], low in starts[place]
+            kept = _read(_path(one.folder, low), one.source, indices.stop - low) if there else None
+            if kept is None:
+                lacking.append(place)
+            else:
+                yield place, kept, None
+                lows[place] += _length(kept)
+        if lacking:
+            # The others, who are ahead, are met where they are.
+            beyond = [*lows, *(start for place in lacking for start in starts[place])]
+            rows = range(low, min(low + size, indices.stop, *(start for start in beyond if start > low)))
+            for place, found in zip(lacking, draw(rows, lacking), strict=True):
+                lows[place] = indices.stop if found is None else rows.stop
+                if found is not None:
+                    one = sets[place]
+                    yield place, found, partial(_keep_batch, _path(one.folder, low), found, one.source)
 
 
 def _keep_batch(path: Path, found: Arrays, source: Mapping[str, str]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from haste.config import Sampling, condition_in, process_in
 from haste.data.condition import Condition, Rows
 from haste.data.jobs import check_autoencoder, check_decoder
 from haste.data.latents import Autoencoder, to_pixels
-from haste.diffusion.guidance import guided
+from haste.diffusion.guidance import Guided, SideBySide, guided
 from haste.diffusion.process import Process
 from haste.diffusion.samplers import SAMPLERS, Counted, Sampler
 from haste.files.store import Store
@@ -74,9 +74,10 @@ class Painter:
         Raises:
             FloatingPointError: latents or pixels of a sample are not finite; the message says of which.
         """
-        rows = self.condition.sampled(self.sampling, indices)
-        z, counts = self.latents(indices, rows, told)
-        return {"image": self.decoded(z, indices), **rows, "nfe": counts.numpy()}
+        (found,) = drawn_together([self], indices, told)
+        if isinstance(found, FloatingPointError):
+            raise found
+        return found
 
     @torch.inference_mode()
     def decoded(self, z: Tensor, indices: range) -> np.ndarray:
@@ -99,7 +100,6 @@ class Painter:
                 )
         return to_pixels(decoded, self.sampling.pixels).cpu().numpy()
 
-    @torch.inference_mode()
     def latents(
         self, indices: range, rows: Rows, told: Callable[[float], None] = lambda share: None
     ) -> tuple[Tensor, Tensor]:
@@ -110,22 +110,17 @@ class Painter:
             rows: their conditions, as the condition's `sampled` returns them.
             told: as for `draw`.
         """
-        sampling, process, device = self.sampling, self.process, next(self.model.parameters()).device
-        shape = (self.model.in_channels, self.model.input_size, self.model.input_size)
-        condition, null = (
-            each(lambda piece: torch.from_numpy(piece).to(device), form)
-            for form in (self.condition.told(rows), self.condition.null(len(indices)))
-        )
-        low, high = map(process.place, sampling.interval)
-        field = guided(
-            process.field(self.model), condition, null, sampling.guidance, (low, high), self._guided_channels()
-        )
-        counts = torch.zeros(len(indices), dtype=torch.int64)
-        noise = Noise(sampling.seed, indices, shape, sampling.steps or 0, device)
-        with noise, computing(sampling.precision, device):
-            return process.sample(self._sampler(), Counted(field, counts, told), noise.start, sampling, noise), counts
+        return _latents([self], indices, rows, told)
 
-    def _sampler(self) -> Sampler:
+    def field(self, condition: Any, null: Any) -> Guided:
+        """The guided field of rows with these conditions."""
+        sampling, (low, high) = self.sampling, map(self.process.place, self.sampling.interval)
+        field = self.process.field(self.model)
+        return guided(field, condition, null, sampling.guidance, (low, high), self._guided_channels())
+
+    @property
+    def sampler(self) -> Sampler:
+        """The sampler by its name; raises ValueError if it is for another process."""
         found, name = SAMPLERS[self.sampling.sampler], self.sampling.sampler
         if found.process != self.model.process:
             raise ValueError(f"sampler {name}: is for {found.process}, expected one for {self.model.process}")
@@ -136,6 +131,48 @@ class Painter:
         asked, channels = self.sampling.guided_channels, self.model.in_channels
         count = self.process.guided(channels) if asked == "all" else asked
         return None if count == self.process.outputs(channels) else count
+
+
+Drawn = dict[str, np.ndarray]
+
+
+@torch.inference_mode()
+def drawn_together(
+    painters: Sequence[Painter], indices: range, told: Callable[[float], None] = lambda share: None
+) -> list[Drawn | FloatingPointError]:
+    """The same samples of several painters, which differ only in how they are guided: what `Painter.draw` returns, or
+    raises, of each. They share the noise; bits are those of each alone."""
+    first = painters[0]
+    rows = first.condition.sampled(first.sampling, indices)
+    z, counts = _latents(painters, indices, rows, told)
+    found: list[Drawn | FloatingPointError] = []
+    for painter, mine, number in zip(painters, z.chunk(len(painters)), counts.chunk(len(painters)), strict=True):
+        try:
+            found.append({"image": painter.decoded(mine, indices), **rows, "nfe": number.numpy()})
+        except FloatingPointError as error:
+            found.append(error)
+    return found
+
+
+@torch.inference_mode()
+def _latents(
+    painters: Sequence[Painter], indices: range, rows: Rows, told: Callable[[float], None]
+) -> tuple[Tensor, Tensor]:
+    """As `Painter.latents`, of one painter behind the other: P B rows."""
+    first, many = painters[0], len(painters)
+    device, shape = next(first.model.parameters()).device, (first.model.in_channels, *2 * [first.model.input_size])
+    condition, null = (
+        each(lambda piece: torch.from_numpy(piece).to(device), form)
+        for form in (first.condition.told(rows), first.condition.null(len(indices)))
+    )
+    fields = [painter.field(condition, null) for painter in painters]
+    field = fields[0] if many == 1 else SideBySide(fields, len(indices))
+    counts = torch.zeros(many * len(indices), dtype=torch.int64)
+    sampling = first.sampling
+    noise = Noise(sampling.seed, indices, shape, sampling.steps or 0, device, copies=many)
+    with noise, computing(sampling.precision, device):
+        found = first.process.sample(first.sampler, Counted(field, counts, told), noise.start, sampling, noise)
+    return found, counts
 
 
 def painter_of(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,81 +19,129 @@ from haste.files.npz import ADM
 from haste.files.progress import Progress
 from haste.files.store import shard_range
 from haste.sampling import batches, looks
-from haste.sampling.painter import Painter, log
+from haste.sampling.painter import Painter, drawn_together, log
 
 _REST = ("arr_0", "nfe", "haste", *looks.FIELDS)  # arrays in such a file besides the fields of the condition
 
 
-def draw_shard(
-    painter: Painter,
-    *,
-    path: Path,
-    key: str,
-    recipe: dict,
-    shard: int,
-    shards: int,
-    batch: int,
-    inputs: dict[str, str],
-    facts: Mapping[str, Any] = MappingProxyType({}),
-) -> None:
-    """Draw one shard into ADM's .npz: `arr_0` uint8 NHWC, `arr_1` labels, and the provenance record as `haste`. For a
-    condition other than labels, its fields have their own names.
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A shard that is wanted of one set of samples: what draws them, the .npz to write, the set's key and recipe, and
+    what else the record says."""
 
-    Images are written while the next batch is drawn, so memory holds two batches of them. Batches are kept: after a
-    kill the same call draws only what is missing, with the same bits, and nothing if the shard is complete.
+    painter: Painter
+    path: Path
+    key: str
+    recipe: dict[str, Any]
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def draw_shards(
+    sets: Sequence[Wanted], *, shard: int, shards: int, batch: int, inputs: dict[str, str]
+) -> dict[Path, FloatingPointError]:
+    """Draw one shard of some sets of samples, which differ only in how they are guided, each into ADM's .npz: `arr_0`
+    uint8 NHWC, `arr_1` labels, and the provenance record as `haste`. For a condition other than labels, its fields have
+    their own names.
+
+    Images are written while the next batch is drawn, so memory holds two batches of them for each set. Batches are
+    kept: after a kill the same call draws only what is missing, with the same bits, and nothing of a complete shard.
     `haste.sampling.batches.forget` removes them. Besides ADM's arrays the .npz has `nfe`, a sample's evaluations, and
     `haste.sampling.looks.FIELDS`.
 
     Args:
-        painter: draws the samples.
-        path: the .npz to write.
-        key: the samples' key.
-        recipe: the samples' recipe.
+        sets: one or more.
         shard: which shard, from 0.
         shards: the number of shards.
         batch: images per batch; changes results only by float rounding.
         inputs: identities of what the samples are made by, to be recorded.
-        facts: what else the record says.
+
+    Returns:
+        By path, why a set was given up: its samples are not finite. The others are drawn nevertheless.
     """
-    started, indices = time.monotonic(), shard_range(painter.sampling.count, shard, shards)
-    name, aside = f"samples, shard {shard} of {shards}", batches.folder_of(path.parent)
-    if batches.again(path, aside, lambda file: _is_of(file, key, inputs)):
-        log.info("%s: drawn before, %s", name, path)
-        return
-    watch = Progress(name, len(indices))
-    fields = {**painter.condition.fields, "nfe": ((), np.int64), **looks.FIELDS}
-    side = painter.autoencoder.factor * painter.model.input_size
-    made: list[Mapping[str, np.ndarray]] = [{name: np.zeros((0, *row), kind) for name, (row, kind) in fields.items()}]
+    started, name, failed = time.monotonic(), f"samples, shard {shard} of {shards}", dict[Path, FloatingPointError]()
+    todo = [one for one in sets if not _is_there(one, inputs, name)]
+    if not todo:
+        return failed
+    indices = shard_range(todo[0].painter.sampling.count, shard, shards)
+    watch = Progress(name if len(todo) == 1 else f"{name}, of {len(todo)} sets", len(todo) * len(indices))
 
-    def draw(rows: range) -> dict[str, np.ndarray]:
-        return painter.draw(rows, lambda share: watch.partly(share * len(rows)))
+    def draw(rows: range, places: Sequence[int]) -> list[dict[str, np.ndarray] | None]:
+        size, painters = len(rows) * len(places), [todo[place].painter for place in places]
+        found = drawn_together(painters, rows, lambda share: watch.partly(share * size))
+        failed.update(
+            {todo[i].path: one for i, one in zip(places, found, strict=True) if isinstance(one, FloatingPointError)}
+        )
+        return [None if isinstance(one, FloatingPointError) else one for one in found]
 
-    def write(found: Mapping[str, np.ndarray], keep: Callable[[], None] | None) -> None:
+    with contextlib.ExitStack() as opened, ThreadPoolExecutor(1, thread_name_prefix="writing") as thread:
+        files = [opened.enter_context(_File(one, len(indices))) for one in todo]
+        kept = [batches.Kept(batches.folder_of(one.path.parent), inputs) for one in todo]
+        writing = [thread.submit(lambda: None) for _ in todo]
+        for place, found, keep in batches.drawn(kept, indices, batch, draw):
+            writing[place].result()
+            writing[place] = thread.submit(files[place].write, found, keep)
+            watch.add(len(found["nfe"]), new=keep is not None)
+        for future in writing:
+            future.result()
+        for file in files:
+            if file.wanted.path not in failed:
+                file.finish(inputs, (time.monotonic() - started) / len(todo))  # their sum is what all took
+    return failed
+
+
+class _File:
+    """A shard's .npz while it is written; one that is not finished leaves nothing behind."""
+
+    def __init__(self, wanted: Wanted, count: int):
+        painter = wanted.painter
+        self.wanted, self.count, self._opened = wanted, count, contextlib.ExitStack()
+        self.fields = {**painter.condition.fields, "nfe": ((), np.int64), **looks.FIELDS}
+        self._made: list[Mapping[str, np.ndarray]] = [
+            {name: np.zeros((0, *row), kind) for name, (row, kind) in self.fields.items()}
+        ]
+
+    def __enter__(self) -> _File:
+        side = self.wanted.painter.autoencoder.factor * self.wanted.painter.model.input_size
+        shape = {"descr": "|u1", "fortran_order": False, "shape": (self.count, side, side, 3)}
+        aside = self._opened.enter_context(artefact.replacing(self.wanted.path))
+        self._archive = self._opened.enter_context(zipfile.ZipFile(aside, "w"))
+        self._images = self._archive.open("arr_0.npy", "w", force_zip64=True)
+        self._opened.callback(self._images.close)
+        np.lib.format.write_array_header_1_0(self._images, shape)
+        return self
+
+    def write(self, found: Mapping[str, np.ndarray], keep: Callable[[], None] | None) -> None:
+        """Write a batch's images, after `keep` if it was drawn now."""
         if keep is not None:
             keep()
-        file.write(np.ascontiguousarray(found["image"]).data)
-        made.append({**{name: found[name] for name in found if name != "image"}, **looks.looks_of(found["image"])})
+        self._images.write(np.ascontiguousarray(found["image"]).data)
+        rows = {name: found[name] for name in found if name != "image"}
+        self._made.append({**rows, **looks.looks_of(found["image"])})
 
-    with artefact.replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            shape = {"descr": "|u1", "fortran_order": False, "shape": (len(indices), side, side, 3)}
-            np.lib.format.write_array_header_1_0(file, shape)
-            with ThreadPoolExecutor(1, thread_name_prefix="writing") as thread:
-                writing = thread.submit(lambda: None)
-                for found, keep in batches.drawn(aside, indices, batch, inputs, draw):
-                    writing.result()
-                    writing = thread.submit(write, found, keep)
-                    watch.add(len(found["nfe"]), new=keep is not None)
-                writing.result()
-        rest = {ADM.get(name, name): np.concatenate([found[name] for found in made]) for name in fields}
-        nfe = float(rest["nfe"].mean()) if len(indices) else None
-        header = {**painter.condition.arguments, "schema": artefact.SCHEMA, "kind": "samples", "nfe": nfe, **facts}
-        header |= artefact.provenance(key=key, recipe=recipe, inputs=inputs, seconds=time.monotonic() - started)
+    def finish(self, inputs: dict[str, str], seconds: float) -> None:
+        """Write everything else, and give the file its name."""
+        self._images.close()
+        rest = {ADM.get(name, name): np.concatenate([found[name] for found in self._made]) for name in self.fields}
+        nfe = float(rest["nfe"].mean()) if self.count else None
+        header = {**self.wanted.painter.condition.arguments, "schema": artefact.SCHEMA, "kind": "samples", "nfe": nfe}
+        made = artefact.provenance(key=self.wanted.key, recipe=self.wanted.recipe, inputs=inputs, seconds=seconds)
+        header |= {**self.wanted.facts, **made}
         rest["haste"] = np.array(artefact.canonical(header))
         for entry, array in rest.items():
-            with archive.open(f"{entry}.npy", "w") as file:
+            with self._archive.open(f"{entry}.npy", "w") as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
-    batches.keep(path, aside)
+        self._opened.close()
+        batches.keep(self.wanted.path, batches.folder_of(self.wanted.path.parent))
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._opened.__exit__(*(kind, error, trace) if kind else (EOFError, EOFError(), None))
+
+
+def _is_there(one: Wanted, inputs: dict[str, str], name: str) -> bool:
+    there = batches.again(one.path, batches.folder_of(one.path.parent), lambda file: _is_of(file, one.key, inputs))
+    if there:
+        log.info("%s: drawn before, %s", name, one.path)
+    return there
 
 
 def _is_of(path: Path, key: str, inputs: dict[str, str]) -> bool:
@@ -109,7 +158,7 @@ def asked(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The requested arrays of a shard's samples, the rows of their condition, and the provenance record.
 
     Raises:
-        ValueError: missing, truncated, or not as `draw_shard` writes it.
+        ValueError: missing, truncated, or not as `draw_shards` writes it.
     """
     names = {entry: field for field, entry in ADM.items()}
     try:

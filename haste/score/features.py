@@ -39,7 +39,7 @@ def feature_shard(
 
     Args:
         detector: extracts the features.
-        path: the .npz that `draw_shard` wrote.
+        path: the .npz that `draw_shards` wrote.
         folder: the features store's.
         key: the features store's key.
         recipe: the features store's recipe.
@@ -50,7 +50,7 @@ def feature_shard(
         batch: batch size of the detector; changes results by float rounding only.
 
     Raises:
-        ValueError: the samples are missing, truncated, or not as `draw_shard` writes them.
+        ValueError: the samples are missing, truncated, or not as `draw_shards` writes them.
     """
     images = open_samples(path)
     rows, header = asked(path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,11 @@ from haste.plan.plan import Plan
 from haste.sampling import batches, looks
 from haste.sampling.compiled import compile_once
 from haste.sampling.painter import painter_of
-from haste.sampling.shards import draw_shard
+from haste.sampling.shards import Wanted, draw_shards
 from haste.score.features import feature_shard, reference_of_file, reference_shard
 from haste.score.workflow import floor, kept_moments, score
+
+log = logging.getLogger("haste.sample")
 
 
 def load_detector(plan: Plan, detector: names.Detector) -> Detector:
@@ -54,28 +59,58 @@ def _make_reference(plan: Plan, detector: names.Detector) -> None:
         kept_moments(Store.of(made))
 
 
-def sample(plan: Plan, evaluation: Evaluation, shard: int) -> None:
-    """Draw one shard of samples, and extract every detector's features."""
-    painter, path = painter_of(plan, evaluation.state, evaluation.sampling), Path(evaluation.sample_file(shard))
+def sample(plan: Plan, evaluation: Evaluation, shard: int, *, together: bool = False) -> None:
+    """Draw one shard of samples, and extract every detector's features.
+
+    Args:
+        plan: has the samples.
+        evaluation: the set of samples.
+        shard: which shard, from 0.
+        together: whether also of the sets that `Jobs.beside` names, with the same network and noise.
+
+    Raises:
+        FloatingPointError: samples of the set are not finite. Those of another set are only logged: that one has no
+            features then.
+    """
+    sets = [evaluation, *(plan.jobs.beside(evaluation, shard) if together else [])]
+    painter = painter_of(plan, evaluation.state, evaluation.sampling)
     if plan.config.runtime.compile:
         compile_once(painter.model)
-    with locks.making(path, anew=True):  # whoever waited finds the shard there, and compares its record
-        draw_shard(
-            painter,
-            path=path,
-            key=evaluation.key,
-            recipe=evaluation.recipe,
+    facts = {"checkpoint": given} if (given := _given(plan, evaluation.state)) else {}
+    wanted = {
+        one.name: Wanted(
+            dataclasses.replace(painter, sampling=one.sampling),
+            Path(one.sample_file(shard)),
+            one.key,
+            one.recipe,
+            facts,
+        )
+        for one in sets
+    }
+    with contextlib.ExitStack() as held:
+        # In one order wherever several are taken. Whoever waited finds the shard there, and compares its record.
+        for path in sorted(one.path for one in wanted.values()):
+            held.enter_context(locks.making(path, anew=True))
+        failed = draw_shards(
+            [*wanted.values()],
             shard=shard,
             shards=evaluation.shards,
             batch=plan.config.runtime.sample_batch,
             inputs=painter.inputs,
-            facts={"checkpoint": given} if (given := _given(plan, evaluation.state)) else {},
         )
-    for detector in plan.detectors.values():
-        extract_features(plan, evaluation, detector, shard)
+    drawn = [one for one in sets if wanted[one.name].path not in failed]
+    for detector in plan.detectors.values() if drawn else ():
+        opened = load_detector(plan, detector)
+        for one in drawn:
+            extract_features(plan, one, detector, shard, opened)
     # Not before: a workflow that is killed between the two discards the shard and calls this again.
     mine = store.shard_range(evaluation.sampling.count, shard, evaluation.shards)
-    batches.forget(batches.folder_of(Path(evaluation.folder)), mine)
+    for one in drawn:
+        batches.forget(batches.folder_of(Path(one.folder)), mine)
+    for path, error in failed.items():
+        if path == wanted[evaluation.name].path:
+            raise error
+        log.error("%s: given up, the other sets of samples are drawn: %s", path, error)
 
 
 def _given(plan: Plan, state: names.State) -> dict[str, Any]:
@@ -85,12 +120,14 @@ def _given(plan: Plan, state: names.State) -> dict[str, Any]:
     return {"step": row.step, "file": origin(plan.path(state)), "sha256": plan.identities[row.checkpoint]}
 
 
-def extract_features(plan: Plan, evaluation: Evaluation, detector: names.Detector, shard: int) -> None:
-    """Extract a detector's features of one shard of samples."""
+def extract_features(
+    plan: Plan, evaluation: Evaluation, detector: names.Detector, shard: int, opened: Detector | None = None
+) -> None:
+    """Extract a detector's features of one shard of samples; `opened` is the detector if it is loaded already."""
     made = evaluation.judgement(detector.name).features
     condition = condition_in(plan.trajectories[evaluation.state.trajectory].recipe).on(plan)
     feature_shard(
-        load_detector(plan, detector),
+        opened or load_detector(plan, detector),
         Path(evaluation.sample_file(shard)),
         folder=Path(made.folder),
         key=made.key,
@@ -106,6 +143,11 @@ def extract_features(plan: Plan, evaluation: Evaluation, detector: names.Detecto
 def judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
     """Score a set of samples by one detector's features."""
     features, detector = judgement.features, judgement.detector
+    if gone := [path for path in features.shard_files if not Path(path).exists()]:
+        raise ValueError(
+            f"{gone[0]}: this shard is missing, expected features from the job that draws these samples. Its log, or "
+            f"that of other samples of {evaluation.state}, may say why; the same snakemake command draws them"
+        )
     common: dict[str, Any] = {"key": features.key, "recipe": features.recipe, "shards": features.shards}
     provenance = artefact.provenance(key=features.key, recipe=features.recipe)
     store.join(features.folder, kind="features", splits={}, provenance=provenance, **common)

@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-from chance import Chance
+from chance import FAMILY, Chance
 
 from haste.ops import cost
+from haste.plan.jobs import Jobs
 
 ROOT = Path(__file__).parents[2]
 SEEDS = [*range(20), 139]
@@ -31,10 +32,43 @@ def dry_run(warm, folder, file):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_plan_lists_the_jobs_of_snakemakes_dry_run_and_none_whose_files_are_there(warm, tmp_path, seed):
     """Runs added, milestones put in, files and rooms lost: no training is needed for that."""
-    world = Chance(seed, tmp_path)
+    check(warm, Chance(seed, tmp_path))
+
+
+@pytest.mark.parametrize("seed", [7, 11, 34])
+def test_so_it_does_where_some_sets_of_samples_are_drawn_beside_others(warm, tmp_path, seed):
+    """Ways added, and samples, features, scores lost: of one set, of some, of all."""
+    world = Chance(seed, tmp_path, ways=FAMILY)
+    world.lose_drawn()
+    check(warm, world)
+
+
+@pytest.mark.parametrize("seed", [2, 7, 9, 11, 26, 34])
+def test_all_that_scores_and_grids_read_is_made_though_each_job_on_samples_is_cut_short_and_run_again(tmp_path, seed):
+    """Each looks at the disk by itself when it begins, as on a node."""
+    world = Chance(seed, tmp_path, ways=FAMILY)
+    world.lose_drawn()
+    plan = world.plan()
+    for job in plan.jobs.left.get("sample", []):
+        shard = int(Path(job.makes[0]).name[6:11])
+        for share in (0.5, 1.0):
+            for one in (job.about, *Jobs(plan).beside(job.about, shard)):
+                looked = [judged.features.shard_files[shard] for judged in one.judgements]
+                for path in (one.sample_file(shard), *looked):
+                    if not os.path.exists(path) and world.random.random() < share:
+                        world.make(plan, path)
+    for job in plan.jobs.left.get("features", []):
+        world.make(plan, job.makes[0])
+    for job in plan.jobs.left.get("score", []):
+        assert all(map(os.path.exists, job.about[1].features.shard_files)), job.makes
+    for job in plan.jobs.left.get("grid", []):
+        assert all(map(os.path.exists, job.about.sample_files)), job.makes
+
+
+def check(warm, world):
     plan = world.plan()
     left = plan.jobs.left
-    jobs, counted = dry_run(warm, tmp_path, world.file)
+    jobs, counted = dry_run(warm, world.folder, world.file)
     assert {(rule, job.makes) for rule, its in left.items() for job in its} == jobs
     assert {rule: len(its) for rule, its in left.items()} == counted
     there = [

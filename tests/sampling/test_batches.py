@@ -17,11 +17,13 @@ def run(folder, indices, size, source=SOURCE, draw=draw, most=None):
     """The rows of up to `most` batches, and which ranges were drawn."""
     asked, found = [], []
 
-    def counted(rows):
+    def counted(rows, sets):
+        assert sets == [0]
         asked.append((rows.start, rows.stop))
-        return draw(rows)
+        return [draw(rows)]
 
-    for number, (batch, keep) in enumerate(batches.drawn(folder, indices, size, source, counted), start=1):
+    kept = [batches.Kept(folder, source)]
+    for number, (_, batch, keep) in enumerate(batches.drawn(kept, indices, size, counted), start=1):
         found += batch["label"].tolist()
         if keep is not None:
             keep()

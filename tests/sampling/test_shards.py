@@ -27,8 +27,7 @@ from haste.files.store import Store, join
 from haste.ops import status
 from haste.plan.plan import Plan
 from haste.sampling import batches, grids
-from haste.sampling.painter import Painter
-from haste.sampling.shards import draw_shard
+from haste.sampling import shards as drawing
 from haste.train import loop
 
 TINY = yaml.safe_load(Path(__file__).parents[1].joinpath("tiny.yaml").read_text())
@@ -241,20 +240,20 @@ def test_a_state_without_its_file_is_named(trained, capsys):
 def test_a_shard_that_is_killed_goes_on_from_its_finished_batches_to_the_same_bits(trained, monkeypatch, caplog):
     plan, evaluation = trained(batch=6, sampler="euler-maruyama", steps=5)
     whole, labels = draw(plan, evaluation)
-    file, paint, asked = Path(evaluation.sample_file(0)), Painter.draw, []
+    file, paint, asked = Path(evaluation.sample_file(0)), drawing.drawn_together, []
     store = Path(evaluation.features.shard_files[0])
     features = store.read_bytes()
     for path in (file, store):
         path.unlink()
     batches.close(batches.folder_of(file.parent))
 
-    def counted(painter, indices, told):
+    def counted(painters, indices, told):
         asked.append(indices)
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return paint(painter, indices, told)
+        return paint(painters, indices, told)
 
-    monkeypatch.setattr(Painter, "draw", counted)
+    monkeypatch.setattr(drawing, "drawn_together", counted)
     assert cli.main(["sample", evaluation.name, "-c", str(plan.file)]) == 130
     assert not file.exists() and not store.exists()
     assert [path.name for path in file.parent.iterdir()] == [".batches"]
@@ -270,10 +269,10 @@ def test_a_shard_that_is_killed_goes_on_from_its_finished_batches_to_the_same_bi
 def test_a_finished_shard_is_drawn_again_only_where_it_is_damaged_or_of_other_weights(trained, monkeypatch, caplog):
     plan, evaluation = trained(batch=20)
     whole, labels = draw(plan, evaluation)
-    file, paint, asked = Path(evaluation.sample_file(0)), Painter.draw, []
+    file, paint, asked = Path(evaluation.sample_file(0)), drawing.drawn_together, []
     second = batches.folder_of(file.parent) / file.name
     assert second.samefile(file)
-    monkeypatch.setattr(Painter, "draw", lambda *given: asked.append(1) or paint(*given))
+    monkeypatch.setattr(drawing, "drawn_together", lambda *given: asked.append(1) or paint(*given))
 
     def same(times):
         found = draw(plan, evaluation)
@@ -309,15 +308,16 @@ class Still:
     def __init__(self, before):
         self.before = before
 
-    def draw(self, indices, told):
+    def draw(self, indices):
         self.before(indices.start)
         grey = np.broadcast_to(np.array(indices, np.uint8)[:, None, None, None], (len(indices), 4, 4, 3))
         return {"image": grey, "label": np.array(indices) % 3, "nfe": np.full(len(indices), 7)}
 
 
-def draw_still(folder, before):
+def draw_still(folder, monkeypatch, before):
     path = folder / "shard.npz"
-    draw_shard(Still(before), path=path, key="k", recipe={}, shard=0, shards=1, batch=4, inputs={})
+    monkeypatch.setattr(drawing, "drawn_together", lambda painters, rows, told: [one.draw(rows) for one in painters])
+    drawing.draw_shards([drawing.Wanted(Still(before), path, "k", {})], shard=0, shards=1, batch=4, inputs={})
     return path
 
 
@@ -330,7 +330,7 @@ def test_a_batch_is_written_while_the_next_one_is_drawn_and_all_are_in_their_ord
         keep(path, *rest)
 
     monkeypatch.setattr(batches, "_keep_batch", kept)
-    with np.load(draw_still(tmp_path, lambda low: begun[low // 4].set())) as file:
+    with np.load(draw_still(tmp_path, monkeypatch, lambda low: begun[low // 4].set())) as file:
         assert file["arr_0"][:, 0, 0, 0].tolist() == list(range(12))
         assert file["arr_1"].tolist() == [0, 1, 2] * 4 and file["total"].tolist() == [48 * i for i in range(12)]
 
@@ -342,7 +342,7 @@ def test_a_disk_that_is_full_stops_the_job_and_leaves_no_shard(tmp_path, monkeyp
     monkeypatch.setattr(batches, "_keep_batch", full)
     drawn = []
     with pytest.raises(OSError, match="No space left"):
-        draw_still(tmp_path, drawn.append)
+        draw_still(tmp_path, monkeypatch, drawn.append)
     assert drawn == [0, 4] and not (tmp_path / "shard.npz").exists()
 
 
@@ -363,8 +363,8 @@ def sample_in_a_process(plan, evaluation, before_batch):
     """The command in a process of its own, which calls `before_batch` with the number of each batch that it draws."""
 
     def work():
-        paint, numbers = Painter.draw, itertools.count()
-        Painter.draw = lambda *given: before_batch(next(numbers)) or paint(*given)
+        paint, numbers = drawing.drawn_together, itertools.count()
+        drawing.drawn_together = lambda *given: before_batch(next(numbers)) or paint(*given)
         os._exit(cli.main(["sample", evaluation.name, "-c", str(plan.file)]))
 
     process = multiprocessing.get_context("fork").Process(target=work)

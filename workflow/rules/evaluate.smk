@@ -1,4 +1,5 @@
 # Samples and their features in one job, then their scores. States are ancient() here too: their names identify them.
+# A job also draws the sets that differ only in guidance; what reads these waits for its outputs (haste/plan/jobs.py).
 import re
 
 SCORE, FLOOR = f"{plan.root}/scores/{{draw}}.{{key}}.json", f"{plan.root}/scores/floor-{{key}}.json"
@@ -41,7 +42,9 @@ if TO_DRAW:
         threads: THREADS
         resources: devices=1
         wildcard_constraints: draw="|".join(TO_DRAW)
-        shell: "haste sample {wildcards.draw:q} --shard $((10#{wildcards.shard})) -c {CONFIG:q} > {log:q} 2>&1"
+        shell:
+            "haste sample {wildcards.draw:q} --shard $((10#{wildcards.shard})) --together -c {CONFIG:q} "
+            "> {log:q} 2>&1"
 
 
 if DRAWN:
