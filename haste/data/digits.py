@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
-from importlib import metadata
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -20,8 +21,11 @@ class Digits:
 
     def __init__(self, resolution: int, holdout: int, labelled: bool = True, subset: int | None = None) -> None:
         # What sklearn.datasets.load_digits reads, which takes 2 s to import. A row: 64 levels 0..16, and the digit.
-        file = metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
-        rows = np.loadtxt(str(file), delimiter=",", dtype=np.int64)
+        found = importlib.util.find_spec("sklearn")
+        file = Path(found.origin if found and found.origin else "scikit-learn").parent / "datasets/data/digits.csv.gz"
+        if not file.is_file():
+            raise ValueError(f"images.source digits: expected scikit-learn's pictures in {file}; install scikit-learn")
+        rows = np.loadtxt(file, delimiter=",", dtype=np.int64)
         self._levels = np.rint(rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
         self._digits = rows[:, -1]
         self._labels = self._digits if labelled else np.zeros_like(self._digits)

@@ -127,7 +127,7 @@ def asked(
     plan = Plan(config)
     if file in plan.measurements and plan.measurements[file].label == name:
         return plan, plan.measurements[file], True
-    file = file_named(config, file)
+    file = file_named(plan.data.outside, file)
     raw = config.model_dump(mode="json") | {"forks": {}}  # their branches are rows already
     _put_measure(raw, name, alignment)
     state = state_named(plan, file)

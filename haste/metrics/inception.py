@@ -10,6 +10,7 @@ Its weights file is torch-fidelity's (a state dict in torch's own format); it is
 from __future__ import annotations
 
 import io
+import threading
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,14 @@ class Inception(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images uint8 NHWC (B, H, W, 3) -> float32 {"pool": (B, 2048), "spatial": (B, 2023), "logits_unbiased":
         (B, 1008)}. Spatial is flattened as (17, 17, 7); the logits are the product with the weights, without bias."""
-        seen: list[Tensor] = []
+        seen, mine = list[Tensor](), threading.get_ident()
+
+        def keep(_: nn.Module, __: Any, found: Tensor) -> None:
+            if threading.get_ident() == mine:  # another thread may look at other images meanwhile
+                seen.append(found[:, :CHANNELS])
+
         layer = self.extractor.get_submodule("Mixed_6d.branch1x1")  # convolution, normalisation, ReLU
-        hook = layer.register_forward_hook(lambda module, given, found: seen.append(found[:, :CHANNELS]))
+        hook = layer.register_forward_hook(keep)
         try:
             (pool,) = self.extractor(images.permute(0, 3, 1, 2))
         finally:

@@ -34,9 +34,9 @@ def repeatable(device: torch.device, wanted: bool) -> Generator[None]:
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch may refuse to multiply
-    # NVLink's switches add in an order of their own. torch leaves them out only if it was deterministic before the
-    # group was made; NCCL reads this when the ranks first communicate.
-    os.environ.setdefault("NCCL_ALGO", "^NVLS")
+    # NVLink's switches add in an order of their own. torch leaves out the first of these only, and only if it was
+    # deterministic before the group was made; NCCL reads this when the ranks first communicate.
+    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
     # Fused attention has a second backward kernel for this, which it does not take where warnings are enough.
     torch.use_deterministic_algorithms(True, warn_only=False)
     memory.fill_uninitialized_memory = False  # takes time, and finds only mistakes of others

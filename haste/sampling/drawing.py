@@ -29,6 +29,7 @@ from haste.files.provenance import STATE_NAME, provenance_of
 from haste.models.exchange import open_weights
 from haste.networks.devices import device_named
 from haste.networks.hub_files import local
+from haste.plan.outside import Outside
 from haste.plan.plan import Plan
 from haste.sampling.grids import class_grid, write_png
 from haste.sampling.painter import Painter, painter_of
@@ -172,7 +173,7 @@ def _subject(
     layout: str | None,
     weights: str | None = None,
 ) -> _Subject:
-    file = file_named(config, file) if config else str(local(file))
+    file = file_named(Outside(config, config.results), file) if config else str(local(file))
     config = config or _made_by(Path(file))
     told = (file, decoder, device, model, layout)
     return _alone(*told) if config is None else _configured(config, *told, weights=weights)

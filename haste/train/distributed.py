@@ -191,10 +191,10 @@ def joined(device: str) -> Generator[Group]:
     waited_for = True
     try:
         yield Group(rank, size, own)
-    except (RuntimeError, ValueError, OSError, ArithmeticError):
+    except BaseException as error:
         # NCCL's end waits for what the other ranks began, and they wait for this one: for minutes, in which nobody
         # learns the reason. The end of the process ends it too. gloo waits for nobody.
-        waited_for = own.type != "cuda"
+        waited_for = own.type != "cuda" or getattr(error, "agreed", False)
         raise
     finally:
         if waited_for:

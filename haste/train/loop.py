@@ -46,6 +46,8 @@ log = logging.getLogger("haste.train")
 class Interrupted(Exception):  # noqa: N818 - not an error: it was requested
     """Training stopped on request after saving its last step; the same call continues from there."""
 
+    agreed = True  # all ranks stop together
+
     def __init__(self, step: int, reason: int):
         super().__init__(f"interrupted after step {step}, which is saved")
         self.step, self.reason = step, reason

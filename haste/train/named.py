@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from haste.config import MODELS, Config
+from haste.config import MODELS
 from haste.files.provenance import read_header
 from haste.models.exchange import open_weights
 from haste.networks.hub_files import local
@@ -14,14 +14,14 @@ from haste.plan.outside import Outside
 from haste.plan.plan import Plan
 
 
-def file_named(config: Config, given: Path | str) -> str:
+def file_named(outside: Outside, given: Path | str) -> str:
     """The file on this machine that a command is given by its path or an id of the hub's. An id that the configuration
     names is of the commit that its row is of, whatever the main branch is by now; TRAJECTORY/STEP stays as it is.
 
     Raises:
         ValueError: it cannot be fetched, or is damaged.
     """
-    return str(local(Outside(config, config.results).files.get(str(given), given)))
+    return str(local(outside.files.get(str(given), given)))
 
 
 def state_named(plan: Plan, file: str) -> State | None:

@@ -202,12 +202,13 @@ def test_outputs_of_an_image_do_not_depend_on_its_batch(weights, pictures, found
 @pytest.mark.parametrize("name", ["inception", "pytorch-fid"])
 def test_copies_of_a_detector_which_look_side_by_side_see_what_it_sees(weights, pictures, name):
     detector = open_detector(name, weights).spread(["cpu", "cpu"])
-    expected = detector(pictures)
-    with ThreadPoolExecutor(2) as threads:
-        seen = [threads.submit(one, pictures) for one in (*detector.copies, detector) for _ in range(2)]
-        for found in seen:
-            for output, value in found.result().items():
-                torch.testing.assert_close(value, expected[output], rtol=0, atol=0)
+    each = [pictures, pictures.flip(0), 255 - pictures, pictures.flip(1)]
+    expected = [detector(one) for one in each]
+    with ThreadPoolExecutor(3) as threads:  # so that one of them looks at two at once
+        seen = [threads.submit(one, each[i]) for i, one in enumerate([detector, *detector.copies, detector, detector])]
+    for found, alone in zip(seen, expected, strict=True):
+        for output, value in found.result().items():
+            torch.testing.assert_close(value, alone[output], rtol=0, atol=0)
 
 
 def test_images_too_small_or_not_bytes_are_refused(weights, pictures):

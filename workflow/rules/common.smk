@@ -12,15 +12,19 @@ FileBackupMixin.backup_output, FileBackupMixin.restore_output = lambda *_: None,
 # Jobs find `haste` beside the Python that runs Snakemake, also where nobody activated its environment.
 os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', os.defpath)}"
 
-# CPUs compute a sixth faster or so with large pages of memory, for which glibc asks if it is told to before a process starts.
-if plan.config.runtime.device == "cpu" or not gpus.visible():
+
+ALONE = HERE and workflow.resource_settings.nodes is None  # jobs run on this machine
+WITH_GPUS = ALONE and plan.config.runtime.device != "cpu" and bool(gpus.visible())
+
+# CPUs compute faster with large pages of memory, for which glibc asks if it is told to before a process starts.
+if ALONE and not WITH_GPUS:
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 
 # Jobs that compute ask for `devices`, GPUs, which Snakemake counts where it runs them itself: as many as there are, unless
 # --resources devices=N says otherwise. On a cluster, and without GPUs, there is no limit. What SLURM's executors know as
 # `gpu` and `gpus` they would ask for, beside what the profile says.
-if HERE and workflow.resource_settings.nodes is None and plan.config.runtime.device != "cpu" and gpus.visible():
+if WITH_GPUS:
     os.environ[gpus.SHARING] = "1"
     if "devices" not in workflow.global_resources:
         workflow.register_resource("devices", len(gpus.visible()) * plan.config.runtime.jobs_per_gpu)
