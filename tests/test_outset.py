@@ -343,7 +343,7 @@ def test_whatever_a_configuration_names_outside_itself_is_looked_at_by_the_plan(
 
 def test_the_document_lists_what_is_looked_at():
     page = Path(__file__).parent.parent.joinpath("docs", "architecture.md").read_text()
-    table = page.split("## What is looked at before the first job")[1].split("\n## ")[0]
+    table = page.split("## What is checked before the first job")[1].split("\n## ")[0]
     assert re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE) == list(INPUTS)
 
 
