@@ -43,7 +43,7 @@ def fetch(where: str | Path) -> Path:
     except (OSError, ValueError) as error:  # the hub's own errors derive from these
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"autoencoder {where}: not a folder, and not to be had from the hub ({first}). {autoencoder.HINT}."
+            f"autoencoder {where}: not a folder, and not available from the hub ({first}). {autoencoder.HINT}."
         ) from error
 
 

@@ -106,7 +106,7 @@ def text_folder(where: str | Path, called: str) -> Path:
     except (OSError, ValueError) as error:  # the hub's own errors derive from these
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{called} {where}: not a folder, and not to be had from the hub ({first}). {text.HINT}."
+            f"{called} {where}: not a folder, and not available from the hub ({first}). {text.HINT}."
         ) from error
 
 

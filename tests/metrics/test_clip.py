@@ -104,7 +104,7 @@ def test_a_clip_of_the_hub_may_be_asked_for_by_its_revision_which_is_on_record(f
     assert weights.in_cache(f"some/clip@{own}", "it", "config.json").parent.name == own
     with pytest.raises(ValueError, match="HF_HUB_OFFLINE forbids"):
         weights.in_cache("some/clip@" + 40 * "0", "it", "config.json")
-    with pytest.raises(ValueError, match="not to be had from the hub"):
+    with pytest.raises(ValueError, match="not available from the hub"):
         open_detector("clip", "some/clip@" + 40 * "0")
 
 
