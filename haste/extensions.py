@@ -98,5 +98,5 @@ def one(group: str, name: str, taken: Collection[str]) -> Any:
         return point.load()
     except Exception as error:  # somebody else's code, which may fail in any way
         raise ValueError(
-            f"haste.{group}: {name!r} cannot be had from {where}: {type(error).__name__}: {error}"
+            f"haste.{group}: {name!r} cannot be loaded from {where}: {type(error).__name__}: {error}"
         ) from error

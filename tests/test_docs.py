@@ -4,6 +4,7 @@ import argparse
 import copy
 import importlib
 import re
+import shutil
 import types
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin
@@ -580,6 +581,26 @@ def test_the_example_has_the_trunk_the_branches_and_the_cost_that_the_documents_
     assert sum(s.state.step - s.start for s in segments) == 660_000
     for trajectory in plan.trajectories:
         assert trajectory.rpartition("-")[0] + "-HASH" in ARCHITECTURE
+
+
+def test_the_table_of_ones_own_in_the_readme_trains_and_samples_as_the_papers_do(tmp_path):
+    shutil.copy(ROOT / "config" / "imagenet256.yaml", tmp_path)
+    (text,) = fences((ROOT / "README.md").read_text(), "yaml")
+    (tmp_path / "mine.yaml").write_text(text)
+    plan = Plan(config.resolve(config.read(tmp_path / "mine.yaml")), ahead=True)
+    assert {row.run for row in plan.rows} == {"vanilla", "REPA", "HASTE-100K"}
+    assert {row.evaluation.sampling_name for row in plan.rows} == {"sde-250"}
+    for run in plan.config.runs:
+        recipe = plan.trajectories[plan.state(run, 50000).trajectory].recipe
+        training = recipe["training"]
+        assert (training["lr"], training["batch"], training["ema"], training["precision"]) == (
+            1e-4,
+            256,
+            0.9999,
+            "bf16",
+        )
+    aligned = plan.segment(plan.state("HASTE-100K", 50000)).terms
+    assert aligned["attention"]["student_layers"] == config.MAPPINGS["SiT-B/2"][1]
 
 
 def test_the_published_mappings_in_the_document_are_those_of_the_code():

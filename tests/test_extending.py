@@ -161,7 +161,7 @@ def test_what_cannot_be_imported_or_takes_a_name_of_ours_is_refused_by_package(i
     points = next(installed.glob("my_haste-*")) / "entry_points.txt"
     points.write_text("[haste.samplers]\nmidpoint = my_haste:NOTHING\n")
     extensions._points.cache_clear()
-    with pytest.raises(ValueError, match=r"'midpoint' cannot be had from my_haste:NOTHING \(of my-haste\): Attrib"):
+    with pytest.raises(ValueError, match=r"'midpoint' cannot be loaded from my_haste:NOTHING \(of my-haste\): Attrib"):
         samplers.SAMPLERS["midpoint"]
     (installed / "my_haste.py").write_text("import nothing_of_that_name\n")
     sys.modules.pop("my_haste")
@@ -169,7 +169,7 @@ def test_what_cannot_be_imported_or_takes_a_name_of_ours_is_refused_by_package(i
     for text in ("import nothing_of_that_name", "nothing", "def broken(:", "raise RuntimeError('no')"):
         (installed / "my_haste.py").write_text(f"{text}\n")
         with pytest.raises(
-            ValueError, match=r"'midpoint' cannot be had from my_haste:NOTHING \(of my-haste\): \w+Error"
+            ValueError, match=r"'midpoint' cannot be loaded from my_haste:NOTHING \(of my-haste\): \w+Error"
         ):
             samplers.SAMPLERS["midpoint"]
     points.write_text("[haste.samplers]\nheun = my_haste:MIDPOINT\n")
@@ -378,7 +378,7 @@ def test_attention_that_a_network_does_not_hand_out_is_refused_for_haste_and_not
     file.write_text(text.replace(line, ""))
     (mine,) = yaml.safe_load(block("yaml", MODEL))["models"].values()
     tiny["models"]["dot"] = mine
-    with pytest.raises(ValueError, match=r"alignments\.HASTE\.attention: dot hands out no attention") as error:
+    with pytest.raises(ValueError, match=r"alignments\.HASTE\.attention: dot has no attention") as error:
         config.resolve(tiny)
     assert "REPA" not in str(error.value)
     tiny["runs"] = {"REPA": {"alignment": "REPA"}}

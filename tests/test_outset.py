@@ -197,7 +197,7 @@ def test_what_is_not_there_yet_is_planned_with_the_numbers_that_are_known_and_na
         out, err = capsys.readouterr()
         (line,) = [line for line in out.splitlines() if line.startswith("│ images ")]
         assert line.split("│")[5].strip() == size
-        assert ("howmanypicturesisnotknownyet" in "".join(out.split())) == (not more)
+        assert ("thenumberofpicturesisnotknownyet" in "".join(out.split())) == (not more)
         for key, what in (("images.path", "pictures"), ("detector.fid.reference", "adm.npz")):
             assert f"{key}: {tmp_path / what}: expected a" in err and "correct the path" in err
     with pytest.raises(ValueError, match="detector.fid.reference: .*adm.npz"):
@@ -343,7 +343,7 @@ def test_whatever_a_configuration_names_outside_itself_is_looked_at_by_the_plan(
 
 def test_the_document_lists_what_is_looked_at():
     page = Path(__file__).parent.parent.joinpath("docs", "architecture.md").read_text()
-    table = page.split("## What is looked at before the first job")[1].split("\n## ")[0]
+    table = page.split("## What is checked before the first job")[1].split("\n## ")[0]
     assert re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE) == list(INPUTS)
 
 

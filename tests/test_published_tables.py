@@ -10,7 +10,7 @@ from haste import config
 from haste.config import teacher_tokens
 from haste.models.build import build_model
 from haste.plan.plan import Plan
-from haste.report import papers, systems
+from haste.report import cosines, overhead, papers, systems
 from haste.report.content import NONE, Row
 from haste.report.gather import benchmark, row_of
 
@@ -97,6 +97,26 @@ def test_every_published_system_of_these_models_has_its_row_or_a_reason_to_have_
             if not any(abs(key[5] - step) <= EPOCH for key in near):
                 without.add((kind[1], one.name, one.epochs))
     assert without == set(NO_ROW)
+
+
+OWN_FILE = 4_000_000  # REPA's cosines at this step are of the authors' own checkpoint
+
+
+def test_every_published_cosine_and_cost_is_measured_of_a_row_of_its_model_step_block_and_t(tables):
+    (plan,) = (plan for path, plan in tables.items() if path.name == "measures.yaml")
+    measured, costs = set(), set()
+    for one in plan.measured:
+        run, terms, settings = plan.config.runs[one.run], one.measurement.terms, one.measurement.recipe["settings"]
+        if plan.config.measures[one.measurement.label].measure == "gradient-cosine":
+            method = "HASTE" if "attention" in terms else "REPA"
+            measured |= {(run.model, method, terms["features"]["depth"], one.step, t) for t in settings["t"]}
+        elif plan.config.measures[one.measurement.label].measure == "cost":
+            costs |= {(run.model, method, settings["batch"]) for method in ("REPA", "HASTE") if len(terms) == 2}
+    lines = [(method, line) for method, file in cosines.FILES.items() for line in papers.lines_of(file)]
+    steps = [(method, line) for method, line in lines if line["t"] != "mean" and int(line["iteration"]) < OWN_FILE]
+    found = [(x["model"], way, int(x["block"]), int(x["iteration"]), float(x["t"])) for way, x in steps]
+    assert [one for one in found if one not in measured] == [] and len(found) > 70
+    assert costs == {(x["model"], x["method"], int(x["local_batch"])) for x in papers.lines_of(overhead.MEMORY)}
 
 
 MILLIONS = {"SiT-B": 130, "SiT-L": 458, "SiT-XL": 675, "MM-DiT": 505}  # parameters without the projector, as published

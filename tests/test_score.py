@@ -351,7 +351,7 @@ def test_statistics_of_pytorch_fid_alone_give_the_workflow_its_fid_and_nothing_t
     spread = np.trace(np.cov(fake.astype(np.float64).T) + np.cov(real.T))
     expected = gap @ gap + spread - 2 * np.sqrt(np.linalg.eigvals(product).real).sum()
     assert made["scores"] == {"fd": pytest.approx(expected)} and made["reference"]["images"] is None
-    assert "FID against the statistics in stats.npz, of images that it does not tell" in made["notes"]
+    assert "FID against the statistics in stats.npz, of images that the file does not name" in made["notes"]
     floor = score.floor(stores[1], detector="coco", held_out_accuracy=None, key="k", path=tmp_path / "floor.json")
     assert floor["scores"] == {}  # no image against another
     adm_file(tmp_path / "adm.npz", np.zeros((2, 4, 4, 3), np.uint8), mu=np.zeros(3), sigma=np.eye(3))

@@ -258,7 +258,7 @@ def test_samples_have_mean_and_covariance_of_the_closed_form(installed, guidance
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"condition": "labels"}, "condition: labels, but dot is a network that understands direction"),
+        ({"condition": "labels"}, "condition: labels, but dot is a network that takes direction"),
         ({"condition": "directoin"}, "condition: nothing is called 'directoin'; did you mean 'direction'?"),
         ({"condition": {"name": "direction", "lenght": 1}}, "condition: unknown key 'lenght'; did you mean 'length'?"),
         (
@@ -283,7 +283,7 @@ def test_samples_have_mean_and_covariance_of_the_closed_form(installed, guidance
         ),
         (
             {"sampling": {"mine": {"sampler": "redraw", "steps": 4, "labels": "balanced"}}},
-            "sampling.mine.labels: balanced, but samples are told direction, expected random",
+            "sampling.mine.labels: balanced, but samples are conditioned on direction, expected random",
         ),
         (
             {

@@ -135,7 +135,7 @@ class Plateau(Trigger):
     @model_validator(mode="after")
     def _ordered(self) -> Plateau:
         if self.fast >= self.slow:
-            raise ValueError(f"fast {self.fast} is not below slow {self.slow}: it must look back on fewer steps")
+            raise ValueError(f"fast {self.fast} is not below slow {self.slow}: it must average over fewer steps")
         return self
 
     @property
@@ -305,7 +305,7 @@ def made(name: str, parameters: Mapping[str, Any]) -> Trigger:
     who = _who(name, kind)
     for part in ("needs", "decide"):
         if getattr(kind, part, None) is getattr(Trigger, part):
-            raise ValueError(f"{who} has no {part} of its own, expected one as haste.align.triggers.Trigger tells it")
+            raise ValueError(f"{who} has no {part} of its own, expected one as haste.align.triggers.Trigger describes")
     with _blamed(who, "checking its parameters", but=ValueError):
         trigger = kind(**parameters)
     with _blamed(who, "needs"):

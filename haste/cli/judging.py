@@ -53,14 +53,14 @@ def _add_score(sub: argparse.ArgumentParser) -> None:
         "--detector",
         action="append",
         metavar="NAME[=WEIGHTS]",
-        help="who looks: a published detector, with its weights file, or the folder of one trained here; again for "
-        "more (inception)",
+        help="the detector: a published one, with its weights file, or the folder of one trained here; again for more "
+        "(inception)",
     )
     sub.add_argument("--weights", type=Path, metavar="FILE", help="weights file of the one detector")
     sub.add_argument(
-        "--metrics", metavar="A,B", help="of fid, sfid, is, precision, recall, kid, clip (all that can be had)"
+        "--metrics", metavar="A,B", help="of fid, sfid, is, precision, recall, kid, clip (all that can be computed)"
     )
-    words = "what the images were told, a line each in their order: CLIP score, by --detector clip[=FOLDER]"
+    words = "texts that the images are conditioned on, a line each, in order: CLIP score, by --detector clip[=FOLDER]"
     sub.add_argument("--prompts", type=Path, metavar="FILE", help=words)
     sub.add_argument("--features", type=Path, metavar="FOLDER", help="keep features here, and find them again")
     sub.add_argument("--save-reference", type=Path, metavar="FILE", help="write the reference's statistics, an .npz")
@@ -83,7 +83,7 @@ def _add_draw(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--class", type=int, action="append", dest="classes", help="of the pictures; again for more")
     sub.add_argument("--prompt", action="append", help="for a network that follows captions; again for more")
     sub.add_argument("--count", type=int, metavar="N", help="pictures in all (4 of each class or prompt, else 16)")
-    sub.add_argument("--seed", type=int, help="picture i follows from seed and i (what the sampling says: 0)")
+    sub.add_argument("--seed", type=int, help="picture i follows from seed and i (the sampling's seed: 0)")
     ways = "a way of the configuration, or a preset (the row's first; sde-250, of a DiT ddpm-250)"
     sub.add_argument("--sampling", metavar="NAME", help=ways)
     sub.add_argument("--guidance", type=float, metavar="W", help="scale of classifier-free guidance")
@@ -92,8 +92,8 @@ def _add_draw(sub: argparse.ArgumentParser) -> None:
     where = "a grid as .png, an .npz, or the name of a folder for a PNG of each (drawn.png)"
     sub.add_argument("--out", type=Path, default=Path("drawn.png"), help=where)
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (auto: a GPU if there is one)")
-    sub.add_argument("--layout", choices=LAYOUTS, help="whose checkpoint it is; SiT's and DiT's must be told")
-    sub.add_argument("--model", help="what a checkpoint from elsewhere holds (what its row or its weights say)")
+    sub.add_argument("--layout", choices=LAYOUTS, help="the project whose layout it has; required for SiT's and DiT's")
+    sub.add_argument("--model", help="the model in a checkpoint from elsewhere (that of its row or its weights)")
 
 
 def _reference(arguments: argparse.Namespace) -> None:

@@ -16,8 +16,8 @@ def add(to: Commands) -> None:
     sub.add_argument(
         "file", help=f"a state, by its file or as TRAJECTORY/STEP, or a checkpoint from elsewhere; {AN_ID}"
     )
-    sub.add_argument("--model", help="what a checkpoint from elsewhere holds (what its row or its weights say)")
-    sub.add_argument("--layout", choices=LAYOUTS, help="whose checkpoint it is; SiT's and DiT's must be told")
+    sub.add_argument("--model", help="the model in a checkpoint from elsewhere (that of its row or its weights)")
+    sub.add_argument("--layout", choices=LAYOUTS, help="the project whose layout it has; required for SiT's and DiT's")
     sub.add_argument("--alignment", help="of the configuration, to compare with where the row has none")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
     sub.add_argument(

@@ -22,7 +22,9 @@ def add(to: Commands) -> None:
     before.add_argument("--share", type=float, default=SHARE, help=f"of their peak that is reached ({SHARE})")
     to.rule("memory", _memory, "measure how much GPU memory training takes, without a GPU")
     live = to.rule("status", _status, "say what every run is doing now")
-    live.add_argument("-w", "--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="look again and again")
+    live.add_argument(
+        "-w", "--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="refresh until Ctrl-C (every 5 s)"
+    )
     to.rule("track", _track, "write curves, scores and stops of all rows to runtime.trackers, as far as they lack them")
     forget = to.rule("forget", _forget, "remove what only one run needs")
     forget.add_argument("name", metavar="RUN")
@@ -55,9 +57,11 @@ def _add_exchange(to: Commands) -> None:
     gave.add_argument("--vae", type=Path, help="for diffusers: the folder of an AutoencoderKL to put into it")
     gave.add_argument("--weights", choices=("ema", "model"), default="ema", help="which, for safetensors (ema)")
     for sub in (took, gave):
-        sub.add_argument("--layout", choices=LAYOUTS, help="whose file it is; SiT's and DiT's must be told")
+        sub.add_argument(
+            "--layout", choices=LAYOUTS, help="the project whose layout it has; required for SiT's and DiT's"
+        )
         size = sub.add_mutually_exclusive_group()
-        size.add_argument("--model", help="what the weights must be, such as SiT-XL/2")
+        size.add_argument("--model", help="the model that the weights must be of, such as SiT-XL/2")
         size.add_argument("--heads", type=int, help="attention heads, for sizes that were not published")
         sub.add_argument("--input-size", type=int, help="side of the latent grid, where the file does not show it")
 

@@ -14,7 +14,7 @@ def add(to: Commands) -> None:
     train.add_argument("state", help="TRAJECTORY/STEP")
     slurm = "as a job of the SLURM cluster with these resources (docs/slurm.md): submit it, or attach to the one there"
     train.add_argument("--slurm", nargs="*", metavar="KEY=VALUE", help=slurm)
-    train.add_argument("--terminal", type=int, metavar="FD", help="file descriptor to tell a person on what happens")
+    train.add_argument("--terminal", type=int, metavar="FD", help="file descriptor for messages to a person")
     to.rule("fetch", _fetch, "load weights that the configuration names by hub id into this machine's caches")
     cancel = to.rule("cancel", _cancel, "end the cluster's training jobs of a run; what is saved stays")
     cancel.add_argument("name", help="a run of the configuration, or TRAJECTORY/STEP")

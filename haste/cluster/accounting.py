@@ -94,7 +94,7 @@ def kept(plan: Plan) -> list[Attempt]:
     try:
         return _load(plan)
     except ValueError as error:
-        log.warning("what jobs took is not shown: %s", error)
+        log.warning("the resources that jobs took are not shown: %s", error)
         return []
 
 

@@ -144,7 +144,9 @@ def _faults_of_data(config: Config) -> list[str]:
     if (others := config.evaluation) is not None:
         alike = {"resolution": resolution, "classes": config.images.classes, "holdout": 0}
         if config.condition.name == "captions" and not others.captioned:
-            faults.append("evaluation: samples are told captions, but these images have none; expected captions")
+            faults.append(
+                "evaluation: models are conditioned on captions, but these images have none; expected captions"
+            )
         own = others.model_dump(include=set(alike))
         faults += [f"evaluation.{k}: {own[k]}, expected {alike[k]}" for k in alike if own[k] != alike[k]]
     names = list(config.detector)
@@ -164,7 +166,8 @@ def _faults_of_data(config: Config) -> list[str]:
             faults.append(f"images.resolution: {resolution}, but detector {name} reads images of 8, 12, 16, ... px")
     if config.condition.name != "labels":
         faults += [
-            f"sampling.{name}.labels: {way.labels}, but samples are told {config.condition.name}, expected random"
+            f"sampling.{name}.labels: {way.labels}, but samples are conditioned on {config.condition.name}, expected "
+            "random"
             for name, way in config.sampling.items()
             if way.labels != "random"
         ]
@@ -192,7 +195,7 @@ def _faults_of_captions(config: Config) -> list[str]:
     """Prompts for samples that are told something else, and captions that are not there."""
     if config.condition.name != "captions":
         return [
-            f"sampling.{name}.{key}: {value}, but samples are told {config.condition.name}"
+            f"sampling.{name}.{key}: {value}, but samples are conditioned on {config.condition.name}"
             for name, way in config.sampling.items()
             for key, value, default in (("prompts", way.prompts, []), ("split", way.split, "held_out"))
             if value != default
@@ -236,7 +239,7 @@ def _faults_of_architectures(config: Config) -> list[str]:
     rows: list[Run | Evaluate] = [*config.runs.values(), *config.evaluate.values()]
     for name in dict.fromkeys(row.model for row in rows):
         if name in {*config.models, *MODELS} and (known := condition_of(model_named(config, name))) != told:
-            faults.append(f"condition: {told}, but {name} is a network that understands {known}")
+            faults.append(f"condition: {told}, but {name} is a network that takes {known}")
     used = {name: MODELS[name] for name in MODELS if any(row.model == name for row in rows)}
     for name, model in {**used, **config.models}.items():
         try:
@@ -571,7 +574,7 @@ def _faults_of_ramp(run: Run, where: str) -> list[str]:
         if steps is not None and isinstance(stop, Trigger):
             faults.append(
                 f"{where}.ramp.{kind}: {steps} steps down to the stop, but {kind} stops by {stop.trigger}, at a step "
-                "that nobody knows before; expected a stop at a step, or a release beside the trigger"
+                "that is not known before; expected a stop at a step, or a release beside the trigger"
             )
         elif steps is not None and (stop is None or steps > stop):
             found = "never stops" if stop is None else f"stops at step {stop}"
@@ -586,7 +589,7 @@ def _faults_of_fit(config: Config, name: str, aligned: str) -> list[str]:
     faults = []
     for which, term in of_features(alignment.terms).items():
         if not depths:
-            faults.append(f"{at}.{alignment.path(which)}: {name} hands out no hidden tokens that features could follow")
+            faults.append(f"{at}.{alignment.path(which)}: {name} has no hidden tokens to align with features")
         elif term.depth is None and name not in MAPPINGS:
             missing = "has no published mapping, so its depth must be named"
             faults.append(f"{at}.{alignment.path(which)}.depth: {name} {missing} ({_span(depths)})")
@@ -600,7 +603,7 @@ def _faults_of_fit(config: Config, name: str, aligned: str) -> list[str]:
 def _faults_of_attention(config: Config, term: AttentionTerm, taps: Mapping[str, Tap], name: str, at: str) -> list[str]:
     layers = blocks(taps, "attention")
     if not layers:
-        return [f"{at}: {name} hands out no attention that could follow a teacher's; align its features alone"]
+        return [f"{at}: {name} has no attention to align with a teacher's; align its features alone"]
     faults = _beyond(f"{at}.student_layers", term.student_layers, name, layers)
     if term.heads is not None and not faults and term.heads > (heads := heads_of(taps, term.student_layers or layers)):
         faults.append(f"{at}.heads: {term.heads}, but model {name} has {heads}")

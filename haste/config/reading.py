@@ -44,7 +44,7 @@ class _Once(yaml.SafeLoader):
         """The number of entries of a node, with aliases expanded."""
         if id(node) in known:
             if not known[id(node)]:
-                raise ValueError(f"line {node.start_mark.line + 1}: what begins here refers to itself")
+                raise ValueError(f"line {node.start_mark.line + 1}: the value that begins here refers to itself")
             return known[id(node)]
         number = isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS
         if number and (":" in node.value or _OCTAL.match(node.value)):

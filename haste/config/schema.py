@@ -229,7 +229,9 @@ def _watches(given: Any) -> Any:
 
 def _never_stops(watches: list[Trigger]) -> list[Trigger]:
     if released := [watch.trigger for watch in watches if watch.release is not None]:
-        raise ValueError(f"{released[0]} has a release, but what only watches stops nothing; expected it under stop")
+        raise ValueError(
+            f"{released[0]} has a release, but a trigger under watch stops nothing; expected it under stop"
+        )
     if twice := [watch.trigger for place, watch in enumerate(watches) if watch in watches[:place]]:
         raise ValueError(f"{twice[0]} is there more than once with the same settings, expected each once")
     return watches

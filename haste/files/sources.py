@@ -88,8 +88,8 @@ class SourceRecord:
         """
         if changes := self.changes(where, pictures):
             raise ValueError(
-                f"{changes}. The store is made from what was there: bring it back, or run `haste images --update`, "
-                "which takes up what is there now under a new name, while what exists keeps its own"
+                f"{changes}. The store is made from the former content: bring that back, or run `haste images "
+                "--update`, which takes up the present one under new names, while existing results keep theirs"
             )
 
     def use(self, where: str, pictures: Pictures, before: int | None = None, anew: bool = False) -> None:

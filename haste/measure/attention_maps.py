@@ -76,7 +76,7 @@ class AttentionMaps(Measure):
         """See `Measure`."""
         found, taps = super().unfit(config, model), taps_of(config, model)
         if not (known := blocks(taps, "attention")):
-            return [*found, f"pairs: {model} hands out no attention"]
+            return [*found, f"pairs: {model} has no attention to show"]
         if self.pairs is None and model not in MAPPINGS:
             return [*found, f"pairs: {model} has no published ones, expected layers of it and of the teacher, from 0"]
         pairs, name = self.pairs_of(model), self.teacher or next(iter(config.teachers), None)

@@ -74,7 +74,7 @@ class CKNNA(Hidden):
     def unfit(self, config: Config, model: str) -> list[str]:
         """See `Measure`."""
         compared = self.teacher or next(iter(config.teachers), None)
-        same = [f"beside: {compared} is what states are compared with, and like itself; expected others"]
+        same = [f"beside: {compared} is the teacher that states are compared with; expected others"]
         return super().unfit(config, model) + (same if compared in self.beside else [])
 
     def run(self, subject: Subject) -> Iterator[Row]:

@@ -78,7 +78,7 @@ class Hidden(Measure):
             if name not in config.teachers
         ]
         if not known:
-            return [*found, f"layers: {model} hands out no hidden tokens"]
+            return [*found, f"layers: {model} has no hidden tokens to read"]
         beyond = [] if self.layers == "all" else [layer for layer in self.layers if layer not in known]
         said = f"{known[0]} to {known[-1]}" if known == list(range(known[0], known[-1] + 1)) else f"{known}"
         return found + ([f"layers: {beyond}, expected of those that {model} has, {said}"] if beyond else [])

@@ -106,7 +106,7 @@ class Measure(Strict):
                 found.append(f"teacher: {name or 'none is named'}, expected one of {known}")
         if "classes" in self.needs and (config.condition.name != "labels" or config.images.classes < 2):
             told = f"condition {config.condition.name} and images.classes {config.images.classes}"
-            found.append(f"measure: needs classes to tell apart, found {told}; expected labels of 2 classes or more")
+            found.append(f"measure: needs classes to distinguish, found {told}; expected labels of 2 classes or more")
         return found
 
     def flops(self, terms: int, forward: float, teachers: float) -> float | None:

@@ -91,7 +91,7 @@ def logsumexp_works(device: str, dtype: torch.dtype | None, width: int) -> bool:
     try:
         return _agrees(device, dtype, width)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        log.warning("attention's own logsumexp cannot be had here (%s); it is computed anew", error)
+        log.warning("attention's own logsumexp is not available here (%s); it is computed anew", error)
         return False
 
 

@@ -102,7 +102,9 @@ class Denoiser(nn.Module):
                 layer.reset_parameters()
             elif own := [key for key, _ in layer.named_parameters(recurse=False)]:
                 where = f"{type(self).__name__}{'.' if name else ''}{name}"
-                raise ValueError(f"{where}: {', '.join(own)} would begin as anything, expected an `initialise` for it")
+                raise ValueError(
+                    f"{where}: {', '.join(own)} would start with arbitrary values, expected an `initialise` for it"
+                )
 
     @classmethod
     def facts(

@@ -47,7 +47,7 @@ def size(tree: Tree, facts: Mapping[str, Any], told: Mapping[str, Any], file: st
     heads = width // of_head if of_head else facts.get("heads") or told.get("heads") or _HEADS.get((depth, width))
     if not heads or width % heads:
         unknown = f"{depth} blocks of width {width} are not the published size, and the weights do not show their heads"
-        wrong = f"{heads} heads do not divide its width {width}" if heads else f"{unknown}: say how many"
+        wrong = f"{heads} heads do not divide its width {width}" if heads else f"{unknown}: give their number"
         raise ValueError(f"{file}: {wrong}")
     found: dict[str, Any] = {
         "architecture": "mmdit",

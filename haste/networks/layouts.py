@@ -271,8 +271,8 @@ def _whose(file: str, told: str | None) -> str:
         return told
     if named is None:
         raise ValueError(
-            f"{file}: twice as many output channels as input channels, which the files of SiT and of DiT have. Say "
-            "whose it is: layout SiT (a velocity), or layout DiT (noise and its variance); for warm_start make it a "
+            f"{file}: twice as many output channels as input channels, which the files of SiT and of DiT have. Give "
+            "its layout: SiT (a velocity), or DiT (noise and its variance); for warm_start make it a "
             "file of ours by `haste import FILE OUT --layout ...`"
         )
     return named
@@ -317,7 +317,7 @@ def _heads(depth: int, width: int, sizes: Iterable[Size], file: str) -> int:
     if (depth, width) not in known:
         raise ValueError(
             f"{file}: {depth} blocks of width {width} are no published size, and the weights do not show their "
-            "heads: say how many"
+            "heads: give their number"
         )
     return known[depth, width]
 
@@ -325,7 +325,7 @@ def _heads(depth: int, width: int, sizes: Iterable[Size], file: str) -> int:
 def _input_size(positions: Stored | None, patch: int, told: int | None, file: str) -> int:
     if positions is None:
         if told is None:
-            raise ValueError(f"{file}: holds no pos_embed, so the side of its latent grid must be said")
+            raise ValueError(f"{file}: holds no pos_embed, so the side of its latent grid must be given")
         return told
     side = math.isqrt(positions.shape[1]) if positions.ndim == 3 else 0
     if side * side != (positions.shape[1] if positions.ndim == 3 else -1):

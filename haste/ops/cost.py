@@ -381,8 +381,8 @@ def _target_stages(plan: Plan, pace: Pace) -> list[Stage]:
 def unknown_targets(plan: Plan) -> list[str]:
     """One line for every cached teacher whose size is unknown until it is loaded."""
     return [
-        f"targets of {name} are not in these figures: how large they are is known when it is loaded. More than "
-        "cache.max_bytes is refused then, before any is written."
+        f"These figures leave out the targets of {name}: their size is known only once it is loaded. More than "
+        "cache.max_bytes is refused then, before anything is written."
         for name in plan.targets
         if plan.teacher_size(name) is None
     ]
@@ -424,10 +424,10 @@ def _kept_megabytes(plan: Plan, segment: Segment) -> float:
 
 
 def uncounted(plan: Plan) -> list[str]:
-    """One line for every set of images whose number nothing tells."""
+    """One line for every set of images whose number is unknown."""
     return [
-        f"{one.data.where}: how many pictures is not known yet: what is made of them is in no time and no size here. "
-        "`expected` beside the path tells the number"
+        f"{one.data.where}: the number of pictures is not known yet, so times and sizes leave out all that is made "
+        "from them. Set `expected` beside the path to include them"
         for one in plan.image_sets
         if one.count is None
     ]

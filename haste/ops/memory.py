@@ -71,4 +71,4 @@ def lines(needs: Iterable[Need], gigabytes: float | None) -> Iterator[str]:
         yield "GPU memory is not measured yet: `haste memory` does it, without a GPU, in seconds."
     for one in unmeasured:
         if one.recipe is None:
-            yield f"GPU memory of {one.who} is not known: only loading its teacher can tell."
+            yield f"GPU memory of {one.who} is not known before its teacher is loaded."

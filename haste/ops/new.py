@@ -110,7 +110,7 @@ def _classes(source: str, root: Path) -> tuple[dict[str, int], Path | None, str]
         counts = collections.Counter(label for _, label in found.files)
         sizes = {name: counts[label] for label, name in enumerate(found.classes)}
         if len(sizes) < 2:
-            reasons.append("the pictures are in no folders of classes, and nothing beside them says labels")
+            reasons.append("the pictures are in no folders of classes, and there are no labels beside them")
         elif min(sizes.values()) < 2 or len(found.files) < _IN_CLASS * len(sizes):
             reasons.append(f"{len(sizes):,} classes, some of one picture, or of less than {_IN_CLASS} on average")
         else:
@@ -137,7 +137,7 @@ def _headers(root: Path, source: str, found: listing.Listing) -> tuple[int, list
         kinds[kind] += 1
     if not sides:
         raise ValueError(
-            f"{root}: none of {len(some)} pictures that were looked at can be read ({printable(reasons[0])}), expected "
+            f"{root}: none of the {len(some)} pictures that were tried can be read ({printable(reasons[0])}), expected "
             "PNG, JPEG or WebP that other programs show"
         )
     odd = [f"{100 * many // len(some) or 1} % {kind}" for kind, many in kinds.most_common() if kind]

@@ -109,8 +109,8 @@ def _how(measured: bool, machine: Machine | None) -> list[str]:
             "times are computed."
         )
     return [
-        f"{said} What is unknown is in no sum: preparing data, a small autoencoder, a teacher whose size only loading "
-        "it can tell, a solver that chooses its own steps."
+        f"{said} The totals leave out what cannot be estimated: preparing data, a small autoencoder, a teacher whose "
+        "size is known only once it is loaded, a solver that chooses its own steps."
     ]
 
 

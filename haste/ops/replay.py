@@ -156,7 +156,7 @@ def readings(source: Source, settings: Mapping[str, Any]) -> list[Reading]:
     if not chosen:
         known = source.settings or {"after": 0, "every": max((high - low for low, high, _ in source.lines), default=1)}
         raise ValueError(
-            f"the first reading would be after step {first}, then every {every}; what there is ends at {source.last}, "
+            f"the first reading would be after step {first}, then every {every}; the readings end at {source.last}, "
             f"every {known['every']} after {known['after']}"
         )
     return [Reading(step, {name: column[step] for name, column in columns.items()}) for step in chosen]

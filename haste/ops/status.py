@@ -135,7 +135,7 @@ def _workflow(holder: locks.Holder | None, left: bool) -> str:
     if holder and holder.at_work is not False:
         return f"at work{'' if holder.at_work else ', as its lock says'}: {holder.who[:MOST_WORDS]}"
     if left and holder:
-        return f"gone without a word: {holder.who[:MOST_WORDS]}"
+        return f"gone without a message: {holder.who[:MOST_WORDS]}"
     return "not running" if left else "finished"
 
 
@@ -326,8 +326,8 @@ def _job_line(job: Job) -> str:
     if job.process and ": waiting for " in words:
         return f"waits: {name}, {time}: {words}"
     if not job.process and state == "running" and job.seconds > QUIET:
-        return f"running: {name}, no word for {time}: {words}"
-    return f"{'runs on alone' if state == 'alone' else state}: {name}, {time} since its last word: {words}"
+        return f"running: {name}, no message for {time}: {words}"
+    return f"{'runs on alone' if state == 'alone' else state}: {name}, {time} since its last message: {words}"
 
 
 def _below(view: View) -> list[str]:

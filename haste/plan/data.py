@@ -247,8 +247,8 @@ class Data:
     def notes(self) -> list[str]:
         """Which files from outside are gone or are not what they were."""
         changed = (
-            "was changed since results were first made with it. What is made with it now has new names; what exists "
-            "keeps its own, and goes on if the former content is put back"
+            "was changed since results were first made with it. New results get new names; existing ones keep "
+            "theirs, and continue if the former content is put back"
         )
         others = [f"{weights}: {changed}" for weights, name in self._names.items() if name != weights]
         return self.outside.notes + others
@@ -380,7 +380,7 @@ class Data:
         what = changes.removesuffix(UNUSED) or f"{self.where}: the images are made again"
         return (
             f"{what}; used from now on. Images and all that is made from them have new names, in every configuration "
-            "with these images; what exists keeps its own. The next run of the workflow makes them"
+            "with these images; existing results keep theirs. The next run of the workflow makes them"
         )
 
     @functools.cached_property

@@ -208,7 +208,7 @@ class Need:
         )
         offers = [self._said(way) for way in self.fitting(room)]
         other = f"a smaller training.batch, which is another run ({fits} at once fit)" if fits else "a smaller network"
-        return f"{said}. What fits: {'; '.join([*offers, *([] if offers else [other])])}"
+        return f"{said}. These would fit: {'; '.join([*offers, *([] if offers else [other])])}"
 
 
 def needs(plan: Plan, gpus: int | None = None) -> list[Need]:

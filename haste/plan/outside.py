@@ -82,12 +82,14 @@ class Outside:
     @property
     def notes(self) -> list[str]:
         """Which files are gone, and which the hub has of another commit by now, as far as this machine knows."""
-        gone = "is gone; what was made from it stays, and nothing more can be made"
-        absent = "is not on this machine any more; what was made from it stays, and `haste fetch` brings it back"
+        gone = "is gone; results that were made from it stay, but no more can be made"
+        absent = (
+            "is not on this machine any more; results that were made from it stay, and `haste fetch` loads it again"
+        )
         away = [file for file in self.keys if file not in self.missing and not Path(self.files[file]).is_file()]
         said = [f"{file}: {absent if file in self.hub else gone}" for file in away]
         if keys := ", ".join(self.keys[file] for file in self.missing):
-            said.append(f"{keys}: not there yet. Names of what is made with it follow from its content, not known yet")
+            said.append(f"{keys}: not there yet. File names depend on its content and will change once it is there")
         for file in (file for file in self.hub if file not in self.missing):
             ours = commit_of(self.files[file]) or self.hub[file].revision
             now = commit_of(found) if (asked := hub_file(file)) and (found := asked.cached()) else None

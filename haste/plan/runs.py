@@ -264,7 +264,7 @@ def _beyond(stop: Trigger | int | None, kind: str, begin: int | None, last: int)
         where = (
             f"step {stop.first}, where {stop.trigger} first decides on {kind}, lies beyond the last milestone {last}"
         )
-        own = f"but the last {last - stop.after} steps are trained apart from those without it, which they are equal to"
+        own = f"but the last {last - stop.after} steps are trained again, although equal to those of the run without it"
         return f"{where}: it {f'stops nothing yet, {own}' if stop.after < last else 'has no effect yet'}"
     if begin is not None and begin > last:
         return f"stop of {kind} at step {stop} lies beyond the last milestone {last}: it has no effect yet"

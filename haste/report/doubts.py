@@ -41,11 +41,11 @@ def _distances(report: Report) -> Iterator[str]:
             continue
         share = (own - floor) / (found - floor)
         if share > MOST_SHARE:
-            much = f"{100 * share:.0f} % of what" if share < 1 else "all that"
+            much = f"{100 * share:.0f} % of the distance" if share < 1 else "the whole distance"
             yield (
                 f"By {name}, decoded latents of real images are already at a distance of {own:.3g} from real ones, "
-                f"where real ones are at {floor:.3g} and the best run at {found:.3g}: {much} separates it from real "
-                "images is the autoencoder's, and runs can hardly be told apart. Take a better autoencoder."
+                f"where real ones are at {floor:.3g} and the best run at {found:.3g}: {much} between the "
+                "two is the autoencoder's, and runs can hardly be distinguished. Take a better autoencoder."
             )
 
 
@@ -55,7 +55,7 @@ def _guessing(part: Part) -> Iterator[str]:
         return
     chance = 1 / part.classes
     if found < (1 + chance) / 2:
-        does = "what it sees says little about the samples: compare scores with care"
+        does = "its features say little about the samples: compare scores with care"
         if part.part == "teacher":
             does = "runs that are aligned with it can hardly gain by it"
         yield (

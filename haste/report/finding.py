@@ -318,7 +318,7 @@ def speedup_table(report: Report) -> Table | None:
     if said:
         notes.append(
             "In italics: what the papers claim, each on their own runs; those of REPA are lower bounds. They are no "
-            "results of this code. What a paper does not state is a dash."
+            "results of this code. A dash: the paper does not state it."
         )
     return Table("speed-up", "Speed-up", heads, entries, notes)
 

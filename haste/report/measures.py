@@ -33,7 +33,7 @@ FADED = 0.35  # opacity of the lines of earlier steps
 DIGITS = 3  # of the largest value, at least
 QUOTED = {
     cosines.MEASURE: "of all alignment terms together, on training, images and noise of their own",
-    overhead.MEASURE: "on machines of their own. What they call a GFLOP is a multiplication with its addition, a GMAC",
+    overhead.MEASURE: "on machines of their own. Their GFLOP is a multiplication with its addition, a GMAC",
 }
 
 

@@ -387,9 +387,9 @@ def _paper_notes(report: Report, part: Sequence[tuple[int, Line]]) -> list[str]:
         of, known = "by U-ViT's protocol, of 40,000 or 50,000 samples; the sources differ", "pictures to validate"
     notes = [
         f"In italics: numbers that the papers report for {data} at {report.benchmark.resolution} px, with their "
-        f"source; they are no results of this code. They are {of}. What a paper does not state is a dash, and "
-        f"settings that it does not state may differ. These images are taken to be {data} because of their number of "
-        f"{known} alone."
+        f"source; they are no results of this code. They are {of}. A dash: the paper does not "
+        f"state it. Settings that it does not state may differ. These images are taken to be {data} because of their "
+        f"number of {known} alone."
     ]
     if coco:
         notes.append("REPA's code draws from the raw weights, HASTE's from the averaged ones; their tables do not say.")

@@ -56,10 +56,10 @@ def _attempts_text(usage: Usage) -> str:
 
 def _usage_notes(usage: Usage) -> list[str]:
     notes = [
-        "Cluster jobs to CPU used are what the cluster's accounting says, all attempts together. Hours are what was "
-        "allocated, times how long; used is the share of it that was kept busy, a dash where the site does not "
-        "measure it.",
-        "The summed time of training on a cluster is that of the workflow, which waits for it: the queue is in it.",
+        "The columns from cluster jobs to CPU used are from the cluster's accounting, all attempts together. Hours are "
+        "allocated resources times elapsed time; used is the share of them that was busy, a dash where the site does "
+        "not measure it.",
+        "On a cluster the summed time of training includes the queue, since the workflow waits for its jobs.",
     ]
     taken = (("GPU", usage.broken_gpu_seconds, usage.gpu_seconds), ("CPU", usage.broken_cpu_seconds, usage.cpu_seconds))
     broken = [f"{_hours(part)} of the {_hours(whole)} {unit}-hours" for unit, part, whole in taken if part]

@@ -95,8 +95,8 @@ class Painter:
             if len(broken := (~found.flatten(1).isfinite().all(dim=1)).nonzero()):
                 wider = "" if precision == "fp32" else f"{precision} may be too narrow for it, else "
                 raise FloatingPointError(
-                    f"sample {indices[int(broken[0, 0])]}: its {what} are not finite, expected numbers: {wider}the run "
-                    "ran away, or the weights are damaged: sample an earlier state."
+                    f"sample {indices[int(broken[0, 0])]}: its {what} are not finite, expected numbers: {wider}the "
+                    "training diverged, or the weights are damaged: sample an earlier state."
                 )
         return to_pixels(decoded, self.sampling.pixels).cpu().numpy()
 

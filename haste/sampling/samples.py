@@ -299,7 +299,7 @@ def _picture(name: str, file: _Read, convert: bool) -> np.ndarray | None:
     form, pixels = _read(name, file, pixels_of)
     if form in ("JPEG", "MPO", "WEBP") and not name.lower().endswith(LOSSY):
         raise ValueError(
-            f"{name}: holds {form}, which its name hides; expected a name that ends in {' or '.join(LOSSY)}"
+            f"{name}: holds {form}, which its name does not say; expected a name that ends in {' or '.join(LOSSY)}"
         )
     return pixels
 

@@ -166,7 +166,7 @@ def asked(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             rows = {names.get(entry, entry): file[entry] for entry in file.files if entry not in _REST}
             header = json.loads(str(file["haste"]))
         if not rows:
-            raise ValueError("nothing is said of what was asked for")
+            raise ValueError("it has no conditions of its samples")
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: expected samples with their labels and record, found others ({error})") from error
     artefact.check_header(path, header, "samples")

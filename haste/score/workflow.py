@@ -222,7 +222,7 @@ def _notes_on(features: Store, against: dict[str, Any]) -> list[str]:
     if about.get("published") is False:
         found.append(f"{about['name']}: these are not the weights that published scores were made with")
     if "file" in against and against["images"] is None:
-        found.append(f"FID against the statistics in {against['file']}, of images that it does not tell")
+        found.append(f"FID against the statistics in {against['file']}, of images that the file does not name")
     elif "file" in against:
         images = f"precision, recall and KID against its {against['images']:,} images"
         found.append(f"FID and sFID against the statistics in {against['file']}, {images}")

@@ -214,9 +214,9 @@ def enough_memory() -> Generator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise ValueError(
-            "out of memory. What helps and changes results by rounding only: a larger runtime.accumulate, "
-            "runtime.checkpoint_blocks: true, more runtime.processes on more devices. What is another run: a smaller "
-            f"training.batch, training.precision: bf16. ({str(error).splitlines()[0]})"
+            "out of memory. These help and change results by rounding only: a larger runtime.accumulate, "
+            "runtime.checkpoint_blocks: true, more runtime.processes on more devices. These make another run: a "
+            f"smaller training.batch, training.precision: bf16. ({str(error).splitlines()[0]})"
         ) from error
 
 

@@ -290,7 +290,7 @@ def test_words_have_a_vector_each_and_their_place_is_told():
     assert cut.shape == (4, 6) and (np.abs(np.diff(place, axis=0)).max(axis=1) > 0.1).all()
 
 
-# ---- what samples are told
+# ---- what samples are conditioned on
 
 
 def test_samples_are_told_a_caption_of_each_held_out_image_in_order(toy):
@@ -509,7 +509,9 @@ def test_measures_tell_images_of_evaluation_their_own_captions_by_the_encoder_of
     own = TextEncoder.load(told.raw["condition"]["encoder"], tokens=captioned.TOKENS, width=8, masked=False)
     assert torch.equal(batches.measured(np.arange(20), range(20)).condition, torch.from_numpy(own(words)).float())
     told.configure(**kept, evaluation={"path": str(told.folder / "val"), "captions": str(file), "classes": 10})
-    with pytest.raises(ValueError, match="evaluation: samples are told captions, but these images have none; expected"):
+    with pytest.raises(
+        ValueError, match="evaluation: models are conditioned on captions, but these images have none; expected"
+    ):
         told.configure(**kept, evaluation={"path": str(told.folder / "val")})
 
 
@@ -520,10 +522,10 @@ def test_measures_tell_images_of_evaluation_their_own_captions_by_the_encoder_of
     ("changes", "words"),
     [
         ({"condition": {**WORDS, "width": 12}}, None),
-        ({"condition": "labels"}, "condition: labels, but dot is a network that understands captions"),
+        ({"condition": "labels"}, "condition: labels, but dot is a network that takes captions"),
         ({"images": {**IMAGES, "source": "digits"}}, "condition: captions, but the images have none"),
         ({"images": {**IMAGES, "holdout": 0}}, "sampling.quick.split: held_out, but images.holdout is 0"),
-        ({"sampling": {"quick": {"labels": "balanced"}}}, "labels: balanced, but samples are told captions"),
+        ({"sampling": {"quick": {"labels": "balanced"}}}, "labels: balanced, but samples are conditioned on captions"),
         ({"condition": {**WORDS, "encoders": "x"}}, "unknown key 'encoders'; did you mean 'encoder'?"),
         ({"images": {**IMAGES, "subset": 1800}}, "images.subset: 1,800, but there are 1,700 training images"),
         ({"condition": {**WORDS, "encoder": "/nowhere"}}, "text encoder /nowhere: found no such folder"),
@@ -575,7 +577,7 @@ def test_an_encoder_that_does_not_fit_is_refused_before_the_first_job(tiny, says
 
 def test_prompts_are_refused_where_samples_are_told_labels(tiny):
     tiny["sampling"]["quick"]["prompts"] = ["a three"]
-    with pytest.raises(ValueError, match="sampling.quick.prompts: .* but samples are told labels"):
+    with pytest.raises(ValueError, match="sampling.quick.prompts: .* but samples are conditioned on labels"):
         config.resolve(tiny)
 
 

@@ -362,7 +362,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, words):
         (
             numbers(5, channels=8),
             {},
-            "Say whose it is: layout SiT .a velocity., or layout DiT .noise and its variance.",
+            "Give its layout: SiT .a velocity., or DiT .noise and its variance.",
         ),
         (
             {"ema": numbers(5), "args": argparse.Namespace(**ARGS)},

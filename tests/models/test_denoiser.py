@@ -95,7 +95,7 @@ def test_first_numbers_are_published_ones_and_nothing_is_left_to_chance(make_pla
             self.extra = nn.Parameter(torch.zeros(3))
 
     shape = {"input_size": 4, "in_channels": 4, "classes": 10, "width": 8}
-    with pytest.raises(ValueError, match="Bare: extra would begin as anything"):
+    with pytest.raises(ValueError, match="Bare: extra would start with arbitrary values"):
         Bare(**shape).initialise(torch.Generator())
 
 

@@ -106,7 +106,9 @@ def test_norms_of_queries_and_keys_show_the_heads_and_a_published_size_needs_no_
     torch.save(numbers(1, qk_norm="rms"), tmp_path / "norms.pt")
     assert read_checkpoint(tmp_path / "norms.pt").shape == {**FOUND, "qk_norm": "rms"}
     torch.save(numbers(1), tmp_path / "small.pt")
-    with pytest.raises(ValueError, match=r"small\.pt: 2 blocks of width 16 are not the published size.*say how many"):
+    with pytest.raises(
+        ValueError, match=r"small\.pt: 2 blocks of width 16 are not the published size.*give their number"
+    ):
         read_checkpoint(tmp_path / "small.pt")
     assert MODELS["MM-DiT"].settings["heads"] == 24  # as `haste.networks.joint` says of 24 blocks of width 768
 

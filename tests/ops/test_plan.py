@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_refused_by_the_plan_with_what_would_after_all_is_s
     world.measured(made)
     status, out, err = run(capsys, "plan", "-c", world.file)
     assert status == 2 and "all" in out
-    first = "SiT-d2w16p2: 8 images at once take 18.0 GB of a GPU, runtime.gpu_memory_gb is 16 GB. What fits: "
+    first = "SiT-d2w16p2: 8 images at once take 18.0 GB of a GPU, runtime.gpu_memory_gb is 16 GB. These would fit: "
     assert first + "runtime.accumulate: 4 (2 images at once, 14.0 GB); runtime.checkpoint_blocks: true" in err
     assert run(capsys, "plan", "-c", world.file, "--as", "H100")[0] == 0
 

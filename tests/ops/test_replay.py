@@ -220,7 +220,7 @@ def test_a_replay_is_what_the_trigger_decides_of_the_same_readings(values, margi
 UNREAD = [
     ("plateau", {"fast": 0.1}, "was not measured with these settings: an average of residual with decay 0.1"),
     ("plateau", {"after": 2}, "its averages begin after step 4, not 2"),
-    ("plateau", {"every": 100}, "the first reading would be after step 104, then every 100; what there is ends at 16"),
+    ("plateau", {"every": 100}, "the first reading would be after step 104, then every 100; the readings end at 16"),
     ("gradient-angle", {"times": [0.3]}, "was not measured with these settings: the angle of alignment at t 0.3"),
     ("gradient-angle", {"images": 9}, "9 images in 3 groups; it was the angle of alignment at t 0.02, 0.1, 0.5"),
     ("gradient-angle", {"of": "own"}, "the angle of own"),

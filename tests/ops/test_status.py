@@ -226,11 +226,11 @@ def test_jobs_are_told_apart_by_their_logs_and_what_failed_by_its_last_words(mak
     running = write(Path(plan.folder, "logs", f"{named['train']}.log"))
     said = text(plan, capsys)
     assert "the workflow is at work: process " in said
-    since = r"[\w ]+ since its last word"
+    since = r"[\w ]+ since its last message"
     assert re.search(rf"running: {named['train']} \(process {running.pid}\), {since}: 10/20", said)
     assert re.search(rf"failed: {re.escape(named['score'])}, {since}: haste evaluate: the loss is nan at step 3", said)
     assert f"failed: {named['grid']}" in said and "KeyError: 'y'" in said
-    assert re.search(rf"died: {named['sample']}, 3 min 2\d s since its last word: 1/20", said)
+    assert re.search(rf"died: {named['sample']}, 3 min 2\d s since its last message: 1/20", said)
     assert named["floor"] not in said
 
 
@@ -240,7 +240,7 @@ def test_jobs_on_a_clusters_nodes_are_not_dead_because_nobody_here_does_them(mak
     long_ago(hold, Path(plan.folder, ".lock"))
     Path(plan.folder, "submitted.jsonl").touch()
     named = re.escape(names(plan)["sample"])
-    assert re.search(rf"running: {named}, no word for 3 min 2\d s: 1/20", text(plan, capsys))
+    assert re.search(rf"running: {named}, no message for 3 min 2\d s: 1/20", text(plan, capsys))
 
 
 def test_a_job_whose_snakemake_was_killed_runs_on_alone_and_is_told_with_what_to_do(make_plan, write, capsys):
@@ -250,7 +250,7 @@ def test_a_job_whose_snakemake_was_killed_runs_on_alone_and_is_told_with_what_to
     dead(Path(plan.folder, ".lock"))
     log(plan, names(plan)["sample"], "1/20\n", age=20)
     said = text(plan, capsys)
-    assert "the workflow is gone without a word: process " in said
+    assert "the workflow is gone without a message: process " in said
     assert f"runs on alone: {name} (process {running.pid}), " in said
     assert "the same command again waits for them" in said and "`kill` its process" in said
     assert f"died: {names(plan)['sample']}" in said

@@ -51,7 +51,7 @@ def test_a_refusal_names_accumulating_checkpointing_and_more_gpus_or_else_the_ba
     need = Need("SiT + features", {}, Memory(9e3, 0.25, 3, lines), Way(1, 1, False), 96, 1.0)
     assert need.peak == 10e3 + 96e3 + 0.25 * 3 * 96
     assert need.refusal(80, "runtime.gpu_memory_gb") == (
-        "SiT + features: 96 images at once take 106.1 GB of a GPU, runtime.gpu_memory_gb is 80 GB. What fits: "
+        "SiT + features: 96 images at once take 106.1 GB of a GPU, runtime.gpu_memory_gb is 80 GB. These would fit: "
         "runtime.accumulate: 2 (48 images at once, 60.1 GB); runtime.checkpoint_blocks: true (96 images at once, "
         "20.7 GB); 2 GPUs (48 images at once, 60.0 GB)"
     )
@@ -59,7 +59,7 @@ def test_a_refusal_names_accumulating_checkpointing_and_more_gpus_or_else_the_ba
     odd = Need(
         "it", {}, Memory(9e3, 0.25, 3, {key: one for key, one in lines.items() if not key[1]}), Way(1, 1, False), 1, 1.0
     )
-    assert odd.refusal(10, "that").endswith("What fits: a smaller network")
+    assert odd.refusal(10, "that").endswith("These would fit: a smaller network")
 
 
 def plan_in(tmp_path, tiny, **changes):

@@ -348,7 +348,7 @@ def test_a_trigger_that_cannot_decide_before_the_end_is_allowed_and_said():
     (note,) = plan.notes
     assert note.startswith("a: step 26, where plateau first decides on features, lies beyond the last milestone 16")
     assert note.endswith(
-        "it stops nothing yet, but the last 10 steps are trained apart from those without it, which they are equal to"
+        "it stops nothing yet, but the last 10 steps are trained again, although equal to those of the run without it"
     )
     plan = plan_of_runs(never={"alignment": "REPA"}, a={"alignment": "REPA", "stop": {**PLATEAU, "slow": 0.95}})
     assert sum(path_of(plan, "never", step) != path_of(plan, "a", step) for step in range(1, 17)) == 10

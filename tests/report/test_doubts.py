@@ -39,7 +39,7 @@ def test_more_than_half_of_the_best_runs_way_to_real_images_is_too_much_for_an_a
     found = doubts(report([12.0, 7.0], decoded=decoded))  # 2 is the floor, 7 the best run: half is at 4.5
     assert len(found) == said
     if said:
-        assert f"distance of {decoded}" in found[0] and ("all that separates" in found[0]) == (decoded > 7)
+        assert f"distance of {decoded}" in found[0] and ("the whole distance between" in found[0]) == (decoded > 7)
 
 
 def test_a_run_at_the_floor_is_no_fault_of_the_autoencoder():

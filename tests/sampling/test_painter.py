@@ -399,7 +399,7 @@ def test_sampling_stops_at_latents_that_are_not_finite_and_names_the_sample(samp
 def test_sampling_stops_at_pixels_that_are_not_finite_and_names_the_sample():
     sampling = Sampling(sampler="euler", steps=2, count=100, labels="balanced", seed=5)
     painter = Painter(Field(), sampling, Broken(), Interpolant(), LABELS, SCALE, SHIFT)
-    with pytest.raises(FloatingPointError, match="sample 5: its pixels are not finite.*: the run ran away"):
+    with pytest.raises(FloatingPointError, match="sample 5: its pixels are not finite.*: the training diverged"):
         painter.draw(INDICES)
     narrow = sampling.model_copy(update={"decoder_precision": "fp16"})
     with pytest.raises(FloatingPointError, match="sample 5: its pixels.*: fp16 may be too narrow"):

@@ -192,7 +192,7 @@ def test_the_published_mapping_aligns_12_of_24_heads_of_blocks_4_to_7(tiny, monk
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"condition": {"name": "labels"}}, "condition: labels, but MM-DiT is a network that understands toy"),
+        ({"condition": {"name": "labels"}}, "condition: labels, but MM-DiT is a network that takes toy"),
         ({"images": {"resolution": 10}}, "MM-DiT: input_size 5 is not a multiple of patch_size 2"),
         ({"sampling": {"few": {"sampler": "ddpm", "steps": 2}}}, "ddpm, which is a sampler for ddpm, but MM-DiT is f"),
     ],

@@ -185,7 +185,7 @@ def test_who_only_watches_is_not_asked(make_plan, monkeypatch):
     ("watch", "said"),
     [
         ([FLAT, FLAT], "runs.a.watch: plateau is there more than once with the same settings"),
-        ({**FLAT, "release": 0.1}, "runs.a.watch: plateau has a release, but what only watches stops nothing"),
+        ({**FLAT, "release": 0.1}, "runs.a.watch: plateau has a release, but a trigger under watch stops nothing"),
         ({**FLAT, "evry": 3}, "runs.a.watch.0: unknown key 'evry'; did you mean 'every'"),
         ({**ANGLE, "block": 7}, "runs.a.watch.0.block: 7, but the network has blocks 1 to 2"),
         ({"trigger": "platau"}, "runs.a.watch.0: nothing is called 'platau'; did you mean 'plateau'"),
