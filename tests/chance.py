@@ -32,7 +32,7 @@ class Chance:
     """
 
     def __init__(self, seed: int, folder: Path):
-        self.random, self.folder = random.Random(seed), folder
+        self.seed, self.random, self.folder = seed, random.Random(seed), folder
         self.raw = self.configuration()
         self.finish(1.0)
         for _ in range(self.random.randint(0, 2)):
@@ -64,6 +64,8 @@ class Chance:
         raw["runs"] = {}
         for name in self.some("a", "b", "c"):
             raw["runs"][name] = self.run()
+        if self.seed % 3 == 0 and raw["teachers"]["vit"]["cache"] == "off":
+            raw["runs"][name]["training"] = {"flip": True}
         return raw
 
     def run(self):
