@@ -87,8 +87,10 @@ class Inputs:
         images = Store.of(plan.images) if self.teachers else None  # after the last stop no images are needed
         targets = {name: (store, self.cached.fields[name]) for name, store in self.cached.stores.items()}
         condition = condition_in(self.recipe).opened(plan)
-        flipped = Store.of(plan.flipped) if self.settings.get("flip") else None
-        more = {"flipped": flipped, "targets": targets, "bands": bands_of(self.terms)}
+        more: dict[str, Any] = {"targets": targets, "bands": bands_of(self.terms)}
+        if self.settings.get("flip"):
+            assert plan.flipped
+            more["flipped"] = Store.of(plan.flipped)
         return Batches.of(self.recipe, Store.of(plan.latents), images, condition, **more)
 
     @property
