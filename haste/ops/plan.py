@@ -149,7 +149,7 @@ def _flips(plan: Plan) -> list[str]:
         plan.config.condition.name == "captions"
     )
     whose = "all runs" if len(rows) == len(plan.config.runs) else ", ".join(rows)
-    return [f"training.flip: half of what {whose} draw is mirrored, with latents of its own{said}."]
+    return [f"training.flip: in {whose} half of the pictures of a step are mirrored, with latents of their own{said}."]
 
 
 def by_run(plan: Plan, pace: Pace) -> list[list[str]]:

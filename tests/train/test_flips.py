@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -128,11 +129,13 @@ def test_the_teacher_sees_the_picture_mirrored_before_its_preprocessing_which_is
         torch.testing.assert_close(prepared, teacher.prepare(pictures).flip(3), rtol=1e-4, atol=1e-5)
 
 
-def _dies(plan, state, step):
+def _dies(plan, state, step, after):
     given = loop.total_loss
 
     def dying(found, terms, at):
         if at == step:
+            while not after.exists():  # it is saved in the background
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return given(found, terms, at)
 
@@ -157,7 +160,8 @@ def test_six_steps_on_copies_are_three_a_kill_and_three_and_the_state_says_what_
     with Store.open(plan.flipped.folder) as store:
         assert header["inputs"]["flipped latents"] == store.identity
     shutil.rmtree(path.parent)
-    child = multiprocessing.get_context("fork").Process(target=_dies, args=(plan, state, 4))
+    saved = path.parent / "rolling" / "step-00000003.safetensors"
+    child = multiprocessing.get_context("fork").Process(target=_dies, args=(plan, state, 4, saved))
     child.start()
     try:
         child.join(timeout=100)
@@ -165,7 +169,7 @@ def test_six_steps_on_copies_are_three_a_kill_and_three_and_the_state_says_what_
         ended = child.exitcode
         child.kill()
     assert ended == -signal.SIGKILL and not path.exists()
-    assert [one.name for one in path.parent.glob("rolling/*.safetensors")] == ["step-00000003.safetensors"]
+    assert list(path.parent.glob("rolling/*.safetensors")) == [saved]
     loop.train(plan, state)
     again = load_file(path)
     assert again.keys() == whole.keys() and all(torch.equal(again[name], value) for name, value in whole.items())
@@ -200,10 +204,10 @@ def test_the_plan_counts_latents_of_both_orientations_and_says_who_flips(make_pl
     assert both == (2 * jobs, pytest.approx(2 * megabytes)) and megabytes == pytest.approx(1797 * 8 * 4 * 4 * 4 / 1e6)
     assert cli.main(["plan", "-c", str(plan.file)]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "training.flip: half of what all runs draw is mirrored, with latents of its own." in said
+    assert "training.flip: in all runs half of the pictures of a step are mirrored, with latents of their own." in said
     make_plan(runs={**tiny["runs"], "flips": {"training": {"flip": True}}})
     assert cli.main(["plan", "-c", str(plan.file)]) == 0
-    assert "half of what flips draw is mirrored" in " ".join(capsys.readouterr().out.split())
+    assert "training.flip: in flips half of the pictures" in " ".join(capsys.readouterr().out.split())
 
 
 def test_targets_on_disk_are_refused_to_a_row_that_flips_and_follows_them(make_plan, tiny, capsys):
