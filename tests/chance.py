@@ -40,7 +40,7 @@ class Chance:
 
     def __init__(self, seed: int, folder: Path, ways=None):
         """`ways`: the ways to sample that it chooses among, `WAYS` by default."""
-        self.random, self.folder, self.ways = random.Random(seed), folder, ways or WAYS
+        self.seed, self.random, self.folder, self.ways = seed, random.Random(seed), folder, ways or WAYS
         self.raw = self.configuration()
         self.finish(1.0)
         for _ in range(self.random.randint(0, 2)):
@@ -77,6 +77,8 @@ class Chance:
         raw["runs"] = {}
         for name in self.some("a", "b", "c"):
             raw["runs"][name] = self.run()
+        if self.seed % 3 == 0 and raw["teachers"]["vit"]["cache"] == "off":
+            raw["runs"][name]["training"] = {"flip": True}
         return raw
 
     def run(self):

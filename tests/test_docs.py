@@ -382,6 +382,7 @@ OTHER = {
     "training.timesteps.distribution": "lognormal",
     "training.precision": "bf16",
     "training.nonfinite": "skip",
+    "training.flip": True,
     "training.time_dtype": "fp32",
     "runtime.device": "cpu",
     "runtime.compile": True,

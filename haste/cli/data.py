@@ -22,7 +22,9 @@ def add(to: Commands) -> None:
     images.add_argument("--workers", type=int, help="pictures that are decoded at once (runtime.threads)")
     to.rule("autoencoder", _autoencoder, "train the small autoencoder")
     encoded = to.rule("latents", _latents, "encode the images: a store of latent means and standard deviations")
-    encoded.add_argument("--evaluation", action="store_true", help="of the images that only measures see")
+    which = encoded.add_mutually_exclusive_group()
+    which.add_argument("--evaluation", action="store_true", help="of the images that only measures see")
+    which.add_argument("--flipped", action="store_true", help="of training's images mirrored, for training.flip")
     shards(encoded)
     to.rule("text-encoder", _text_encoder, "train the small text encoder")
     said = to.rule("text", _text, "encode the captions: a store of the states of their tokens")
@@ -61,7 +63,8 @@ def _latents(arguments: argparse.Namespace) -> None:
     from haste.data import jobs
 
     plan = (plan_of if arguments.join else plan_to_compute)(arguments)
-    jobs.make_latents(_about(plan, arguments), None if arguments.join else arguments.shard)
+    about = plan.mirrored if arguments.flipped else _about(plan, arguments)
+    jobs.make_latents(about, None if arguments.join else arguments.shard)
 
 
 def _text(arguments: argparse.Namespace) -> None:

@@ -39,6 +39,8 @@ LOOK = 0.2  # seconds between two attempts to lock
 SHOWN_EVERY = 10.0  # seconds between lines of the log
 LEAVING = 30.0  # seconds that a release waits for the lock; whoever holds it longer is copying, and cleans up later
 
+FLIPPED = "flipped latents"
+
 Check = Callable[[], bool]
 
 
@@ -100,6 +102,7 @@ def wanted(plan: Plan, state: State) -> dict[str, Artefact]:
     segment = plan.segment(state)
     images = {"images": plan.images} if segment.teachers else {}
     images |= {"text": plan.text} if plan.text else {}
+    images |= {FLIPPED: plan.flipped} if plan.flipped and plan.trajectories[state.trajectory].flips else {}
     return {"latents": plan.latents, **images, **{f"targets of {name}": plan.targets[name] for name in segment.targets}}
 
 
@@ -263,6 +266,7 @@ def _reading(plan: Plan, copies: Mapping[str, Path]) -> Plan:
     """The plan, with stores read from copies."""
     near = copying.copy(plan)
     near.latents = _at(plan.latents, copies.get("latents"))
+    near.flipped = _at(plan.flipped, copies.get(FLIPPED)) if plan.flipped else None
     near.text = _at(plan.text, copies.get("text")) if plan.text else None
     near.images = _at(plan.images, copies.get("images"))
     near.targets = {name: _at(made, copies.get(f"targets of {name}")) for name, made in plan.targets.items()}

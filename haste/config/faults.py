@@ -386,7 +386,7 @@ def _faults_of_run(config: Config, name: str) -> list[str]:
         faults.append(
             f"{where}.warm_start.classes: new, but where {run.model} keeps its classes is not known; only SiT's"
         )
-    faults += _faults_of_stop(config, run, where)
+    faults += _faults_of_flips(config, name) + _faults_of_stop(config, run, where)
     faults += _faults_of_readings(run, where)
     return faults + _faults_of_ramp(run, where) + _faults_of_fit(config, run.model, run.alignment)
 
@@ -462,6 +462,20 @@ def _faults_of_model(config: Config, run: Run | Evaluate, where: str) -> list[st
         cut = f"cannot be cut into patches of {model.patch_size}"
         return [f"{where}.model: latents of {config.latent_size} cells a side {cut}"]
     return []
+
+
+def _faults_of_flips(config: Config, name: str) -> list[str]:
+    """Cached targets are of pictures as they are; a mirrored picture's cannot be made from them."""
+    row = config.runs[name]
+    if not config.training_of(name).flip:
+        return []
+    terms = [(k, one.teacher) for k, one in alignment_named(config, row.alignment).terms.items() if row.stop.of(k) != 0]
+    kept = {who for kind, who in terms if who in config.teachers and config.teachers[who].caches(kind)}
+    return [
+        f"runs.{name}: training.flip: true, but teachers.{who}.cache: {config.teachers[who].cache} keeps targets of "
+        f"pictures as they are, not mirrored; expected teachers.{who}.cache: off, or training.flip: false"
+        for who in sorted(kept)
+    ]
 
 
 def _faults_of_stop(config: Config, run: Run, where: str) -> list[str]:

@@ -304,6 +304,7 @@ class Training(Strict):
     clip: Rate | None = 1.0
     ema: Annotated[Float, Field(ge=0, lt=1)] = 0.9999
     class_dropout: Annotated[Float, Field(ge=0, lt=1)] = 0.1
+    flip: Annotated[bool, LATER] = False
     precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
     time_dtype: Annotated[Literal["fp32"] | None, LATER] = None
     nonfinite: Literal["stop", "skip"] = "stop"

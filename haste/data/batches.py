@@ -82,6 +82,7 @@ class Batches:
         process: Times,
         condition: Condition,
         class_dropout: float,
+        flipped: Store | None = None,
         targets: Mapping[str, tuple[Store, Sequence[str]]] | None = None,
         bands: Mapping[str, tuple[float, float]] | None = None,
     ):
@@ -94,6 +95,8 @@ class Batches:
             process: draws the times.
             condition: the condition of samples.
             class_dropout: share of the samples that get the null condition, in [0, 1).
+            flipped: store of the mirrored images' latents; half of a step's samples are then mirrored, for the teacher
+                too. None mirrors none. What is measured never is.
             targets: teacher -> its store of targets, one row per image, and the fields to read.
             bands: alignment term -> the first and the last time at which a sample counts for it. A batch then has
                 weights for that term: those of samples that count are equal, the others 0, and they sum to B over the
@@ -101,13 +104,18 @@ class Batches:
                 over those that count, also when averaged over equal parts of the batch on any rank.
 
         Raises:
-            ValueError: the latents, or the targets, were made from other images.
+            ValueError: the latents, or the targets, were made from other images; or latents of mirrored images by
+                another autoencoder.
         """
         self.targets = dict(targets or {})
         self.process, self.condition, self.class_dropout = process, condition, class_dropout
         self.bands = {term: (process.place(low), process.place(high)) for term, (low, high) in (bands or {}).items()}
-        _check_images(latents, images, [store for store, _ in self.targets.values()])
-        self.latents, self.images = latents, images
+        _check_images(
+            latents, images, [*(store for store, _ in self.targets.values()), *([flipped] if flipped else [])]
+        )
+        if flipped and flipped.manifest["autoencoder"] != latents.manifest["autoencoder"]:
+            raise ValueError(f"{flipped.folder}: was encoded by another autoencoder than {latents.folder}")
+        self.latents, self.flipped, self.images = latents, flipped, images
         self.reads: Reads = one_by_one
         self.seed, self.size = seed, size
         self.samples: range | Span = latents.range("train")
@@ -143,8 +151,9 @@ class Batches:
         visits = range(self.size) if visits is None else visits
         chosen = self.samples.start + order.batch_indices(self.seed, step, self.size, len(self.samples))
         chosen = chosen[visits.start : visits.stop]
+        turned = order.flips(self.seed, step, visits) if self.flipped else None
         rows = self._rows(chosen)
-        moments = self._moments(rows, chosen)
+        moments = self._moments(rows, chosen, turned)
         shape = _shape_of(moments)
         return Batch(
             step=step,
@@ -153,7 +162,7 @@ class Batches:
             noise=torch.from_numpy(order.normals(self.seed, "noise", step, visits, shape)),
             t=self._times(step, visits),
             condition=self._told(rows, chosen, step, visits, self.class_dropout),
-            **self._for_teachers(chosen),
+            **self._for_teachers(chosen, turned),
             rows=torch.arange(visits.start, visits.stop),
             weights=self._weights(step, visits),
         )
@@ -169,6 +178,7 @@ class Batches:
         found = copy.copy(self)
         found.condition = condition
         found.latents, found.images, found.targets, found.samples = latents, images, {}, range(latents.count)
+        found.flipped = None
         return found
 
     def reading_indices(self, count: int | None, split: str = "train") -> np.ndarray:
@@ -205,13 +215,12 @@ class Batches:
         """Some images' latents, and what the condition keeps beside them."""
         return self.latents.rows(["moments", *self.condition.stored], chosen, self.reads)
 
-    def _moments(self, rows: Mapping[str, np.ndarray], chosen: np.ndarray) -> Tensor:
-        """Mean and std of some images' latents; refuses values that no encoder writes, because the losses of a step
-        would not show the cause."""
-        moments = torch.from_numpy(rows["moments"].astype(np.float32))
-        if not moments.isfinite().all():
-            broken = int(chosen[int((~moments.flatten(1).isfinite().all(dim=1)).nonzero()[0, 0])])
-            raise ValueError(f"{self.latents.folder}: latents of image {broken} are not finite, expected numbers")
+    def _moments(self, rows: Mapping[str, np.ndarray], chosen: np.ndarray, turned: np.ndarray | None = None) -> Tensor:
+        """Mean and std of some images' latents, of those `turned` (B,) as the encoder saw them mirrored."""
+        moments = _finite(self.latents, rows["moments"], chosen)
+        if self.flipped is not None and turned is not None and turned.any():
+            found = self.flipped.rows(["moments"], chosen[turned], self.reads)["moments"]
+            moments[torch.from_numpy(turned)] = _finite(self.flipped, found, chosen[turned])
         return moments
 
     def _told(
@@ -224,11 +233,14 @@ class Batches:
         told = self.condition.batch(kept, seed=self.seed, step=step, visits=visits, dropout=dropout)
         return each(torch.from_numpy, told)
 
-    def _for_teachers(self, chosen: np.ndarray) -> dict[str, Any]:
-        """A batch's images and targets for teachers."""
+    def _for_teachers(self, chosen: np.ndarray, turned: np.ndarray | None = None) -> dict[str, Any]:
+        """A batch's images, those `turned` (B,) mirrored, and targets for teachers."""
         images = None
         if self.images is not None:
-            images = torch.from_numpy(self.images.rows(["image"], chosen, self.reads)["image"])
+            seen = self.images.rows(["image"], chosen, self.reads)["image"]  # (B, R, R, 3)
+            if turned is not None:
+                seen[turned] = seen[turned, :, ::-1]
+            images = torch.from_numpy(seen)
         stored = {
             (name, field): torch.from_numpy(values)
             for name, (store, fields) in self.targets.items()
@@ -278,6 +290,16 @@ def _check_images(latents: Store, images: Store | None, targets: Sequence[Store]
                 f"{latents.folder}: encoded from images {latents.manifest['images'][:12]}, "
                 f"but {other.folder} holds {identity[:12]}"
             )
+
+
+def _finite(store: Store, moments: np.ndarray, chosen: np.ndarray) -> Tensor:
+    """Latents of some images in float32; refuses values that no encoder writes, because the losses of a step would not
+    show the cause."""
+    found = torch.from_numpy(moments.astype(np.float32))
+    if not found.isfinite().all():
+        broken = int(chosen[int((~found.flatten(1).isfinite().all(dim=1)).nonzero()[0, 0])])
+        raise ValueError(f"{store.folder}: latents of image {broken} are not finite, expected numbers")
+    return found
 
 
 def _shape_of(moments: Tensor) -> tuple[int, ...]:

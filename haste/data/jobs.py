@@ -155,6 +155,7 @@ def make_latents(plan: Plan, shard: int | None) -> None:
     encoder = latents.Autoencoder.load(plan.encoder, device=str(choose_device(plan.config.runtime.device)))
     check_autoencoder(plan, encoder)
     common |= {"condition": condition_in(condition_entry(plan.config)), "dtype": plan.config.autoencoder.dtype}
+    common |= {"flipped": store.recipe.get("flipped", False)}
     latents.encode_shard(store.folder, images, encoder, **common, shard=shard)
 
 

@@ -206,8 +206,11 @@ def encode_shard(
     condition: Condition,
     batch: int = 64,
     dtype: str = "float16",
+    flipped: bool = False,
 ) -> Path:
     """Write one shard of a latents store: moments (2C, h, w) and the condition's fields, samples in the images' order.
+
+    Mirrored images have latents of their own: no encoder is exactly equivariant, so mirrored latents are others.
 
     The content depends on the batch size only by float rounding; a store made with another number of shards may
     therefore differ in its last bits, and then has another identity.
@@ -224,11 +227,12 @@ def encode_shard(
         condition: its rows are stored beside the latents.
         batch: images per forward pass.
         dtype: of the stored moments.
+        flipped: encode every image mirrored, left to right.
 
     Raises:
         ValueError: a resolution that the factor does not divide, or moments that are not finite in `dtype`.
     """
-    facts = _facts(images, autoencoder)
+    facts, rows = _facts(images, autoencoder), shard_range(images.count, shard, shards)
     side = facts["size"]
     return write_shard(
         folder,
@@ -239,7 +243,7 @@ def encode_shard(
         shards=shards,
         total=images.count,
         fields={"moments": ((2 * autoencoder.channels, side, side), dtype), **condition.stored},
-        batches=_encode(images, autoencoder, condition, shard_range(images.count, shard, shards), batch, dtype),
+        batches=_encode(images, autoencoder, condition, rows, batch, dtype, flipped),
         provenance=provenance,
         facts=facts,
     )
@@ -262,13 +266,20 @@ def _facts(images: Store, autoencoder: Autoencoder) -> dict[str, Any]:
 
 
 def _encode(
-    images: Store, autoencoder: Autoencoder, condition: Condition, samples: range, batch: int, dtype: str
+    images: Store,
+    autoencoder: Autoencoder,
+    condition: Condition,
+    samples: range,
+    batch: int,
+    dtype: str,
+    flipped: bool,
 ) -> Iterator[dict[str, np.ndarray]]:
     for low in range(0, len(samples), batch):
         rows = samples[low : low + batch]
         said = {name: images.read(name, rows) for name in images.fields}
+        seen = np.ascontiguousarray(said["image"][:, :, ::-1]) if flipped else said["image"]  # (B, R, R, 3)
         with np.errstate(over="ignore"):  # an overflow is found and reported below
-            moments = autoencoder.moments(said["image"]).cpu().numpy().astype(dtype)
+            moments = autoencoder.moments(seen).cpu().numpy().astype(dtype)
         broken = np.flatnonzero(~np.isfinite(moments).all(axis=(1, 2, 3)))
         if len(broken):
             cure = "; autoencoder.dtype: float32 holds larger ones" if np.dtype(dtype) == np.float16 else ""

@@ -106,6 +106,11 @@ def used(count: int, holdout: int, subset: int) -> np.ndarray:
     return np.concatenate([kept, np.arange(trained, count)])
 
 
+def flips(seed: int, step: int, positions: Sequence[int]) -> np.ndarray:
+    """Which samples of a step are mirrored, (len(positions),) bool: those whose uniform number is in [0.5, 1)."""
+    return uniforms(seed, "flip", step, positions) >= 0.5
+
+
 def normals(seed: int, purpose: str, step: int, positions: Sequence[int], shape: Sequence[int]) -> np.ndarray:
     """Standard normal (len(positions), *shape) float32; row r depends only on seed, purpose, step and positions[r]."""
     drawn = np.empty((len(positions), *shape), dtype=np.float32)

@@ -283,6 +283,7 @@ def _with_terms(
     plan: Plan, what: Measurement, recipe: Mapping[str, Any], terms: Mapping[str, dict[str, Any]], group: Group
 ) -> Subject:
     cached = tuple(kind for kind in what.cached if kind in terms)
+    recipe = {**recipe, "training": {**recipe["training"], "flip": False}}  # measures are of images as they are
     inputs = Inputs(plan, dataclasses.replace(what.segment, terms=dict(terms), cached=cached), recipe, group)
     runtime, batch = plan.config.runtime, recipe["training"]["batch"]
     part = max(1, batch // (runtime.processes * runtime.accumulate))

@@ -58,6 +58,7 @@ def print_plan(plan: Plan, machine: Machine | None = None) -> None:
     for line in [
         *(_how(measured, machine) if total.left else []),
         *_pictures(plan),
+        *_flips(plan),
         *cost.shared_trunks(plan),
         *cost.price_of_forks(plan, pace),
         *cost.uncounted(plan),
@@ -137,6 +138,18 @@ def _pictures(plan: Plan) -> list[str]:
         for one in plan.image_sets
         if one.data.counted and one.unused
     ]
+
+
+def _flips(plan: Plan) -> list[str]:
+    """A line on the runs that mirror pictures, if some do."""
+    rows = [run for run in plan.config.runs if plan.config.training_of(run).flip]
+    if not rows:
+        return []
+    said = ", and captions stay as they are: left and right in them are then wrong" * (
+        plan.config.condition.name == "captions"
+    )
+    whose = "all runs" if len(rows) == len(plan.config.runs) else ", ".join(rows)
+    return [f"training.flip: in {whose} half of the pictures of a step are mirrored, with latents of their own{said}."]
 
 
 def by_run(plan: Plan, pace: Pace) -> list[list[str]]:

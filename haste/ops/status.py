@@ -254,7 +254,9 @@ def _scored(evaluation: Evaluation) -> bool:
 def upcoming(plan: Plan, left: Sequence[State]) -> list[str]:
     """The next states that can be trained (with a parent on disk, or none), then what is to be scored."""
     data = [
-        made.manifest for made in (plan.images, plan.latents, plan.text) if made and not Path(made.manifest).exists()
+        made.manifest
+        for made in (plan.images, plan.latents, plan.flipped, plan.text)
+        if made and not Path(made.manifest).exists()
     ]
     found = [f"make {', '.join(data)}"] if data and left else []
     for state in left:

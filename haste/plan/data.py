@@ -28,6 +28,7 @@ class Data:
     Attributes:
         outside: files from outside that enter names by their content; identities, missing: of these.
         images, latents: the two stores.
+        flipped: the store of latents of the mirrored images; None if no run is trained on these.
         text_encoder: the one that is trained here, or None.
         text: the store of captions' states; None for another condition, or if they are made as they are needed.
         told: what else decides what samples are told, as entries of a recipe.
@@ -70,6 +71,7 @@ class Data:
             self.encoder = self.decoder = self.autoencoder.folder
             self.encoder_key = self.decoder_key = self.autoencoder.key
         self.latents = self._latents()
+        self.flipped = self._flipped()
         self.text_encoder = self._text_encoder()
         self.text, self.told = self._text()
 
@@ -87,7 +89,7 @@ class Data:
         found.config = self.config.model_copy(update={"images": self.config.evaluation, "evaluation": None})
         found._content, found.evaluation, found._section = None, None, EVALUATION
         found._take_images()
-        found.latents = found._latents()
+        found.latents, found.flipped = found._latents(), None
         found.text, found.told = found._text()
         return found
 
@@ -147,6 +149,12 @@ class Data:
         recipe = {"recipe": RECIPE, "images": self.images.key, "autoencoder": self.encoder_key, "dtype": spec.dtype}
         recipe |= self.config.condition.stored
         return self.store("latents", recipe, spec.shards)
+
+    def _flipped(self) -> Artefact | None:
+        """A store of its own, so that whether rows flip changes the name of no other store and of no other row."""
+        if not any(self.config.training_of(run).flip for run in self.config.runs):
+            return None
+        return self.store("latents", {**self.latents.recipe, "flipped": True}, self.latents.shards)
 
     def _text_encoder(self) -> Artefact | None:
         trained, settings = self.config.condition.trained, self.config.condition.decided

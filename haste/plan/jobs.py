@@ -196,13 +196,14 @@ def _data_jobs(plan: Plan) -> Iterator[Job]:
         yield from (Job("images_check", (path,), list, one) for path in checked)
         yield from (Job("images", (path,), checked.copy, one) for path in one.images.shard_files)
         yield Job("images_join", (one.images.manifest,), [*one.images.shard_files, *checked].copy, one)
-        encoded = partial(_files, one.images, plan.autoencoder)
-        yield from (Job("latents", (path,), encoded, one) for path in one.latents.shard_files)
-        yield Job("latents_join", (one.latents.manifest,), partial(_joined, one.latents, one.images), one)
         if one.text:
             said = partial(_files, one.images, plan.text_encoder)
             yield from (Job("text", (path,), said, one) for path in one.text.shard_files)
             yield Job("text_join", (one.text.manifest,), partial(_joined, one.text, one.images), one)
+    for one in plan.encoded:
+        seen = partial(_files, one.images, plan.autoencoder)
+        yield from (Job("latents", (path,), seen, one) for path in one.latents.shard_files)
+        yield Job("latents_join", (one.latents.manifest,), partial(_joined, one.latents, one.images), one)
 
 
 def _network_jobs(plan: Plan) -> Iterator[Job]:
@@ -249,7 +250,8 @@ def _training_job(plan: Plan, state: State) -> Job:
     def reads() -> list[str]:
         segment = plan.segment(state)
         earlier = [plan.path(one) for one in (segment.parent, segment.after, segment.twin) if one]
-        return [*plan.latents.files, *plan.told_from, *earlier, *plan.aligned_from(segment)]
+        mirrored = plan.flipped if plan.trajectories[state.trajectory].flips else None
+        return [*_files(plan.latents, mirrored), *plan.told_from, *earlier, *plan.aligned_from(segment)]
 
     rule = "train" if plan.aligns(state.trajectory) else "train_plain"
     return Job(rule, (plan.path(state),), reads, state)

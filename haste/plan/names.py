@@ -67,6 +67,11 @@ class Trajectory:
         key = fingerprint(recipe)
         return cls(f"{words}-{key}", key, recipe)
 
+    @property
+    def flips(self) -> bool:
+        """Whether it is trained on mirrored images too."""
+        return self.recipe["training"].get("flip", False)
+
     def is_twin(self, other: Mapping[str, Any]) -> bool:
         """Whether another recipe differs only in what follows where a trigger fires."""
         return _unreleased(self.recipe) == _unreleased(other) and other != self.recipe

@@ -51,7 +51,7 @@ from haste.plan.targets import Targets
 # reports keep their names.
 _YOUNG = {
     *("process", "time_dtype", "eta", "filter", "layer", "normalise", "normalise_factor", "head", "kernel", "t_max"),
-    *("release", "weights", "prompts", "split", "jobs_per_gpu", "gpu_memory_gb"),
+    *("release", "weights", "prompts", "split", "jobs_per_gpu", "gpu_memory_gb", "flip"),
     *("deterministic", "compress_gradients", "loader_threads", "Sampling.precision", "Sampling.decoder_precision"),
 }
 
@@ -84,7 +84,7 @@ class Plan:
         self.folder = f"{data.root}/{config.name}"
         self.config_file, self.report = f"{self.folder}/config.json", f"{self.folder}/report/index.html"
         self.images, self.latents, self.checked_images = data.images, data.latents, data.checked_images
-        self.text, self.text_encoder = data.text, data.text_encoder
+        self.flipped, self.text, self.text_encoder = data.flipped, data.text, data.text_encoder
         self.autoencoder, self.encoder, self.decoder = data.autoencoder, data.encoder, data.decoder
         self.teachers, self.detectors, self.detector_named = data.teachers, data.detectors, data.detector_named
         self.feature_bytes = data.feature_bytes
@@ -113,7 +113,20 @@ class Plan:
         data = self.data.of(EVALUATION)
         found = copy.copy(self)
         found.config, found.data, found.checked_images = data.config, data, data.checked_images
-        found.images, found.latents, found.text = data.images, data.latents, data.text
+        found.images, found.latents, found.flipped, found.text = data.images, data.latents, None, data.text
+        return found
+
+    @functools.cached_property
+    def mirrored(self) -> Plan:
+        """The plan about training's images seen in a mirror, whose latents are `flipped`.
+
+        Raises:
+            ValueError: no run is trained on these.
+        """
+        if self.flipped is None:
+            raise ValueError("training.flip: false in every run, so latents of mirrored images are not needed")
+        found = copy.copy(self)
+        found.latents = self.flipped
         return found
 
     def of(self, split: str) -> Plan:
@@ -125,6 +138,11 @@ class Plan:
     def image_sets(self) -> list[Plan]:
         """The plan about each set of images: that of training, and `evaluation`."""
         return [self, *([self.of(EVALUATION)] if self.data.evaluation else [])]
+
+    @property
+    def encoded(self) -> list[Plan]:
+        """The plan about each set of images that has latents: also training's mirrored ones, if a run flips."""
+        return [*self.image_sets, *([self.mirrored] if self.flipped else [])]
 
     @property
     def image_count(self) -> int:

@@ -245,6 +245,8 @@ def is_like(row: Row, benchmark: Benchmark | None) -> bool:
     sampling = row.score.get("sampling") or {}
     if benchmark is None or "ramp" in row.settings or "low_pass" in row.settings.get("teacher", ""):
         return False
+    if row.method != "vanilla" and row.settings.get("flip", "no") != "no":  # SiT and DiT were trained with flips
+        return False
     own: dict[str, str] = {}
     if benchmark.data == COCO:  # of either weights: REPA's code draws from the raw ones, HASTE's from the averaged
         if sampling.get("split") != "held_out":

@@ -1,7 +1,8 @@
 """A teacher's targets on disk: jobs of their own make one row an image, training reads it at every visit of the image.
 
-Images are never flipped or cropped anew, so one row an image is enough. Rows are float16: the queries and keys rather
-than the maps that they make, which are N / (2 K) times as large. Reading needs neither the teacher nor the images.
+Images are never cropped anew, and a run that flips them takes no stored targets, so one row an image is enough. Rows
+are float16: the queries and keys rather than the maps that they make, which are N / (2 K) times as large. Reading needs
+neither the teacher nor the images.
 
 B images, N = h x w patch tokens, D width of the features, H heads, K head width, P principal components.
 """

@@ -38,8 +38,8 @@ class Inputs:
         group: the ranks.
         batches: the batch of every step.
         teachers: name -> teacher, on the device; only those that run online.
-        identities: `latents`, `teacher of TERM`, `components of TERM`, and what the condition looks up -> identity.
-            Keyed by term, because the name of a teacher is the configuration's own choice.
+        identities: `latents`, `flipped latents`, `teacher of TERM`, `components of TERM`, and what the condition looks
+            up -> identity. Keyed by term, because the name of a teacher is the configuration's own choice.
         sources: term -> source of its targets: `online`, or `cached` and the identity of the store.
     """
 
@@ -65,6 +65,8 @@ class Inputs:
         self.online = {kind: term for kind, term in segment.terms.items() if kind not in segment.cached}
         self.batches = self._batches(plan)
         self.identities = {"latents": self.batches.latents.identity, **self.batches.condition.identities}
+        if self.batches.flipped:
+            self.identities["flipped latents"] = self.batches.flipped.identity
         self.sources = {}
         for kind, term in segment.terms.items():
             name = term["teacher"]
@@ -85,7 +87,10 @@ class Inputs:
         images = Store.of(plan.images) if self.teachers else None  # after the last stop no images are needed
         targets = {name: (store, self.cached.fields[name]) for name, store in self.cached.stores.items()}
         condition = condition_in(self.recipe).opened(plan)
-        more = {"targets": targets, "bands": bands_of(self.terms)}
+        more: dict[str, Any] = {"targets": targets, "bands": bands_of(self.terms)}
+        if self.settings.get("flip"):
+            assert plan.flipped
+            more["flipped"] = Store.of(plan.flipped)
         return Batches.of(self.recipe, Store.of(plan.latents), images, condition, **more)
 
     @property

@@ -139,7 +139,10 @@ REFUSED = {
     "nothing": (lambda at: at / "none", ["none: found nothing there", "expected a folder of pictures"]),
     "an empty folder": (lambda at: at / "z", ["z: found no pictures, expected .png"]),
     "two pictures": (lambda at: flat(at / "p", 2), ["found 2 pictures, expected at least 20", "name the folder above"]),
-    "no pictures": (lambda at: flat(at / "p", content=b"x"), ["none of 24 pictures", "can be read", "expected PNG"]),
+    "no pictures": (
+        lambda at: flat(at / "p", content=b"x"),
+        ["none of the 24 pictures", "can be read", "expected PNG"],
+    ),
     "other formats": (lambda at: files(at / "p", ["a.gif", "b.tif"]), ["p: found no pictures", ".gif"]),
     "a text": (lambda at: files(at, ["a.txt"]) / "a.txt", ["a.txt: found a file of .txt, expected a folder"]),
     "a variable": (lambda at: flat(at / "$HOME"), ["$HOME: a configuration cannot hold this path", "ln -s"]),

@@ -15,7 +15,8 @@ SEEDS = [*range(20), 139]
 
 
 def dry_run(warm, folder, file):
-    """What Snakemake lists: (rule, files that the job makes); and its count of jobs by rule."""
+    """What Snakemake lists: (rule, files that the job makes); its count of jobs by rule; and which files the commands
+    make of mirrored images."""
     done = warm.snakemake(
         *("-n", "--cores", 2, "--snakefile", ROOT / "workflow" / "Snakefile", "--directory", folder),
         *("--workflow-profile", ROOT / "profiles" / "default", "--configfile", file),
@@ -26,7 +27,9 @@ def dry_run(warm, folder, file):
     made = [(rule, re.search(r"^    output: (.*)", body, re.MULTILINE)) for rule, body in blocks]
     counted = dict(re.findall(r"^(\w+) +(\d+)$", text.partition("Job stats:")[2], re.MULTILINE))
     jobs = {(rule, tuple(match[1].replace(" (update)", "").split(", "))) for rule, match in made if match}
-    return jobs, {rule: int(count) for rule, count in counted.items() if rule not in ("all", "total")}
+    mirrored = {match[1].replace(" (update)", "") for (_, body), (_, match) in zip(blocks, made, strict=True)
+                if match and re.search(r"haste latents +--flipped ", body)}  # fmt: skip
+    return jobs, {rule: int(count) for rule, count in counted.items() if rule not in ("all", "total")}, mirrored
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -68,9 +71,11 @@ def test_all_that_scores_and_grids_read_is_made_though_each_job_on_samples_is_cu
 def check(warm, world):
     plan = world.plan()
     left = plan.jobs.left
-    jobs, counted = dry_run(warm, world.folder, world.file)
+    jobs, counted, mirrored = dry_run(warm, world.folder, world.file)
     assert {(rule, job.makes) for rule, its in left.items() for job in its} == jobs
     assert {rule: len(its) for rule, its in left.items()} == counted
+    flipped = [job for rule in ("latents", "latents_join") for job in left.get(rule, []) if job.about is not plan]
+    assert {path for job in flipped for path in job.makes} == mirrored
     there = [
         job for rule, its in left.items() if rule != "report" for job in its if all(map(os.path.exists, job.makes))
     ]

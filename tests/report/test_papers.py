@@ -114,11 +114,25 @@ def test_published_numbers_are_never_bold_and_link_to_nothing_and_nor_is_what_st
         {"settings": {**aligned("depth 4"), "feature head": "conv, 3"}},
         {"settings": {**aligned("depth 4"), "feature t_max": "0.5"}},
         {"settings": {**aligned("depth 4"), "ramp": "20000, cosine"}},
+        {"settings": {**aligned("depth 4"), "flip": "yes"}},
         {"settings": aligned("depth 4", teacher="DINOv2-B, low_pass 0.25")},
         {"score": {**ROWS[2].score, "detector": OTHER}},
         {"score": row("x", "SiT-B/2", "REPA", "never", 1, 2.0, w=9.0).score},
     ],
-    ids=["model", "method", "step", "batch", "teacher", "head", "band", "ramp", "filter", "detector", "guidance"],
+    ids=[
+        "model",
+        "method",
+        "step",
+        "batch",
+        "teacher",
+        "head",
+        "band",
+        "ramp",
+        "flip",
+        "filter",
+        "detector",
+        "guidance",
+    ],
 )
 def test_what_does_not_agree_stands_beside_nothing(change: dict):
     assert tables.published_tables(report([ROWS[2]]))

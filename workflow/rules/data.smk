@@ -9,7 +9,9 @@ TEACHER, DETECTOR, PCA = (f"{plan.root}/parts/{kind}-{{key}}/part.json" for kind
 TARGETS = f"{plan.root}/stores/targets-{{key}}/shard-{{shard}}-of-{{shards}}.h5"
 JOINED = f"{plan.root}/stores/targets-{{key}}/manifest.json"
 
-def of_set(wildcards): return "--evaluation" if wildcards.key in OTHERS else ""
+def of_set(wildcards):
+    if plan.flipped and wildcards.key == plan.flipped.key: return "--flipped"
+    return "--evaluation" if wildcards.key in OTHERS else ""
 
 
 rule images_check:
