@@ -21,11 +21,11 @@ import psutil
 import yaml
 
 from haste import config
-from haste.cluster import gpus
 from haste.data import pictures
 from haste.data.ahead import cores
 from haste.files import archives, artefact, listing, parquet
 from haste.files.walk import Directory, Parts, Unused, grouped, printable, told
+from haste.networks import driver
 
 LEAST = 20  # pictures; of fewer no model, and no score of one, says anything
 _LOOKED = 256  # pictures whose headers are read
@@ -222,7 +222,7 @@ def _images(found: Look, small: bool) -> dict[str, Any]:
 
 def _machine(found: Look, small: bool) -> dict[str, Any]:
     """How jobs run here: in words, and the keys of `training` and `runtime` that follow from it."""
-    count, memory, there = cores(), psutil.virtual_memory().total / 1e9, gpus.equipment()
+    count, memory, there = cores(), psutil.virtual_memory().total / 1e9, driver.equipment()
     reasons = {
         "as --small asks": small,
         "no whole GPU was found": not there,

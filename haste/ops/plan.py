@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
-from haste.cluster import gpus
 from haste.files import terminal, walk
 from haste.files.units import duration
+from haste.networks import driver
 from haste.networks.headers import MissingError
 from haste.ops import cost
 from haste.ops import memory as peaks
@@ -119,7 +119,7 @@ def emulated(plan: Plan, machine: Machine | None) -> list[str]:
     asked = {plan.trajectories[one.trajectory].recipe["training"]["precision"] for one in plan.jobs.to_train}
     if "bf16" in asked and machine and not machine.gpu.bf16:
         return [f"training.precision: bf16, which an {machine.name} only emulates: fp16 is what it computes fast."]
-    here = machine is None and (plan.config.runtime.device == "cpu" or not gpus.visible())
+    here = machine is None and (plan.config.runtime.device == "cpu" or not driver.visible())
     if not here or not (half := sorted(asked & {"bf16", "fp16"})) or _computes_half():
         return []
     return [f"training.precision: {half[0]} is emulated on the CPUs here, and slower than fp32 there."]

@@ -13,8 +13,8 @@ from PIL import Image
 
 from haste import config
 from haste.cli import main as cli
-from haste.cluster import gpus
 from haste.files.store import Store
+from haste.networks import driver
 from haste.plan.plan import Plan
 
 SHIPPED = Path(__file__).parents[2] / "config"
@@ -109,7 +109,7 @@ def elsewhere(tmp_path, monkeypatch):
     """Where nothing is, on a machine without GPUs."""
     (tmp_path / "z").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpus, "equipment", list)
+    monkeypatch.setattr(driver, "equipment", list)
     return tmp_path
 
 
@@ -188,7 +188,7 @@ def test_on_a_laptop_the_settings_are_those_of_the_small_configuration_that_is_s
 
 @pytest.mark.parametrize("small", [False, True])
 def test_on_gpus_they_are_those_of_the_large_one_unless_small_ones_are_asked_for(elsewhere, monkeypatch, small):
-    monkeypatch.setattr(gpus, "equipment", lambda: [gpus.Equipment(85.9, True)] * 3)
+    monkeypatch.setattr(driver, "equipment", lambda: [driver.Equipment(85.9, True)] * 3)
     flat(elsewhere / "pictures", content=png(size=(300, 260)))
     found = written("pictures", *["--small"] * small)
     shipped = yaml.safe_load((SHIPPED / ("my-images-small.yaml" if small else "my-images.yaml")).read_text())
@@ -222,14 +222,14 @@ def test_the_driver_says_what_whole_gpus_are(elsewhere, monkeypatch):
     )
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{elsewhere}:{os.environ['PATH']}")
-    monkeypatch.delenv(gpus.VISIBLE, raising=False)
-    gpus._machine.cache_clear()
+    monkeypatch.delenv(driver.VISIBLE, raising=False)
+    driver._machine.cache_clear()
     try:
-        assert [(round(one.gigabytes, 1), one.bf16) for one in gpus.equipment()] == [(85.9, True), (17.2, False)]
-        monkeypatch.setenv(gpus.VISIBLE, "1")
-        assert len(gpus.equipment()) <= 1  # whichever CUDA calls 1
+        assert [(round(one.gigabytes, 1), one.bf16) for one in driver.equipment()] == [(85.9, True), (17.2, False)]
+        monkeypatch.setenv(driver.VISIBLE, "1")
+        assert len(driver.equipment()) <= 1  # whichever CUDA calls 1
     finally:
-        gpus._machine.cache_clear()
+        driver._machine.cache_clear()
 
 
 def test_every_line_of_settings_that_follows_from_the_pictures_says_why(elsewhere):

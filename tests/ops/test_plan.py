@@ -157,7 +157,7 @@ def test_jobs_of_a_cluster_are_refused_by_the_profiles_memory_and_ranks_and_thos
 def test_half_precision_on_cpus_is_remarked_and_bf16_on_a_chip_without_it(world, monkeypatch):
     made = world(training={"batch": 8, "precision": "bf16"})
     monkeypatch.setattr(plan, "_computes_half", lambda: False)
-    monkeypatch.setattr(plan.gpus, "visible", list)
+    monkeypatch.setattr(plan.driver, "visible", list)
     (said,) = plan.emulated(made, None)
     assert said == "training.precision: bf16 is emulated on the CPUs here, and slower than fp32 there."
     assert plan.emulated(made, machine("H100")) == [] == plan.emulated(world(), None)
