@@ -98,6 +98,16 @@ def test_pictures_that_the_first_job_refuses_are_refused_by_the_plan_in_its_word
     assert words in plan and str(tmp_path / "in") in plan
 
 
+def test_a_batch_of_more_pictures_than_there_are_to_train_on_is_refused_by_the_plan(tmp_path, capsys):
+    images = {"source": "digits", "resolution": 8, "classes": 10, "holdout": 97}
+    for more, count in (({}, "1,700"), ({"subset": 11}, "11")):
+        words = f"training.batch: 8,192, but digits has {count} images to train on; expected no more"
+        file = configured(tmp_path, images=images | more, training={**TINY["training"], "batch": 8192})
+        assert words in said(capsys, "plan", "-c", file)
+    fits = configured(tmp_path, images=images | {"subset": 11}, training={**TINY["training"], "batch": 11})
+    assert cli.main(["plan", "-c", str(fits)]) == 0
+
+
 @pytest.mark.parametrize(
     ("images", "words"),
     [

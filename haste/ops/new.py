@@ -31,7 +31,7 @@ LEAST = 20  # pictures; of fewer no model, and no score of one, says anything
 _LOOKED = 256  # pictures whose headers are read
 _IN_CLASS = 8  # pictures of a class on average; fewer teach nothing about it
 _JOBS, _JOB = 4, 2.0  # jobs at once that a table of three runs keeps busy; GB of memory of each, mostly torch itself
-_BATCH = 256  # images per step, as the papers
+_BATCH, _BATCH_SMALL = 256, 64  # images per step, as the papers; of small networks
 _PER_GB = 6.0  # images at once, a GB: SiT-B/2 with both losses takes 38.6 GB for 256 of 256 px, by `haste memory`
 _ENLARGED = 96  # px, the median short side below which public networks would see blurred enlargements
 
@@ -184,7 +184,9 @@ def write(root: Path, out: Path | None, small: bool = False) -> list[str]:
         raise ValueError(f"{out}: is there already and is not changed; remove it, or name another file by -o")
     found = look(root)
     here = _machine(found, small)
-    text = _rendered({**_images(found, here["small"]), **here, "found": found, "path": root, "name": name})
+    images = _images(found, here["small"])
+    here |= _batch(here, images["trained_on"])
+    text = _rendered({**images, **here, "found": found, "path": root, "name": name})
     config.resolve(yaml.safe_load(text))
     with artefact.replacing(out) as aside:
         aside.write_text(text, encoding="utf-8")
@@ -215,6 +217,7 @@ def _images(found: Look, small: bool) -> dict[str, Any]:
     return {
         "resolution": max((side for side in sides if 4 * found.side >= 3 * side), default=sides[0]),
         "holdout": holdout,
+        "trained_on": usable - holdout,
         "seen": lambda images: f"{images / max(1, usable - holdout):,.0f}",
         "uneven": bool(counts) and max(counts) > 4 * min(counts),
     }
@@ -237,9 +240,14 @@ def _machine(found: Look, small: bool) -> dict[str, Any]:
         return here
     gigabytes = int(min(one.gigabytes for one in there))
     ranks = max(ranks for ranks in (1, 2, 4, 8) if ranks <= len(there))
-    parts = next(
-        parts for parts in (1, 2, 4, 8, 16, 32) if parts * ranks * _PER_GB * gigabytes >= _BATCH or parts == 32
-    )
     precision = "bf16" if all(one.bf16 for one in there) else "fp16"
-    more = {"gigabytes": gigabytes, "processes": ranks, "accumulate": parts, "precision": precision, "batch": _BATCH}
-    return {**here, **more, "cores": count}
+    return {**here, "gigabytes": gigabytes, "processes": ranks, "precision": precision, "cores": count}
+
+
+def _batch(here: Mapping[str, Any], images: int) -> dict[str, int]:
+    """Images per step, a power of two of at most so many images, and in how many parts a GPU takes its share."""
+    batch = min(_BATCH_SMALL if here["small"] else _BATCH, 2 ** (images.bit_length() - 1))
+    if here["small"]:
+        return {"batch": batch}
+    fit = here["processes"] * _PER_GB * here["gigabytes"]
+    return {"batch": batch, "accumulate": next(n for n in (1, 2, 4, 8, 16, 32) if n * fit >= batch or n == 32)}

@@ -179,11 +179,18 @@ def written(*arguments):
 
 def test_on_a_laptop_the_settings_are_those_of_the_small_configuration_that_is_shipped(elsewhere):
     found, shipped = (
-        written(flat(elsewhere / "pictures")),
+        written(flat(elsewhere / "pictures", 72)),
         yaml.safe_load((SHIPPED / "my-images-small.yaml").read_text()),
     )
     for section in (*SETTINGS, "training"):
         assert found[section] == shipped[section], section
+
+
+@pytest.mark.parametrize("count", [20, 50])
+def test_a_step_takes_no_more_pictures_than_there_are_to_train_on(elsewhere, count):
+    found = written(flat(elsewhere / "pictures", count))
+    assert found["training"]["batch"] == {20: 16, 50: 32}[count]
+    Plan(config.load("mine.yaml")).check()
 
 
 @pytest.mark.parametrize("small", [False, True])
