@@ -23,11 +23,12 @@ import yaml
 from haste import config
 from haste.data import pictures
 from haste.data.ahead import cores
-from haste.files import archives, artefact, listing, parquet
+from haste.files import archives, artefact, captions, listing, parquet
 from haste.files.walk import Directory, Parts, Unused, grouped, printable, told
 from haste.networks import driver
 
 LEAST = 20  # pictures; of fewer no model, and no score of one, says anything
+_SPLIT = re.compile(r"(train|val|test|dev|eval)(ing|id|idation|uation)?[-_]?\d*(\.zip|\.tar)?", re.IGNORECASE)
 _LOOKED = 256  # pictures whose headers are read
 _IN_CLASS = 8  # pictures of a class on average; fewer teach nothing about it
 _JOBS, _JOB = 4, 2.0  # jobs at once that a table of three runs keeps busy; GB of memory of each, mostly torch itself
@@ -43,7 +44,7 @@ class Look:
     source: its kind, as in `images.source`; table: a .csv of labels, if it says them; count: of pictures; sizes:
     pictures of each class by its name, empty without labels; because: of what sizes the classes are, or why there are
     none; side: the median of the pictures' shorter sides, px; odd: what some of them are, in words; bad: the share that
-    cannot be read; unused: the other files.
+    cannot be read; captioned: how many have a .txt beside them; unused: the other files.
     """
 
     source: str
@@ -54,6 +55,7 @@ class Look:
     side: int
     odd: list[str]
     bad: float
+    captioned: int
     unused: Unused
 
 
@@ -61,18 +63,21 @@ def look(root: Path) -> Look:
     """Look at a folder of pictures, an archive, or parquet files, without decoding a picture.
 
     Raises:
-        ValueError: there are none, too few, or none that can be read; says what was found and what to do.
+        ValueError: there are none, too few, none that can be read, or a data set with its splits or captions; says what
+            was found and what to do.
     """
     source = _source(root)
-    found = listing.survey(source, str(root), 0)
+    found = listing.survey(source, str(root), 0, said=captions.BESIDE)
+    _check_splits(root, found)
     if len(found.files) < LEAST:
         raise ValueError(
             f"{root}: found {len(found.files)} pictures, expected at least {LEAST}, and hundreds for samples that are "
             "worth looking at; name the folder above it if there are more beside it"
         )
-    sizes, table, because = _classes(source, root)
+    sizes, table, because, used = _classes(source, root, found)
     side, odd, bad = _headers(root, source, found)
-    return Look(source, table, len(found.files), sizes, because, side, odd, bad, found.unused)
+    unused = [one for one in found.unused if one not in used]
+    return Look(source, table, len(found.files), sizes, because, side, odd, bad, len(found.marks), unused)
 
 
 def _source(root: Path) -> str:
@@ -82,11 +87,19 @@ def _source(root: Path) -> str:
             f"{root}: found nothing there, expected a folder of pictures, a .zip, a .tar or .parquet files"
         )
     if not root.is_dir():
+        if root.name.lower().endswith(archives.COMPRESSED):
+            return "archive"  # which says what to do
         kinds = {**dict.fromkeys(archives.SUFFIXES, "archive"), parquet.SUFFIX: "parquet"}
         if kind := kinds.get(root.suffix.lower()):
             return kind
         expected = "a folder of pictures, a .zip, a .tar or a .parquet"
         raise ValueError(f"{root}: found a file of {root.suffix or 'no suffix'}, expected {expected}")
+    if any(root.glob("annotations/captions_train*.json")):
+        raise ValueError(
+            f"{root}: found MS-COCO with its captions, which this command does not write a configuration for; expected "
+            "pictures alone. Write this folder as images.path into a copy of config/coco256.yaml, or name one of its "
+            f"splits, such as {root}/train2014, to leave the captions out"
+        )
     names = {Path(parts[-1].lower()).suffix for parts in Directory(root).names}
     if not names & {*listing.SUFFIXES}:
         if names & {*archives.SUFFIXES}:
@@ -96,8 +109,22 @@ def _source(root: Path) -> str:
     return "folder"
 
 
-def _classes(source: str, root: Path) -> tuple[dict[str, int], Path | None, str]:
-    """Pictures of each class by its name, the table that says the classes, and a reason in words."""
+def _check_splits(root: Path, found: listing.Listing) -> None:
+    """Refuse folders that are splits of a data set: they are no classes, and one is not to be trained on."""
+    tops = collections.Counter(parts[0] if parts[1:] else "" for parts, _ in found.files)
+    if all(_SPLIT.fullmatch(name) for name in tops):
+        first = min(tops, key=lambda name: (not name.lower().startswith("train"), -tops[name]))
+        raise ValueError(
+            f"{root}: its pictures are in {' and '.join(sorted(tops))}, splits of a data set and not classes; expected "
+            f"those to train on alone, as in {root / first}"
+        )
+
+
+def _classes(
+    source: str, root: Path, every: listing.Listing
+) -> tuple[dict[str, int], Path | None, str, set[tuple[str, str]]]:
+    """Pictures of each class by its name, the table that says the classes, a reason in words, and what of
+    `every.unused` says the classes."""
     tables: list[Path | None] = [None, *sorted(root.glob("*.csv"))] if source == "folder" else [None]
     reasons = []
     for table in tables:
@@ -116,8 +143,10 @@ def _classes(source: str, root: Path) -> tuple[dict[str, int], Path | None, str]
         else:
             few, many = (pick(sizes.items(), key=lambda one: one[1]) for pick in (min, max))
             said = f"{printable(few[0])!r} with {few[1]:,} pictures to {printable(many[0])!r} with {many[1]:,}"
-            return sizes, table, said
-    return {}, None, "without labels: " + printable(reasons[0])
+            said = f"each with {few[1]:,} pictures" if few[1] == many[1] else said
+            beside = {*every.unused} - {*found.unused}
+            return sizes, table, said, beside | {one for one in every.unused if root / one[0] == table}
+    return {}, None, "without labels: " + printable(reasons[0]), set()
 
 
 def _headers(root: Path, source: str, found: listing.Listing) -> tuple[int, list[str], float]:
@@ -194,11 +223,20 @@ def write(root: Path, out: Path | None, small: bool = False) -> list[str]:
     fetch = [] if here["small"] else [f"next: haste fetch -c {out}, which loads the public networks' weights"]
     return [
         f"{out}: written for {found.count:,} pictures, {classes}, and a machine of {here['machine']}",
-        *filter(None, [told(grouped(found.unused))]),
+        *filter(None, [told(grouped(found.unused)), _captions(found)]),
         *fetch,
         f"next: haste plan -c {out}",
         f"then: snakemake --cores {here['cores']} --configfile {out}",
     ]
+
+
+def _captions(found: Look) -> str:
+    if not found.captioned:
+        return ""
+    return (
+        f"{found.captioned:,} of {found.count:,} pictures have a .txt beside them, which is not used; if these are "
+        "captions, images.captions: beside and condition: captions train with them (config/README.md)"
+    )
 
 
 def _rendered(settings: Mapping[str, Any]) -> str:

@@ -417,7 +417,7 @@ def test_names_that_are_no_text_are_kept_apart_and_can_be_written_down(tmp_path)
     assert [os.fsencode(name) for name, _ in bad] == [b"\xfe.png"]
     prepare.write_checked(tmp_path / "checked.json", source, bad, key="k")
     assert prepare.read_checked(tmp_path / "checked.json", source) == bad
-    assert prepare.told(bad).encode() == b"1 pictures cannot be used: 1 an empty file (\\udcfe.png)"
+    assert prepare.told(bad).encode() == b"1 picture cannot be used: an empty file (\\udcfe.png)"
     without = frozenset(name for name, _ in bad)
     assert prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in", without=without).count == 2
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -144,6 +145,23 @@ REFUSED = {
     "a text": (lambda at: files(at, ["a.txt"]) / "a.txt", ["a.txt: found a file of .txt, expected a folder"]),
     "a variable": (lambda at: flat(at / "$HOME"), ["$HOME: a configuration cannot hold this path", "ln -s"]),
     "a line break": (lambda at: flat(at / "a\nb"), [r"a\nb: a configuration cannot hold", "rename it"]),
+    "splits": (
+        lambda at: classes(at / "p", ["train", "val"], deeper="cat/"),
+        ["p: its pictures are in train and val, splits of a data set and not classes", "alone, as in", "p/train"],
+    ),
+    "the training split alone": (lambda at: classes(at / "p", ["train"], 24), ["pictures are in train,", "p/train"]),
+    "splits in a zip": (
+        lambda at: zipped(at / "p.zip", [f"{s}/{i}.png" for s in ("Test", "validation") for i in range(12)]),
+        ["pictures are in Test and validation, splits"],
+    ),
+    "MS-COCO": (
+        lambda at: (files(at / "p", ["annotations/captions_train2014.json"]), classes(at / "p", ["train2014"], 24))[1],
+        ["p: found MS-COCO with its captions", "a copy of config/coco256.yaml", "p/train2014"],
+    ),
+    "a compressed tar": (
+        lambda at: files(at, ["im.tar.gz"]) / "im.tar.gz",
+        ["im.tar.gz: compressed as a whole, so that no picture can be read without all before it", "gunzip"],
+    ),
     "a torn zip": (lambda at: files(at, ["a.zip"], content=b"PK\x03\x04") / "a.zip", ["a.zip", "truncated"]),
 }
 
@@ -156,6 +174,41 @@ def test_what_no_model_can_be_trained_on_is_refused_with_what_to_do(name, elsewh
     said = capsys.readouterr().err
     for word in words:
         assert word in said, said
+
+
+def tarred(path):
+    with tarfile.open(path, "w") as archive:
+        for i in range(24):
+            for name, content in (("png", png()), ("cls", b"%d" % (i % 3)), ("txt", b"a picture")):
+                entry = tarfile.TarInfo(f"{i:02d}.{name}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    "make", [lambda at: tarred(at / "p.tar"), lambda at: table(at / "p"), lambda at: beside(at / "p")]
+)
+def test_what_says_the_labels_is_not_called_unused(elsewhere, capsys, make):
+    assert new(make(elsewhere)) == 0
+    assert "classes, and a machine" in (said := capsys.readouterr().out) and "not used: " not in said
+
+
+def test_captions_beside_the_pictures_are_named_with_the_keys_that_train_with_them(elsewhere, capsys):
+    assert new(tarred(elsewhere / "p.tar")) == 0
+    said = capsys.readouterr().out
+    assert "24 of 24 pictures have a .txt beside them, which is not used; if these are captions" in said
+    assert "images.captions: beside and condition: captions train with them" in said
+
+
+@pytest.mark.parametrize(
+    ("each", "words"), [((12, 12), "each with 12 pictures"), ((12, 13), "'a' with 12 pictures to 'b'")]
+)
+def test_sizes_of_classes_are_said_once_where_they_are_equal(elsewhere, each, words):
+    for name, count in zip("ab", each, strict=True):
+        classes(elsewhere / "pictures", [name], count)
+    assert new("pictures") == 0
+    assert f"classes: 2 # {words}" in Path("config/pictures.yaml").read_text()
 
 
 def test_a_file_that_is_there_is_never_written_over(elsewhere, capsys):
