@@ -214,6 +214,13 @@ def test_what_is_not_there_yet_is_planned_with_the_numbers_that_are_known_and_na
         Plan(resolve(yaml.safe_load(file.read_text())))
 
 
+@pytest.mark.parametrize(("name", "side"), [("VIRTUAL_imagenet256_labeled", 256), ("VIRTUAL_imagenet512", 512)])
+def test_a_missing_reference_of_adms_is_named_with_its_address(tmp_path, capsys, name, side):
+    file = configured(tmp_path, **judged_by(tmp_path / f"{name}.npz"))
+    where = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/{side}/{name}.npz"
+    assert where in said(capsys, "plan", "-c", file)
+
+
 # ---- a reference
 
 

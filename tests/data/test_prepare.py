@@ -376,7 +376,7 @@ def test_a_class_or_a_folder_of_bad_pictures_alone_is_refused(tmp_path):
     with pytest.raises(ValueError, match="class 'b' has no picture that can be read"):
         prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in", without=frozenset({"b/2.png"}))
     source = prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in" / "b")
-    with pytest.raises(ValueError, match="1 pictures cannot be used"):
+    with pytest.raises(ValueError, match="1 picture cannot be used"):
         prepare.write_checked(tmp_path / "checked.json", source, prepare.check(source), key="k")
 
 
