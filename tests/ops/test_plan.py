@@ -115,14 +115,18 @@ def test_a_plan_for_gpus_says_days_and_gpu_hours_and_what_it_assumes(world, caps
     assert status == 0
     assert "time on 8 x H100" in out and "GPU-hours" in out and "each run on 8 x H100" in out
     assert "Times assume that 40 % of the peak of an H100 is reached, 989 TFLOP/s in bf16 and 67 in fp32" in out
+    assert "At 12 %, the published speed of REPA's training on an H100, all of it takes " in out
+    assert "At 12 %" not in run(capsys, "plan", "-c", world.file, "--as", "H100", "--share", "0.12")[1]
     assert not re.search(r"\d:\d\d", out)  # never 157222:22:36
     assert run(capsys, "plan", "-c", world.file, "--as", "8xTPU")[0] == 2
 
 
 def test_a_plan_says_what_is_not_measured_and_how_to_measure_it_and_then_what_fits(world, capsys):
     made = world()
+    _, out, _ = run(capsys, "plan", "-c", world.file, "--as", "H100")
+    assert f"GPU memory is not measured yet: `haste memory -c {world.file}` does it, without a GPU." in out
     _, out, _ = run(capsys, "plan", "-c", world.file)
-    assert "GPU memory is not measured yet: `haste memory` does it" in out
+    assert "GPU memory" not in out and "page-locked" not in out  # where there is none
     world.measured(made)
     _, out, _ = run(capsys, "plan", "-c", world.file, "--as", "H100")
     assert "GPU memory of SiT-d2w16p2: 18 GB a rank with 8 images at once; 69 fit into 80 GB." in out
@@ -161,6 +165,10 @@ def test_half_precision_on_cpus_is_remarked_and_bf16_on_a_chip_without_it(world,
     (said,) = plan.emulated(made, None)
     assert said == "training.precision: bf16 is emulated on the CPUs here, and slower than fp32 there."
     assert plan.emulated(made, machine("H100")) == [] == plan.emulated(world(), None)
+    (said,) = plan.emulated(world(), machine("H100"))
+    assert (
+        "precision: fp32, in which GPUs are many times slower than in bf16 (67 against 989 TFLOP/s on an H100)" in said
+    )
     assert "fp16" in plan.emulated(made, machine("V100"))[0]
 
 
