@@ -138,18 +138,24 @@ def emulated(plan: Plan, machine: Machine | None) -> list[str]:
     asked = {plan.trajectories[one.trajectory].recipe["training"]["precision"] for one in plan.jobs.to_train}
     if "bf16" in asked and machine and not machine.gpu.bf16:
         return [f"training.precision: bf16, which an {machine.name} only emulates: fp16 is what it computes fast."]
-    here = machine is None and _on_cpus(plan)
-    if "fp32" in asked and not here:
-        half = "fp16" if machine and not machine.gpu.bf16 else "bf16"
-        peak = [f"{machine.gpu.peak(kind) / 1e12:g}" for kind in ("fp32", half)] if machine else []
-        speed = f" ({peak[0]} against {peak[1]} TFLOP/s on an {machine.name})" if machine else ""
-        return [
-            f"training.precision: fp32, in which GPUs are many times slower than in {half}{speed}. They are different "
-            "runs: choose before the first step."
-        ]
-    if not here or not (half := sorted(asked & {"bf16", "fp16"})) or _computes_half():
+    if machine or not _on_cpus(plan):
+        return [_slow(machine)] if "fp32" in asked else []
+    half = sorted(asked & {"bf16", "fp16"})
+    if not half or _computes_half():
         return []
     return [f"training.precision: {half[0]} is emulated on the CPUs here, and slower than fp32 there."]
+
+
+def _slow(machine: Machine | None) -> str:
+    half, speed = "bf16", ""
+    if machine:
+        half = "bf16" if machine.gpu.bf16 else "fp16"
+        peaks = " against ".join(f"{machine.gpu.peak(kind) / 1e12:g}" for kind in ("fp32", half))
+        speed = f" ({peaks} TFLOP/s on an {machine.name})"
+    return (
+        f"training.precision: fp32, in which GPUs are many times slower than in {half}{speed}. They are different runs: "
+        "choose before the first step."
+    )
 
 
 def _computes_half() -> bool:

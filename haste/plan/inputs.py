@@ -81,8 +81,9 @@ def _check_batches(parts: Parts) -> None:
     if (count := parts.data.count) is None:
         return
     count -= parts.config.images.holdout
-    for state in (one.state for one in (*parts.trained, *parts.measured)):
-        batch = parts.runs.trajectories[state.trajectory].recipe["training"]["batch"]
+    states = [one.state for one in parts.trained] + [one.state for one in parts.measured]
+    for name in dict.fromkeys(state.trajectory for state in states):
+        batch = parts.runs.trajectories[name].recipe["training"]["batch"]
         if batch > count:
             raise ValueError(
                 f"training.batch: {batch:,}, but {parts.data.where} has {count:,} images to train on; expected no more "
