@@ -28,7 +28,8 @@ from haste.files.walk import Directory, Parts, Unused, grouped, printable, told
 from haste.networks import driver
 
 LEAST = 20  # pictures; of fewer no model, and no score of one, says anything
-_SPLIT = re.compile(r"(train|val|test|dev|eval)(ing|id|idation|uation)?[-_]?\d*(\.zip|\.tar)?", re.IGNORECASE)
+_SPLIT = re.compile(r"(train|val|test|dev|eval)(ing|id|idation|uation)?[-_]?\d*", re.IGNORECASE)  # of a folder
+_OF_SPLIT = re.compile(rf"(?:^|[-_.])({_SPLIT.pattern})[-_.]", re.IGNORECASE)  # in the name of an archive
 _LOOKED = 256  # pictures whose headers are read
 _IN_CLASS = 8  # pictures of a class on average; fewer teach nothing about it
 _JOBS, _JOB = 4, 2.0  # jobs at once that a table of three runs keeps busy; GB of memory of each, mostly torch itself
@@ -68,7 +69,7 @@ def look(root: Path) -> Look:
     """
     source = _source(root)
     found = listing.survey(source, str(root), 0, said=captions.BESIDE)
-    _check_splits(root, found)
+    _check_splits(root, source, found)
     if len(found.files) < LEAST:
         raise ValueError(
             f"{root}: found {len(found.files)} pictures, expected at least {LEAST}, and hundreds for samples that are "
@@ -109,8 +110,17 @@ def _source(root: Path) -> str:
     return "folder"
 
 
-def _check_splits(root: Path, found: listing.Listing) -> None:
-    """Refuse folders that are splits of a data set: they are no classes, and one is not to be trained on."""
+def _check_splits(root: Path, source: str, found: listing.Listing) -> None:
+    """Refuse folders and archives that are splits of a data set: they are no classes, and one is not to be trained on.
+    What parquet files are of, their reader looks at."""
+    files = [*root.iterdir()] if source == "archive" and root.is_dir() else []
+    of = [_OF_SPLIT.search(file.name) for file in files if file.suffix.lower() in archives.SUFFIXES]
+    splits = sorted({match[1].strip("-_0123456789").lower() for match in of if match})
+    if len(splits) > 1 and all(of):
+        raise ValueError(
+            f"{root}: its archives are of the splits {' and '.join(splits)} of a data set; expected those to train on "
+            "alone, in a folder of their own"
+        )
     tops = collections.Counter(parts[0] if parts[1:] else "" for parts, _ in found.files)
     if all(_SPLIT.fullmatch(name) for name in tops):
         first = min(tops, key=lambda name: (not name.lower().startswith("train"), -tops[name]))

@@ -153,8 +153,8 @@ def _slow(machine: Machine | None) -> str:
         peaks = " against ".join(f"{machine.gpu.peak(kind) / 1e12:g}" for kind in ("fp32", half))
         speed = f" ({peaks} TFLOP/s on an {machine.name})"
     return (
-        f"training.precision: fp32, in which GPUs are many times slower than in {half}{speed}. They are different runs: "
-        "choose before the first step."
+        f"training.precision: fp32, in which GPUs are many times slower than in {half}{speed}. These are different "
+        "runs: choose before the first step."
     )
 
 

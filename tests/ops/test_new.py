@@ -154,6 +154,16 @@ REFUSED = {
         lambda at: zipped(at / "p.zip", [f"{s}/{i}.png" for s in ("Test", "validation") for i in range(12)]),
         ["pictures are in Test and validation, splits"],
     ),
+    "splits as shards": (
+        lambda at: (
+            [zipped(at / f"z/in1k-{s}-0{n}.zip", ["1.png"]) for s in ("train", "val") for n in range(12)] and at / "z"
+        ),
+        ["z: its archives are of the splits train and val of a data set", "alone, in a folder of their own"],
+    ),
+    "splits as zips": (
+        lambda at: [zipped(at / f"z/{s}.zip", [f"{i}.png" for i in range(12)]) for s in ("train", "test")] and at / "z",
+        ["its archives are of the splits test and train"],
+    ),
     "MS-COCO": (
         lambda at: (files(at / "p", ["annotations/captions_train2014.json"]), classes(at / "p", ["train2014"], 24))[1],
         ["p: found MS-COCO with its captions", "a copy of config/coco256.yaml", "p/train2014"],
