@@ -129,7 +129,8 @@ def _at_published(plan: Plan, machine: Machine) -> list[str]:
         return []
     slower = dataclasses.replace(machine, share=PUBLISHED)
     total = _sum(cost.stages(plan, Pace.of_plan(plan, slower))[0])
-    said = f"{duration(total.seconds)} and {total.gpu_seconds / 3600:,.0f} GPU-hours"
+    hours = total.gpu_seconds / 3600
+    said = f"{duration(total.seconds)} and {hours:,.{hours < 10:d}f} GPU-hours"
     return [f"At {100 * PUBLISHED:g} %, the published speed of REPA's training on an H100, all of it takes {said}."]
 
 

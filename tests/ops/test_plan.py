@@ -115,10 +115,19 @@ def test_a_plan_for_gpus_says_days_and_gpu_hours_and_what_it_assumes(world, caps
     assert status == 0
     assert "time on 8 x H100" in out and "GPU-hours" in out and "each run on 8 x H100" in out
     assert "Times assume that 40 % of the peak of an H100 is reached, 989 TFLOP/s in bf16 and 67 in fp32" in out
-    assert "At 12 %, the published speed of REPA's training on an H100, all of it takes " in out
-    assert "At 12 %" not in run(capsys, "plan", "-c", world.file, "--as", "H100", "--share", "0.12")[1]
     assert not re.search(r"\d:\d\d", out)  # never 157222:22:36
     assert run(capsys, "plan", "-c", world.file, "--as", "8xTPU")[0] == 2
+
+
+def test_beside_an_assumed_share_the_plan_says_the_time_at_the_published_one(world, capsys):
+    world(sampling={"quick": {"sampler": "euler", "steps": 250, "count": 10**11}})
+    asked = ("plan", "-c", world.file, "--as", "H100")
+    assumed, published = run(capsys, *asked)[1], run(capsys, *asked, "--share", "0.12")[1]
+    (time, hours) = re.search(r"│ all │[^│]*│[^│]*│ (.*?)(?: \+ unknown)? │ ([\d,]+)\.\d │", published).groups()
+    words = r"At 12 %, the published speed of REPA's training on an H100, all of it takes (.*?) and ([\d,]+) GPU-hours"
+    said = re.search(words, assumed)
+    assert said[1] == time and 0 <= int(said[2].replace(",", "")) - int(hours.replace(",", "")) <= 1
+    assert len(hours) > 2 and "At 12 %" not in published
 
 
 def test_a_plan_says_what_is_not_measured_and_how_to_measure_it_and_then_what_fits(world, capsys):
