@@ -70,8 +70,8 @@ def told(lines: Collection[str], raw: Mapping[str, Any]) -> str:
     for line in lines:
         name = max((name for name in runs if line.startswith(f"runs.{name}.")), key=len, default="")
         rest, row = line.removeprefix(f"runs.{name}."), runs.get(name, {})
-        seeds = "seeds" in row or ("seeds" in defaults and "seed" not in row)
-        if seeds and rest.startswith(("seed: ", "defaults.seed: ")):
+        of_seeds = "seed" not in row and ("seeds" in row or ("seeds" in defaults and "seed" not in defaults))
+        if of_seeds and rest.startswith(("seed: ", "defaults.seed: ")):
             continue  # it is the first of the seeds, which are wrong themselves
         heirs = {f"runs.{name}.{rest}" for name, row in runs.items() if _inherited(rest, row, defaults)}
         found.append(f"defaults.{rest}" if line in heirs and heirs <= {*lines} else line)

@@ -255,27 +255,39 @@ def test_what_cannot_be_meant_otherwise_is_told_as_it_is_to_be_written(tiny, pat
 
 
 @pytest.mark.parametrize(
-    ("defaults", "row", "said"),
+    ("defaults", "rows", "said"),
     [
-        ({"milestones": 400}, {}, "defaults.milestones: Input should be a valid list, found 400; expected a list"),
-        ({"stop": "never"}, {}, "defaults.stop: Input should be a valid integer, found 'never'; expected a step"),
-        ({"seeds": [-1]}, {}, "defaults.seeds.0: Input should be greater than or equal to 0, found -1"),
-        ({"model": "dott"}, {}, "defaults.model: nothing is called 'dott'; did you mean 'dot'?"),
-        ({"training": {"lrr": 1}}, {"training": {"lr": 0.1}}, "defaults.training.lrr: unknown key; did you mean 'lr'?"),
-        ({}, {"training": {"lrr": 1}}, "runs.a.b.training.lrr: unknown key; did you mean 'lr'?"),
-        ({"model": "dot"}, {"model": "dott"}, "runs.a.b.model: nothing is called 'dott'; did you mean 'dot'?"),
-        ({"stop": 0.5}, {"stop": 3}, "defaults.stop: Input should be a valid integer, found 0.5; expected a step"),
-        ({"seed": "x"}, {"seed": 1}, "defaults.seed: Input should be a valid integer, found 'x'"),
+        (
+            {"milestones": 400},
+            [{}, {}],
+            "defaults.milestones: Input should be a valid list, found 400; expected a list",
+        ),
+        ({"stop": "never"}, [{}, {}], "defaults.stop: Input should be a valid integer, found 'never'; expected a step"),
+        (
+            {"stop": 0.5},
+            [{"stop": 3}, {"stop": 3}],
+            "defaults.stop: Input should be a valid integer, found 0.5; expected",
+        ),
+        ({"seeds": [-1]}, [{}, {}], "defaults.seeds.0: Input should be greater than or equal to 0, found -1"),
+        ({"seed": -1, "seeds": [0]}, [{}, {}], "defaults.seed: Input should be greater than or equal to 0, found -1"),
+        (
+            {},
+            [{}, {"seed": -1, "seeds": [0, 1]}],
+            "runs.a.b.seed: Input should be greater than or equal to 0, found -1",
+        ),
+        ({"model": "dott"}, [{}, {}], "defaults.model: nothing is called 'dott'; did you mean 'dot'?"),
+        ({"model": "dot"}, [{}, {"model": "dott"}], "runs.a.b.model: nothing is called 'dott'; did you mean 'dot'?"),
+        ({"training": {"lrr": 1}}, [{"training": {"lr": 0.1}}, {}], "defaults.training.lrr: unknown key; did you mean"),
+        ({}, [{}, {"training": {"lrr": 1}}], "runs.a.b.training.lrr: unknown key; did you mean 'lr'?"),
+        ({"ramp": 10}, [{"alignment": "HASTE", "stop": 12}, {"alignment": "HASTE", "stop": 5}], "runs.a.b.ramp"),
     ],
 )
-def test_a_fault_is_told_once_where_it_is_written_in_the_defaults_or_in_the_row(tiny, defaults, row, said):
-    rows = (
-        {"a": row, "a.b": row} if "seed" in row or not row or "lr" in row.get("training", {}) else {"a": {}, "a.b": row}
-    )
+def test_a_fault_is_told_once_where_it_is_written_in_the_defaults_or_in_the_row(tiny, defaults, rows, said):
+    rows = dict(zip(("a", "a.b"), rows, strict=True))
     with pytest.raises(ValueError) as refusal:
         config.resolve({**tiny, "defaults": {**tiny["defaults"], **defaults}, "runs": rows})
-    (line,) = str(refusal.value).splitlines()
-    assert line.startswith(said)
+    lines = str(refusal.value).splitlines()
+    assert lines and all(line.startswith(said) for line in lines) and len({*lines}) == len(lines)
 
 
 @pytest.mark.parametrize(
