@@ -91,9 +91,10 @@ def _of_reference(reference: Mapping[str, Any], detectors: Sequence[Mapping[str,
     others = [str(detector["name"]) for detector in detectors if detector.get("kind") != "inception"]
     found = []
     by_it = any(detector.get("kind") == "pytorch-fid" for detector in detectors)
-    if by_it and reference["kind"] == "statistics" and not reference.get("pictures") and not reference.get("source"):
+    if reference["kind"] == "statistics" and not reference.get("source") and reference.get("holds") == ["mu", "sigma"]:
+        whose = "pytorch-fid's" if by_it else "of inception as ADM computes it"
         found.append(
-            f"nothing in {reference['path']} says how its mu and sigma were made; they are taken to be pytorch-fid's"
+            f"nothing in {reference['path']} says how its mu and sigma were made; they are taken to be {whose}"
         )
     if by_it and len(others) < len(detectors):
         found.append("FID and FID (pytorch-fid) resize images in different ways: neither compares with the other")
