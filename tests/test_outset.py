@@ -98,6 +98,16 @@ def test_pictures_that_the_first_job_refuses_are_refused_by_the_plan_in_its_word
     assert words in plan and str(tmp_path / "in") in plan
 
 
+def test_a_batch_of_more_pictures_than_there_are_to_train_on_is_refused_by_the_plan(tmp_path, capsys):
+    images = {"source": "digits", "resolution": 8, "classes": 10, "holdout": 97}
+    for more, count in (({}, "1,700"), ({"subset": 11}, "11")):
+        words = f"training.batch: 8,192, but digits has {count} images to train on; expected no more"
+        file = configured(tmp_path, images=images | more, training={**TINY["training"], "batch": 8192})
+        assert words in said(capsys, "plan", "-c", file)
+    fits = configured(tmp_path, images=images | {"subset": 11}, training={**TINY["training"], "batch": 11})
+    assert cli.main(["plan", "-c", str(fits)]) == 0
+
+
 @pytest.mark.parametrize(
     ("images", "words"),
     [
@@ -191,7 +201,7 @@ def test_pictures_that_are_fewer_than_expected_are_refused_and_the_number_is_in_
 
 def test_what_is_not_there_yet_is_planned_with_the_numbers_that_are_known_and_named_by_its_keys(tmp_path, capsys):
     images = {"source": "folder", "path": str(tmp_path / "pictures"), "resolution": 32, "classes": 2, "holdout": 2}
-    for more, size in (({"expected": 1000}, "3.1 MB"), ({}, "")):
+    for more, size in (({"expected": 1000}, "3.07 MB"), ({}, "")):
         file = configured(tmp_path, **{**judged_by(tmp_path / "adm.npz"), "images": {**images, **more}})
         assert cli.main(["plan", "-c", str(file)]) == 2
         out, err = capsys.readouterr()
@@ -202,6 +212,13 @@ def test_what_is_not_there_yet_is_planned_with_the_numbers_that_are_known_and_na
             assert f"{key}: {tmp_path / what}: expected a" in err and "correct the path" in err
     with pytest.raises(ValueError, match="detector.fid.reference: .*adm.npz"):
         Plan(resolve(yaml.safe_load(file.read_text())))
+
+
+@pytest.mark.parametrize(("name", "side"), [("VIRTUAL_imagenet256_labeled", 256), ("VIRTUAL_imagenet512", 512)])
+def test_a_missing_reference_of_adms_is_named_with_its_address(tmp_path, capsys, name, side):
+    file = configured(tmp_path, **judged_by(tmp_path / f"{name}.npz"))
+    where = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/{side}/{name}.npz"
+    assert where in said(capsys, "plan", "-c", file)
 
 
 # ---- a reference
@@ -231,14 +248,19 @@ def cut(path):
 
 
 REFERENCES = {
-    "no images": (lambda path: adm(path, arr_0=None), "expected ADM's mu, sigma and arr_0 (images), found mu and"),
-    "no mu": (lambda path: adm(path, mu=None), "expected ADM's mu, sigma and arr_0 (images), found arr_0 and mu_s"),
+    "no mu": (
+        lambda path: adm(path, mu=None),
+        "expected mu and sigma, as ADM's and other references hold, found arr_0",
+    ),
     "no sigma": (lambda path: adm(path, sigma=None), "holds mu without sigma"),
     "nothing of it": (
         lambda path: np.savez(path, x=np.zeros(3)),
-        "expected ADM's mu, sigma and arr_0 (images), found x",
+        "expected mu and sigma, as ADM's and other references hold, found x",
     ),
-    "no array": (lambda path: np.savez(path), "expected ADM's mu, sigma and arr_0 (images), found nothing"),
+    "no array": (
+        lambda path: np.savez(path),
+        "expected mu and sigma, as ADM's and other references hold, found nothing",
+    ),
     "another width": (lambda path: adm(path, mu=np.zeros(64)), "mu and sigma are (64,) and (2048, 2048), expected"),
     "a sigma of no square": (
         lambda path: adm(path, sigma_s=np.zeros((2023, 3))),

@@ -151,7 +151,8 @@ def test_pictures_are_checked_once_before_their_shards_where_bad_ones_are_left_o
         rows, file = yaml.safe_load(MINE.read_text())["runs"], tmp_path / "other.yaml"
         file.write_text(yaml.safe_dump({"extends": str(MINE), "name": "other", "runs": rows}))
     (tmp_path / "pictures").mkdir()  # empty files: only their names are counted
-    for i in range(yaml.safe_load(MINE.read_text())["images"]["holdout"] + 1):
+    mine = yaml.safe_load(MINE.read_text())
+    for i in range(mine["images"]["holdout"] + mine["training"]["batch"]):
         (tmp_path / "pictures" / f"{i}.png").touch()
     command = ["-n", "--cores", "1", "--snakefile", root / "workflow" / "Snakefile", "--directory", tmp_path]
     done = warm.snakemake(*command, "--workflow-profile", root / "profiles" / "default", "--configfile", file)

@@ -307,7 +307,8 @@ def judged(monkeypatch, tmp_path):
         join(tmp_path / "fake", key="f", splits={}, **common)
         mine, real = Store.open(tmp_path / "fake"), Store.open(folder)
         made = score.score(mine, real, detector="inception", about={}, key="k", path=tmp_path / "score.json")
-        return made, seen, {n: v.numpy() for n, v in detector(torch.from_numpy(np.load(path)["arr_0"])).items()}, real
+        images = np.load(path).get("arr_0", fake)
+        return made, seen, {n: v.numpy() for n, v in detector(torch.from_numpy(images)).items()}, real
 
     return judge
 
@@ -330,6 +331,26 @@ def test_a_reference_file_gives_its_own_moments_for_fid_and_sfid_and_its_images_
     assert about.items() <= found["reference"].items()
     said = "FID and sFID against the statistics in adm.npz, precision, recall and KID against its 13 images"
     assert said in found["notes"]
+
+
+@pytest.mark.parametrize("spatial", [True, False])
+def test_a_reference_without_images_gives_inception_what_needs_none_and_says_what_it_left_out(
+    judged, tmp_path, spatial
+):
+    less = {} if spatial else {"mu_s": None, "sigma_s": None}
+    pictures = np.random.default_rng(10).integers(0, 256, (13, 4, 4, 3), np.uint8)
+    adm_file(tmp_path / "adm.npz", pictures)
+    adm_file(tmp_path / "mar.npz", pictures, arr_0=None, **less)
+    whole, found = (judged(tmp_path / name)[0] for name in ("adm.npz", "mar.npz"))
+    same = {"fd", *(["sfid"] if spatial else []), *(name for name in whole["scores"] if name.startswith("is"))}
+    assert found["scores"] == {name: whole["scores"][name] for name in same} and found["errors"] == whole["errors"]
+    assert found["reference"]["images"] is None and found["reference"]["file"] == "mar.npz"
+    fid = "FID and sFID" if spatial else "FID"
+    assert f"{fid} against the statistics in mar.npz, of images that the file does not name" in found["notes"]
+    assert "precision, recall, KID: left out, because the reference mar.npz holds no images" in found["notes"]
+    assert spatial != ("sFID: left out, because the reference mar.npz holds no mu_s and sigma_s" in found["notes"])
+    unknown = "nothing in mar.npz says how its mu and sigma were made; they are taken to be by this detector"
+    assert spatial != (unknown in found["notes"])
 
 
 def test_statistics_of_pytorch_fid_alone_give_the_workflow_its_fid_and_nothing_that_needs_images(tmp_path, monkeypatch):
@@ -384,7 +405,7 @@ def test_weights_that_are_known_not_to_be_the_published_ones_are_said(tmp_path):
     }
 
 
-def test_a_reference_file_without_spatial_statistics_gives_no_sfid_and_one_without_images_is_refused(judged, tmp_path):
+def test_a_reference_file_without_spatial_statistics_gives_no_sfid_and_one_without_others_is_refused(judged, tmp_path):
     pictures = np.random.default_rng(10).integers(0, 256, (13, 4, 4, 3), np.uint8)
     adm_file(tmp_path / "part.npz", pictures, mu_s=None, sigma_s=None)
     found, *_, real = judged(tmp_path / "part.npz")
@@ -392,6 +413,6 @@ def test_a_reference_file_without_spatial_statistics_gives_no_sfid_and_one_witho
     (real.folder / score.MOMENTS).write_bytes(b"others")
     with pytest.raises(ValueError, match=r"moments\.npz: missing, or not what was stored"):
         score.real_statistics(real)
-    adm_file(tmp_path / "bare.npz", None)
-    with pytest.raises(ValueError, match=r"bare\.npz: expected ADM's mu, sigma and arr_0 \(images\), found mu"):
+    adm_file(tmp_path / "bare.npz", pictures, mu=None)
+    with pytest.raises(ValueError, match=r"bare\.npz: expected mu and sigma, .* found arr_0"):
         judged(tmp_path / "bare.npz")

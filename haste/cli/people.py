@@ -77,7 +77,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from haste.plan import machines
 
     machine = machines.machine(arguments.machine, arguments.share) if arguments.machine else None
-    plan.print_plan(plan_of(arguments, ahead=True), machine)
+    plan.print_plan(plan_of(arguments, ahead=True), machine, arguments.config)
 
 
 def _memory(arguments: argparse.Namespace) -> None:

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from haste.cluster import gpus, slurm
+from haste.cluster import slurm
+from haste.networks import driver
 from haste.plan import memory
 from haste.plan.names import State
 from haste.plan.plan import Plan
@@ -110,11 +111,11 @@ def check_gpus(plan: Plan, asked: Iterable[tuple[State, Mapping[str, Any]]]) -> 
     Raises:
         ValueError: there are some GPUs, but not one for each rank.
     """
-    ranks, there = plan.config.runtime.processes, len(gpus.visible()) if plan.config.runtime.device != "cpu" else 0
+    ranks, there = plan.config.runtime.processes, len(driver.visible()) if plan.config.runtime.device != "cpu" else 0
     if 0 < there < ranks and any("nodes" not in resources for _, resources in asked):
         raise ValueError(
             f"runtime.processes is {ranks}, and each rank needs a GPU of its own, but {there} can be seen here "
-            f"(nvidia-smi -L, {gpus.VISIBLE}). Expected at most {there}, or runtime.device: cpu."
+            f"(nvidia-smi -L, {driver.VISIBLE}). Expected at most {there}, or runtime.device: cpu."
         )
 
 

@@ -35,7 +35,7 @@ from haste.config.derived import (
     training_entry,
     triggers_of,
 )
-from haste.config.faults import check_samplers, explain
+from haste.config.faults import check_samplers
 from haste.config.forks import Branch, branches, written
 from haste.config.keys import LABEL, LATER, Float, Positive, Rate, Seed, Share, Strict, decides, number
 from haste.config.parts import (
@@ -86,4 +86,5 @@ from haste.config.schema import (
     Trigger,
     minutes_of,
 )
+from haste.config.words import explain
 from haste.networks.registry import DETECTORS, TEACHERS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -22,8 +22,8 @@ from haste.config.derived import (
     terms_of,
     triggers_of,
 )
-from haste.config.keys import Strict, nearest
-from haste.config.parts import ENCODER_TAGS, EVALUATION, Model, OtherModel, TextEncoder, known_of
+from haste.config.keys import nearest
+from haste.config.parts import EVALUATION, Model, OtherModel, known_of
 from haste.config.published import (
     MAPPINGS,
     MODELS,
@@ -36,10 +36,8 @@ from haste.config.published import (
     teacher_tokens,
 )
 from haste.config.schema import (
-    FEATURE_TAGS,
     PRESETS,
     SAMPLERS,
-    STOP_TAGS,
     TERMS,
     Alignment,
     AttentionTerm,
@@ -50,6 +48,7 @@ from haste.config.schema import (
     Training,
     Trigger,
 )
+from haste.config.words import explain
 from haste.networks.registry import DETECTORS, TEACHERS
 from haste.networks.spec import Tap, blocks
 
@@ -57,43 +56,6 @@ from haste.networks.spec import Tap, blocks
 _TIMM = re.compile(r"deit|.*vit_")
 
 MOST_READINGS = 50_000  # of a trigger; some hundred bytes each
-
-
-def explain(fault: Any, whole: Collection[tuple[str, str]] = ()) -> str:
-    """A fault as one line, with the path in the configuration.
-
-    whole: run and key of each `stop` and `ramp` that was given once for all terms.
-    """
-    path = list(fault["loc"])
-    if path[:1] == ["runs"] and tuple(path[1:3]) in whole and path[3:4] and path[3] in TERMS:
-        del path[3]
-    where = (
-        ".".join(str(part) for part in path if part not in {*STOP_TAGS, *FEATURE_TAGS, *ENCODER_TAGS})
-        or "the configuration"
-    )
-    if fault["type"] == "extra_forbidden":
-        return f"{where}: unknown key{nearest(fault['loc'][-1], _keys_at(fault['loc'][:-1]))}"
-    if fault["type"] == "missing":
-        return f"{where}: missing, and it has no default"
-    message = fault["msg"].removeprefix("Value error, ")
-    found = "" if fault["type"] == "value_error" else f", found {fault['input']!r}"
-    return f"{where}: {message}{found}"
-
-
-def _keys_at(path: tuple[Any, ...]) -> list[str]:
-    """The keys that the schema has at a path, as candidates for the nearest right spelling."""
-    inside = path[:2] == ("condition", "encoder")  # whose keys are the condition's own
-    kind: Any = TextEncoder if inside else Config
-    for part in path[2 * inside :]:
-        known = (model.model_fields[part].annotation for model in _models_in(kind) if part in model.model_fields)
-        kind = get_args(kind)[1] if get_origin(kind) is dict else next(known, kind)  # pydantic adds words of its own
-    return [key for model in _models_in(kind)[:1] for key in model.model_fields]
-
-
-def _models_in(kind: Any) -> list[type[Strict]]:
-    if isinstance(kind, type) and issubclass(kind, Strict):
-        return [kind]
-    return [model for part in get_args(kind) for model in _models_in(part)]
 
 
 def faults_of(config: Config) -> list[str]:

@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from haste.config.faults import explain, faults_of
+from haste.config.faults import faults_of
 from haste.config.forks import branched, faults_of_forks
 from haste.config.keys import expanded, nearest
 from haste.config.schema import PRESETS, TERMS, Config, Run, for_both
+from haste.config.words import explain, told
 
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _OCTAL = re.compile(r"[-+]?0[0-9_]")
@@ -203,19 +204,20 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: one line per fault: its full path, what was found, what was expected.
     """
-    raw, whole = _with_defaults(_plain(raw))
+    written = _plain(raw)
+    raw, whole = _with_defaults(written)
+    faults = _faults_of_defaults(written.get("defaults"))
     try:
         config = Config.model_validate(_with_evaluation(_with_measures(_with_presets(raw))))
     except ValidationError as error:
-        lines = [explain(fault, whole) for fault in error.errors()]
-        raise ValueError("\n".join(dict.fromkeys(lines))) from None  # a fault of both terms is reported once
-    if faults := faults_of(config) or faults_of_forks(config):
-        raise ValueError("\n".join(faults))
+        raise ValueError(told([*faults, *(explain(one, whole) for one in error.errors())], written)) from None
+    if faults := faults or faults_of(config) or faults_of_forks(config):
+        raise ValueError(told(faults, written))
     if not config.forks:
         return config
     config = branched(config)
     if faults := faults_of(config):
-        raise ValueError("\n".join(faults))
+        raise ValueError(told(faults, written))
     return config
 
 
@@ -320,3 +322,17 @@ def _check_defaults(defaults: Mapping[str, Any]) -> None:
     for key in defaults:
         if key not in Run.model_fields:
             raise ValueError(f"defaults.{key}: unknown key{nearest(key, Run.model_fields)}")
+
+
+def _faults_of_defaults(defaults: Any) -> list[str]:
+    """What no row could take from the defaults, also where all rows override it; rows may complete their sections."""
+    if not isinstance(defaults, dict):
+        return []
+    try:
+        Run.model_validate(_seeded(defaults))
+    except ValidationError as error:
+        whole = {("defaults", key) for key in ("stop", "ramp") if for_both(defaults.get(key, {}))}
+        found = [one for one in error.errors() if one["type"] not in ("missing", "value_error")]
+        lines = [explain({**one, "loc": ("runs", "defaults", *one["loc"])}, whole) for one in found]
+        return [line.removeprefix("runs.") for line in lines]
+    return []

@@ -294,9 +294,9 @@ def read_checked(path: Path | str, source: Source) -> Bad:
 def told(bad: Bad) -> str:
     """How many images cannot be used, why, and the first ones by name."""
     reasons = collections.Counter(reason for _, reason in bad).most_common()
-    counts = "; ".join(f"{count} {reason}" for reason, count in reasons[:_SHOWN])
+    counts = "; ".join(f"{count} {reason}" if reasons[1:] else reason for reason, count in reasons[:_SHOWN])
     names = ", ".join(walk.printable(name) for name, _ in bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
-    return f"{len(bad)} pictures cannot be used: {counts} ({names})"
+    return f"{len(bad)} picture{'s' * (len(bad) != 1)} cannot be used: {counts} ({names})"
 
 
 def prepare_shard(

@@ -20,7 +20,7 @@ from haste.files.walk import EMPTY, HIDDEN, PICTURES, Directory, Parts, Unused, 
 
 SUFFIXES = (".zip", ".tar")
 MOST = 1 << 30  # most bytes of one file; more is not a picture
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 _BLOCK = 512  # bytes; one of zeros follows the last file of a complete .tar
 _MANY = 1 << 20  # bytes of zeros read at once
 _DAMAGED = (
@@ -88,8 +88,11 @@ class Archives:
                 raise ValueError(f"{path}: a folder without archives, expected {' or '.join(SUFFIXES)}{deeper}")
             _allow_open_files(len(found))
             return sorted(path.joinpath(*name) for name in found)
-        if path.name.lower().endswith(_COMPRESSED):
-            raise ValueError(f"{path}: compressed as a whole, so it has no random access; expected a .tar")
+        if path.name.lower().endswith(COMPRESSED):
+            raise ValueError(
+                f"{path}: compressed as a whole, so that no picture can be read without all before it; expected a "
+                ".tar. Undo the compression, as gunzip does for .gz"
+            )
         if not _is_archive(path.name) or not path.is_file():
             found_instead = path.suffix or "no suffix" if path.is_file() else "nothing"
             raise ValueError(f"{path}: expected {', '.join(SUFFIXES)} or a folder of these, found {found_instead}")
@@ -118,7 +121,7 @@ def _is_archive(name: str) -> bool:
 
 def _beside(folder: Path, name: Parts) -> str:
     """Why a file of a folder of archives is not used; empty if it is one of them."""
-    if name[-1].lower().endswith(_COMPRESSED):
+    if name[-1].lower().endswith(COMPRESSED):
         return "compressed as a whole"
     if not _is_archive(name[-1]):
         return "beside the archives, not in one"

@@ -133,8 +133,8 @@ def check_moments(path: Path | str, found: Mapping[str, Header], output: str, wi
 
 
 def check_reference(path: Path | str, detector: str = "inception") -> None:
-    """Refuse a file that is not a detector's reference: ADM's, with `mu`, `sigma` of Inception, and images, or
-    pytorch-fid's, of `mu` and `sigma` alone, which is how the two are told apart.
+    """Refuse a file that is not a detector's reference: `mu` and `sigma` of Inception, in ADM's with `mu_s`, `sigma_s`
+    and images; in pytorch-fid's alone.
 
     Raises:
         ValueError: it is truncated or foreign, or one of these is missing or of another shape.
@@ -148,9 +148,9 @@ def check_reference(path: Path | str, detector: str = "inception") -> None:
     held = " and ".join(sorted(found.keys() - {"haste"})) or "nothing"
     if alone and (found.keys() & {"arr_0", "mu_s"} or "mu" not in found):
         raise ValueError(f"{path}: expected pytorch-fid's mu and sigma alone, found {held}")
-    if not alone and not {"mu", "arr_0"} <= found.keys():
-        raise ValueError(f"{path}: expected ADM's mu, sigma and arr_0 (images), found {held}")
-    if not alone and not found["arr_0"].shape[0]:
+    if "mu" not in found:
+        raise ValueError(f"{path}: expected mu and sigma, as ADM's and other references hold, found {held}")
+    if "arr_0" in found and not found["arr_0"].shape[0]:
         raise ValueError(f"{path}: found no images under arr_0")
     for name in sorted(found.keys() & {"mu", "sigma", "mu_s", "sigma_s", "arr_0"}):
         one = found[name]

@@ -8,10 +8,10 @@ import itertools
 def readable(count: float) -> str:
     """Human-readable bytes, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # which three digits do not round up
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:,.3g} TB"
+    return f"{count:.3g} TB" if count < 999.5 else f"{count:,.0f} TB"
 
 
 _SPANS = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))

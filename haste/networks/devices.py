@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from haste.networks import driver
+
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,16 +60,26 @@ def choose_device(asked: str, local_rank: int = 0) -> torch.device:
     """`auto` is a GPU if there is one, a separate one for each rank.
 
     Raises:
-        ValueError: a GPU is requested and there is none for this rank.
+        ValueError: a GPU is requested and there is none for this rank, or there is one that torch cannot use.
     """
-    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
+    if asked == "cpu":
+        return torch.device("cpu")
+    if asked == "auto" and not torch.cuda.is_available():
+        _refuse_unused("runtime.device is auto", "set runtime.device: cpu")
         return torch.device("cpu")
     if not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"runtime.device is {asked}: process {local_rank} of this machine needs a GPU of its own, "
-            f"and {torch.cuda.device_count()} are visible"
+            f"and {torch.cuda.device_count()} are visible. Launchers that show each process one GPU alone, as srun does "
+            "with --gpus-per-task or --gpu-bind=single, must show it all"
         )
     return torch.device("cuda", local_rank)
+
+
+def _refuse_unused(where: str, instead: str) -> None:
+    """Refuse to compute on the CPU, for days perhaps, beside a GPU that torch cannot use."""
+    if why := driver.unused(torch.version.cuda):
+        raise ValueError(f"{where}: {why}, or {instead} to compute on the CPUs all the same")
 
 
 @contextlib.contextmanager
@@ -133,17 +145,21 @@ def devices_named(name: str) -> list[str]:
     """The devices that `--device` names: `all` is every GPU, or the CPU if there is none; else as `device_named`."""
     if name != "all":
         return [device_named(name)]
-    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+    if not (count := torch.cuda.device_count()):
+        _refuse_unused("--device all", "give --device cpu")
+    return [f"cuda:{number}" for number in range(count)] or ["cpu"]
 
 
 def device_named(name: str) -> str:
     """The device that `--device` names; `auto` is a GPU if there is one.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: there is no such device; or, of `auto`, a GPU that torch cannot use.
     """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if not (usable := torch.cuda.is_available()):
+            _refuse_unused("--device auto", "give --device cpu")
+        return "cuda" if usable else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:

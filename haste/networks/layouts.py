@@ -229,9 +229,12 @@ def _layout(
     if told == "ours" and not facts.get("ours"):
         raise ValueError(f"{file}: has no header of ours, expected a state, or weights that were imported")
     patch, out = tree.get(_PATCHES), tree.get(_OUT)
-    if patch is None or out is None or patch.ndim != 4 or out.ndim != 2:
-        names = ", ".join(repr(name) for name in list(tree)[:_SHOWN])
-        raise ValueError(f"{file}: expected a SiT's {_PATCHES} and {_OUT}; found {names}, ...")
+    if patch is None or out is None:
+        absent = " and ".join(name for name in (_PATCHES, _OUT) if name not in tree)
+        raise ValueError(f"{file}: lacks {absent}, which every SiT and DiT has; found {some(list(tree))}")
+    if patch.ndim != 4 or out.ndim != 2:
+        shapes = f"{tuple(patch.shape)} and {tuple(out.shape)}"
+        raise ValueError(f"{file}: {_PATCHES} and {_OUT} are {shapes}, expected 4 and 2 dimensions")
     entries = math.prod(patch.shape[1:])  # C p p
     if len(out) == entries:
         found, system = _whose_velocity(file, facts, told), "SiT"

@@ -125,3 +125,18 @@ DETECTORS: dict[str, Judge] = {
 
 #: Autoencoders by the prefix of their hub id: floating-point operations per pixel, for encoding and for decoding.
 AUTOENCODERS = {"stabilityai/sd-vae-ft-": (4.16e6, 9.49e6)}
+
+#: ADM's references: name -> side in pixels of ImageNet's images.
+REFERENCES = {
+    "VIRTUAL_imagenet64_labeled.npz": 64,
+    "VIRTUAL_imagenet128_labeled.npz": 128,
+    "VIRTUAL_imagenet256_labeled.npz": 256,
+    "VIRTUAL_imagenet512.npz": 512,
+}
+
+
+def address(reference: str) -> str | None:
+    """Where ADM's reference of this name can be loaded from; None for another file."""
+    side = REFERENCES.get(reference)
+    where = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
+    return f"{where}/{side}/{reference}" if side else None

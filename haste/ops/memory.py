@@ -21,7 +21,7 @@ from haste.plan.plan import Plan
 def show(plan: Plan) -> None:
     """Measure what is not measured yet, and print all of it."""
     measure(plan)
-    found = list(lines(memory.needs(plan), plan.config.runtime.gpu_memory_gb))
+    found = list(lines(memory.needs(plan), plan.config.runtime.gpu_memory_gb, "haste memory"))
     print("\n".join(found or ["nothing is left to train on a GPU"]))
 
 
@@ -48,14 +48,16 @@ def _write(path: str, recipe: Mapping[str, Any]) -> None:
     artefact.write_json(path, {"schema": artefact.SCHEMA, "kind": "memory", "key": key, **found, "provenance": made})
 
 
-def lines(needs: Iterable[Need], gigabytes: float | None) -> Iterator[str]:
+def lines(needs: Iterable[Need], gigabytes: float | None, command: str, gpus: bool = True) -> Iterator[str]:
     """What each kind of training takes of a GPU, and how many images at once would fit.
 
     Args:
         needs: of a plan.
         gigabytes: of a GPU's memory, if that is known.
+        command: that measures what is not measured yet.
+        gpus: whether it is to train on some; else only what was measured is said.
     """
-    needs, unmeasured = list(needs), []
+    needs, unmeasured = [one for one in needs if gpus or one.memory], []
     for one in needs:
         if one.memory is None or one.peak is None:
             unmeasured.append(one)
@@ -68,7 +70,7 @@ def lines(needs: Iterable[Need], gigabytes: float | None) -> Iterator[str]:
         state = readable(max(one.state for one in needs) * 1e6)
         yield f"While a state is saved, rank 0 has a copy of it in its host's memory, page-locked: {state}."
     if any(one.recipe for one in unmeasured):
-        yield "GPU memory is not measured yet: `haste memory` does it, without a GPU, in seconds."
+        yield f"GPU memory is not measured yet: `{command}` does it, without a GPU."
     for one in unmeasured:
         if one.recipe is None:
             yield f"GPU memory of {one.who} is not known before its teacher is loaded."

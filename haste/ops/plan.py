@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rich.console import RenderableType
 
-from haste.cluster import gpus
 from haste.files import terminal, walk
-from haste.files.units import duration
+from haste.files.units import duration, readable
+from haste.networks import driver
 from haste.networks.headers import MissingError
 from haste.ops import cost
 from haste.ops import memory as peaks
 from haste.ops.pace import Pace
 from haste.plan import memory
-from haste.plan.machines import Machine
+from haste.plan.machines import PUBLISHED, Machine
 from haste.plan.names import Evaluation, State
 from haste.plan.plan import Plan
 
 RUN_COLUMNS = ("run", "training", "samples", "GPU-hours")
 
 
-def print_plan(plan: Plan, machine: Machine | None = None) -> None:
+def print_plan(plan: Plan, machine: Machine | None = None, file: str | None = None) -> None:
     """Print jobs, time, disk and memory by rule, shared trunks, and settings that have no effect.
 
     Args:
         plan: of the configuration.
         machine: the GPUs that times and memory are of; None is this machine.
+        file: of the configuration, for commands that are named; None is the usual one.
 
     Raises:
         ValueError: `Plan.check` refuses it; or, after everything is printed, data or weights are not there yet, or
@@ -41,12 +43,7 @@ def print_plan(plan: Plan, machine: Machine | None = None) -> None:
         missing = refusal
     pace, limit = Pace.of_plan(plan, machine), machine.gpu.memory if machine else plan.config.runtime.gpu_memory_gb
     found, measured = cost.stages(plan, pace)
-    total = cost.Stage(
-        "all", *(sum(getattr(one, key) for one in found) for key in ("jobs", "left", "seconds", "megabytes"))
-    )
-    total = dataclasses.replace(
-        total, unknown=any(one.unknown for one in found), gpu_seconds=sum(one.gpu_seconds for one in found)
-    )
+    total = _sum(found)
     console = terminal.console()
     console.print(*_stages(plan, [*found, total], machine, console.width), sep="\n")
     if machine:
@@ -54,9 +51,10 @@ def print_plan(plan: Plan, machine: Machine | None = None) -> None:
         heads = [(name, name != "run") for name in RUN_COLUMNS]
         title, ends = f"each run on {pace.machine}", [len(each) - 2]
         console.print(*terminal.fitted(heads, each, console.width, title=title, sections=ends), sep="\n")
-    needs = memory.needs(plan, machine.count if machine else None)
+    needs, gpus = memory.needs(plan, machine.count if machine else None), bool(machine or limit or not _on_cpus(plan))
     for line in [
         *(_how(measured, machine) if total.left else []),
+        *(_at_published(plan, machine) if total.left and machine else []),
         *_pictures(plan),
         *_flips(plan),
         *cost.shared_trunks(plan),
@@ -64,7 +62,7 @@ def print_plan(plan: Plan, machine: Machine | None = None) -> None:
         *cost.uncounted(plan),
         *cost.compressed(plan),
         *cost.unknown_targets(plan),
-        *peaks.lines(needs, limit),
+        *peaks.lines(needs, limit, f"haste memory -c {shlex.quote(file)}" if file else "haste memory", gpus),
         *emulated(plan, machine),
         *plan.changes,
         *plan.notes,
@@ -77,11 +75,22 @@ def print_plan(plan: Plan, machine: Machine | None = None) -> None:
         memory.check(needs, limit, f"that of an {machine.name}" if machine else "runtime.gpu_memory_gb")
 
 
+def _sum(found: Sequence[cost.Stage]) -> cost.Stage:
+    each = {key: sum(getattr(one, key) for one in found) for key in ("jobs", "left", "seconds", "megabytes")}
+    gpu_seconds, unknown = sum(one.gpu_seconds for one in found), any(one.unknown for one in found)
+    return cost.Stage("all", **each, gpu_seconds=gpu_seconds, unknown=unknown)
+
+
+def _on_cpus(plan: Plan) -> bool:
+    """Whether this machine would compute on its CPUs."""
+    return plan.config.runtime.device == "cpu" or not driver.visible()
+
+
 def _stages(plan: Plan, found: Sequence[cost.Stage], machine: Machine | None, width: int) -> list[RenderableType]:
     time = f"time on {machine}" if machine else "time, one after another"
     columns, rows = ("rule", "jobs", "left", time, *(["GPU-hours"] if machine else []), "disk"), []
     for stage in found:
-        disk = f"{stage.megabytes:,.1f} MB" if stage.megabytes else ""
+        disk = readable(stage.megabytes * 1e6) if stage.megabytes else ""
         gpus = [f"{stage.gpu_seconds / 3600:,.1f}" if stage.gpu_seconds > 180 else ""] if machine else []
         cells = (stage.name, str(stage.jobs), str(stage.left), stage.time, *gpus, disk)
         rows.append(cells)
@@ -115,15 +124,40 @@ def _how(measured: bool, machine: Machine | None) -> list[str]:
     ]
 
 
+def _at_published(plan: Plan, machine: Machine) -> list[str]:
+    """A line with the time at a speed that was reached by others, where another one is assumed."""
+    if machine.share <= PUBLISHED:
+        return []
+    slower = dataclasses.replace(machine, share=PUBLISHED)
+    total = _sum(cost.stages(plan, Pace.of_plan(plan, slower))[0])
+    hours = total.gpu_seconds / 3600
+    said = f"{duration(total.seconds)} and {hours:,.{hours < 10:d}f} GPU-hours"
+    return [f"At {100 * PUBLISHED:g} %, the published speed of REPA's training on an H100, all of it takes {said}."]
+
+
 def emulated(plan: Plan, machine: Machine | None) -> list[str]:
-    """A line where training in half precision would run on CPUs or GPUs that only emulate it."""
+    """A line where training would be in half precision on CPUs or GPUs that only emulate it, or in fp32 on GPUs."""
     asked = {plan.trajectories[one.trajectory].recipe["training"]["precision"] for one in plan.jobs.to_train}
     if "bf16" in asked and machine and not machine.gpu.bf16:
         return [f"training.precision: bf16, which an {machine.name} only emulates: fp16 is what it computes fast."]
-    here = machine is None and (plan.config.runtime.device == "cpu" or not gpus.visible())
-    if not here or not (half := sorted(asked & {"bf16", "fp16"})) or _computes_half():
+    if machine or not _on_cpus(plan):
+        return [_slow(machine)] if "fp32" in asked else []
+    half = sorted(asked & {"bf16", "fp16"})
+    if not half or _computes_half():
         return []
     return [f"training.precision: {half[0]} is emulated on the CPUs here, and slower than fp32 there."]
+
+
+def _slow(machine: Machine | None) -> str:
+    half, speed = "bf16", ""
+    if machine:
+        half = "bf16" if machine.gpu.bf16 else "fp16"
+        peaks = " against ".join(f"{machine.gpu.peak(kind) / 1e12:g}" for kind in ("fp32", half))
+        speed = f" ({peaks} TFLOP/s on an {machine.name})"
+    return (
+        f"training.precision: fp32, in which GPUs are many times slower than in {half}{speed}. These are different "
+        "runs: choose before the first step."
+    )
 
 
 def _computes_half() -> bool:

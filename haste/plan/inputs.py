@@ -63,6 +63,7 @@ def _exist(files: list[str]) -> bool:
 def images(parts: Parts) -> None:
     """Refuse pictures that cannot be counted, are too few, have other classes, or have changed since the first were
     prepared."""
+    _check_batches(parts)
     if not parts.measured and not {"images_check", "images", "images_join"} & parts.jobs.left.keys():
         return
     there = {"train": parts.data.image_count - parts.config.images.holdout}
@@ -74,6 +75,20 @@ def images(parts: Parts) -> None:
             if least > (count := there.get(split, least)):
                 whose = "training" if split == "train" else split
                 raise ValueError(f"measures.{one.label}.{key}: {least:,}, but there are {count:,} {whose} images")
+
+
+def _check_batches(parts: Parts) -> None:
+    if (count := parts.data.count) is None:
+        return
+    count -= parts.config.images.holdout
+    states = [one.state for one in parts.trained] + [one.state for one in parts.measured]
+    for name in dict.fromkeys(state.trajectory for state in states):
+        batch = parts.runs.trajectories[name].recipe["training"]["batch"]
+        if batch > count:
+            raise ValueError(
+                f"training.batch: {batch:,}, but {parts.data.where} has {count:,} images to train on; expected no more "
+                "than these. Take a smaller batch, or more images"
+            )
 
 
 def _evaluation(data: Data) -> int:

@@ -10,6 +10,7 @@ from haste.files.artefact import fingerprint, remembered_identity
 from haste.networks import foreign
 from haste.networks.headers import MissingError
 from haste.networks.hub_files import HubFile, check_whole, commit_of, hub_file
+from haste.networks.registry import address
 
 
 class Outside:
@@ -53,7 +54,8 @@ class Outside:
         try:
             return file, remembered_identity(file, self._memory)
         except ValueError as error:
-            raise MissingError(f"{error}. Put the file there, or correct the path") from error
+            of = f" ADM's is at {url}" if (url := address(Path(file).name)) else ""
+            raise MissingError(f"{error}. Put the file there, or correct the path.{of}") from error
 
     def _of_hub(self, file: str) -> tuple[str, str]:
         """Where a file of the hub lies, and its identity.

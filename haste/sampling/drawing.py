@@ -247,8 +247,8 @@ def _alone(file: str, decoder: str | None, device: str, model: str | None, layou
     }
     if decoder is None:
         raise ValueError(
-            f"{file}: no configuration that ran in its results folder has it, so nothing says its decoder. Name the "
-            "configuration, or a decoder: a folder or hub id of an AutoencoderKL, such as stabilityai/sd-vae-ft-ema"
+            f"{file}: nothing says its decoder. Name one, as by --decoder stabilityai/sd-vae-ft-ema (a folder or hub "
+            "id of an AutoencoderKL), or a configuration that has the file, by -c CONFIG"
         )
 
     network_of = functools.cache(lambda weights: found.model(weights).to(device))

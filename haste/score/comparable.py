@@ -7,18 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from haste.files import walk
+from haste.networks.registry import REFERENCES
 
 PUBLISHED = 50_000  # samples behind published scores
 PUBLISHED_COCO = (30_000, 40_192, 40_504)  # by pytorch-fid: of U-ViT, of REPA's code, of all validation images
 WIDTH = 2048  # width of Inception's features
-# ADM's references: name -> side of the 10,000 images under arr_0.
-ADM = {
-    "VIRTUAL_imagenet64_labeled.npz": 64,
-    "VIRTUAL_imagenet128_labeled.npz": 128,
-    "VIRTUAL_imagenet256_labeled.npz": 256,
-    "VIRTUAL_imagenet512.npz": 512,
-}
-PICTURES = 10_000
+PICTURES = 10_000  # under arr_0 of ADM's references
 HELD = {"arr_0", "mu", "mu_s", "sigma", "sigma_s"}
 DIM = 8.0  # mean value of 0..255 below which images are nearly black
 
@@ -97,9 +91,10 @@ def _of_reference(reference: Mapping[str, Any], detectors: Sequence[Mapping[str,
     others = [str(detector["name"]) for detector in detectors if detector.get("kind") != "inception"]
     found = []
     by_it = any(detector.get("kind") == "pytorch-fid" for detector in detectors)
-    if by_it and reference["kind"] == "statistics" and not reference.get("pictures") and not reference.get("source"):
+    if reference["kind"] == "statistics" and not reference.get("source") and reference.get("holds") == ["mu", "sigma"]:
+        whose = "pytorch-fid's" if by_it else "of inception as ADM computes it"
         found.append(
-            f"nothing in {reference['path']} says how its mu and sigma were made; they are taken to be pytorch-fid's"
+            f"nothing in {reference['path']} says how its mu and sigma were made; they are taken to be {whose}"
         )
     if by_it and len(others) < len(detectors):
         found.append("FID and FID (pytorch-fid) resize images in different ways: neither compares with the other")
@@ -125,7 +120,7 @@ def _of_reference(reference: Mapping[str, Any], detectors: Sequence[Mapping[str,
 def known_reference(reference: Mapping[str, Any]) -> str | None:
     """The name of ADM's reference whose name and layout this one has. Its content cannot be checked."""
     name = reference["path"].replace("\\", "/").rpartition("/")[2]
-    side = ADM.get(name)
+    side = REFERENCES.get(name)
     layout = {"holds": sorted(HELD), "pictures": PICTURES, "size": [side, side]}
     fits = set(reference.get("holds", [])) >= HELD and all(
         reference.get(key) == layout[key] for key in ("pictures", "size")

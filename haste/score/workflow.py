@@ -17,6 +17,7 @@ from haste.metrics.frechet import Moments
 from haste.metrics.scores import METRICS, finite
 from haste.metrics.uncertainty import frechet_error
 from haste.plan.names import MOST_COMPARED
+from haste.score.columns import VALUES
 from haste.score.comparable import of_images
 from haste.score.sides import Side, read_reference, spaced, write_reference
 
@@ -168,7 +169,7 @@ def score(
         "reference": against,
         "scores": found,
         "errors": finite(_errors(features, mine, real), "the samples"),
-        "notes": [*of_images(pixels or {}), *_notes_on(features, against), *notes(mine, real)],
+        "notes": [*of_images(pixels or {}), *_notes_on(features, against, mine, real), *notes(mine, real)],
         "provenance": artefact.provenance(key=key, inputs=inputs, seconds=time.monotonic() - started),
     }
     artefact.write_json(path, result)
@@ -216,17 +217,31 @@ def floor(reference: Store, *, detector: str, held_out_accuracy: float | None, k
     return result
 
 
-def _notes_on(features: Store, against: dict[str, Any]) -> list[str]:
-    """Remarks on detector and reference."""
+def _notes_on(
+    features: Store, against: Mapping[str, Any], mine: Mapping[str, Any], real: Mapping[str, Any]
+) -> list[str]:
+    """Remarks on detector and reference, and on the scores for which this has too little."""
     found, about = [], features.manifest.get("about", {})
     if about.get("published") is False:
         found.append(f"{about['name']}: these are not the weights that published scores were made with")
-    if "file" in against and against["images"] is None:
-        found.append(f"FID against the statistics in {against['file']}, of images that the file does not name")
-    elif "file" in against:
-        images = f"precision, recall and KID against its {against['images']:,} images"
-        found.append(f"FID and sFID against the statistics in {against['file']}, {images}")
+    if (file := against.get("file")) is None:
+        return found
+    of_moments = " and ".join(_columns([name for name in OF_MOMENTS if name in mine and name in real]))
+    images = ", of images that the file does not name"
+    if against["images"] is not None:
+        images = f", precision, recall and KID against its {against['images']:,} images"
+    elif "sfid" not in real:
+        found.append(f"nothing in {file} says how its mu and sigma were made; they are taken to be by this detector")
+    found.append(f"{of_moments} against the statistics in {file}{images}")
+    lacking = [name for name in mine if METRICS[name].reference and name not in real]
+    for names, why in (({"sfid"}, "mu_s and sigma_s"), ({*lacking} - {"sfid"}, "images")):
+        if left := _columns([name for name in lacking if name in names]):
+            found.append(f"{', '.join(left)}: left out, because the reference {file} holds no {why}")
     return found
+
+
+def _columns(metrics: Sequence[str]) -> list[str]:
+    return ["FID" if name == "FD" else name for metric, name in VALUES.values() if metric in metrics]
 
 
 def about_detector(name: str, features: Store) -> dict[str, Any]:

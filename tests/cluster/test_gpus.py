@@ -14,6 +14,7 @@ import yaml
 
 from haste.cluster import gpus
 from haste.files import locks
+from haste.networks import driver
 
 TWO = "GPU 0: NVIDIA H200 (UUID: GPU-aaaa-1)\nGPU 1: NVIDIA H200 (UUID: GPU-bbbb-2)\n"
 PARTS = (
@@ -38,19 +39,20 @@ def machine(tmp_path, monkeypatch):
         script = tmp_path / "nvidia-smi"
         script.write_text(f"#!/bin/sh\ncat << 'END'\n{answer}END\nexit {code}\n")
         script.chmod(0o755)
-        gpus._machine.cache_clear()
+        driver._machine.cache_clear()
         return tmp_path
 
     yield of
     for file in gpus._held.values():
         file.close()
-    gpus._machine.cache_clear()
+    driver._machine.cache_clear()
 
 
 TAKER = """
 import json, pathlib, sys, time
 from haste.cluster import gpus
 from haste.files import locks
+from haste.networks import driver
 gpus._folder = lambda: pathlib.Path(sys.argv[1]) / "locks"
 print(json.dumps(gpus.take(int(sys.argv[2]), int(sys.argv[3]))), flush=True)
 time.sleep(float(sys.argv[4]))

@@ -96,7 +96,7 @@ REFUSALS = [
     ("alignments.REPA.features.depth", None, ["dot has no published mapping", "1 to 2"]),
     ("images.resolution", 9, ["images.resolution: 9", "factor 2"]),
     ("images.resolution", "big", ["images.resolution", "'big'"]),
-    ("models.dot.patch_size", 3, ["runs.vanilla.model", "patches of 3"]),
+    ("models.dot.patch_size", 3, ["defaults.model", "patches of 3"]),
     ("models.dot.heads", 3, ["models.dot", "width 16", "heads 3"]),
     ("autoencoder.pretrained", {"encode": "x"}, ["autoencoder", "exactly one of trained and pretrained"]),
     ("training.ema", 1.0, ["training.ema", "less than 1"]),
@@ -230,11 +230,72 @@ def test_a_bad_entry_is_refused_with_its_path_and_what_was_expected(tiny, path, 
         assert word in str(refusal.value)
 
 
+A_STOP = "; expected a step such as 300000, a trigger such as {trigger: plateau}, or no such key for never"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("runs.HASTE.seeds", 3, "list, found 3; expected a list such as [0, 1, 2]"),
+        ("runs.HASTE.sampling", "quick", "list, found 'quick'; expected a list such as [quick]"),
+        ("training.batch", "1e3", "integer, found '1e3', which YAML reads as text; write 1000"),
+        ("training.batch", 1000.0, "integer, found 1000.0; write 1000"),
+        ("runs.HASTE.stop", "300K", "integer, found '300K', which YAML reads as text; write 300000"),
+        (
+            "runs.HASTE.stop",
+            {"trigger": "plateau", "after": "1.5e3"},
+            "found '1.5e3', which YAML reads as text; write 1500",
+        ),
+    ],
+)
+def test_what_cannot_be_meant_otherwise_is_told_as_it_is_to_be_written(tiny, path, value, words):
+    with pytest.raises(ValueError) as refusal:
+        config.resolve(changed(tiny, path, value))
+    assert str(refusal.value).endswith(words) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("defaults", "rows", "said"),
+    [
+        (
+            {"milestones": 400},
+            [{}, {}],
+            "defaults.milestones: Input should be a valid list, found 400; expected a list",
+        ),
+        ({"stop": "never"}, [{}, {}], "defaults.stop: Input should be a valid integer, found 'never'; expected a step"),
+        (
+            {"stop": 0.5},
+            [{"stop": 3}, {"stop": 3}],
+            "defaults.stop: Input should be a valid integer, found 0.5; expected",
+        ),
+        ({"seeds": [-1]}, [{}, {}], "defaults.seeds.0: Input should be greater than or equal to 0, found -1"),
+        ({"seed": -1, "seeds": [0]}, [{}, {}], "defaults.seed: Input should be greater than or equal to 0, found -1"),
+        (
+            {},
+            [{}, {"seed": -1, "seeds": [0, 1]}],
+            "runs.a.b.seed: Input should be greater than or equal to 0, found -1",
+        ),
+        ({"model": "dott"}, [{}, {}], "defaults.model: nothing is called 'dott'; did you mean 'dot'?"),
+        ({"model": "dot"}, [{}, {"model": "dott"}], "runs.a.b.model: nothing is called 'dott'; did you mean 'dot'?"),
+        ({"training": {"lrr": 1}}, [{"training": {"lr": 0.1}}, {}], "defaults.training.lrr: unknown key; did you mean"),
+        ({}, [{}, {"training": {"lrr": 1}}], "runs.a.b.training.lrr: unknown key; did you mean 'lr'?"),
+        ({"ramp": 10}, [{"alignment": "HASTE", "stop": 12}, {"alignment": "HASTE", "stop": 5}], "runs.a.b.ramp"),
+    ],
+)
+def test_a_fault_is_told_once_where_it_is_written_in_the_defaults_or_in_the_row(tiny, defaults, rows, said):
+    rows = dict(zip(("a", "a.b"), rows, strict=True))
+    with pytest.raises(ValueError) as refusal:
+        config.resolve({**tiny, "defaults": {**tiny["defaults"], **defaults}, "runs": rows})
+    lines = str(refusal.value).splitlines()
+    assert lines and all(line.startswith(said) for line in lines) and len({*lines}) == len(lines)
+
+
 @pytest.mark.parametrize(
     ("stop", "said"),
     [
         ({"trigger": "plateau", "marign": 1}, ["runs.HASTE.stop: unknown key 'marign'; did you mean 'margin'?"]),
-        ("soon", ["runs.HASTE.stop: Input should be a valid integer, found 'soon'"]),
+        ("soon", [f"runs.HASTE.stop: Input should be a valid integer, found 'soon'{A_STOP}"]),
+        ({"features": "never"}, [f"runs.HASTE.stop.features: Input should be a valid integer, found 'never'{A_STOP}"]),
         (
             {"features": {"trigger": "plateau"}, "trigger": "plateau"},
             ["runs.HASTE.stop: found trigger beside features, expected one trigger for all terms, or a stop for each"],

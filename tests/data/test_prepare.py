@@ -376,7 +376,7 @@ def test_a_class_or_a_folder_of_bad_pictures_alone_is_refused(tmp_path):
     with pytest.raises(ValueError, match="class 'b' has no picture that can be read"):
         prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in", without=frozenset({"b/2.png"}))
     source = prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in" / "b")
-    with pytest.raises(ValueError, match="1 pictures cannot be used"):
+    with pytest.raises(ValueError, match="1 picture cannot be used"):
         prepare.write_checked(tmp_path / "checked.json", source, prepare.check(source), key="k")
 
 
@@ -417,7 +417,7 @@ def test_names_that_are_no_text_are_kept_apart_and_can_be_written_down(tmp_path)
     assert [os.fsencode(name) for name, _ in bad] == [b"\xfe.png"]
     prepare.write_checked(tmp_path / "checked.json", source, bad, key="k")
     assert prepare.read_checked(tmp_path / "checked.json", source) == bad
-    assert prepare.told(bad).encode() == b"1 pictures cannot be used: 1 an empty file (\\udcfe.png)"
+    assert prepare.told(bad).encode() == b"1 picture cannot be used: an empty file (\\udcfe.png)"
     without = frozenset(name for name, _ in bad)
     assert prepare.open_source("folder", resolution=8, holdout=0, path=tmp_path / "in", without=without).count == 2
 

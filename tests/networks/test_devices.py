@@ -1,4 +1,4 @@
-"""Kernels that give the same bits each time, where torch has them."""
+"""Which device computes, and kernels that give the same bits each time, where torch has them."""
 
 import os
 import threading
@@ -6,7 +6,8 @@ import threading
 import pytest
 import torch
 
-from haste.networks.devices import exact_convolutions, repeatable
+from haste.networks import driver
+from haste.networks.devices import choose_device, device_named, devices_named, exact_convolutions, repeatable
 
 GPU = torch.device("cuda")  # named only
 
@@ -62,3 +63,42 @@ def test_convolutions_stay_exact_for_a_detector_while_another_one_ends_and_are_a
     end.set()
     thread.join()
     assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.fixture
+def unusable(tmp_path, monkeypatch):
+    """A machine with one GPU, whose driver is older than the CUDA of torch."""
+    script = tmp_path / "nvidia-smi"
+    script.write_text(
+        "#!/bin/sh\ncase $1 in -L) echo 'GPU 0: NVIDIA H100 (UUID: GPU-1111)';; *) echo 535.104.05;; esac\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv(driver.VISIBLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    driver._machine.cache_clear()
+    yield
+    driver._machine.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("cuda", "why"),
+    [("13.2", r"the driver \(535.104.05\) is probably too old for torch's CUDA 13.2. Update"), (None, "without CUDA")],
+)
+def test_beside_a_gpu_that_torch_cannot_use_nothing_computes_on_the_cpu_unless_it_is_asked_for(
+    unusable, monkeypatch, cuda, why
+):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(ValueError, match=rf"lists a GPU for this process.*{why}.* set runtime.device: cpu to compute"):
+        choose_device("auto")
+    for choose in (device_named, devices_named):
+        with pytest.raises(ValueError, match=rf"--device a\w+: .*{why}.* give --device cpu"):
+            choose({device_named: "auto", devices_named: "all"}[choose])
+    assert choose_device("cpu").type == device_named("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", "NoDevFiles", "GPU-elsewhere", "1"])
+def test_a_gpu_that_is_hidden_from_a_process_leaves_it_the_cpu(unusable, monkeypatch, hidden):
+    monkeypatch.setenv(driver.VISIBLE, hidden)
+    assert choose_device("auto").type == device_named("auto") == "cpu" and devices_named("all") == ["cpu"]

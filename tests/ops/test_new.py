@@ -2,6 +2,7 @@
 
 import io
 import os
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from PIL import Image
 
 from haste import config
 from haste.cli import main as cli
-from haste.cluster import gpus
 from haste.files.store import Store
+from haste.networks import driver
 from haste.plan.plan import Plan
 
 SHIPPED = Path(__file__).parents[2] / "config"
@@ -109,7 +110,7 @@ def elsewhere(tmp_path, monkeypatch):
     """Where nothing is, on a machine without GPUs."""
     (tmp_path / "z").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpus, "equipment", list)
+    monkeypatch.setattr(driver, "equipment", list)
     return tmp_path
 
 
@@ -147,6 +148,33 @@ REFUSED = {
     "a text": (lambda at: files(at, ["a.txt"]) / "a.txt", ["a.txt: found a file of .txt, expected a folder"]),
     "a variable": (lambda at: flat(at / "$HOME"), ["$HOME: a configuration cannot hold this path", "ln -s"]),
     "a line break": (lambda at: flat(at / "a\nb"), [r"a\nb: a configuration cannot hold", "rename it"]),
+    "splits": (
+        lambda at: classes(at / "p", ["train", "val"], deeper="cat/"),
+        ["p: its pictures are in train and val, splits of a data set and not classes", "alone, as in", "p/train"],
+    ),
+    "the training split alone": (lambda at: classes(at / "p", ["train"], 24), ["pictures are in train,", "p/train"]),
+    "splits in a zip": (
+        lambda at: zipped(at / "p.zip", [f"{s}/{i}.png" for s in ("Test", "validation") for i in range(12)]),
+        ["pictures are in Test and validation, splits"],
+    ),
+    "splits as shards": (
+        lambda at: (
+            [zipped(at / f"z/in1k-{s}-0{n}.zip", ["1.png"]) for s in ("train", "val") for n in range(12)] and at / "z"
+        ),
+        ["z: its archives are of the splits train and val of a data set", "alone, in a folder of their own"],
+    ),
+    "splits as zips": (
+        lambda at: [zipped(at / f"z/{s}.zip", [f"{i}.png" for i in range(12)]) for s in ("train", "test")] and at / "z",
+        ["its archives are of the splits test and train"],
+    ),
+    "MS-COCO": (
+        lambda at: (files(at / "p", ["annotations/captions_train2014.json"]), classes(at / "p", ["train2014"], 24))[1],
+        ["p: found MS-COCO with its captions", "a copy of config/coco256.yaml", "p/train2014"],
+    ),
+    "a compressed tar": (
+        lambda at: files(at, ["im.tar.gz"]) / "im.tar.gz",
+        ["im.tar.gz: compressed as a whole, so that no picture can be read without all before it", "gunzip"],
+    ),
     "a torn zip": (lambda at: files(at, ["a.zip"], content=b"PK\x03\x04") / "a.zip", ["a.zip", "truncated"]),
 }
 
@@ -159,6 +187,41 @@ def test_what_no_model_can_be_trained_on_is_refused_with_what_to_do(name, elsewh
     said = capsys.readouterr().err
     for word in words:
         assert word in said, said
+
+
+def tarred(path):
+    with tarfile.open(path, "w") as archive:
+        for i in range(24):
+            for name, content in (("png", png()), ("cls", b"%d" % (i % 3)), ("txt", b"a picture")):
+                entry = tarfile.TarInfo(f"{i:02d}.{name}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    "make", [lambda at: tarred(at / "p.tar"), lambda at: table(at / "p"), lambda at: beside(at / "p")]
+)
+def test_what_says_the_labels_is_not_called_unused(elsewhere, capsys, make):
+    assert new(make(elsewhere)) == 0
+    assert "classes, and a machine" in (said := capsys.readouterr().out) and "not used: " not in said
+
+
+def test_captions_beside_the_pictures_are_named_with_the_keys_that_train_with_them(elsewhere, capsys):
+    assert new(tarred(elsewhere / "p.tar")) == 0
+    said = capsys.readouterr().out
+    assert "24 of 24 pictures have a .txt beside them, which is not used; if these are captions" in said
+    assert "images.captions: beside and condition: captions train with them" in said
+
+
+@pytest.mark.parametrize(
+    ("each", "words"), [((12, 12), "each with 12 pictures"), ((12, 13), "'a' with 12 pictures to 'b'")]
+)
+def test_sizes_of_classes_are_said_once_where_they_are_equal(elsewhere, each, words):
+    for name, count in zip("ab", each, strict=True):
+        classes(elsewhere / "pictures", [name], count)
+    assert new("pictures") == 0
+    assert f"classes: 2 # {words}" in Path("config/pictures.yaml").read_text()
 
 
 def test_a_file_that_is_there_is_never_written_over(elsewhere, capsys):
@@ -182,16 +245,23 @@ def written(*arguments):
 
 def test_on_a_laptop_the_settings_are_those_of_the_small_configuration_that_is_shipped(elsewhere):
     found, shipped = (
-        written(flat(elsewhere / "pictures")),
+        written(flat(elsewhere / "pictures", 72)),
         yaml.safe_load((SHIPPED / "my-images-small.yaml").read_text()),
     )
     for section in (*SETTINGS, "training"):
         assert found[section] == shipped[section], section
 
 
+@pytest.mark.parametrize("count", [20, 50])
+def test_a_step_takes_no_more_pictures_than_there_are_to_train_on(elsewhere, count):
+    found = written(flat(elsewhere / "pictures", count))
+    assert found["training"]["batch"] == {20: 16, 50: 32}[count]
+    Plan(config.load("mine.yaml")).check()
+
+
 @pytest.mark.parametrize("small", [False, True])
 def test_on_gpus_they_are_those_of_the_large_one_unless_small_ones_are_asked_for(elsewhere, monkeypatch, small):
-    monkeypatch.setattr(gpus, "equipment", lambda: [gpus.Equipment(85.9, True)] * 3)
+    monkeypatch.setattr(driver, "equipment", lambda: [driver.Equipment(85.9, True)] * 3)
     flat(elsewhere / "pictures", content=png(size=(300, 260)))
     found = written("pictures", *["--small"] * small)
     shipped = yaml.safe_load((SHIPPED / ("my-images-small.yaml" if small else "my-images.yaml")).read_text())
@@ -221,18 +291,18 @@ def test_the_driver_says_what_whole_gpus_are(elsewhere, monkeypatch):
     script = elsewhere / "nvidia-smi"
     script.write_text(
         "#!/bin/sh\ncase $1 in -L) echo 'GPU 0: NVIDIA A100 (UUID: GPU-a)'; echo 'GPU 1: Tesla V100 (UUID: GPU-b)';;"
-        "*) echo 'GPU-a, 81920, 8.0'; echo 'GPU-b, 16384, 7.0'; echo 'GPU-c, 16384, 7.0';; esac\n"
+        "*) echo 'GPU-a, 81920, 8.0'; echo 'GPU-b, 16384, 7.0'; echo 'GPU-c, 16384, 7.0'; echo 'GPU-b, [N/A], 12.1'; echo 'Warning: a, b';; esac\n"
     )
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{elsewhere}:{os.environ['PATH']}")
-    monkeypatch.delenv(gpus.VISIBLE, raising=False)
-    gpus._machine.cache_clear()
+    monkeypatch.delenv(driver.VISIBLE, raising=False)
+    driver._machine.cache_clear()
     try:
-        assert [(round(one.gigabytes, 1), one.bf16) for one in gpus.equipment()] == [(85.9, True), (17.2, False)]
-        monkeypatch.setenv(gpus.VISIBLE, "1")
-        assert len(gpus.equipment()) <= 1  # whichever CUDA calls 1
+        assert [(round(one.gigabytes, 1), one.bf16) for one in driver.equipment()] == [(80.0, True), (16.0, False)]
+        monkeypatch.setenv(driver.VISIBLE, "1")
+        assert len(driver.equipment()) <= 1  # whichever CUDA calls 1
     finally:
-        gpus._machine.cache_clear()
+        driver._machine.cache_clear()
 
 
 def test_every_line_of_settings_that_follows_from_the_pictures_says_why(elsewhere):

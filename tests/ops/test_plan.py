@@ -120,10 +120,23 @@ def test_a_plan_for_gpus_says_days_and_gpu_hours_and_what_it_assumes(world, caps
     assert run(capsys, "plan", "-c", world.file, "--as", "8xTPU")[0] == 2
 
 
+def test_beside_an_assumed_share_the_plan_says_the_time_at_the_published_one(world, capsys):
+    world(sampling={"quick": {"sampler": "euler", "steps": 250, "count": 10**11}})
+    asked = ("plan", "-c", world.file, "--as", "H100")
+    assumed, published = run(capsys, *asked)[1], run(capsys, *asked, "--share", "0.12")[1]
+    (time, hours) = re.search(r"│ all │[^│]*│[^│]*│ (.*?)(?: \+ unknown)? │ ([\d,]+)\.\d │", published).groups()
+    words = r"At 12 %, the published speed of REPA's training on an H100, all of it takes (.*?) and ([\d,]+) GPU-hours"
+    said = re.search(words, assumed)
+    assert said[1] == time and 0 <= int(said[2].replace(",", "")) - int(hours.replace(",", "")) <= 1
+    assert len(hours) > 2 and "At 12 %" not in published
+
+
 def test_a_plan_says_what_is_not_measured_and_how_to_measure_it_and_then_what_fits(world, capsys):
     made = world()
+    _, out, _ = run(capsys, "plan", "-c", world.file, "--as", "H100")
+    assert f"GPU memory is not measured yet: `haste memory -c {world.file}` does it, without a GPU." in out
     _, out, _ = run(capsys, "plan", "-c", world.file)
-    assert "GPU memory is not measured yet: `haste memory` does it" in out
+    assert "GPU memory" not in out and "page-locked" not in out  # where there is none
     world.measured(made)
     _, out, _ = run(capsys, "plan", "-c", world.file, "--as", "H100")
     assert "GPU memory of SiT-d2w16p2: 18 GB a rank with 8 images at once; 69 fit into 80 GB." in out
@@ -158,10 +171,14 @@ def test_jobs_of_a_cluster_are_refused_by_the_profiles_memory_and_ranks_and_thos
 def test_half_precision_on_cpus_is_remarked_and_bf16_on_a_chip_without_it(world, monkeypatch):
     made = world(training={"batch": 8, "precision": "bf16"})
     monkeypatch.setattr(plan, "_computes_half", lambda: False)
-    monkeypatch.setattr(plan.gpus, "visible", list)
+    monkeypatch.setattr(plan.driver, "visible", list)
     (said,) = plan.emulated(made, None)
     assert said == "training.precision: bf16 is emulated on the CPUs here, and slower than fp32 there."
     assert plan.emulated(made, machine("H100")) == [] == plan.emulated(world(), None)
+    (said,) = plan.emulated(world(), machine("H100"))
+    assert (
+        "precision: fp32, in which GPUs are many times slower than in bf16 (67 against 989 TFLOP/s on an H100)" in said
+    )
     assert "fp16" in plan.emulated(made, machine("V100"))[0]
 
 

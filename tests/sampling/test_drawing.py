@@ -136,6 +136,8 @@ def test_what_cannot_be_drawn_is_refused_with_what_to_do(ran, capsys, asked, sai
 
 def test_without_a_configuration_a_decoder_must_be_named(world, capsys):
     assert draw(world.state) == 2
-    assert "nothing says its decoder" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{world.state}: nothing says its decoder. Name one, as by --decoder stabilityai/sd-vae-ft-ema" in said
+    assert "by -c CONFIG" in said
     assert draw(world.folder / "theirs.pt") == 2
     assert "heads" in capsys.readouterr().err

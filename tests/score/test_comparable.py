@@ -61,6 +61,15 @@ def test_samples_that_are_the_reference_file_are_called_so_whatever_else_it_hold
     assert "samples and reference are the same images" in score_images(adm, adm, detectors=[detector]).notes
 
 
+def test_mu_and_sigma_alone_are_taken_for_inceptions_and_a_note_says_so(draw, pack, detector, tmp_path):
+    np.savez(tmp_path / "mar.npz", mu=MU["mu"], sigma=MU["sigma"])
+    found = score_images(pack("fake", draw(0, 20)), tmp_path / "mar.npz", detectors=[detector])
+    assert set(found.columns) == {"FID", "IS"} and "holds no images" in found.absent["precision"]
+    assert any(
+        "mar.npz says how its mu and sigma were made; they are taken to be of inception" in one for one in found.notes
+    )
+
+
 def test_fid_by_pytorch_fid_has_a_column_of_its_own_and_takes_mu_and_sigma_alone_for_its_own(
     draw, pack, make_detector, tmp_path
 ):
