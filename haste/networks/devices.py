@@ -70,8 +70,8 @@ def choose_device(asked: str, local_rank: int = 0) -> torch.device:
     if not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"runtime.device is {asked}: process {local_rank} of this machine needs a GPU of its own, "
-            f"and {torch.cuda.device_count()} are visible. Launchers that show each process one GPU alone, as srun does "
-            "with --gpus-per-task or --gpu-bind=single, must show it all"
+            f"and {torch.cuda.device_count()} are visible. A launcher that shows each process one GPU alone, as srun "
+            "does with --gpus-per-task or --gpu-bind=single, must show it all"
         )
     return torch.device("cuda", local_rank)
 

@@ -291,7 +291,8 @@ def test_the_driver_says_what_whole_gpus_are(elsewhere, monkeypatch):
     script = elsewhere / "nvidia-smi"
     script.write_text(
         "#!/bin/sh\ncase $1 in -L) echo 'GPU 0: NVIDIA A100 (UUID: GPU-a)'; echo 'GPU 1: Tesla V100 (UUID: GPU-b)';;"
-        "*) echo 'GPU-a, 81920, 8.0'; echo 'GPU-b, 16384, 7.0'; echo 'GPU-c, 16384, 7.0'; echo 'GPU-b, [N/A], 12.1'; echo 'Warning: a, b';; esac\n"
+        "*) echo 'GPU-a, 81920, 8.0'; echo 'GPU-b, 16384, 7.0'; echo 'GPU-c, 16384, 7.0'; "
+        "echo 'GPU-b, [N/A], 12.1'; echo 'Warning: a, b';; esac\n"
     )
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{elsewhere}:{os.environ['PATH']}")

@@ -133,7 +133,7 @@ def test_a_cache_that_was_emptied_changes_no_name_and_what_is_left_to_draw_is_re
     shutil.rmtree(constants.HF_HUB_CACHE)
     server.put("own/sit", "a.pt", b"another", SECOND)
     after = by_id(world)
-    assert names(after) == before and any("`haste fetch` brings it back" in note for note in after.notes)
+    assert names(after) == before and any("`haste fetch` loads it again" in note for note in after.notes)
     with pytest.raises(MissingError, match=f"evaluate.it.checkpoint: {IT}@{FIRST}: is not in this machine's cache"):
         after.check()
     assert cli.main(["fetch", "-c", str(world.file)]) == 2  # never another commit than the one that names the row
