@@ -35,7 +35,7 @@ class Job:
     rule: its rule; makes: its files, of which the first names it; reads: returns the files that these are made from;
     about: the set of images (a plan), artefact, detector, state, evaluation (with the judgement) or measurement; name:
     what its command calls that; wanted: those of its files that something else is still made from, if only some are;
-    beside: jobs of its rule that it does too (`Jobs.beside`).
+    beside: jobs of its rule that it does too (`Jobs.beside`); of sets that are drawn, features alone.
     """
 
     rule: str
