@@ -157,11 +157,10 @@ def latents(
         told: as for `Painter.draw`.
     """
     if len(painters) > 1 and not _is_ours(painters[0]):
-        found = [
-            latents([one], indices, rows, partial(_told, told, place, len(painters)))
-            for place, one in enumerate(painters)
+        alone = [
+            latents([one], indices, rows, partial(_told, told, i, len(painters))) for i, one in enumerate(painters)
         ]
-        return torch.cat([z for z, _ in found]), torch.cat([counts for _, counts in found])
+        return torch.cat([z for z, _ in alone]), torch.cat([counts for _, counts in alone])
     first, many = painters[0], len(painters)
     device, shape = next(first.model.parameters()).device, (first.model.in_channels, *2 * [first.model.input_size])
     condition, null = (

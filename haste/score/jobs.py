@@ -92,8 +92,9 @@ def sample(plan: Plan, evaluation: Evaluation, shard: int, *, together: bool = F
         if one.name not in failed:
             batches.forget(batches.folder_of(Path(one.folder)), mine)
     own = failed.pop(evaluation.name, None)
-    for name, error in failed.items():
-        log.error("%s: shard %d is given up, which kept no other samples from theirs: %s", name, shard, error)
+    said = "%s: shard %d is given up: %s. The other sets of this job are not; the same snakemake command tries it again"
+    for name, why in failed.items():
+        log.error(said, name, shard, why)
     if own:
         raise own
 
