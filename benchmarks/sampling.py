@@ -33,7 +33,7 @@ from haste.data.latents import Autoencoder
 from haste.diffusion.interpolant import Interpolant
 from haste.models.sit import SiT
 from haste.sampling.compiled import compile_once
-from haste.sampling.painter import Painter
+from haste.sampling.painter import Painter, latents
 from haste.sampling.shards import Wanted, draw_shards
 
 WHOLE, CHANNELS, FACTOR = 50_000, 4, 8
@@ -101,9 +101,9 @@ def beside_the_network(arguments: argparse.Namespace) -> Table:
         for rows, step in itertools.product(cuts, range(steps)):
             order.normals(0, "sample noise", step, rows, (CHANNELS, size, size))
 
-    def latents() -> None:
+    def sampled() -> None:
         for rows in cuts:
-            painter.latents(rows, CONDITION.sampled(sampling, rows))
+            latents([painter], rows, CONDITION.sampled(sampling, rows))
 
     def everything(sets: int = 1) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +114,7 @@ def beside_the_network(arguments: argparse.Namespace) -> Table:
     table = Table(title=f"{samples} samples of {steps} evaluations at {size} x {size} x {CHANNELS}, batches of {batch}")
     for column in ["", f"core-minutes for {WHOLE:,}", "of these in the thread that draws"]:
         table.add_column(column, justify="right")
-    beside = {"noise": noise, "noise and sampler": latents, "with pixels and files": everything}
+    beside = {"noise": noise, "noise and sampler": sampled, "with pixels and files": everything}
     for name, work in {**beside, "the same, of two sets in one job": lambda: everything(2)}.items():
         whole, own = (f"{seconds / samples * WHOLE / 60:.1f}" for seconds in _busy(work))
         table.add_row(name, whole, own)

@@ -17,7 +17,7 @@ from haste.files import artefact, journal, provenance
 from haste.files.npz import read_npz
 from haste.files.store import Store
 from haste.plan.plan import Plan
-from haste.sampling.painter import Painter
+from haste.sampling.painter import Painter, latents
 from haste.train import loop
 
 NETWORK = """
@@ -235,7 +235,7 @@ def test_samples_have_mean_and_covariance_of_the_closed_form(installed, guidance
     sampling = config.Sampling(sampler="redraw", steps=4, guidance=guidance, interval=interval, seed=3, count=count)
     rows = seams[1].sampled(sampling, range(count))
     painter = Painter(Exact(), sampling, SimpleNamespace(), *seams, 1.0, 0.0)
-    z, asked = painter.latents(range(count), rows)
+    z, asked = latents([painter], range(count), rows)
     assert asked.tolist() == [4] * count
     own = mean_of(torch.from_numpy(rows["direction"]).double())
     factor, variance = mean_and_variance([7, 5, 2, 0], guidance, until)
@@ -248,7 +248,7 @@ def test_samples_have_mean_and_covariance_of_the_closed_form(installed, guidance
     # On average over the circle m is 0, so the factor is looked at along m: its estimate deviates by this.
     along = (left * own.flatten(1)).mean(dim=0) / own.flatten(1).square().mean(dim=0)
     assert (along.abs() * own.flatten(1).norm(dim=0) < 5).all()
-    again, _ = painter.latents(range(5, 9), {"direction": rows["direction"][5:9]})
+    again, _ = latents([painter], range(5, 9), {"direction": rows["direction"][5:9]})
     torch.testing.assert_close(again, z[5:9], rtol=1e-5, atol=1e-6)
 
 

@@ -97,7 +97,8 @@ class Process:
         Args:
             sampler: one for this process.
             field: (x, t) -> outputs, guided.
-            x: (B, C, h, w); the rows may be of several sets of samples, whose guidance differs.
+            x: (B, C, h, w); the rows may be of several sets of samples, whose guidance differs, but not
+                for a process or sampler of another package.
             sampling: its settings, such as `steps`; guidance is in the field.
             noise: i -> standard normals for the sampler's i-th use, shaped as x.
         """

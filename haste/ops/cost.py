@@ -404,7 +404,8 @@ def _training_stages(plan: Plan, pace: Pace) -> tuple[list[Stage], bool]:
 def _sampling_stage(plan: Plan, pace: Pace) -> Stage:
     """Samples, and every detector's features of them."""
     todo = plan.jobs.to_draw
-    looked = [(e, one) for e in todo for one in e.judgements]
+    made = [one.about for job in _left(plan, "sample") for one in (job, *job.beside)]  # with drawn ones, for features
+    looked = [(e, one) for e in made for one in e.judgements]
     size = sum(3 * plan.config.images.resolution**2 * e.sampling.count / e.shards for e in todo)
     work = _looks(plan, looked)
     seen = _timed(_stage(plan, "sample"), work, pace.of()).seconds

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Job:
     rule: its rule; makes: its files, of which the first names it; reads: returns the files that these are made from;
     about: the set of images (a plan), artefact, detector, state, evaluation (with the judgement) or measurement; name:
     what its command calls that; wanted: those of its files that something else is still made from, if only some are;
-    beside: jobs of its rule that it does too (`Jobs.beside`).
+    beside: jobs of its rule that it does too (`Jobs.beside`); of sets that are drawn, features alone.
     """
 
     rule: str
@@ -83,9 +83,13 @@ class Jobs:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        families = _families(plan)
+        #: Names of the sets of samples that were complete when this was asked for: whatever is made meanwhile, all that
+        #: is decided by it, here and in the workflow's rules, is decided alike.
+        self.drawn = frozenset(name for name, one in plan.evaluations.items() if one.is_drawn)
+        families = _families(plan, self.drawn)
         self._kin = {job.makes[0]: kin for kin in families for job in kin}
-        made = (*_data_jobs(plan), *_network_jobs(plan), *_target_jobs(plan), *_result_jobs(plan, families))
+        results = _result_jobs(plan, families, self.drawn)
+        made = (*_data_jobs(plan), *_network_jobs(plan), *_target_jobs(plan), *results)
         # Of networks with two names, the first one's.
         self._features = {path: job for job in reversed(made) if job.rule == "features" for path in job.makes}
         self._makers = {path: job for job in reversed(made) if job.rule != "features" for path in job.makes}
@@ -107,7 +111,7 @@ class Jobs:
     def left(self) -> dict[str, list[Job]]:
         """Rule -> the jobs that a run of the workflow would do now."""
         # There are two ways to features. New samples get them in the same job; of existing ones nothing is drawn again.
-        alone = {path: job for path, job in self._features.items() if job.about[0].is_drawn}
+        alone = {path: job for path, job in self._features.items() if job.about[0].name in self.drawn}
         asked = [path for path in self.targets if not os.path.exists(path)]
         found = self._reached(alone, asked, lambda job: (p for p in job.waits_for if not os.path.exists(p)))
         report = self._makers[self.plan.report]
@@ -123,14 +127,16 @@ class Jobs:
     @property
     def to_draw(self) -> list[Evaluation]:
         """The sets of samples that a run of the workflow would draw now, each as often as shards are left of it."""
-        return [one.about for job in self.left.get("sample", []) for one in (job, *job.beside)]
+        found = (one.about for job in self.left.get("sample", []) for one in (job, *job.beside))
+        return [one for one in found if one.name not in self.drawn]
 
     def beside(self, evaluation: Evaluation, shard: int) -> list[Evaluation]:
-        """The sets of samples of which the job of one set's shard draws the same shard too: those that differ only in
+        """The sets of samples of which the job of one set's shard makes the same shard too: those that differ only in
         guidance, come later in the plan, and of which something is still made from it; `MOST_TOGETHER` with itself.
+        Those that are drawn by then lack features alone.
 
-        These are those of the job when the workflow began, less what is finished by now: a job that is run again, by
-        then perhaps on another node, goes on with the others though its own samples are there.
+        These are `Job.beside` when the workflow began, less what is finished by now: a job that is run again, by then
+        perhaps on another node, goes on with the others though its own samples, or theirs, are there.
         """
         job = self._maker(evaluation.sample_file(shard))
         kin = self._kin[job.makes[0]]
@@ -233,12 +239,12 @@ def _target_jobs(plan: Plan) -> Iterator[Job]:
         yield Job("targets_join", (store.manifest,), partial(_joined, store, plan.images), store, name)
 
 
-def _result_jobs(plan: Plan, families: list[list[Job]]) -> Iterator[Job]:
+def _result_jobs(plan: Plan, families: list[list[Job]], drawn: Collection[str]) -> Iterator[Job]:
     yield from (_training_job(plan, state) for state in plan.planned())
     yield from (job for kin in families for job in kin)
     leads = {one.makes[0]: job for kin in families for job in kin for one in job.beside}
     for evaluation in plan.evaluations.values():
-        yield from _evaluation_jobs(plan, evaluation, leads)
+        yield from _evaluation_jobs(plan, evaluation, leads, evaluation.name in drawn)
     for one in plan.measurements.values():
         yield Job("measure", (one.file,), partial(plan.measured_from, one), one, one.label)
     yield Job("report", (plan.report, plan.report_made), lambda: [*plan.shown, *plan.measure_files])
@@ -257,9 +263,9 @@ def _training_job(plan: Plan, state: State) -> Job:
     return Job(rule, (plan.path(state),), reads, state)
 
 
-def _families(plan: Plan) -> list[list[Job]]:
+def _families(plan: Plan, drawn: Collection[str]) -> list[list[Job]]:
     """The jobs that draw the same shard of the sets of a family, each by itself, in the plan's order. Of those that a
-    run of the workflow would do now, the first does the others too."""
+    run of the workflow would do now, the first does what later ones lack too: of drawn ones, features."""
     shown, latest, found = set(plan.shown), dict[tuple[str, int], list[Job]](), list[list[Job]]()
     for evaluation in plan.evaluations.values():
         for shard, job in enumerate(_drawing_jobs(plan, evaluation, shown)):
@@ -268,8 +274,11 @@ def _families(plan: Plan) -> list[list[Job]]:
                 found.append(latest[evaluation.family, shard])
             latest[evaluation.family, shard].append(job)
     for kin in found:
-        if ours := [job for job in kin if job.lacks and not job.about.is_drawn]:
-            kin[kin.index(ours[0])] = dataclasses.replace(ours[0], beside=tuple(ours[1:]))
+        lacking = [job for job in kin if job.lacks]
+        while lacking and lacking[0].about.name in drawn:  # these have jobs for features alone
+            del lacking[0]
+        if lacking:
+            kin[kin.index(lacking[0])] = dataclasses.replace(lacking[0], beside=tuple(lacking[1:]))
     return found
 
 
@@ -287,9 +296,9 @@ def _drawing_jobs(plan: Plan, evaluation: Evaluation, shown: set[str]) -> Iterat
         yield Job("sample", makes, drawn, evaluation, evaluation.name, tuple(wanted))
 
 
-def _evaluation_jobs(plan: Plan, evaluation: Evaluation, leads: Mapping[str, Job]) -> Iterator[Job]:
-    """Of a set of samples: features alone, scores and the grid. Of a shard that the job of another set draws, they wait
-    for what that one makes."""
+def _evaluation_jobs(plan: Plan, evaluation: Evaluation, leads: Mapping[str, Job], drawn: bool) -> Iterator[Job]:
+    """Of a set of samples: features alone, scores and the grid. Of a shard that the job of another set makes, they wait
+    for what that one makes; `drawn`: whether all its samples are there."""
     files = evaluation.sample_files
     for one in evaluation.judgements:
         for file, path in zip(files, one.features.shard_files, strict=True):
@@ -297,7 +306,7 @@ def _evaluation_jobs(plan: Plan, evaluation: Evaluation, leads: Mapping[str, Job
             yield Job("features", (path,), seen, (evaluation, one), one.detector.name)
         read = [one.detector.reference.manifest, *_waited(files, one.features.shard_files, leads)].copy
         yield Job("score", (one.score,), read, (evaluation, one), one.detector.name)
-    yield Job("grid", (evaluation.grid,), [*_waited(files, files, leads)].copy, evaluation)
+    yield Job("grid", (evaluation.grid,), [*_waited(files, files, {} if drawn else leads)].copy, evaluation)
 
 
 def _waited(samples: list[str], read: list[str], leads: Mapping[str, Job]) -> Iterator[str]:

@@ -135,6 +135,15 @@ def close(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_made(files: Sequence[str], what: str, state: object) -> None:
+    """Refuse shards of a state's samples, or of their features, that nobody made; raises ValueError."""
+    if gone := [path for path in files if not Path(path).exists()]:
+        raise ValueError(
+            f"{gone[0]}: this shard is missing, expected {what} from the job that draws these samples. Its log, or "
+            f"that of other samples of {state}, may say why; the same snakemake command draws them"
+        )
+
+
 def mean_nfe(files: Sequence[str | Path]) -> float | None:
     """Function evaluations per sample, counted during sampling, averaged over shards; None if one is not known.
 

@@ -107,6 +107,7 @@ def paint_grid(plan: Plan, evaluation: Evaluation) -> None:
 
 
 def _paint(plan: Plan, evaluation: Evaluation) -> None:
+    batches.check_made(evaluation.sample_files, "images", evaluation.state)
     condition = condition_in(plan.trajectories[evaluation.state.trajectory].recipe)
     sets, told, inputs = list[Samples](), list[dict[str, np.ndarray]](), dict[str, str]()
     entries = {name: ADM.get(name, name) for name in condition.fields}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -100,18 +101,6 @@ class Painter:
                 )
         return to_pixels(decoded, self.sampling.pixels).cpu().numpy()
 
-    def latents(
-        self, indices: range, rows: Rows, told: Callable[[float], None] = lambda share: None
-    ) -> tuple[Tensor, Tensor]:
-        """Latents (B, C, h, w) float64, at the model's scale, and the number of evaluations of each, (B,) int64.
-
-        Args:
-            indices: which samples.
-            rows: their conditions, as the condition's `sampled` returns them.
-            told: as for `draw`.
-        """
-        return _latents([self], indices, rows, told)
-
     def field(self, condition: Any, null: Any) -> Guided:
         """The guided field of rows with these conditions."""
         sampling, (low, high) = self.sampling, map(self.process.place, self.sampling.interval)
@@ -144,7 +133,7 @@ def drawn_together(
     raises, of each. They share the noise; bits are those of each alone."""
     first = painters[0]
     rows = first.condition.sampled(first.sampling, indices)
-    z, counts = _latents(painters, indices, rows, told)
+    z, counts = latents(painters, indices, rows, told)
     found: list[Drawn | FloatingPointError] = []
     for painter, mine, number in zip(painters, z.chunk(len(painters)), counts.chunk(len(painters)), strict=True):
         try:
@@ -155,10 +144,23 @@ def drawn_together(
 
 
 @torch.inference_mode()
-def _latents(
-    painters: Sequence[Painter], indices: range, rows: Rows, told: Callable[[float], None]
+def latents(
+    painters: Sequence[Painter], indices: range, rows: Rows, told: Callable[[float], None] = lambda share: None
 ) -> tuple[Tensor, Tensor]:
-    """As `Painter.latents`, of one painter behind the other: P B rows."""
+    """Latents of some painters, one behind the other, (P B, C, h, w) float64, at the model's scale, and the number of
+    evaluations of each, (P B,) int64.
+
+    Args:
+        painters: P, which differ only in how they are guided.
+        indices: which samples, B.
+        rows: their conditions, as the condition's `sampled` returns them.
+        told: as for `Painter.draw`.
+    """
+    if len(painters) > 1 and not _is_ours(painters[0]):
+        alone = [
+            latents([one], indices, rows, partial(_told, told, i, len(painters))) for i, one in enumerate(painters)
+        ]
+        return torch.cat([z for z, _ in alone]), torch.cat([counts for _, counts in alone])
     first, many = painters[0], len(painters)
     device, shape = next(first.model.parameters()).device, (first.model.in_channels, *2 * [first.model.input_size])
     condition, null = (
@@ -173,6 +175,18 @@ def _latents(
     with noise, computing(sampling.precision, device):
         found = first.process.sample(first.sampler, Counted(field, counts, told), noise.start, sampling, noise)
     return found, counts
+
+
+def _is_ours(painter: Painter) -> bool:
+    """Whether process and sampler are of this package. In those of another one a sample may depend on the other rows of
+    its batch, or on the guidance in the settings: they see one set at a time."""
+    made = type(painter.process), painter.sampler.run
+    return all(str(getattr(one, "__module__", "")).startswith("haste.") for one in made)
+
+
+def _told(told: Callable[[float], None], place: int, of: int, share: float) -> None:
+    """Tell the share of the whole that a share of one of its equal parts is."""
+    told((place + share) / of)
 
 
 def painter_of(

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Wanted:
 
 def draw_shards(
     sets: Sequence[Wanted], *, shard: int, shards: int, batch: int, inputs: dict[str, str]
-) -> dict[Path, FloatingPointError]:
+) -> dict[Path, Exception]:
     """Draw one shard of some sets of samples, which differ only in how they are guided, each into ADM's .npz: `arr_0`
     uint8 NHWC, `arr_1` labels, and the provenance record as `haste`. For a condition other than labels, its fields have
     their own names.
@@ -56,14 +56,15 @@ def draw_shards(
         inputs: identities of what the samples are made by, to be recorded.
 
     Returns:
-        By path, why a set was given up: its samples are not finite. The others are drawn nevertheless.
+        By path, why a set was given up: its samples are not finite, or its file cannot be written (OSError when it is
+        begun). The others are drawn nevertheless. In each record `seconds` is an equal share of the time of all,
+        whatever a set's guidance costs.
     """
-    started, name, failed = time.monotonic(), f"samples, shard {shard} of {shards}", dict[Path, FloatingPointError]()
+    started, name, failed = time.monotonic(), f"samples, shard {shard} of {shards}", dict[Path, Exception]()
     todo = [one for one in sets if not _is_there(one, inputs, name)]
     if not todo:
         return failed
     indices = shard_range(todo[0].painter.sampling.count, shard, shards)
-    watch = Progress(name if len(todo) == 1 else f"{name}, of {len(todo)} sets", len(todo) * len(indices))
 
     def draw(rows: range, places: Sequence[int]) -> list[dict[str, np.ndarray] | None]:
         size, painters = len(rows) * len(places), [todo[place].painter for place in places]
@@ -74,7 +75,9 @@ def draw_shards(
         return [None if isinstance(one, FloatingPointError) else one for one in found]
 
     with contextlib.ExitStack() as opened, ThreadPoolExecutor(1, thread_name_prefix="writing") as thread:
-        files = [opened.enter_context(_File(one, len(indices))) for one in todo]
+        files = [*_begun(todo, len(indices), opened, failed)]
+        todo = [file.wanted for file in files]
+        watch = Progress(name if len(todo) == 1 else f"{name}, of {len(todo)} sets", len(todo) * len(indices))
         kept = [batches.Kept(batches.folder_of(one.path.parent), inputs) for one in todo]
         writing = [thread.submit(lambda: None) for _ in todo]
         for place, found, keep in batches.drawn(kept, indices, batch, draw):
@@ -85,8 +88,19 @@ def draw_shards(
             future.result()
         for file in files:
             if file.wanted.path not in failed:
-                file.finish(inputs, (time.monotonic() - started) / len(todo))  # their sum is what all took
+                file.finish(inputs, (time.monotonic() - started) / len(todo))
     return failed
+
+
+def _begun(
+    todo: Sequence[Wanted], count: int, opened: contextlib.ExitStack, failed: dict[Path, Exception]
+) -> Iterator[_File]:
+    """The files of these sets; those that cannot be begun are put into `failed`."""
+    for one in todo:
+        try:
+            yield opened.enter_context(_File(one, count))
+        except OSError as error:
+            failed[one.path] = error
 
 
 class _File:
@@ -94,7 +108,7 @@ class _File:
 
     def __init__(self, wanted: Wanted, count: int):
         painter = wanted.painter
-        self.wanted, self.count, self._opened = wanted, count, contextlib.ExitStack()
+        self.wanted, self.count = wanted, count
         self.fields = {**painter.condition.fields, "nfe": ((), np.int64), **looks.FIELDS}
         self._made: list[Mapping[str, np.ndarray]] = [
             {name: np.zeros((0, *row), kind) for name, (row, kind) in self.fields.items()}
@@ -103,11 +117,13 @@ class _File:
     def __enter__(self) -> _File:
         side = self.wanted.painter.autoencoder.factor * self.wanted.painter.model.input_size
         shape = {"descr": "|u1", "fortran_order": False, "shape": (self.count, side, side, 3)}
-        aside = self._opened.enter_context(artefact.replacing(self.wanted.path))
-        self._archive = self._opened.enter_context(zipfile.ZipFile(aside, "w"))
-        self._images = self._archive.open("arr_0.npy", "w", force_zip64=True)
-        self._opened.callback(self._images.close)
-        np.lib.format.write_array_header_1_0(self._images, shape)
+        with contextlib.ExitStack() as opened:  # one that fails half way leaves nothing behind either
+            aside = opened.enter_context(artefact.replacing(self.wanted.path))
+            self._archive = opened.enter_context(zipfile.ZipFile(aside, "w"))
+            self._images = self._archive.open("arr_0.npy", "w", force_zip64=True)
+            opened.callback(self._images.close)
+            np.lib.format.write_array_header_1_0(self._images, shape)
+            self._opened = opened.pop_all()
         return self
 
     def write(self, found: Mapping[str, np.ndarray], keep: Callable[[], None] | None) -> None:

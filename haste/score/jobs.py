@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from haste.score.features import feature_shard, reference_of_file, reference_sha
 from haste.score.workflow import floor, kept_moments, score
 
 log = logging.getLogger("haste.sample")
+
+FAULTS = (ValueError, OSError, FloatingPointError)  # of one set of samples, which say nothing of another
 
 
 def load_detector(plan: Plan, detector: names.Detector) -> Detector:
@@ -66,17 +69,43 @@ def sample(plan: Plan, evaluation: Evaluation, shard: int, *, together: bool = F
         plan: has the samples.
         evaluation: the set of samples.
         shard: which shard, from 0.
-        together: whether also of the sets that `Jobs.beside` names, with the same network and noise.
+        together: whether also of the sets that `Jobs.beside` names, with the same network and noise. Of those that are
+            drawn, features alone are made.
 
     Raises:
-        FloatingPointError: samples of the set are not finite. Those of another set are only logged: that one has no
-            features then.
+        ValueError, OSError, FloatingPointError: the set cannot be drawn, or has no features. What becomes of another
+            set is only logged: whichever fails, the others are made.
     """
     sets = [evaluation, *(plan.jobs.beside(evaluation, shard) if together else [])]
-    painter = painter_of(plan, evaluation.state, evaluation.sampling)
+    failed = _draw(plan, [one for one in sets if one is evaluation or not one.is_drawn], shard)
+    for detector in plan.detectors.values():
+        todo = [one for one in sets if one.name not in failed]
+        opened = load_detector(plan, detector) if todo else None
+        for one in todo:
+            try:
+                extract_features(plan, one, detector, shard, opened)
+            except FAULTS as error:
+                failed[one.name] = error
+    # Not before: a workflow that is killed between the two discards the shard and calls this again.
+    mine = store.shard_range(evaluation.sampling.count, shard, evaluation.shards)
+    for one in sets:
+        if one.name not in failed:
+            batches.forget(batches.folder_of(Path(one.folder)), mine)
+    own = failed.pop(evaluation.name, None)
+    said = "%s: shard %d is given up: %s. The other sets of this job are not; the same snakemake command tries it again"
+    for name, why in failed.items():
+        log.error(said, name, shard, why)
+    if own:
+        raise own
+
+
+def _draw(plan: Plan, sets: Sequence[Evaluation], shard: int) -> dict[str, Exception]:
+    """Draw one shard of sets that differ only in guidance; by name, why a set was given up."""
+    first, failed = sets[0], dict[Path, Exception]()
+    painter = painter_of(plan, first.state, first.sampling)
     if plan.config.runtime.compile:
         compile_once(painter.model)
-    facts = {"checkpoint": given} if (given := _given(plan, evaluation.state)) else {}
+    facts = {"checkpoint": given} if (given := _given(plan, first.state)) else {}
     wanted = {
         one.name: Wanted(
             dataclasses.replace(painter, sampling=one.sampling),
@@ -90,27 +119,18 @@ def sample(plan: Plan, evaluation: Evaluation, shard: int, *, together: bool = F
     with contextlib.ExitStack() as held:
         # In one order wherever several are taken. Whoever waited finds the shard there, and compares its record.
         for path in sorted(one.path for one in wanted.values()):
-            held.enter_context(locks.making(path, anew=True))
-        failed = draw_shards(
-            [*wanted.values()],
+            try:
+                held.enter_context(locks.making(path, anew=True))
+            except OSError as error:  # another user's folder
+                failed[path] = error
+        failed |= draw_shards(
+            [one for one in wanted.values() if one.path not in failed],
             shard=shard,
-            shards=evaluation.shards,
+            shards=first.shards,
             batch=plan.config.runtime.sample_batch,
             inputs=painter.inputs,
         )
-    drawn = [one for one in sets if wanted[one.name].path not in failed]
-    for detector in plan.detectors.values() if drawn else ():
-        opened = load_detector(plan, detector)
-        for one in drawn:
-            extract_features(plan, one, detector, shard, opened)
-    # Not before: a workflow that is killed between the two discards the shard and calls this again.
-    mine = store.shard_range(evaluation.sampling.count, shard, evaluation.shards)
-    for one in drawn:
-        batches.forget(batches.folder_of(Path(one.folder)), mine)
-    for path, error in failed.items():
-        if path == wanted[evaluation.name].path:
-            raise error
-        log.error("%s: given up, the other sets of samples are drawn: %s", path, error)
+    return {name: failed[one.path] for name, one in wanted.items() if one.path in failed}
 
 
 def _given(plan: Plan, state: names.State) -> dict[str, Any]:
@@ -143,11 +163,7 @@ def extract_features(
 def judge(plan: Plan, evaluation: Evaluation, judgement: Judgement) -> None:
     """Score a set of samples by one detector's features."""
     features, detector = judgement.features, judgement.detector
-    if gone := [path for path in features.shard_files if not Path(path).exists()]:
-        raise ValueError(
-            f"{gone[0]}: this shard is missing, expected features from the job that draws these samples. Its log, or "
-            f"that of other samples of {evaluation.state}, may say why; the same snakemake command draws them"
-        )
+    batches.check_made(features.shard_files, "features", evaluation.state)
     common: dict[str, Any] = {"key": features.key, "recipe": features.recipe, "shards": features.shards}
     provenance = artefact.provenance(key=features.key, recipe=features.recipe)
     store.join(features.folder, kind="features", splits={}, provenance=provenance, **common)

@@ -68,6 +68,25 @@ def test_all_that_scores_and_grids_read_is_made_though_each_job_on_samples_is_cu
         assert all(map(os.path.exists, job.about.sample_files)), job.makes
 
 
+def check_beside(jobs):
+    """Each job on samples does what the plan says, and features of which no other job makes."""
+    alone = {path for job in jobs.left.get("features", []) for path in job.makes}
+    for job in jobs.left.get("sample", []):
+        found = jobs.beside(job.about, int(Path(job.makes[0]).name[6:11]))
+        assert found == [one.about for one in job.beside]
+        assert not alone & {path for one in (job, *job.beside) for path in one.makes}
+        assert job.about.name not in jobs.drawn
+
+
+@pytest.mark.parametrize("seed", [10, 13, 14, 18, 29, 32])
+def test_a_job_on_samples_does_the_sets_that_the_plan_says_whichever_of_them_are_drawn(tmp_path, seed):
+    world = Chance(seed, tmp_path, ways=FAMILY)
+    world.lose_drawn()
+    jobs = world.plan().jobs
+    assert {one.name for job in jobs.left["sample"] for one in map(lambda job: job.about, job.beside)} & jobs.drawn
+    check_beside(jobs)
+
+
 def check(warm, world):
     plan = world.plan()
     left = plan.jobs.left
@@ -76,6 +95,7 @@ def check(warm, world):
     assert {rule: len(its) for rule, its in left.items()} == counted
     flipped = [job for rule in ("latents", "latents_join") for job in left.get(rule, []) if job.about is not plan]
     assert {path for job in flipped for path in job.makes} == mirrored
+    check_beside(plan.jobs)
     there = [
         job for rule, its in left.items() if rule != "report" for job in its if all(map(os.path.exists, job.makes))
     ]

@@ -24,7 +24,7 @@ from haste.diffusion.samplers import SAMPLERS
 from haste.models.dit import DiT
 from haste.models.sit import SiT
 from haste.sampling.compiled import compile_once
-from haste.sampling.painter import Painter
+from haste.sampling.painter import Painter, latents
 
 CLASSES, CHANNELS, SIDE, STEPS = 4, 3, 5, 5
 SCALE, SHIFT = 0.75, -0.125  # the latents' own, unlike any decoder's below
@@ -259,7 +259,7 @@ KEPT = {  # digests of latents, which are sums and products of noise, so that on
 def test_latents_have_the_bits_that_they_have_always_had(name):
     digest, more = KEPT[name]
     painter = painter_by(name.split(",")[0], **more)
-    z, _ = painter.latents(INDICES, LABELS.sampled(painter.sampling, INDICES))
+    z, _ = latents([painter], INDICES, LABELS.sampled(painter.sampling, INDICES))
     assert hashlib.sha256(z.numpy().tobytes()).hexdigest().startswith(digest)
 
 
@@ -296,7 +296,7 @@ def test_the_network_has_the_precision_that_was_asked_for_and_the_state_is_float
 
     painter = dataclasses.replace(painter, process=Watched())
     assert painter.draw(INDICES)["image"].dtype == np.uint8
-    assert painter.latents(INDICES, LABELS.sampled(painter.sampling, INDICES))[0].dtype == torch.float64
+    assert latents([painter], INDICES, LABELS.sampled(painter.sampling, INDICES))[0].dtype == torch.float64
     expected = {"fp32": usual, "tf32": (None, True, True), "bf16": (torch.bfloat16, *usual[1:])}[precision]
     assert states == {torch.float64}
     assert network == {(torch.float32, torch.float32, *expected)}
@@ -308,7 +308,7 @@ def test_on_a_cpu_tf32_computes_as_fp32_and_bf16_nearly_so():
     found = {}
     for precision in ("fp32", "tf32", "bf16"):
         painter = painter_by("heun", small(SiT), precision=precision)
-        found[precision] = painter.latents(INDICES, LABELS.sampled(painter.sampling, INDICES))[0]
+        found[precision] = latents([painter], INDICES, LABELS.sampled(painter.sampling, INDICES))[0]
     assert torch.equal(found["tf32"], found["fp32"])
     apart = (found["bf16"] - found["fp32"]).abs().max() / found["fp32"].std()
     assert 0 < apart < 0.1
@@ -341,7 +341,7 @@ def test_one_graph_serves_batches_of_any_size_and_guided_ones_too(monkeypatch):
         prepare(network := small(SiT))
         painter = painter_by("euler-maruyama", network, precision="bf16")
         rows = [range(4), range(4, 11), range(11, 13), range(13, 14)]
-        found[way] = torch.cat([painter.latents(one, LABELS.sampled(painter.sampling, one))[0] for one in rows])
+        found[way] = torch.cat([latents([painter], one, LABELS.sampled(painter.sampling, one))[0] for one in rows])
     torch.testing.assert_close(found["compiled"], found["plain"], rtol=0, atol=0.05)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert found["plain"].std() > 0.1
@@ -369,7 +369,7 @@ def test_no_evaluation_waits_for_the_one_before(sampler):
     rows = LABELS.sampled(painter.sampling, INDICES)
     try:
         with Unasked():
-            z, _ = painter.latents(INDICES, rows, told)
+            z, _ = latents([painter], INDICES, rows, told)
     finally:
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")

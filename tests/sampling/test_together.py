@@ -1,5 +1,7 @@
 """Sets of samples that differ only in guidance share a job's network and noise, with the bits of each drawn alone."""
 
+import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -17,10 +19,11 @@ from haste.data import order
 from haste.data.condition import Labels
 from haste.diffusion.ddpm import DDPM
 from haste.diffusion.interpolant import Interpolant
-from haste.diffusion.samplers import SAMPLERS
-from haste.files import locks
+from haste.diffusion.samplers import SAMPLERS, Sampler
+from haste.files import artefact, locks
 from haste.models.dit import DiT
 from haste.models.sit import SiT
+from haste.plan.names import Evaluation
 from haste.plan.plan import Plan
 from haste.sampling import batches
 from haste.sampling import shards as drawing
@@ -77,6 +80,32 @@ def test_noise_is_drawn_once_for_all_of_them(monkeypatch):
     monkeypatch.setattr(order, "normals", lambda *asked: drawn.append(asked[1:3]) or real(*asked))
     drawn_together(painters("euler-maruyama"), range(5))
     assert sorted(drawn) == [("sample noise", 0), ("sample noise", 1), ("sample noise", 2), ("sample start", 0)]
+
+
+class Corrected(Interpolant):
+    """What another package may do: it reads the settings of guidance, and a sample depends on the other rows."""
+
+    def sample(self, sampler, field, x, sampling, noise):
+        z = super().sample(sampler, field, x, sampling, noise)
+        return z / sampling.guidance + z.mean(dim=0) / 2
+
+
+@pytest.mark.parametrize("of", ["process", "sampler"])
+def test_a_process_and_a_sampler_of_another_package_see_one_set_at_a_time(of, monkeypatch):
+    def whole(velocity, x, steps):
+        z = x.double() + velocity(x, 1.0).double()
+        return z + z.std()
+
+    if of == "sampler":
+        monkeypatch.setitem(SAMPLERS, "euler", Sampler(whole, lambda steps: 1))
+    process, shares = Corrected() if of == "process" else Interpolant(), []
+    ways = [dataclasses.replace(one, process=process) for one in painters("euler")]
+    found = drawn_together(ways, range(5), shares.append)
+    for each, one in zip(found, ways, strict=True):
+        assert {name: row.tolist() for name, row in each.items()} == {
+            name: row.tolist() for name, row in one.draw(range(5)).items()
+        }
+    assert shares == sorted(shares) and 0 <= shares[0] < 0.4 and 0.6 < shares[-1] <= 1
 
 
 # ---- kept batches
@@ -306,6 +335,9 @@ def test_a_job_that_is_run_again_goes_on_with_the_others_though_its_own_samples_
     assert world.run("sample", plain.name) == 0
     assert world.run("sample", plain.name, "--together") == 0
     assert guided.is_drawn and Path(guided.features.shard_files[0]).exists()
+    Path(guided.features.shard_files[0]).unlink()  # as after a kill between its samples and its features
+    assert world.run("sample", plain.name, "--together") == 0
+    assert Path(guided.features.shard_files[0]).exists()
 
 
 def test_two_configurations_that_name_the_sets_in_another_order_take_their_locks_in_the_same_one(world, monkeypatch):
@@ -350,3 +382,114 @@ def test_a_plan_counts_one_job_and_the_samples_of_both_sets(make_plan):
     assert sorted(one.sampling_name for one in found.to_draw) == ["guided", "guided", "plain", "plain"]
     world.step()
     assert len(Plan(config.load(world.plan.file)).jobs.every["sample"]) == 2
+
+
+def lose_features(world, name):
+    """Its samples are there, what was made of them is not; of the first set nothing is."""
+    for path in (*world.sets[name].features.shard_files, world.sets[name].score):
+        Path(path).unlink()
+    first = next(iter(world.sets.values()))
+    for path in (*first.sample_files, *first.features.shard_files, first.score):
+        Path(path).unlink()
+    shutil.rmtree(batches.folder_of(Path(first.folder)), ignore_errors=True)
+
+
+def test_of_a_set_that_is_drawn_the_job_of_another_makes_features_and_never_draws_it_again(world):
+    """Even if its samples say that they were made of other weights."""
+    world.step()
+    plain, guided = world.sets["plain"], world.sets["guided"]
+    (path,) = map(Path, guided.sample_files)
+    with np.load(path) as file:
+        arrays = dict(file)
+    record = json.loads(str(arrays["haste"]))
+    record["inputs"]["weights"] = "0" * 64
+    np.savez(path, **{**arrays, "haste": np.array(json.dumps(record))})
+    before = path.read_bytes()
+    lose_features(world, "guided")
+    left = world.left()
+    assert [(job.name, [one.name for one in job.beside]) for job in left["sample"]] == [(plain.name, [guided.name])]
+    assert "features" not in left
+    assert [one.name for one in Plan(config.load(world.plan.file)).jobs.to_draw] == [plain.name]
+    world.step()
+    assert path.read_bytes() == before
+
+
+def test_features_that_fail_keep_no_other_set_from_theirs(world, monkeypatch, caplog, capsys):
+    """Of both sets, of the second, of the first: the job fails for its own alone, and each is named."""
+    plain, guided = world.sets["plain"], world.sets["guided"]
+    real = jobs.feature_shard
+    for broken in ((plain, guided), (guided,), (plain,)):
+        folders = {Path(one.features.folder) for one in broken}
+
+        def extract(*given, folder, folders=folders, **more):
+            if folder in folders:
+                raise PermissionError(13, "Permission denied", str(folder))
+            return real(*given, folder=folder, **more)
+
+        monkeypatch.setattr(jobs, "feature_shard", extract)
+        world.forget()
+        caplog.clear()
+        assert world.run("sample", plain.name, "--together") == (2 if plain in broken else 0)
+        assert (plain.features.folder in capsys.readouterr().err) == (plain in broken)
+        assert (f"{guided.name}: shard 0 is given up" in caplog.text) == (guided in broken)
+        for one in (plain, guided):
+            assert one.is_drawn
+            assert Path(one.features.shard_files[0]).exists() == (one not in broken)
+
+
+@pytest.mark.parametrize("what", ["lock", "file"])
+def test_a_set_whose_folder_takes_no_files_keeps_no_other_from_its_samples(world, monkeypatch, caplog, what):
+    """And leaves nothing there."""
+    plain, guided = world.sets["plain"], world.sets["guided"]
+
+    def refuse(path, real, *given, **more):
+        if str(path).startswith(guided.folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *given, **more)
+
+    where, name = {"lock": (locks, "making"), "file": (artefact, "replacing")}[what]
+    monkeypatch.setattr(where, name, functools.partial(refuse, real=getattr(where, name)))
+    assert world.run("sample", plain.name, "--together") == 0
+    assert Path(plain.features.shard_files[0]).exists() and not [*Path(guided.folder).rglob("*.npz")]
+    assert f"{guided.name}: shard 0 is given up" in caplog.text and "Permission denied" in caplog.text
+
+
+def test_a_file_that_cannot_be_begun_leaves_nothing_behind(world, monkeypatch, capsys):
+    """A full disk, of the second set's file."""
+    plain, guided = world.sets["plain"], world.sets["guided"]
+    begun, real = [], np.lib.format.write_array_header_1_0
+
+    def full(file, about):
+        begun.append(file)
+        if len(begun) == 2:
+            raise OSError(28, "No space left on device")
+        return real(file, about)
+
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
+    assert world.run("sample", plain.name, "--together") == 0
+    assert not [path for path in Path(guided.folder).rglob("*") if path.is_file()]
+    assert begun[1].closed
+
+
+def test_what_is_drawn_is_asked_once_and_what_is_drawn_meanwhile_changes_no_plan(world, monkeypatch):
+    asked, real = [], Evaluation.is_drawn.fget
+    monkeypatch.setattr(Evaluation, "is_drawn", property(lambda one: asked.append(one.name) or real(one)))
+    found = Plan(config.load(world.plan.file)).jobs
+    world.draw()
+    for one in world.sets.values():
+        shutil.rmtree(one.features.folder)
+    asked.clear()
+    (job,) = found.left["sample"]
+    assert (job.about.sampling_name, len(job.beside)) == ("plain", 1) and "features" not in found.left
+    assert len(found.to_draw) == 2 and not found.drawn and not asked
+    found = Plan(config.load(world.plan.file)).jobs
+    assert len(found.left["features"]) == 2 and "sample" not in found.left
+    assert sorted(asked) == sorted(found.drawn) == sorted(one.name for one in world.sets.values())
+
+
+def test_a_grid_of_samples_that_nobody_drew_says_where_to_look(world, capsys):
+    plain = world.sets["plain"]
+    assert world.run("grid", plain.name) == 2
+    said = capsys.readouterr().err
+    assert "this shard is missing, expected images from the job that draws these samples" in said
+    assert f"of other samples of {plain.state}, may say why; the same snakemake command draws them" in said

@@ -21,11 +21,12 @@ rule reference:
 
 
 # There are two ways to the same features, so each set of samples has only one. New samples get features in the same
-# job; for existing samples a detector added later runs alone, and nothing is drawn again. What is on disk when
-# Snakemake starts decides between them. A job on a node reads these lines again, and once more after a node failure,
-# when more is on disk: there nothing is decided.
+# job; for existing samples a detector added later runs alone, or in the job of a set that is drawn, and no sample is
+# drawn again. What is on disk when Snakemake starts decides between them, and which job makes it: it is asked once. A
+# job on a node reads these lines again, and once more after a node failure, when more is on disk: there nothing is
+# decided.
 DRAWN, TO_DRAW = (
-    [re.escape(name) for name, one in plan.evaluations.items() if not HERE or one.is_drawn == there]
+    [re.escape(name) for name in plan.evaluations if not HERE or (name in plan.jobs.drawn) == there]
     for there in (True, False)
 )
 
