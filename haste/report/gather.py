@@ -200,6 +200,8 @@ def _words(value: Any) -> str:
         return ", ".join(f"{k} {_words(v)}" for k, v in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_words, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
