@@ -39,6 +39,9 @@ def one_thread() -> None:
     import torch  # here, so that the process that only hands out tests starts without it
 
     torch.set_num_threads(1)
+    # torch counts devices at a process's first gradient, and a fake tensor pretends a GPU from then on, which takes a
+    # thread of its own. After that, ranks that tests fork could compute no gradient: so the first one comes before.
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture(scope="module", autouse=True)
